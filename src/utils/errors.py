@@ -1,0 +1,31 @@
+"""The one exception that means "the input is wrong", and the words it is told in.
+
+Everything a user can get wrong (a path, a checkpoint, an option, a tensor's shape) is raised as `UserError`.
+Entry points print its message on stderr and exit with status 1; a traceback is left for our own mistakes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message names the culprit and the remedy, in that order."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint for a misspelt name.
+
+    Args:
+        name: what was given.
+        known: the names that would have been accepted.
+
+    Returns:
+        `"Did you mean 'a' or 'b'?"` where near names exist, `"Choose one of: ..."` otherwise.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
+    if near:
+        return "Did you mean " + " or ".join(f"'{item}'" for item in near) + "?"
+    return "Choose one of: " + ", ".join(known) + "."
