@@ -1,0 +1,99 @@
+"""Writing files so that nobody ever meets half of one, and naming them by their content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from src.utils.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_write(
+    path: str | os.PathLike[str],
+    mode: str = "w",
+    *,
+    encoding: str | None = None,
+    newline: str | None = None,
+) -> Iterator[IO[Any]]:
+    """Open a file that takes its name only once it is complete.
+
+    What is written goes to a temporary file in the same folder, is flushed to the disk, and then renamed over `path` in one
+    step. If the block raises, the temporary file is removed and a file that was at `path` is left as it was. The new file
+    gets the permissions of an ordinary new file (umask). A symbolic link at `path` is replaced, not followed.
+
+    Args:
+        path: where the file goes; its folder must exist.
+        mode: `"w"` for text (the default) or `"wb"` for bytes.
+        encoding: of text, UTF-8 by default.
+        newline: of text, as in `open`; `""` for the csv module.
+
+    Yields:
+        The open file.
+
+    Raises:
+        UserError: the folder does not exist or cannot be written to, or `path` is a folder.
+        ValueError: another mode, or an encoding or newline for bytes.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"atomic_write: mode must be 'w' or 'wb', got {mode!r}")
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder, and a file is to be written there. Move it, or choose another name."
+        )
+    # A leading dot and a suffix of its own keep the temporary file out of listings and globs such as *.json.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        # Not tempfile.mkstemp: its files are readable by their owner alone, and the rename would keep it so.
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+        )
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Check that its folder exists and that you may write to it."
+        ) from error
+    try:
+        with os.fdopen(
+            descriptor, mode, encoding=encoding or ("utf-8" if mode == "w" else None), newline=newline
+        ) as file:
+            yield file
+            file.flush()
+            # Without it a crash of the machine could leave the new name with none of the new content.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt must not leave the temporary file behind either
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, read in pieces so that its size does not matter.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 lower-case hexadecimal digits.
+
+    Raises:
+        UserError: the file does not exist or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(
+            f"{os.fspath(path)} cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
+    return digest.hexdigest()
