@@ -25,9 +25,10 @@ def atomic_write(
 ) -> Iterator[IO[Any]]:
     """Open a file that takes its name only once it is complete.
 
-    What is written goes to a temporary file in the same folder, is flushed to the disk, and then renamed over `path` in one
-    step. If the block raises, the temporary file is removed and a file that was at `path` is left as it was. The new file
-    gets the permissions of an ordinary new file (umask). A symbolic link at `path` is replaced, not followed.
+    What is written goes to a temporary file in the same folder, is flushed to the disk, and then renamed
+    over `path` in one step. If the block raises, the temporary file is removed and a file that was at `path`
+    is left as it was. The new file gets the permissions of an ordinary new file (umask). A symbolic link at
+    `path` is replaced, not followed.
 
     Args:
         path: where the file goes; its folder must exist.
@@ -44,26 +45,28 @@ def atomic_write(
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_write: mode must be 'w' or 'wb', got {mode!r}")
+    if mode == "wb" and (encoding is not None or newline is not None):
+        raise ValueError("atomic_write: encoding and newline are for text, and mode is 'wb'")
     path = Path(path)
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder, and a file is to be written there. Move it, or choose another name."
+            f"{path} is a folder, but a file is to be written there. Move it or choose another name."
         )
     # A leading dot and a suffix of its own keep the temporary file out of listings and globs such as *.json.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         # Not tempfile.mkstemp: its files are readable by their owner alone, and the rename would keep it so.
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-        )
+        descriptor = os.open(temporary, flags, 0o666)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}). Check that its folder exists and that you may write to it."
+            f"{path} cannot be written ({error.strerror}). "
+            "Check that its folder exists and that you may write to it."
         ) from error
+    if mode == "w":
+        encoding = encoding or "utf-8"
     try:
-        with os.fdopen(
-            descriptor, mode, encoding=encoding or ("utf-8" if mode == "w" else None), newline=newline
-        ) as file:
+        with os.fdopen(descriptor, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             # Without it a crash of the machine could leave the new name with none of the new content.
