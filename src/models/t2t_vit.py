@@ -258,9 +258,7 @@ def create_t2t_vit(
     """
     variant = get_variant(name)
     if not isinstance(image_size, int) or image_size < TOTAL_STRIDE or image_size % TOTAL_STRIDE:
-        raise UserError(
-            f"image_size={image_size} is not a positive multiple of {TOTAL_STRIDE}; 224 is usual."
-        )
+        raise UserError(f"image_size={image_size} is not a positive multiple of {TOTAL_STRIDE}; 224 is usual.")
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes={num_classes} is not a positive number of classes.")
 
@@ -314,8 +312,6 @@ def _stage_configs(attention: str | Sequence[Mapping[str, Any] | str] | None) ->
     for stage, config in enumerate(pair, start=1):
         config = {"name": config} if isinstance(config, str) else dict(config)
         if "name" not in config:
-            raise UserError(
-                f"The attention config of stage {stage} has no name: {config}. Add name=... to it."
-            )
+            raise UserError(f"The attention config of stage {stage} has no name: {config}. Add name=... to it.")
         configs.append({"config_name": config.pop("name"), **config})
     return configs

@@ -76,9 +76,7 @@ class TokenPerformer(nn.Module):
 
     NORMALISER_EPS = 1e-8
 
-    def __init__(
-        self, dim: int, token_dim: int, num_features: int | None = None, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, dim: int, token_dim: int, num_features: int | None = None, dropout: float = 0.1) -> None:
         super().__init__()
         num_features = token_dim // 2 if num_features is None else num_features
         self.norm1 = nn.LayerNorm(dim)

@@ -31,9 +31,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, N, dim) to (B, N, dim)."""
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.num_heads
-        )
+        query, key, value = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.num_heads)
         out = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.attention_dropout if self.training else 0.0
         )
