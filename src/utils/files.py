@@ -21,6 +21,7 @@ def atomic_write(
     mode: str = "w",
     *,
     encoding: str | None = None,
+    errors: str | None = None,
     newline: str | None = None,
 ) -> Iterator[IO[Any]]:
     """Open a file that takes its name only once it is complete.
@@ -34,6 +35,7 @@ def atomic_write(
         path: where the file goes; its folder must exist.
         mode: `"w"` for text (the default) or `"wb"` for bytes.
         encoding: of text, UTF-8 by default.
+        errors: of text, as in `open`; `"surrogateescape"` for names of files that are not UTF-8.
         newline: of text, as in `open`; `""` for the csv module.
 
     Yields:
@@ -41,17 +43,15 @@ def atomic_write(
 
     Raises:
         UserError: the folder does not exist or cannot be written to, or `path` is a folder.
-        ValueError: another mode, or an encoding or newline for bytes.
+        ValueError: another mode, or an option of text for bytes.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_write: mode must be 'w' or 'wb', got {mode!r}")
-    if mode == "wb" and (encoding is not None or newline is not None):
-        raise ValueError("atomic_write: encoding and newline are for text, and mode is 'wb'")
+    if mode == "wb" and (encoding, errors, newline) != (None, None, None):
+        raise ValueError("atomic_write: encoding, errors and newline are for text, and mode is 'wb'")
     path = Path(path)
     if path.is_dir():
-        raise UserError(
-            f"{path} is a folder, but a file is to be written there. Move it or choose another name."
-        )
+        raise UserError(f"{path} is a folder, but a file is to be written there. Move it or choose another name.")
     # A leading dot and a suffix of its own keep the temporary file out of listings and globs such as *.json.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -60,13 +60,12 @@ def atomic_write(
         descriptor = os.open(temporary, flags, 0o666)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}). "
-            "Check that its folder exists and that you may write to it."
+            f"{path} cannot be written ({error.strerror}). Check that its folder exists and that you may write to it."
         ) from error
     if mode == "w":
         encoding = encoding or "utf-8"
     try:
-        with os.fdopen(descriptor, mode, encoding=encoding, newline=newline) as file:
+        with os.fdopen(descriptor, mode, encoding=encoding, errors=errors, newline=newline) as file:
             yield file
             file.flush()
             # Without it a crash of the machine could leave the new name with none of the new content.
