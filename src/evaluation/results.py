@@ -435,7 +435,7 @@ def results_table(results: Results, published: PublishedFigure | None) -> Table:
     table.add_row("top-1", f"{top1} %" if results.top1_std is None else top1)
     if published is not None:
         difference = published.difference(results.top1)
-        table.add_row("published top-1", f"{published.text} %, {difference:+.2f} here ({published.source})")
+        table.add_row("published top-1", f"{published.text} % ({difference:+.2f} here): {published.source}")
     table.add_row("top-5", f"{results.top5:.2f} %")
     table.add_row("loss", f"{results.loss:.4f}")
     table.add_row("images/s", f"{results.images_per_second:,.1f}")
