@@ -591,15 +591,6 @@ class ComparisonCallback(Callback):
     def __init__(self) -> None:
         self._ended: dict[Path, bool] = {}  # folder of a run -> whether it failed, in order
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Forget the runs of an earlier sweep.
-
-        Args:
-            config: the composed config.
-            **kwargs: not used.
-        """
-        self._ended.clear()
-
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Take note of a run of a multirun; from the first failed one on, bring the comparison up to date.
 

@@ -363,7 +363,6 @@ def test_callback_tells_what_cannot_be_compared(tmp_path, four, caplog):
 
 def test_callback_takes_only_the_runs_of_this_sweep(tmp_path, four):
     callback = ComparisonCallback()
-    callback.on_multirun_start(sweep_config(tmp_path))
     done = JobReturn(status=JobStatus.COMPLETED)
     for folder in four[:2]:
         callback.on_job_end(sweep_config(tmp_path, output_dir=str(folder)), done)

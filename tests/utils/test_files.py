@@ -37,9 +37,13 @@ def test_failure_leaves_the_old_file_and_no_temporary(tmp_path, error, existed):
     if existed:
         path.write_text("old")
 
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write("half")
-        raise error
+    def fail():
+        with atomic_write(path) as file:
+            file.write("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert [item.read_text() for item in tmp_path.iterdir()] == (["old"] if existed else [])
 
 
