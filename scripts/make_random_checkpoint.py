@@ -1,0 +1,73 @@
+"""Write a T2T-ViT checkpoint of reproducible random weights, in the published format.
+
+It is for trying the pipeline (conversion, loading, evaluation, speed) without a download. The network has learnt
+nothing: its accuracy is that of guessing and means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
+
+from src.models.t2t_vit import T2T_VIT_VARIANTS
+from src.utils.checkpoint import read_checkpoint, save_checkpoint
+from src.utils.errors import UserError
+from src.utils.files import sha256_of_file
+from src.utils.named_tensors import named_weights, official_shapes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("variant", metavar="VARIANT", help=f"one of {', '.join(T2T_VIT_VARIANTS)}")
+    parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="number of classes (1000)")
+    parser.add_argument(
+        "--image-size", type=int, default=224, metavar="PIXELS", help="height and width, a multiple of 16 (224)"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="where the checkpoint goes; an existing file is an error"
+    )
+    return parser
+
+
+def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Path) -> None:
+    """Write the checkpoint.
+
+    Raises:
+        UserError: unknown variant, sizes out of range, or `output` exists or cannot be written.
+    """
+    if os.path.lexists(output):
+        raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
+    weights = named_weights(official_shapes(variant, num_classes, image_size))
+    save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the checkpoint that `argv` asks for; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    output = Path(arguments.output).expanduser()
+    try:
+        make_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
+        summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    Console().print(
+        f"{output}: random weights, accuracy means nothing\n{summary}", markup=False, highlight=False, soft_wrap=True
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Nothing was written.")

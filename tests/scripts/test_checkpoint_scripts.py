@@ -1,0 +1,321 @@
+"""The checkpoint scripts: what they print, what they leave, and how they fail."""
+
+import functools
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import convert_checkpoint_t2t_vit as convert
+from scripts import download_checkpoint_t2t_vit as download
+from scripts import make_random_checkpoint as make_random
+from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViTVariant, create_t2t_vit
+from src.utils.checkpoint import PUBLISHED_CHECKPOINTS, PublishedCheckpoint, load_checkpoint, read_checkpoint
+from src.utils.named_tensors import named_weights, official_shapes
+
+SCRIPTS = Path(convert.__file__).parent
+FILE_NAME = "80.0_tiny.pth.tar"
+
+
+@pytest.fixture(autouse=True)
+def tiny_variant(monkeypatch):
+    """A variant that is made, written and read in no time, and its published file."""
+    monkeypatch.setitem(T2T_VIT_VARIANTS, "tiny_t", T2TViTVariant("transformer", 64, 2, 2))
+    monkeypatch.setitem(
+        PUBLISHED_CHECKPOINTS, "tiny_t", PublishedCheckpoint(FILE_NAME, "tiny_t", image_size=32, num_classes=5)
+    )
+
+
+def write_published(path, num_classes=5):
+    weights = named_weights(official_shapes("tiny_t", num_classes, 32))
+    torch.save({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, path)
+    return path
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# --- convert -----------------------------------------------------------------------------------------------------
+
+
+def test_convert_prints_the_facts_and_keeps_the_original(tmp_path, capsys):
+    path = write_published(tmp_path / "weights.pth.tar")
+    original = path.read_bytes()
+    assert convert.main([str(path)]) == 0
+    out, err = capsys.readouterr()
+    backup = tmp_path / "weights.pth.tar.og"
+    assert backup.read_bytes() == original
+    parameters = read_checkpoint(path).num_parameters
+    facts = ("tiny_t", "state_dict_ema", f"{parameters:,}", "32", "5", sha256(path), str(backup))
+    lines = out.splitlines()[1:]
+    assert [line.split("  ")[-1].strip() for line in lines] == list(facts)
+    assert err == ""
+
+
+def test_convert_twice_has_nothing_to_do(tmp_path, capsys):
+    path = write_published(tmp_path / "weights.pth.tar")
+    original = path.read_bytes()
+    assert convert.main([str(path)]) == 0
+    converted = path.read_bytes()
+    capsys.readouterr()
+    assert convert.main([str(path)]) == 0
+    assert "converted already, nothing to do" in capsys.readouterr().out
+    assert path.read_bytes() == converted
+    assert (tmp_path / "weights.pth.tar.og").read_bytes() == original
+
+
+def test_convert_goes_on_after_a_bad_file(tmp_path, capsys):
+    good, bad, missing = write_published(tmp_path / "good.pth"), tmp_path / "bad.pth", tmp_path / "missing.pth"
+    bad.write_text("<html></html>")
+    assert convert.main([str(bad), str(missing), str(good)]) == 1
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 2
+    assert f"{bad} is a web page" in errors[0]
+    assert f"{missing} does not exist" in errors[1]
+    assert str(good) in out
+    assert read_checkpoint(good).converted
+
+
+def test_convert_to_an_output(tmp_path, capsys):
+    path = write_published(tmp_path / "weights.pth")
+    original, output = path.read_bytes(), tmp_path / "out [1].safetensors"
+    assert convert.main([str(path), "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out
+    assert path.read_bytes() == original
+    assert read_checkpoint(output).file_format == "safetensors"
+    assert convert.main([str(path), "--output", str(output)]) == 1
+    assert f"{output} exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_convert_takes_one_file_for_an_output(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        convert.main(["a", "b", "--output", str(tmp_path / "c")])
+    assert caught.value.code == 2
+    assert "--output takes one FILE" in capsys.readouterr().err
+
+
+def test_convert_expands_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_published(tmp_path / "weights.pth")
+    assert convert.main(["~/weights.pth"]) == 0
+    assert read_checkpoint(path).converted
+
+
+# --- make random -------------------------------------------------------------------------------------------------
+
+
+def test_random_checkpoint_is_in_the_published_format_and_loads(tmp_path, capsys):
+    output = tmp_path / "random.pth.tar"
+    assert make_random.main(["tiny_t", "--num-classes", "3", "--image-size", "48", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy means nothing" in out
+    assert sha256(output) in out
+    stored = torch.load(output, weights_only=True)
+    assert list(stored) == ["state_dict_ema"]
+    assert all(tensor.dtype == torch.float32 for tensor in stored["state_dict_ema"].values())
+    expected = named_weights(official_shapes("tiny_t", 3, 48))
+    assert list(stored["state_dict_ema"]) == list(expected)
+    assert all(torch.equal(stored["state_dict_ema"][key], expected[key].float()) for key in expected)
+    model = create_t2t_vit("tiny_t", num_classes=3, image_size=48)
+    load_checkpoint(model, output)
+    logits = model.eval()(torch.zeros(1, 3, 48, 48))
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["tiny_x"], ["'tiny_x'", "Did you mean 'tiny_t'"]),
+        (["tiny_t", "--image-size", "50"], ["image_size=50", "multiple of 16"]),
+        (["tiny_t", "--num-classes", "0"], ["num_classes=0"]),
+    ],
+)
+def test_random_checkpoint_names_what_is_wrong(tmp_path, capsys, arguments, parts):
+    assert make_random.main([*arguments, "--output", str(tmp_path / "random.pth")]) == 1
+    err = capsys.readouterr().err
+    assert all(part in err for part in parts)
+    assert names(tmp_path) == []
+
+
+def test_random_checkpoint_overwrites_nothing(tmp_path, capsys):
+    output = tmp_path / "random.pth"
+    output.write_text("mine")
+    assert make_random.main(["tiny_t", "--output", str(output)]) == 1
+    assert f"{output} exists and is not overwritten" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+
+
+# --- download ----------------------------------------------------------------------------------------------------
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; below `/cut/` every answer ends halfway."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if not self.path.startswith("/cut/"):
+            super().do_GET()
+            return
+        content = (Path(self.directory) / self.path.removeprefix("/cut/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """Folder with the published file, and the address it is served at."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    write_published(folder / FILE_NAME)
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def fetch(tmp_path, url, *more, name="tiny_t"):
+    return download.main([name, "--output-dir", str(tmp_path / "to" / "here"), "--url", url, *more])
+
+
+@pytest.mark.parametrize("scheme", ["http", "http_without_slash", "file"])
+def test_download(tmp_path, mirror, capsys, scheme):
+    folder, url = mirror
+    url = {"http": url, "http_without_slash": url.rstrip("/"), "file": folder.as_uri()}[scheme]
+    assert fetch(tmp_path, url) == 0
+    target = tmp_path / "to" / "here" / FILE_NAME
+    assert target.read_bytes() == (folder / FILE_NAME).read_bytes()
+    assert names(target.parent) == [FILE_NAME]
+    out = capsys.readouterr().out
+    assert all(fact in out for fact in (f"{target}: fetched from {url}", "tiny_t", sha256(target)))
+
+
+def test_download_again_has_nothing_to_do(tmp_path, mirror, capsys):
+    folder, url = mirror
+    assert fetch(tmp_path, url) == 0
+    (folder / FILE_NAME).unlink()
+    capsys.readouterr()
+    assert fetch(tmp_path, url) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_download_and_convert(tmp_path, mirror, capsys):
+    folder, url = mirror
+    target = tmp_path / "to" / "here" / FILE_NAME
+    for _ in range(2):
+        assert fetch(tmp_path, url, "--convert") == 0
+        assert names(target.parent) == [FILE_NAME, FILE_NAME + ".og"]
+        assert read_checkpoint(target).converted
+        assert (target.parent / (FILE_NAME + ".og")).read_bytes() == (folder / FILE_NAME).read_bytes()
+    assert sha256(target) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["cut", "html", "wrong_classes", "missing", "no_server"])
+def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(tmp_path, mirror, capsys, fault):
+    folder, url = mirror
+    file = folder / FILE_NAME
+    expected = {
+        "cut": f"the connection ended after {file.stat().st_size // 2:,} of {file.stat().st_size:,} bytes",
+        "html": "is a web page",
+        "wrong_classes": f"holds tiny_t, 7 classes, 32 px, but {FILE_NAME} is tiny_t, 5 classes, 32 px",
+        "missing": "the server answers 404",
+        "no_server": "cannot be fetched",
+    }
+    if fault == "cut":
+        url += "cut/"
+    elif fault == "html":
+        file.write_text("<!doctype html><title>Not here</title>")
+    elif fault == "wrong_classes":
+        write_published(file, num_classes=7)
+    elif fault == "missing":
+        file.unlink()
+    else:
+        url = "http://127.0.0.1:9/"  # the discard port: nobody listens
+    assert fetch(tmp_path, url) == 1
+    err = capsys.readouterr().err
+    target = tmp_path / "to" / "here" / FILE_NAME
+    assert expected[fault] in err
+    assert f"fetch {url}{FILE_NAME} by hand and put it at {target}" in err
+    assert ".download-" not in err
+    assert names(target.parent) == []
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, mirror, monkeypatch):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(tmp_path, mirror[1])
+    assert names(tmp_path / "to" / "here") == []
+
+
+def test_a_damaged_file_that_is_there_already_is_kept_and_named(tmp_path, mirror, capsys):
+    target = tmp_path / "to" / "here" / FILE_NAME
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"PK\x03\x04 half a download")
+    assert fetch(tmp_path, mirror[1]) == 1
+    err = capsys.readouterr().err
+    assert f"{target} (" in err
+    assert "cut short or damaged" in err
+    assert "move it away" in err
+    assert target.read_bytes() == b"PK\x03\x04 half a download"
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "parts"),
+    [
+        ("t2t_vit_t14", None, ["Unknown T2T-ViT checkpoint 't2t_vit_t14'", "'t2t_vit_t_14'"]),
+        ("t2t_vit_14_wide", None, ["No checkpoint of t2t_vit_14_wide is published", "t2t_vit_14_384"]),
+        ("tiny_t", "ftp://host/", ["--url ftp://host/", "https, http, file"]),
+        ("tiny_t", "/some/folder", ["--url /some/folder"]),
+        ("tiny_t", "file:///no/such/folder", ["No such file", "by hand"]),
+    ],
+)
+def test_download_names_what_is_wrong_with_its_options(tmp_path, capsys, name, url, parts):
+    assert fetch(tmp_path, url or "http://127.0.0.1:9/", name=name) == 1
+    err = capsys.readouterr().err
+    assert all(part in err for part in parts)
+
+
+# --- as commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["convert_checkpoint_t2t_vit", "download_checkpoint_t2t_vit"])
+def test_a_users_error_ends_with_one_line_and_status_1(tmp_path, script):
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "no_such_thing"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert "no_such_thing" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_checkpoint_is_made_and_converted_from_any_folder(tmp_path):
+    def run(script, *arguments):
+        command = [sys.executable, str(SCRIPTS / script), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    run("make_random_checkpoint.py", "t2t_vit_7", "--num-classes", "5", "--image-size", "32", "--output", "a.pth")
+    assert "t2t_vit_7" in run("convert_checkpoint_t2t_vit.py", "a.pth")
+    assert names(tmp_path) == ["a.pth", "a.pth.og"]
