@@ -276,11 +276,10 @@ def create_t2t_vit(
                 dim,
                 TOKEN_DIM,
                 create_attention(
-                    **config,
                     sequence_length=length,
                     dim_heads=TOKEN_DIM,
                     softmax_temp=dim**-0.5,
-                    seed=stage_seed(seed, stage),
+                    **{"seed": stage_seed(seed, stage), **config},
                 ),
             )
             for stage, (dim, length, config) in enumerate(
@@ -313,5 +312,8 @@ def _stage_configs(attention: str | Sequence[Mapping[str, Any] | str] | None) ->
         config = {"name": config} if isinstance(config, str) else dict(config)
         if "name" not in config:
             raise UserError(f"The attention config of stage {stage} has no name: {config}. Add name=... to it.")
+        for fixed in ("sequence_length", "dim_heads", "softmax_temp"):
+            if fixed in config:
+                raise UserError(f"{fixed} of a token stage follows from the model; take it out of the stage's config.")
         configs.append({"config_name": config.pop("name"), **config})
     return configs

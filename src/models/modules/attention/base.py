@@ -1,0 +1,136 @@
+"""What the attention modules share: the calling convention, and random-feature rows that can be drawn again."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from src.ops.inputs import check_dropout
+from src.ops.projection import draw_projection
+from src.utils.errors import UserError
+
+
+class AttentionModule(nn.Module):
+    """Base of the attention modules.
+
+    Sub-classes give `_attend` (the fast operator) and `_weights` (the dense weights, for inspection), both over
+    (B, H, length, width) tensors.
+
+    Args:
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: hide the keys j > i.
+        attention_dropout: probability of dropping an attention weight in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if softmax_temp is not None and not softmax_temp > 0:
+            raise UserError(f"softmax_temp={softmax_temp} has to be positive; leave it out for E ** -0.5.")
+        check_dropout(attention_dropout)
+        self.softmax_temp = softmax_temp
+        self.causal = causal
+        self.attention_dropout = attention_dropout
+        self.backend = backend
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_lengths: torch.Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            query: (B, T, H, E).
+            key: (B, S, H, E).
+            value: (B, S, H, D).
+            key_lengths: (B,) integers, number of keys of each sample; the rest is padding. None for all.
+            need_weights: also return the weights of the dense form, without dropout. Takes O(T S) memory.
+
+        Returns:
+            Output (B, T, H, D), and weights (B, H, T, S) or None. A query that sees no key gives zero.
+
+        Raises:
+            UserError: shapes, dtypes or options that do not fit.
+        """
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        options = {"is_causal": self.causal, "key_lengths": key_lengths, "scale": self.softmax_temp}
+        dropout_p = self.attention_dropout if self.training else 0.0
+        out = self._attend(query, key, value, dropout_p=dropout_p, backend=self.backend, **options)
+        weights = None
+        if need_weights:
+            options["scale"] = query.shape[-1] ** -0.5 if self.softmax_temp is None else self.softmax_temp
+            weights = self._weights(query, key, value, **options).to(query.dtype)
+        return out.transpose(1, 2), weights
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Options, for `print(model)`."""
+        options = {"softmax_temp": self.softmax_temp, "causal": self.causal, "dropout": self.attention_dropout}
+        return ", ".join(f"{name}={value}" for name, value in {**self.sizes(), **options}.items())
+
+    def sizes(self) -> dict[str, int]:
+        """Window and feature numbers by the names of their options; empty for full attention."""
+        return {}
+
+
+class RandomFeatureAttention(AttentionModule):
+    """Base of the attentions with random features: holds their rows in the buffer `projection_matrix` (rows, E).
+
+    Args:
+        dim_heads: width E of queries and keys.
+        num_rows: number of rows.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: hide the keys j > i.
+        seed: seed of the rows.
+        row_norm: length of the rows, see `draw_projection`.
+        attention_dropout: probability of dropping an attention weight in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+    """
+
+    projection_matrix: torch.Tensor
+
+    def __init__(
+        self,
+        dim_heads: int,
+        num_rows: int,
+        softmax_temp: float | None,
+        causal: bool,
+        seed: int,
+        row_norm: str,
+        attention_dropout: float,
+        backend: str,
+    ) -> None:
+        super().__init__(softmax_temp, causal, attention_dropout, backend)
+        self.row_norm = row_norm
+        self.register_buffer("projection_matrix", draw_projection(num_rows, dim_heads, seed, row_norm=row_norm))
+
+    @torch.no_grad()
+    def redraw_projection(self, seed: int) -> None:
+        """Draw the rows again, in place, from `seed`."""
+        rows = draw_projection(*self.projection_matrix.shape, seed, row_norm=self.row_norm)
+        self.projection_matrix.copy_(rows)
+
+
+def default_num_features(dim_heads: int) -> int:
+    """Number of random features where none is given: E log E (Choromanski et al., ICLR 2021, theorem 4), even."""
+    return max(2, int(dim_heads * math.log(dim_heads)) // 2 * 2)
