@@ -476,15 +476,15 @@ def _load_file(path: Path) -> tuple[Any, str]:
             f"{path} is a Git LFS pointer, not the checkpoint itself. Run 'git lfs pull' in its repository, or "
             "download the file."
         )
-    is_zip, is_pickle = head.startswith(b"PK\x03\x04"), head.startswith(b"\x80")
-    if not is_zip and not is_pickle:
-        if path.suffix == ".safetensors" or head[8:9] == b"{":
-            return _load_safetensors(path, size), "safetensors"
-        if head[257:262] == b"ustar":
-            raise UserError(
-                f"{path} is a tar archive. Unpack it (tar -xf {path.name}) and name the checkpoint in it; the "
-                "published .pth.tar files are no archives and are used as they are."
-            )
+    is_torch = head.startswith((b"PK\x03\x04", b"\x80"))  # a zip archive, or the pickle of older versions
+    # First: the length of the header, 8 bytes, can begin like a pickle.
+    if head[5:9] == b"\0\0\0{" or (path.suffix == ".safetensors" and not is_torch):
+        return _load_safetensors(path, size), "safetensors"
+    if head[257:262] == b"ustar":
+        raise UserError(
+            f"{path} is a tar archive. Unpack it (tar -xf {path.name}) and name the checkpoint in it; the "
+            "published .pth.tar files are no archives and are used as they are."
+        )
     try:
         # Training runs of timm keep their options as a Namespace, which is plain data. Opened here because
         # torch.load takes a path that ends in .safetensors for what its name says.
@@ -498,7 +498,7 @@ def _load_file(path: Path) -> tuple[Any, str]:
                 f"{path} contains code ({refused[1]}), which was not run. Get the checkpoint from a source "
                 "you trust, saved as weights alone: torch.save(model.state_dict(), ...)."
             ) from error
-        if is_zip or is_pickle:
+        if is_torch:
             raise UserError(
                 f"{path} ({size:,} bytes) is cut short or damaged, or not a file of torch.save. Download it again "
                 "and compare the sizes."
