@@ -1,0 +1,70 @@
+"""From configs to objects, with errors that name the option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from src.models.t2t_vit import T2TViT, create_t2t_vit
+from src.utils.errors import UserError
+
+
+def build(config: DictConfig, group: str, **objects: Any) -> Any:
+    """Instantiate `config`, which has a `_target_`.
+
+    Args:
+        config: the group's config.
+        group: its name, for the message.
+        **objects: arguments that no config holds.
+
+    Raises:
+        UserError: the object refuses its arguments; the message is its own.
+    """
+    try:
+        return hydra.utils.instantiate(config, **objects)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        reason = str(cause if cause is not None else error).strip()
+        if isinstance(cause, ModuleNotFoundError):
+            reason += " Install the package, or choose another."
+        raise UserError(f"{group} cannot be built: {reason} Check the options under '{group}'.") from error
+
+
+def build_group(config: DictConfig | None, group: str) -> list[Any]:
+    """Instantiate every entry of a group such as `callbacks` or `logger`; None is an empty group."""
+    entries = config.items() if config is not None else ()
+    return [build(entry, f"{group}.{name}") for name, entry in entries if entry is not None]
+
+
+def build_model(config: DictConfig) -> T2TViT:
+    """Build the T2T-ViT that the group `model` describes.
+
+    Raises:
+        UserError: see `create_t2t_vit`; one stage has an attention and the other none.
+    """
+    options = OmegaConf.to_container(config, resolve=True)
+    stages = [options.pop(f"t2tattn{stage}_cfg") for stage in (1, 2)]
+    if stages == [None, None]:
+        return create_t2t_vit(**options)
+    if None in stages:
+        raise UserError(
+            "Only one of model.t2tattn1_cfg and model.t2tattn2_cfg is set. Choose both by model/t2tattn_cfg=NAME."
+        )
+    return create_t2t_vit(attention=stages, **options)
+
+
+def attention_name(config: DictConfig, model: T2TViT) -> str | None:
+    """Name of the token stages' attention: `sblocal`, or `sblocal+local` where they differ.
+
+    None for a variant whose token stages are part of the model.
+    """
+    if model.token_attentions is None:
+        return None
+    stages = (config.t2tattn1_cfg, config.t2tattn2_cfg)
+    first, second = ("full" if stage is None else stage["name"] for stage in stages)
+    return first if first == second else f"{first}+{second}"

@@ -1,0 +1,107 @@
+"""Image classification: what a test step and its metrics are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from src.evaluation.results import Records, summarise
+from src.tasks.records import ImageRecords
+
+
+class ImageClassification(pl.LightningModule):
+    """Evaluates a classifier, over several draws of its random features where it has any.
+
+    Args:
+        model: module (B, 3, size, size) -> (B, num_classes). If its attribute `has_random_features` is true it has
+            `redraw_projections(seed)`.
+        num_images: number of images of the test split, over all processes.
+        num_classes: number of classes.
+        seeds: one seed for each draw; a model without random features takes one.
+        forward: compiled form of `model`, sharing its parameters and buffers; None is `model` itself.
+
+    Attributes:
+        records: after the test, what was kept of every image (on every process).
+        seconds: duration of the test loop, the first batch left out where there are more (it warms up).
+        images_per_second: forward passes of all processes and draws over that duration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_images: int,
+        num_classes: int,
+        seeds: Sequence[int],
+        forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.seeds = list(seeds)
+        # not a sub-module: the compiled form would register the parameters a second time
+        self._forward = (forward or model,)
+        self.image_records = ImageRecords(num_images, num_classes, len(self.seeds))
+        self.running_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
+        self.records: Records | None = None
+        self.seconds = 0.0
+        self.images_per_second = 0.0
+        self._draws: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def on_test_start(self) -> None:
+        """Draw the random features of every seed once; a step then only copies them."""
+        self._draws = []
+        for seed in self.seeds:
+            if getattr(self.model, "has_random_features", False):
+                self.model.redraw_projections(seed)
+                rows = [buffer for name, buffer in self.model.named_buffers() if name.endswith("projection_matrix")]
+                self._draws.append([(buffer, buffer.clone()) for buffer in rows])
+            else:
+                self._draws.append([])
+        self._images_seen = 0
+        self._clock_started = self._now()
+
+    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        """Evaluate a batch (images, targets, indices) under every draw."""
+        images, targets, indices = batch
+        for draw, rows in enumerate(self._draws):
+            for buffer, drawn in rows:
+                buffer.copy_(drawn)
+            logits = self._forward[0](images)
+            self.image_records.update(draw, indices, logits, targets)
+            self.running_accuracy.update(logits, targets)
+        self._images_seen += len(images) * len(self.seeds)
+        if batch_idx == 0:
+            self._first_batch_ended = self._now()
+            self._images_of_first_batch = self._images_seen
+
+    def progress_so_far(self) -> tuple[float, float]:
+        """Images per second and top-1 accuracy in percent of this process, draws taken together."""
+        rate = self._images_seen / (time.perf_counter() - self._clock_started)
+        return rate, 100 * float(self.running_accuracy.compute())
+
+    def on_test_epoch_end(self) -> None:
+        """Gather the records of all processes, and the throughput."""
+        ended = self._now()
+        start, seen = self._clock_started, self._images_seen
+        if seen > self._images_of_first_batch:
+            start, seen = self._first_batch_ended, seen - self._images_of_first_batch
+        self.seconds = ended - start
+        rate = torch.tensor(seen / self.seconds, dtype=torch.float64, device=self._scalar_device())
+        self.images_per_second = float(self.trainer.strategy.reduce(rate, reduce_op="sum"))
+        self.records = self.image_records.compute()
+        figures = summarise(self.records)
+        self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, rank_zero_only=True)
+
+    def _scalar_device(self) -> torch.device | str:
+        # MPS has no float64
+        return self.device if self.device.type == "cuda" else "cpu"
+
+    def _now(self) -> float:
+        """Seconds, once everything asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

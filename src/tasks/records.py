@@ -1,0 +1,68 @@
+"""What an evaluation keeps of every image, exact on any number of processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torchmetrics import Metric
+
+from src.evaluation.results import MAX_PREDICTIONS, Records
+
+
+class ImageRecords(Metric):
+    """Loss and best classes of each image under each draw of the random features.
+
+    Each process fills the rows of its own images; the sum over processes is the whole table. A row filled twice, or
+    never, shows in `count`, so that no figure can come from a wrong number of images.
+
+    Args:
+        num_images: number of images N, over all processes.
+        num_classes: number of classes.
+        num_draws: number of draws K.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_images: int, num_classes: int, num_draws: int = 1) -> None:
+        super().__init__()
+        width = min(MAX_PREDICTIONS, num_classes)
+        for name, shape, dtype in (
+            ("count", (num_draws, num_images), torch.int32),
+            ("targets", (num_images,), torch.int64),
+            ("top5_classes", (num_draws, num_images, width), torch.int64),
+            ("top5_probabilities", (num_draws, num_images, width), torch.float64),
+            ("losses", (num_draws, num_images), torch.float64),
+        ):
+            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, draw: int, indices: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Fill the rows of a batch.
+
+        Args:
+            draw: which draw of the random features, in [0, K).
+            indices: (B,) rows of the images.
+            logits: (B, num_classes), of any float dtype; softmax and loss are computed in float32 at least.
+            targets: (B,) classes.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        probabilities, classes = logits.softmax(-1).topk(self.top5_classes.shape[-1])
+        self.count[draw, indices] += 1
+        self.targets[indices] = targets
+        self.top5_classes[draw, indices] = classes
+        self.top5_probabilities[draw, indices] = probabilities.double()
+        self.losses[draw, indices] = F.cross_entropy(logits, targets, reduction="none").double()
+
+    def compute(self) -> Records:
+        """The table over all processes.
+
+        Raises:
+            RuntimeError: an image was not counted exactly once for each draw.
+        """
+        wrong = (self.count != 1).any(0)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise RuntimeError(
+                f"{int(wrong.sum())} of {wrong.numel()} images were not counted exactly once, the first of them "
+                f"number {first}: {self.count[:, first].tolist()} times."
+            )
+        return Records(self.targets, self.top5_classes, self.top5_probabilities, self.losses)
