@@ -1,0 +1,851 @@
+"""Time and memory of every attention against sequence length, beside other implementations in the same run.
+
+Machines are shared and noisy, so what counts are ratios: in each round every candidate runs once at every length, in
+turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
+and the median of the rounds is reported; so is the growth from one length to the next. Window and features follow from
+--memory-fraction for each length; for the growth they are kept as they are at --growth-length, in rows of their own.
+
+Memory is the peak of what one call allocates, its inputs not counted and its output counted. CUDA: the caching
+allocator's peak. CPU: the peak of live bytes from PyTorch's allocator, as its profiler records every allocation and
+release, those inside fused kernels too; scratch space that BLAS libraries take from the system is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch is imported: its profiler writes to stderr otherwise
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
+
+from src.models.modules.attention import ATTENTIONS, create_attention
+from src.ops.features import log_softmax_features
+from src.ops.projection import draw_projection
+from src.utils.errors import UserError, did_you_mean
+from src.utils.files import atomic_write
+
+PASSES = ("forward", "training")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BASELINE = "SDPA"
+CUDA_BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# A sample shorter than this says more about the clock than about the candidate; calls are repeated until it is passed.
+SHORTEST_SAMPLE_SECONDS = 2e-3
+# What fast-transformers' local products hold at positions without a key.
+NO_KEY = -1e20
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Candidate:
+    """One implementation at one length.
+
+    Attributes:
+        name: its row in the tables.
+        kind: `attention` (ours), `growth` (ours, with the sizes of another length) or `peer`.
+        function: query (B, N, H, E), key and value likewise, to output (B, N, H, E).
+        window: number of keys in the window, 0 for none.
+        features: number of random features, 0 for none.
+        memory_fraction: memory over that of full attention, by the published rule of counting.
+    """
+
+    name: str
+    kind: str
+    function: Function
+    window: int = 0
+    features: int = 0
+    memory_fraction: float = 1.0
+
+
+@dataclass
+class Measurement:
+    """Figures of one candidate at one length in one pass; times are those of one call."""
+
+    name: str
+    kind: str
+    length: int
+    attention_pass: str
+    window: int
+    features: int
+    memory_fraction: float
+    temporary_bytes: int
+    calls_per_sample: int
+    milliseconds: float
+    milliseconds_min: float
+    ratio_to_sdpa: float
+    device_milliseconds: float | None
+    milliseconds_per_round: list[float] = field(repr=False)
+
+
+@dataclass
+class Entry:
+    """A candidate at one length in one pass, while it is measured."""
+
+    candidate: Candidate
+    length: int
+    attention_pass: str
+    call: Callable[[], object]
+    number: int = 1
+    temporary_bytes: int = 0
+    device_milliseconds: float | None = None
+    milliseconds: list[float] = field(default_factory=list)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` where argparse would print its usage and exit with status 2."""
+
+    def error(self, message: str) -> None:
+        """Refuse the arguments.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message[:1].upper()}{message[1:]}. --help lists the options.")
+
+
+def comma_separated(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Type of an option that takes a list of `known` names."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for name in text.split(",") if name))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"'{name}' is unknown. {did_you_mean(name, known)}")
+        if not names:
+            raise argparse.ArgumentTypeError(f"the list is empty. {did_you_mean('', known)}")
+        return names
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """Type of an option that takes an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+    return int(text)
+
+
+def positive_list(text: str) -> tuple[int, ...]:
+    """Type of an option that takes integers of at least 1, separated by commas."""
+    return tuple(sorted({positive(part) for part in text.split(",")}))
+
+
+def fraction(text: str) -> float:
+    """Type of an option that takes a number, fractions such as 1/32 included."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction such as 1/32") from error
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--attentions",
+        type=comma_separated(tuple(ATTENTIONS)),
+        default=tuple(ATTENTIONS),
+        metavar="NAMES",
+        help=f"separated by commas ({','.join(ATTENTIONS)})",
+    )
+    parser.add_argument(
+        "--lengths", type=positive_list, default=(784, 3136, 12544), metavar="N,...", help="(784,3136,12544)"
+    )
+    parser.add_argument(
+        "--passes",
+        type=comma_separated(PASSES),
+        default=PASSES,
+        metavar="NAMES",
+        help="forward (in inference mode), training (forward and backward) (forward,training)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA where it is)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(float32)")
+    parser.add_argument("--batch", type=positive, default=4, metavar="B", help="(4)")
+    parser.add_argument("--heads", type=positive, default=1, metavar="H", help="(1)")
+    parser.add_argument("--dim", type=positive, default=64, metavar="E", help="width of a head (64)")
+    parser.add_argument("--memory-fraction", type=fraction, default=1 / 32, metavar="F", help="budget (1/32)")
+    parser.add_argument(
+        "--growth-length", type=positive, metavar="N", help="length whose window and features the growth is taken with"
+    )
+    parser.add_argument("--threads", type=positive, metavar="T", help="CPU threads (PyTorch's choice)")
+    parser.add_argument("--repeats", type=positive, default=15, metavar="R", help="rounds (15)")
+    parser.add_argument("--compile", action="store_true", help="also time the attentions under torch.compile")
+    parser.add_argument("--no-peers", action="store_true", help="of the peers, time SDPA alone")
+    parser.add_argument(
+        "--memory-limit",
+        type=fraction,
+        default=2.0,
+        metavar="GIB",
+        help="leave out softmax written out where its N x N matrices take more (2)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--figure", metavar="FILE", help="plot time against length (.png, .pdf, .svg)")
+    return parser
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` asks for.
+
+    Raises:
+        UserError: CUDA is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def machine_info(device: torch.device) -> dict[str, str | int | None]:
+    """What a figure has to be read with: processor, threads, versions, GPU."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), processor)
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "system": platform.platform(),
+    }
+
+
+# Candidates -----------------------------------------------------------------------------------------------------------
+
+
+def module_function(module: torch.nn.Module) -> Function:
+    """An attention module as a function of three tensors."""
+    return lambda query, key, value: module(query, key, value)[0]
+
+
+def compiled(function: Function) -> Function:
+    """A function under `torch.compile`, for one shape."""
+    # with code of its own, or PyTorch would count the shapes of all candidates against one limit of recompilations
+    code = function.__code__.replace(co_name=f"compiled_{id(function)}")
+    return torch.compile(types.FunctionType(code, globals(), closure=function.__closure__), dynamic=False)
+
+
+def heads_first(function: Function) -> Function:
+    """A function of (B, H, N, E) tensors as one of (B, N, H, E) tensors."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+
+    return attend
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Full attention by PyTorch's fused kernels, (B, H, N, E)."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def sdpa_through(backend: SDPBackend) -> Function:
+    """`sdpa` by one of its kernels."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(query, key, value)
+
+    return attend
+
+
+def softmax_written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Full attention with its N x N matrix, (B, H, N, E)."""
+    return torch.softmax(query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5, dim=-1) @ value
+
+
+def fast_transformers_peers(shape: Sequence[int], device: torch.device, sizes: dict[str, tuple[int, int]]) -> list:
+    """Peers out of pytorch-fast-transformers, with windows and features of our own attentions.
+
+    Args:
+        shape: (B, N, H, E).
+        device: where they run.
+        sizes: window and features by attention.
+
+    Raises:
+        ImportError: the package is not installed.
+        RuntimeError: its kernels are not built for `device`.
+    """
+    from fast_transformers import local_product
+    from fast_transformers.attention.linear_attention import LinearAttention
+    from fast_transformers.feature_maps import Favor
+    from fast_transformers.masking import FullMask, LengthMask
+
+    if local_product.LocalDotProduct.dot[device.type] is None:
+        raise RuntimeError(f"its kernels are not built for {device.type}")
+    batch, length, _, dim = shape
+    scale = dim**-0.5
+    lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
+    no_mask = torch.zeros(1, 1, device=device).expand(length, length)  # the kernels want one; a view takes no memory
+
+    def products(left: torch.Tensor, right: torch.Tensor, window: int) -> torch.Tensor:
+        return local_product.local_dot_product(left.contiguous(), right.contiguous(), no_mask, lengths, window)
+
+    def local(window: int) -> Function:
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            weights = torch.softmax(products(query, key, window) * scale, dim=-1)
+            return local_product.local_weighted_average(weights, value.contiguous())
+
+        return attend
+
+    def scatterbrain(window: int, features: int) -> Function:
+        rows = draw_projection(features // 2, dim, seed=0).to(device)
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            # as published: the low-rank part over all keys, and its share inside the window taken off again
+            log_query = log_softmax_features(query, rows, scale, cosh=True)
+            log_key = log_softmax_features(key, rows, scale, cosh=True)
+            query_max = log_query.detach().amax(-1, keepdim=True)
+            key_max = log_key.detach().amax((-2, -1), keepdim=True)
+            query_features, key_features = (log_query - query_max).exp(), (log_key - key_max).exp()
+            logits = products(query, key, window) * scale
+            estimate = products(query_features, key_features, window)
+            estimate = estimate.masked_fill(estimate < NO_KEY, 0.0)
+            log_scale = query_max + key_max
+            reference = torch.maximum(logits.detach().amax(-1, keepdim=True), log_scale)
+            low_rank_scale = (log_scale - reference).exp()
+            correction = (logits - reference).exp() - estimate * low_rank_scale
+            sums = query_features @ (key_features.transpose(-2, -1) @ value)
+            norms = query_features @ key_features.sum(-2).unsqueeze(-1)
+            numerator = local_product.local_weighted_average(correction, value.contiguous()) + sums * low_rank_scale
+            return numerator / (correction.sum(-1, keepdim=True) + norms * low_rank_scale)
+
+        return attend
+
+    def performer(features: int) -> Function:
+        # Its features come in pairs; the rows are drawn once, as ours are, and not on each call. Its orthogonal rows
+        # need a function that PyTorch has removed; for the time it does not matter which rows they are.
+        options = {"orthogonal": False, "stabilize": True, "deterministic_eval": True}
+        favor = Favor.factory(n_dims=max(2, features // 2 * 2), **options)
+        attention = LinearAttention(dim, feature_map=favor).to(device)
+        attention.feature_map.new_feature_map(device)
+        attention.eval()
+        full = FullMask(length, device=device)
+        keys = LengthMask(lengths, max_len=length, device=device)
+        # it builds these on first use, and if that is in inference mode, they are of no use in training
+        masks = (full, keys, keys) if full.all_ones and keys.float_matrix is not None else ()
+        return lambda query, key, value: attention(query, key, value, *masks)
+
+    peers = []
+    for name, (window, features) in sizes.items():
+        if name == "local":
+            peers.append(Candidate("fast-transformers local", "peer", heads_first(local(window)), window))
+        elif name == "performer":
+            peers.append(Candidate("fast-transformers performer", "peer", performer(features), 0, features))
+        elif name == "sblocal":
+            form = heads_first(scatterbrain(window, features))
+            peers.append(Candidate("published form of sblocal", "peer", form, window, features))
+    return peers
+
+
+class Bench:
+    """One run: what is timed, on what, and what was left out.
+
+    Args:
+        arguments: the options.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = choose_device(arguments.device)
+        self.dtype = DTYPES[arguments.dtype]
+        self.growth_length = arguments.growth_length or arguments.lengths[len(arguments.lengths) // 2]
+        self.skipped: list[dict[str, str | int]] = []
+        self.measurements: list[Measurement] = []
+
+    def skip(self, name: str, length: int, reason: str, attention_pass: str = "all") -> None:
+        """Note that a candidate is left out, and why."""
+        self.skipped.append({"name": name, "length": length, "pass": attention_pass, "reason": reason})
+
+    def inputs(self, length: int) -> Tensors:
+        """Normal query, key and value (B, N, H, E), the same in each run."""
+        arguments = self.arguments
+        generator = torch.Generator().manual_seed(length)
+        shape = (arguments.batch, length, arguments.heads, arguments.dim)
+        return tuple(torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(3))
+
+    def attention(self, name: str, length: int, budget_length: int) -> Candidate:
+        """One of our attentions, with the window and features that fit `budget_length`."""
+        arguments = self.arguments
+        module = create_attention(name, budget_length, arguments.dim, memory_fraction=arguments.memory_fraction)
+        module.to(self.device).eval()
+        sizes = module.sizes()
+        window, features = sizes.get("local_context", 0), sizes.get("nb_features", 0)
+        share = (window + 2 * features) / length if sizes else 1.0
+        kind = "attention" if budget_length == length else "growth"
+        label = name if kind == "attention" else f"{name} as at {budget_length}"
+        return Candidate(label, kind, module_function(module), window, features, min(1.0, share))
+
+    def candidates(self, length: int) -> list[Candidate]:
+        """Everything that is timed at one length; SDPA, the baseline, comes first."""
+        arguments = self.arguments
+        ours = [self.attention(name, length, length) for name in arguments.attentions]
+        found = [Candidate(BASELINE, "peer", heads_first(sdpa))]
+        if not arguments.no_peers:
+            if self.device.type == "cuda":
+                found += [
+                    Candidate(f"SDPA {name}", "peer", heads_first(sdpa_through(backend)))
+                    for name, backend in CUDA_BACKENDS.items()
+                ]
+            found.append(Candidate("softmax written out", "peer", heads_first(softmax_written_out)))
+            found += self.fast_transformers(length, {item.name: (item.window, item.features) for item in ours})
+        found += ours
+        if arguments.compile:
+            for item in ours:
+                form = compiled(item.function)
+                found.append(Candidate(f"{item.name}, compiled", "compiled", form, *self.sizes(item)))
+        if length != self.growth_length:
+            grown = [self.attention(name, length, self.growth_length) for name in arguments.attentions]
+            found += [item for item in grown if item.window or item.features]
+        return found
+
+    @staticmethod
+    def sizes(candidate: Candidate) -> tuple[int, int, float]:
+        """Window, features and memory fraction of a candidate."""
+        return candidate.window, candidate.features, candidate.memory_fraction
+
+    def fast_transformers(self, length: int, sizes: dict[str, tuple[int, int]]) -> list[Candidate]:
+        """Its peers, none where they cannot run."""
+        arguments = self.arguments
+        reason = f"it knows float32 only, not {arguments.dtype}"
+        if self.dtype == torch.float32:
+            shape = (arguments.batch, length, arguments.heads, arguments.dim)
+            try:
+                return fast_transformers_peers(shape, self.device, sizes)
+            except ImportError:
+                reason = "pytorch-fast-transformers is not installed"
+            except RuntimeError as error:
+                reason = str(error)
+        self.skip("fast-transformers", length, reason)
+        return []
+
+    def call(self, candidate: Candidate, tensors: Tensors, attention_pass: str) -> Callable[[], object]:
+        """One call of a candidate, without arguments."""
+        if attention_pass == "forward":
+
+            def forward() -> torch.Tensor:
+                with torch.inference_mode():
+                    return candidate.function(*tensors)
+
+            return forward
+        leaves = tuple(x.detach().requires_grad_() for x in tensors)
+        gradient = torch.ones_like(tensors[2])
+
+        def training() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(candidate.function(*leaves), leaves, gradient)
+
+        return training
+
+    def fits(self, candidate: Candidate, length: int, attention_pass: str) -> bool:
+        """Whether a candidate's N x N matrices keep to the memory limit; notes it where they do not."""
+        if candidate.name not in ("softmax written out", "SDPA math"):
+            return True
+        matrices = 2 if attention_pass == "forward" else 4
+        size = matrices * self.arguments.batch * self.arguments.heads * length**2 * self.dtype.itemsize / 2**30
+        if size <= self.arguments.memory_limit:
+            return True
+        self.skip(candidate.name, length, f"its N x N matrices take {size:.1f} GiB (--memory-limit)", attention_pass)
+        return False
+
+    def run(self, console: Console) -> None:
+        """Measure everything."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        by_length = [(length, self.inputs(length), self.candidates(length)) for length in self.arguments.lengths]
+        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+            for attention_pass in self.arguments.passes:
+                entries = [
+                    Entry(item, length, attention_pass, self.call(item, tensors, attention_pass))
+                    for length, tensors, candidates in by_length
+                    for item in candidates
+                    if self.fits(item, length, attention_pass)
+                ]
+                task = progress.add_task(attention_pass, total=len(entries) * (self.arguments.repeats + 1))
+
+                def say(text: str, entry: Entry, task: int = task) -> None:
+                    where = f"{entry.attention_pass}, N = {entry.length}: {text}{entry.candidate.name}"
+                    progress.update(task, advance=1, description=where)
+
+                running = [entry for entry in entries if self.warm_up(entry, say)]
+                progress.update(task, total=len(entries) + len(running) * self.arguments.repeats)
+                self.time_in_rounds(running, say)
+                self.measurements += self.summarise(running)
+                progress.remove_task(task)
+
+    def warm_up(self, entry: Entry, say: Callable[[str, Entry], None]) -> bool:
+        """First calls, memory, and for CUDA the replay; whether the candidate runs at all."""
+        item, call = entry.candidate, entry.call
+        say("warming up ", entry)
+        try:
+            with warnings.catch_warnings():
+                # SDPA warns of each reason why a kernel does not fit; the error that follows says what matters
+                warnings.simplefilter("ignore")
+                for _ in range(3 if self.device.type == "cuda" else 1):
+                    call()
+        except RuntimeError as error:
+            # a kernel that does not take these tensors, no compiler, no memory: the others can still be measured
+            if item.kind == "attention" or item.name == BASELINE:
+                raise UserError(f"{item.name} fails at N = {entry.length} ({first_line(error)}).") from error
+            self.skip(item.name, entry.length, first_line(error), entry.attention_pass)
+            return False
+        entry.number = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / self.seconds(call, 1)))
+        entry.temporary_bytes = peak_bytes(call, self.device)
+        if self.device.type == "cuda":
+            entry.device_milliseconds = graph_milliseconds(call, self.arguments.repeats)
+        return True
+
+    def time_in_rounds(self, entries: list[Entry], say: Callable[[str, Entry], None]) -> None:
+        """Time each entry once in each round."""
+        for turn in range(self.arguments.repeats):
+            # each round begins elsewhere, so that nobody always follows the one that empties the cache
+            start = turn * len(entries) // self.arguments.repeats
+            for entry in entries[start:] + entries[:start]:
+                say("", entry)
+                entry.milliseconds.append(1e3 * self.seconds(entry.call, entry.number))
+
+    def summarise(self, entries: list[Entry]) -> Iterator[Measurement]:
+        """Medians and ratios of one pass."""
+        baselines = {entry.length: entry.milliseconds for entry in entries if entry.candidate.name == BASELINE}
+        for entry in entries:
+            yield Measurement(
+                entry.candidate.name,
+                entry.candidate.kind,
+                entry.length,
+                entry.attention_pass,
+                *self.sizes(entry.candidate),
+                entry.temporary_bytes,
+                entry.number,
+                statistics.median(entry.milliseconds),
+                min(entry.milliseconds),
+                median_ratio(entry.milliseconds, baselines[entry.length]),
+                entry.device_milliseconds,
+                entry.milliseconds,
+            )
+
+    def seconds(self, call: Callable[[], object], number: int) -> float:
+        """Time of one call, as the mean of `number` in a row."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            for _ in range(number):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / 1e3 / number
+        begin = time.perf_counter()
+        for _ in range(number):
+            call()
+        return (time.perf_counter() - begin) / number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(x / y for x, y in zip(numerators, denominators, strict=True))
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Peak of the memory that one call allocates, see the top of this file."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    live = peak = 0
+    for _, change in sorted((item.start_ns(), item.nbytes()) for item in events if item.name() == "[memory]"):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def graph_milliseconds(call: Callable[[], object], repeats: int) -> float | None:
+    """Time of the replay of a CUDA graph, that is, without what the host costs; None where capture fails."""
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    samples = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(4):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(begin.elapsed_time(end) / 4)
+    return statistics.median(samples)
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
+    """Growth of the time from each length to the next, window and features kept where there are any."""
+    lengths = bench.arguments.lengths
+    for attention_pass in bench.arguments.passes:
+        times: dict[str, dict[int, list[float]]] = {}
+        for item in bench.measurements:
+            sized = bool(item.window or item.features)
+            at_home = item.kind == "attention" and (not sized or item.length == bench.growth_length)
+            if item.attention_pass == attention_pass and (at_home or item.kind == "growth" or item.name == BASELINE):
+                times.setdefault(item.name.split(" as at ")[0], {})[item.length] = item.milliseconds_per_round
+        for name, by_length in times.items():
+            for shorter, longer in itertools.pairwise(lengths):
+                if shorter in by_length and longer in by_length:
+                    factor = median_ratio(by_length[longer], by_length[shorter])
+                    exponent = math.log(factor) / math.log(longer / shorter)
+                    yield {
+                        "name": name,
+                        "pass": attention_pass,
+                        "from": shorter,
+                        "to": longer,
+                        "factor": factor,
+                        "exponent": exponent,
+                    }
+
+
+def figure(value: float) -> str:
+    """A positive number to three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def result_tables(bench: Bench) -> Iterator[Table]:
+    """One table for each length and pass, and the one of growth."""
+    arguments = bench.arguments
+    on_cuda = bench.device.type == "cuda"
+    for length in arguments.lengths:
+        for attention_pass in arguments.passes:
+            table = Table(
+                title=f"N = {length}, {attention_pass}: {arguments.dtype} on {bench.device.type}, batch "
+                f"{arguments.batch}, heads {arguments.heads}, width {arguments.dim}",
+                title_justify="left",
+                caption="W keys in the window, M features; MiB: memory of one call, inputs not counted",
+                caption_justify="left",
+            )
+            table.add_column("attention", no_wrap=True)
+            for header in ("W", "M", "MiB", "ms", *(["device ms"] if on_cuda else []), "time/SDPA", "MiB/SDPA"):
+                table.add_column(header, justify="right", no_wrap=True)
+            rows = [x for x in bench.measurements if (x.length, x.attention_pass) == (length, attention_pass)]
+            baseline = next(x for x in rows if x.name == BASELINE)
+            kind = None
+            for item in rows:
+                if kind is not None and item.kind != kind:
+                    table.add_section()
+                kind = item.kind
+                device_time = "-" if item.device_milliseconds is None else figure(item.device_milliseconds)
+                table.add_row(
+                    item.name,
+                    str(item.window or "-"),
+                    str(item.features or "-"),
+                    figure(item.temporary_bytes / 2**20),
+                    figure(item.milliseconds),
+                    *([device_time] if on_cuda else []),
+                    f"{item.ratio_to_sdpa:.3f}",
+                    f"{item.temporary_bytes / max(1, baseline.temporary_bytes):.2f}",
+                )
+            yield table
+    rows = list(growth(bench))
+    if rows:
+        table = Table(
+            title=f"Growth of the time with N; window and features as at N = {bench.growth_length}",
+            title_justify="left",
+            caption="exponent: 1 is linear in N, 2 quadratic",
+            caption_justify="left",
+        )
+        for header in ("pass", "attention", "from N", "to N"):
+            table.add_column(header, justify="right" if "N" in header else "left")
+        for header in ("N grows by", "time grows by", "exponent"):
+            table.add_column(header, justify="right")
+        for row in rows:
+            table.add_row(
+                row["pass"],
+                row["name"],
+                str(row["from"]),
+                str(row["to"]),
+                f"{row['to'] / row['from']:.3g}",
+                f"{row['factor']:.2f}",
+                f"{row['exponent']:.2f}",
+            )
+        yield table
+
+
+def colour(name: str) -> str:
+    """One colour for each attention and what is like it, greys for the forms of full attention."""
+    families = {"sblocal": "tab:red", "performer": "tab:green", "local": "tab:orange", "full": "tab:blue"}
+    for family, value in families.items():
+        if family in name:
+            return value
+    return {BASELINE: "black", "softmax written out": "silver"}.get(name, "grey")
+
+
+def plot(bench: Bench, path: str) -> None:
+    """Time against length, one panel for each pass.
+
+    Raises:
+        UserError: the path cannot be written, or its suffix names no format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    suffix = Path(path).suffix.lstrip(".").lower()
+    arguments = bench.arguments
+    panels, axes = plt.subplots(
+        1, len(arguments.passes), figsize=(6 * len(arguments.passes), 5), squeeze=False, layout="constrained"
+    )
+    styles = {"attention": ("o", "-"), "growth": ("^", "--"), "compiled": ("d", "-."), "peer": ("s", ":")}
+    for axis, attention_pass in zip(axes[0], arguments.passes, strict=True):
+        rows = [item for item in bench.measurements if item.attention_pass == attention_pass]
+        for name in dict.fromkeys(item.name for item in rows):
+            line = [item for item in rows if item.name == name]
+            marker, dashes = styles[line[0].kind]
+            if line[0].kind == "growth":
+                # at the length that the sizes come from, the attention itself is the point
+                line += [x for x in rows if x.length == bench.growth_length and x.name == name.split(" as at ")[0]]
+                line.sort(key=lambda item: item.length)
+            values = [item.milliseconds for item in line]
+            style = {"marker": marker, "linestyle": dashes, "color": colour(name)}
+            axis.plot([item.length for item in line], values, label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel="milliseconds", title=attention_pass)
+        axis.set_xticks(arguments.lengths, [str(length) for length in arguments.lengths])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    panels.suptitle(f"{arguments.dtype} on {bench.device.type}, batch {arguments.batch}, heads {arguments.heads}")
+    with atomic_write(path, "wb") as file:
+        panels.savefig(file, format=suffix, dpi=150)
+    plt.close(panels)
+
+
+def report(bench: Bench) -> dict:
+    """Everything that was measured, for JSON."""
+    results = [asdict(item) for item in bench.measurements]
+    for result in results:
+        result["pass"] = result.pop("attention_pass")
+    settings = {**vars(bench.arguments), "device": bench.device.type, "growth_length": bench.growth_length}
+    return {
+        "machine": machine_info(bench.device),
+        "settings": settings,
+        "results": results,
+        "growth": list(growth(bench)),
+        "skipped": bench.skipped,
+    }
+
+
+@contextlib.contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Run with `number` CPU threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_writable(*paths: str | None) -> None:
+    """Refuse a path that cannot be written before minutes are spent on what would go there.
+
+    Raises:
+        UserError: its folder does not exist, or it is a folder.
+    """
+    for path in paths:
+        if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+            raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write `content` as JSON.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Run the benchmark, print its tables and write its files."""
+    check_writable(arguments.output, arguments.figure)
+    if arguments.figure is not None and Path(arguments.figure).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--figure {arguments.figure}: the name has to end in .png, .pdf or .svg.")
+    bench = Bench(arguments)
+    console = Console()
+    bench.run(Console(stderr=True))
+    for table in result_tables(bench):
+        console.print(table, "")
+    for reason in dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in bench.skipped):
+        console.print(reason, markup=False, highlight=False, soft_wrap=True)
+    info = ", ".join(f"{name} {value}" for name, value in machine_info(bench.device).items() if value is not None)
+    console.print(info, markup=False, highlight=False, soft_wrap=True)
+    if arguments.output is not None:
+        write_json(arguments.output, report(bench))
+    if arguments.figure is not None:
+        plot(bench, arguments.figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark that `argv` asks for; returns the exit status."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        with threads(arguments.threads):
+            benchmark(arguments)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Nothing was written.")
