@@ -634,10 +634,12 @@ def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
             sized = bool(item.window or item.features)
             at_home = item.kind == "attention" and (not sized or item.length == bench.growth_length)
             if item.attention_pass == attention_pass and (at_home or item.kind == "growth" or item.name == BASELINE):
-                times.setdefault(item.name.split(" as at ")[0], {})[item.length] = item.milliseconds_per_round
+                times.setdefault(item.name.split(" as at ")[0], {})[item.length] = rounds(item)
         for name, by_length in times.items():
             for shorter, longer in itertools.pairwise(lengths):
                 if shorter in by_length and longer in by_length:
+                    if len(by_length[longer]) != len(by_length[shorter]):
+                        continue  # a CUDA graph could be captured for one of them only
                     factor = median_ratio(by_length[longer], by_length[shorter])
                     exponent = math.log(factor) / math.log(longer / shorter)
                     yield {
@@ -648,6 +650,11 @@ def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
                         "factor": factor,
                         "exponent": exponent,
                     }
+
+
+def rounds(item: Measurement) -> list[float]:
+    """Times to take the growth from: those of the device where known, or short sequences would show the host's."""
+    return item.milliseconds_per_round if item.device_milliseconds is None else [item.device_milliseconds]
 
 
 def figure(value: float) -> str:
@@ -669,7 +676,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
                 caption_justify="left",
             )
             table.add_column("attention", no_wrap=True)
-            for header in ("W", "M", "MiB", "ms", *(["device ms"] if on_cuda else []), "time/SDPA", "MiB/SDPA"):
+            for header in ("W", "M", "MiB", "ms", *(["device\nms"] if on_cuda else []), "time/\nSDPA", "MiB/\nSDPA"):
                 table.add_column(header, justify="right", no_wrap=True)
             rows = [x for x in bench.measurements if (x.length, x.attention_pass) == (length, attention_pass)]
             baseline = next(x for x in rows if x.name == BASELINE)
