@@ -1,0 +1,28 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import load_golden
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, alone or after others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loader of stored reference outputs: `golden(name)` gives the entries of `golden/<name>.npz`, read once."""
+    loaded: dict[str, dict[str, np.ndarray]] = {}
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        if name not in loaded:
+            loaded[name] = load_golden(name)
+        return loaded[name]
+
+    return load

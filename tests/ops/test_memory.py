@@ -1,0 +1,54 @@
+"""Memory of the fast forms: no (N, N) and no (N, W, E) tensor, forward or backward, and growth linear in N."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import OPERATORS, TensorRecorder, draw_inputs
+
+LENGTH, WINDOW, WIDTH, ROWS = 1024, 49, 64, 12
+MASKS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def record(name: str, length: int, is_causal: bool, padded: bool) -> tuple[TensorRecorder, TensorRecorder]:
+    """Recorders of a forward and a backward pass with one head."""
+    *tensors, projection = draw_inputs(1, 1, length, width=WIDTH, rows=ROWS, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in tensors]
+    lengths = torch.tensor([length - 5]) if padded else None
+    forward, backward = TensorRecorder(), TensorRecorder()
+    with forward:
+        out = OPERATORS[name](*leaves, projection, WINDOW, is_causal=is_causal, key_lengths=lengths)
+    cotangent = torch.ones_like(out)
+    with backward:
+        out.backward(cotangent)
+    return forward, backward
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("is_causal", "padded"), MASKS)
+def test_no_dense_matrix_and_no_gather_of_windows(name, is_causal, padded):
+    # The tiles of a slice have two columns for each key of the window, or the features of a token: a few rows of
+    # width E. The (N, N) matrix has 2^20 elements, the gather (N, W, E) has 3 * 2^20.
+    for which, recorder in zip(("forward", "backward"), record(name, LENGTH, is_causal, padded), strict=True):
+        assert recorder.largest >= LENGTH * WIDTH, f"{which}: the recorder missed the result itself"
+        assert recorder.largest < 4 * LENGTH * WIDTH, f"{which}: {recorder.largest} elements in one tensor"
+
+
+def test_the_specification_is_what_the_recorder_is_for():
+    *tensors, projection = draw_inputs(1, 1, LENGTH, width=4, rows=1)
+    with TensorRecorder() as recorder:
+        OPERATORS["local"].naive(*tensors, projection, WINDOW)
+    assert recorder.largest == LENGTH**2
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("is_causal", "padded"), MASKS)
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_work_grows_linearly(name, is_causal, padded, which):
+    shorter, longer = (
+        record(name, length, is_causal, padded)[which == "backward"] for length in (4 * LENGTH, 8 * LENGTH)
+    )
+    # twice, and some for what is not proportional: quadratic terms would show as more than two
+    assert longer.total < 2.1 * shorter.total
+    assert longer.largest < 2.1 * shorter.largest
