@@ -54,6 +54,7 @@ class _Layout:
     block: int
     side: int
     num_blocks: int
+    slice_size: int
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, window: int) -> _Layout:
@@ -65,7 +66,11 @@ class _Layout:
         batch, heads, length, _ = query.shape
         num_keys = key.shape[2]
         query_blocks, key_blocks = -(-length // block), -(-(num_keys + window_bounds(window)[0]) // block)
-        return cls(batch * heads, length, num_keys, window, block, side, max(query_blocks + side, key_blocks))
+        # the tiles of a slice should stay in a CPU's cache; a GPU wants few launches
+        tile_budget = 1 << 18 if query.device.type == "cpu" else 1 << 26
+        slice_size = max(1, tile_budget // (block * block * (1 + side)))
+        num_blocks = max(query_blocks + side, key_blocks)
+        return cls(batch * heads, length, num_keys, window, block, side, num_blocks, slice_size)
 
     @property
     def stretch(self) -> int:
@@ -75,12 +80,21 @@ class _Layout:
     def reach(self) -> int:
         return window_bounds(self.window)[0]
 
-    def rows(self, x: torch.Tensor, offset: int, fill: float = 0.0) -> torch.Tensor:
-        """Lay (B, H, N, width) out as rows ((G * num_blocks + side) * block, width), `fill` between sequences."""
-        width, size = x.shape[-1], self.num_blocks * self.block
-        x = x.reshape(self.groups, x.shape[2], width)
-        x = F.pad(x, (0, 0, offset, size - offset - x.shape[1]), value=fill).view(-1, width)
-        return F.pad(x, (0, 0, 0, self.side * self.block), value=fill)
+    def rows(self, x: torch.Tensor, offset: int, fill: float | None = 0.0) -> torch.Tensor:
+        """Lay (B, H, N, width) out as rows ((G * num_blocks + side) * block, width).
+
+        Between sequences stands `fill`, or for None the nearest row of the sequence.
+        """
+        batch, heads, length, width = x.shape
+        size = self.num_blocks * self.block
+        rows = x.new_empty(self.groups * size + self.side * self.block, width)
+        sequences = rows[: self.groups * size].view(batch, heads, size, width)
+        end = offset + length
+        sequences[:, :, offset:end] = x
+        sequences[:, :, :offset] = x[:, :, :1].detach() if fill is None else fill
+        sequences[:, :, end:] = x[:, :, -1:].detach() if fill is None else fill
+        rows[self.groups * size :] = 0.0 if fill is None else fill
+        return rows
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows as blocks (G * num_blocks, C, width)."""
@@ -90,6 +104,13 @@ class _Layout:
     def stretches(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows as transposed stretches (G * num_blocks, width, L), a view."""
         return rows.unfold(0, self.stretch, self.block)
+
+    def slices(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut blocks or stretches into slices of bounded size.
+
+        All at once: the gradient of `x[a:b]` would be as large as `x` for every slice, quadratic altogether.
+        """
+        return x.split(self.slice_size)
 
     def by_group(self, blocks: torch.Tensor) -> torch.Tensor:
         """(G * num_blocks, ...) as (G, num_blocks, ...)."""
@@ -152,24 +173,37 @@ def _blocked(
     dtype, batch = query.dtype, query.shape[0]
     query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
 
-    # 0 for a key that exists, -inf for padding, as rows of width 1 so that it is cut like the keys
-    key_bias = key.new_zeros(batch, query.shape[1], layout.num_keys, 1)
+    # 0 for a key that exists, -inf for padding, as rows of width 1 so that it is cut like the keys. Without key_lengths
+    # the key rows beyond either end repeat the nearest key instead: no query's window holds them without it, so they
+    # do not move its reference, and their values and ones are zero.
+    key_bias = None
+    if key_lengths is not None or layout.length > layout.num_keys:
+        key_bias = key.new_zeros(batch, query.shape[1], layout.num_keys, 1)
     if key_lengths is not None:
         hidden = ~length_mask(key_lengths, layout.num_keys)[:, None, :, None]
         key_bias = key_bias.masked_fill(hidden, -math.inf)
 
+    # The column of ones turns the normaliser into one more column of each product with the values. It is zero where
+    # there is no key.
+    offset = layout.reach
+    value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], dim=-1)
+    value_rows = layout.rows(value, offset)
+
     low_rank = None
     if projection is not None:
         log_query = log_softmax_features(query, projection, scale, cosh)
-        log_key = log_softmax_features(key, projection, scale, cosh) + key_bias
+        log_key = log_softmax_features(key, projection, scale, cosh)
+        if key_lengths is not None:
+            log_key = log_key + key_bias
         form = _PerKeyReference if is_causal or query.shape[-1] > _MAX_WIDTH_OF_SHARED_REFERENCE else _SharedReference
-        low_rank = form(layout, log_query, log_key, value, is_causal, dropout_p)
+        low_rank = form(layout, log_query, log_key, layout.blocks(value_rows), is_causal, dropout_p)
 
-    offset = layout.reach
-    query_blocks = layout.blocks(layout.rows(query, 0))
-    value_stretches = layout.stretches(layout.rows(value, offset)).transpose(1, 2)
-    bias_stretches = layout.stretches(layout.rows(key_bias, offset, fill=-math.inf))
-    key_stretches = layout.stretches(layout.rows(key, offset)) if window else None
+    query_slices = layout.slices(layout.blocks(layout.rows(query, 0)))
+    value_slices = layout.slices(layout.stretches(value_rows).transpose(1, 2))
+    key_slices = layout.slices(layout.stretches(layout.rows(key, offset, fill=None))) if window else None
+    bias_slices = None
+    if key_bias is not None:
+        bias_slices = layout.slices(layout.stretches(layout.rows(key_bias, offset, fill=-math.inf)))
 
     # Position of key column l relative to query row c is l - reach - c.
     distance = (
@@ -181,30 +215,33 @@ def _blocked(
     window_bias = window_bias.masked_fill(~(in_window if hidden is None else in_window & ~hidden), -math.inf)
 
     # 0 / 1 in place of 0 / 0 for queries that see no key: the output is zero, and so are the gradients
-    blind = _blind_queries(layout, query.device, key_lengths, low_rank is not None)
+    blind_slices = layout.slices(_blind_queries(layout, query.device, key_lengths, low_rank is not None))
 
-    # A slice's tiles should stay in the cache of a CPU; a GPU wants few launches.
-    tile_budget = 1 << 18 if query.device.type == "cpu" else 1 << 26
-    step = max(1, tile_budget // window_bias.numel())
     outputs = []
-    for start in range(0, len(query_blocks), step):
-        part = slice(start, start + step)
+    for index, query_slice in enumerate(query_slices):
         logits = None
         if window:
-            logits = torch.baddbmm(window_bias, query_blocks[part], key_stretches[part], alpha=scale)
-            logits.add_(bias_stretches[part])
+            logits = torch.baddbmm(window_bias, query_slice, key_slices[index], alpha=scale)
+            if bias_slices is not None:
+                logits.add_(bias_slices[index])
         if low_rank is None:
             reference = logits.detach().amax(-1, keepdim=True).clamp_min_(FLOOR)
             weights = logits.sub_(reference).exp_()
-            numerator, normaliser = 0.0, 0.0
+            outside = None
         else:
-            weights, numerator, normaliser = low_rank(part, logits, in_window, hidden)
-        normaliser = (weights.sum(-1, keepdim=True) + normaliser).masked_fill(blind[part], 1.0)
+            weights, outside = low_rank(index, logits, in_window, hidden)
+        sums = _add_product(outside, weights, value_slices[index])
+        normaliser = sums[..., -1:].masked_fill(blind_slices[index], 1.0)
         if dropout_p > 0:
-            weights = F.dropout(weights, dropout_p)
-        numerator = torch.bmm(weights, value_stretches[part]) + numerator
-        outputs.append(numerator / normaliser)
+            # what is dropped still counts in the normaliser
+            sums = _add_product(outside, F.dropout(weights, dropout_p), value_slices[index])
+        outputs.append(sums[..., :-1] / normaliser)
     return layout.restore(torch.cat(outputs), batch).to(dtype)
+
+
+def _add_product(x: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`x + left @ right`, x None for zero."""
+    return torch.bmm(left, right) if x is None else torch.baddbmm(x, left, right)
 
 
 def _blind_queries(
@@ -241,38 +278,39 @@ class _SharedReference:
         layout: _Layout,
         log_query: torch.Tensor,
         log_key: torch.Tensor,
-        value: torch.Tensor,
+        value_blocks: torch.Tensor,
         is_causal: bool,
         dropout_p: float,
     ) -> None:
         del is_causal
         reference = log_key.detach().amax(2, keepdim=True).clamp_min_(FLOOR)  # (B, H, 1, M)
         key_rows = layout.rows((log_key - reference).exp(), layout.reach)
-        self.key_stretches = layout.stretches(key_rows)
-        self.log_query = layout.blocks(layout.rows(log_query + reference, 0))
-        sums, norms = _block_sums(layout, layout.blocks(key_rows), value, dropout_p)
-        self.sums, self.norms = (_outside(layout, x).flatten(0, 1) for x in (sums, norms))
+        self.keys = layout.slices(layout.stretches(key_rows))
+        self.log_queries = layout.slices(layout.blocks(layout.rows(log_query + reference, 0)))
+        sums = _block_sums(layout, layout.blocks(key_rows), value_blocks, dropout_p)
+        self.sums = layout.slices(_outside(layout, sums).flatten(0, 1))
 
     def __call__(
-        self, part: slice, logits: torch.Tensor | None, in_window: torch.Tensor, hidden: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights of a slice of tiles, numerator and normaliser of everything outside them."""
-        log_query = self.log_query[part]
+        self, index: int, logits: torch.Tensor | None, in_window: torch.Tensor, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of a slice of tiles, and the sums over everything outside them."""
+        log_query = self.log_queries[index]
         reference = log_query.detach().amax(-1, keepdim=True)
         if logits is not None:
             reference = torch.maximum(logits.detach().amax(-1, keepdim=True), reference - REFERENCE_SLACK)
         query = (log_query - reference).exp()
-        weights = torch.bmm(query, self.key_stretches[part])
+        weights = torch.bmm(query, self.keys[index])
         if logits is not None:
             weights = torch.where(in_window, logits.sub_(reference).exp_(), weights)
-        return weights, torch.bmm(query, self.sums[part]), torch.bmm(query, self.norms[part])
+        return weights, torch.bmm(query, self.sums[index])
 
 
 class _PerKeyReference:
     """Low-rank part with a reference for each key, each query, and each feature of a prefix.
 
     The weights of a tile are formed as logarithms, so that no key, visible or hidden, can push another below the
-    smallest float. Costs a logarithm for each pair; used where `_SharedReference` is not safe.
+    smallest float. The products of features behind them are float64, whose e^-708 leaves room for queries and keys
+    that favour different features. Costs a logarithm for each pair; used where `_SharedReference` is not safe.
     """
 
     def __init__(
@@ -280,69 +318,90 @@ class _PerKeyReference:
         layout: _Layout,
         log_query: torch.Tensor,
         log_key: torch.Tensor,
-        value: torch.Tensor,
+        value_blocks: torch.Tensor,
         is_causal: bool,
         dropout_p: float,
     ) -> None:
         key_blocks = layout.blocks(layout.rows(log_key, layout.reach, fill=-math.inf))
         block_max = key_blocks.detach().amax(1, keepdim=True).clamp_min_(FLOOR)  # (G * num_blocks, 1, M)
-        sums, norms = _block_sums(layout, (key_blocks - block_max).exp(), value, dropout_p)
-        state = torch.cat([sums, norms], dim=-1)
+        state = _block_sums(layout, (key_blocks - block_max).exp(), value_blocks, dropout_p)
         reference, state = _log_space_outside(layout, layout.by_group(block_max.squeeze(1)), state, is_causal)
-        state = state.flatten(0, 1)
-        self.sums, self.norms = state[..., :-1], state[..., -1:]
-        self.log_query = layout.blocks(layout.rows(log_query, 0))
-        self.log_query_outside = self.log_query + reference.flatten(0, 1).unsqueeze(1)
+        self.sums = layout.slices(state.flatten(0, 1))
+        log_query_blocks = layout.blocks(layout.rows(log_query, 0))
+        self.log_queries_outside = layout.slices(log_query_blocks + reference.flatten(0, 1).unsqueeze(1))
 
-        self.query_max = self.log_query.detach().amax(-1, keepdim=True)
-        key_max = log_key.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
-        self.query = (self.log_query - self.query_max).exp()
-        self.key_stretches = layout.stretches(layout.rows((log_key - key_max).exp(), layout.reach))
-        key_max = key_max.masked_fill(log_key.detach().amax(-1, keepdim=True) == -math.inf, -math.inf)
-        self.key_max = layout.stretches(layout.rows(key_max, layout.reach, fill=-math.inf))
+        query_max = log_query_blocks.detach().amax(-1, keepdim=True)
+        self.query_max = layout.slices(query_max)
+        self.queries = layout.slices((log_query_blocks - query_max).double().exp())
+        key_max = log_key.detach().amax(-1, keepdim=True)
+        keys = (log_key - key_max.clamp_min(FLOOR)).double().exp()
+        self.keys = layout.slices(layout.stretches(layout.rows(keys, layout.reach)))
+        self.key_max = layout.slices(layout.stretches(layout.rows(key_max, layout.reach, fill=-math.inf)))
 
     def __call__(
-        self, part: slice, logits: torch.Tensor | None, in_window: torch.Tensor, hidden: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights of a slice of tiles, numerator and normaliser of everything outside them."""
-        products = torch.bmm(self.query[part], self.key_stretches[part])
+        self, index: int, logits: torch.Tensor | None, in_window: torch.Tensor, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of a slice of tiles, and the sums over everything outside them."""
+        products = torch.bmm(self.queries[index], self.keys[index])
         # the clamp keeps the gradient of hidden keys' logarithms finite; their weight is exp(-inf) all the same
-        log_weights = products.clamp_min(torch.finfo(products.dtype).tiny).log()
-        log_weights = log_weights + (self.query_max[part] + self.key_max[part])
+        log_products = products.clamp_min(torch.finfo(products.dtype).tiny).log()
+        log_weights = log_products.to(self.query_max[index].dtype) + (self.query_max[index] + self.key_max[index])
         if hidden is not None:
             log_weights = log_weights.masked_fill(hidden, -math.inf)
         if logits is not None:
             log_weights = torch.where(in_window, logits, log_weights)
-        log_query = self.log_query_outside[part]
+        log_query = self.log_queries_outside[index]
         reference = torch.maximum(
             log_weights.detach().amax(-1, keepdim=True), log_query.detach().amax(-1, keepdim=True)
         ).clamp_min_(FLOOR)
         query = (log_query - reference).exp()
         weights = (log_weights - reference).exp()
-        return weights, torch.bmm(query, self.sums[part]), torch.bmm(query, self.norms[part])
+        return weights, torch.bmm(query, self.sums[index])
 
 
 def _block_sums(
-    layout: _Layout, key_features: torch.Tensor, value: torch.Tensor, dropout_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of phi(k) v^T (G, num_blocks, M, D) and of phi(k) (G, num_blocks, M, 1) over each block of keys."""
-    value_blocks = layout.blocks(layout.rows(value, layout.reach))
-    norms = key_features.sum(1).unsqueeze(-1)
-    if dropout_p > 0:
-        key_features = F.dropout(key_features, dropout_p)
+    layout: _Layout, key_features: torch.Tensor, value_blocks: torch.Tensor, dropout_p: float
+) -> torch.Tensor:
+    """Sums of phi(k) (v, 1)^T over each block of keys, (G, num_blocks, M, D + 1)."""
     sums = torch.bmm(key_features.transpose(1, 2), value_blocks)
-    return layout.by_group(sums), layout.by_group(norms)
+    if dropout_p > 0:
+        dropped = torch.bmm(F.dropout(key_features, dropout_p).transpose(1, 2), value_blocks[..., :-1])
+        sums = torch.cat([dropped, sums[..., -1:]], dim=-1)
+    return layout.by_group(sums)
+
+
+# Running sums over more blocks than this are taken of groups of so many blocks.
+_RUNNING_SUM_GROUP = 16
 
 
 def _outside(layout: _Layout, sums: torch.Tensor) -> torch.Tensor:
     """Sum over prefix and suffix of each block: all key blocks but b to b + side. (G, num_blocks, M, D) to the same."""
-    pad = (0, 0, 0, 0)
-    prefix = F.pad(sums[:, :-1].cumsum(1), (*pad, 1, 0))
-    beyond = 1 + layout.side
-    if layout.num_blocks <= beyond:
-        return prefix
-    suffix = sums[:, beyond:].flip(1).cumsum(1).flip(1)
-    return prefix + F.pad(suffix, (*pad, 0, beyond))
+    flat, beyond = sums.flatten(2), 1 + layout.side
+    out = _sum_before(flat)
+    if layout.num_blocks > beyond:
+        # the suffix of block b is what comes after block b + side
+        suffix = _sum_before(flat, after=True)[:, layout.side :]
+        out = out + F.pad(suffix, (0, 0, 0, layout.side))
+    return out.view_as(sums)
+
+
+def _sum_before(x: torch.Tensor, after: bool = False) -> torch.Tensor:
+    """Sum over what comes before (or `after`) each entry of dimension 1: (G, n, width) to the same.
+
+    By products with triangles of ones, in groups: PyTorch's cumsum is slow but along the last dimension.
+    """
+    groups, length, width = x.shape
+    size = min(length, _RUNNING_SUM_GROUP)
+    ones = x.new_ones(size, size)
+    triangle = ones.triu(1) if after else ones.tril(-1)
+    if length == size:
+        return triangle @ x
+    count = -(-length // size)
+    x = F.pad(x, (0, 0, 0, count * size - length)).view(groups, count, size, width)
+    carry = _sum_before(x.sum(2), after)
+    return torch.baddbmm(
+        carry.reshape(-1, 1, width), triangle.expand(groups * count, size, size), x.view(-1, size, width)
+    ).view(groups, -1, width)[:, :length]
 
 
 def _log_space_outside(
@@ -376,10 +435,11 @@ def _log_space_outside(
 def _exclusive_running_sum(log_max: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Running sum over the blocks before each block, relative to the running maximum."""
     running_max = torch.cummax(log_max, dim=1).values
-    scaled = state * (log_max - running_max).exp().unsqueeze(-1)
-    decay = (running_max[:, :-1] - running_max[:, 1:]).exp().unsqueeze(-1)
-    sums = [torch.zeros_like(state[:, 0]), scaled[:, 0]]
-    for block in range(1, state.shape[1] - 1):
-        sums.append(torch.addcmul(scaled[:, block], sums[-1], decay[:, block - 1]))
+    # unbound at once: the gradient of `scaled[:, block]` would be as large as `scaled` for every block
+    scaled = (state * (log_max - running_max).exp().unsqueeze(-1)).unbind(1)
+    decay = (running_max[:, :-1] - running_max[:, 1:]).exp().unsqueeze(-1).unbind(1)
+    sums = [torch.zeros_like(scaled[0]), scaled[0]]
+    for block in range(1, len(scaled) - 1):
+        sums.append(torch.addcmul(scaled[block], sums[-1], decay[block - 1]))
     floor = torch.full_like(log_max[:, :1], FLOOR)
-    return torch.cat([floor, running_max[:, :-1]], dim=1), torch.stack(sums[: state.shape[1]], dim=1)
+    return torch.cat([floor, running_max[:, :-1]], dim=1), torch.stack(sums[: len(scaled)], dim=1)

@@ -35,9 +35,9 @@ def log_softmax_features(x: torch.Tensor, projection: torch.Tensor, scale: float
     Returns:
         (..., N, M) with M = R, or 2 R with `cosh`, in the dtype of `x`. `1 / sqrt(M)` is included.
     """
-    projected = x @ (projection.to(x.dtype) * math.sqrt(scale)).transpose(-2, -1)
-    # log(1 / sqrt(M)) joins the norm so that no further pass over the features is needed
-    norm = x.square().sum(-1, keepdim=True) * (scale / 2) + math.log(num_features(projection, cosh)) / 2
+    rows = projection.to(x.dtype) * math.sqrt(scale)
     if cosh:
-        return torch.cat([projected - norm, -projected - norm], dim=-1)
-    return projected - norm
+        rows = torch.cat([rows, -rows])
+    # log(1 / sqrt(M)) joins the norm so that no further pass over the features is needed
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() * (scale / 2)
+    return x @ rows.transpose(-2, -1) - (norm + math.log(len(rows)) / 2)

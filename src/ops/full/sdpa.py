@@ -20,9 +20,11 @@ def sdpa_full_attention(
     """Arguments as in `full_attention`. No (T, S) mask is built: causality is the kernel's, padding a (B, S) mask."""
 
     def attend(is_causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-        )
+        # without autocast: the output has the dtype of the inputs, as for the other operators
+        with torch.autocast(query.device.type, enabled=False):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+            )
 
     if key_lengths is None:
         return attend(is_causal)

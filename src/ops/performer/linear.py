@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from src.ops.blocked import FLOOR
 from src.ops.features import log_softmax_features
 from src.ops.inputs import accumulation_dtype, length_mask
 
@@ -35,8 +36,7 @@ def linear_performer_attention(
         if key_lengths is not None:
             hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None]
             log_key = log_key.masked_fill(hidden, -math.inf)
-        # a sample without keys has no maximum; any finite number leaves its sums zero
-        key_max = log_key.detach().amax(2, keepdim=True).clamp_min(torch.finfo(log_key.dtype).min)
+        key_max = log_key.detach().amax(2, keepdim=True).clamp_min(FLOOR)
         key_features = (log_key - key_max).exp()
         log_query = log_query + key_max
         query_max = log_query.detach().amax(-1, keepdim=True)
@@ -46,9 +46,10 @@ def linear_performer_attention(
         if eps > 0:
             # on the scale of the stabilised features; inf where eps outweighs every key, and the output is then 0
             normaliser = normaliser + eps * (-query_max).exp()
+        if key_lengths is not None:
+            # 0 / 1 in place of 0 / 0 for a sample without keys: zero, and so are the gradients
+            normaliser = normaliser.masked_fill((key_lengths < 1)[:, None, None, None], 1.0)
         if dropout_p > 0:
             key_features = F.dropout(key_features, dropout_p)
         out = query_features @ (key_features.transpose(-2, -1) @ value) / normaliser
-        if key_lengths is not None:
-            out = out.masked_fill((key_lengths < 1)[:, None, None, None], 0.0)
         return out.to(dtype)
