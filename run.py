@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
+from pathlib import Path
 
 import hydra
 from dotenv import load_dotenv
@@ -15,45 +14,35 @@ from omegaconf import DictConfig
 from src.utils.cli import report, run_cli
 from src.utils.errors import UserError, did_you_mean
 
-failed_runs: list[int] = []
+_failures: list[UserError] = []
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+# absolute: found from any folder, and by whoever imports this file
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="config")
 def main(config: DictConfig) -> None:
     """Run the task of `config.mode`; in a multirun, a run that fails does not stop the others."""
-    # imported here: `--help` and a misspelt option should not wait for PyTorch
-    from src.tasks.evaluate import evaluate
-
-    modes = {"eval": evaluate}
-    _quieten()
     try:
+        # imported here: `--help` and a misspelt option should not wait for PyTorch
+        from src.tasks.evaluate import evaluate
+
+        modes = {"eval": evaluate}
         if config.mode not in modes:
             raise UserError(f"There is no mode={config.mode}. {did_you_mean(config.mode, modes)}")
         modes[config.mode](config)
     except UserError as error:
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            raise SystemExit(_failed(error)) from error
-        _failed(error)
-        failed_runs.append(HydraConfig.get().job.num)
+        # not raised: Hydra would print lines of its own, and in a multirun leave out the comparison
+        job = HydraConfig.get()
+        report(error, f"run {job.job.num}" if job.mode == RunMode.MULTIRUN else None)
+        _failures.append(error)
 
 
-def _failed(error: UserError) -> int:
-    report(error)
-    return 1
-
-
-def _quieten() -> None:
-    """Leave out what libraries say about themselves at every start."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*it is recommended to use `Trainer\\(devices=1.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-    ):
-        warnings.filterwarnings("ignore", message)
+def run(argv: list[str]) -> int:
+    """Run the command line `argv` (the program's name first) and return its exit status, 0 or 1."""
+    _failures.clear()
+    status = run_cli(main, argv)
+    return 1 if _failures else status
 
 
 if __name__ == "__main__":
     load_dotenv()
-    status = run_cli(main, sys.argv)
-    sys.exit(1 if failed_runs else status)
+    sys.exit(run(sys.argv))

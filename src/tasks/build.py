@@ -12,6 +12,23 @@ from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.utils.errors import UserError
 
 
+def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Refuse anything but a whole number in [minimum, maximum].
+
+    Args:
+        option: its name on the command line, for the message.
+        value: what was given.
+        minimum: smallest value.
+        maximum: largest value; None is no limit.
+
+    Raises:
+        UserError: the value is another.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum or value > (maximum or value):
+        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise UserError(f"{option}={value} is not valid. Give a whole number {limits}.")
+
+
 def build(config: DictConfig, group: str, **objects: Any) -> Any:
     """Instantiate `config`, which has a `_target_`.
 
@@ -26,13 +43,13 @@ def build(config: DictConfig, group: str, **objects: Any) -> Any:
     try:
         return hydra.utils.instantiate(config, **objects)
     except InstantiationException as error:
-        cause = error.__cause__
+        cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from error
-        reason = str(cause if cause is not None else error).strip()
+        reason = str(cause).strip().rstrip(".!")
         if isinstance(cause, ModuleNotFoundError):
-            reason += " Install the package, or choose another."
-        raise UserError(f"{group} cannot be built: {reason} Check the options under '{group}'.") from error
+            raise UserError(f"{group} needs a package that is not installed: {reason}. Or choose another.") from error
+        raise UserError(f"{group} cannot be built: {reason}. Check the options under '{group}'.") from error
 
 
 def build_group(config: DictConfig | None, group: str) -> list[Any]:
@@ -50,12 +67,17 @@ def build_model(config: DictConfig) -> T2TViT:
     options = OmegaConf.to_container(config, resolve=True)
     stages = [options.pop(f"t2tattn{stage}_cfg") for stage in (1, 2)]
     if stages == [None, None]:
-        return create_t2t_vit(**options)
-    if None in stages:
+        stages = None
+    elif None in stages:
         raise UserError(
             "Only one of model.t2tattn1_cfg and model.t2tattn2_cfg is set. Choose both by model/t2tattn_cfg=NAME."
         )
-    return create_t2t_vit(attention=stages, **options)
+    try:
+        return create_t2t_vit(attention=stages, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # what its layers say of a value, or Python of an unknown option
+        raise UserError(f"model cannot be built: {error}. Check the options under 'model'.") from error
 
 
 def attention_name(config: DictConfig, model: T2TViT) -> str | None:

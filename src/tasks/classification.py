@@ -43,8 +43,9 @@ class ImageClassification(pl.LightningModule):
         self.model = model
         self.seeds = list(seeds)
         # not a sub-module: the compiled form would register the parameters a second time
-        self._forward = (forward or model,)
-        self.image_records = ImageRecords(num_images, num_classes, len(self.seeds))
+        self._forward = (model if forward is None else forward,)
+        self.num_images = num_images
+        self.num_classes = num_classes
         self.running_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
         self.records: Records | None = None
         self.seconds = 0.0
@@ -52,7 +53,12 @@ class ImageClassification(pl.LightningModule):
         self._draws: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     def on_test_start(self) -> None:
-        """Draw the random features of every seed once; a step then only copies them."""
+        """Make room for the records, and draw the random features of every seed once; a step then only copies them."""
+        # made here: before, a trainer of precision bf16-true would have cast them along with the model
+        double = next(self.model.parameters()).dtype == torch.float64
+        self.image_records = ImageRecords(
+            self.num_images, self.num_classes, len(self.seeds), torch.float64 if double else torch.float32
+        ).to(self.device)
         self._draws = []
         for seed in self.seeds:
             if getattr(self.model, "has_random_features", False):
@@ -90,18 +96,16 @@ class ImageClassification(pl.LightningModule):
         if seen > self._images_of_first_batch:
             start, seen = self._first_batch_ended, seen - self._images_of_first_batch
         self.seconds = ended - start
-        rate = torch.tensor(seen / self.seconds, dtype=torch.float64, device=self._scalar_device())
+        rate = torch.tensor(seen / self.seconds, device=self.device)
         self.images_per_second = float(self.trainer.strategy.reduce(rate, reduce_op="sum"))
         self.records = self.image_records.compute()
         figures = summarise(self.records)
-        self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, rank_zero_only=True)
-
-    def _scalar_device(self) -> torch.device | str:
-        # MPS has no float64
-        return self.device if self.device.type == "cuda" else "cpu"
+        self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, sync_dist=True)
 
     def _now(self) -> float:
         """Seconds, once everything asked of the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()

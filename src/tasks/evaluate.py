@@ -7,14 +7,19 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from munch import Munch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.strategies import ParallelStrategy
 from rich.console import Console
 
 from src.datamodules.image_folder import ImageFolderDataModule
@@ -29,8 +34,9 @@ from src.evaluation.results import (
 from src.models.modules.attention import attention_memory
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.build import attention_name, build, build_group, build_model
+from src.tasks.build import attention_name, build, build_group, build_model, check_whole_number
 from src.tasks.classification import ImageClassification
+from src.tasks.processes import run_processes
 from src.utils.checkpoint import load_checkpoint
 from src.utils.errors import UserError
 from src.utils.files import sha256_of_file
@@ -48,26 +54,70 @@ VERSIONED_PACKAGES = (
 )
 
 
+# What seed_everything takes, less room for the seeds of further draws.
+MAX_SEED = 2**31 - 1
+
+
 def evaluate(config: DictConfig) -> tuple[Results, Munch]:
     """Evaluate the checkpoint `config.eval.ckpt` on the test split.
+
+    With several devices there is one process for each, and this one only watches them.
 
     Args:
         config: the composed configuration, see `configs/`.
 
     Returns:
         The results (also written to `config.paths.output_dir` by the first process), and the objects they come
-        from: `model`, `datamodule`, `task`, `trainer`.
+        from: `model`, `datamodule`, `task`, `trainer`; none of them where the processes were several.
 
     Raises:
         UserError: anything in the configuration, the data or the checkpoint that does not fit.
     """
-    output_dir = Path(config.paths.output_dir)
-    _check_output(output_dir)
-    checkpoint = _checkpoint_path(config.eval.ckpt)
-    seed_everything(config.seed, workers=True, verbose=False)
+    quiet_libraries()
+    _check_options(config)
+    trainer = _build_trainer(config)
+    if number := _processes_to_start(trainer):
+        # interpolations may ask Hydra, which the processes do not have
+        content = OmegaConf.to_container(config, resolve=True)
+        return run_processes(_evaluate_in_process, number, content, _logging_config()), Munch()
+    return _evaluate(config, trainer)
 
-    # what is cheap to check comes first: options, data, then the model and its weights
-    trainer: Trainer = _build_trainer(config)
+
+def _processes_to_start(trainer: Trainer) -> int:
+    """How many processes of this machine the trainer counts on: its devices, or 0 where it needs none.
+
+    None are needed for a single device, and where torchrun or SLURM started them already.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ParallelStrategy) or strategy.cluster_environment is None:
+        return 0
+    return 0 if strategy.cluster_environment.creates_processes_externally else trainer.num_devices
+
+
+def _evaluate_in_process(content: dict[str, Any], logging_config: dict[str, Any] | None) -> Results:
+    """`evaluate` in one of several processes, of which the first speaks for all."""
+    if os.environ["LOCAL_RANK"] == "0":
+        configure_log(None if logging_config is None else OmegaConf.create(logging_config))
+    else:
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
+    quiet_libraries()
+    config = OmegaConf.create(content)
+    return _evaluate(config, _build_trainer(config))[0]
+
+
+def _logging_config() -> dict[str, Any] | None:
+    if not HydraConfig.initialized():
+        return None
+    return OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+
+
+def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
+    """`evaluate` in this process."""
+    seed_everything(config.seed, workers=True, verbose=False)
+    checkpoint = Path(config.eval.ckpt).expanduser()
+
+    # what is cheap to check comes first: data, then the model and its weights
     datamodule: ImageFolderDataModule = build(config.datamodule, "datamodule")
     datamodule.setup("test")
     model = build_model(config.model)
@@ -81,21 +131,21 @@ def evaluate(config: DictConfig) -> tuple[Results, Munch]:
         seeds=seeds,
         forward=torch.compile(model) if config.eval.compile else None,
     )
-    objects = Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
+    attention = attention_name(config.model, model)
     logger.info(
         "Evaluating %s with attention %s on %d images of %s",
         config.model.name,
-        attention_name(config.model, model) or "of its own",
+        attention or "of its own",
         len(datamodule.test_dataset),
         datamodule.test_dataset.root,
     )
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     _test(trainer, task, datamodule, config)
 
     results = Results(
         model=config.model.name,
-        attention=attention_name(config.model, model),
+        attention=attention,
         checkpoint={"path": str(config.eval.ckpt), "sha256": sha256_of_file(checkpoint)},
         data={
             "dir": str(config.datamodule.data_dir),
@@ -104,7 +154,7 @@ def evaluate(config: DictConfig) -> tuple[Results, Munch]:
             "num_classes": config.model.num_classes,
         },
         image_size=config.model.image_size,
-        precision=str(config.trainer.precision),
+        precision=str(trainer.precision),
         device=_device_name(trainer),
         seeds=seeds,
         images_per_second=task.images_per_second,
@@ -117,41 +167,76 @@ def evaluate(config: DictConfig) -> tuple[Results, Munch]:
         **summarise(task.records),
     )
     if trainer.is_global_zero:
+        output_dir = Path(config.paths.output_dir)
         write_predictions(output_dir, datamodule.test_dataset.paths, task.records)
         write_results(output_dir, results)
         Console().print(results_table(results, results.published))
         logger.info("Results: %s", output_dir / RESULTS_FILE)
-    return results, objects
+    return results, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
 
 
-def _check_output(output_dir: Path) -> None:
-    """Refuse to write into the folder of an earlier run, whose results would be lost."""
+def quiet_libraries() -> None:
+    """Leave out what libraries say about themselves at every start, and what the user cannot act on."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile, of CUDA_HOME without a GPU
+    for message in (
+        ".*does not have many workers.*",
+        ".*it is recommended to use `Trainer\\(devices=1.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _check_options(config: DictConfig) -> None:
+    """Check what no other part checks, before anything slow."""
+    check_whole_number("seed", config.seed, 0, MAX_SEED)
+    check_whole_number("eval.num_seeds", config.eval.num_seeds, 1)
+    # the data module reads these two through its own options, and would name those
+    check_whole_number("model.image_size", config.model.image_size, 1)
+    check_whole_number("model.num_classes", config.model.num_classes, 1)
+    if not isinstance(config.eval.compile, bool):
+        raise UserError(f"eval.compile={config.eval.compile!r} is not valid. Give true or false.")
+    if config.eval.ckpt is None:
+        raise UserError(
+            "No checkpoint given. Give eval.ckpt=/path/to/checkpoint, or set CHECKPOINT=/path in the file .env; "
+            "scripts/download_checkpoint_t2t_vit.py fetches a published one."
+        )
+    output_dir = Path(config.paths.output_dir)
     if (output_dir / RESULTS_FILE).exists():
         raise UserError(
             f"{output_dir} holds the results of an earlier run. Choose another hydra.run.dir, or move them away."
         )
 
 
-def _checkpoint_path(path: str | None) -> Path:
-    if path is None:
-        raise UserError(
-            "No checkpoint given. Give eval.ckpt=/path/to/checkpoint, or set CHECKPOINT=/path in the file .env; "
-            "scripts/download_checkpoint_t2t_vit.py fetches a published one."
-        )
-    return Path(path).expanduser()
-
-
 def _build_trainer(config: DictConfig) -> Trainer:
-    loggers = build_group(config.logger, "logger")
+    strategy = str(config.trainer.strategy)
+    if any(word in strategy for word in ("spawn", "fork", "notebook")):
+        raise UserError(
+            f"trainer.strategy={strategy} is not supported. Leave trainer.strategy=auto: each device has its process."
+        )
     callbacks = build_group(config.callbacks, "callbacks")
-    return build(config.trainer, "trainer", logger=loggers or False, callbacks=callbacks)
+    trainer: Trainer = build(
+        config.trainer,
+        "trainer",
+        logger=build_group(config.logger, "logger") or False,
+        callbacks=callbacks,
+        # otherwise Lightning adds its own
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+    # a part of the images would give figures that look like those of all
+    limit = trainer.limit_test_batches  # a whole number counts batches, 1.0 is all of them
+    if trainer.fast_dev_run or isinstance(limit, int) or limit != 1.0:
+        raise UserError(
+            "An evaluation covers all images. Leave out trainer.limit_test_batches and trainer.fast_dev_run; for fewer "
+            "images, give a smaller folder."
+        )
+    return trainer
 
 
 def _seeds(config: DictConfig, model: T2TViT) -> list[int]:
     """One seed for each draw of the random features."""
     number = config.eval.num_seeds
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise UserError(f"eval.num_seeds={number!r} is not valid. Give a whole number of at least 1.")
     if number > 1 and not model.has_random_features:
         logger.info("This attention draws nothing: eval.num_seeds=%d is one evaluation.", number)
         number = 1
@@ -171,7 +256,7 @@ def _test(trainer: Trainer, task: ImageClassification, datamodule: ImageFolderDa
         if config.eval.compile and origin.startswith(("torch._inductor", "torch._dynamo")):
             first_line = str(error).strip().splitlines()[0]
             raise UserError(
-                f"torch.compile failed: {first_line} Leave out eval.compile=true, or install the compiler."
+                f"torch.compile failed: {first_line.rstrip('.')}. Leave out eval.compile=true, or install the compiler."
             ) from error
         raise
 

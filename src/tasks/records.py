@@ -19,21 +19,25 @@ class ImageRecords(Metric):
         num_images: number of images N, over all processes.
         num_classes: number of classes.
         num_draws: number of draws K.
+        dtype: of losses and probabilities, float32 or float64; logits are brought to it before the softmax. Not
+            every device has float64.
     """
 
     full_state_update = False
 
-    def __init__(self, num_images: int, num_classes: int, num_draws: int = 1) -> None:
+    def __init__(
+        self, num_images: int, num_classes: int, num_draws: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         width = min(MAX_PREDICTIONS, num_classes)
-        for name, shape, dtype in (
+        for name, shape, kind in (
             ("count", (num_draws, num_images), torch.int32),
             ("targets", (num_images,), torch.int64),
             ("top5_classes", (num_draws, num_images, width), torch.int64),
-            ("top5_probabilities", (num_draws, num_images, width), torch.float64),
-            ("losses", (num_draws, num_images), torch.float64),
+            ("top5_probabilities", (num_draws, num_images, width), dtype),
+            ("losses", (num_draws, num_images), dtype),
         ):
-            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(shape, dtype=kind), dist_reduce_fx="sum")
 
     def update(self, draw: int, indices: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Fill the rows of a batch.
@@ -41,16 +45,16 @@ class ImageRecords(Metric):
         Args:
             draw: which draw of the random features, in [0, K).
             indices: (B,) rows of the images.
-            logits: (B, num_classes), of any float dtype; softmax and loss are computed in float32 at least.
+            logits: (B, num_classes), of any float dtype.
             targets: (B,) classes.
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(self.losses.dtype)
         probabilities, classes = logits.softmax(-1).topk(self.top5_classes.shape[-1])
         self.count[draw, indices] += 1
         self.targets[indices] = targets
         self.top5_classes[draw, indices] = classes
-        self.top5_probabilities[draw, indices] = probabilities.double()
-        self.losses[draw, indices] = F.cross_entropy(logits, targets, reduction="none").double()
+        self.top5_probabilities[draw, indices] = probabilities
+        self.losses[draw, indices] = F.cross_entropy(logits, targets, reduction="none")
 
     def compute(self) -> Records:
         """The table over all processes.

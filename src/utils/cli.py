@@ -5,35 +5,52 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from src.utils.errors import UserError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# Whether the user asked for tracebacks; `run_cli` sets it, since it must change the variable for Hydra.
+_show_traceback = False
 
 
-def report(error: Exception) -> None:
-    """Print the message of an error on stderr."""
-    print(f"Error: {describe(error)}", file=sys.stderr, flush=True)
+def report(error: Exception, origin: str | None = None) -> None:
+    """Print the message of an error on stderr, below its traceback if HYDRA_FULL_ERROR=1 asked for one.
+
+    Args:
+        error: see `describe`.
+        origin: where it comes from if the command does more than one thing, such as `"run 2"`.
+    """
+    if _show_traceback:
+        traceback.print_exception(error)
+    where = "" if origin is None else f" in {origin}"
+    print(f"Error{where}: {describe(error)}", file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str:
     """What is wrong and what to do about it, in one paragraph.
 
     Args:
-        error: a `UserError`, or an error of Hydra or OmegaConf about the command line.
+        error: a `UserError`, an error of Hydra or OmegaConf about the command line, or one of the file system.
     """
     if isinstance(error, UserError):
         return str(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, OverrideParseException):
+        return (
+            f"Cannot read '{error.override}'. Give options as option=value, and quote a value that holds commas, "
+            "brackets or spaces: 'option=\"a, b\"'."
+        )
     if isinstance(error, MissingConfigException):
         return _describe_missing_config(error)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key and cause.parent_node is not None:
         return _describe_config_key(cause)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}). Check the path, its permissions and its disk."
     return " ".join(str(error).split())
 
 
@@ -50,12 +67,15 @@ def _describe_config_key(error: OmegaConfBaseException) -> str:
     """`datamodule.batchsize=64`: the option and those that are near."""
     message = str(error.msg or error).splitlines()[0].rstrip(".")
     key = str(error.full_key)
-    parent = error.parent_node
-    known = [str(name) for name in parent] if OmegaConf.is_dict(parent) else []
-    hint = did_you_mean(key.rpartition(".")[2], known) if known else ""
-    if "is not in struct" in message:
-        return f"There is no option '{key}'. {hint}"
-    return f"{message} (option '{key}'). See --help for the options."
+    if "is not in struct" not in message:
+        return f"{message} (option '{key}'). See --help for the options."
+    if "/" in key:
+        return f"There is no group '{key}'. See --help for the groups."
+    parent, _, name = key.rpartition(".")
+    known = [option for option in map(str, error.parent_node or ()) if option not in ("hydra", "_target_")]
+    if not known:
+        return f"There is no option '{key}', since '{parent}' is not set. See --help for the groups that set it."
+    return f"There is no option '{key}'. {did_you_mean(name, known)}"
 
 
 def run_cli(main: Callable[[], None], argv: list[str]) -> int:
@@ -66,19 +86,31 @@ def run_cli(main: Callable[[], None], argv: list[str]) -> int:
         argv: command line, edited in place: `experiment=name.yaml` is `experiment=name`.
 
     Returns:
-        Exit status: 0, or 1 after an error of the user's. With HYDRA_FULL_ERROR=1 the error is raised instead.
+        Exit status: 0, 1 after an error of the user's, 130 after Ctrl-C. HYDRA_FULL_ERROR=1 adds the traceback.
     """
-    argv[1:] = [re.sub(r"^(\+?experiment=[^=]*)\.ya?ml$", r"\1", argument) for argument in argv[1:]]
-    if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
-        main()
-        return 0
+    global _show_traceback
+    argv[1:] = [_without_yaml(argument) for argument in argv[1:]]
+    before = os.environ.get(FULL_ERROR)
+    _show_traceback = before == "1"
     # Hydra would print errors of its own and leave by sys.exit; raised, they pass through here
     os.environ[FULL_ERROR] = "1"
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         report(error)
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
-        del os.environ[FULL_ERROR]
+        if before is None:
+            del os.environ[FULL_ERROR]
+        else:
+            os.environ[FULL_ERROR] = before
     return 0
+
+
+def _without_yaml(argument: str) -> str:
+    """`experiment=a.yaml,b.yaml` as `experiment=a,b`; anything else as it is."""
+    if not re.match(r"\+?experiment=", argument):
+        return argument
+    return re.sub(r"\.ya?ml(?=,|$)", "", argument)

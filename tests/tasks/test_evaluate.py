@@ -1,0 +1,238 @@
+"""Evaluations in this process: their figures against the model applied by hand, and every option that matters."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from munch import Munch
+
+import src.datamodules.image_folder as image_folder
+from src.evaluation.results import read_predictions
+from src.models.t2t_vit import create_t2t_vit
+from src.tasks.evaluate import evaluate
+from src.utils.checkpoint import load_checkpoint
+from src.utils.errors import UserError
+from src.utils.files import sha256_of_file
+from tests.tasks.conftest import NUM_IMAGES
+from tests.tasks.setup import IMAGE_SIZE, NUM_CLASSES
+
+CONTRACT = {
+    *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5", "loss"),
+    *("top1_per_seed", "top1_std", "images_per_second", "peak_memory_mib", "versions", "command"),
+}
+# what differs between two runs of the same evaluation
+MEASURED = {"images_per_second", "seconds", "command"}
+
+
+def read_figures(folder) -> dict:
+    figures = json.loads((folder / "results.json").read_text())
+    return {name: value for name, value in figures.items() if name not in MEASURED}
+
+
+def apply_by_hand(objects: Munch, variant: str, checkpoint, attention=None, seed=1111) -> tuple:
+    """Logits (N, classes) and targets (N,) of a loop over the images, one at a time."""
+    model = create_t2t_vit(variant, attention, image_size=IMAGE_SIZE, num_classes=NUM_CLASSES, seed=seed).eval()
+    load_checkpoint(model, checkpoint)
+    dataset = objects.datamodule.test_dataset
+    with torch.no_grad():
+        logits = torch.cat([model(dataset[index][0][None]) for index in range(len(dataset))])
+    return logits, torch.tensor(dataset.targets)
+
+
+@pytest.mark.parametrize(
+    ("variant", "attention"), [("t2t_vit_7", None), ("t2t_vit_t_14", "sblocal"), ("t2t_vit_t_14", "performer")]
+)
+def test_figures_and_predictions_are_those_of_the_model(evaluation, checkpoints, tmp_path, variant, attention):
+    changes = {} if attention is None else {"model___t2tattn_cfg": attention}
+    results, objects = evaluate(evaluation(variant, datamodule__batch_size=1, **changes))
+    logits, targets = apply_by_hand(objects, variant, checkpoints[variant], attention)
+
+    probabilities, classes = logits.softmax(-1).sort(-1, descending=True)
+    hits = classes[:, 0] == targets
+    assert 0 < hits.sum() < NUM_IMAGES  # or the figures could be right by chance
+    assert results.top1 == pytest.approx(100 * hits.double().mean().item(), abs=1e-12)
+    assert results.top5 == 100.0
+    assert results.loss == pytest.approx(F.cross_entropy(logits.double(), targets).item(), rel=1e-6)
+
+    stored = read_predictions(tmp_path / "run")
+    paths = [f"c{index % NUM_CLASSES}/{index:03}.png" for index in range(NUM_IMAGES)]
+    assert stored.images == sorted(paths)
+    assert stored.targets.tolist() == targets.tolist()
+    assert stored.classes.tolist() == classes.tolist()
+    np.testing.assert_array_equal(
+        objects.task.records.top5_probabilities[0].astype(np.float32), probabilities.numpy(), strict=True
+    )
+    np.testing.assert_allclose(stored.probabilities, probabilities.numpy(), rtol=1e-7)
+
+
+def test_the_results_file(evaluation, checkpoints, data, tmp_path):
+    results, _ = evaluate(evaluation())
+    content = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert content.keys() >= CONTRACT
+    assert content["model"] == "t2t_vit_7"
+    assert content["attention"] is None
+    checkpoint = checkpoints["t2t_vit_7"]
+    assert content["checkpoint"] == {"path": str(checkpoint), "sha256": sha256_of_file(checkpoint)}
+    expected = {"dir": str(data), "split": "val", "num_images": NUM_IMAGES, "num_classes": NUM_CLASSES}
+    assert content["data"] == expected
+    assert (content["image_size"], content["precision"], content["seeds"]) == (IMAGE_SIZE, "32-true", [1111])
+    assert content["device"].startswith("cpu")
+    assert content["peak_memory_mib"] is None
+    assert content["top1_std"] is None
+    assert content["top1_per_seed"] == [content["top1"]] == [results.top1]
+    assert content["images_per_second"] > 0
+    assert content["versions"]["torch"] == torch.__version__
+    assert "attention_options" in content
+
+
+def test_the_same_seed_gives_the_same_files(evaluation, tmp_path):
+    options = {"model___t2tattn_cfg": "performer"}
+    for folder in ("first", "second"):
+        evaluate(evaluation("t2t_vit_t_14", folder, **options))
+    assert read_figures(tmp_path / "first") == read_figures(tmp_path / "second")
+    first, second = ((tmp_path / folder / "predictions.csv").read_bytes() for folder in ("first", "second"))
+    assert first == second
+
+
+def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
+    decoded = []
+    decode = image_folder._load_rgb
+    monkeypatch.setattr(image_folder, "_load_rgb", lambda path: decoded.append(path.name) or decode(path))
+    options = {"model___t2tattn_cfg": "performer"}
+    several, objects = evaluate(evaluation("t2t_vit_t_14", "several", eval__num_seeds=3, **options))
+    assert sorted(decoded) == [f"{index:03}.png" for index in range(NUM_IMAGES)]
+    assert several.seeds == [1111, 1112, 1113]
+
+    records = objects.task.records
+    assert not np.array_equal(records.losses[0], records.losses[1])
+    for draw in (1, 2):
+        single, alone = evaluate(evaluation("t2t_vit_t_14", f"single{draw}", seed=1111 + draw, **options))
+        np.testing.assert_array_equal(alone.task.records.losses[0], records.losses[draw])
+        assert several.top1_per_seed[draw] == single.top1
+    assert several.top1 == pytest.approx(np.mean(several.top1_per_seed))
+    assert several.top1_std == pytest.approx(np.std(several.top1_per_seed, ddof=1))
+    first = read_predictions(tmp_path / "several").probabilities
+    np.testing.assert_allclose(first, records.top5_probabilities[0], rtol=1e-7)
+
+
+def test_without_random_features_several_draws_are_one(evaluation):
+    results, _ = evaluate(evaluation(eval__num_seeds=4))
+    assert results.seeds == [1111]
+
+
+@pytest.mark.parametrize(
+    ("precision", "reported", "tolerance"),
+    [("bf16-mixed", "bf16-mixed", 3e-2), ("bf16-true", "bf16-true", 3e-2), ("64-true", "64-true", 1e-5)],
+)
+def test_precision(evaluation, precision, reported, tolerance):
+    exact, reference = evaluate(evaluation(folder="exact"))
+    results, objects = evaluate(evaluation(trainer__precision=precision))
+    assert results.precision == reported
+    losses, expected = objects.task.records.losses, reference.task.records.losses
+    np.testing.assert_allclose(losses, expected, rtol=tolerance, atol=tolerance)
+    assert not np.array_equal(losses, expected)
+    kept = objects.task.image_records.losses.dtype
+    assert kept == (torch.float64 if precision == "64-true" else torch.float32)
+    assert exact.precision == "32-true"
+
+
+def test_half_precision_is_replaced_where_the_cpu_has_none(evaluation):
+    config = evaluation(trainer__precision="16-mixed")
+    with pytest.warns(UserWarning, match="fp16 is not supported on CPU"):
+        results, _ = evaluate(config)
+    assert results.precision == "bf16-mixed"
+
+
+def test_compiled_equals_eager(evaluation):
+    options = {"model___t2tattn_cfg": "sblocal", "eval__num_seeds": 2, "datamodule__batch_size": NUM_IMAGES}
+    _, eager = evaluate(evaluation("t2t_vit_t_14", "eager", **options))
+    calls = []
+    # "eager" traces and guards as any backend does, which is where draws could go stale, but needs no compiler
+    compile_model = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model: calls.append(model) or compile_model(model, backend="eager"))
+        _, compiled = evaluate(evaluation("t2t_vit_t_14", "compiled", eval__compile="true", **options))
+    assert calls == [compiled.model]
+    np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=1e-5)
+
+
+def test_a_compiler_that_fails_is_one_error(evaluation, monkeypatch):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def compile_model(model):
+        def forward(images):
+            raise InvalidCxxCompiler
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_model)
+    with pytest.raises(UserError, match=r"torch.compile failed: .*Leave out eval.compile=true"):
+        evaluate(evaluation(eval__compile="true"))
+
+
+def test_lack_of_memory_names_the_batch_size(evaluation, monkeypatch):
+    def forward(self, images):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", forward)
+    with pytest.raises(UserError, match=r"Lower datamodule.batch_size \(now 4\)"):
+        evaluate(evaluation())
+
+
+def test_the_csv_logger_has_the_figures(evaluation, tmp_path):
+    results, _ = evaluate(evaluation())
+    header, row = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
+    figures = dict(zip(header.split(","), row.split(","), strict=True))
+    assert float(figures["test/top1"]) == pytest.approx(results.top1, rel=1e-6)
+    assert float(figures["test/loss"]) == pytest.approx(results.loss, rel=1e-6)
+
+
+def test_the_tensorboard_logger_has_the_figures(evaluation, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    results, _ = evaluate(evaluation(logger="tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("test/top1")[-1].value == pytest.approx(results.top1, rel=1e-6)
+
+
+def test_the_progress_bar_shows_rate_and_accuracy(evaluation, capsys):
+    results, _ = evaluate(evaluation(callbacks="default"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Evaluating" in shown
+    assert "images/s, top-1" in shown
+    assert f"top-1 {results.top1:.2f} %" in shown
+
+
+def test_no_callbacks_is_no_progress_bar(evaluation, capsys):
+    evaluate(evaluation())
+    assert "3/3" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("+trainer__limit_test_batches", 1), ("+trainer__limit_test_batches", 0.5)]
+)
+def test_a_part_of_the_images_is_refused(evaluation, option, value):
+    with pytest.raises(UserError, match="covers all images"):
+        evaluate(evaluation(**{option: value}))
+
+
+def test_results_are_not_overwritten(evaluation, tmp_path):
+    evaluate(evaluation())
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(UserError, match="holds the results of an earlier run"):
+        evaluate(evaluation())
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_weights_that_give_nan_leave_no_results(evaluation, checkpoints, tmp_path):
+    weights = torch.load(checkpoints["t2t_vit_7"])["state_dict_ema"]
+    weights["head.weight"] = torch.full_like(weights["head.weight"], 3e38)
+    torch.save(weights, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="NaN"):
+        evaluate(evaluation(eval__ckpt=tmp_path / "nan.pth"))
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (tmp_path / "run" / "predictions.csv").exists()

@@ -1,0 +1,184 @@
+"""Every choice of every group composes, and is what its name says."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from src.models.modules.attention import ATTENTIONS
+from src.models.t2t_vit import T2T_VIT_VARIANTS
+from src.tasks.build import attention_name, build, build_group, build_model
+from src.utils.errors import UserError
+from tests.tasks.setup import CONFIG_DIR, EXPERIMENT, compose_config
+
+TRANSFORMER_VARIANTS = [name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer"]
+LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"}
+
+
+def names(group: str) -> set[str]:
+    return {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
+
+
+def experiment(*arguments: str):
+    return compose_config([f"experiment={EXPERIMENT}", *arguments])
+
+
+def test_the_files_are_those_of_the_tables():
+    assert names("model/t2tmodel") == set(T2T_VIT_VARIANTS)
+    assert names("model/t2tattn_cfg") == set(ATTENTIONS)
+
+
+@pytest.fixture(autouse=True)
+def shallow_models(monkeypatch):
+    """One backbone block in place of up to 24: what is built here is looked at, not run."""
+    for name, variant in T2T_VIT_VARIANTS.items():
+        monkeypatch.setitem(T2T_VIT_VARIANTS, name, dataclasses.replace(variant, depth=1))
+
+
+@pytest.mark.parametrize("variant", sorted(T2T_VIT_VARIANTS))
+def test_every_variant(variant):
+    config = experiment(f"model/t2tmodel={variant}").model
+    assert config.name == variant
+    model = build_model(config)
+    assert tuple(model.head.weight.shape) == (1000, T2T_VIT_VARIANTS[variant].embed_dim)
+    assert (model.token_attentions is None) == (variant not in TRANSFORMER_VARIANTS)
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
+@pytest.mark.parametrize("variant", TRANSFORMER_VARIANTS)
+def test_every_attention(variant, attention):
+    config = experiment(f"model/t2tmodel={variant}", f"model/t2tattn_cfg={attention}").model
+    model = build_model(config)
+    assert [type(module) for module in model.token_attentions] == 2 * [ATTENTIONS[attention].module]
+    assert attention_name(config, model) == attention
+
+
+@pytest.mark.parametrize("variant", sorted(set(T2T_VIT_VARIANTS) - set(TRANSFORMER_VARIANTS)))
+def test_performer_tokens_take_no_attention(variant):
+    with pytest.raises(UserError, match=rf"{variant} takes no attention.*model/t2tmodel=t2t_vit_t_14"):
+        build_model(experiment(f"model/t2tmodel={variant}", "model/t2tattn_cfg=full").model)
+
+
+def test_published_budgets_are_the_defaults():
+    first, second = build_model(experiment("model/t2tattn_cfg=sblocal").model).token_attentions
+    assert (first.sizes()["local_context"], first.sizes()["nb_features"]) == (49, 24)
+    assert (second.sizes()["local_context"], second.sizes()["nb_features"]) == (12, 6)
+
+
+@pytest.mark.parametrize(
+    ("attention", "override", "size", "expected"),
+    [
+        ("local", "model.t2tattn1_cfg.local_context=64", "local_context", [64, 24]),
+        ("sblocal", "model.t2tattn2_cfg.local_context=5", "local_context", [49, 5]),
+        ("sblocal", "model.t2tattn1_cfg.nb_features=10", "nb_features", [10, 6]),
+        ("performer", "model.t2tattn2_cfg.nb_features=3", "nb_features", [49, 3]),
+        ("performer", "model.t2tattn1_cfg.memory_fraction=0.0625", "nb_features", [98, 24]),
+        ("local", "model.t2tattn2_cfg.memory_fraction=0.0625", "local_context", [98, 49]),
+    ],
+)
+def test_an_override_changes_the_module(attention, override, size, expected):
+    model = build_model(experiment(f"model/t2tattn_cfg={attention}", override).model)
+    assert [module.sizes()[size] for module in model.token_attentions] == expected
+
+
+def test_two_attentions_in_one_model():
+    config = experiment("model/t2tattn_cfg=local", "model.t2tattn2_cfg={name: full}").model
+    assert attention_name(config, build_model(config)) == "local+full"
+
+
+def test_one_attention_alone_is_refused():
+    config = experiment("model.t2tattn1_cfg={name: local}").model
+    with pytest.raises(UserError, match="Only one of"):
+        build_model(config)
+
+
+def test_without_attention_it_is_full():
+    config = experiment().model
+    assert attention_name(config, build_model(config)) == "full"
+
+
+def test_the_seed_reaches_the_random_features():
+    rows = [
+        build_model(experiment("model/t2tattn_cfg=performer", f"seed={seed}").model).token_attentions[0]
+        for seed in (1, 1, 2)
+    ]
+    first, same, other = (module.projection_matrix for module in rows)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_the_experiment_is_the_published_evaluation():
+    config = experiment()
+    assert (config.mode, config.seed, config.name) == ("eval", 1111, EXPERIMENT)
+    module = config.datamodule
+    assert (module.test_split, module.image_size, module.crop_pct, module.interpolation, module.batch_size) == (
+        "val",
+        224,
+        0.9,
+        "bicubic",
+        128,
+    )
+
+
+def test_datamodule_follows_the_model(tmp_path):
+    config = experiment("model.image_size=64", "model.num_classes=3", f"datamodule.data_dir={tmp_path}")
+    datamodule = build(config.datamodule, "datamodule")
+    assert (datamodule.num_classes, config.datamodule.image_size) == (3, 64)
+
+
+@pytest.mark.parametrize("logger", sorted(names("logger")))
+def test_every_logger(logger, tmp_path, monkeypatch):
+    config = compose_config([f"logger={logger}"], tmp_path)
+    if logger == "none":
+        assert build_group(config.logger, "logger") == []
+    elif logger in LOGGERS:
+        (built,) = build_group(config.logger, "logger")
+        assert type(built).__name__ == LOGGERS[logger]
+    else:
+        monkeypatch.setitem(sys.modules, logger, None)  # as on a machine without it
+        with pytest.raises(UserError, match=f"logger.{logger} .*install"):
+            build_group(config.logger, "logger")
+
+
+@pytest.mark.parametrize("callbacks", sorted(names("callbacks")))
+def test_every_group_of_callbacks(callbacks):
+    config = compose_config([f"callbacks={callbacks}"])
+    assert len(build_group(config.callbacks, "callbacks")) == len(config.callbacks)
+
+
+def test_trainer():
+    trainer = build(compose_config(["trainer.accelerator=cpu"]).trainer, "trainer", logger=False)
+    assert trainer.num_devices == 1
+
+
+def test_paths_come_from_the_environment(monkeypatch):
+    for name in ("DATA_DIR", "CHECKPOINT", "LOG_DIR"):
+        monkeypatch.setenv(name, f"/from/{name}")
+    config = experiment()
+    assert config.datamodule.data_dir == "/from/DATA_DIR"
+    assert config.eval.ckpt == "/from/CHECKPOINT"
+    assert config.paths.log_dir == "/from/LOG_DIR"
+    for name in ("DATA_DIR", "CHECKPOINT", "LOG_DIR"):
+        monkeypatch.delenv(name)
+    config = experiment()
+    assert (config.datamodule.data_dir, config.eval.ckpt, config.paths.log_dir) == (None, None, "logs")
+
+
+@pytest.mark.parametrize("override", ["datamodule.batchsize=4", "trainer.foo=1", "evl.ckpt=x"])
+def test_an_unknown_option_is_refused(override):
+    with pytest.raises(ConfigCompositionException):
+        experiment(override)
+
+
+@pytest.mark.parametrize("options", [{"foo": 1}, {"drop_rate": -1}])
+def test_what_the_model_refuses_names_the_group(options):
+    config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(experiment().model)), options)
+    config.seed = 0
+    with pytest.raises(UserError, match="Check the options under 'model'"):
+        build_model(config)

@@ -1,0 +1,281 @@
+"""The command line: exit status, one message on stderr, and what a run and a multirun leave."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+from src.evaluation.results import read_results
+from tests.tasks.conftest import make_shallow
+from tests.tasks.setup import make_checkpoint, make_images, overrides
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Images, the weights of two shallow variants, and what a user may take for a checkpoint or for images."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_images(folder / "data", 6)
+    with pytest.MonkeyPatch.context() as patch:
+        make_shallow(patch)
+        for variant in ("t2t_vit_7", "t2t_vit_t_14"):
+            make_checkpoint(folder / f"{variant}.pth", variant)
+    whole = (folder / "t2t_vit_7.pth").read_bytes()
+    (folder / "empty.pth").touch()
+    (folder / "page.pth").write_text("<!DOCTYPE html><html><body>404</body></html>")
+    (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict": Malicious(folder / "ran")}, folder / "code.pth")
+    (folder / "without_val" / "train").mkdir(parents=True)
+    (folder / "empty_val" / "val").mkdir(parents=True)
+    make_images(folder / "damaged", 6)
+    (folder / "damaged" / "val" / "c2" / "002.png").write_text("no image")
+    return folder
+
+
+class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.fixture
+def command_line(inputs, tmp_path, monkeypatch, capsys):
+    """`command_line(*arguments, variant=..., **changes)`: exit status, stdout and stderr of run.py in this process."""
+    make_shallow(monkeypatch)
+    monkeypatch.setenv("LOG_DIR", str(tmp_path / "logs"))
+    for name in ("DATA_DIR", "CHECKPOINT", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(*arguments: str, variant: str = "t2t_vit_7", **changes: object) -> tuple[int, str, str]:
+        changes = {
+            name: str(value).replace("INPUTS", str(inputs)) if value is not None else None
+            for name, value in changes.items()
+        }
+        options = overrides(inputs / "data", inputs / f"{variant}.pth", variant, **changes)
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *options])
+        status = run.run(sys.argv)
+        return status, *capsys.readouterr()
+
+    yield call
+    root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+
+
+def results_of(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("results.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        # checkpoints
+        ({"eval__ckpt": None}, ["No checkpoint given", "eval.ckpt=", "CHECKPOINT="]),
+        ({"eval__ckpt": "INPUTS/no.pth"}, ["no.pth does not exist"]),
+        ({"eval__ckpt": "INPUTS/empty.pth"}, ["empty.pth is empty"]),
+        ({"eval__ckpt": "INPUTS/page.pth"}, ["page.pth is a web page"]),
+        ({"eval__ckpt": "INPUTS/cut.pth"}, ["cut.pth", "cut short or damaged"]),
+        ({"eval__ckpt": "INPUTS/code.pth"}, ["code.pth contains code", "not run"]),
+        ({"eval__ckpt": "INPUTS/t2t_vit_t_14.pth"}, ["t2t_vit_t_14.pth holds t2t_vit_t_14", "model/t2tmodel="]),
+        # data
+        ({"datamodule__data_dir": None}, ["No data folder given", "datamodule.data_dir=", "DATA_DIR="]),
+        ({"datamodule__data_dir": "INPUTS/no"}, ["/no does not exist"]),
+        ({"datamodule__data_dir": "INPUTS/without_val"}, ["No folder 'val' in", "train"]),
+        ({"datamodule__data_dir": "INPUTS/empty_val"}, ["empty_val/val is empty"]),
+        ({"datamodule__data_dir": "INPUTS/damaged"}, ["Cannot decode the image", "damaged/val/c2/002.png"]),
+        ({"model__num_classes": 7}, ["5 class folders", "model.num_classes=5"]),
+        # names
+        ({"model___t2tattn_cfg": "sblocl"}, ["model/t2tattn_cfg=sblocl", "Did you mean 'sblocal'"]),
+        ({"model___t2tattn_cfg": "sblocal"}, ["t2t_vit_7 takes no attention", "t2t_vit_t_14"]),
+        ({"experiment": "imagenet-t2tvit"}, ["experiment=imagenet-t2tvit", "'imagenet-t2tvit-eval'"]),
+        ({"model___t2tmodel": "t2t_vit_t14"}, ["model/t2tmodel=t2t_vit_t14", "'t2t_vit_t_14'"]),
+        ({"model___t2tmodl": "x"}, ["There is no group 'model/t2tmodl'"]),
+        ({"mode": "train"}, ["There is no mode=train"]),
+        ({"datamodule__batchsize": 4}, ["'datamodule.batchsize'", "Did you mean 'batch_size'?"]),
+        ({"trainer__foo": 1}, ["'trainer.foo'", "Choose one of: accelerator"]),
+        ({"evl__ckpt": "x"}, ["There is no option 'evl'", "'eval'"]),
+        ({"model__t2tattn1_cfg__local_context": 4}, ["'model.t2tattn1_cfg' is not set"]),
+        ({"+trainer__foo": 1}, ["trainer cannot be built", "'foo'"]),
+        # values
+        ({"datamodule__batch_size": -1}, ["datamodule.batch_size=-1"]),
+        ({"eval__num_seeds": 0}, ["eval.num_seeds=0", "at least 1"]),
+        ({"eval__num_seeds": 1.5}, ["eval.num_seeds=1.5"]),
+        ({"eval__compile": "maybe"}, ["eval.compile='maybe'", "true or false"]),
+        ({"seed": "abc"}, ["seed=abc", "whole number from 0"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"model__image_size": 100}, ["image_size=100", "multiple of 16"]),
+        ({"model__image_size": "big"}, ["model.image_size=big"]),
+        ({"model__num_classes": -1}, ["model.num_classes=-1"]),
+        ({"model__drop_rate": -1}, ["'model'", "-1"]),
+        ({"trainer__precision": 3}, ["trainer cannot be built", "Precision 3"]),
+        ({"trainer__devices": 0}, ["trainer cannot be built", "devices=0"]),
+        ({"trainer__accelerator": "gpuu"}, ["trainer cannot be built", "gpuu"]),
+        ({"paths__log_dir": "INPUTS/empty.pth/logs"}, ["empty.pth/logs", "cannot be used"]),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_message(command_line, inputs, tmp_path, changes, parts):
+    status, _, errors = command_line(**changes)
+    assert status == 1
+    assert errors.startswith("Error: ")
+    assert errors.count("\n") == 1, errors
+    for part in parts:
+        assert part in errors
+    assert not results_of(tmp_path)
+    assert not (inputs / "ran").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
+def test_no_gpu(command_line):
+    status, _, errors = command_line(trainer__accelerator="gpu")
+    assert status == 1
+    assert (
+        errors == "Error: trainer cannot be built: No supported gpu backend found. Check the options under 'trainer'.\n"
+    )
+
+
+def test_a_window_of_nothing(command_line):
+    status, _, errors = command_line(
+        variant="t2t_vit_t_14", model___t2tattn_cfg="local", model__t2tattn1_cfg__local_context=0
+    )
+    assert status == 1
+    assert errors.startswith("Error: ")
+    assert "local_context" in errors
+
+
+@pytest.mark.parametrize("argument", ["foo", "model.t2tattn1_cfg.local_context=[1"])
+def test_an_argument_that_is_no_option(command_line, argument):
+    status, _, errors = command_line(argument)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert errors.startswith(f"Error: Cannot read '{argument}'. Give options as option=value")
+
+
+def test_the_yaml_ending_is_accepted_and_paths_come_from_the_environment(command_line, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(inputs / "data"))
+    monkeypatch.setenv("CHECKPOINT", str(inputs / "t2t_vit_7.pth"))
+    status, output, errors = command_line(
+        experiment="imagenet-t2tvit-eval.yaml", datamodule__data_dir=None, eval__ckpt=None
+    )
+    assert (status, errors) == (0, "")
+    assert "6 images of val" in output
+    (path,) = results_of(tmp_path / "logs" / "runs")
+    results = read_results(path.parent)
+    assert results.data["dir"] == str(inputs / "data")
+    assert results.command.startswith("run.py experiment=imagenet-t2tvit-eval ")
+    assert {"predictions.csv", "csv", ".hydra", "run.log"} <= {entry.name for entry in path.parent.iterdir()}
+
+
+def test_a_folder_that_holds_results(command_line, tmp_path):
+    folder = tmp_path / "fixed"
+    assert command_line(hydra__run__dir=folder)[0] == 0
+    status, _, errors = command_line(hydra__run__dir=folder)
+    assert status == 1
+    assert errors.startswith(f"Error: {folder} holds the results of an earlier run.")
+
+
+def test_a_multirun_goes_on_after_a_failed_run(command_line, tmp_path):
+    status, output, errors = command_line(
+        "-m",
+        variant="t2t_vit_t_14",
+        experiment="imagenet-t2tvit-eval.yaml",
+        model___t2tattn_cfg="full,local,sblocal",
+        **{"+model__t2tattn2_cfg__nb_features": 2},
+    )
+    assert status == 1
+    assert [line[:15] for line in errors.splitlines()] == ["Error in run 0:", "Error in run 1:"]
+    assert "nb_features" in errors
+    (sweep,) = (tmp_path / "logs" / "multiruns").glob("*/*")
+    assert results_of(sweep) == [sweep / "2" / "results.json"]
+    comparison = json.loads((sweep / "comparison.json").read_text())
+    assert [row["attention"] for row in comparison["runs"]] == ["sblocal"]
+    assert comparison["failed"] == ["0", "1"]
+    assert str(sweep / "comparison.md") in output
+    # a later command in the same process starts afresh
+    assert command_line()[0] == 0
+
+
+def test_a_multirun_is_compared(command_line, tmp_path):
+    status, output, errors = command_line(
+        "-m", variant="t2t_vit_t_14", model___t2tattn_cfg="full,local,performer,sblocal"
+    )
+    assert (status, errors) == (0, "")
+    (sweep,) = (tmp_path / "logs" / "multiruns").glob("*/*")
+    assert [path.parent.name for path in results_of(sweep)] == ["0", "1", "2", "3"]
+    rows = json.loads((sweep / "comparison.json").read_text())["runs"]
+    assert [row["attention"] for row in rows] == ["full", "local", "performer", "sblocal"]
+    assert rows[0]["agreement"] == 100.0
+    for name in ("comparison.md", "comparison.png"):
+        assert (sweep / name).stat().st_size > 0
+        assert str(sweep / name) in output
+
+
+# In a process of its own
+
+
+def start(*arguments: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    paths = ("DATA_DIR", "CHECKPOINT", "HYDRA_FULL_ERROR")
+    inherited = {name: value for name, value in os.environ.items() if name not in paths}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=tmp_path,
+        env={**inherited, "LOG_DIR": str(tmp_path / "logs"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_explains_itself_and_imports_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = start("--help", tmp_path=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("model/t2tattn_cfg=sblocal", "model/t2tattn_cfg: full, local, performer, sblocal", "eval.num_seeds"):
+        assert part in done.stdout
+
+
+def test_cfg_job_shows_the_configuration(tmp_path):
+    done = start("--cfg", "job", "model/t2tattn_cfg=local", tmp_path=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "name: local" in done.stdout
+    assert not (tmp_path / "logs").exists()
+
+
+def test_nothing_at_all(tmp_path):
+    done = start(tmp_path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: No checkpoint given.")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_traceback_on_request(tmp_path):
+    done = start(tmp_path=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Error: No checkpoint given.")
+
+
+def test_several_processes_in_a_multirun_with_a_damaged_image(inputs, tmp_path):
+    """Each run has its own processes, which do not start the sweep again; a failed one ends with its reason."""
+    checkpoint = make_checkpoint(tmp_path / "weights.pth", "t2t_vit_7")
+    arguments = overrides(inputs / "data", checkpoint, "t2t_vit_7", trainer__devices=2)
+    arguments = [argument for argument in arguments if not argument.startswith("datamodule.data_dir")]
+    sweep = f"datamodule.data_dir={inputs / 'damaged'},{inputs / 'data'}"
+    done = start("-m", *arguments, sweep, tmp_path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error in run 0: Cannot decode the image")
+    assert done.stderr.count("\n") == 1, done.stderr
+    (path,) = results_of(tmp_path)
+    assert path.parent.name == "1"
+    assert done.stdout.count("6 images of val") >= 1
+    assert "Loaded t2t_vit_7" in (path.parent / "run.log").read_text()
