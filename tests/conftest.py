@@ -9,6 +9,12 @@ import torch
 from tests.helpers import load_golden
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Most tensors here are tiny: threads cost more than they give, many times more on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers, alone or after others."""
