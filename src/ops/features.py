@@ -40,4 +40,4 @@ def log_softmax_features(x: torch.Tensor, projection: torch.Tensor, scale: float
         rows = torch.cat([rows, -rows])
     # log(1 / sqrt(M)) joins the norm so that no further pass over the features is needed
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() * (scale / 2)
-    return x @ rows.transpose(-2, -1) - (norm + math.log(len(rows)) / 2)
+    return (x @ rows.transpose(-2, -1)).sub_(norm + math.log(len(rows)) / 2)
