@@ -49,7 +49,6 @@ demo: setup $(DEMO_CHECKPOINT)
 	@echo "The weights are random: these accuracies mean nothing. The agreement with full attention and the speed do."
 
 $(DEMO_CHECKPOINT): | setup
-	mkdir -p demo
 	$(BIN)/python scripts/make_random_checkpoint.py t2t_vit_t_14 --num-classes 5 --output $@
 
 clean:

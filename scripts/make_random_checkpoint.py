@@ -46,6 +46,7 @@ def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Pat
     """
     if os.path.lexists(output):
         raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     weights = named_weights(official_shapes(variant, num_classes, image_size))
     save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
 

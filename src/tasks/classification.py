@@ -44,6 +44,7 @@ class ImageClassification(pl.LightningModule):
         self.seeds = list(seeds)
         # not a sub-module: the compiled form would register the parameters a second time
         self._forward = (model if forward is None else forward,)
+        self._has_fixed_batch = forward is not None
         self.num_images = num_images
         self.num_classes = num_classes
         self.running_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
@@ -76,13 +77,22 @@ class ImageClassification(pl.LightningModule):
         for draw, rows in enumerate(self._draws):
             for buffer, drawn in rows:
                 buffer.copy_(drawn)
-            logits = self._forward[0](images)
+            logits = self._logits(images)
             self.image_records.update(draw, indices, logits, targets)
             self.running_accuracy.update(logits, targets)
         self._images_seen += len(images) * len(self.seeds)
         if batch_idx == 0:
             self._first_batch_ended = self._now()
             self._images_of_first_batch = self._images_seen
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch. A compiled model gets batches of one size: another would be compiled for anew."""
+        if not self._has_fixed_batch:
+            return self._forward[0](images)
+        if self._images_seen == 0:
+            self._batch_size = len(images)
+        padding = images.new_zeros(self._batch_size - len(images), *images.shape[1:])
+        return self._forward[0](torch.cat([images, padding]))[: len(images)]
 
     def progress_so_far(self) -> tuple[float, float]:
         """Images per second and top-1 accuracy in percent of this process, draws taken together."""

@@ -140,6 +140,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         datamodule.test_dataset.root,
     )
     if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.init()  # before that, there is nothing to reset
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     _test(trainer, task, datamodule, config)
 

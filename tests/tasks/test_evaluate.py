@@ -160,6 +160,25 @@ def test_compiled_equals_eager(evaluation):
     np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=1e-5)
 
 
+def test_a_compiled_model_sees_one_batch_size(evaluation, monkeypatch):
+    assert NUM_IMAGES % 4
+    sizes = []
+
+    def compile_model(model):
+        def forward(images):
+            sizes.append(len(images))
+            return model(images)
+
+        return forward
+
+    _, eager = evaluate(evaluation(datamodule__batch_size=4))
+    monkeypatch.setattr(torch, "compile", compile_model)
+    _, compiled = evaluate(evaluation(folder="compiled", datamodule__batch_size=4, eval__compile="true"))
+    assert set(sizes) == {4}
+    np.testing.assert_array_equal(compiled.task.records.top5_classes, eager.task.records.top5_classes)
+    np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=1e-5)
+
+
 def test_a_compiler_that_fails_is_one_error(evaluation, monkeypatch):
     from torch._inductor.exc import InvalidCxxCompiler
 
