@@ -154,11 +154,17 @@ def test_a_window_of_nothing(command_line):
     assert "local_context" in errors
 
 
-@pytest.mark.parametrize("argument", ["foo", "model.t2tattn1_cfg.local_context=[1"])
+@pytest.mark.parametrize("argument", ["foo", "=3", "model.t2tattn1_cfg.local_context=[1"])
 def test_an_argument_that_is_no_option(command_line, argument):
     status, _, errors = command_line(argument)
     assert (status, errors.count("\n")) == (1, 1)
     assert errors.startswith(f"Error: Cannot read '{argument}'. Give options as option=value")
+
+
+def test_an_unknown_flag(command_line):
+    status, _, errors = command_line("--foo")
+    assert status == 1
+    assert errors.endswith("error: unrecognized arguments: --foo\n")
 
 
 def test_the_yaml_ending_is_accepted_and_paths_come_from_the_environment(command_line, inputs, tmp_path, monkeypatch):

@@ -95,10 +95,15 @@ def run_cli(main: Callable[[], None], argv: list[str]) -> int:
     # Hydra would print errors of its own and leave by sys.exit; raised, they pass through here
     os.environ[FULL_ERROR] = "1"
     try:
+        for argument in argv[1:]:
+            if argument.startswith("="):  # Hydra's parser takes it for a group without a name
+                raise UserError(f"Cannot read '{argument}'. Give options as option=value.")
         main()
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         report(error)
         return 1
+    except SystemExit as end:  # argparse, on a flag it does not know: usage and one line
+        return 1 if end.code == 2 else int(end.code or 0)
     except KeyboardInterrupt:
         return 130
     finally:
