@@ -221,7 +221,7 @@ def _blocked(
         form = _PerKeyReference if is_causal or query.shape[-1] > _MAX_WIDTH_OF_SHARED_REFERENCE else _SharedReference
         log_query = log_softmax_features(query_rows, projection, scale, cosh)
         log_key = log_softmax_features(key_rows, projection, scale, cosh).add_(bias_rows)
-        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), is_causal, dropout_p)
+        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
 
     query_slices = layout.slices_of_blocks(layout.blocks(query_rows))
     key_slices = layout.slices_of_stretches(key_rows)
@@ -292,7 +292,6 @@ class _SharedReference:
         log_query: rows of log features (rows, M).
         log_key: the same of the keys, -inf where there is no key.
         value_blocks: values and ones (G * num_blocks, C, D + 1).
-        is_causal: hide the keys j > i.
         dropout_p: probability of dropping a key's feature from the sums of the values.
     """
 
@@ -303,7 +302,6 @@ class _SharedReference:
         log_query: torch.Tensor,
         log_key: torch.Tensor,
         value_blocks: torch.Tensor,
-        is_causal: bool,
         dropout_p: float,
     ) -> None:
         self.masks = masks
@@ -349,14 +347,13 @@ class _PerKeyReference:
         log_query: torch.Tensor,
         log_key: torch.Tensor,
         value_blocks: torch.Tensor,
-        is_causal: bool,
         dropout_p: float,
     ) -> None:
         self.masks = masks
         key_blocks = layout.blocks(log_key)
         block_max = key_blocks.detach().amax(1).clamp_min_(FLOOR)  # (G * num_blocks, M)
         state = _block_sums(layout, (key_blocks - block_max.unsqueeze(1)).exp(), value_blocks, dropout_p)
-        reference, state = _log_space_outside(layout, layout.by_group(block_max), state, is_causal)
+        reference, state = _log_space_outside(layout, layout.by_group(block_max), state, masks.hidden is not None)
         self.sums = layout.slices_of_blocks(state.flatten(0, 1))
         log_query_blocks = layout.blocks(log_query)
         self.log_queries_outside = layout.slices_of_blocks(log_query_blocks + reference.flatten(0, 1).unsqueeze(1))
