@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from src.ops.inputs import check_dropout
+from src.ops.inputs import check_dropout, default_scale
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
 
@@ -73,7 +73,7 @@ class AttentionModule(nn.Module):
         out = self._attend(query, key, value, dropout_p=dropout_p, backend=self.backend, **options)
         weights = None
         if need_weights:
-            options["scale"] = query.shape[-1] ** -0.5 if self.softmax_temp is None else self.softmax_temp
+            options["scale"] = default_scale(query, self.softmax_temp)
             weights = self._weights(query, key, value, **options).to(query.dtype)
         return out.transpose(1, 2), weights
 
