@@ -44,6 +44,7 @@ from src.ops.features import log_softmax_features
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError, did_you_mean
 from src.utils.files import atomic_write
+from src.utils.machine import processor_name
 
 PASSES = ("forward", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -223,11 +224,8 @@ def choose_device(name: str) -> torch.device:
 
 def machine_info(device: torch.device) -> dict[str, str | int | None]:
     """What a figure has to be read with: processor, threads, versions, GPU."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        processor = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), processor)
     return {
-        "processor": processor,
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

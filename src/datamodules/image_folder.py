@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from src.utils.errors import UserError, did_you_mean
+from src.utils.errors import UserError, check_whole_number, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -297,11 +297,6 @@ class ImageLoader(DataLoader):
             yield batch
 
 
-def _require_int(option: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UserError(f"{option}={value!r} is not valid. Give a whole number of at least {minimum}.")
-
-
 def _three_numbers(option: str, values: Any) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
@@ -360,11 +355,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        _require_int("datamodule.image_size", image_size, 1)
-        _require_int("datamodule.num_classes", num_classes, 1)
-        _require_int("datamodule.batch_size", batch_size, 1)
+        check_whole_number("datamodule.image_size", image_size, 1)
+        check_whole_number("datamodule.num_classes", num_classes, 1)
+        check_whole_number("datamodule.batch_size", batch_size, 1)
         if num_workers is not None:
-            _require_int("datamodule.num_workers", num_workers, 0)
+            check_whole_number("datamodule.num_workers", num_workers, 0)
         if interpolation not in _INTERPOLATIONS:
             raise UserError(
                 f"datamodule.interpolation={interpolation!r} is not valid. "

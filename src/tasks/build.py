@@ -12,23 +12,6 @@ from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.utils.errors import UserError
 
 
-def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """Refuse anything but a whole number in [minimum, maximum].
-
-    Args:
-        option: its name on the command line, for the message.
-        value: what was given.
-        minimum: smallest value.
-        maximum: largest value; None is no limit.
-
-    Raises:
-        UserError: the value is another.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum or value > (maximum or value):
-        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise UserError(f"{option}={value} is not valid. Give a whole number {limits}.")
-
-
 def build(config: DictConfig, group: str, **objects: Any) -> Any:
     """Instantiate `config`, which has a `_target_`.
 

@@ -34,12 +34,13 @@ from src.evaluation.results import (
 from src.models.modules.attention import attention_memory
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.build import attention_name, build, build_group, build_model, check_whole_number
+from src.tasks.build import attention_name, build, build_group, build_model
 from src.tasks.classification import ImageClassification
 from src.tasks.processes import run_processes
 from src.utils.checkpoint import load_checkpoint
-from src.utils.errors import UserError
+from src.utils.errors import UserError, check_whole_number
 from src.utils.files import sha256_of_file
+from src.utils.machine import processor_name
 
 logger = logging.getLogger(__name__)
 
@@ -281,18 +282,11 @@ def _attention_memory(model: T2TViT) -> float | None:
 
 def _device_name(trainer: Trainer) -> str:
     device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({_processor()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
     return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
-
-
-def _processor() -> str:
-    """Model of the processor, with the threads in use."""
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-            model = next(names, model)
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _peak_memory_mib(trainer: Trainer) -> float | None:

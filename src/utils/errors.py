@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -29,3 +30,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return "Did you mean " + " or ".join(f"'{item}'" for item in near) + "?"
     return "Choose one of: " + ", ".join(known) + "."
+
+
+def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Refuse anything but a whole number in [minimum, maximum].
+
+    Args:
+        option: its name on the command line, for the message.
+        value: what was given.
+        minimum: smallest value.
+        maximum: largest value; None is no limit.
+
+    Raises:
+        UserError: the value is another.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum or value > (maximum or value):
+        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise UserError(f"{option}={value} is not valid. Give a whole number {limits}.")
