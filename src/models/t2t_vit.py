@@ -62,6 +62,8 @@ T2T_VIT_VARIANTS: dict[str, T2TViTVariant] = {
     "t2t_vit_t_24": T2TViTVariant("transformer", 512, 24, 8),
     "t2t_vit_14_resnext": T2TViTVariant("performer", 384, 14, 32),
     "t2t_vit_14_wide": T2TViTVariant("performer", 768, 4, 12),
+    # ours, not published: small enough to train in minutes and to ship
+    "t2t_vit_t_7": T2TViTVariant("transformer", 256, 7, 4, mlp_ratio=2.0),
 }
 
 
