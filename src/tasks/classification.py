@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.evaluation.results import Records, summarise
+from src.tasks.provenance import seconds_now
 from src.tasks.records import ImageRecords
 
 
@@ -69,7 +70,7 @@ class ImageClassification(pl.LightningModule):
             else:
                 self._draws.append([])
         self._images_seen = 0
-        self._clock_started = self._now()
+        self._clock_started = seconds_now(self.device)
 
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Evaluate a batch (images, targets, indices) under every draw."""
@@ -82,7 +83,7 @@ class ImageClassification(pl.LightningModule):
             self.running_accuracy.update(logits, targets)
         self._images_seen += len(images) * len(self.seeds)
         if batch_idx == 0:
-            self._first_batch_ended = self._now()
+            self._first_batch_ended = seconds_now(self.device)
             self._images_of_first_batch = self._images_seen
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class ImageClassification(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""
-        ended = self._now()
+        ended = seconds_now(self.device)
         start, seen = self._clock_started, self._images_seen
         if seen > self._images_of_first_batch:
             start, seen = self._first_batch_ended, seen - self._images_of_first_batch
@@ -111,11 +112,3 @@ class ImageClassification(pl.LightningModule):
         self.records = self.image_records.compute()
         figures = summarise(self.records)
         self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, sync_dist=True)
-
-    def _now(self) -> float:
-        """Seconds, once everything asked of the device is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()

@@ -1,0 +1,195 @@
+"""How close an attention comes to full attention on what a trained T2T-ViT really asks of it.
+
+Queries, keys and values of both token stages are taken from the network as it runs with full attention, so that the
+error of each stage stands alone: stage 2 is not judged on what an approximation in stage 1 has left of the image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from src.models.modules.attention import create_attention
+from src.models.modules.attention.base import AttentionModule
+from src.models.modules.attention.full import FullAttention
+from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
+from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed
+from src.ops.full import full_attention
+from src.ops.inputs import accumulation_dtype
+from src.ops.naive import dense_logits
+from src.utils.checkpoint import load_checkpoint, read_checkpoint
+from src.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What the attention of one token stage works on.
+
+    Attributes:
+        query: (B, T, H, E).
+        key: (B, S, H, E).
+        value: (B, S, H, D).
+        scale: softmax scale of the stage.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+
+    def with_identity_values(self) -> StageInputs:
+        """The same with one-hot values (D = S), for which the output of an attention is its matrix of weights.
+
+        So the weights are those of the fast operator, which has them in a hundredth of the time that the dense
+        specification takes (`need_weights=True`).
+        """
+        batch, num_keys, heads, _ = self.value.shape
+        identity = torch.eye(num_keys, dtype=self.value.dtype, device=self.value.device)
+        return replace(self, value=identity[None, :, None].expand(batch, -1, heads, -1))
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
+    """Build the T2T-ViT that a checkpoint is of, with full attention, and load the checkpoint.
+
+    Args:
+        path: any checkpoint that `read_checkpoint` reads.
+
+    Returns:
+        Name of the variant, and the model in evaluation mode.
+
+    Raises:
+        UserError: see `read_checkpoint`; no variant with swappable attention has the sizes of the checkpoint.
+    """
+    contents = read_checkpoint(path)
+    names = [name for name in contents.variants if T2T_VIT_VARIANTS[name].tokens == "transformer"]
+    if not names:
+        raise UserError(
+            f"{path} holds {contents.architecture}: no attention of its token stages can be swapped. Use a checkpoint "
+            "of one of the t2t_vit_t_* variants."
+        )
+    model = create_t2t_vit(names[0], "full", image_size=contents.image_size, num_classes=contents.num_classes)
+    load_checkpoint(model, path)
+    return names[0], model.eval()
+
+
+@torch.no_grad()
+def capture_stage_inputs(model: T2TViT, images: torch.Tensor) -> tuple[StageInputs, StageInputs]:
+    """Query, key and value of both token stages, as their attention modules receive them.
+
+    Args:
+        model: full attention in both token stages. Its hooks are as before when this returns or raises.
+        images: (B, 3, image_size, image_size), normalised.
+
+    Returns:
+        Inputs of stage 1 and of stage 2, (B, N, 1, E) each.
+
+    Raises:
+        UserError: the token stages have another attention.
+    """
+    attentions = model.token_attentions
+    if attentions is None or not all(isinstance(attention, FullAttention) for attention in attentions):
+        raise UserError("Inputs are captured with full attention in both token stages. Build such a model.")
+    captured: list[StageInputs] = []
+
+    def capture(attention: AttentionModule, tensors: tuple[torch.Tensor, ...]) -> None:
+        captured.append(StageInputs(*tensors, scale=attention.softmax_temp))
+
+    with ExitStack() as hooks:
+        for attention in attentions:
+            hooks.enter_context(attention.register_forward_pre_hook(capture))
+        model.patch_embed(images)  # the backbone comes behind both stages and is not needed
+    return tuple(captured)
+
+
+def create_stage_attentions(
+    name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0
+) -> tuple[AttentionModule, AttentionModule]:
+    """The attention modules that an evaluation of `model` with this attention and seed has in its token stages.
+
+    Args:
+        name: one of `ATTENTIONS`.
+        model: with a swappable attention, which tells the sequence lengths, the softmax scales and the device.
+        memory_fraction: see `create_attention`.
+        seed: seed of the random features; each stage derives its own.
+
+    Returns:
+        Modules of stage 1 and of stage 2, in evaluation mode.
+
+    Raises:
+        UserError: unknown name or a fraction out of range.
+    """
+    device = model.cls_token.device
+    return tuple(
+        create_attention(
+            name,
+            length,
+            TOKEN_DIM,
+            softmax_temp=own.softmax_temp,
+            memory_fraction=memory_fraction,
+            seed=stage_seed(seed, stage),
+        )
+        .to(device)
+        .eval()
+        for stage, (own, length) in enumerate(
+            zip(model.token_attentions, stage_lengths(model.image_size), strict=True)
+        )
+    )
+
+
+@torch.no_grad()
+def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor:
+    """The matrix of weights (B, H, T, S) of an attention; its rows sum to 1."""
+    inputs = inputs.with_identity_values()
+    return attention(inputs.query, inputs.key, inputs.value)[0].transpose(1, 2)
+
+
+@torch.no_grad()
+def relative_errors(
+    inputs: StageInputs, attentions: Sequence[nn.Module], *, of_weights: bool = False
+) -> torch.Tensor:
+    """Relative Frobenius errors against full attention, `|| out - full ||_F / || full ||_F` over T, H and D.
+
+    Args:
+        inputs: of one stage.
+        attentions: modules with the softmax scale of the stage.
+        of_weights: compare the matrices of weights (T, S) in place of the outputs. Takes O(T S) memory.
+
+    Returns:
+        (attentions, B) float64, one for each attention and image.
+    """
+    if of_weights:
+        inputs = inputs.with_identity_values()
+    tensors = (inputs.query, inputs.key, inputs.value)
+    dtype = accumulation_dtype(inputs.query.dtype)
+    full = full_attention(*(x.to(dtype).transpose(1, 2) for x in tensors), scale=inputs.scale).transpose(1, 2)
+    return torch.stack([relative_error(attention(*tensors)[0], full) for attention in attentions])
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`|| result - reference || / || reference ||` of each entry of the first dimension, (B,) float64."""
+    difference, reference = (result - reference).double().flatten(1), reference.double().flatten(1)
+    return difference.norm(dim=1) / reference.norm(dim=1)
+
+
+def effective_keys(weights: torch.Tensor) -> torch.Tensor:
+    """Number of keys over which a query spreads its weight: exp(H), H the entropy of its weights in nats.
+
+    Args:
+        weights: (..., S), not negative, sums 1.
+
+    Returns:
+        (...) in [1, S]: 1 for a single key, S for equal weights.
+    """
+    return torch.special.entr(weights).sum(-1).exp()
+
+
+@torch.no_grad()
+def largest_logit(inputs: StageInputs) -> torch.Tensor:
+    """Largest |s q.k| of each image, (B,) float64."""
+    logits = dense_logits(inputs.query.transpose(1, 2), inputs.key.transpose(1, 2), inputs.scale)
+    return logits.abs().amax((1, 2, 3))

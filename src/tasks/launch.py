@@ -1,0 +1,114 @@
+"""From a configuration to a trainer, in this process or in one process per device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
+from munch import Munch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.strategies import ParallelStrategy
+
+from src.tasks.build import build, build_group
+from src.tasks.processes import run_processes
+from src.utils.errors import UserError
+
+# What a mode does: its summary, which can be sent from process to process, and the objects it comes from.
+Work = Callable[[DictConfig, Trainer], tuple[Any, Munch]]
+
+
+def launch(work: Work, config: DictConfig) -> tuple[Any, Munch]:
+    """Call `work(config, trainer)`, in one process for each device where there are several.
+
+    Args:
+        work: a function of a module, not a closure.
+        config: the composed configuration, see `configs/`.
+
+    Returns:
+        What `work` returns in the first process; the objects only where this process did the work.
+
+    Raises:
+        UserError: the trainer cannot be built, or what `work` raises.
+    """
+    quiet_libraries()
+    trainer = build_trainer(config)
+    if number := _processes_to_start(trainer):
+        # interpolations may ask Hydra, which the processes do not have
+        content = OmegaConf.to_container(config, resolve=True)
+        return run_processes(_work_in_process, number, work, content, _logging_config()), Munch()
+    return work(config, trainer)
+
+
+def build_trainer(config: DictConfig) -> Trainer:
+    """Build the trainer with its loggers and callbacks.
+
+    Raises:
+        UserError: an option that does not fit, or a strategy whose processes would not be ours.
+    """
+    strategy = str(config.trainer.strategy)
+    if any(word in strategy for word in ("spawn", "fork", "notebook")):
+        raise UserError(
+            f"trainer.strategy={strategy} is not supported. Leave trainer.strategy=auto: each device has its process."
+        )
+    callbacks = build_group(config.callbacks, "callbacks")
+    return build(
+        config.trainer,
+        "trainer",
+        logger=build_group(config.logger, "logger") or False,
+        callbacks=callbacks,
+        # otherwise Lightning adds its own
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries say about themselves at every start, and what the user cannot act on."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile, of CUDA_HOME without a GPU
+    for message in (
+        ".*does not have many workers.*",
+        ".*it is recommended to use `Trainer\\(devices=1.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        # a resumed training continues in its folder
+        ".*Checkpoint directory .* exists and is not empty.*",
+        # the logging interval is of no use to a small data set
+        ".*is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _processes_to_start(trainer: Trainer) -> int:
+    """How many processes of this machine the trainer counts on: its devices, or 0 where it needs none.
+
+    None are needed for a single device, and where torchrun or SLURM started them already.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ParallelStrategy) or strategy.cluster_environment is None:
+        return 0
+    return 0 if strategy.cluster_environment.creates_processes_externally else trainer.num_devices
+
+
+def _work_in_process(work: Work, content: dict[str, Any], logging_config: dict[str, Any] | None) -> Any:
+    """`work` in one of several processes, of which the first speaks for all."""
+    if os.environ["LOCAL_RANK"] == "0":
+        configure_log(None if logging_config is None else OmegaConf.create(logging_config))
+    else:
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
+    quiet_libraries()
+    config = OmegaConf.create(content)
+    return work(config, build_trainer(config))[0]
+
+
+def _logging_config() -> dict[str, Any] | None:
+    if not HydraConfig.initialized():
+        return None
+    return OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
