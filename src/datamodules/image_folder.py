@@ -90,10 +90,19 @@ def class_index(folder_names: Iterable[str], num_classes: int = 1000) -> dict[st
     return {name: index for index, name in enumerate(names)}
 
 
-def _scan(folder: Path) -> tuple[list[str], list[str]]:
+def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files directly in `folder`, links followed, hidden ones left out.
 
     A link to nothing counts as a file: left out, it would change what is evaluated without a word.
+
+    Args:
+        folder: an existing folder.
+
+    Returns:
+        Names of the folders, names of the files.
+
+    Raises:
+        UserError: the folder cannot be read.
     """
     folders, files = [], []
     try:
@@ -106,8 +115,14 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
-def _load_rgb(path: Path) -> Image.Image:
+def load_rgb(path: Path) -> Image.Image:
     """Decode a whole image file, whatever its mode and format, to RGB as timm does.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The image in mode RGB.
 
     Raises:
         UserError: the file cannot be read or is not an intact image.
@@ -162,7 +177,7 @@ class ImageFolderDataset(Dataset):
         self.transform = transform
         if not self.root.is_dir():
             raise UserError(f"{self.root} is not a folder. Give the folder that holds the class folders.")
-        self.classes, loose_files = _scan(self.root)
+        self.classes, loose_files = scan_folder(self.root)
         if not self.classes:
             found = f"holds {len(loose_files)} files but no class folders" if loose_files else "is empty"
             raise UserError(
@@ -178,7 +193,7 @@ class ImageFolderDataset(Dataset):
         self.targets: list[int] = []
         without_images, nested = [], []
         for name in self.classes:
-            folders, files = _scan(self.root / name)
+            folders, files = scan_folder(self.root / name)
             self.paths += [f"{name}/{file}" for file in files]
             self.targets += [self.class_to_index[name]] * len(files)
             nested += [f"{name}/{folder}" for folder in folders]
@@ -212,7 +227,7 @@ class ImageFolderDataset(Dataset):
         Raises:
             UserError: the file cannot be decoded.
         """
-        image = _load_rgb(self.root / self.paths[index])
+        image = load_rgb(self.root / self.paths[index])
         return self.transform(image), self.targets[index], index
 
 
@@ -441,7 +456,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if split_folder.is_dir():
             return split_folder
 
-        folders, _ = _scan(data_dir)
+        folders, _ = scan_folder(data_dir)
         if _looks_like_split(data_dir, folders):
             split = "" if data_dir.name == self.test_split else f" datamodule.test_split={data_dir.name}"
             raise UserError(
@@ -460,4 +475,4 @@ def _looks_like_split(folder: Path, subfolders: Sequence[str]) -> bool:
     if any(name in _imagenet_synsets() for name in subfolders):
         return True
     # A few folders tell; a wrong data_dir may hold very many.
-    return len(subfolders) > 1 and all(_scan(folder / name)[1] for name in subfolders[:5])
+    return len(subfolders) > 1 and all(scan_folder(folder / name)[1] for name in subfolders[:5])
