@@ -3,6 +3,7 @@ import logging
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,23 @@ from src.datamodules.image_folder import (
 )
 from src.utils.errors import UserError
 
-FLOWERS = Path(__file__).parents[2] / "data" / "flowers"
-PHOTOGRAPHS = sorted((FLOWERS / "val").glob("*/*.jpg"))
+# The first few of each class: a pass over all would take a second.
+PHOTOGRAPHS = [
+    path
+    for name, number in (("daisy", 3), ("dandelion", 3), ("roses", 2), ("sunflowers", 2), ("tulips", 2))
+    for path in sorted((Path(__file__).parents[2] / "data" / "flowers" / "val" / name).iterdir())[:number]
+]
+
+
+@pytest.fixture(scope="session")
+def flowers(tmp_path_factory):
+    """Data folder that holds `PHOTOGRAPHS`; tests leave it as it is."""
+    data_dir = tmp_path_factory.mktemp("flowers")
+    for path in PHOTOGRAPHS:
+        folder = data_dir / "val" / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    return data_dir
 
 
 def encoded(format="JPEG", mode="RGB", size=(20, 16), seed=0):
@@ -121,8 +137,8 @@ def test_what_is_left_out_is_logged(tmp_path, caplog, extra, folder, told):
     assert str(tmp_path) in caplog.text
 
 
-def test_nothing_is_logged_for_a_clean_folder(caplog):
-    dataset(FLOWERS / "val", 5)
+def test_nothing_is_logged_for_a_clean_folder(flowers, caplog):
+    dataset(flowers / "val", 5)
     assert not caplog.records
 
 
@@ -267,15 +283,6 @@ def test_split_given_for_data_dir_suggests_its_parent(tmp_path, classes):
 # ---- decoding and the transform ---------------------------------------------------------------------------
 
 
-def test_the_photographs_are_there():
-    assert len(PHOTOGRAPHS) == 12
-    assert sum(path.stat().st_size for path in PHOTOGRAPHS) < 1_000_000
-    attribution = (FLOWERS / "ATTRIBUTION.md").read_text()
-    for path in PHOTOGRAPHS:
-        assert f"`val/{path.parent.name}/{path.name}`" in attribution
-        assert f"photo.gne?id={path.name.split('_')[0]}>" in attribution
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -290,12 +297,12 @@ def test_the_photographs_are_there():
         },
     ],
 )
-def test_transform_is_timms_bit_for_bit(options):
-    module = ImageFolderDataModule(FLOWERS, num_classes=5, num_workers=0, **options)
+def test_transform_is_timms_bit_for_bit(flowers, options):
+    module = ImageFolderDataModule(flowers, num_classes=5, num_workers=0, **options)
     module.setup("test")
     given = {"input_size": options.get("image_size", 224), "interpolation": "bicubic", "crop_pct": 0.9}
     given |= {name: value for name, value in options.items() if name != "image_size"}
-    theirs = ImageDataset(str(FLOWERS / "val"), transform=create_transform(**given, is_training=False))
+    theirs = ImageDataset(str(flowers / "val"), transform=create_transform(**given, is_training=False))
     assert len(theirs) == len(module.test_dataset) == 12
     by_path = {theirs.filename(i): i for i in range(12)}
     for i in (0, 5, 11):
@@ -405,17 +412,17 @@ def test_rank_outside_the_world(rank):
         ShardedSampler(10, rank, 2)
 
 
-def test_the_trainers_ranks_share_the_photographs():
+def test_the_trainers_ranks_share_the_photographs(flowers):
     seen = []
     for rank in range(5):
-        module = datamodule(FLOWERS, num_classes=5)
+        module = datamodule(flowers, num_classes=5)
         module.trainer = SimpleNamespace(global_rank=rank, world_size=5)
         seen.append([i for _, _, indices in module.test_dataloader() for i in indices.tolist()])
     assert seen == [[0, 5, 10], [1, 6, 11], [2, 7], [3, 8], [4, 9]]
 
 
-def test_more_processes_than_photographs():
-    module = datamodule(FLOWERS, num_classes=5)
+def test_more_processes_than_photographs(flowers):
+    module = datamodule(flowers, num_classes=5)
     module.trainer = SimpleNamespace(global_rank=0, world_size=13)
     assert "12 images" in message_of(module.test_dataloader)
 
@@ -423,8 +430,8 @@ def test_more_processes_than_photographs():
 # ---- the data module --------------------------------------------------------------------------------------
 
 
-def test_batches_are_in_path_order_and_complete():
-    module = datamodule(FLOWERS, num_classes=5, batch_size=5)
+def test_batches_are_in_path_order_and_complete(flowers):
+    module = datamodule(flowers, num_classes=5, batch_size=5)
     batches = list(module.test_dataloader())
     assert [tuple(images.shape) for images, _, _ in batches] == [(5, 3, 16, 16), (5, 3, 16, 16), (2, 3, 16, 16)]
     images, targets, indices = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -435,22 +442,22 @@ def test_batches_are_in_path_order_and_complete():
     assert torch.equal(images[7], module.test_dataset[7][0])
 
 
-def test_workers_change_nothing():
-    alone, shared = (list(datamodule(FLOWERS, num_classes=5, num_workers=n).test_dataloader()) for n in (0, 2))
+def test_workers_change_nothing(flowers):
+    alone, shared = (list(datamodule(flowers, num_classes=5, num_workers=n).test_dataloader()) for n in (0, 2))
     assert len(alone) == len(shared) == 6
     for expected, batch in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
 
 
-def test_the_loader_can_be_sent_to_spawned_workers():
-    module = datamodule(FLOWERS, num_classes=5)
+def test_the_loader_can_be_sent_to_spawned_workers(flowers):
+    module = datamodule(flowers, num_classes=5)
     loader = module.test_dataloader()
     copy, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
     assert torch.equal(collate([copy[3]])[0][0], module.test_dataset[3][0])
 
 
-def test_setup_lists_the_images_once():
-    module = datamodule(FLOWERS, num_classes=5)
+def test_setup_lists_the_images_once(flowers):
+    module = datamodule(flowers, num_classes=5)
     assert module.test_dataset is None
     module.setup("test")
     first = module.test_dataset
@@ -512,8 +519,8 @@ def test_values_that_are_not_valid_name_the_option(option, value, remedy):
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"])
-def test_each_interpolation_gives_its_own_image(interpolation):
-    module = ImageFolderDataModule(FLOWERS, image_size=32, num_classes=5, interpolation=interpolation)
+def test_each_interpolation_gives_its_own_image(flowers, interpolation):
+    module = ImageFolderDataModule(flowers, image_size=32, num_classes=5, interpolation=interpolation)
     module.setup()
     bicubic = create_transform(32, interpolation="bicubic", crop_pct=0.9)(Image.open(PHOTOGRAPHS[0]))
     assert torch.equal(module.test_dataset[0][0], bicubic) is (interpolation == "bicubic")
@@ -541,9 +548,9 @@ def trainer():
 
 
 @pytest.mark.filterwarnings("ignore:The 'test_dataloader' does not have many workers")
-def test_in_a_trainer():
+def test_in_a_trainer(flowers):
     recorder = Recorder()
-    trainer().test(recorder, datamodule(FLOWERS, num_classes=5), verbose=False)
+    trainer().test(recorder, datamodule(flowers, num_classes=5), verbose=False)
     assert recorder.seen == list(range(12))
 
 
