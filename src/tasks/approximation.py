@@ -42,11 +42,16 @@ class StageInputs:
     value: torch.Tensor
     scale: float
 
+    def image(self, index: int) -> StageInputs:
+        """Those of one image, as a batch of one."""
+        tensors = {name: getattr(self, name)[index : index + 1] for name in ("query", "key", "value")}
+        return replace(self, **tensors)
+
     def with_identity_values(self) -> StageInputs:
         """The same with one-hot values (D = S), for which the output of an attention is its matrix of weights.
 
-        So the weights are those of the fast operator, which has them in a hundredth of the time that the dense
-        specification takes (`need_weights=True`).
+        So the weights are those of the fast operator, which has them in a small part of the time that the dense
+        specification (`need_weights=True`) takes.
         """
         batch, num_keys, heads, _ = self.value.shape
         identity = torch.eye(num_keys, dtype=self.value.dtype, device=self.value.device)
@@ -135,9 +140,7 @@ def create_stage_attentions(
         )
         .to(device)
         .eval()
-        for stage, (own, length) in enumerate(
-            zip(model.token_attentions, stage_lengths(model.image_size), strict=True)
-        )
+        for stage, (own, length) in enumerate(zip(model.token_attentions, stage_lengths(model.image_size), strict=True))
     )
 
 
@@ -149,9 +152,7 @@ def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor
 
 
 @torch.no_grad()
-def relative_errors(
-    inputs: StageInputs, attentions: Sequence[nn.Module], *, of_weights: bool = False
-) -> torch.Tensor:
+def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_weights: bool = False) -> torch.Tensor:
     """Relative Frobenius errors against full attention, `|| out - full ||_F / || full ||_F` over T, H and D.
 
     Args:

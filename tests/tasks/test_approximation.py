@@ -1,0 +1,204 @@
+"""Errors against full attention, beside dense float64 computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from src.models.modules.attention import ATTENTIONS
+from src.models.t2t_vit import create_t2t_vit
+from src.ops.full import naive_full_attention
+from src.ops.local import naive_local_attention
+from src.ops.performer import naive_performer_attention
+from src.ops.scatterbrain import naive_scatterbrain_attention
+from src.tasks.approximation import (
+    StageInputs,
+    attention_weights,
+    capture_stage_inputs,
+    create_stage_attentions,
+    effective_keys,
+    largest_logit,
+    load_model,
+    relative_error,
+    relative_errors,
+)
+from src.utils.errors import UserError
+from tests.helpers import assert_close
+from tests.tasks.setup import IMAGE_SIZE, NUM_CLASSES
+
+MEMORY = 1 / 4  # 64 and 16 tokens: windows and features of several each
+# Two computations in float64 that add in different orders.
+ROUNDING = 1e-12
+
+
+@pytest.fixture
+def model(checkpoints, shallow):
+    return load_model(checkpoints["t2t_vit_t_14"])[1].double()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+
+
+@pytest.fixture
+def stages(model, images):
+    return capture_stage_inputs(model, images)
+
+
+def dense(attention, inputs):
+    """Output (B, N, H, E) and weights of the specification of a module, float64."""
+    tensors = [x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)]
+    sizes, rows = attention.sizes(), getattr(attention, "projection_matrix", None)
+    if not sizes:
+        out, weights = naive_full_attention(*tensors, inputs.scale)
+    elif rows is None:
+        out, weights = naive_local_attention(*tensors, sizes["local_context"], inputs.scale)
+    elif "local_context" not in sizes:
+        out, weights = naive_performer_attention(*tensors, rows, inputs.scale)
+    else:
+        out, weights = naive_scatterbrain_attention(*tensors, rows, sizes["local_context"], inputs.scale)
+    return out.transpose(1, 2), weights
+
+
+def test_captured_inputs_reproduce_the_stages(model, images, stages):
+    outputs = []
+    blocks = [stage.attn for stage in (model.patch_embed.attention1, model.patch_embed.attention2)]
+    handles = [block.register_forward_hook(lambda *arguments: outputs.append(arguments[-1])) for block in blocks]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    for block, output, inputs, length, width in zip(blocks, outputs, stages, (64, 16), (147, 576), strict=True):
+        assert inputs.query.shape == inputs.key.shape == inputs.value.shape == (3, length, 1, 64)
+        assert inputs.scale == width**-0.5
+        out = dense(block.attention, inputs)[0]
+        assert_close("stage", output, inputs.value.squeeze(2) + block.proj(out.squeeze(2)), ROUNDING)
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_are_gone_afterwards(model, images, monkeypatch, fails):
+    seen = []
+    own = [attention.register_forward_pre_hook(lambda *_: seen.append(1)) for attention in model.token_attentions]
+    if fails:
+        # behind the first stage, so that one of the two has been captured
+        monkeypatch.setattr(model.patch_embed.attention2.norm1, "forward", fail)
+        with pytest.raises(ZeroDivisionError):
+            capture_stage_inputs(model, images)
+    else:
+        capture_stage_inputs(model, images)
+    for attention, handle in zip(model.token_attentions, own, strict=True):
+        assert list(attention._forward_pre_hooks) == [handle.id]
+        handle.remove()
+    assert len(seen) == (1 if fails else 2)
+
+
+@pytest.mark.parametrize("variant", ["t2t_vit_t_14", "t2t_vit_7"])
+def test_only_full_attention_is_captured(images, shallow, variant):
+    attention = "local" if variant == "t2t_vit_t_14" else None
+    other = create_t2t_vit(variant, attention, image_size=IMAGE_SIZE, num_classes=NUM_CLASSES)
+    with pytest.raises(UserError, match="full attention in both token stages"):
+        capture_stage_inputs(other, images.float())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "full"])
+def test_errors_are_those_of_a_dense_computation(model, stages, name, stage):
+    inputs = stages[stage]
+    attentions = [create_stage_attentions(name, model, MEMORY, seed)[stage] for seed in (0, 1)]
+    full = dense(model.token_attentions[stage], inputs)
+    for of_weights in (False, True):
+        errors = relative_errors(inputs, attentions, of_weights=of_weights)
+        assert errors.shape == (2, 3)
+        for attention, row in zip(attentions, errors, strict=True):
+            for image in range(3):
+                result, reference = dense(attention, inputs)[of_weights][image], full[of_weights][image]
+                expected = (result - reference).square().sum().sqrt() / reference.square().sum().sqrt()
+                assert row[image].item() == pytest.approx(expected.item(), rel=ROUNDING)
+        assert errors.min() > 0.01, "an attention that approximates nothing tests nothing"
+
+
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_full_attention_has_no_error(model, stages, of_weights):
+    for inputs, attentions in zip(stages, zip(create_stage_attentions("full", model), strict=True), strict=True):
+        assert relative_errors(inputs, attentions, of_weights=of_weights).max() < ROUNDING
+
+
+def test_reference_has_float32_at_least(model, stages):
+    inputs = stages[0]
+    narrow = StageInputs(inputs.query.bfloat16(), inputs.key.bfloat16(), inputs.value.bfloat16(), inputs.scale)
+    # bfloat16 keeps 8 bits: were the reference rounded to it too, full attention would have no error
+    assert 2**-12 < relative_errors(narrow, [model.token_attentions[0]]).min() < 2**-7
+
+
+def test_relative_error_by_hand():
+    reference = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    errors = relative_error(torch.tensor([[3.0, 4.0], [1.0, 2.0]]), reference)
+    assert errors.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("name", list(ATTENTIONS))
+def test_weights_are_those_of_the_specification(model, stages, name):
+    for inputs, attention in zip(stages, create_stage_attentions(name, model, MEMORY, seed=3), strict=True):
+        weights = attention_weights(inputs, attention)
+        expected = attention(inputs.query, inputs.key, inputs.value, need_weights=True)[1]
+        assert_close("weights", expected, weights, ROUNDING)
+
+
+@pytest.mark.parametrize("name", list(ATTENTIONS))
+def test_attentions_are_those_of_an_evaluation(model, name):
+    options = {"name": name} | ({} if name == "full" else {"memory_fraction": MEMORY})
+    evaluated = create_t2t_vit("t2t_vit_t_14", [options, options], image_size=IMAGE_SIZE, num_classes=NUM_CLASSES)
+    evaluated.redraw_projections(7)
+    for seed, same in ((7, True), (8, False)):
+        for own, attention in zip(
+            evaluated.token_attentions, create_stage_attentions(name, model, MEMORY, seed), strict=True
+        ):
+            assert type(attention) is type(own)
+            assert not attention.training
+            assert (attention.softmax_temp, attention.sizes()) == (own.softmax_temp, own.sizes())
+            if evaluated.has_random_features:
+                assert torch.equal(attention.projection_matrix, own.projection_matrix) == same
+
+
+def test_effective_keys_of_known_weights():
+    weights = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]], dtype=torch.float64)
+    assert effective_keys(weights).tolist() == pytest.approx([4, 1, 2], rel=ROUNDING)
+
+
+def test_largest_logit(stages):
+    for inputs in stages:
+        logits = torch.einsum("bthe,bshe->bhts", inputs.query, inputs.key) * inputs.scale
+        expected = [image.abs().max().item() for image in logits]
+        assert largest_logit(inputs).tolist() == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_one_image_of_a_batch(model, stages):
+    for inputs, attentions in zip(
+        stages, zip(create_stage_attentions("local", model, MEMORY), strict=True), strict=True
+    ):
+        alone = relative_errors(inputs.image(1), attentions)
+        assert alone.shape == (1, 1)
+        assert alone[0, 0].item() == pytest.approx(relative_errors(inputs, attentions)[0, 1].item(), rel=ROUNDING)
+
+
+def test_a_checkpoint_tells_its_model(checkpoints, shallow, images):
+    name, model = load_model(checkpoints["t2t_vit_t_14"])
+    assert (name, model.image_size, model.num_classes) == ("t2t_vit_t_14", IMAGE_SIZE, NUM_CLASSES)
+    assert not model.training
+    stored = torch.load(checkpoints["t2t_vit_t_14"], weights_only=True)["state_dict_ema"]
+    assert torch.equal(model.head.weight, stored["head.weight"])
+
+
+def test_a_checkpoint_with_performer_tokens(checkpoints, shallow):
+    with pytest.raises(UserError, match=r"holds t2t_vit_7: no attention of its token stages can be swapped"):
+        load_model(checkpoints["t2t_vit_7"])
+
+
+def test_a_checkpoint_of_no_known_variant(checkpoints):
+    # without `shallow`, one block in place of 14
+    with pytest.raises(UserError, match="none of the known variants"):
+        load_model(checkpoints["t2t_vit_t_14"])
