@@ -1,0 +1,321 @@
+"""Error of the attentions against full attention, on the queries, keys and values of a trained T2T-ViT.
+
+Every photograph of DATA_DIR/SPLIT runs through the network with full attention. What the two token stages hand to
+their attention is then given to each attention in its place, and the relative Frobenius error of its output,
+|| out - full || / || full ||, is averaged over the photographs, and over the draws where there are random features.
+Some photographs, spread evenly, also give the error of the matrix of attention weights, and how sharp full attention
+is: its effective number of keys (exp of the entropy of a query's weights) and its largest logit.
+
+    python scripts/measure_approximation.py --checkpoint FILE --data-dir data/flowers
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.data import Subset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
+
+from scripts.benchmark_attention import (
+    Parser,
+    check_writable,
+    choose_device,
+    fraction,
+    machine_info,
+    positive,
+    threads,
+    write_json,
+)
+from src.datamodules.image_folder import ImageFolderDataModule, ImageFolderDataset, ImageLoader
+from src.models.modules.attention import ATTENTIONS
+from src.models.modules.attention.base import AttentionModule
+from src.models.modules.tokens_to_token import stage_lengths
+from src.models.t2t_vit import T2TViT
+from src.tasks.approximation import (
+    StageInputs,
+    attention_weights,
+    capture_stage_inputs,
+    create_stage_attentions,
+    effective_keys,
+    largest_logit,
+    load_model,
+    relative_errors,
+)
+from src.tasks.evaluate import MAX_SEED
+from src.tasks.provenance import package_versions
+from src.utils.errors import UserError, check_whole_number, did_you_mean
+from src.utils.files import sha256_of_file
+
+
+@dataclass
+class Error:
+    """Mean over images of a relative error.
+
+    Attributes:
+        mean: over images and draws.
+        std: sample deviation over draws of the mean over images; None with one draw.
+        draws: mean over images of each draw.
+    """
+
+    mean: float
+    std: float | None
+    draws: list[float]
+
+    @classmethod
+    def of(cls, errors: torch.Tensor) -> Error:
+        """From the errors (draws, images)."""
+        draws = errors.mean(1).tolist()
+        return cls(statistics.fmean(draws), statistics.stdev(draws) if len(draws) > 1 else None, draws)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.std is None else f"{self.mean:.3f} ± {self.std:.3f}"
+
+
+@dataclass
+class Approximation:
+    """Errors of one attention in one stage.
+
+    Attributes:
+        attention: its name.
+        stage: 1 or 2.
+        options: its window and number of features.
+        output_error: of the output, over all images.
+        matrix_error: of the matrix of attention weights, over some images.
+    """
+
+    attention: str
+    stage: int
+    options: dict[str, int]
+    output_error: Error
+    matrix_error: Error
+
+
+@dataclass
+class Sharpness:
+    """How sharp full attention is in one stage.
+
+    Attributes:
+        stage: 1 or 2.
+        num_tokens: number of queries and of keys.
+        scale: softmax scale.
+        effective_keys: mean over images and queries of exp(entropy), in [1, num_tokens].
+        largest_logit: largest |s q.k| over images, queries and keys.
+    """
+
+    stage: int
+    num_tokens: int
+    scale: float
+    effective_keys: float
+    largest_logit: float
+
+
+def known_attention(text: str) -> str:
+    """Type of an option that takes the name of an attention."""
+    if text not in ATTENTIONS:
+        raise argparse.ArgumentTypeError(f"'{text}' is unknown. {did_you_mean(text, ATTENTIONS)}")
+    return text
+
+
+def build_parser(description: str, attentions: Sequence[str]) -> Parser:
+    """The options of both scripts about approximation; `attentions` are the default of --attentions."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of one of the t2t_vit_t_* variants")
+    parser.add_argument("--data-dir", required=True, metavar="DIR", help="folder that holds the split's folder")
+    parser.add_argument("--split", default="val", metavar="NAME", help="folder of the class folders (val)")
+    parser.add_argument(
+        "--attentions",
+        nargs="+",
+        type=known_attention,
+        default=list(attentions),
+        metavar="NAME",
+        help=f"of {', '.join(ATTENTIONS)} ({' '.join(attentions)})",
+    )
+    parser.add_argument("--memory-fraction", type=fraction, default=1 / 32, metavar="F", help="budget (1/32)")
+    parser.add_argument("--seed", type=int, default=1111, metavar="N", help="seed of the random features (1111)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA where it is)")
+    parser.add_argument("--threads", type=positive, metavar="T", help="CPU threads (PyTorch's choice)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser(__doc__, ("local", "performer", "sblocal"))
+    parser.add_argument("--num-draws", type=positive, default=3, metavar="K", help="draws of the random features (3)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
+    parser.add_argument(
+        "--matrix-images", type=positive, default=12, metavar="N", help="photographs of the matrix errors (12)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="B", help="(8)")
+    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    return parser.parse_args(argv)
+
+
+def open_split(data_dir: str, split: str, model: T2TViT) -> ImageFolderDataset:
+    """The photographs of a split, as the model's evaluation sees them.
+
+    Raises:
+        UserError: there is no such folder, or see `ImageFolderDataset`.
+    """
+    root = Path(data_dir).expanduser() / split
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder. Give --data-dir the folder that holds '{split}', or another --split.")
+    transform = ImageFolderDataModule(image_size=model.image_size).test_transform
+    return ImageFolderDataset(root, transform, model.num_classes)
+
+
+def spread(size: int, number: int) -> list[int]:
+    """Positions of `number` items, all of them where they are fewer, spread evenly over `size`."""
+    number = min(size, number)
+    return [(2 * i + 1) * size // (2 * number) for i in range(number)]
+
+
+class StageRecords:
+    """What is measured in one token stage, batch by batch.
+
+    Args:
+        stage: 1 or 2.
+        model: with full attention.
+        arguments: the options.
+        seeds: one for each draw of the random features.
+    """
+
+    def __init__(self, stage: int, model: T2TViT, arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
+        self.stage = stage
+        self.full = model.token_attentions[stage - 1]
+        self.num_tokens = stage_lengths(model.image_size)[stage - 1]
+        self.draws: dict[str, list[AttentionModule]] = {}
+        for name in arguments.attentions:
+            modules = [
+                create_stage_attentions(name, model, arguments.memory_fraction, seed)[stage - 1] for seed in seeds
+            ]
+            # without random features, every draw would be the same
+            self.draws[name] = modules if hasattr(modules[0], "redraw_projection") else modules[:1]
+        self.output_errors: list[torch.Tensor] = []
+        self.matrix_errors: list[torch.Tensor] = []
+        self.effective_keys: list[float] = []
+        self.largest_logits: list[float] = []
+
+    def update(self, inputs: StageInputs, of_matrix: Sequence[int]) -> None:
+        """Take a batch of which the images `of_matrix` have their matrices compared, one at a time."""
+        modules = [module for draws in self.draws.values() for module in draws]
+        self.output_errors.append(relative_errors(inputs, modules))
+        for number in of_matrix:
+            one = inputs.image(number)
+            self.matrix_errors.append(relative_errors(one, modules, of_weights=True))
+            self.effective_keys.append(effective_keys(attention_weights(one, self.full)).mean().item())
+            self.largest_logits.append(largest_logit(one).item())
+
+    def approximations(self) -> Iterator[Approximation]:
+        """The errors of each attention."""
+        sizes = [len(draws) for draws in self.draws.values()]
+        outputs, matrices = (torch.cat(x, 1).split(sizes) for x in (self.output_errors, self.matrix_errors))
+        for (name, draws), output, matrix in zip(self.draws.items(), outputs, matrices, strict=True):
+            yield Approximation(name, self.stage, draws[0].sizes(), Error.of(output), Error.of(matrix))
+
+    def sharpness(self) -> Sharpness:
+        """How sharp full attention is."""
+        return Sharpness(
+            self.stage,
+            self.num_tokens,
+            self.full.softmax_temp,
+            statistics.fmean(self.effective_keys),
+            max(self.largest_logits),
+        )
+
+
+def table(approximations: Sequence[Approximation], sharpness: Sequence[Sharpness], title: str) -> Table:
+    """The errors, and the sharpness below them."""
+    rows = Table(title=title, title_justify="left", caption_justify="left")
+    rows.caption = "\n".join(
+        f"stage {item.stage}, full attention: {item.effective_keys:,.0f} effective keys of {item.num_tokens:,}, "
+        f"largest |logit| {item.largest_logit:.1f}"
+        for item in sharpness
+    )
+    for header in ("attention", "stage", "W", "M", "error of output", "error of matrix"):
+        rows.add_column(header, justify="left" if header == "attention" else "right", no_wrap=True)
+    for item in approximations:
+        sizes = (str(item.options.get(option, "-")) for option in ("local_context", "nb_features"))
+        rows.add_row(item.attention, str(item.stage), *sizes, str(item.output_error), str(item.matrix_error))
+    return rows
+
+
+def measure(arguments: argparse.Namespace, command: str) -> None:
+    """Measure, print and write."""
+    check_writable(arguments.output)
+    check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
+    arguments.attentions = list(dict.fromkeys(arguments.attentions))
+    seeds = [arguments.seed + draw for draw in range(arguments.num_draws)]
+    device = choose_device(arguments.device)
+    name, model = load_model(arguments.checkpoint)
+    model.to(device)
+    dataset = open_split(arguments.data_dir, arguments.split, model)
+    stages = [StageRecords(stage, model, arguments, seeds) for stage in (1, 2)]
+
+    chosen = spread(len(dataset), arguments.limit or len(dataset))
+    of_matrix = {chosen[number] for number in spread(len(chosen), arguments.matrix_images)}
+    loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
+    for images, _, positions in track(loader, "Photographs", console=Console(stderr=True), transient=True):
+        wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
+        for records, inputs in zip(stages, capture_stage_inputs(model, images.to(device)), strict=True):
+            records.update(inputs, wanted)
+
+    approximations = [item for records in stages for item in records.approximations()]
+    sharpness = [records.sharpness() for records in stages]
+    title = (
+        f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
+        f"(matrix: {len(of_matrix)}) ± deviation over {len(seeds)} draws"
+    )
+    Console().print(table(approximations, sharpness, title))
+    if arguments.output is not None:
+        content = {
+            "machine": machine_info(device),
+            "versions": package_versions(),
+            "command": command,
+            "model": name,
+            "checkpoint": {
+                "path": arguments.checkpoint,
+                "sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
+            },
+            "data": {
+                "dir": arguments.data_dir,
+                "split": arguments.split,
+                "num_images": len(chosen),
+                "num_matrix_images": len(of_matrix),
+            },
+            "image_size": model.image_size,
+            "memory_fraction": arguments.memory_fraction,
+            "seeds": seeds,
+            "full_attention": [asdict(item) for item in sharpness],
+            "results": [asdict(item) for item in approximations],
+        }
+        write_json(arguments.output, content)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Take the measurements that `argv` asks for; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parse(argv)
+        with threads(arguments.threads):
+            measure(arguments, shlex.join([Path(__file__).name, *argv]))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Nothing was written.")
