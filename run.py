@@ -24,8 +24,9 @@ def main(config: DictConfig) -> None:
     try:
         # imported here: `--help` and a misspelt option should not wait for PyTorch
         from src.tasks.evaluate import evaluate
+        from src.tasks.train import train
 
-        modes = {"eval": evaluate}
+        modes = {"eval": evaluate, "train": train}
         if config.mode not in modes:
             raise UserError(f"There is no mode={config.mode}. {did_you_mean(config.mode, modes)}")
         modes[config.mode](config)

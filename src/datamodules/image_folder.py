@@ -1,29 +1,38 @@
-"""Images in one folder per class, as ImageNet's validation set is usually unpacked, for evaluation.
+"""Images in one folder per class, as ImageNet is usually unpacked.
 
     data_dir/
+      train/
+        n01440764/n01440764_10026.JPEG ...
+        n01443537/...
       val/
         n01440764/ILSVRC2012_val_00000293.JPEG ...
         n01443537/...
 
-The transform is timm's own evaluation transform, and every image is counted exactly once, on any number of
-processes. Whatever can be wrong with a user's folder is a `UserError`.
+The transforms are timm's. In evaluation every image is counted exactly once, on any number of processes; in training
+order and augmentation follow from the seed alone. Whatever can be wrong with a user's folder is a `UserError`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from src.datamodules.augmentation import Augmentation, seed_augmentation
+from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
 from src.utils.errors import UserError, check_whole_number, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -230,39 +239,32 @@ class ImageFolderDataset(Dataset):
         image = load_rgb(self.root / self.paths[index])
         return self.transform(image), self.targets[index], index
 
+    def subset(
+        self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None
+    ) -> ImageFolderDataset:
+        """The images at `indices` of `paths`, in that order, under another transform where one is given."""
+        part = copy.copy(self)
+        part.paths = [self.paths[index] for index in indices]
+        part.targets = [self.targets[index] for index in indices]
+        part.transform = self.transform if transform is None else transform
+        return part
 
-class ShardedSampler(Sampler[int]):
-    """The indices rank, rank + world_size, rank + 2 world_size, ... below `size`.
 
-    Over all ranks each index comes exactly once: nothing is padded, which would count some images twice, nor
-    dropped. Ranks may therefore differ by one index, and so in their number of batches: collectives belong at the
-    end of the epoch, not in a step.
+class _AugmentedDataset(Dataset):
+    """A dataset whose items are asked for with the seed of their augmentation."""
 
-    Args:
-        size: number of images.
-        rank: this process, in [0, world_size).
-        world_size: number of processes.
-
-    Raises:
-        UserError: fewer images than processes.
-        ValueError: rank outside [0, world_size).
-    """
-
-    def __init__(self, size: int, rank: int = 0, world_size: int = 1) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"Expected a rank in [0, {world_size}), got {rank}.")
-        if size < world_size:
-            raise UserError(
-                f"{size} images cannot be shared among {world_size} processes. Lower trainer.devices, to {size} "
-                "processes at most."
-            )
-        self._indices = range(rank, size, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
+    def __init__(self, dataset: ImageFolderDataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, int, int]:
+        """The augmented image, its target, and the seed."""
+        index, seed = item
+        seed_augmentation(seed)
+        image, target, _ = self.dataset[index]
+        return image, target, seed
 
 
 class _ErrorsAsItems(Dataset):
@@ -326,30 +328,40 @@ def _usable_cpus() -> int:
 
 
 class ImageFolderDataModule(pl.LightningDataModule):
-    """The test split of a folder of images, `data_dir/<test_split>/<class folder>/<file>`.
+    """A folder of images, `data_dir/<split>/<class folder>/<file>`, for evaluation and training.
 
-    Images are resized, centre-cropped and normalised by timm's evaluation transform: the shorter side to
-    floor(image_size / crop_pct) pixels, the centre image_size x image_size kept.
+    In evaluation images are resized, centre-cropped and normalised by timm's evaluation transform: the shorter side
+    to floor(image_size / crop_pct) pixels, the centre image_size x image_size kept. In training they are augmented,
+    see `Augmentation`: workers crop and distort single images, the device normalises, erases and mixes whole batches.
 
-    Attached to a trainer of several processes, each process reads its own part of the images
-    (`ShardedSampler`); the trainer must be built with `use_distributed_sampler=False`.
+    Attached to a trainer of several processes, each process reads its own part of the images (`ShardedSampler`,
+    `TrainingSampler`); the trainer must be built with `use_distributed_sampler=False`.
 
     Args:
-        data_dir: folder that holds the split's folder; `~` is expanded. Needed from `setup` on.
+        data_dir: folder that holds the splits' folders; `~` is expanded. Needed from `setup` on.
         image_size: side of the model's input in pixels.
         num_classes: outputs of the model, see `class_index`.
         batch_size: images per batch and process.
         num_workers: worker processes that decode images, per process; 0 decodes in the process itself, None takes
-            as many as the process has CPUs, at most 8.
+            as many as the process has CPUs, at most 16.
         interpolation: of the resize, one of bicubic, bilinear, box, hamming, lanczos, nearest.
         crop_pct: part of the resized shorter side that the crop keeps, in (0, 1].
         mean: per colour, of values in [0, 1], subtracted; default ImageNet's.
         std: per colour, divided by; default ImageNet's.
-        test_split: name of the split's folder in `data_dir`.
+        test_split: name of the folder in `data_dir` that is evaluated, and that training is watched on.
+        train_split: name of the folder in `data_dir` that is trained on.
+        holdout: part of each class's training images, in [0, 1), that is kept from training, and on which it is
+            watched in place of `test_split`: settings are chosen so without a look at the test images.
+        passes_per_epoch: passes over the training images in an epoch. With few images one pass is over before the
+            workers have got going.
+        seed: of the training images' order and augmentation, and of the choice of `holdout`.
+        augmentation: options of `Augmentation`; None takes its defaults.
         pin_memory: batches in page-locked memory, for a faster copy to the GPU; None does so if CUDA is available.
 
     Attributes:
         test_dataset: an `ImageFolderDataset` once `setup` has run, None before.
+        train_dataset: likewise, of what is trained on, augmented; None unless `setup("fit")` has run.
+        val_dataset: likewise, of what training is watched on.
 
     Raises:
         UserError: a value that is not valid; the message names the option.
@@ -367,12 +379,19 @@ class ImageFolderDataModule(pl.LightningDataModule):
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         test_split: str = "val",
+        train_split: str = "train",
+        holdout: float = 0.0,
+        passes_per_epoch: int = 1,
+        seed: int = 0,
+        augmentation: Mapping[str, Any] | None = None,
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
         check_whole_number("datamodule.image_size", image_size, 1)
         check_whole_number("datamodule.num_classes", num_classes, 1)
         check_whole_number("datamodule.batch_size", batch_size, 1)
+        check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
+        check_whole_number("datamodule.seed", seed, 0)
         if num_workers is not None:
             check_whole_number("datamodule.num_workers", num_workers, 0)
         if interpolation not in _INTERPOLATIONS:
@@ -382,17 +401,25 @@ class ImageFolderDataModule(pl.LightningDataModule):
             )
         if isinstance(crop_pct, bool) or not isinstance(crop_pct, (int, float)) or not 0 < crop_pct <= 1:
             raise UserError(f"datamodule.crop_pct={crop_pct!r} is not valid. Give a number above 0 and at most 1.")
+        if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 <= holdout < 1:
+            raise UserError(f"datamodule.holdout={holdout!r} is not valid. Give a number of at least 0 and below 1.")
         mean = _three_numbers("datamodule.mean", mean)
         std = _three_numbers("datamodule.std", std)
         if min(std) <= 0:
             raise UserError(f"datamodule.std={std!r} is not valid. Give three numbers above 0.")
-        if not isinstance(test_split, str) or not test_split:
-            raise UserError(f"datamodule.test_split={test_split!r} is not valid. Give a folder's name, such as val.")
+        for option, split in (("test_split", test_split), ("train_split", train_split)):
+            if not isinstance(split, str) or not split:
+                raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
         self.data_dir = data_dir
+        self.image_size = image_size
         self.num_classes = num_classes
         self.batch_size = batch_size
-        self.num_workers = min(8, _usable_cpus()) if num_workers is None else num_workers
+        self.num_workers = min(16, _usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
+        self.train_split = train_split
+        self.holdout = holdout
+        self.passes_per_epoch = passes_per_epoch
+        self.seed = seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
         self.test_transform = create_transform(
             input_size=image_size,
@@ -402,19 +429,121 @@ class ImageFolderDataModule(pl.LightningDataModule):
             mean=mean,
             std=std,
         )
+        self._augmentation_options = {"interpolation": interpolation, **(augmentation or {}), "mean": mean, "std": std}
+        self.augmentation: Augmentation | None = None
         self.test_dataset: ImageFolderDataset | None = None
+        self.train_dataset: ImageFolderDataset | None = None
+        self.val_dataset: ImageFolderDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """List the test split's images, once; a later call keeps them.
+        """List the images of the splits that a stage needs, once; a later call keeps them.
 
         Args:
-            stage: Lightning's name of what is about to run; the test split is the same for all.
+            stage: `"fit"` for training and the images it is watched on; anything else for the test split.
 
         Raises:
-            UserError: `data_dir` is not given, it or the split's folder is missing, or see `ImageFolderDataset`.
+            UserError: `data_dir` is not given, it or a split's folder is missing, see `ImageFolderDataset`; for
+                training, also an augmentation that is not valid, or splits of different classes.
         """
-        if self.test_dataset is None:
-            self.test_dataset = ImageFolderDataset(self._split_folder(), self.test_transform, self.num_classes)
+        if stage != "fit":
+            if self.test_dataset is None:
+                self.test_dataset = self._dataset("test_split", self.test_transform)
+        elif self.train_dataset is None:
+            self._setup_training()
+
+    def _setup_training(self) -> None:
+        try:
+            self.augmentation = Augmentation(self.image_size, self.num_classes, **self._augmentation_options)
+        except TypeError:
+            known = [name for name in inspect.signature(Augmentation).parameters if name != "self"]
+            unknown = next(name for name in self._augmentation_options if name not in known)
+            raise UserError(
+                f"There is no option datamodule.augmentation.{unknown}. {did_you_mean(unknown, known)}"
+            ) from None
+        if self.augmentation.mixes and self.batch_size % 2:
+            raise UserError(
+                f"datamodule.batch_size={self.batch_size} has to be even, since images are mixed in pairs. Or leave "
+                "mixing out: datamodule.augmentation.mixup_prob=0"
+            )
+        images = self._dataset("train_split", self.augmentation.transform)
+        if self.holdout > 0:
+            kept, held = _hold_out(images.targets, self.holdout, self.seed)
+            if not kept or not held:
+                raise UserError(
+                    f"datamodule.holdout={self.holdout} of {len(images)} images leaves nothing to "
+                    f"{'watch' if kept else 'train'} on. Choose another part."
+                )
+            self.train_dataset = images.subset(kept)
+            self.val_dataset = images.subset(held, self.test_transform)
+            return
+        self.val_dataset = self._dataset("test_split", self.test_transform)
+        if self.val_dataset.class_to_index != images.class_to_index:
+            different = set(self.val_dataset.class_to_index.items()) ^ set(images.class_to_index.items())
+            # a subset of ImageNet's folders keeps its indices: the other splits may well lack some
+            if any(name not in _imagenet_synsets() for name, _ in different):
+                raise UserError(
+                    f"{images.root} and {self.val_dataset.root} do not hold the same class folders: "
+                    f"{_listing({name for name, _ in different})}. Give both the same."
+                )
+        self.train_dataset = images
+
+    def num_train_batches(self, world_size: int = 1) -> int:
+        """Batches of an epoch on each of `world_size` processes, once `setup("fit")` has run."""
+        return len(self._train_sampler(world_size=world_size)) // self.batch_size
+
+    def _train_sampler(self, **options: int) -> TrainingSampler:
+        return TrainingSampler(
+            len(self.train_dataset), self.batch_size, self.seed, passes=self.passes_per_epoch, **options
+        )
+
+    def train_dataloader(self) -> ImageLoader:
+        """Augmented batches of this process's part of the training images, beginning where the trainer stands.
+
+        Returns:
+            A loader of images (B, 3, size, size) uint8, targets (B,) int64 and seeds (B,) int64; the hooks below make
+            the first two what `Augmentation.finish` returns.
+
+        Raises:
+            UserError: see `setup`; fewer images than a batch.
+        """
+        self.setup("fit")
+        rank, world_size = self._place()
+        updates, accumulate = (
+            (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
+        )
+        num_batches = self.num_train_batches(world_size)
+        # an update takes `accumulate` batches, the last one of an epoch what is left
+        epoch, updates = divmod(updates, math.ceil(num_batches / accumulate))
+        return ImageLoader(
+            _AugmentedDataset(self.train_dataset),
+            batch_size=self.batch_size,
+            sampler=self._train_sampler(
+                rank=rank, world_size=world_size, epoch=epoch, skip_batches=updates * accumulate
+            ),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+        )
+
+    def on_before_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
+        """Take the seeds out of a training batch while they can be read without waiting for the device."""
+        if not (self.trainer and self.trainer.training):
+            return batch
+        images, targets, seeds = batch
+        # what follows on the device, dropout included, draws from these
+        seed_augmentation(derive_seed(int(seeds[0]), self.trainer.global_rank))
+        return [images, targets]
+
+    def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
+        """Finish the augmentation of a training batch on the device."""
+        if not (self.trainer and self.trainer.training):
+            return batch
+        return list(self.augmentation.finish(*batch))
+
+    def val_dataloader(self) -> ImageLoader:
+        """Batches of this process's part of the images that training is watched on; see `test_dataloader`."""
+        self.setup("fit")
+        return self._evaluation_loader(self.val_dataset)
 
     def test_dataloader(self) -> ImageLoader:
         """Batches of this process's part of the test split, in path order; `setup` is run if it has not been.
@@ -428,21 +557,31 @@ class ImageFolderDataModule(pl.LightningDataModule):
             UserError: see `setup`; fewer images than processes.
         """
         self.setup("test")
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self._evaluation_loader(self.test_dataset)
+
+    def _evaluation_loader(self, dataset: ImageFolderDataset) -> ImageLoader:
         return ImageLoader(
-            self.test_dataset,
+            dataset,
             batch_size=self.batch_size,
-            sampler=ShardedSampler(len(self.test_dataset), rank, world_size),
+            sampler=ShardedSampler(len(dataset), *self._place()),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
 
-    def _split_folder(self) -> Path:
-        """The test split's folder, or a `UserError` that says what is there in its place."""
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageFolderDataset:
+        return ImageFolderDataset(self._split_folder(option), transform, self.num_classes)
+
+    def _split_folder(self, option: str) -> Path:
+        """The folder of the split that `option` names, or a `UserError` that says what is there in its place."""
+        split = getattr(self, option)
         # "???" is OmegaConf's mark of a value not given.
         if self.data_dir is None or str(self.data_dir) in ("", "???"):
             raise UserError(
-                f"No data folder given. Give datamodule.data_dir=/path, the folder that holds '{self.test_split}', "
+                f"No data folder given. Give datamodule.data_dir=/path, the folder that holds '{split}', "
                 "or set DATA_DIR=/path in the file .env."
             )
         data_dir = Path(self.data_dir).expanduser().absolute()
@@ -450,24 +589,35 @@ class ImageFolderDataModule(pl.LightningDataModule):
             fault = "is a file, not a folder" if data_dir.exists() else "does not exist"
             raise UserError(
                 f"The data folder {data_dir} {fault}. Give datamodule.data_dir (or DATA_DIR in the file .env) "
-                f"the folder that holds '{self.test_split}'."
+                f"the folder that holds '{split}'."
             )
-        split_folder = data_dir / self.test_split
+        split_folder = data_dir / split
         if split_folder.is_dir():
             return split_folder
 
         folders, _ = scan_folder(data_dir)
         if _looks_like_split(data_dir, folders):
-            split = "" if data_dir.name == self.test_split else f" datamodule.test_split={data_dir.name}"
+            name = "" if data_dir.name == split else f" datamodule.{option}={data_dir.name}"
             raise UserError(
-                f"No folder '{self.test_split}' in {data_dir}, which looks like a split itself (class folders "
-                f"{_listing(folders)}). Give its parent: datamodule.data_dir={data_dir.parent}{split}"
+                f"No folder '{split}' in {data_dir}, which looks like a split itself (class folders "
+                f"{_listing(folders)}). Give its parent: datamodule.data_dir={data_dir.parent}{name}"
             )
         raise UserError(
-            f"No folder '{self.test_split}' in {data_dir}; the folders there: {_listing(folders, 10) or 'none'}. "
-            f"Give datamodule.data_dir the folder that holds '{self.test_split}', or name another "
-            "split with datamodule.test_split=..."
+            f"No folder '{split}' in {data_dir}; the folders there: {_listing(folders, 10) or 'none'}. "
+            f"Give datamodule.data_dir the folder that holds '{split}', or name another "
+            f"split with datamodule.{option}=..."
         )
+
+
+def _hold_out(targets: Sequence[int], part: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions to train on and positions held out, both ascending: `part` of each class, rounded, drawn by `seed`."""
+    generator = np.random.default_rng(seed)
+    targets = np.asarray(targets)
+    held = np.zeros(len(targets), dtype=bool)
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        held[generator.permutation(members)[: round(part * len(members))]] = True
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
 def _looks_like_split(folder: Path, subfolders: Sequence[str]) -> bool:

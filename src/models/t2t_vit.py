@@ -172,6 +172,10 @@ class T2TViT(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed, beside biases and norms; timm's optimizers ask for them."""
+        return {"cls_token"}
+
     @property
     def token_attentions(self) -> tuple[nn.Module, nn.Module] | None:
         """The attention modules of the two token stages; None where they cannot be swapped."""

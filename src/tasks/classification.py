@@ -95,10 +95,10 @@ class ImageClassification(pl.LightningModule):
         padding = images.new_zeros(self._batch_size - len(images), *images.shape[1:])
         return self._forward[0](torch.cat([images, padding]))[: len(images)]
 
-    def progress_so_far(self) -> tuple[float, float]:
-        """Images per second and top-1 accuracy in percent of this process, draws taken together."""
+    def progress_so_far(self) -> str:
+        """Images per second and top-1 accuracy of this process, draws taken together, for the progress bar."""
         rate = self._images_seen / (time.perf_counter() - self._clock_started)
-        return rate, 100 * float(self.running_accuracy.compute())
+        return f"{rate:,.1f} images/s, top-1 {100 * float(self.running_accuracy.compute()):.2f} %"
 
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""

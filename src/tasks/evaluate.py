@@ -23,7 +23,7 @@ from src.evaluation.results import (
 from src.models.t2t_vit import T2TViT
 from src.tasks.build import attention_name, build, build_model
 from src.tasks.classification import ImageClassification
-from src.tasks.launch import launch
+from src.tasks.launch import explained, launch
 from src.tasks.provenance import (
     attention_memory_fraction,
     attention_options,
@@ -91,7 +91,8 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         datamodule.test_dataset.root,
     )
     reset_peak_memory(trainer)
-    _test(trainer, task, datamodule, config)
+    with explained(datamodule.batch_size, "eval.compile" if config.eval.compile else None):
+        trainer.test(task, datamodule=datamodule, verbose=False)
 
     results = Results(
         model=config.model.name,
@@ -163,21 +164,3 @@ def _seeds(config: DictConfig, model: T2TViT) -> list[int]:
         logger.info("This attention draws nothing: eval.num_seeds=%d is one evaluation.", number)
         number = 1
     return [config.seed + draw for draw in range(number)]
-
-
-def _test(trainer: Trainer, task: ImageClassification, datamodule: ImageFolderDataModule, config: DictConfig) -> None:
-    """Run the test loop; faults of the machine become errors that say what to do."""
-    try:
-        trainer.test(task, datamodule=datamodule, verbose=False)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"The device ran out of memory. Lower datamodule.batch_size (now {config.datamodule.batch_size})."
-        ) from error
-    except Exception as error:
-        origin = type(error).__module__
-        if config.eval.compile and origin.startswith(("torch._inductor", "torch._dynamo")):
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"torch.compile failed: {first_line.rstrip('.')}. Leave out eval.compile=true, or install the compiler."
-            ) from error
-        raise

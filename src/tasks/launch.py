@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from munch import Munch
@@ -66,6 +68,32 @@ def build_trainer(config: DictConfig) -> Trainer:
         # otherwise Lightning adds its own
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+
+
+@contextmanager
+def explained(batch_size: int, compiled_by: str | None = None) -> Iterator[None]:
+    """Turn faults of the machine into errors that say what to do.
+
+    Args:
+        batch_size: the batch that may be too large.
+        compiled_by: the option that asked for `torch.compile`; None where nothing is compiled.
+
+    Raises:
+        UserError: the device ran out of memory, or the compiler failed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"The device ran out of memory. Lower datamodule.batch_size (now {batch_size}).") from error
+    except Exception as error:
+        origin = type(error).__module__
+        if compiled_by is not None and origin.startswith(("torch._inductor", "torch._dynamo")):
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"torch.compile failed: {first_line.rstrip('.')}. Leave out {compiled_by}=true, or install the "
+                "compiler."
+            ) from error
+        raise
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""Progress bar of an evaluation: images per second and the accuracy so far."""
+"""Progress bar of evaluation and training: images per second, and the accuracy or the loss so far."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
-# Reading the accuracy waits for the device, which each batch would feel.
+# The task may have to wait for the device to tell, which each batch would feel.
 SECONDS_BETWEEN_READINGS = 0.5
 
 
-class _RateAndAccuracy(ProgressColumn):
+class _TextColumn(ProgressColumn):
     """Text that the callback sets."""
 
     def __init__(self) -> None:
@@ -27,8 +27,8 @@ class _RateAndAccuracy(ProgressColumn):
         return Text(self.text, style="bold")
 
 
-class EvaluationProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with images/s and the running top-1 accuracy of this process.
+class ImageProgressBar(RichProgressBar):
+    """Lightning's rich progress bar with what the task tells of its progress: `progress_so_far()`, a text.
 
     Args:
         refresh_rate: batches between two updates.
@@ -37,7 +37,7 @@ class EvaluationProgressBar(RichProgressBar):
 
     def __init__(self, refresh_rate: int = 1, **options: Any) -> None:
         super().__init__(refresh_rate=refresh_rate, **options)
-        self._column = _RateAndAccuracy()
+        self._column = _TextColumn()
         self._last_reading = -SECONDS_BETWEEN_READINGS
 
     @property
@@ -61,12 +61,19 @@ class EvaluationProgressBar(RichProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the figures now and then, and after the last batch."""
-        if self.is_enabled:
-            now = time.monotonic()
-            is_last = batch_idx + 1 == self.total_test_batches_current_dataloader
-            if is_last or now - self._last_reading >= SECONDS_BETWEEN_READINGS:
-                self._last_reading = now
-                rate, accuracy = pl_module.progress_so_far()
-                self._column.text = f"{rate:,.1f} images/s, top-1 {accuracy:.2f} %"
+        """Update the text now and then, and after the last batch."""
+        self._read(pl_module, batch_idx + 1 == self.total_test_batches_current_dataloader)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the text now and then, and after the last batch."""
+        self._read(pl_module, trainer.is_last_batch)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _read(self, pl_module: LightningModule, is_last: bool) -> None:
+        now = time.monotonic()
+        if self.is_enabled and (is_last or now - self._last_reading >= SECONDS_BETWEEN_READINGS):
+            self._last_reading = now
+            self._column.text = pl_module.progress_so_far()

@@ -8,6 +8,7 @@ them are reduced to one state dict in the keys of `create_t2t_vit`'s models. No 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import logging
 import math
@@ -55,6 +56,7 @@ TELLTALE_KEYS = (
     "head.weight",
 )
 POSITION_KEY = "pos_embed.pe"
+HEAD_PREFIX = "head."
 TOKEN_STAGE_PREFIX = "patch_embed.attention1."
 
 
@@ -235,7 +237,7 @@ def unconvert_key(key: str) -> str:
     return key
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool = False) -> None:
     """Load the weights of a checkpoint into a model, strictly, or leave the model as it was.
 
     Any format that `read_checkpoint` reads will do. Two things may differ between file and model: the position
@@ -245,6 +247,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: a model of `create_t2t_vit`.
         path: the checkpoint; `~` is expanded.
+        new_head: leave the file's classifier out, of whatever number of classes, and keep that of the model.
 
     Raises:
         UserError: the file cannot be read, is not a T2T-ViT checkpoint, or does not fit the model: the message
@@ -252,9 +255,13 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     contents = read_checkpoint(path)
     own = model.state_dict()
+    state_dict = dict(contents.state_dict)
+    if new_head:
+        head = [key for key in own if key.startswith(HEAD_PREFIX)]
+        contents = dataclasses.replace(contents, num_classes=own[head[0]].shape[0])
+        state_dict.update({key: own[key] for key in head})
     _check_architecture(model, own, contents, path)
 
-    state_dict = dict(contents.state_dict)
     _settle_random_features(state_dict, own, path)
 
     position_table = own[POSITION_KEY]

@@ -19,9 +19,9 @@ from src.datamodules.image_folder import (
     ImageFolderDataModule,
     ImageFolderDataset,
     ImageLoader,
-    ShardedSampler,
     class_index,
 )
+from src.datamodules.sampling import ShardedSampler
 from src.utils.errors import UserError
 
 # The first few of each class: a pass over all would take a second.
@@ -478,7 +478,7 @@ def test_split_and_home_are_options(tmp_path, monkeypatch):
 def test_defaults():
     module = ImageFolderDataModule()
     assert module.batch_size == 128
-    assert 1 <= module.num_workers <= 8
+    assert 1 <= module.num_workers <= 16
     assert module.pin_memory is torch.cuda.is_available()
 
 
@@ -486,8 +486,8 @@ def test_workers_default_to_the_cpus_of_the_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     assert ImageFolderDataModule().num_workers == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert ImageFolderDataModule().num_workers == 8
-    assert ImageFolderDataModule(num_workers=12).num_workers == 12
+    assert ImageFolderDataModule().num_workers == 16
+    assert ImageFolderDataModule(num_workers=24).num_workers == 24
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,192 @@
+"""Augmentation for training: timm's, on single images in the workers and on whole batches on the device."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+
+from src.utils.errors import UserError
+
+
+def seed_augmentation(seed: int) -> None:
+    """Seed the generators that timm, torchvision and PyTorch draw from on this process and its devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Augmentation:
+    """Recipe of augmentation; the defaults are those T2T-ViT was published with.
+
+    Args:
+        image_size: side of the model's input, pixels.
+        num_classes: number of classes.
+        mean: per colour, of values in [0, 1], subtracted.
+        std: per colour, divided by.
+        interpolation: of the random resized crop, as torchvision names it, or `random`.
+        scale: smallest and largest area of the crop, over that of the image.
+        ratio: smallest and largest aspect ratio of the crop.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        color_jitter: strength of brightness, contrast and saturation; timm leaves it out under `auto_augment`.
+        auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`; None for none.
+        re_prob: probability of erasing a random rectangle.
+        re_mode: what fills the rectangle: `pixel` (noise), `rand` (one colour), `const` (the mean).
+        mixup_alpha: parameter of Mixup (Zhang et al., ICLR 2018); 0 for none.
+        cutmix_alpha: parameter of CutMix (Yun et al., ICCV 2019); 0 for none.
+        mixup_prob: probability that a batch is mixed, by either.
+        mixup_switch_prob: probability of CutMix where both are active.
+        label_smoothing: probability spread over all classes (Szegedy et al., CVPR 2016).
+
+    Attributes:
+        transform: from a PIL image in mode RGB to a uint8 array (3, size, size); draws from the global generators.
+
+    Raises:
+        UserError: a value that is not valid; the message names the option.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_jitter: float = 0.4,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        re_prob: float = 0.25,
+        re_mode: str = "pixel",
+        mixup_alpha: float = 0.8,
+        cutmix_alpha: float = 1.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        for name, value in (
+            ("hflip", hflip),
+            ("vflip", vflip),
+            ("re_prob", re_prob),
+            ("mixup_prob", mixup_prob),
+            ("mixup_switch_prob", mixup_switch_prob),
+            ("label_smoothing", label_smoothing),
+        ):
+            _check_number(name, value, 0, 1)
+        for name, value in (
+            ("color_jitter", color_jitter),
+            ("mixup_alpha", mixup_alpha),
+            ("cutmix_alpha", cutmix_alpha),
+        ):
+            _check_number(name, value, 0)
+        _check_range("scale", scale, 1)
+        _check_range("ratio", ratio)
+        if re_mode not in ("pixel", "rand", "const"):
+            raise UserError(
+                f"datamodule.augmentation.re_mode={re_mode!r} is not valid. Choose one of: const, pixel, rand."
+            )
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.transform = _create_transform(
+            input_size=image_size,
+            interpolation=interpolation,
+            scale=tuple(scale),
+            ratio=tuple(ratio),
+            hflip=hflip,
+            vflip=vflip,
+            color_jitter=color_jitter or None,
+            auto_augment=auto_augment or None,
+            mean=tuple(mean),
+        )
+        self._mean, self._std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self._erase = re_prob > 0 and {"probability": re_prob, "mode": re_mode}
+        self._mix = None
+        if mixup_prob > 0 and (mixup_alpha > 0 or cutmix_alpha > 0):
+            self._mix = Mixup(
+                mixup_alpha=mixup_alpha,
+                cutmix_alpha=cutmix_alpha,
+                prob=mixup_prob,
+                switch_prob=mixup_switch_prob,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs, which takes an even batch."""
+        return self._mix is not None
+
+    def finish(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise, erase and mix a batch, on its device.
+
+        Args:
+            images: (B, 3, size, size) uint8.
+            targets: (B,) classes.
+
+        Returns:
+            Images (B, 3, size, size) float32, and the probability of each class (B, num_classes) float32.
+        """
+        images = (images.float() - self._mean.to(images.device)) / self._std.to(images.device)
+        if self._erase:
+            images = RandomErasing(**self._erase, device=images.device)(images)
+        if self._mix is not None:
+            return self._mix(images, targets)
+        return images, mixup_target(targets, self.num_classes, lam=1.0, smoothing=self.label_smoothing)
+
+
+def _create_transform(**options: Any) -> Any:
+    """The training transform of timm, up to a uint8 array; its complaints become errors of the user's."""
+    try:
+        # "prefetcher" is timm's word for leaving normalisation and erasing to the device
+        transform = create_transform(is_training=True, use_prefetcher=True, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"datamodule.augmentation cannot be built: {error}. Check auto_augment={options['auto_augment']!r} and "
+            f"interpolation={options['interpolation']!r}."
+        ) from error
+    for step in transform.transforms:
+        # RandAugment and AugMix have operations, AutoAugment has a policy of several lists of them
+        for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest `bits` of each colour, none of them included.
+
+    The policies of RandAugment and AutoAugment ask for 0 bits at times, a black image; Pillow has come to refuse it.
+    """
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _check_number(name: str, value: Any, minimum: float, maximum: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < minimum or value > (maximum or value):
+        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise UserError(f"datamodule.augmentation.{name}={value!r} is not valid. Give a number {limits}.")
+
+
+def _check_range(name: str, values: Any, maximum: float | None = None) -> None:
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not 0 < low <= high or high > (maximum or high):
+        limit = "" if maximum is None else f" and at most {maximum}"
+        raise UserError(
+            f"datamodule.augmentation.{name}={values} is not valid. Give two numbers above 0{limit}, the smaller first."
+        )

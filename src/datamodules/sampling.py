@@ -1,0 +1,121 @@
+"""Which images a process sees, and in what order: exact in evaluation, reproducible in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from src.utils.errors import UserError
+
+
+def derive_seed(*numbers: int) -> int:
+    """One seed in [0, 2^63) from several whole numbers, such as a run's seed, an epoch and a process."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class ShardedSampler(Sampler[int]):
+    """The indices rank, rank + world_size, rank + 2 world_size, ... below `size`.
+
+    Over all ranks each index comes exactly once: nothing is padded, which would count some images twice, nor
+    dropped. Ranks may therefore differ by one index, and so in their number of batches: collectives belong at the
+    end of the epoch, not in a step.
+
+    Args:
+        size: number of images.
+        rank: this process, in [0, world_size).
+        world_size: number of processes.
+
+    Raises:
+        UserError: fewer images than processes.
+        ValueError: rank outside [0, world_size).
+    """
+
+    def __init__(self, size: int, rank: int = 0, world_size: int = 1) -> None:
+        _check_rank(rank, world_size)
+        if size < world_size:
+            raise UserError(
+                f"{size} images cannot be shared among {world_size} processes. Lower trainer.devices, to {size} "
+                "processes at most."
+            )
+        self._indices = range(rank, size, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+class TrainingSampler(Sampler[tuple[int, int]]):
+    """A new random order each epoch, with a seed for each image's augmentation.
+
+    Order and seeds follow from `seed` and the epoch alone, so that neither the number of workers nor an interruption
+    changes them. Every epoch goes over the images `passes` times, each pass a permutation of its own; what does not
+    fill a batch on every process is left out at the end.
+
+    Args:
+        size: number of images.
+        batch_size: images per batch and process.
+        seed: of the run.
+        rank: this process, in [0, world_size).
+        world_size: number of processes.
+        passes: passes over the images in an epoch.
+        epoch: epoch to begin with; Lightning sets those that follow.
+        skip_batches: batches of that first epoch that were trained on already.
+
+    Yields:
+        Index in [0, size), and the seed of its augmentation, in [0, 2^62).
+
+    Raises:
+        UserError: the images do not fill one batch on every process.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        passes: int = 1,
+        epoch: int = 0,
+        skip_batches: int = 0,
+    ) -> None:
+        _check_rank(rank, world_size)
+        self._size, self._batch_size, self._seed, self._passes = size, batch_size, seed, passes
+        self._rank, self._world_size = rank, world_size
+        self._epoch = epoch
+        self._skip_batches = skip_batches
+        self._num_batches = size * passes // (batch_size * world_size)
+        if self._num_batches == 0:
+            raise UserError(
+                f"{size} training images do not fill a batch of {batch_size}"
+                + (f" on each of {world_size} processes" if world_size > 1 else "")
+                + f". Lower datamodule.batch_size, to {max(1, size * passes // world_size)} at most."
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, self._epoch))
+        order = torch.cat([torch.randperm(self._size, generator=generator) for _ in range(self._passes)])
+        seeds = torch.randint(2**62, order.shape, generator=generator)
+        begin = self._skip_batches * self._batch_size * self._world_size + self._rank
+        end = self._num_batches * self._batch_size * self._world_size
+        self._skip_batches = 0
+        mine = slice(begin, end, self._world_size)
+        return iter(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
+
+    def __len__(self) -> int:
+        """Images of a whole epoch on this process."""
+        return self._num_batches * self._batch_size
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"Expected a rank in [0, {world_size}), got {rank}.")

@@ -1,0 +1,197 @@
+"""Checkpoints of a training: written whole, read without running code, and complete enough to go on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from src.utils.checkpoint import save_checkpoint
+from src.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last.ckpt"
+BEST_CHECKPOINT = "best.ckpt"
+
+_GO_ON, _SAVE, _TIME_IS_UP, _ASKED_TO_STOP = range(4)
+
+
+class TrainingStopped(Exception):  # noqa: N818 - as StopIteration, it is no error
+    """The training was stopped before its end; where to go on from is on the disk."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, whole or not at all, and without running any code in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint under its name once it is complete.
+
+        Raises:
+            UserError: it cannot be written, for one because the disk is full.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            UserError: the file is missing, damaged, or holds more than tensors and plain types.
+        """
+        return read_training_checkpoint(path, map_location)
+
+
+def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint to go on from.
+
+    Raises:
+        UserError: the file is missing, damaged, or no such checkpoint.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint {path}. Give train.resume the file {LAST_CHECKPOINT} of a training.")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on damaged input
+        raise UserError(
+            f"{path} cannot be read ({str(error).partition(chr(10))[0].rstrip('.')}). Go on from another checkpoint, "
+            "or begin anew."
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", "training"} <= checkpoint.keys():
+        raise UserError(
+            f"{path} is no checkpoint of a training by this project, so it cannot be gone on from. For weights alone, "
+            f"give train.ckpt={path}."
+        )
+    return checkpoint
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt` such that an interrupted training can go on from it exactly.
+
+    It is written at the end of each epoch, within an epoch every `minutes_between`, and when the training stops before
+    its end: because its time is up, or by Ctrl-C or SIGTERM, in each case after the update in hand.
+
+    Args:
+        dirpath: folder of the checkpoint.
+        minutes_between: minutes between two checkpoints within an epoch.
+        max_time: hours, minutes and seconds as "HH:MM:SS" after which the training stops; None for no limit.
+
+    Raises:
+        UserError: a time that is not valid.
+    """
+
+    def __init__(self, dirpath: str, minutes_between: float = 15, max_time: str | None = None) -> None:
+        if isinstance(minutes_between, bool) or not isinstance(minutes_between, int | float) or minutes_between <= 0:
+            raise UserError(f"callbacks.last.minutes_between={minutes_between!r} is not valid. Give minutes above 0.")
+        self.path = Path(dirpath) / LAST_CHECKPOINT
+        self._seconds_between = 60 * minutes_between
+        self._max_time = None if max_time is None else _parse_time(max_time)
+        self._asked_to_stop = threading.Event()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether somebody asked for a stop."""
+        return self._asked_to_stop.is_set()
+
+    def ask_to_stop(self) -> None:
+        """Stop after the update in hand; safe to call from a signal handler."""
+        self._asked_to_stop.set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._started = self._saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, or save and stop, where it is time.
+
+        Raises:
+            TrainingStopped: the training is to stop.
+        """
+        # gradients that wait for an update are in no checkpoint, and the end of an epoch saves by itself
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._act(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; stop where it is time.
+
+        Raises:
+            TrainingStopped: the training is to stop, and not at its end anyway.
+        """
+        self._save(trainer)
+        if trainer.current_epoch + 1 < trainer.max_epochs:
+            self._act(trainer)
+
+    def _act(self, trainer: Trainer) -> None:
+        now, action = time.monotonic(), _GO_ON
+        if now - self._saved > self._seconds_between:
+            action = _SAVE
+        if self._max_time is not None and now - self._started > self._max_time:
+            action = _TIME_IS_UP
+        if self.asked_to_stop or trainer.received_sigterm:
+            action = _ASKED_TO_STOP
+        if trainer.world_size > 1:  # all processes do what the most urgent of them wants
+            together = torch.tensor(float(action), device=trainer.strategy.root_device)
+            action = int(trainer.strategy.reduce(together, reduce_op="max"))
+        if action == _GO_ON:
+            return
+        self._save(trainer)
+        if action != _SAVE:
+            reason = "its time is up" if action == _TIME_IS_UP else "it was asked to"
+            raise TrainingStopped(
+                f"The training stopped after {trainer.global_step:,} updates because {reason}. The same command with "
+                f"train.resume={self.path} goes on from there."
+            )
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+
+
+@contextmanager
+def stop_on_interrupt(ask_to_stop: Callable[[], None]) -> Iterator[None]:
+    """Let the first Ctrl-C ask for a stop; the second one interrupts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, previous)
+        logger.warning("Stopping after this update. Ctrl-C once more stops at once.")
+        ask_to_stop()
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.SIG_IGN or previous is None:  # one of several processes: the parent decides
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _parse_time(text: str) -> float:
+    """Seconds of "HH:MM:SS"."""
+    parts = str(text).split(":")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise UserError(f"train.max_time={text} is not valid. Give hours, minutes and seconds: train.max_time=12:30:00")
+    hours, minutes, seconds = map(int, parts)
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds).total_seconds()

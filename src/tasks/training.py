@@ -1,0 +1,211 @@
+"""Image classification: what a training step, a validation step and their figures are."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from src.tasks.provenance import seconds_now
+from src.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Where a training checkpoint keeps what is ours: the configuration, the history, and sums of an unfinished epoch.
+CHECKPOINT_KEY = "training"
+
+
+class ClassificationTraining(pl.LightningModule):
+    """Trains a classifier on batches whose augmentation is finished, and watches it on others.
+
+    Args:
+        model: module (B, 3, size, size) -> (B, num_classes). If its attribute `has_random_features` is true it has
+            `redraw_projections(seed)`.
+        num_classes: number of classes.
+        make_optimizer: from the model to its optimizer.
+        make_scheduler: from the optimizer to one of timm's schedulers.
+        seed: seed of the run: random features are drawn again from the seeds that follow it.
+        redraw_steps: updates between two draws of the random features; None keeps the first ones.
+        compile_model: run the training steps through `torch.compile`.
+        run_config: plain dict that is stored in checkpoints.
+
+    Attributes:
+        history: one dict for each finished epoch: `epoch` (from 1), `step` (updates so far), `lr` (after the epoch),
+            `train_loss`, `val_loss` (nats), `val_top1`, `val_top5` (percent; the three absent where the epoch had no
+            validation), `images_per_second` (of training, all processes), `seconds` (of training).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        make_scheduler: Callable[[torch.optim.Optimizer], Any],
+        seed: int = 0,
+        redraw_steps: int | None = None,
+        compile_model: bool = False,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.seed = seed
+        self.redraw_steps = redraw_steps
+        self.history: list[dict[str, float]] = []
+        self._make_optimizer = make_optimizer
+        self._make_scheduler = make_scheduler
+        self._compile_model = compile_model
+        self._forward: tuple[Callable[[torch.Tensor], torch.Tensor]] = (model,)
+        self._run_config = dict(run_config or {})
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.val_loss = MeanMetric()
+        # of the epoch so far, on this process; a MeanMetric would wait for the device in every step
+        self._loss_sum: torch.Tensor | float = 0.0
+        self._num_batches = 0
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and a schedule that is told of every update and every epoch."""
+        optimizer = self._make_optimizer(self.model)
+        self._scheduler = self._make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Tell timm's scheduler of an update; it knows whether that concerns it."""
+        scheduler.step_update(num_updates=self.global_step)
+
+    def on_fit_start(self) -> None:
+        """Compile, now that every copy of the module that callbacks keep has been made."""
+        if self._compile_model:
+            self._forward = (torch.compile(self.model),)
+
+    def on_train_start(self) -> None:
+        """Start the clock, in the middle of an epoch where the training is resumed there."""
+        self._start_clock()
+
+    def on_train_epoch_start(self) -> None:
+        """Begin to count."""
+        self._loss_sum, self._num_batches = 0.0, 0
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._clock_started = seconds_now(self.device)
+        self._images_seen = 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw the random features again when it is time; a resumed training finds the same rows."""
+        if self.redraw_steps is not None and self.global_step and self.global_step % self.redraw_steps == 0:
+            self.model.redraw_projections(self.seed + self.global_step // self.redraw_steps)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Cross-entropy of a batch (images, probabilities of the classes), in float32."""
+        images, targets = batch
+        dtype = next(self.model.parameters()).dtype  # of a trainer of precision bf16-true
+        logits = self._forward[0](images.to(dtype))
+        loss = F.cross_entropy(logits.float(), targets)
+        self._last_loss = loss.detach()
+        self._loss_sum = self._loss_sum + self._last_loss
+        self._num_batches += 1
+        self._images_seen += len(images)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the loss now and then, and stop where it is no number any more."""
+        is_last = self.trainer.is_last_batch
+        if is_last:
+            self._clock_ended = seconds_now(self.device)
+        if is_last or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            loss = float(self._last_loss)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"The loss became {loss} at update {self.global_step}. Lower optimizer.lr, lengthen "
+                    "scheduler.warmup_epochs, set trainer.gradient_clip_val=1, or use trainer.precision=32-true."
+                )
+            self.log_dict({"train/loss_step": loss, "lr": self._learning_rate()})
+
+    def progress_so_far(self) -> str:
+        """Rate and loss of the epoch so far, for the progress bar; waits for the device."""
+        loss = float(self._last_loss)
+        seconds = seconds_now(self.device) - self._clock_started
+        return f"{self._images_seen * self.trainer.world_size / seconds:,.1f} images/s, loss {loss:.3f}"
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        """Count the hits of a batch (images, targets, indices)."""
+        images, targets, _ = batch
+        logits = self.model(images.to(next(self.model.parameters()).dtype)).float()
+        self.val_top1.update(logits, targets)
+        self.val_top5.update(logits, targets)
+        self.val_loss.update(F.cross_entropy(logits, targets, reduction="none"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures over all images of all processes."""
+        self.log_dict(
+            {
+                "val/top1": 100 * self.val_top1.compute(),
+                "val/top5": 100 * self.val_top5.compute(),
+                "val/loss": self.val_loss.compute(),
+            },
+            # they are of all processes already
+            sync_dist=False,
+        )
+        for metric in (self.val_top1, self.val_top5, self.val_loss):
+            metric.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Add the epoch to the history, and move the schedule on."""
+        self._scheduler.step(self.current_epoch + 1)
+        mean = self._mean_over_processes(self._loss_sum) / self._num_batches
+        seconds = self._clock_ended - self._clock_started
+        entry: dict[str, float] = {
+            "epoch": self.current_epoch + 1,
+            "step": self.global_step,
+            "lr": self._learning_rate(),
+            "train_loss": mean,
+        }
+        figures = self.trainer.callback_metrics
+        if (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0:
+            entry |= {f"val_{name}": float(figures[f"val/{name}"]) for name in ("loss", "top1", "top5")}
+        entry |= {
+            "images_per_second": self._images_seen * self.trainer.world_size / seconds,
+            "seconds": seconds,
+        }
+        self.history.append(entry)
+        self.log_dict({"train/loss": mean, "images_per_second": entry["images_per_second"]})
+        logger.info(_line(entry, self.trainer.max_epochs))
+
+    def _learning_rate(self) -> float:
+        return max(group["lr"] for group in self._scheduler.optimizer.param_groups)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the configuration, the history and the epoch's mean loss; plain types alone."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": self._run_config,
+            "history": self.history,
+            "loss_sum": self._mean_over_processes(self._loss_sum),
+            "num_batches": self._num_batches,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where `on_save_checkpoint` left off."""
+        state = checkpoint[CHECKPOINT_KEY]
+        self.history = list(state["history"])
+        self._loss_sum, self._num_batches = state["loss_sum"], state["num_batches"]
+
+    def _mean_over_processes(self, value: torch.Tensor | float) -> float:
+        return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
+
+
+def _line(entry: Mapping[str, float], num_epochs: int) -> str:
+    """One epoch of the history in words."""
+    parts = [f"loss {entry['train_loss']:.4f}"]
+    if "val_top1" in entry:
+        parts.append(f"validation loss {entry['val_loss']:.4f}, top-1 {entry['val_top1']:.2f} %")
+    parts.append(f"{entry['images_per_second']:,.0f} images/s")
+    return f"Epoch {entry['epoch']} of {num_epochs}: {', '.join(parts)}"
