@@ -531,7 +531,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
             return batch
         images, targets, seeds = batch
         # what follows on the device, dropout included, draws from these
-        seed_augmentation(derive_seed(int(seeds[0]), self.trainer.global_rank))
+        seed = derive_seed(int(seeds[0]), self.trainer.global_rank)
+        seed_augmentation(seed)
+        torch.manual_seed(seed)
         return [images, targets]
 
     def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
