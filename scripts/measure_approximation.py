@@ -236,7 +236,7 @@ class StageRecords:
 def table(approximations: Sequence[Approximation], sharpness: Sequence[Sharpness], title: str) -> Table:
     """The errors, and the sharpness below them."""
     rows = Table(title=title, title_justify="left", caption_justify="left")
-    rows.caption = "\n".join(
+    rows.caption = "W keys in the window, M random features\n" + "\n".join(
         f"stage {item.stage}, full attention: {item.effective_keys:,.0f} effective keys of {item.num_tokens:,}, "
         f"largest |logit| {item.largest_logit:.1f}"
         for item in sharpness
@@ -253,7 +253,6 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
     """Measure, print and write."""
     check_writable(arguments.output)
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
-    arguments.attentions = list(dict.fromkeys(arguments.attentions))
     seeds = [arguments.seed + draw for draw in range(arguments.num_draws)]
     device = choose_device(arguments.device)
     name, model = load_model(arguments.checkpoint)

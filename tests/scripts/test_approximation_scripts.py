@@ -252,7 +252,7 @@ def refused(script, arguments, capsys):
         *((script, {"checkpoint": "{folder}/t8.pth"}, "Did you mean {folder}/t7.pth?") for script in BOTH),
         *((script, {"checkpoint": None}, "--checkpoint") for script in BOTH),
         *((script, {"attentions": "sblocl"}, "'sblocl' is unknown. Did you mean 'sblocal'") for script in BOTH),
-        *((script, {"split": "test"}, "{folder}/test is not a folder") for script in BOTH),
+        *((script, {"split": "test"}, "Give --data-dir the folder that holds 'test'") for script in BOTH),
         *((script, {"memory_fraction": 0}, "memory_fraction=0.0 has to lie in (0, 1]") for script in BOTH),
         *((script, {"memory_fraction": "a"}, "'a' is not a number or a fraction") for script in BOTH),
         *((script, {"seed": -1}, "--seed=-1 is not valid") for script in BOTH),
