@@ -21,7 +21,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +44,7 @@ from src.ops.projection import draw_projection
 from src.utils.errors import UserError, did_you_mean
 from src.utils.files import atomic_write
 from src.utils.machine import processor_name
+from src.utils.timing import in_turn, seconds_per_call
 
 PASSES = ("forward", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -475,9 +475,8 @@ class Bench:
 
     def run(self, console: Console) -> None:
         """Measure everything."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         by_length = [(length, self.inputs(length), self.candidates(length)) for length in self.arguments.lengths]
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        with progress_display(console) as progress:
             for attention_pass in self.arguments.passes:
                 entries = [
                     Entry(item, length, attention_pass, self.call(item, tensors, attention_pass))
@@ -513,7 +512,7 @@ class Bench:
                 raise UserError(f"{item.name} fails at N = {entry.length} ({first_line(error)}).") from error
             self.skip(item.name, entry.length, first_line(error), entry.attention_pass)
             return False
-        entry.number = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / self.seconds(call, 1)))
+        entry.number = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / seconds_per_call(call, 1, self.device)))
         entry.temporary_bytes = peak_bytes(call, self.device)
         if self.device.type == "cuda":
             entry.device_milliseconds = graph_milliseconds(call, self.arguments.repeats)
@@ -521,12 +520,9 @@ class Bench:
 
     def time_in_rounds(self, entries: list[Entry], say: Callable[[str, Entry], None]) -> None:
         """Time each entry once in each round."""
-        for turn in range(self.arguments.repeats):
-            # each round begins elsewhere, so that nobody always follows the one that empties the cache
-            start = turn * len(entries) // self.arguments.repeats
-            for entry in entries[start:] + entries[:start]:
-                say("", entry)
-                entry.milliseconds.append(1e3 * self.seconds(entry.call, entry.number))
+        for entry in in_turn(entries, self.arguments.repeats):
+            say("", entry)
+            entry.milliseconds.append(1e3 * seconds_per_call(entry.call, entry.number, self.device))
 
     def summarise(self, entries: list[Entry]) -> Iterator[Measurement]:
         """Medians and ratios of one pass."""
@@ -546,22 +542,6 @@ class Bench:
                 entry.device_milliseconds,
                 entry.milliseconds,
             )
-
-    def seconds(self, call: Callable[[], object], number: int) -> float:
-        """Time of one call, as the mean of `number` in a row."""
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            for _ in range(number):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end) / 1e3 / number
-        begin = time.perf_counter()
-        for _ in range(number):
-            call()
-        return (time.perf_counter() - begin) / number
 
 
 def first_line(error: BaseException) -> str:
@@ -653,6 +633,12 @@ def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
 def rounds(item: Measurement) -> list[float]:
     """Times to take the growth from: those of the device where known, or short sequences would show the host's."""
     return item.milliseconds_per_round if item.device_milliseconds is None else [item.device_milliseconds]
+
+
+def progress_display(console: Console) -> Progress:
+    """What is being measured, how far that is, and for how long it has been; gone at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 
 def figure(value: float) -> str:
