@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class Bench:
                     self.measure(candidate, self.time_round)
                 progress.advance(task)
 
-    def measure(self, candidate: Candidate, work: Any) -> None:
+    def measure(self, candidate: Candidate, work: Callable[[Candidate], None]) -> None:
         """Do `work(candidate)` on the device; where its memory is too small, note it.
 
         Raises:
