@@ -171,6 +171,7 @@ class ImageFolderDataset(Dataset):
         class_to_index: class folder to target; position in `classes` and target differ for a subset of ImageNet.
         paths: images relative to `root`, with forward slashes.
         targets: class index of each image, in the order of `paths`.
+        images: the decoded images, in the order of `paths`, once `keep_images` was called; None before.
 
     Raises:
         UserError: no class folders, no images, or class folders that do not fit `num_classes`.
@@ -184,6 +185,7 @@ class ImageFolderDataset(Dataset):
     ) -> None:
         self.root = Path(root).expanduser()
         self.transform = transform
+        self.images: list[Image.Image] | None = None
         if not self.root.is_dir():
             raise UserError(f"{self.root} is not a folder. Give the folder that holds the class folders.")
         self.classes, loose_files = scan_folder(self.root)
@@ -236,8 +238,17 @@ class ImageFolderDataset(Dataset):
         Raises:
             UserError: the file cannot be decoded.
         """
-        image = load_rgb(self.root / self.paths[index])
+        image = load_rgb(self.root / self.paths[index]) if self.images is None else self.images[index]
         return self.transform(image), self.targets[index], index
+
+    def keep_images(self) -> None:
+        """Decode all images once and keep them in memory, which worker processes then share.
+
+        Raises:
+            UserError: a file cannot be decoded.
+        """
+        if self.images is None:
+            self.images = [load_rgb(self.root / path) for path in self.paths]
 
     def subset(
         self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None
@@ -354,6 +365,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             watched in place of `test_split`: settings are chosen so without a look at the test images.
         passes_per_epoch: passes over the training images in an epoch. With few images one pass is over before the
             workers have got going.
+        keep_in_memory: decode the training images once, not in every pass; takes three bytes a pixel.
         seed: of the training images' order and augmentation, and of the choice of `holdout`.
         augmentation: options of `Augmentation`; None takes its defaults.
         pin_memory: batches in page-locked memory, for a faster copy to the GPU; None does so if CUDA is available.
@@ -382,6 +394,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         train_split: str = "train",
         holdout: float = 0.0,
         passes_per_epoch: int = 1,
+        keep_in_memory: bool = False,
         seed: int = 0,
         augmentation: Mapping[str, Any] | None = None,
         pin_memory: bool | None = None,
@@ -407,6 +420,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         std = _three_numbers("datamodule.std", std)
         if min(std) <= 0:
             raise UserError(f"datamodule.std={std!r} is not valid. Give three numbers above 0.")
+        if not isinstance(keep_in_memory, bool):
+            raise UserError(f"datamodule.keep_in_memory={keep_in_memory!r} is not valid. Give true or false.")
         for option, split in (("test_split", test_split), ("train_split", train_split)):
             if not isinstance(split, str) or not split:
                 raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
@@ -419,6 +434,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.train_split = train_split
         self.holdout = holdout
         self.passes_per_epoch = passes_per_epoch
+        self.keep_in_memory = keep_in_memory
         self.seed = seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
         self.test_transform = create_transform(
@@ -512,6 +528,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
         )
         num_batches = self.num_train_batches(world_size)
+        if self.keep_in_memory:
+            self.train_dataset.keep_images()
         # an update takes `accumulate` batches, the last one of an epoch what is left
         epoch, updates = divmod(updates, math.ceil(num_batches / accumulate))
         return ImageLoader(
