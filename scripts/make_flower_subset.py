@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.datamodules.image_folder import load_rgb, scan_folder
+from src.datamodules.dataset import load_rgb, scan_folder
 from src.utils.errors import UserError, check_whole_number
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,7 +37,8 @@ from scripts.benchmark_attention import (
     threads,
     write_json,
 )
-from src.datamodules.image_folder import ImageFolderDataModule, ImageFolderDataset, ImageLoader
+from src.datamodules.dataset import ImageFolderDataset, ImageLoader
+from src.datamodules.image_folder import ImageFolderDataModule
 from src.models.modules.attention import ATTENTIONS
 from src.models.modules.attention.base import AttentionModule
 from src.models.modules.tokens_to_token import stage_lengths

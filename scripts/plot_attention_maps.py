@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scripts.benchmark_attention import check_writable, choose_device, threads
 from scripts.measure_approximation import build_parser, open_split, spread
-from src.datamodules.image_folder import ImageFolderDataset
+from src.datamodules.dataset import ImageFolderDataset
 from src.evaluation.comparison import _COLOURS
 from src.models.modules.attention.base import AttentionModule
 from src.models.t2t_vit import T2TViT

@@ -15,6 +15,7 @@ from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
+from src.datamodules.device_augmentation import DeviceAugmentation
 from src.utils.errors import UserError
 
 
@@ -39,7 +40,8 @@ class Augmentation:
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
         color_jitter: strength of brightness, contrast and saturation; timm leaves it out under `auto_augment`.
-        auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`; None for none.
+        rotation: largest angle of a rotation, degrees; on the device alone.
+        auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`; None for none. In the workers alone.
         re_prob: probability of erasing a random rectangle.
         re_mode: what fills the rectangle: `pixel` (noise), `rand` (one colour), `const` (the mean).
         mixup_alpha: parameter of Mixup (Zhang et al., ICLR 2018); 0 for none.
@@ -47,9 +49,12 @@ class Augmentation:
         mixup_prob: probability that a batch is mixed, by either.
         mixup_switch_prob: probability of CutMix where both are active.
         label_smoothing: probability spread over all classes (Szegedy et al., CVPR 2016).
+        on_device: single images are augmented by `start` on the device, bilinear, not by `transform` in workers.
 
     Attributes:
         transform: from a PIL image in mode RGB to a uint8 array (3, size, size); draws from the global generators.
+            None with `on_device`.
+        start: `DeviceAugmentation` with `on_device`, None without.
 
     Raises:
         UserError: a value that is not valid; the message names the option.
@@ -67,6 +72,7 @@ class Augmentation:
         hflip: float = 0.5,
         vflip: float = 0.0,
         color_jitter: float = 0.4,
+        rotation: float = 0.0,
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         re_prob: float = 0.25,
         re_mode: str = "pixel",
@@ -75,6 +81,7 @@ class Augmentation:
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
         label_smoothing: float = 0.1,
+        on_device: bool = False,
     ) -> None:
         for name, value in (
             ("hflip", hflip),
@@ -91,6 +98,7 @@ class Augmentation:
             ("cutmix_alpha", cutmix_alpha),
         ):
             _check_number(name, value, 0)
+        _check_number("rotation", rotation, 0, 180)
         _check_range("scale", scale, 1)
         _check_range("ratio", ratio)
         if re_mode not in ("pixel", "rand", "const"):
@@ -99,17 +107,29 @@ class Augmentation:
             )
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.transform = _create_transform(
-            input_size=image_size,
-            interpolation=interpolation,
-            scale=tuple(scale),
-            ratio=tuple(ratio),
-            hflip=hflip,
-            vflip=vflip,
-            color_jitter=color_jitter or None,
-            auto_augment=auto_augment or None,
-            mean=tuple(mean),
-        )
+        self.transform, self.start = None, None
+        geometry = {"scale": tuple(scale), "ratio": tuple(ratio), "hflip": hflip, "vflip": vflip}
+        if on_device:
+            if auto_augment:
+                raise UserError(
+                    f"datamodule.augmentation.auto_augment={auto_augment} works on single images, in workers. Set it "
+                    "to null, or datamodule.on_device=false."
+                )
+            self.start = DeviceAugmentation(image_size, **geometry, rotation=rotation, color_jitter=color_jitter)
+        else:
+            if rotation:
+                raise UserError(
+                    f"datamodule.augmentation.rotation={rotation} works on the device. Set it to 0 (auto_augment turns "
+                    "images too), or datamodule.on_device=true."
+                )
+            self.transform = _create_transform(
+                input_size=image_size,
+                interpolation=interpolation,
+                **geometry,
+                color_jitter=color_jitter or None,
+                auto_augment=auto_augment or None,
+                mean=tuple(mean),
+            )
         self._mean, self._std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self._erase = re_prob > 0 and {"probability": re_prob, "mode": re_mode}
         self._mix = None
@@ -132,7 +152,7 @@ class Augmentation:
         """Normalise, erase and mix a batch, on its device.
 
         Args:
-            images: (B, 3, size, size) uint8.
+            images: (B, 3, size, size) in [0, 255], uint8 or float.
             targets: (B,) classes.
 
         Returns:

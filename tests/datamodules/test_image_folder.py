@@ -15,12 +15,8 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
-from src.datamodules.image_folder import (
-    ImageFolderDataModule,
-    ImageFolderDataset,
-    ImageLoader,
-    class_index,
-)
+from src.datamodules.dataset import ImageFolderDataset, ImageLoader, class_index
+from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.sampling import ShardedSampler
 from src.utils.errors import UserError
 

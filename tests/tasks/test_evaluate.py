@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from munch import Munch
 
-import src.datamodules.image_folder as image_folder
+import src.datamodules.dataset as dataset
 from src.evaluation.results import read_predictions
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.evaluate import evaluate
@@ -100,8 +100,8 @@ def test_the_same_seed_gives_the_same_files(evaluation, tmp_path):
 
 def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
     decoded = []
-    decode = image_folder.load_rgb
-    monkeypatch.setattr(image_folder, "load_rgb", lambda path: decoded.append(path.name) or decode(path))
+    decode = dataset.load_rgb
+    monkeypatch.setattr(dataset, "load_rgb", lambda path: decoded.append(path.name) or decode(path))
     options = {"model___t2tattn_cfg": "performer"}
     several, objects = evaluate(evaluation("t2t_vit_t_14", "several", eval__num_seeds=3, **options))
     assert sorted(decoded) == [f"{index:03}.png" for index in range(NUM_IMAGES)]
