@@ -57,7 +57,7 @@ def verify(run: Path, limit: int | None, batch_size: int, device: torch.device) 
     load_checkpoint(model, Path(results.checkpoint["path"]).expanduser())
     for attention in model.token_attentions or ():
         attention.backend = "naive"
-    if model.has_random_features:
+    if results.random_features == "seeds":
         model.redraw_projections(results.seeds[0])
     model.double().to(device)
 

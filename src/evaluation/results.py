@@ -74,6 +74,8 @@ class Results:
         attention_memory: its memory over both token stages, as a fraction of what the full attention matrix
             takes; None where that does not apply.
         seconds: how long the evaluation took; None if not measured.
+        random_features: where they come from: drawn from the `seeds`, or stored in the `checkpoint`, which was trained
+            with them; None where there are none.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Results:
     attention_options: list[dict[str, Any]] | None = None
     attention_memory: float | None = None
     seconds: float | None = None
+    random_features: str | None = None
 
     @property
     def published(self) -> PublishedFigure | None:

@@ -24,6 +24,7 @@ class ImageClassification(pl.LightningModule):
         num_images: number of images of the test split, over all processes.
         num_classes: number of classes.
         seeds: one seed for each draw; a model without random features takes one.
+        redraw: draw the random features from the seeds; otherwise those that the model has are kept, for one seed.
         forward: compiled form of `model`, sharing its parameters and buffers; None is `model` itself.
 
     Attributes:
@@ -38,11 +39,13 @@ class ImageClassification(pl.LightningModule):
         num_images: int,
         num_classes: int,
         seeds: Sequence[int],
+        redraw: bool = True,
         forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.seeds = list(seeds)
+        self.redraw = redraw
         # not a sub-module: the compiled form would register the parameters a second time
         self._forward = (model if forward is None else forward,)
         self._has_fixed_batch = forward is not None
@@ -63,7 +66,7 @@ class ImageClassification(pl.LightningModule):
         ).to(self.device)
         self._draws = []
         for seed in self.seeds:
-            if getattr(self.model, "has_random_features", False):
+            if self.redraw and getattr(self.model, "has_random_features", False):
                 self.model.redraw_projections(seed)
                 rows = [buffer for name, buffer in self.model.named_buffers() if name.endswith("projection_matrix")]
                 self._draws.append([(buffer, buffer.clone()) for buffer in rows])

@@ -33,7 +33,7 @@ from src.tasks.provenance import (
     peak_memory_mib,
     reset_peak_memory,
 )
-from src.utils.checkpoint import load_checkpoint
+from src.utils.checkpoint import holds_random_features, load_contents, read_checkpoint
 from src.utils.errors import UserError, check_whole_number
 from src.utils.files import sha256_of_file
 
@@ -72,7 +72,9 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
     datamodule: ImageFolderDataModule = build(config.datamodule, "datamodule")
     datamodule.setup("test")
     model = build_model(config.model)
-    load_checkpoint(model, checkpoint)
+    contents = read_checkpoint(checkpoint)
+    load_contents(model, contents, checkpoint)
+    redraw = _redraws(config, holds_random_features(contents, model))
     seeds = _seeds(config, model)
 
     task = ImageClassification(
@@ -80,6 +82,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         num_images=len(datamodule.test_dataset),
         num_classes=config.model.num_classes,
         seeds=seeds,
+        redraw=redraw,
         forward=torch.compile(model) if config.eval.compile else None,
     )
     attention = attention_name(config.model, model)
@@ -90,6 +93,8 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         len(datamodule.test_dataset),
         datamodule.test_dataset.root,
     )
+    if model.has_random_features and not redraw:
+        logger.info("Random features: those of the checkpoint; eval.redraw=true draws others")
     reset_peak_memory(trainer)
     with explained(datamodule.batch_size, "eval.compile" if config.eval.compile else None):
         trainer.test(task, datamodule=datamodule, verbose=False)
@@ -115,6 +120,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         attention_options=attention_options(model),
         attention_memory=attention_memory_fraction(model),
         seconds=task.seconds,
+        random_features=_origin_of_random_features(model, redraw),
         **summarise(task.records),
     )
     if trainer.is_global_zero:
@@ -133,6 +139,8 @@ def _check_options(config: DictConfig) -> None:
     # the data module reads these two through its own options, and would name those
     check_whole_number("model.image_size", config.model.image_size, 1)
     check_whole_number("model.num_classes", config.model.num_classes, 1)
+    if config.eval.redraw not in (None, True, False):
+        raise UserError(f"eval.redraw={config.eval.redraw!r} is not valid. Give true, false or null.")
     if not isinstance(config.eval.compile, bool):
         raise UserError(f"eval.compile={config.eval.compile!r} is not valid. Give true or false.")
     if config.eval.ckpt is None:
@@ -155,6 +163,29 @@ def _check_limits(trainer: Trainer) -> None:
             "An evaluation covers all images. Leave out trainer.limit_test_batches and trainer.fast_dev_run; for fewer "
             "images, give a smaller folder."
         )
+
+
+def _redraws(config: DictConfig, stored: bool) -> bool:
+    """Whether random features are drawn from the seeds, rather than taken from a checkpoint that was trained with them.
+
+    Args:
+        config: the configuration.
+        stored: whether the checkpoint holds rows for the model's attention.
+    """
+    redraw, several = config.eval.redraw, config.eval.num_seeds > 1
+    if redraw is False and several:
+        raise UserError("eval.redraw=false keeps the checkpoint's random features. Leave out eval.num_seeds.")
+    if redraw is False and not stored:
+        raise UserError(
+            f"eval.redraw=false, but {config.eval.ckpt} holds no random features for this attention. Leave it out."
+        )
+    return bool(redraw) or several or not stored
+
+
+def _origin_of_random_features(model: T2TViT, redraw: bool) -> str | None:
+    if not model.has_random_features:
+        return None
+    return "seeds" if redraw else "checkpoint"
 
 
 def _seeds(config: DictConfig, model: T2TViT) -> list[int]:

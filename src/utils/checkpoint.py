@@ -253,7 +253,13 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, new_head:
         UserError: the file cannot be read, is not a T2T-ViT checkpoint, or does not fit the model: the message
             names what the file holds and the option that selects it.
     """
-    contents = read_checkpoint(path)
+    load_contents(model, read_checkpoint(path), path, new_head=new_head)
+
+
+def load_contents(
+    model: nn.Module, contents: CheckpointContents, path: str | os.PathLike[str], *, new_head: bool = False
+) -> None:
+    """`load_checkpoint` of a file that is read already; `path` is for messages."""
     own = model.state_dict()
     state_dict = dict(contents.state_dict)
     if new_head:
@@ -291,6 +297,13 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, new_head:
         )
     model.load_state_dict(state_dict, strict=True)
     logger.info("Loaded %s from %s ('%s').", contents.architecture, path, contents.source_key)
+
+
+def holds_random_features(contents: CheckpointContents, model: nn.Module) -> bool:
+    """Whether a file holds rows for every random-feature attention of a model, which it then was trained with."""
+    rows = {key: tensor.shape for key, tensor in model.state_dict().items() if key.endswith(RANDOM_FEATURES)}
+    theirs = contents.state_dict
+    return bool(rows) and all(key in theirs and theirs[key].shape == shape for key, shape in rows.items())
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> CheckpointContents:
@@ -408,6 +421,40 @@ def convert_checkpoint_file(path: str | os.PathLike[str], output: str | os.PathL
     _back_up(path, backup)
     save_checkpoint(contents.state_dict, path, contents.file_format)
     return Conversion(contents, path, written=True, backup=backup)
+
+
+def export_checkpoint_file(
+    path: str | os.PathLike[str], output: str | os.PathLike[str], *, half: bool = False
+) -> CheckpointContents:
+    """Write the weights of a checkpoint of any format as the published files have them, for others to use.
+
+    Optimizer, history and rows of random features stay behind: a few megabytes of weights are left.
+
+    Args:
+        path: the checkpoint; `~` is expanded.
+        output: where to; its folder must exist.
+        half: round the weights to float16.
+
+    Returns:
+        What `path` holds.
+
+    Raises:
+        UserError: the file cannot be read or written, `output` exists, or a weight is too large for float16.
+    """
+    output = Path(output).expanduser()
+    if os.path.lexists(output):
+        raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
+    contents = read_checkpoint(path)
+    state_dict = {}
+    for key, tensor in contents.state_dict.items():
+        if key.endswith(RANDOM_FEATURES):
+            continue
+        tensor = tensor.half() if half else tensor
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"'{key}' of {path} is too large for half precision. Leave out --half.")
+        state_dict[unconvert_key(key)] = tensor
+    save_checkpoint({"state_dict_ema": state_dict}, output)
+    return contents
 
 
 def _back_up(path: Path, backup: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from scripts import convert_checkpoint_t2t_vit as convert
 from scripts import download_checkpoint_t2t_vit as download
+from scripts import export_checkpoint_t2t_vit as export
 from scripts import make_random_checkpoint as make_random
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViTVariant, create_t2t_vit
 from src.utils.checkpoint import PUBLISHED_CHECKPOINTS, PublishedCheckpoint, load_checkpoint, read_checkpoint
@@ -319,3 +320,71 @@ def test_a_checkpoint_is_made_and_converted_from_any_folder(tmp_path):
     run("make_random_checkpoint.py", "t2t_vit_7", "--num-classes", "5", "--image-size", "32", "--output", "a.pth")
     assert "t2t_vit_7" in run("convert_checkpoint_t2t_vit.py", "a.pth")
     assert names(tmp_path) == ["a.pth", "a.pth.og"]
+
+
+# --- export ------------------------------------------------------------------------------------------------------
+
+
+def write_lightning(path, attention="sblocal"):
+    """A training's checkpoint, with what only a training needs."""
+    model = create_t2t_vit("tiny_t", attention, image_size=32, num_classes=5)
+    weights = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    state = {"state": {0: {"exp_avg": torch.ones(10**6)}}}
+    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": weights, "optimizer_states": [state]}, path)
+    return model
+
+
+def test_export_leaves_the_weights_alone(tmp_path, capsys):
+    path, output = tmp_path / "last.ckpt", tmp_path / "exported.pth.tar"
+    model = write_lightning(path)
+    before = path.read_bytes()
+    assert export.main([str(path), "--output", str(output)]) == 0
+    assert path.read_bytes() == before
+    content = torch.load(output, weights_only=True)
+    assert list(content) == ["state_dict_ema"]
+    assert content["state_dict_ema"].keys() == official_shapes("tiny_t", 5, 32).keys()
+    loaded = create_t2t_vit("tiny_t", "full", image_size=32, num_classes=5)
+    load_checkpoint(loaded, output)
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+    assert sha256(output) in capsys.readouterr().out
+
+
+def test_export_in_half_precision(tmp_path):
+    path = tmp_path / "last.ckpt"
+    model = write_lightning(path)
+    for half in (False, True):
+        arguments = [str(path), "--output", str(tmp_path / f"{half}.pth"), *(["--half"] if half else [])]
+        assert export.main(arguments) == 0
+    sizes = [(tmp_path / f"{half}.pth").stat().st_size for half in (False, True)]
+    assert sizes[1] < 0.6 * sizes[0]
+    rounded = torch.load(tmp_path / "True.pth", weights_only=True)["state_dict_ema"]
+    assert torch.equal(rounded["head.weight"], model.head.weight.detach().half())
+
+
+def test_export_refuses_what_half_precision_cannot_hold(tmp_path, capsys):
+    path = write_published(tmp_path / "weights.pth.tar")
+    content = torch.load(path, weights_only=True)
+    content["state_dict_ema"]["head.bias"][0] = 1e5
+    torch.save(content, path)
+    output = tmp_path / "out.pth"
+    assert export.main([str(path), "--output", str(output), "--half"]) == 1
+    assert (
+        capsys.readouterr().err == f"Error: 'head.bias' of {path} is too large for half precision. Leave out --half.\n"
+    )
+    assert not output.exists()
+
+
+def test_export_does_not_overwrite(tmp_path, capsys):
+    path = write_published(tmp_path / "weights.pth.tar")
+    assert export.main([str(path), "--output", str(path)]) == 1
+    assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_the_committed_checkpoint_is_in_the_published_layout():
+    path = SCRIPTS.parent / "checkpoints" / "demo" / "t2t_vit_t_7_flowers.pth.tar"
+    assert path.stat().st_size <= 10_000_000
+    content = torch.load(path, weights_only=True)["state_dict_ema"]
+    assert {key: tuple(tensor.shape) for key, tensor in content.items()} == official_shapes("t2t_vit_t_7", 5)
+    assert {tensor.dtype for tensor in content.values()} == {torch.float16}
+    assert sha256(path) in (path.parent / "README.md").read_text()

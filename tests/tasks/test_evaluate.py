@@ -124,6 +124,53 @@ def test_without_random_features_several_draws_are_one(evaluation):
     assert results.seeds == [1111]
 
 
+@pytest.fixture
+def trained_with_rows(checkpoints, shallow, tmp_path):
+    """A checkpoint that holds the rows of its Scatterbrain attention, those of seed 7."""
+    model = create_t2t_vit("t2t_vit_t_14", "sblocal", image_size=IMAGE_SIZE, num_classes=NUM_CLASSES, seed=7)
+    load_checkpoint(model, checkpoints["t2t_vit_t_14"])
+    path = tmp_path / "trained.pth"
+    torch.save({"state_dict": model.state_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed_of_rows", "origin"),
+    [
+        ({}, 7, "checkpoint"),
+        ({"eval__redraw": "false"}, 7, "checkpoint"),
+        ({"eval__redraw": "true"}, 1111, "seeds"),
+        ({"eval__num_seeds": 2}, 1111, "seeds"),
+    ],
+)
+def test_rows_that_a_checkpoint_was_trained_with(evaluation, trained_with_rows, changes, seed_of_rows, origin):
+    options = {"model___t2tattn_cfg": "sblocal", "datamodule__batch_size": 1, "eval__ckpt": trained_with_rows}
+    results, objects = evaluate(evaluation("t2t_vit_t_14", **options, **changes))
+    by_hand = create_t2t_vit("t2t_vit_t_14", "sblocal", image_size=IMAGE_SIZE, num_classes=NUM_CLASSES).eval()
+    load_checkpoint(by_hand, trained_with_rows)
+    by_hand.redraw_projections(seed_of_rows)
+    dataset = objects.datamodule.test_dataset
+    with torch.no_grad():
+        logits = torch.cat([by_hand(dataset[index][0][None]) for index in range(len(dataset))])
+    expected = F.cross_entropy(logits, torch.tensor(dataset.targets), reduction="none")
+    np.testing.assert_allclose(objects.task.records.losses[0], expected, rtol=1e-5)
+    assert results.random_features == origin
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval__num_seeds": 2}, "Leave out eval.num_seeds"),
+        ({"model__t2tattn1_cfg__nb_features": 6}, "holds no random features for this attention"),
+        ({"eval__redraw": 3}, "eval.redraw=3 is not valid"),
+    ],
+)
+def test_rows_that_cannot_be_kept(evaluation, trained_with_rows, changes, message):
+    options = {"model___t2tattn_cfg": "sblocal", "eval__ckpt": trained_with_rows, "eval__redraw": "false", **changes}
+    with pytest.raises(UserError, match=message):
+        evaluate(evaluation("t2t_vit_t_14", **options))
+
+
 @pytest.mark.parametrize(
     ("precision", "reported", "tolerance"),
     [("bf16-mixed", "bf16-mixed", 3e-2), ("bf16-true", "bf16-true", 3e-2), ("64-true", "64-true", 1e-5)],
