@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scripts.benchmark_attention import check_writable, choose_device, threads
 from scripts.measure_approximation import build_parser, open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
-from src.evaluation.comparison import _COLOURS
+from src.evaluation.comparison import ATTENTION_COLOURS
 from src.models.modules.attention.base import AttentionModule
 from src.models.t2t_vit import T2TViT
 from src.ops.windows import window_bounds
@@ -270,7 +270,7 @@ def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
     else:
         sizes = f"all {stage.side**2:,} keys"
     axes.set_title(sizes, fontsize=8.5, color=INK, pad=4)
-    label, colour = NAMES.get(name, name), _COLOURS.get(name, OTHER)
+    label, colour = NAMES.get(name, name), ATTENTION_COLOURS.get(name, OTHER)
     where = {"transform": axes.transAxes, "ha": "center"}
     axes.text(0.5, 1.12, label, fontsize=11, fontweight="bold", color=colour, **where)
     axes.set_xlabel(f"spread over {item.effective_keys:,.0f} keys", fontsize=8.5, color=INK, labelpad=3)
@@ -325,7 +325,7 @@ def window_edges(side: int, token: tuple[int, int], window: int) -> list[tuple[t
 def choose_colours(photographs: Sequence[Photograph]) -> np.ndarray:
     """At most 256 colours, (number, 3) in [0, 255]: those of maps, bars and text, the rest for the photographs."""
     colours = [colours.cmap(np.linspace(0, 1, MAP_SHADES))[:, :3] for colours in (weight_colours(), change_colours())]
-    colours.append(to_rgba_array([_COLOURS.get(name, OTHER) for name in photographs[0].stages[0].maps])[:, :3])
+    colours.append(to_rgba_array([ATTENTION_COLOURS.get(name, OTHER) for name in photographs[0].stages[0].maps])[:, :3])
     colours.append(np.linspace((0, 0, 0), (1, 1, 1), TEXT_SHADES))
     drawn = np.rint(255 * np.concatenate(colours)).astype(np.uint8)
     pixels = np.rint(255 * np.concatenate([photograph.pixels for photograph in photographs])).astype(np.uint8)

@@ -356,7 +356,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 # Figure
 
 # One colour per attention in every figure: what is alike in kind is alike in hue.
-_COLOURS = {
+ATTENTION_COLOURS = {
     "full": "#3b4252",
     "local": "#3b7dc4",
     "performer": "#e08a1e",
@@ -443,7 +443,7 @@ def _plain(text: str) -> str:
 
 
 def _colour(row: ComparisonRow) -> str:
-    return _COLOURS.get(row.attention or "", _OTHER_COLOUR)
+    return ATTENTION_COLOURS.get(row.attention or "", _OTHER_COLOUR)
 
 
 def _write_values(axes: Axes, texts: Sequence[str]) -> None:
@@ -470,7 +470,9 @@ def _draw_top1(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     texts = []
     full = [row.top1 for row in rows if row.attention == "full"]
     if len(full) == 1 and len(rows) > 1:
-        axes.axvline(full[0], color=_COLOURS["full"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
+        axes.axvline(
+            full[0], color=ATTENTION_COLOURS["full"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1
+        )
     for number, row in enumerate(rows):
         deviation = row.top1_std or 0.0
         values += [row.top1 - deviation, row.top1 + deviation]

@@ -270,7 +270,7 @@ def test_markdown_keeps_its_columns_when_a_label_has_a_bar(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_figure_has_a_sensible_size_and_no_overlapping_labels(tmp_path, count):
-    attentions = list(module._COLOURS)[:count]
+    attentions = list(module.ATTENTION_COLOURS)[:count]
     comparison = compare_runs([write_run(tmp_path / str(i), name) for i, name in enumerate(attentions)])
     path = write_comparison(tmp_path, comparison)[2]
     image = matplotlib.image.imread(path)
