@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,12 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
 from src.datamodules.device_augmentation import DeviceAugmentation
-from src.utils.errors import UserError
+from src.utils.errors import UserError, did_you_mean
+
+# What torchvision's resize takes on PIL images.
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+# What Pillow turns and shears images with, as the policies do; `random` is timm's choice between the first two.
+_TURNING = ("bicubic", "bilinear", "nearest", "random")
 
 
 def seed_augmentation(seed: int) -> None:
@@ -34,12 +40,13 @@ class Augmentation:
         num_classes: number of classes.
         mean: per colour, of values in [0, 1], subtracted.
         std: per colour, divided by.
-        interpolation: of the random resized crop, as torchvision names it, or `random`.
+        interpolation: of the random resized crop, as torchvision names it, or `random`; on the device bilinear.
         scale: smallest and largest area of the crop, over that of the image.
         ratio: smallest and largest aspect ratio of the crop.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation; timm leaves it out under `auto_augment`.
+        color_jitter: strength of brightness, contrast and saturation; timm leaves it out under most of
+            `auto_augment`.
         rotation: largest angle of a rotation, degrees; on the device alone.
         auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`; None for none. In the workers alone.
         re_prob: probability of erasing a random rectangle.
@@ -49,7 +56,7 @@ class Augmentation:
         mixup_prob: probability that a batch is mixed, by either.
         mixup_switch_prob: probability of CutMix where both are active.
         label_smoothing: probability spread over all classes (Szegedy et al., CVPR 2016).
-        on_device: single images are augmented by `start` on the device, bilinear, not by `transform` in workers.
+        on_device: single images are augmented by `start` on the device, not by `transform` in workers.
 
     Attributes:
         transform: from a PIL image in mode RGB to a uint8 array (3, size, size); draws from the global generators.
@@ -99,8 +106,22 @@ class Augmentation:
         ):
             _check_number(name, value, 0)
         _check_number("rotation", rotation, 0, 180)
-        _check_range("scale", scale, 1)
-        _check_range("ratio", ratio)
+        geometry = {
+            "scale": _checked_range("scale", scale, 1),
+            "ratio": _checked_range("ratio", ratio),
+            "hflip": hflip,
+            "vflip": vflip,
+        }
+        if interpolation not in (*INTERPOLATIONS, "random"):
+            raise UserError(
+                f"datamodule.augmentation.interpolation={interpolation!r} is not valid. "
+                f"{did_you_mean(interpolation, (*INTERPOLATIONS, 'random'))}"
+            )
+        if auto_augment and interpolation not in _TURNING:
+            raise UserError(
+                f"datamodule.augmentation.interpolation={interpolation} cannot turn images, as auto_augment does. "
+                f"Choose one of: {', '.join(_TURNING)}; or set datamodule.augmentation.auto_augment to null."
+            )
         if re_mode not in ("pixel", "rand", "const"):
             raise UserError(
                 f"datamodule.augmentation.re_mode={re_mode!r} is not valid. Choose one of: const, pixel, rand."
@@ -108,7 +129,6 @@ class Augmentation:
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.transform, self.start = None, None
-        geometry = {"scale": tuple(scale), "ratio": tuple(ratio), "hflip": hflip, "vflip": vflip}
         if on_device:
             if auto_augment:
                 raise UserError(
@@ -166,15 +186,16 @@ class Augmentation:
         return images, mixup_target(targets, self.num_classes, lam=1.0, smoothing=self.label_smoothing)
 
 
-def _create_transform(**options: Any) -> Any:
+def _create_transform(auto_augment: str | None, **options: Any) -> Any:
     """The training transform of timm, up to a uint8 array; its complaints become errors of the user's."""
     try:
         # "prefetcher" is timm's word for leaving normalisation and erasing to the device
-        transform = create_transform(is_training=True, use_prefetcher=True, **options)
-    except (AssertionError, KeyError, ValueError) as error:
+        transform = create_transform(is_training=True, use_prefetcher=True, auto_augment=auto_augment, **options)
+    except (AssertionError, ValueError) as error:
         raise UserError(
-            f"datamodule.augmentation cannot be built: {error}. Check auto_augment={options['auto_augment']!r} and "
-            f"interpolation={options['interpolation']!r}."
+            f"datamodule.augmentation.auto_augment={auto_augment!r} is not valid"
+            + (f" ({error})" if str(error) else "")
+            + ". Give one of timm's policies, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original; or null."
         ) from error
     for step in transform.transforms:
         # RandAugment and AugMix have operations, AutoAugment has a policy of several lists of them
@@ -195,18 +216,20 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def _check_number(name: str, value: Any, minimum: float, maximum: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < minimum or value > (maximum or value):
+    limit = sys.float_info.max if maximum is None else maximum
+    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= limit:
         limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise UserError(f"datamodule.augmentation.{name}={value!r} is not valid. Give a number {limits}.")
 
 
-def _check_range(name: str, values: Any, maximum: float | None = None) -> None:
+def _checked_range(name: str, values: Any, maximum: float | None = None) -> tuple[float, float]:
     try:
         low, high = (float(value) for value in values)
     except (TypeError, ValueError):
         low = high = 0.0
-    if not 0 < low <= high or high > (maximum or high):
+    if not 0 < low <= high <= (sys.float_info.max if maximum is None else maximum):
         limit = "" if maximum is None else f" and at most {maximum}"
         raise UserError(
             f"datamodule.augmentation.{name}={values} is not valid. Give two numbers above 0{limit}, the smaller first."
         )
+    return low, high

@@ -229,6 +229,7 @@ class ImageFolderDataset(Dataset):
         self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None
     ) -> ImageFolderDataset:
         """The images at `indices` of `paths`, in that order, under another transform where one is given."""
+        indices = list(indices)
         part = copy.copy(self)
         part.paths = [self.paths[index] for index in indices]
         part.targets = [self.targets[index] for index in indices]

@@ -21,7 +21,7 @@ from src.datamodules.dataset import ImageFolderDataset
 
 # Crops of a drawn area and shape may not fit into the image: how often to draw, as torchvision does.
 CROP_TRIALS = 10
-# Weights of the colours in a grey value, ITU-R BT.601, as Pillow and torchvision have them.
+# Weights of the colours in a grey value, ITU-R BT.601, as Pillow has them; torchvision rounds the first to 0.2989.
 GREY = (0.299, 0.587, 0.114)
 
 
@@ -95,7 +95,7 @@ class DeviceAugmentation:
         Returns:
             Affine maps (B, 2, 3), see `draw_maps`, and factors of brightness, contrast and saturation (B, 3).
         """
-        jitter = _uniform((len(aspects), 3), 1 - self.color_jitter, 1 + self.color_jitter).clamp(min=0)
+        jitter = _uniform((len(aspects), 3), max(0, 1 - self.color_jitter), 1 + self.color_jitter)
         return self.draw_maps(aspects), jitter
 
     def __call__(self, images: torch.Tensor, maps: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
@@ -130,9 +130,13 @@ class DeviceAugmentation:
         heights = (areas / ratios * aspects[:, None]).sqrt()
         fits = (widths <= 1) & (heights <= 1)
         first = fits.float().argmax(1, keepdim=True)
-        width, height = (x.gather(1, first)[:, 0].clamp(max=1) for x in (widths, heights))
+        # where none fits, the largest crop of the nearest ratio, from the middle
+        nearest = aspects.clamp(*self.ratio)
+        some = fits.any(1)
+        width = torch.where(some, widths.gather(1, first)[:, 0], (nearest / aspects).clamp(max=1))
+        height = torch.where(some, heights.gather(1, first)[:, 0], (aspects / nearest).clamp(max=1))
 
-        x, y = (_uniform((number,), -1, 1) * (1 - part) for part in (width, height))
+        x, y = (_uniform((number,), -1, 1) * (1 - part) * some for part in (width, height))
         mirrored_x, mirrored_y = (
             1 - 2 * (torch.rand(number) < probability).float() for probability in (self.hflip, self.vflip)
         )

@@ -28,14 +28,18 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import Dataset
 
-from src.datamodules.augmentation import Augmentation, seed_augmentation
+from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader, imagenet_synsets, listing, scan_folder
 from src.datamodules.device_augmentation import decode_images
 from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
 from src.utils.errors import UserError, check_whole_number, did_you_mean
 
-# What torchvision's resize takes on PIL images; timm's "random" is for training only.
-_INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+# Those of datamodule.augmentation: the others are options of the data module itself.
+_AUGMENTATION_OPTIONS = [
+    name
+    for name in inspect.signature(Augmentation).parameters
+    if name not in ("image_size", "num_classes", "mean", "std", "on_device")
+]
 
 
 class _AugmentedDataset(Dataset):
@@ -147,10 +151,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         check_whole_number("datamodule.seed", seed, 0)
         if num_workers is not None:
             check_whole_number("datamodule.num_workers", num_workers, 0)
-        if interpolation not in _INTERPOLATIONS:
+        if interpolation not in INTERPOLATIONS:
             raise UserError(
                 f"datamodule.interpolation={interpolation!r} is not valid. "
-                f"{did_you_mean(interpolation, _INTERPOLATIONS)}"
+                f"{did_you_mean(interpolation, INTERPOLATIONS)}"
             )
         if isinstance(crop_pct, bool) or not isinstance(crop_pct, (int, float)) or not 0 < crop_pct <= 1:
             raise UserError(f"datamodule.crop_pct={crop_pct!r} is not valid. Give a number above 0 and at most 1.")
@@ -185,7 +189,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             mean=mean,
             std=std,
         )
-        self._augmentation_options = {"interpolation": interpolation, **(augmentation or {}), "mean": mean, "std": std}
+        self.mean, self.std = mean, std
+        self._augmentation_options = {"interpolation": interpolation, **(augmentation or {})}
         self.augmentation: Augmentation | None = None
         # of on_device: the training images as squares, and their width over their height
         self._images: torch.Tensor | None = None
@@ -211,16 +216,19 @@ class ImageFolderDataModule(pl.LightningDataModule):
             self._setup_training()
 
     def _setup_training(self) -> None:
-        try:
-            self.augmentation = Augmentation(
-                self.image_size, self.num_classes, on_device=self.on_device, **self._augmentation_options
-            )
-        except TypeError:
-            known = [name for name in inspect.signature(Augmentation).parameters if name != "on_device"]
-            unknown = next(name for name in self._augmentation_options if name not in known)
-            raise UserError(
-                f"There is no option datamodule.augmentation.{unknown}. {did_you_mean(unknown, known)}"
-            ) from None
+        for name in self._augmentation_options:
+            if name not in _AUGMENTATION_OPTIONS:
+                raise UserError(
+                    f"There is no option datamodule.augmentation.{name}. {did_you_mean(name, _AUGMENTATION_OPTIONS)}"
+                )
+        self.augmentation = Augmentation(
+            self.image_size,
+            self.num_classes,
+            self.mean,
+            self.std,
+            on_device=self.on_device,
+            **self._augmentation_options,
+        )
         if self.augmentation.mixes and self.batch_size % 2:
             raise UserError(
                 f"datamodule.batch_size={self.batch_size} has to be even, since images are mixed in pairs. Or leave "

@@ -91,10 +91,16 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         self._skip_batches = skip_batches
         self._num_batches = size * passes // (batch_size * world_size)
         if self._num_batches == 0:
+            images = size * passes
+            most = f"datamodule.batch_size, to {images // world_size} at most"
+            if images < world_size:
+                most = f"trainer.devices, to {images} processes at most, and datamodule.batch_size"
             raise UserError(
-                f"{size} training images do not fill a batch of {batch_size}"
+                f"{size} training images"
+                + (f" in {passes} passes" if passes > 1 else "")
+                + f" do not fill a batch of {batch_size}"
                 + (f" on each of {world_size} processes" if world_size > 1 else "")
-                + f". Lower datamodule.batch_size, to {max(1, size * passes // world_size)} at most."
+                + f". Lower {most}."
             )
 
     def set_epoch(self, epoch: int) -> None:
