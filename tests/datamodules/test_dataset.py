@@ -78,6 +78,28 @@ def test_nothing_is_logged_for_a_clean_folder(flowers, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+def test_a_subset_has_the_images_asked_for_in_that_order(tmp_path, kind):
+    write_images(tmp_path, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    data = dataset(tmp_path, 2)
+    part = data.subset(kind([3, 0, 2]))
+    assert part.paths == ["b/1.png", "a/0.png", "b/0.png"]
+    assert part.targets == [1, 0, 1]
+    assert (part.classes, part.class_to_index, part.root) == (data.classes, data.class_to_index, data.root)
+    image, target, index = part[1]
+    assert torch.equal(image, data[0][0])
+    assert (target, index) == (0, 1)
+    assert len(data) == 4
+
+
+def test_a_subset_may_have_a_transform_of_its_own(tmp_path):
+    write_images(tmp_path, "a/0.png", "a/1.png")
+    data = dataset(tmp_path, 1)
+    part = data.subset([1], lambda image: image.size)
+    assert part[0] == ((20, 16), 0, 0)
+    assert torch.equal(data[1][0], pil_to_tensor(part.decode(0)))
+
+
 # ---- labels -----------------------------------------------------------------------------------------------
 
 
