@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import shutil
 import signal
 import threading
 import time
@@ -18,8 +20,10 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from src.evaluation.training import best_epoch
 from src.utils.checkpoint import save_checkpoint
 from src.utils.errors import UserError
+from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +72,41 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on damaged input
-        raise UserError(
-            f"{path} cannot be read ({str(error).partition(chr(10))[0].rstrip('.')}). Go on from another checkpoint, "
-            "or begin anew."
-        ) from error
+        fault = "holds code, which was not run" if isinstance(error, pickle.UnpicklingError) else "is damaged"
+        raise UserError(f"{path} {fault}, or is no checkpoint. Go on from another one, or begin anew.") from error
     if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", "training"} <= checkpoint.keys():
         raise UserError(
             f"{path} is no checkpoint of a training by this project, so it cannot be gone on from. For weights alone, "
             f"give train.ckpt={path}."
         )
     return checkpoint
+
+
+class BestCheckpoint(Checkpoint):
+    """Keeps `best.ckpt`, of the first of the epochs with the best validation accuracy.
+
+    Which one that is follows from the history of the training, wherever its earlier part was written.
+
+    Args:
+        dirpath: folder of the checkpoint.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.path = Path(dirpath) / BEST_CHECKPOINT
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the best checkpoint along where the training goes on in another folder."""
+        best = Path(trainer.ckpt_path).with_name(BEST_CHECKPOINT)
+        if trainer.is_global_zero and best.is_file() and not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(best, "rb") as source, atomic_write(self.path, "wb") as target:
+                shutil.copyfileobj(source, target)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the epoch if it is the best one so far."""
+        best = best_epoch(pl_module.history)
+        if best is not None and best["epoch"] == trainer.current_epoch + 1:
+            trainer.save_checkpoint(self.path)
 
 
 class LastCheckpoint(Checkpoint):
@@ -103,18 +132,17 @@ class LastCheckpoint(Checkpoint):
         self._max_time = None if max_time is None else _parse_time(max_time)
         self._asked_to_stop = threading.Event()
 
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether somebody asked for a stop."""
-        return self._asked_to_stop.is_set()
-
     def ask_to_stop(self) -> None:
         """Stop after the update in hand; safe to call from a signal handler."""
         self._asked_to_stop.set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Start the clocks, and take SIGTERM for a request to stop."""
         self._started = self._saved = time.monotonic()
+        # in place of Lightning's handler, which Lightning puts back in the end: it would leave at once where gradients
+        # wait for an update, and after the last epoch
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda signum, frame: self.ask_to_stop())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,7 +173,7 @@ class LastCheckpoint(Checkpoint):
             action = _SAVE
         if self._max_time is not None and now - self._started > self._max_time:
             action = _TIME_IS_UP
-        if self.asked_to_stop or trainer.received_sigterm:
+        if self._asked_to_stop.is_set():
             action = _ASKED_TO_STOP
         if trainer.world_size > 1:  # all processes do what the most urgent of them wants
             together = torch.tensor(float(action), device=trainer.strategy.root_device)
@@ -166,24 +194,30 @@ class LastCheckpoint(Checkpoint):
 
 
 @contextmanager
-def stop_on_interrupt(ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    """Let the first Ctrl-C ask for a stop; the second one interrupts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def stop_on_interrupt(ask_to_stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Let the first Ctrl-C ask for a stop; the second one interrupts as usual.
+
+    Yields:
+        Whether there was one.
+    """
+    interrupted = threading.Event()
+    # one of several processes ignores it, since the parent decides
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield interrupted
         return
 
     def handle(signum: int, frame: Any) -> None:
+        if os.getpid() != process:  # a worker, forked with this handler
+            return
         signal.signal(signal.SIGINT, previous)
         logger.warning("Stopping after this update. Ctrl-C once more stops at once.")
+        interrupted.set()
         ask_to_stop()
 
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is signal.SIG_IGN or previous is None:  # one of several processes: the parent decides
-        yield
-        return
-    signal.signal(signal.SIGINT, handle)
+    process = os.getpid()
+    previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
 

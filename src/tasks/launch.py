@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,33 +22,64 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.strategies import ParallelStrategy
 
 from src.tasks.build import build, build_group
+from src.tasks.checkpoints import stop_on_interrupt
 from src.tasks.processes import run_processes
 from src.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # What a mode does: its summary, which can be sent from process to process, and the objects it comes from.
 Work = Callable[[DictConfig, Trainer], tuple[Any, Munch]]
 
 
-def launch(work: Work, config: DictConfig) -> tuple[Any, Munch]:
+def launch(work: Work, config: DictConfig, finishes_on_sigterm: bool = False) -> tuple[Any, Munch]:
     """Call `work(config, trainer)`, in one process for each device where there are several.
 
     Args:
         work: a function of a module, not a closure.
         config: the composed configuration, see `configs/`.
+        finishes_on_sigterm: whether `work` comes to an end by itself after SIGTERM. Several processes then get one on
+            Ctrl-C or SIGTERM, in place of being ended at once.
 
     Returns:
         What `work` returns in the first process; the objects only where this process did the work.
 
     Raises:
         UserError: the trainer cannot be built, or what `work` raises.
+        KeyboardInterrupt: after Ctrl-C.
     """
     quiet_libraries()
     trainer = build_trainer(config)
     if number := _processes_to_start(trainer):
         # interpolations may ask Hydra, which the processes do not have
         content = OmegaConf.to_container(config, resolve=True)
-        return run_processes(_work_in_process, number, work, content, _logging_config()), Munch()
+        with _pass_on_requests_to_stop() if finishes_on_sigterm else nullcontext():
+            return run_processes(_work_in_process, number, work, content, _logging_config()), Munch()
     return work(config, trainer)
+
+
+@contextmanager
+def _pass_on_requests_to_stop() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into SIGTERM for all processes that this one started, and wait for their end."""
+
+    def ask_to_stop() -> None:
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: ask_to_stop()) if in_main_thread else None
+    with stop_on_interrupt(ask_to_stop) as interrupted:
+        try:
+            yield
+        except UserError as error:  # they had not come far enough to save anything, or could not
+            if not interrupted.is_set():
+                raise
+            logger.warning("%s", error)
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, previous)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def build_trainer(config: DictConfig) -> Trainer:
@@ -105,8 +139,11 @@ def quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*it is recommended to use `Trainer\\(devices=1.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
-        # a resumed training continues in its folder
-        ".*Checkpoint directory .* exists and is not empty.*",
+        # what a resumed training finds in its folder, and that it is in the middle of an epoch
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*your dataloader is not resumable.*",
+        # figures that are of all processes already
+        ".*It is recommended to use `self.log\\(.*sync_dist=True\\)`.*",
         # the logging interval is of no use to a small data set
         ".*is smaller than the logging interval.*",
     ):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from munch import Munch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 
 from src.datamodules.image_folder import ImageFolderDataModule
@@ -26,6 +29,7 @@ from src.evaluation.training import (
     typical_rate,
     write_training,
 )
+from src.models.modules.attention import ATTENTIONS, create_attention
 from src.tasks.build import attention_name, build, build_model
 from src.tasks.checkpoints import (
     BEST_CHECKPOINT,
@@ -61,7 +65,7 @@ COMPARED = (
         f"datamodule.{name}"
         for name in (
             *("batch_size", "image_size", "num_classes", "interpolation", "crop_pct", "mean", "std", "test_split"),
-            *("train_split", "holdout", "passes_per_epoch", "seed", "augmentation"),
+            *("train_split", "holdout", "passes_per_epoch", "on_device", "seed", "augmentation"),
         )
     ),
 )
@@ -88,7 +92,7 @@ def train(config: DictConfig) -> tuple[TrainingSummary, Munch]:
     if config.train.ema_decay is None and "ema" in config.callbacks:
         config = config.copy()
         config.callbacks.ema = None
-    return launch(_train, config)
+    return launch(_train, config, finishes_on_sigterm=True)
 
 
 def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch]:
@@ -97,19 +101,18 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
     output_dir = Path(config.paths.output_dir)
     resume = _checkpoint_to_resume(config)
     compared = {name: _plain(config, name) for name in COMPARED}
-    if resume is not None:
-        _check_same(compared, read_training_checkpoint(resume)[CHECKPOINT_KEY]["config"], resume)
+    earlier = None if resume is None else _read_earlier(resume, compared)
+    finished = earlier is not None and len(earlier["history"]) == config.train.epochs
 
     seed_everything(config.seed, workers=True, verbose=False)
     datamodule: ImageFolderDataModule = build(config.datamodule, "datamodule")
     datamodule.setup("fit")
     model = build_model(config.model)
-    started_from = {"path": None, "sha256": None}
-    if config.train.ckpt is not None:
+    started_from = {"path": None, "sha256": None} if earlier is None else earlier["config"]["started_from"]
+    if earlier is None and config.train.ckpt is not None:
         checkpoint = Path(config.train.ckpt).expanduser()
+        load_checkpoint(model, checkpoint, new_head=config.train.new_head)
         started_from = {"path": str(config.train.ckpt), "sha256": sha256_of_file(checkpoint)}
-        if resume is None:
-            load_checkpoint(model, checkpoint, new_head=config.train.new_head)
     if config.train.redraw_steps is not None and not model.has_random_features:
         raise UserError(
             f"train.redraw_steps={config.train.redraw_steps}, but this attention draws nothing. Leave it out, or "
@@ -127,7 +130,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         seed=config.seed,
         redraw_steps=config.train.redraw_steps,
         compile_model=config.train.compile,
-        run_config=compared,
+        run_config={**compared, "started_from": started_from},
     )
     attention = attention_name(config.model, model)
     logger.info(
@@ -144,10 +147,12 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
     )
     if resume is not None:
         logger.info("Going on from %s", resume)
+    if earlier is not None and not finished and trainer.is_global_zero:
+        _keep_metrics(trainer, updates=earlier["updates"])
     reset_peak_memory(trainer)
     stopped = None
     (last,) = (callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
-    with stop_on_interrupt(last.ask_to_stop):
+    with stop_on_interrupt(last.ask_to_stop) as interrupted:
         try:
             with explained(datamodule.batch_size, "train.compile" if config.train.compile else None):
                 trainer.fit(task, datamodule=datamodule, ckpt_path=resume)
@@ -188,14 +193,15 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         history=task.history,
     )
     if trainer.is_global_zero:
-        write_training(output_dir, summary)
+        if not finished or not (output_dir / TRAINING_FILE).exists():
+            write_training(output_dir, summary)
         Console().print(training_table(summary))
         logger.info("Results: %s", output_dir / TRAINING_FILE)
         if stopped is not None:
             logger.info("%s", stopped)
         else:
             logger.info("To evaluate it: %s", _evaluation_command(config, summary))
-    if last.asked_to_stop:
+    if interrupted.is_set():
         raise KeyboardInterrupt
     return summary, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
 
@@ -214,30 +220,54 @@ def _check_options(config: DictConfig) -> None:
         if not isinstance(options[name], bool):
             raise UserError(f"train.{name}={options[name]!r} is not valid. Give true or false.")
     decay = options.ema_decay
-    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1):
+    if decay is not None and not (_is_number(decay) and 0 <= decay < 1):
         raise UserError(f"train.ema_decay={decay} is not valid. Give a number of at least 0 and below 1, or null.")
+    if options.ckpt == "???":  # OmegaConf's mark of a value not given
+        raise UserError(
+            "No checkpoint to fine-tune given. Give train.ckpt=/path/to/weights, or set CHECKPOINT=... in .env."
+        )
     if options.new_head and options.ckpt is None:
         raise UserError("train.new_head=true leaves out the classifier of train.ckpt, which is not given. Give it.")
-    lr = config.optimizer.get("lr")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0:
-        raise UserError(f"optimizer.lr={lr} is not valid. Give a learning rate above 0.")
-
-
-def _check_trainer(config: DictConfig, trainer: Trainer) -> None:
-    """Refuse what would make a run that looks like a whole training and is none."""
-    if trainer.max_epochs != config.train.epochs or trainer.max_steps != -1:
-        raise UserError("The length of a training is train.epochs. Leave out trainer.max_epochs and trainer.max_steps.")
-    if trainer.fast_dev_run or trainer.limit_train_batches != 1.0 or trainer.limit_val_batches != 1.0:
-        raise UserError(
-            "A training covers all images. Leave out trainer.limit_train_batches, trainer.limit_val_batches and "
-            "trainer.fast_dev_run; for fewer images, give a smaller folder."
-        )
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
+        check_whole_number(f"trainer.{name}", config.trainer[name], 1)
     if config.trainer.get("max_time") is not None:
         raise UserError(
             "The time limit of a training is train.max_time=HH:MM:SS, which saves. Leave out trainer.max_time."
         )
+    lr = config.optimizer.get("lr")
+    if not (_is_number(lr) and lr > 0):
+        raise UserError(f"optimizer.lr={lr} is not valid. Give a learning rate above 0.")
+    for name in ("warmup_epochs", "cooldown_epochs"):
+        check_whole_number(f"scheduler.{name}", config.scheduler[name], 0)
+    for group, name in (("optimizer", "weight_decay"), ("scheduler", "warmup_lr"), ("scheduler", "min_lr")):
+        value = config[group].get(name, 0)
+        if not (_is_number(value) and value >= 0):
+            raise UserError(f"{group}.{name}={value} is not valid. Give a number of at least 0.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_trainer(config: DictConfig, trainer: Trainer) -> None:
+    """Refuse what would make a run that looks like a whole training and is none."""
+    limits = (trainer.limit_train_batches, trainer.limit_val_batches)
+    # 1.0 is all of them, but 1 is one batch
+    if trainer.fast_dev_run or trainer.overfit_batches or any(not isinstance(x, float) or x != 1 for x in limits):
+        raise UserError(
+            "A training covers all images. Leave out trainer.limit_train_batches, trainer.limit_val_batches, "
+            "trainer.overfit_batches and trainer.fast_dev_run; for fewer images, give a smaller folder."
+        )
+    if trainer.max_epochs != config.train.epochs or trainer.max_steps != -1:
+        raise UserError("The length of a training is train.epochs. Leave out trainer.max_epochs and trainer.max_steps.")
     if not any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks):
         raise UserError("A training without callbacks.last saves nothing. Leave callbacks=train.")
+    averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    if averaged and str(trainer.precision) in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision={trainer.precision} is too coarse for averaged weights, which would stand still. Use "
+            "trainer.precision=bf16-mixed, or train.ema_decay=null."
+        )
 
 
 def _checkpoint_to_resume(config: DictConfig) -> Path | None:
@@ -262,21 +292,43 @@ def _plain(config: DictConfig, name: str) -> Any:
 
 def _check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
     """Raise a UserError that names the options which differ."""
-    different = []
-    for name in COMPARED:
-        if ours[name] == theirs.get(name):
-            continue
-        if isinstance(ours[name], dict) and isinstance(theirs.get(name), dict):
-            keys = dict.fromkeys([*ours[name], *theirs[name]])
-            pairs = [(f"{name}.{key}", theirs[name].get(key), ours[name].get(key)) for key in keys]
-        else:
-            pairs = [(name, theirs.get(name), ours[name])]
-        different += [f"{option}={old} (now {new})" for option, old, new in pairs if old != new]
+    old, new = (_flat({name: options.get(name) for name in COMPARED}) for options in (theirs, ours))
+    different = [
+        f"{name}={old.get(name)} (now {new.get(name)})"
+        for name in dict.fromkeys([*new, *old])
+        if old.get(name) != new.get(name)
+    ]
     if different:
         raise UserError(
             f"{path} was trained with {', '.join(different)}. Give the same options to go on; or begin anew from its "
             f"weights with train.ckpt={path}."
         )
+
+
+def _read_earlier(path: Path, compared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells of the training so far, which has to be with the same options; and its `updates`."""
+    checkpoint = read_training_checkpoint(path)
+    earlier = {**checkpoint[CHECKPOINT_KEY], "updates": checkpoint["global_step"]}
+    _check_same(compared, earlier["config"], path)
+    return earlier
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options by their full names."""
+    flat = {}
+    for name, value in options.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {}
+        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
+    return flat
+
+
+def _keep_metrics(trainer: Trainer, updates: int) -> None:
+    """Rename the figures of a training's first `updates`, which Lightning's CSV logger would write over."""
+    for trainer_logger in trainer.loggers:
+        if isinstance(trainer_logger, CSVLogger):
+            path = Path(trainer_logger.log_dir) / "metrics.csv"
+            if path.exists():
+                path.rename(path.with_name(f"metrics_to_{updates}.csv"))
 
 
 def _factory(config: DictConfig, group: str, **changes: Any) -> Callable[..., Any]:
@@ -326,11 +378,52 @@ def _evaluation_command(config: DictConfig, summary: TrainingSummary) -> str:
     options = {
         "experiment": "imagenet-t2tvit-eval",
         "model/t2tmodel": summary.model,
-        "model/t2tattn_cfg": summary.attention,
+        **_attention_options(config.model, summary.attention),
         "model.num_classes": summary.data["num_classes"],
         "model.image_size": summary.image_size,
         "datamodule.data_dir": summary.data["dir"],
         "eval.ckpt": summary.checkpoints["last"],
     }
-    arguments = [f"{name}={value}" for name, value in options.items() if value is not None]
+    defaults = inspect.signature(ImageFolderDataModule).parameters
+    for name in ("test_split", "interpolation", "crop_pct", "mean", "std"):
+        value = _plain(config.datamodule, name)
+        default = defaults[name].default
+        if value != (list(default) if isinstance(default, tuple) else default):
+            options[f"datamodule.{name}"] = value
+    arguments = [f"{name}={_quoted(value)}" for name, value in options.items() if value is not None]
     return shlex.join(["python", "run.py", *arguments])
+
+
+def _attention_options(model: DictConfig, attention: str | None) -> dict[str, Any]:
+    """Options that choose the attention of both token stages, as short as they can be."""
+    if attention is None:
+        return {}
+    first, second = attention.split("+") if "+" in attention else (attention, attention)
+    options = {"model/t2tattn_cfg": first}
+    if second != first:
+        options["model.t2tattn2_cfg.name"] = second
+    stages = [_plain(model, f"t2tattn{stage}_cfg") or {} for stage in (1, 2)]
+    if any(_is_changed(name, value, stage) for stage in stages for name, value in stage.items()):
+        for number, stage in enumerate(stages, start=1):
+            options |= {
+                f"++model.t2tattn{number}_cfg.{name}": value
+                for name, value in stage.items()
+                if name != "name" and value is not None
+            }
+    return options
+
+
+def _is_changed(name: str, value: Any, stage: Mapping[str, Any]) -> bool:
+    """Whether an option of a stage's attention is not the default."""
+    defaults = {
+        **inspect.signature(create_attention).parameters,
+        **inspect.signature(ATTENTIONS[stage["name"]].module).parameters,
+    }
+    return name != "name" and value is not None and (name not in defaults or value != defaults[name].default)
+
+
+def _quoted(value: Any) -> str:
+    """A value as Hydra reads it."""
+    if not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_./:-]+", value):
+        return str(value)
+    return "'" + value.replace("'", r"\'") + "'"

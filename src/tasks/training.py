@@ -69,7 +69,8 @@ class ClassificationTraining(pl.LightningModule):
         self.val_loss = MeanMetric()
         # of the epoch so far, on this process; a MeanMetric would wait for the device in every step
         self._loss_sum: torch.Tensor | float = 0.0
-        self._num_batches = 0
+        self._num_batches = self._images_seen = 0
+        self._seconds_before = 0.0  # of the epoch, before the training was resumed in it
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and a schedule that is told of every update and every epoch."""
@@ -88,16 +89,12 @@ class ClassificationTraining(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Start the clock, in the middle of an epoch where the training is resumed there."""
-        self._start_clock()
+        self._clock_started = seconds_now(self.device) - self._seconds_before
 
     def on_train_epoch_start(self) -> None:
         """Begin to count."""
-        self._loss_sum, self._num_batches = 0.0, 0
-        self._start_clock()
-
-    def _start_clock(self) -> None:
+        self._loss_sum, self._num_batches, self._images_seen = 0.0, 0, 0
         self._clock_started = seconds_now(self.device)
-        self._images_seen = 0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw the random features again when it is time; a resumed training finds the same rows."""
@@ -184,12 +181,14 @@ class ClassificationTraining(pl.LightningModule):
         return max(group["lr"] for group in self._scheduler.optimizer.param_groups)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the configuration, the history and the epoch's mean loss; plain types alone."""
+        """Store the configuration, the history and what was counted in the epoch; plain types alone."""
         checkpoint[CHECKPOINT_KEY] = {
             "config": self._run_config,
             "history": self.history,
             "loss_sum": self._mean_over_processes(self._loss_sum),
             "num_batches": self._num_batches,
+            "images_seen": self._images_seen,
+            "seconds": seconds_now(self.device) - self._clock_started,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -197,6 +196,7 @@ class ClassificationTraining(pl.LightningModule):
         state = checkpoint[CHECKPOINT_KEY]
         self.history = list(state["history"])
         self._loss_sum, self._num_batches = state["loss_sum"], state["num_batches"]
+        self._images_seen, self._seconds_before = state["images_seen"], state["seconds"]
 
     def _mean_over_processes(self, value: torch.Tensor | float) -> float:
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
