@@ -155,7 +155,10 @@ class LastCheckpoint(Checkpoint):
         # gradients that wait for an update are in no checkpoint, and the end of an epoch saves by itself
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._act(trainer)
+        action = self._next_action(trainer)
+        if action != _GO_ON:
+            self._save(trainer)
+        self._stop_after(action, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save; stop where it is time.
@@ -165,9 +168,9 @@ class LastCheckpoint(Checkpoint):
         """
         self._save(trainer)
         if trainer.current_epoch + 1 < trainer.max_epochs:
-            self._act(trainer)
+            self._stop_after(self._next_action(trainer), trainer)
 
-    def _act(self, trainer: Trainer) -> None:
+    def _next_action(self, trainer: Trainer) -> int:
         now, action = time.monotonic(), _GO_ON
         if now - self._saved > self._seconds_between:
             action = _SAVE
@@ -178,10 +181,10 @@ class LastCheckpoint(Checkpoint):
         if trainer.world_size > 1:  # all processes do what the most urgent of them wants
             together = torch.tensor(float(action), device=trainer.strategy.root_device)
             action = int(trainer.strategy.reduce(together, reduce_op="max"))
-        if action == _GO_ON:
-            return
-        self._save(trainer)
-        if action != _SAVE:
+        return action
+
+    def _stop_after(self, action: int, trainer: Trainer) -> None:
+        if action in (_TIME_IS_UP, _ASKED_TO_STOP):
             reason = "its time is up" if action == _TIME_IS_UP else "it was asked to"
             raise TrainingStopped(
                 f"The training stopped after {trainer.global_step:,} updates because {reason}. The same command with "

@@ -145,17 +145,21 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         len(datamodule.val_dataset),
         _watched(datamodule),
     )
-    if resume is not None:
-        logger.info("Going on from %s", resume)
-    if earlier is not None and not finished and trainer.is_global_zero:
-        _keep_metrics(trainer, updates=earlier["updates"])
     reset_peak_memory(trainer)
     stopped = None
     (last,) = (callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
     with stop_on_interrupt(last.ask_to_stop) as interrupted:
         try:
-            with explained(datamodule.batch_size, "train.compile" if config.train.compile else None):
-                trainer.fit(task, datamodule=datamodule, ckpt_path=resume)
+            if finished:
+                logger.info("%s is of a finished training", resume)
+                load_checkpoint(model, resume)
+                task.history = earlier["history"]
+            else:
+                if earlier is not None:
+                    logger.info("Going on from %s", resume)
+                    _keep_metrics(trainer, updates=earlier["updates"])
+                with explained(datamodule.batch_size, "train.compile" if config.train.compile else None):
+                    trainer.fit(task, datamodule=datamodule, ckpt_path=resume)
         except TrainingStopped as stop:
             stopped = stop
 
@@ -179,7 +183,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         seed=config.seed,
         epochs=config.train.epochs,
         complete=stopped is None,
-        updates=trainer.global_step,
+        updates=earlier["updates"] if finished else trainer.global_step,
         images_per_update=images_per_update,
         learning_rate=scale * config.optimizer.lr,
         ema_decay=config.train.ema_decay if averaged else None,
@@ -325,7 +329,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 def _keep_metrics(trainer: Trainer, updates: int) -> None:
     """Rename the figures of a training's first `updates`, which Lightning's CSV logger would write over."""
     for trainer_logger in trainer.loggers:
-        if isinstance(trainer_logger, CSVLogger):
+        if isinstance(trainer_logger, CSVLogger) and trainer.is_global_zero:
             path = Path(trainer_logger.log_dir) / "metrics.csv"
             if path.exists():
                 path.rename(path.with_name(f"metrics_to_{updates}.csv"))
