@@ -13,12 +13,9 @@ release, those inside fused kernels too; scratch space that BLAS libraries take 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import types
@@ -32,7 +29,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch is imported: its 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,9 +37,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from src.models.modules.attention import ATTENTIONS, create_attention
 from src.ops.features import log_softmax_features
 from src.ops.projection import draw_projection
-from src.utils.errors import UserError, did_you_mean
+from src.utils.errors import UserError
 from src.utils.files import atomic_write
-from src.utils.machine import processor_name
+from src.utils.machine import machine_info
+from src.utils.scripts import (
+    Parser,
+    check_writable,
+    choose_device,
+    comma_separated,
+    figure,
+    first_line,
+    fraction,
+    positive,
+    positive_list,
+    progress_display,
+    run_tool,
+    write_json,
+)
 from src.utils.timing import in_turn, seconds_per_call
 
 PASSES = ("forward", "training")
@@ -119,54 +129,6 @@ class Entry:
     milliseconds: list[float] = field(default_factory=list)
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` where argparse would print its usage and exit with status 2."""
-
-    def error(self, message: str) -> None:
-        """Refuse the arguments.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"{message[:1].upper()}{message[1:]}. --help lists the options.")
-
-
-def comma_separated(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Type of an option that takes a list of `known` names."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(name for name in text.split(",") if name))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"'{name}' is unknown. {did_you_mean(name, known)}")
-        if not names:
-            raise argparse.ArgumentTypeError(f"the list is empty. {did_you_mean('', known)}")
-        return names
-
-    return parse
-
-
-def positive(text: str) -> int:
-    """Type of an option that takes an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
-    return int(text)
-
-
-def positive_list(text: str) -> tuple[int, ...]:
-    """Type of an option that takes integers of at least 1, separated by commas."""
-    return tuple(sorted({positive(part) for part in text.split(",")}))
-
-
-def fraction(text: str) -> float:
-    """Type of an option that takes a number, fractions such as 1/32 included."""
-    numerator, _, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction such as 1/32") from error
-
-
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
@@ -209,31 +171,6 @@ def build_parser() -> Parser:
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--figure", metavar="FILE", help="plot time against length (.png, .pdf, .svg)")
     return parser
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `--device` asks for.
-
-    Raises:
-        UserError: CUDA is asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def machine_info(device: torch.device) -> dict[str, str | int | None]:
-    """What a figure has to be read with: processor, threads, versions, GPU."""
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "system": platform.platform(),
-    }
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
@@ -544,11 +481,6 @@ class Bench:
             )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Median of the ratios within each round."""
     return statistics.median(x / y for x, y in zip(numerators, denominators, strict=True))
@@ -633,17 +565,6 @@ def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
 def rounds(item: Measurement) -> list[float]:
     """Times to take the growth from: those of the device where known, or short sequences would show the host's."""
     return item.milliseconds_per_round if item.device_milliseconds is None else [item.device_milliseconds]
-
-
-def progress_display(console: Console) -> Progress:
-    """What is being measured, how far that is, and for how long it has been; gone at the end."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-
-
-def figure(value: float) -> str:
-    """A positive number to three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def result_tables(bench: Bench) -> Iterator[Table]:
@@ -770,39 +691,6 @@ def report(bench: Bench) -> dict:
     }
 
 
-@contextlib.contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """Run with `number` CPU threads, and with as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def check_writable(*paths: str | None) -> None:
-    """Refuse a path that cannot be written before minutes are spent on what would go there.
-
-    Raises:
-        UserError: its folder does not exist, or it is a folder.
-    """
-    for path in paths:
-        if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-            raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
-
-
-def write_json(path: str, content: dict) -> None:
-    """Write `content` as JSON.
-
-    Raises:
-        UserError: the path cannot be written.
-    """
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-
-
 def benchmark(arguments: argparse.Namespace) -> None:
     """Run the benchmark, print its tables and write its files."""
     check_writable(arguments.output, arguments.figure)
@@ -825,14 +713,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark that `argv` asks for; returns the exit status."""
-    try:
-        arguments = build_parser().parse_args(argv)
-        with threads(arguments.threads):
-            benchmark(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(build_parser(), benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -27,26 +27,26 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scripts.benchmark_attention import (
-    Parser,
-    check_writable,
-    choose_device,
-    figure,
-    first_line,
-    fraction,
-    machine_info,
-    positive,
-    progress_display,
-    threads,
-    write_json,
-)
-from scripts.measure_approximation import known_attention
 from src.models.modules.attention import ATTENTIONS
 from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit, get_variant
 from src.tasks.launch import quiet_libraries
 from src.tasks.provenance import attention_options
 from src.tasks.training import ClassificationTraining
 from src.utils.errors import UserError
+from src.utils.machine import machine_info
+from src.utils.scripts import (
+    Parser,
+    check_writable,
+    choose_device,
+    comma_separated,
+    figure,
+    first_line,
+    fraction,
+    positive,
+    progress_display,
+    run_tool,
+    write_json,
+)
 from src.utils.timing import in_turn, seconds_per_call
 
 BASELINE = "full"
@@ -264,11 +264,10 @@ def build_parser() -> Parser:
     parser.add_argument("--variant", default="t2t_vit_t_7", metavar="NAME", help="one of t2t_vit_t_* (t2t_vit_t_7)")
     parser.add_argument(
         "--attentions",
-        nargs="+",
-        type=known_attention,
-        default=list(attentions),
-        metavar="NAME",
-        help=f"beside {BASELINE}, which is always measured ({' '.join(attentions)})",
+        type=comma_separated(attentions),
+        default=attentions,
+        metavar="NAMES",
+        help=f"separated by commas, beside {BASELINE}, which is always measured ({','.join(attentions)})",
     )
     parser.add_argument("--batch-size", type=positive, metavar="B", help="(256 on CUDA, 8 on the CPU)")
     parser.add_argument("--image-size", type=positive, default=224, metavar="N", help="in pixels (224)")
@@ -365,14 +364,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark that `argv` asks for; returns the exit status."""
-    try:
-        arguments = build_parser().parse_args(argv)
-        with threads(arguments.threads):
-            benchmark(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(build_parser(), benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,6 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scripts.benchmark_attention import (
-    Parser,
-    check_writable,
-    choose_device,
-    fraction,
-    machine_info,
-    positive,
-    threads,
-    write_json,
-)
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.models.modules.attention import ATTENTIONS
@@ -55,8 +45,19 @@ from src.tasks.approximation import (
 )
 from src.tasks.evaluate import MAX_SEED
 from src.tasks.provenance import package_versions
-from src.utils.errors import UserError, check_whole_number, did_you_mean
+from src.utils.errors import UserError, check_whole_number
 from src.utils.files import sha256_of_file
+from src.utils.machine import machine_info
+from src.utils.scripts import (
+    Parser,
+    check_writable,
+    choose_device,
+    comma_separated,
+    fraction,
+    positive,
+    run_tool,
+    write_json,
+)
 
 
 @dataclass
@@ -121,14 +122,7 @@ class Sharpness:
     largest_logit: float
 
 
-def known_attention(text: str) -> str:
-    """Type of an option that takes the name of an attention."""
-    if text not in ATTENTIONS:
-        raise argparse.ArgumentTypeError(f"'{text}' is unknown. {did_you_mean(text, ATTENTIONS)}")
-    return text
-
-
-def build_parser(description: str, attentions: Sequence[str]) -> Parser:
+def approximation_parser(description: str, attentions: Sequence[str]) -> Parser:
     """The options of both scripts about approximation; `attentions` are the default of --attentions."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="of one of the t2t_vit_t_* variants")
@@ -136,11 +130,10 @@ def build_parser(description: str, attentions: Sequence[str]) -> Parser:
     parser.add_argument("--split", default="val", metavar="NAME", help="folder of the class folders (val)")
     parser.add_argument(
         "--attentions",
-        nargs="+",
-        type=known_attention,
-        default=list(attentions),
-        metavar="NAME",
-        help=f"of {', '.join(ATTENTIONS)} ({' '.join(attentions)})",
+        type=comma_separated(tuple(ATTENTIONS)),
+        default=tuple(attentions),
+        metavar="NAMES",
+        help=f"separated by commas, of {', '.join(ATTENTIONS)} ({','.join(attentions)})",
     )
     parser.add_argument("--memory-fraction", type=fraction, default=1 / 32, metavar="F", help="budget (1/32)")
     parser.add_argument("--seed", type=int, default=1111, metavar="N", help="seed of the random features (1111)")
@@ -149,8 +142,8 @@ def build_parser(description: str, attentions: Sequence[str]) -> Parser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = build_parser(__doc__, ("local", "performer", "sblocal"))
+def build_parser() -> Parser:
+    parser = approximation_parser(__doc__, ("local", "performer", "sblocal"))
     parser.add_argument("--num-draws", type=positive, default=3, metavar="K", help="draws of the random features (3)")
     parser.add_argument("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
     parser.add_argument(
@@ -158,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="B", help="(8)")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
-    return parser.parse_args(argv)
+    return parser
 
 
 def open_split(data_dir: str, split: str, model: T2TViT) -> ImageFolderDataset:
@@ -303,15 +296,8 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Take the measurements that `argv` asks for; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        arguments = parse(argv)
-        with threads(arguments.threads):
-            measure(arguments, shlex.join([Path(__file__).name, *argv]))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    command = shlex.join([Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
+    return run_tool(build_parser(), lambda arguments: measure(arguments, command), argv)
 
 
 if __name__ == "__main__":

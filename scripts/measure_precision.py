@@ -21,21 +21,21 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scripts.benchmark_attention import (
-    DTYPES,
+from scripts.benchmark_attention import DTYPES
+from src.models.modules.attention import ATTENTIONS, create_attention
+from src.utils.errors import UserError
+from src.utils.machine import machine_info
+from src.utils.scripts import (
     Parser,
     check_writable,
     choose_device,
     comma_separated,
     first_line,
     fraction,
-    machine_info,
     positive,
-    threads,
+    run_tool,
     write_json,
 )
-from src.models.modules.attention import ATTENTIONS, create_attention
-from src.utils.errors import UserError
 
 TENSORS = ("output", "gradient of query", "gradient of key", "gradient of value")
 
@@ -197,13 +197,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Take the measurements that `argv` asks for; returns the exit status."""
-    try:
-        arguments = build_parser().parse_args(argv)
-        with threads(arguments.threads):
-            return measure_all(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+    return run_tool(build_parser(), measure_all, argv)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scripts.benchmark_attention import check_writable, choose_device, threads
-from scripts.measure_approximation import build_parser, open_split, spread
+from scripts.measure_approximation import approximation_parser, open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
 from src.evaluation.comparison import ATTENTION_COLOURS
 from src.models.modules.attention.base import AttentionModule
@@ -49,6 +48,7 @@ from src.tasks.approximation import (
 from src.tasks.evaluate import MAX_SEED
 from src.utils.errors import UserError, check_whole_number
 from src.utils.files import atomic_write
+from src.utils.scripts import Parser, check_writable, choose_device, run_tool
 
 NAMES = {"full": "Full", "local": "Local", "performer": "Performer", "sblocal": "Scatterbrain"}
 INK, FAINT, OTHER = "#22262e", "#6b7280", "#8a8f98"
@@ -113,8 +113,8 @@ class Photograph:
     stages: list[StageMaps]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = build_parser(__doc__, ("full", "local", "performer", "sblocal"))
+def build_parser() -> Parser:
+    parser = approximation_parser(__doc__, ("full", "local", "performer", "sblocal"))
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="relative to the split's folder (two, from different classes)"
     )
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the token that looks, as fractions of height and width in [0, 1) (0.5 0.5)",
     )
     parser.add_argument("--output", default="attention_maps.png", metavar="FILE", help="(attention_maps.png)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def choose_images(dataset: ImageFolderDataset, paths: Sequence[str] | None) -> list[int]:
@@ -392,14 +392,7 @@ def plot(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the picture that `argv` asks for; returns the exit status."""
-    try:
-        arguments = parse(argv)
-        with threads(arguments.threads):
-            plot(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(build_parser(), plot, argv)
 
 
 if __name__ == "__main__":

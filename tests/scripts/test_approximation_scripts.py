@@ -125,7 +125,7 @@ def test_provenance(measured, folder):
 def test_a_part_of_the_photographs(folder, tmp_path, capsys, measured):
     output = tmp_path / "some.json"
     arguments = options(folder, limit=3, num_draws=1, output=output)
-    assert measure_approximation.main([*arguments, "--attentions", "sblocal", "full", "sblocal"]) == 0
+    assert measure_approximation.main([*arguments, "--attentions", "sblocal,full,sblocal"]) == 0
     found = json.loads(output.read_text())
     # twelve matrices are asked for, and there are no more than three photographs
     assert (found["data"]["num_images"], found["data"]["num_matrix_images"]) == (3, 3)

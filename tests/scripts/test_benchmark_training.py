@@ -163,7 +163,7 @@ def fail(monkeypatch, name, error, from_step=1):
 @pytest.mark.parametrize("name", ["full", "local"])
 def test_out_of_memory(name, from_step, tmp_path, capsys, monkeypatch):
     fail(monkeypatch, name, torch.OutOfMemoryError("CUDA out of memory."), from_step)
-    found = by_name(run(tmp_path, "--attentions", "local", "sblocal"))
+    found = by_name(run(tmp_path, "--attentions", "local,sblocal"))
     failed = found.pop(name)
     assert failed["out_of_memory"] is True
     assert failed["milliseconds_per_round"] == []
@@ -178,7 +178,7 @@ def test_out_of_memory(name, from_step, tmp_path, capsys, monkeypatch):
 
 
 def test_memory_is_compared_with_that_of_full():
-    bench = make_bench("--attentions", "performer", "local")
+    bench = make_bench("--attentions", "performer,local")
     for candidate, peak in zip(bench.candidates, (4 << 20, 1 << 20, 6 << 20), strict=True):
         candidate.milliseconds, candidate.peak_bytes = [1.0, 2.0, 3.0], peak
     found = [(result.peak_memory_mib, result.memory_ratio_to_full) for result in bench.results()]
@@ -207,7 +207,7 @@ def test_other_faults_are_told_in_one_line(capsys, monkeypatch):
     [
         (["--variant", "t2t_vit_t_77"], ["t2t_vit_t_77", "t2t_vit_t_7"]),
         (["--variant", "t2t_vit_7"], ["t2t_vit_7", "cannot be swapped", "t2t_vit_t_14"]),
-        (["--attentions", "full", "sblocl"], ["sblocl", "sblocal"]),
+        (["--attentions", "full,sblocl"], ["sblocl", "sblocal"]),
         (["--batch-size", "0"], ["--batch-size", "'0'"]),
         (["--batch-size", "1" + 12 * "0"], ["--batch-size", "Lower it"]),
         (["--image-size", "33"], ["image_size=33", "16"]),

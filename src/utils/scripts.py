@@ -1,0 +1,147 @@
+"""What the command-line tools of `scripts/` share: options and their types, faults told in one line, files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from src.utils.errors import UserError, did_you_mean
+from src.utils.files import atomic_write
+
+
+def run_tool(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None
+) -> int:
+    """Do the work of a tool, with as many CPU threads as its option `--threads` asks for, if it has one.
+
+    Args:
+        parser: of its options.
+        work: what it does with them; its exit status, None for 0.
+        argv: the command line without the tool's name; None is that of the process.
+
+    Returns:
+        Exit status; 1 after an error of the user's, which is told in one line on stderr.
+    """
+    try:
+        arguments = parser.parse_args(argv)
+        with threads(getattr(arguments, "threads", None)):
+            return work(arguments) or 0
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` where argparse would print its usage and exit with status 2."""
+
+    def error(self, message: str) -> None:
+        """Refuse the arguments.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message[:1].upper()}{message[1:]}. --help lists the options.")
+
+
+def comma_separated(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Type of an option that takes a list of `known` names."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for name in text.split(",") if name))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"'{name}' is unknown. {did_you_mean(name, known)}")
+        if not names:
+            raise argparse.ArgumentTypeError(f"the list is empty. {did_you_mean('', known)}")
+        return names
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """Type of an option that takes an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+    return int(text)
+
+
+def positive_list(text: str) -> tuple[int, ...]:
+    """Type of an option that takes integers of at least 1, separated by commas."""
+    return tuple(sorted({positive(part) for part in text.split(",")}))
+
+
+def fraction(text: str) -> float:
+    """Type of an option that takes a number, fractions such as 1/32 included."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction such as 1/32") from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` asks for.
+
+    Raises:
+        UserError: CUDA is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Run with `number` CPU threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_writable(*paths: str | None) -> None:
+    """Refuse a path that cannot be written before minutes are spent on what would go there.
+
+    Raises:
+        UserError: its folder does not exist, or it is a folder.
+    """
+    for path in paths:
+        if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+            raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
+
+
+def write_json(path: str, content: dict) -> None:
+    """Write `content` as JSON.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def progress_display(console: Console) -> Progress:
+    """What is being measured, how far that is, and for how long it has been; gone at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
+def figure(value: float) -> str:
+    """A positive number to three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
