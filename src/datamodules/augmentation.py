@@ -59,7 +59,7 @@ class Augmentation:
         on_device: single images are augmented by `start` on the device, not by `transform` in workers.
 
     Attributes:
-        transform: from a PIL image in mode RGB to a uint8 array (3, size, size); draws from the global generators.
+        transform: from a PIL image in mode RGB to uint8 (3, size, size); draws from the global generators.
             None with `on_device`.
         start: `DeviceAugmentation` with `on_device`, None without.
 
@@ -187,7 +187,7 @@ class Augmentation:
 
 
 def _create_transform(auto_augment: str | None, **options: Any) -> Any:
-    """The training transform of timm, up to a uint8 array; its complaints become errors of the user's."""
+    """The training transform of timm, up to uint8; its complaints become errors of the user's."""
     try:
         # "prefetcher" is timm's word for leaving normalisation and erasing to the device
         transform = create_transform(is_training=True, use_prefetcher=True, auto_augment=auto_augment, **options)
