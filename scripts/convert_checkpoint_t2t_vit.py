@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from src.utils.checkpoint import Conversion, convert_checkpoint_file
 from src.utils.errors import UserError
 from src.utils.files import sha256_of_file
+from src.utils.scripts import Parser, run_tool, say
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "files",
         metavar="FILE",
@@ -52,12 +51,14 @@ def describe(file: str, conversion: Conversion) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert the files named in `argv`; returns the exit status, 1 if any failed."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.output is not None and len(arguments.files) > 1:
-        parser.error("--output takes one FILE")
+    return run_tool(build_parser(), convert, argv)
 
-    console, errors = Console(), Console(stderr=True)
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert the files one by one; one that fails does not stop the others."""
+    if arguments.output is not None and len(arguments.files) > 1:
+        raise UserError(f"--output takes one FILE, not {len(arguments.files)}. Convert them one at a time.")
+    errors = Console(stderr=True)
     failed = False
     files = arguments.files
     # A bar for one file would only flicker.
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
             errors.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         else:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(text)
     return int(failed)
 
 

@@ -33,16 +33,15 @@ from src.utils.checkpoint import (
 )
 from src.utils.errors import UserError, did_you_mean
 from src.utils.files import CHUNK_BYTES, sha256_of_file
+from src.utils.scripts import Parser, run_tool, say
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMES = ("https", "http", "file")
 TIMEOUT_SECONDS = 30
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("name", metavar="VARIANT", help=f"one of {', '.join(PUBLISHED_CHECKPOINTS)}")
     parser.add_argument(
         "--output-dir",
@@ -204,14 +203,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch the checkpoint that `argv` names; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        told = run(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    Console().print(told, markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return run_tool(build_parser(), lambda arguments: say(run(arguments)), argv)
 
 
 if __name__ == "__main__":

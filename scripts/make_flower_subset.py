@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.datamodules.dataset import load_rgb, scan_folder
 from src.utils.errors import UserError, check_whole_number
+from src.utils.scripts import Parser, run_tool, say
 
 ROOT = Path(__file__).resolve().parents[1]
 JPEG_LIMIT = 65_500  # pixels, libjpeg's
@@ -52,10 +53,8 @@ author or a copyright notice in an original's metadata is repeated after the lin
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help="folder of class folders with the original photographs")
     parser.add_argument(
         "--output",
@@ -241,14 +240,7 @@ def make_subset(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the photographs that `argv` asks for; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        told = make_subset(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    Console().print(told, markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return run_tool(build_parser(), lambda arguments: say(make_subset(arguments)), argv)
 
 
 if __name__ == "__main__":

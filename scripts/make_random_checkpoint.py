@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.models.t2t_vit import T2T_VIT_VARIANTS
@@ -21,12 +19,11 @@ from src.utils.checkpoint import read_checkpoint, save_checkpoint
 from src.utils.errors import UserError
 from src.utils.files import sha256_of_file
 from src.utils.named_tensors import named_weights, official_shapes
+from src.utils.scripts import Parser, run_tool, say
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("variant", metavar="VARIANT", help=f"one of {', '.join(T2T_VIT_VARIANTS)}")
     parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="number of classes (1000)")
     parser.add_argument(
@@ -51,20 +48,16 @@ def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Pat
     save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
 
 
+def make(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output).expanduser()
+    make_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
+    summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))
+    say(f"{output}: random weights, accuracy means nothing\n{summary}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the checkpoint that `argv` asks for; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
-    output = Path(arguments.output).expanduser()
-    try:
-        make_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
-        summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    Console().print(
-        f"{output}: random weights, accuracy means nothing\n{summary}", markup=False, highlight=False, soft_wrap=True
-    )
-    return 0
+    return run_tool(build_parser(), make, argv)
 
 
 if __name__ == "__main__":

@@ -26,21 +26,20 @@ from src.evaluation.results import read_predictions, read_results
 from src.tasks.build import build, build_model
 from src.utils.checkpoint import load_checkpoint
 from src.utils.errors import UserError
+from src.utils.scripts import Parser, choose_device, run_tool
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run: it holds results.json and .hydra/config.yaml")
     parser.add_argument("--limit", type=int, default=None, help="check this many images, evenly spread, not all")
     parser.add_argument("--batch-size", type=int, default=2, help="images per float64 forward pass")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help=f"default here: {default_device}")
-    arguments = parser.parse_args(argv)
-    try:
-        return verify(arguments.run, arguments.limit, arguments.batch_size, torch.device(arguments.device))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA where it is)")
+    return run_tool(
+        parser,
+        lambda arguments: verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device)),
+        argv,
+    )
 
 
 @torch.inference_mode()

@@ -98,6 +98,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def say(text: str) -> None:
+    """Print text as it is, one line of it on one line."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def threads(number: int | None) -> Iterator[None]:
     """Run with `number` CPU threads, and with as many as before afterwards."""

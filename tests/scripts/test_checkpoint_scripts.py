@@ -101,10 +101,17 @@ def test_convert_to_an_output(tmp_path, capsys):
 
 
 def test_convert_takes_one_file_for_an_output(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        convert.main(["a", "b", "--output", str(tmp_path / "c")])
-    assert caught.value.code == 2
+    assert convert.main(["a", "b", "--output", str(tmp_path / "c")]) == 1
     assert "--output takes one FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [convert, download, export, make_random])
+def test_a_misspelt_option_is_one_message(tool, capsys):
+    assert tool.main(["a", "--outputt", "b"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert "--help lists the options" in error
+    assert error.count("\n") == 1
 
 
 def test_convert_expands_home(tmp_path, monkeypatch):
