@@ -84,6 +84,8 @@ class ClassificationTraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compile, now that every copy of the module that callbacks keep has been made."""
+        # a trainer of precision bf16-true has cast it along with the model, too coarse for a sum over images
+        self.val_loss.set_dtype(torch.float32)
         if self._compile_model:
             self._forward = (torch.compile(self.model),)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,3 +27,23 @@ def fail_in_one(kind: str) -> None:
     if kind == "late":
         raise RuntimeError("connection closed by peer")
     time.sleep(600)
+
+
+def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
+    """Several trainings; their summaries, and in `folder` the weights that each process was left with."""
+    import pytest
+    from omegaconf import OmegaConf
+
+    from src.tasks.launch import build_trainer, quiet_libraries
+    from src.tasks.train import _train
+    from tests.tasks.conftest import make_tiny
+
+    quiet_libraries()
+    make_tiny(pytest.MonkeyPatch())
+    summaries = []
+    for number, content in enumerate(contents):
+        config = OmegaConf.create(content)
+        summary, objects = _train(config, build_trainer(config))
+        torch.save(objects.model.state_dict(), folder / f"weights_{number}_{os.environ['LOCAL_RANK']}.pt")
+        summaries.append(summary)
+    return summaries

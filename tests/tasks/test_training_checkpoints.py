@@ -27,6 +27,7 @@ from tests.tasks.setup import (
     make_checkpoint,
     read_last,
     stop_at,
+    watch,
     without_times,
 )
 
@@ -36,15 +37,6 @@ SEED = 42
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def watch(patch: pytest.MonkeyPatch, *top1: float) -> None:
-    """Let the epochs have these accuracies, in percent."""
-
-    def on_validation_epoch_end(self):
-        self.log_dict({"val/top1": top1[self.current_epoch], "val/top5": 100.0, "val/loss": 1.0})
-
-    patch.setattr(ClassificationTraining, "on_validation_epoch_end", on_validation_epoch_end)
 
 
 # Going on exactly
