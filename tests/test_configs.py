@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from src.models.modules.attention import ATTENTIONS
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.tasks.build import attention_name, build, build_group, build_model
+from src.tasks.launch import build_trainer
 from src.utils.errors import UserError
-from tests.tasks.setup import CONFIG_DIR, EXPERIMENT, compose_config
+from tests.tasks.setup import CONFIG_DIR, EXPERIMENT, TRAINING_EXPERIMENT, compose_config
 
 TRANSFORMER_VARIANTS = [name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer"]
 LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"}
@@ -126,6 +127,55 @@ def test_the_experiment_is_the_published_evaluation():
     )
 
 
+def test_the_experiment_is_the_published_training():
+    config = compose_config([f"experiment={TRAINING_EXPERIMENT}"])
+    assert (config.mode, config.name, config.model.name) == ("train", TRAINING_EXPERIMENT, "t2t_vit_t_14")
+    assert (config.model.drop_path_rate, config.model.image_size, config.model.num_classes) == (0.1, 224, 1000)
+    optimizer, scheduler, options = config.optimizer, config.scheduler, config.train
+    assert (optimizer.opt, optimizer.lr, optimizer.weight_decay, options.lr_batch) == ("adamw", 5e-4, 0.05, 512)
+    assert 8 * config.datamodule.batch_size == options.lr_batch  # on eight devices
+    assert (scheduler.sched, scheduler.warmup_epochs, scheduler.warmup_lr) == ("cosine", 10, 1e-6)
+    assert (scheduler.cooldown_epochs, scheduler.min_lr, scheduler.step_on_epochs) == (10, 1e-5, True)
+    assert (options.epochs, config.trainer.max_epochs) == (310, 310)
+    assert options.ema_decay == config.callbacks.ema.multi_avg_fn.decay == 0.99996
+    augmentation = config.datamodule.augmentation
+    assert (augmentation.mixup_alpha, augmentation.cutmix_alpha, augmentation.mixup_prob) == (0.8, 1.0, 1.0)
+    assert (augmentation.mixup_switch_prob, augmentation.label_smoothing) == (0.5, 0.1)
+    assert (augmentation.auto_augment, augmentation.interpolation) == ("rand-m9-mstd0.5-inc1", "random")
+    assert (augmentation.re_prob, augmentation.re_mode, augmentation.hflip) == (0.25, "pixel", 0.5)
+    assert list(augmentation.scale) == [0.08, 1.0]
+    assert (options.ckpt, options.resume, options.redraw_steps) == (None, False, None)
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
+def test_the_training_takes_every_attention(attention):
+    config = compose_config([f"experiment={TRAINING_EXPERIMENT}", f"model/t2tattn_cfg={attention}"]).model
+    assert attention_name(config, build_model(config)) == attention
+
+
+@pytest.mark.parametrize("name", sorted(names("experiment")))
+def test_every_experiment(name, tmp_path):
+    config = compose_config([f"experiment={name}", "trainer.accelerator=cpu"], tmp_path)
+    OmegaConf.to_container(config, resolve=True)
+    assert config.name == name
+    assert config.mode == ("eval" if name.endswith("eval") else "train")
+    assert {config.mode} == {mode for mode in ("eval", "train") if mode in config}
+    model = build_model(config.model)
+    datamodule = build(config.datamodule, "datamodule")
+    assert (datamodule.num_classes, datamodule.image_size) == (model.num_classes, model.image_size)
+    trainer = build_trainer(config)
+    assert trainer.precision == config.trainer.precision
+    if config.mode == "train":
+        assert trainer.max_epochs == config.train.epochs
+        assert config.scheduler.warmup_epochs + config.scheduler.cooldown_epochs < config.train.epochs
+
+
+@pytest.mark.parametrize("name", ["imagenet-t2tvit-finetune", "flowers-t2tvit-train", "flowers-t2tvit-finetune"])
+def test_the_checkpoint_to_fine_tune_may_come_from_the_environment(name, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT", "/from/CHECKPOINT")
+    assert compose_config([f"experiment={name}"]).train.ckpt == "/from/CHECKPOINT"
+
+
 def test_datamodule_follows_the_model(tmp_path):
     config = experiment("model.image_size=64", "model.num_classes=3", f"datamodule.data_dir={tmp_path}")
     datamodule = build(config.datamodule, "datamodule")
@@ -149,8 +199,9 @@ def test_every_logger(logger, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("callbacks", sorted(names("callbacks")))
-def test_every_group_of_callbacks(callbacks):
-    config = compose_config([f"callbacks={callbacks}"])
+def test_every_group_of_callbacks(callbacks, tmp_path):
+    mode = "train" if callbacks == "train" else "eval"  # which it takes its options from
+    config = compose_config([f"mode={mode}", f"callbacks={callbacks}"], tmp_path)
     assert len(build_group(config.callbacks, "callbacks")) == len(config.callbacks)
 
 

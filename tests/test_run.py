@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 
 import run
 from src.evaluation.results import read_results
-from tests.tasks.conftest import make_shallow
-from tests.tasks.setup import make_checkpoint, make_images, overrides
+from tests.tasks.conftest import make_shallow, make_tiny
+from tests.tasks.setup import make_checkpoint, make_images, overrides, stop_at, training_overrides
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def inputs(tmp_path_factory) -> Path:
     """Images, the weights of two shallow variants, and what a user may take for a checkpoint or for images."""
     folder = tmp_path_factory.mktemp("inputs")
-    make_images(folder / "data", 6)
+    make_images(make_images(folder / "data", 6), 8, "train")
     with pytest.MonkeyPatch.context() as patch:
         make_shallow(patch)
         for variant in ("t2t_vit_7", "t2t_vit_t_14"):
@@ -50,14 +52,28 @@ class Malicious:
 
 
 @pytest.fixture
-def command_line(inputs, tmp_path, monkeypatch, capsys):
-    """`command_line(*arguments, variant=..., **changes)`: exit status, stdout and stderr of run.py in this process."""
+def run_py(tmp_path, monkeypatch, capsys):
+    """`run_py(arguments)`: exit status, stdout and stderr of run.py in this process."""
     make_shallow(monkeypatch)
+    make_tiny(monkeypatch)
     monkeypatch.setenv("LOG_DIR", str(tmp_path / "logs"))
     for name in ("DATA_DIR", "CHECKPOINT", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+
+    def call(arguments: list[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        status = run.run(sys.argv)
+        return status, *capsys.readouterr()
+
+    yield call
+    root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+
+
+@pytest.fixture
+def command_line(inputs, run_py):
+    """`command_line(*arguments, variant=..., **changes)`: exit status, stdout and stderr of an evaluation."""
 
     def call(*arguments: str, variant: str = "t2t_vit_7", **changes: object) -> tuple[int, str, str]:
         changes = {
@@ -65,12 +81,9 @@ def command_line(inputs, tmp_path, monkeypatch, capsys):
             for name, value in changes.items()
         }
         options = overrides(inputs / "data", inputs / f"{variant}.pth", variant, **changes)
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *options])
-        status = run.run(sys.argv)
-        return status, *capsys.readouterr()
+        return run_py([*arguments, *options])
 
-    yield call
-    root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+    return call
 
 
 def results_of(folder: Path) -> list[Path]:
@@ -101,7 +114,8 @@ def results_of(folder: Path) -> list[Path]:
         ({"experiment": "imagenet-t2tvit"}, ["experiment=imagenet-t2tvit", "'imagenet-t2tvit-eval'"]),
         ({"model___t2tmodel": "t2t_vit_t14"}, ["model/t2tmodel=t2t_vit_t14", "'t2t_vit_t_14'"]),
         ({"model___t2tmodl": "x"}, ["There is no group 'model/t2tmodl'"]),
-        ({"mode": "train"}, ["There is no mode=train"]),
+        ({"mode": "trian"}, ["There is no mode=trian", "Did you mean 'train'"]),
+        ({"mode": "train"}, ["There is no option 'eval'", "train"]),
         ({"datamodule__batchsize": 4}, ["'datamodule.batchsize'", "Did you mean 'batch_size'?"]),
         ({"trainer__foo": 1}, ["'trainer.foo'", "Choose one of: accelerator"]),
         ({"evl__ckpt": "x"}, ["There is no option 'evl'", "'eval'"]),
@@ -224,6 +238,97 @@ def test_a_multirun_is_compared(command_line, tmp_path):
     for name in ("comparison.md", "comparison.png"):
         assert (sweep / name).stat().st_size > 0
         assert str(sweep / name) in output
+
+
+# Training
+
+
+@pytest.fixture
+def train_line(inputs, run_py, tmp_path):
+    """`train_line(folder, **changes)`: exit status, stdout and stderr of a training into `tmp_path`/folder."""
+
+    def call(folder: str = "trained", **changes: object) -> tuple[int, str, str]:
+        data = changes.pop("data", inputs / "data")
+        return run_py(training_overrides(data, **changes, hydra__run__dir=f"'{tmp_path / folder}'"))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "split"),
+    [
+        ("trained", {"model___t2tattn_cfg": "sblocal"}, "val"),
+        ("a=b, c", {"model___t2tattn_cfg": "performer", "model__t2tattn2_cfg__nb_features": 4}, "val"),
+        (
+            "trained",
+            {
+                **{"model___t2tattn_cfg": "local", "model__t2tattn2_cfg__name": "full", "datamodule__crop_pct": 0.5},
+                **{"datamodule__mean": "[0.5,0.4,0.3]", "datamodule__interpolation": "bilinear"},
+            },
+            "other split",
+        ),
+        ("trained", {"model___t2tmodel": "t2t_vit_7"}, "val"),
+    ],
+    ids=["plain", "options_of_a_stage", "two_attentions", "none"],
+)
+def test_a_training_ends_with_the_command_that_evaluates_it(
+    train_line, run_py, inputs, tmp_path, folder, changes, split
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(inputs / "data" / "train")
+    (tmp_path / "data" / split).symlink_to(inputs / "data" / "val")
+    changes = {**changes, "datamodule__test_split": f"'{split}'", "data": tmp_path / "data"}
+    status, output, errors = train_line(folder, **changes, train__epochs=2)
+    assert (status, errors) == (0, "")
+    (line,) = (line for line in output.splitlines() if "To evaluate it: " in line)
+    command = shlex.split(line.partition("To evaluate it: ")[2])
+    assert command[:3] == ["python", "run.py", "experiment=imagenet-t2tvit-eval"]
+    status, _, errors = run_py([*command[2:], "trainer.accelerator=cpu", "callbacks=none", "datamodule.num_workers=0"])
+    assert (status, errors) == (0, "")
+    (path,) = results_of(tmp_path / "logs")
+    results = read_results(path.parent)
+    training = json.loads((tmp_path / folder / "training.json").read_text())
+    last = training["history"][-1]
+    assert (results.model, results.attention) == (training["model"], training["attention"])
+    assert results.loss == pytest.approx(last["val_loss"], rel=1e-6)  # sums in float64 and in float32
+    assert results.top1 == pytest.approx(last["val_top1"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_training_that_is_interrupted_and_resumed(train_line, monkeypatch, tmp_path, number, status):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, number)
+        interrupted, output, errors = train_line()
+    assert (interrupted, errors) == (status, "")
+    folder = tmp_path / "trained"
+    assert f"train.resume={folder / 'checkpoints' / 'last.ckpt'} goes on from there" in output
+    assert not json.loads((folder / "training.json").read_text())["complete"]
+    again, _, errors = train_line()
+    assert (again, errors.count("\n")) == (1, 1)
+    assert f"Error: {folder} holds a training already. train.resume=true goes on with it" in errors
+    assert train_line(train__resume="true")[::2] == (0, "")
+    assert json.loads((folder / "training.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"train__resume": "/missing/last.ckpt"}, ["There is no checkpoint /missing/last.ckpt"]),
+        ({"train__resum": "true"}, ["There is no option 'train.resum'", "Did you mean 'resume'"]),
+        ({"train__ckpt": "/missing.pth"}, ["/missing.pth does not exist"]),
+        ({"optimizer__opt": "adamm"}, ["optimizer cannot be built", "adamm"]),
+        ({"optimizer": "adamm"}, ["There is no optimizer=adamm", "Did you mean 'adamw'"]),
+        ({"datamodule__train_split": "no"}, ["No folder 'no' in"]),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_mistake_in_a_training_is_one_message(train_line, tmp_path, changes, parts):
+    status, _, errors = train_line(**changes)
+    assert (status, errors.count("\n")) == (1, 1), errors
+    assert errors.startswith("Error: ")
+    for part in parts:
+        assert part in errors
+    assert not list(tmp_path.rglob("training.json"))
 
 
 # In a process of its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class TrainingSummary:
         best: epoch (from 1) and top-1 accuracy in percent of the best epoch; None before the first validation.
         checkpoints: `best` and `last`, paths.
         images_per_second: median over the epochs, the first left out where there are more (it warms up).
-        seconds: of training, without validation.
+        seconds: of training in the finished epochs, without validation.
         peak_memory_mib: peak memory of the device since the training was last started, MiB; None on the CPU.
         versions: version of Python and of each library that matters.
         command: the command that was run.
@@ -92,15 +93,26 @@ def typical_rate(history: list[dict[str, float]]) -> float | None:
 def write_training(folder: str | os.PathLike[str], summary: TrainingSummary) -> None:
     """Write `training.json`, and `training.png` where an epoch is finished.
 
+    A figure that is no number, such as a loss that overflowed once, is written as null.
+
     Raises:
         UserError: the folder cannot be written to.
     """
     with atomic_write(Path(folder) / TRAINING_FILE) as file:
-        json.dump(dataclasses.asdict(summary), file, indent=2, allow_nan=False, ensure_ascii=False)
+        json.dump(_without_nan(dataclasses.asdict(summary)), file, indent=2, allow_nan=False, ensure_ascii=False)
         file.write("\n")
     if summary.history:
         with atomic_write(Path(folder) / FIGURE_FILE, "wb") as file:
             training_figure(summary).savefig(file, format="png")
+
+
+def _without_nan(value: Any) -> Any:
+    """Nested dicts and lists with None for NaN and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def training_figure(summary: TrainingSummary) -> Figure:

@@ -362,7 +362,7 @@ def _make_scheduler(config: DictConfig, optimizer: Any, scale: float, updates_pe
         )
     if options.sched == "plateau":
         raise UserError(
-            "scheduler.sched=plateau follows a figure, which it is not told. Choose another, such as cosine."
+            "scheduler.sched=plateau follows a figure, which it is not told. Choose another one."
         )
     rates = {name: scale * options[name] for name in ("warmup_lr", "min_lr")}
     make = _factory(options, "scheduler", **rates)

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import logging
+import math
 import os
 import tarfile
 import zipfile
@@ -258,6 +259,31 @@ def test_random_features_that_do_not_fit_are_ignored_with_a_word(tmp_path, caplo
     assert read_checkpoint(tmp_path / "weights.pth").num_parameters == sum(
         tensor.numel() for key, tensor in official.items() if not key.endswith("projection_matrix")
     )
+
+
+@pytest.mark.parametrize("classes", [3, NUM_CLASSES])
+def test_a_new_head_is_the_models_own_and_the_rest_the_files(tmp_path, classes):
+    official = make_official(num_classes=classes)
+    torch.save({"state_dict_ema": official}, tmp_path / "weights.pth")
+    model = make_model()
+    own = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.startswith("head.")}
+    assert set(own) == {"head.weight", "head.bias"}
+    load_checkpoint(model, tmp_path / "weights.pth", new_head=True)
+    assert_loaded(model, {**official, **own})
+
+
+def test_a_new_head_excuses_nothing_else(tmp_path):
+    official = make_official(num_classes=3)
+    torch.save(make_official("tiny_t_deep", num_classes=3), tmp_path / "deep.pth")
+    torch.save({**official, "head.weight": official["head.weight"] * math.nan}, tmp_path / "nan.pth")
+    torch.save({key: value for key, value in official.items() if key != "norm.weight"}, tmp_path / "cut.pth")
+    model = make_model()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    message = fails_with(lambda: load_checkpoint(model, tmp_path / "deep.pth", new_head=True), "holds tiny_t_deep")
+    assert "classes" not in message  # which do not matter
+    fails_with(lambda: load_checkpoint(model, tmp_path / "nan.pth", new_head=True), "'head.weight' holds NaN")
+    fails_with(lambda: load_checkpoint(model, tmp_path / "cut.pth", new_head=True), "it lacks 'norm.weight'")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 # --- which variant -----------------------------------------------------------------------------------------------
