@@ -30,20 +30,33 @@ def fail_in_one(kind: str) -> None:
 
 
 def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
-    """Several trainings; their summaries, and in `folder` the weights that each process was left with."""
+    """Several trainings; their summaries, and in `folder` each process's final weights and losses of all batches."""
     import pytest
     from omegaconf import OmegaConf
 
     from src.tasks.launch import build_trainer, quiet_libraries
     from src.tasks.train import _train
+    from src.tasks.training import ClassificationTraining
     from tests.tasks.conftest import make_tiny
 
     quiet_libraries()
-    make_tiny(pytest.MonkeyPatch())
+    patch = pytest.MonkeyPatch()
+    make_tiny(patch)
+    step = ClassificationTraining.training_step
+    losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        losses.append(float(loss))
+        return loss
+
+    patch.setattr(ClassificationTraining, "training_step", training_step)
     summaries = []
     for number, content in enumerate(contents):
         config = OmegaConf.create(content)
+        losses.clear()
         summary, objects = _train(config, build_trainer(config))
-        torch.save(objects.model.state_dict(), folder / f"weights_{number}_{os.environ['LOCAL_RANK']}.pt")
+        left = {"weights": objects.model.state_dict(), "losses": losses}
+        torch.save(left, folder / f"{number}_{os.environ['LOCAL_RANK']}.pt")
         summaries.append(summary)
     return summaries

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -539,10 +540,12 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
     assert (stopped.complete, stopped.updates) == (False, 1)
     assert_same_training(*(read_last(tmp_path / folder) for folder in ("at_once", "stopped")))
     assert without_times(resumed.history) == without_times(at_once.history)
-    for run in (0, 2):
-        first, second = (torch.load(tmp_path / f"weights_{run}_{rank}.pt") for rank in (0, 1))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first)
+    left = [[torch.load(tmp_path / f"{run}_{rank}.pt") for rank in (0, 1)] for run in range(3)]
+    for first, second in left:
+        assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+        assert first["losses"] != second["losses"]  # of images of their own
+    losses = np.mean([process["losses"] for process in left[0]], axis=0).reshape(3, BATCHES).mean(1)
+    assert [entry["train_loss"] for entry in at_once.history] == pytest.approx(losses, rel=1e-6)  # float32
 
     make_tiny(monkeypatch)
     results, _ = evaluate(evaluation_of(tmp_path / "at_once", model___t2tattn_cfg="sblocal"))
