@@ -280,5 +280,9 @@ class ImageLoader(DataLoader):
         """Yield images (B, 3, size, size) float32, targets (B,) int64 and positions in the dataset (B,) int64."""
         for batch in super().__iter__():
             if isinstance(batch, UserError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    # its traceback leads back to it: left to the garbage collector, workers take seconds each to stop
+                    del batch
             yield batch

@@ -183,7 +183,9 @@ def test_finishing_follows_from_the_seed(images, targets):
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_seeding_seeds_every_generator_of_the_cpu():
+def test_seeding_seeds_every_generator_of_the_cpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", pytest.fail)
+
     def draw(seed):
         seed_augmentation(seed)
         return random.random(), np.random.rand(), torch.rand(1).item()

@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import weakref
 
 import pytest
 import torch
@@ -250,3 +251,13 @@ def test_other_exceptions_are_not_swallowed(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         list(ImageLoader(dataset(tmp_path, 1, transform)))
+
+
+def test_an_error_does_not_keep_its_loader(tmp_path):
+    write_images(tmp_path, "a/1.jpg")
+    (tmp_path / "a/1.jpg").write_bytes(b"")
+    loader = ImageLoader(dataset(tmp_path, 1))
+    kept = weakref.ref(loader)
+    message_of(list, loader)
+    del loader
+    assert kept() is None
