@@ -253,10 +253,10 @@ def test_other_exceptions_are_not_swallowed(tmp_path):
         list(ImageLoader(dataset(tmp_path, 1, transform)))
 
 
-def test_an_error_does_not_keep_its_loader(tmp_path):
+def test_an_error_does_not_keep_its_loader_and_workers(tmp_path):
     write_images(tmp_path, "a/1.jpg")
     (tmp_path / "a/1.jpg").write_bytes(b"")
-    loader = ImageLoader(dataset(tmp_path, 1))
+    loader = ImageLoader(dataset(tmp_path, 1), num_workers=1, persistent_workers=True)
     kept = weakref.ref(loader)
     message_of(list, loader)
     del loader
