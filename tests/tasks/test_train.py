@@ -17,7 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.models.t2t_vit import create_t2t_vit, sinusoid_table
+from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.evaluate import evaluate
 from src.tasks.processes import run_processes
 from src.tasks.train import train
@@ -168,6 +168,25 @@ def test_what_is_decayed_and_what_is_trained(training, watched):
     assert torch.equal(after["pos_embed.pe"], sinusoid_table(*after["pos_embed.pe"].shape[1:]))
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert still == {"pos_embed.pe"}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_random_features_are_drawn_again(training, monkeypatch, accumulate):
+    draws, steps = [], []
+    start, redraw = ClassificationTraining.on_train_batch_start, T2TViT.redraw_projections
+
+    def on_train_batch_start(self, batch, batch_idx):
+        steps.append(self.global_step)
+        start(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(
+        T2TViT, "redraw_projections", lambda self, seed: draws.append((steps[-1], seed)) or redraw(self, seed)
+    )
+    options = {"model___t2tattn_cfg": "sblocal", "train__redraw_steps": 2}
+    summary, _ = train(training(**options, trainer__accumulate_grad_batches=accumulate))
+    # the batches of one update see one draw
+    assert list(dict.fromkeys(draws)) == [(step, SEED + step // 2) for step in range(2, summary.updates, 2)]
 
 
 # Learning rate
@@ -560,16 +579,21 @@ def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path)
         training_data, trainer__devices=2, train__epochs=100_000, datamodule__batch_size=2, train__ema_decay="null"
     )
 
+    ended = threading.Event()
+
     def interrupt():
         deadline = time.monotonic() + 100
         while not last.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(60):  # a second one ends whatever does not end by itself
+            os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         train(compose_config(arguments, tmp_path))
+    ended.set()
     thread.join()
     content = json.loads((tmp_path / "training.json").read_text())
     assert not content["complete"]

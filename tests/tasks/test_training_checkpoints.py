@@ -169,10 +169,11 @@ def test_in_another_folder_the_best_checkpoint_comes_along(training, monkeypatch
     assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)]
 
 
-def test_a_finished_training_is_left_as_it_is(training, tmp_path):
+def test_a_finished_training_is_left_as_it_is(training, monkeypatch, tmp_path):
     first, _ = train(training(logger="csv"))
     before = contents_of(tmp_path / "run")
     assert {"training.json", "training.png", "checkpoints/last.ckpt", "csv/metrics.csv"} <= before.keys()
+    monkeypatch.setattr("sys.argv", ["another", "command"])
     again, objects = train(training(logger="csv", train__resume="true"))
     assert contents_of(tmp_path / "run") == before
     assert (again.complete, again.updates, again.history) == (True, first.updates, first.history)
