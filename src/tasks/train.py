@@ -361,9 +361,7 @@ def _make_scheduler(config: DictConfig, optimizer: Any, scale: float, updates_pe
             f"{options.warmup_epochs} and scheduler.cooldown_epochs={options.cooldown_epochs}. Lower these."
         )
     if options.sched == "plateau":
-        raise UserError(
-            "scheduler.sched=plateau follows a figure, which it is not told. Choose another one."
-        )
+        raise UserError("scheduler.sched=plateau follows a figure, which it is not told. Choose another one.")
     rates = {name: scale * options[name] for name in ("warmup_lr", "min_lr")}
     make = _factory(options, "scheduler", **rates)
     scheduler, num_epochs = make(optimizer, num_epochs=decaying, updates_per_epoch=updates_per_epoch)
