@@ -54,7 +54,7 @@ def launch(work: Work, config: DictConfig, finishes_on_sigterm: bool = False) ->
         # interpolations may ask Hydra, which the processes do not have
         content = OmegaConf.to_container(config, resolve=True)
         with _pass_on_requests_to_stop() if finishes_on_sigterm else nullcontext():
-            return run_processes(_work_in_process, number, work, content, _logging_config()), Munch()
+            return run_processes(_work_in_process, number, work, content, *_settings_of_process()), Munch()
     return work(config, trainer)
 
 
@@ -161,8 +161,12 @@ def _processes_to_start(trainer: Trainer) -> int:
     return 0 if strategy.cluster_environment.creates_processes_externally else trainer.num_devices
 
 
-def _work_in_process(work: Work, content: dict[str, Any], logging_config: dict[str, Any] | None) -> Any:
+def _work_in_process(
+    work: Work, content: dict[str, Any], start_method: str, logging_config: dict[str, Any] | None
+) -> Any:
     """`work` in one of several processes, of which the first speaks for all."""
+    # spawned itself, it would spawn its data workers, which takes them seconds
+    multiprocessing.set_start_method(start_method, force=True)
     if os.environ["LOCAL_RANK"] == "0":
         configure_log(None if logging_config is None else OmegaConf.create(logging_config))
     else:
@@ -173,7 +177,9 @@ def _work_in_process(work: Work, content: dict[str, Any], logging_config: dict[s
     return work(config, build_trainer(config))[0]
 
 
-def _logging_config() -> dict[str, Any] | None:
-    if not HydraConfig.initialized():
-        return None
-    return OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+def _settings_of_process() -> tuple[str, dict[str, Any] | None]:
+    """How this process starts others, and how it logs."""
+    logging_config = None
+    if HydraConfig.initialized():
+        logging_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+    return multiprocessing.get_start_method(), logging_config

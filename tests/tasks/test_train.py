@@ -556,6 +556,8 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
     at_once, stopped, resumed = run_processes(train_in_turn, 2, contents, tmp_path)
     assert at_once.device.startswith("2 x cpu")
     assert (at_once.updates, at_once.images_per_update) == (3 * (NUM_TRAINING_IMAGES // 4), 4)
+    for entry in at_once.history:
+        assert entry["images_per_second"] == pytest.approx(4 * BATCHES / entry["seconds"])
     assert (stopped.complete, stopped.updates) == (False, 1)
     assert_same_training(*(read_last(tmp_path / folder) for folder in ("at_once", "stopped")))
     assert without_times(resumed.history) == without_times(at_once.history)
@@ -573,11 +575,10 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
     assert results.loss == pytest.approx(last["val_loss"], rel=1e-6)
 
 
-def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path):
+def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path, capfd):
     last = tmp_path / "checkpoints" / "last.ckpt"
-    arguments = training_overrides(
-        training_data, trainer__devices=2, train__epochs=100_000, datamodule__batch_size=2, train__ema_decay="null"
-    )
+    options = {"trainer__devices": 2, "datamodule__batch_size": 2, "datamodule__num_workers": 1}
+    arguments = training_overrides(training_data, **options, train__epochs=100_000, train__ema_decay="null")
 
     ended = threading.Event()
 
@@ -598,3 +599,4 @@ def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path)
     content = json.loads((tmp_path / "training.json").read_text())
     assert not content["complete"]
     assert content["updates"] == read_last(tmp_path)["global_step"] > 0
+    assert capfd.readouterr().err == ""  # of data workers that are slow to start, for one
