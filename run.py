@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run the command line `argv` (the program's name first) and return its exit status, 0 or 1."""
+    """Run the command line `argv` (the program's name first) and return its exit status, see `run_cli`."""
     _failures.clear()
     status = run_cli(main, argv)
     return 1 if _failures else status

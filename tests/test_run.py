@@ -240,6 +240,20 @@ def test_a_multirun_is_compared(command_line, tmp_path):
         assert str(sweep / name) in output
 
 
+def test_an_interrupt(command_line, monkeypatch, tmp_path):
+    def forward(self, images):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", forward)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        status, _, errors = command_line()
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    assert (status, errors) == (130, "")
+    assert not results_of(tmp_path)
+
+
 # Training
 
 

@@ -106,7 +106,7 @@ def build_trainer(config: DictConfig) -> Trainer:
 
 @contextmanager
 def explained(batch_size: int, compiled_by: str | None = None) -> Iterator[None]:
-    """Turn faults of the machine into errors that say what to do.
+    """Turn faults of the machine into errors that say what to do, and Lightning's exit after Ctrl-C back into Ctrl-C.
 
     Args:
         batch_size: the batch that may be too large.
@@ -114,9 +114,14 @@ def explained(batch_size: int, compiled_by: str | None = None) -> Iterator[None]
 
     Raises:
         UserError: the device ran out of memory, or the compiler failed.
+        KeyboardInterrupt: after Ctrl-C.
     """
     try:
         yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(f"The device ran out of memory. Lower datamodule.batch_size (now {batch_size}).") from error
     except Exception as error:

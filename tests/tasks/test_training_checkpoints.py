@@ -227,6 +227,22 @@ def test_the_message_says_how_to_go_on(training, tmp_path, caplog):
     assert f"stopped after 1 updates because its time is up. The same command with train.resume={last}" in caplog.text
 
 
+def test_two_interrupts_stop_at_once(training, monkeypatch, tmp_path):
+    step = ClassificationTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == BATCHES + 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTraining, "training_step", training_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(training())
+    assert read_last(tmp_path / "run")["global_step"] == BATCHES
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_the_second_interrupt_is_one():
     asked = []
     with stop_on_interrupt(lambda: asked.append(True)) as interrupted:
