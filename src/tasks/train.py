@@ -365,7 +365,11 @@ def _make_scheduler(config: DictConfig, optimizer: Any, scale: float, updates_pe
     rates = {name: scale * options[name] for name in ("warmup_lr", "min_lr")}
     make = _factory(options, "scheduler", **rates)
     scheduler, num_epochs = make(optimizer, num_epochs=decaying, updates_per_epoch=updates_per_epoch)
-    if scheduler is None or num_epochs != config.train.epochs:
+    if scheduler is None:  # timm has come to refuse names that it does not know
+        raise UserError(
+            f"scheduler cannot be built: timm knows no sched={options.sched}. Choose another, such as cosine."
+        )
+    if num_epochs != config.train.epochs:
         raise UserError(
             f"scheduler.sched={options.sched} does not end with train.epochs={config.train.epochs}, but with "
             f"{num_epochs}. Choose another, such as cosine."
