@@ -38,7 +38,7 @@ from src.models.modules.attention import ATTENTIONS, create_attention
 from src.ops.features import log_softmax_features
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
-from src.utils.files import atomic_write
+from src.utils.files import atomic_write, write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
@@ -52,7 +52,6 @@ from src.utils.scripts import (
     positive_list,
     progress_display,
     run_tool,
-    write_json,
 )
 from src.utils.timing import in_turn, seconds_per_call
 

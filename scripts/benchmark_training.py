@@ -33,6 +33,7 @@ from src.tasks.launch import quiet_libraries
 from src.tasks.provenance import attention_options
 from src.tasks.training import ClassificationTraining
 from src.utils.errors import UserError
+from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
@@ -45,7 +46,6 @@ from src.utils.scripts import (
     positive,
     progress_display,
     run_tool,
-    write_json,
 )
 from src.utils.timing import in_turn, seconds_per_call
 

@@ -43,10 +43,10 @@ from src.tasks.approximation import (
     load_model,
     relative_errors,
 )
-from src.tasks.evaluate import MAX_SEED
+from src.tasks.launch import MAX_SEED
 from src.tasks.provenance import package_versions
 from src.utils.errors import UserError, check_whole_number
-from src.utils.files import sha256_of_file
+from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
@@ -56,7 +56,6 @@ from src.utils.scripts import (
     fraction,
     positive,
     run_tool,
-    write_json,
 )
 
 

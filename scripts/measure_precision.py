@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scripts.benchmark_attention import DTYPES
 from src.models.modules.attention import ATTENTIONS, create_attention
 from src.utils.errors import UserError
+from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
@@ -34,7 +35,6 @@ from src.utils.scripts import (
     fraction,
     positive,
     run_tool,
-    write_json,
 )
 
 TENSORS = ("output", "gradient of query", "gradient of key", "gradient of value")

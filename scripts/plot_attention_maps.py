@@ -45,7 +45,7 @@ from src.tasks.approximation import (
     load_model,
     relative_error,
 )
-from src.tasks.evaluate import MAX_SEED
+from src.tasks.launch import MAX_SEED
 from src.utils.errors import UserError, check_whole_number
 from src.utils.files import atomic_write
 from src.utils.scripts import Parser, check_writable, choose_device, run_tool

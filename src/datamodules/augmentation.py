@@ -17,7 +17,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
 from src.datamodules.device_augmentation import DeviceAugmentation
-from src.utils.errors import UserError, did_you_mean
+from src.utils.errors import UserError, did_you_mean, is_number
 
 # What torchvision's resize takes on PIL images.
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
@@ -217,7 +217,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 def _check_number(name: str, value: Any, minimum: float, maximum: float | None = None) -> None:
     limit = sys.float_info.max if maximum is None else maximum
-    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value <= limit:
+    if not is_number(value) or not minimum <= value <= limit:
         limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise UserError(f"datamodule.augmentation.{name}={value!r} is not valid. Give a number {limits}.")
 

@@ -8,7 +8,6 @@ of tensor operations over the batch, each image with parameters of its own. (kor
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from src.datamodules.dataset import ImageFolderDataset
+from src.utils.machine import usable_cpus
 
 # Crops of a drawn area and shape may not fit into the image: how often to draw, as torchvision does.
 CROP_TRIALS = 10
@@ -47,7 +47,7 @@ def decode_images(dataset: ImageFolderDataset, side: int) -> tuple[torch.Tensor,
         square = image.resize((side, side), Image.Resampling.BICUBIC)
         images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # Pillow decodes and resizes without the interpreter's lock
         for _ in pool.map(decode, range(len(dataset))):
             pass
     return images, aspects

@@ -32,7 +32,8 @@ from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augm
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader, imagenet_synsets, listing, scan_folder
 from src.datamodules.device_augmentation import decode_images
 from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
-from src.utils.errors import UserError, check_whole_number, did_you_mean
+from src.utils.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
+from src.utils.machine import usable_cpus
 
 # Those of datamodule.augmentation: the others are options of the data module itself.
 _AUGMENTATION_OPTIONS = [
@@ -73,11 +74,6 @@ def _three_numbers(option: str, values: Any) -> tuple[float, float, float]:
     except (TypeError, ValueError):
         raise UserError(f"{option}={values!r} is not valid. Give three numbers, one per colour.") from None
     return red, green, blue
-
-
-def _usable_cpus() -> int:
-    # sched_getaffinity knows of taskset and of containers pinned to CPUs, but does not exist on every system.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ImageFolderDataModule(pl.LightningDataModule):
@@ -156,16 +152,15 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 f"datamodule.interpolation={interpolation!r} is not valid. "
                 f"{did_you_mean(interpolation, INTERPOLATIONS)}"
             )
-        if isinstance(crop_pct, bool) or not isinstance(crop_pct, (int, float)) or not 0 < crop_pct <= 1:
+        if not is_number(crop_pct) or not 0 < crop_pct <= 1:
             raise UserError(f"datamodule.crop_pct={crop_pct!r} is not valid. Give a number above 0 and at most 1.")
-        if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 <= holdout < 1:
+        if not is_number(holdout) or not 0 <= holdout < 1:
             raise UserError(f"datamodule.holdout={holdout!r} is not valid. Give a number of at least 0 and below 1.")
         mean = _three_numbers("datamodule.mean", mean)
         std = _three_numbers("datamodule.std", std)
         if min(std) <= 0:
             raise UserError(f"datamodule.std={std!r} is not valid. Give three numbers above 0.")
-        if not isinstance(on_device, bool):
-            raise UserError(f"datamodule.on_device={on_device!r} is not valid. Give true or false.")
+        check_switch("datamodule.on_device", on_device)
         for option, split in (("test_split", test_split), ("train_split", train_split)):
             if not isinstance(split, str) or not split:
                 raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
@@ -173,7 +168,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.image_size = image_size
         self.num_classes = num_classes
         self.batch_size = batch_size
-        self.num_workers = min(16, _usable_cpus()) if num_workers is None else num_workers
+        self.num_workers = min(16, usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
         self.train_split = train_split
         self.holdout = holdout

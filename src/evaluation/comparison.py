@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -41,7 +40,7 @@ from src.evaluation.results import (
     read_results,
 )
 from src.utils.errors import UserError
-from src.utils.files import atomic_write
+from src.utils.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -563,9 +562,7 @@ def write_comparison(folder: str | os.PathLike[str], comparison: Comparison) -> 
         "runs": [_row_content(row) for row in comparison.rows],
         "failed": comparison.failed,
     }
-    with atomic_write(paths[0]) as file:
-        json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
+    write_json(paths[0], content)
     with atomic_write(paths[1]) as file:
         file.write(comparison_markdown(comparison))
     with atomic_write(paths[2], "wb") as file:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from src.evaluation.published import PublishedFigure, published_top1
 from src.utils.errors import UserError
-from src.utils.files import atomic_write
+from src.utils.files import atomic_write, write_json
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"
@@ -217,9 +217,7 @@ def write_results(folder: str | os.PathLike[str], results: Results) -> Path:
     content = dataclasses.asdict(results)
     _refuse_non_finite(content, "")
     path = Path(folder) / RESULTS_FILE
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
+    write_json(path, content)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from src.evaluation.results import CheckpointInfo
-from src.utils.files import atomic_write
+from src.utils.files import atomic_write, write_json
 
 TRAINING_FILE = "training.json"
 FIGURE_FILE = "training.png"
@@ -98,9 +97,7 @@ def write_training(folder: str | os.PathLike[str], summary: TrainingSummary) -> 
     Raises:
         UserError: the folder cannot be written to.
     """
-    with atomic_write(Path(folder) / TRAINING_FILE) as file:
-        json.dump(_without_nan(dataclasses.asdict(summary)), file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
+    write_json(Path(folder) / TRAINING_FILE, _without_nan(dataclasses.asdict(summary)))
     if summary.history:
         with atomic_write(Path(folder) / FIGURE_FILE, "wb") as file:
             training_figure(summary).savefig(file, format="png")

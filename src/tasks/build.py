@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import hydra
@@ -33,6 +35,31 @@ def build(config: DictConfig, group: str, **objects: Any) -> Any:
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(f"{group} needs a package that is not installed: {reason}. Or choose another.") from error
         raise UserError(f"{group} cannot be built: {reason}. Check the options under '{group}'.") from error
+
+
+def build_later(config: DictConfig, group: str, **changes: Any) -> Callable[..., Any]:
+    """The function of a config's `_target_` with its options, for objects that come later, such as a model.
+
+    Args:
+        config: the group's config.
+        group: its name, for the message.
+        **changes: options in place of the config's.
+
+    Raises:
+        UserError: from the function, where it refuses its arguments.
+    """
+    # the objects it is applied to must not pass through the instantiation, which copies
+    partial = hydra.utils.instantiate(config, _partial_=True, **changes)
+
+    @functools.wraps(partial.func)
+    def make(*arguments: Any, **options: Any) -> Any:
+        try:
+            return partial(*arguments, **options)
+        except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
+            reason = str(error).strip().rstrip(".!") or type(error).__name__
+            raise UserError(f"{group} cannot be built: {reason}. Check the options under '{group}'.") from error
+
+    return make
 
 
 def build_group(config: DictConfig | None, group: str) -> list[Any]:

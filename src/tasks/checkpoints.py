@@ -21,8 +21,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from src.evaluation.training import best_epoch
+from src.tasks.training import CHECKPOINT_KEY
 from src.utils.checkpoint import save_checkpoint
-from src.utils.errors import UserError
+from src.utils.errors import UserError, is_number
 from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
     except Exception as error:  # torch.load raises nearly anything on damaged input
         fault = "holds code, which was not run" if isinstance(error, pickle.UnpicklingError) else "is damaged"
         raise UserError(f"{path} {fault}, or is no checkpoint. Go on from another one, or begin anew.") from error
-    if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", "training"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", CHECKPOINT_KEY} <= checkpoint.keys():
         raise UserError(
             f"{path} is no checkpoint of a training by this project, so it cannot be gone on from. For weights alone, "
             f"give train.ckpt={path}."
@@ -125,7 +126,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str, minutes_between: float = 15, max_time: str | None = None) -> None:
-        if isinstance(minutes_between, bool) or not isinstance(minutes_between, int | float) or minutes_between <= 0:
+        if not is_number(minutes_between) or minutes_between <= 0:
             raise UserError(f"callbacks.last.minutes_between={minutes_between!r} is not valid. Give minutes above 0.")
         self.path = Path(dirpath) / LAST_CHECKPOINT
         self._seconds_between = 60 * minutes_between

@@ -23,7 +23,7 @@ from src.evaluation.results import (
 from src.models.t2t_vit import T2TViT
 from src.tasks.build import attention_name, build, build_model
 from src.tasks.classification import ImageClassification
-from src.tasks.launch import explained, launch
+from src.tasks.launch import check_common_options, explained, launch
 from src.tasks.provenance import (
     attention_memory_fraction,
     attention_options,
@@ -34,13 +34,10 @@ from src.tasks.provenance import (
     reset_peak_memory,
 )
 from src.utils.checkpoint import holds_random_features, load_contents, read_checkpoint
-from src.utils.errors import UserError, check_whole_number
+from src.utils.errors import UserError, check_switch, check_whole_number
 from src.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
-
-# What seed_everything takes, less room for the seeds of further draws.
-MAX_SEED = 2**31 - 1
 
 
 def evaluate(config: DictConfig) -> tuple[Results, Munch]:
@@ -134,15 +131,11 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
 
 def _check_options(config: DictConfig) -> None:
     """Check what no other part checks, before anything slow."""
-    check_whole_number("seed", config.seed, 0, MAX_SEED)
+    check_common_options(config)
     check_whole_number("eval.num_seeds", config.eval.num_seeds, 1)
-    # the data module reads these two through its own options, and would name those
-    check_whole_number("model.image_size", config.model.image_size, 1)
-    check_whole_number("model.num_classes", config.model.num_classes, 1)
     if config.eval.redraw not in (None, True, False):
         raise UserError(f"eval.redraw={config.eval.redraw!r} is not valid. Give true, false or null.")
-    if not isinstance(config.eval.compile, bool):
-        raise UserError(f"eval.compile={config.eval.compile!r} is not valid. Give true or false.")
+    check_switch("eval.compile", config.eval.compile)
     if config.eval.ckpt is None:
         raise UserError(
             "No checkpoint given. Give eval.ckpt=/path/to/checkpoint, or set CHECKPOINT=/path in the file .env; "

@@ -24,12 +24,26 @@ from pytorch_lightning.strategies import ParallelStrategy
 from src.tasks.build import build, build_group
 from src.tasks.checkpoints import stop_on_interrupt
 from src.tasks.processes import run_processes
-from src.utils.errors import UserError
+from src.utils.errors import UserError, check_whole_number
 
 logger = logging.getLogger(__name__)
 
+# What seed_everything takes, less room for the seeds of further draws.
+MAX_SEED = 2**31 - 1
 # What a mode does: its summary, which can be sent from process to process, and the objects it comes from.
 Work = Callable[[DictConfig, Trainer], tuple[Any, Munch]]
+
+
+def check_common_options(config: DictConfig) -> None:
+    """Check what every mode takes and no other part checks, before anything slow.
+
+    Raises:
+        UserError: a value that is not valid.
+    """
+    check_whole_number("seed", config.seed, 0, MAX_SEED)
+    # the data module reads these two through its own options, and would name those
+    check_whole_number("model.image_size", config.model.image_size, 1)
+    check_whole_number("model.num_classes", config.model.num_classes, 1)
 
 
 def launch(work: Work, config: DictConfig, finishes_on_sigterm: bool = False) -> tuple[Any, Munch]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 from munch import Munch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
@@ -30,7 +28,7 @@ from src.evaluation.training import (
     write_training,
 )
 from src.models.modules.attention import ATTENTIONS, create_attention
-from src.tasks.build import attention_name, build, build_model
+from src.tasks.build import attention_name, build, build_later, build_model
 from src.tasks.checkpoints import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -39,8 +37,7 @@ from src.tasks.checkpoints import (
     read_training_checkpoint,
     stop_on_interrupt,
 )
-from src.tasks.evaluate import MAX_SEED
-from src.tasks.launch import explained, launch
+from src.tasks.launch import check_common_options, explained, launch
 from src.tasks.provenance import (
     command_line,
     device_name,
@@ -50,7 +47,7 @@ from src.tasks.provenance import (
 )
 from src.tasks.training import CHECKPOINT_KEY, ClassificationTraining
 from src.utils.checkpoint import load_checkpoint
-from src.utils.errors import UserError, check_whole_number
+from src.utils.errors import UserError, check_switch, check_whole_number, is_number
 from src.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -125,7 +122,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
     task = ClassificationTraining(
         model,
         num_classes=config.model.num_classes,
-        make_optimizer=_factory(config.optimizer, "optimizer", lr=scale * config.optimizer.lr),
+        make_optimizer=build_later(config.optimizer, "optimizer", lr=scale * config.optimizer.lr),
         make_scheduler=lambda optimizer: _make_scheduler(config, optimizer, scale, updates_per_epoch),
         seed=config.seed,
         redraw_steps=config.train.redraw_steps,
@@ -164,7 +161,6 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
             stopped = stop
 
     checkpoints = {name: output_dir / "checkpoints" / name for name in (BEST_CHECKPOINT, LAST_CHECKPOINT)}
-    averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
     summary = TrainingSummary(
         model=config.model.name,
         attention=attention,
@@ -186,7 +182,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         updates=earlier["updates"] if finished else trainer.global_step,
         images_per_update=images_per_update,
         learning_rate=scale * config.optimizer.lr,
-        ema_decay=config.train.ema_decay if averaged else None,
+        ema_decay=config.train.ema_decay if _averages(trainer) else None,
         best=best_epoch(task.history),
         checkpoints={name.removesuffix(".ckpt"): str(path) for name, path in checkpoints.items() if path.exists()},
         images_per_second=typical_rate(task.history),
@@ -213,18 +209,15 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
 def _check_options(config: DictConfig) -> None:
     """Check what no other part checks, before anything slow."""
     options = config.train
-    check_whole_number("seed", config.seed, 0, MAX_SEED)
-    check_whole_number("model.image_size", config.model.image_size, 1)
-    check_whole_number("model.num_classes", config.model.num_classes, 1)
+    check_common_options(config)
     check_whole_number("train.epochs", options.epochs, 1)
     for name in ("lr_batch", "redraw_steps"):
         if options[name] is not None:
             check_whole_number(f"train.{name}", options[name], 1)
     for name in ("compile", "new_head"):
-        if not isinstance(options[name], bool):
-            raise UserError(f"train.{name}={options[name]!r} is not valid. Give true or false.")
+        check_switch(f"train.{name}", options[name])
     decay = options.ema_decay
-    if decay is not None and not (_is_number(decay) and 0 <= decay < 1):
+    if decay is not None and not (is_number(decay) and 0 <= decay < 1):
         raise UserError(f"train.ema_decay={decay} is not valid. Give a number of at least 0 and below 1, or null.")
     if options.ckpt == "???":  # OmegaConf's mark of a value not given
         raise UserError(
@@ -239,18 +232,14 @@ def _check_options(config: DictConfig) -> None:
             "The time limit of a training is train.max_time=HH:MM:SS, which saves. Leave out trainer.max_time."
         )
     lr = config.optimizer.get("lr")
-    if not (_is_number(lr) and lr > 0):
+    if not (is_number(lr) and lr > 0):
         raise UserError(f"optimizer.lr={lr} is not valid. Give a learning rate above 0.")
     for name in ("warmup_epochs", "cooldown_epochs"):
         check_whole_number(f"scheduler.{name}", config.scheduler[name], 0)
     for group, name in (("optimizer", "weight_decay"), ("scheduler", "warmup_lr"), ("scheduler", "min_lr")):
         value = config[group].get(name, 0)
-        if not (_is_number(value) and value >= 0):
+        if not (is_number(value) and value >= 0):
             raise UserError(f"{group}.{name}={value} is not valid. Give a number of at least 0.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_trainer(config: DictConfig, trainer: Trainer) -> None:
@@ -266,12 +255,15 @@ def _check_trainer(config: DictConfig, trainer: Trainer) -> None:
         raise UserError("The length of a training is train.epochs. Leave out trainer.max_epochs and trainer.max_steps.")
     if not any(isinstance(callback, LastCheckpoint) for callback in trainer.callbacks):
         raise UserError("A training without callbacks.last saves nothing. Leave callbacks=train.")
-    averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-    if averaged and str(trainer.precision) in ("bf16-true", "16-true"):
+    if _averages(trainer) and str(trainer.precision) in ("bf16-true", "16-true"):
         raise UserError(
             f"trainer.precision={trainer.precision} is too coarse for averaged weights, which would stand still. Use "
             "trainer.precision=bf16-mixed, or train.ema_decay=null."
         )
+
+
+def _averages(trainer: Trainer) -> bool:
+    return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
 
 
 def _checkpoint_to_resume(config: DictConfig) -> Path | None:
@@ -335,22 +327,6 @@ def _keep_metrics(trainer: Trainer, updates: int) -> None:
                 path.rename(path.with_name(f"metrics_to_{updates}.csv"))
 
 
-def _factory(config: DictConfig, group: str, **changes: Any) -> Callable[..., Any]:
-    """The function of a config's `_target_` with its options; its complaints become errors that name the group."""
-    # the objects it is applied to must not pass through the instantiation, which copies
-    partial = hydra.utils.instantiate(config, _partial_=True, **changes)
-
-    @functools.wraps(partial.func)
-    def make(*arguments: Any, **options: Any) -> Any:
-        try:
-            return partial(*arguments, **options)
-        except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
-            reason = str(error).strip().rstrip(".!") or type(error).__name__
-            raise UserError(f"{group} cannot be built: {reason}. Check the options under '{group}'.") from error
-
-    return make
-
-
 def _make_scheduler(config: DictConfig, optimizer: Any, scale: float, updates_per_epoch: int) -> Any:
     """The scheduler of timm, which has to end with the training."""
     options = config.scheduler
@@ -363,7 +339,7 @@ def _make_scheduler(config: DictConfig, optimizer: Any, scale: float, updates_pe
     if options.sched == "plateau":
         raise UserError("scheduler.sched=plateau follows a figure, which it is not told. Choose another one.")
     rates = {name: scale * options[name] for name in ("warmup_lr", "min_lr")}
-    make = _factory(options, "scheduler", **rates)
+    make = build_later(options, "scheduler", **rates)
     scheduler, num_epochs = make(optimizer, num_epochs=decaying, updates_per_epoch=updates_per_epoch)
     if scheduler is None:  # timm has come to refuse names that it does not know
         raise UserError(

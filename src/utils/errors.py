@@ -32,6 +32,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return "Choose one of: " + ", ".join(known) + "."
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_switch(option: str, value: Any) -> None:
+    """Refuse anything but true and false.
+
+    Args:
+        option: its name on the command line, for the message.
+        value: what was given.
+
+    Raises:
+        UserError: the value is another.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{option}={value!r} is not valid. Give true or false.")
+
+
 def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     """Refuse anything but a whole number in [minimum, maximum].
 

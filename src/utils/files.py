@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,6 +76,18 @@ def atomic_write(
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write one object as JSON, through `atomic_write`.
+
+    Raises:
+        UserError: see `atomic_write`.
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:

@@ -17,6 +17,12 @@ def processor_name() -> str:
     return name
 
 
+def usable_cpus() -> int:
+    """Number of CPUs that this process may use."""
+    # sched_getaffinity knows of taskset and of containers pinned to CPUs, but does not exist on every system.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine_info(device: torch.device) -> dict[str, str | int | None]:
     """What a figure has to be read with: processor, threads, versions, GPU."""
     return {

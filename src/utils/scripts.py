@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from src.utils.errors import UserError, did_you_mean
-from src.utils.files import atomic_write
 
 
 def run_tool(
@@ -123,17 +121,6 @@ def check_writable(*paths: str | None) -> None:
     for path in paths:
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
-
-
-def write_json(path: str, content: dict) -> None:
-    """Write `content` as JSON.
-
-    Raises:
-        UserError: the path cannot be written.
-    """
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
 
 
 def first_line(error: BaseException) -> str:
