@@ -12,6 +12,7 @@ from pytorch_lightning import Trainer, seed_everything
 from rich.console import Console
 
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.datamodules.synthetic import SyntheticDataModule
 from src.evaluation.results import (
     RESULTS_FILE,
     Results,
@@ -66,7 +67,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
     checkpoint = Path(config.eval.ckpt).expanduser()
 
     # what is cheap to check comes first: data, then the model and its weights
-    datamodule: ImageFolderDataModule = build(config.datamodule, "datamodule")
+    datamodule: ImageFolderDataModule | SyntheticDataModule = build(config.datamodule, "datamodule")
     datamodule.setup("test")
     model = build_model(config.model)
     contents = read_checkpoint(checkpoint)
@@ -101,7 +102,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         attention=attention,
         checkpoint={"path": str(config.eval.ckpt), "sha256": sha256_of_file(checkpoint)},
         data={
-            "dir": str(config.datamodule.data_dir),
+            "dir": str(datamodule.data_dir),
             "split": datamodule.test_split,
             "num_images": len(datamodule.test_dataset),
             "num_classes": config.model.num_classes,
