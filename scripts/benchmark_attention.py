@@ -38,10 +38,11 @@ from src.models.modules.attention import ATTENTIONS, create_attention
 from src.ops.features import log_softmax_features
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
-from src.utils.files import atomic_write, write_json
+from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
+    check_figure,
     check_writable,
     choose_device,
     comma_separated,
@@ -52,6 +53,7 @@ from src.utils.scripts import (
     positive_list,
     progress_display,
     run_tool,
+    save_figure,
 )
 from src.utils.timing import in_turn, seconds_per_call
 
@@ -646,7 +648,6 @@ def plot(bench: Bench, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    suffix = Path(path).suffix.lstrip(".").lower()
     arguments = bench.arguments
     panels, axes = plt.subplots(
         1, len(arguments.passes), figsize=(6 * len(arguments.passes), 5), squeeze=False, layout="constrained"
@@ -670,8 +671,7 @@ def plot(bench: Bench, path: str) -> None:
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     panels.suptitle(f"{arguments.dtype} on {bench.device.type}, batch {arguments.batch}, heads {arguments.heads}")
-    with atomic_write(path, "wb") as file:
-        panels.savefig(file, format=suffix, dpi=150)
+    save_figure(panels, path)
     plt.close(panels)
 
 
@@ -692,9 +692,8 @@ def report(bench: Bench) -> dict:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Run the benchmark, print its tables and write its files."""
-    check_writable(arguments.output, arguments.figure)
-    if arguments.figure is not None and Path(arguments.figure).suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--figure {arguments.figure}: the name has to end in .png, .pdf or .svg.")
+    check_writable(arguments.output)
+    check_figure(arguments.figure)
     bench = Bench(arguments)
     console = Console()
     bench.run(Console(stderr=True))

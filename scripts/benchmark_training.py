@@ -28,7 +28,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.models.modules.attention import ATTENTIONS
-from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit, get_variant
+from src.models.t2t_vit import create_t2t_vit
 from src.tasks.launch import quiet_libraries
 from src.tasks.provenance import attention_options
 from src.tasks.training import ClassificationTraining
@@ -37,6 +37,7 @@ from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
+    check_swappable,
     check_writable,
     choose_device,
     comma_separated,
@@ -289,12 +290,7 @@ def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argpar
     Raises:
         UserError: the variant is unknown, or its attention cannot be swapped.
     """
-    if get_variant(arguments.variant).tokens != "transformer":
-        swappable = (name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer")
-        raise UserError(
-            f"--variant {arguments.variant}: the attention of its token stages is part of the model and cannot be "
-            f"swapped. Choose one of: {', '.join(sorted(swappable))}."
-        )
+    check_swappable(arguments.variant)
     on_cuda = device.type == "cuda"
     filled = {
         "batch_size": arguments.batch_size or (256 if on_cuda else 8),

@@ -7,12 +7,20 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from src.models.t2t_vit import T2T_VIT_VARIANTS, get_variant
 from src.utils.errors import UserError, did_you_mean
+from src.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def run_tool(
@@ -96,6 +104,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def check_swappable(variant: str) -> None:
+    """Refuse a variant of T2T-ViT whose attention is its own.
+
+    Raises:
+        UserError: the variant that `--variant` names is unknown, or its attention cannot be swapped.
+    """
+    if get_variant(variant).tokens != "transformer":
+        swappable = (name for name, sizes in T2T_VIT_VARIANTS.items() if sizes.tokens == "transformer")
+        raise UserError(
+            f"--variant {variant}: the attention of its token stages is part of the model and cannot be swapped. "
+            f"Choose one of: {', '.join(sorted(swappable))}."
+        )
+
+
 def say(text: str) -> None:
     """Print text as it is, one line of it on one line."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
@@ -121,6 +143,23 @@ def check_writable(*paths: str | None) -> None:
     for path in paths:
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
+
+
+def check_figure(path: str | None) -> None:
+    """Refuse the name of a figure that says no format, before minutes are spent.
+
+    Raises:
+        UserError: its suffix is none of `FIGURE_SUFFIXES`, or it cannot be written.
+    """
+    check_writable(path)
+    if path is not None and Path(path).suffix.lower() not in FIGURE_SUFFIXES:
+        raise UserError(f"--figure {path}: the name has to end in .png, .pdf or .svg.")
+
+
+def save_figure(drawing: Figure, path: str) -> None:
+    """Write a figure in the format of the path's suffix."""
+    with atomic_write(path, "wb") as file:
+        drawing.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,117 @@
+"""Forms of a network's forward pass that are made for many batches of one size, without gradients."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+# Kernels are compiled and chosen, and libraries take their workspaces, in the first calls.
+WARM_UP_CALLS = 3
+
+
+class PaddedForward:
+    """Gives a function batches of one size, that of the first: a smaller one is filled up with zeros.
+
+    Args:
+        function: from (B, ...) to (B, ...), image by image.
+    """
+
+    def __init__(self, function: Forward) -> None:
+        self._function = function
+        self._batch_size: int | None = None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Map (B, ...) to (B, ...)."""
+        if self._batch_size is None:
+            self._batch_size = len(images)
+        missing = self._batch_size - len(images)
+        if missing <= 0:
+            return self._function(images)
+        padding = images.new_zeros(missing, *images.shape[1:])
+        return self._function(torch.cat([images, padding]))[: len(images)]
+
+
+class CudaGraphForward:
+    """A function recorded as a CUDA graph at its first call and replayed from then on: one launch for all its kernels.
+
+    Parameters and buffers are read where they are, so a change of theirs in place, such as another draw of random
+    features, is seen by the next call; what is computed from them on the host is not. An input of another shape or
+    dtype than the first goes to the function itself, and so do all inputs, after a warning, where recording fails.
+
+    Args:
+        function: from a CUDA tensor to a CUDA tensor.
+    """
+
+    def __init__(self, function: Forward) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._failed = False
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Map the input to the output, which the next call overwrites."""
+        if self._graph is None and not self._failed:
+            self._record(images)
+        if self._failed or (images.shape, images.dtype) != (self._images.shape, self._images.dtype):
+            return self._function(images)
+        self._images.copy_(images)
+        self._graph.replay()
+        return self._output
+
+    def _record(self, images: torch.Tensor) -> None:
+        self._images = images.clone()
+        current, stream = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
+        with _no_cache_of_autocast():
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_CALLS):
+                    self._function(self._images)
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # threads that fill page-locked memory meanwhile do no harm
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._output = self._function(self._images)
+            except RuntimeError as error:
+                self._failed = True
+                del self._images
+                reason = (str(error.__context__ or error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                logger.warning("The network cannot be recorded as a CUDA graph and runs without: %s.", reason)
+                return
+        self._graph = graph
+
+
+@contextmanager
+def _no_cache_of_autocast() -> Iterator[None]:
+    """Let autocast convert weights anew each time: it frees those it keeps, which a graph would go on reading."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def compiled(function: Forward, **options: Any) -> Forward:
+    """A function under `torch.compile`, for one shape, as one graph.
+
+    Args:
+        function: from a tensor to a tensor.
+        **options: of `torch.compile`.
+    """
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        return function(images)
+
+    # with code of its own, or PyTorch would count the shapes of all functions against one limit of recompilations
+    code = call.__code__.replace(co_name=f"compiled_{id(function)}")
+    own = types.FunctionType(code, globals(), closure=call.__closure__)
+    return torch.compile(own, dynamic=False, fullgraph=True, **options)
