@@ -1,0 +1,79 @@
+"""A linear map with LayerNorm before it, GELU and a residual behind it, over rows or over overlapping patches."""
+
+from __future__ import annotations
+
+import torch
+
+from src.ops.backends import check_inference_only, choose_backend
+from src.ops.fused_linear.folded import FoldedLinear
+from src.ops.fused_linear.naive import naive_fused_linear
+from src.ops.fused_linear.patches import Patches
+from src.ops.fused_linear.plain import plain_fused_linear
+from src.utils.errors import UserError
+
+__all__ = ["FoldedLinear", "Patches", "fused_linear", "naive_fused_linear"]
+
+
+def fused_linear(
+    x: torch.Tensor,
+    folded: FoldedLinear,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`act(LayerNorm(x) W^T + b) + residual`, for inference only. See README.md in this folder.
+
+    Args:
+        x: rows (..., K), or for weights over patches a feature map (B, height, width, C), in the dtype of the weights.
+            No form copies rows whose last dimension is contiguous and whose others are those of one stride, nor a
+            feature map that is contiguous in (height, width, C) order.
+        folded: the weights.
+        residual: (..., N) or what expands to it, such as a table of positions (patches, N) for all samples; added
+            last, after GELU.
+        out: tensor of the output's shape to write to, of any strides with a contiguous last dimension, such as
+            `tokens[:, 1:]`; None for a new one. It may be `residual` itself; it must not overlap x.
+        backend: `naive` (float64), `torch`, `triton` (CUDA) or `auto`.
+
+    Returns:
+        (..., N) for rows, (B, patches, N) for patches; `out` where it was given.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit; a gradient is wanted.
+    """
+    shape = folded.output_shape(x)
+    check_inference_only("fused_linear", x, folded.weight, residual)
+    for name, tensor in (("x", x), ("residual", residual), ("out", out)):
+        if tensor is not None and (tensor.dtype != folded.weight.dtype or tensor.device != folded.weight.device):
+            raise UserError(
+                f"{name} is {tensor.dtype} on {tensor.device} and the weights are {folded.weight.dtype} on "
+                f"{folded.weight.device}; convert the input, or fold the weights again after moving the model."
+            )
+    if residual is not None and residual.shape != shape:
+        if residual.dim() > len(shape) or any(
+            have not in (1, want) for have, want in zip(reversed(residual.shape), reversed(shape), strict=False)
+        ):
+            raise UserError(f"residual {tuple(residual.shape)} does not expand to the output, {shape}.")
+        residual = residual.expand(shape)
+    if out is not None and out.shape != shape:
+        raise UserError(f"out {tuple(out.shape)} has to be of the shape of the output, {shape}.")
+
+    chosen = choose_backend(backend, x)
+    if chosen == "triton" and backend == "auto" and x.dtype == torch.float32 and folded.patches is None:
+        chosen = "torch"  # cuBLAS is faster than Triton without tensor cores; over patches it would lay them out
+    if chosen == "triton":
+        from src.ops.fused_linear.triton import triton_fused_linear
+
+        return triton_fused_linear(x, folded, residual, out)
+    if chosen == "torch":
+        return plain_fused_linear(x, folded, residual, out)
+    y = naive_fused_linear(
+        x,
+        folded.matrix(),
+        folded.bias,
+        normalise=folded.normalise,
+        eps=folded.eps,
+        gelu=folded.gelu,
+        patches=folded.patches,
+        residual=residual,
+    ).to(x.dtype)
+    return y if out is None else out.copy_(y)

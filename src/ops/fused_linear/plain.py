@@ -1,0 +1,63 @@
+"""The fused linear map in plain PyTorch; patches by convolution, never laid out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from src.ops.fused_linear.folded import FoldedLinear
+
+
+def plain_fused_linear(
+    x: torch.Tensor, folded: FoldedLinear, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Arguments as in `fused_linear`, `residual` of the shape of the output."""
+    if folded.patches is not None:
+        y = _over_patches(x, folded)
+    else:
+        if folded.normalise:
+            # W is centred: it takes the mean of the normalised row, zero but for rounding, for what it is
+            x = F.layer_norm(x, (folded.in_features,), eps=folded.eps)
+        y = F.linear(x, folded.matrix(), folded.bias)
+    if folded.gelu:
+        y = F.gelu(y)
+    if residual is not None:
+        return torch.add(y, residual, out=y if out is None else out)
+    return y if out is None else out.copy_(y)
+
+
+def _over_patches(x: torch.Tensor, folded: FoldedLinear) -> torch.Tensor:
+    """The product over patches, (B, height, width, C) to (B, patches, N)."""
+    bias = folded.bias
+    product = _convolution(x, folded, None if folded.normalise else bias)
+    if not folded.normalise:
+        return product
+    mean, reciprocal_deviation = _patch_statistics(x, folded)
+    if product.dtype != torch.float32 and product.dtype != torch.float64:
+        product = torch.addcmul(product, mean.to(x.dtype), folded.sums, value=-1)
+    reciprocal_deviation = reciprocal_deviation.to(x.dtype)
+    return product * reciprocal_deviation if bias is None else torch.addcmul(bias, product, reciprocal_deviation)
+
+
+def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | None) -> torch.Tensor:
+    patches = folded.patches
+    x = x.permute(0, 3, 1, 2)
+    if x.is_cuda and x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        # cuDNN has a switch of its own, on by default: what asks for exact products gets them
+        columns = F.unfold(x, patches.kernel, stride=patches.stride, padding=patches.padding).transpose(1, 2)
+        return F.linear(columns, folded.matrix(), bias)
+    y = F.conv2d(x, folded.convolution_weight(), bias, patches.stride, patches.padding)
+    return y.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _patch_statistics(x: torch.Tensor, folded: FoldedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and reciprocal deviation of each patch, padding counted, (B, patches, 1) float64 each.
+
+    From sums over boxes of the sums over channels: few numbers, so float64 costs little, and E[x^2] - E[x]^2 cancels.
+    """
+    patches = folded.patches
+    x = x.double()
+    sums = torch.stack([x.mean(-1), x.square().mean(-1)], dim=1)
+    means = F.avg_pool2d(sums, patches.kernel, patches.stride, patches.padding, count_include_pad=True)
+    mean, mean_square = means.flatten(2).unsqueeze(-1).unbind(1)
+    return mean, (mean_square - mean.square()).clamp_min_(0).add_(folded.eps).rsqrt_()

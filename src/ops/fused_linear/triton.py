@@ -1,0 +1,515 @@
+"""The fused linear map as one Triton kernel. Imported only where it runs: importing it needs triton."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from src.ops.fused_linear.folded import FoldedLinear
+from src.ops.fused_linear.patches import Patches
+from src.ops.triton_functions import device_of, gelu, precision_of_products
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Settings of the kernel that change its speed and nothing else.
+
+    Attributes:
+        rows: rows of the output in a tile, a power of two of at least 16.
+        columns: columns of the output in a tile, likewise.
+        parts: tiles next to one another that a program computes together, 1 to 3: x is read once for all of them.
+        inner: steps of the inner dimension, 16, 32, 64 or 128.
+        group: tiles of rows whose tiles of columns run one after another, so that the cache serves x and W.
+        warps: warps of a program.
+        stages: steps of the inner loop in flight, at least 2 (1 gave wrong results on an H100 with Triton 3.6).
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    parts: int = 1
+    group: int = 8
+    warps: int = 4
+    stages: int = 3
+
+
+# Half precision, by (K, N), K counted without padding.
+_TILES_HALF: dict[tuple[int, int], Tiles] = {
+    (147, 192): Tiles(128, 64, 32, parts=3, group=1, warps=8, stages=3),
+    (576, 192): Tiles(128, 64, 64, parts=3, group=1, warps=8, stages=3),
+    (576, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+    (384, 1152): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+    (384, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+    (1152, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+}
+# Fewer rows than this leave most of a GPU without a tile of 128 rows.
+_FEW_ROWS = 2048
+
+
+def default_tiles(num_rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> Tiles:
+    """Settings for a size: those of the table, or what suits tensor cores (half precision) and registers (float32)."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, warps=4, stages=3)
+    if num_rows < _FEW_ROWS:
+        return Tiles(32, 64, 64, warps=4, stages=4)
+    known = _TILES_HALF.get((in_features, out_features))
+    if known is not None:
+        return known
+    return Tiles(128, 128 if out_features > 64 else 64, 64, warps=8 if out_features > 64 else 4, stages=3)
+
+
+@triton.jit
+def _finish(
+    product,
+    mean,
+    reciprocal_deviation,
+    bias_ptr,
+    sums_ptr,
+    residual_ptrs,
+    out_ptrs,
+    rows_exist,
+    first_column,
+    OUT_FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    EXACT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """What follows the product, and the store of a tile."""
+    column = first_column + tl.arange(0, COLUMNS)
+    exists = column < OUT_FEATURES
+    y = product
+    if NORMALISE:
+        sums = tl.load(sums_ptr + column, mask=exists, other=0.0).to(tl.float32)
+        y = (y - mean[:, None] * sums[None, :]) * reciprocal_deviation[:, None]
+    if BIAS:
+        y = y + tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        y = gelu(y, EXACT)
+    stored = rows_exist[:, None] & exists[None, :]
+    if RESIDUAL:
+        y = y + tl.load(residual_ptrs[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
+    tl.store(out_ptrs[:, None] + column[None, :], y.to(out_ptrs.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _weight_tile(
+    weight_ptr,
+    first_column,
+    offset,
+    within,
+    OUT_FEATURES: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr,
+    LENGTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Tile (INNER, COLUMNS) of the transposed weights; columns beyond the last repeat it, and are not stored."""
+    column = first_column + tl.arange(0, COLUMNS)
+    if OUT_FEATURES % COLUMNS != 0:
+        column = tl.minimum(column, OUT_FEATURES - 1)
+    inner = tl.arange(0, INNER)
+    pointers = weight_ptr + (offset + inner)[:, None] + column[None, :] * WEIGHT_ROW
+    if LENGTH % INNER == 0:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(within + inner < LENGTH)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def _fused_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    sums_ptr,
+    residual_ptr,
+    out_ptr,
+    num_rows,
+    rows_per_sample,
+    x_stride,
+    height,
+    line,
+    grid_width,
+    residual_sample_stride,
+    residual_row_stride,
+    out_sample_stride,
+    out_row_stride,
+    eps,
+    OUT_FEATURES: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    LENGTH: tl.constexpr,
+    PATCHES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PIVOT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    EXACT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of ROWS x (PARTS * COLUMNS) outputs.
+
+    x_stride: between rows, or for patches between samples. line: elements of a line of the map, width * C. A row r
+    is row r % rows_per_sample of sample r // rows_per_sample. SEGMENT values of x lie together, LENGTH is the same
+    padded in the weights; SEGMENTS of them make the inner dimension.
+    """
+    # GROUP tiles of rows by all tiles of columns, then the next GROUP
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(num_rows, ROWS)
+    column_tiles = tl.cdiv(OUT_FEATURES, PARTS * COLUMNS)
+    group = program // (GROUP * column_tiles)
+    group_size = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within_group = program % (GROUP * column_tiles)
+    row_tile = group * GROUP + within_group % group_size
+    first_column = (within_group // group_size) * (PARTS * COLUMNS)
+
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    rows_exist = row < num_rows
+    # rows beyond the last repeat it, and are not stored: the loads then need no mask
+    row = tl.minimum(row, num_rows - 1)
+    sample = row // rows_per_sample
+    row_of_sample = row % rows_per_sample
+    inner = tl.arange(0, INNER)
+    if PATCHES:
+        top = (row_of_sample // grid_width) * STRIDE - PADDING
+        left = ((row_of_sample % grid_width) * STRIDE - PADDING) * CHANNELS
+        x_rows = x_ptr + sample.to(tl.int64) * x_stride
+    else:
+        x_rows = x_ptr + row.to(tl.int64) * x_stride
+    # float32 would show the cancellation in E[x^2] - E[x]^2 of a nearly flat row: take x relative to one of its values
+    if PIVOT:
+        if PATCHES:
+            middle = tl.minimum(top + PADDING, height - 1) * line + tl.minimum(left + PADDING * CHANNELS, line - 1)
+            pivot = tl.load(x_rows + middle)
+        else:
+            pivot = tl.load(x_rows)
+    sum_of_values = tl.zeros((ROWS,), tl.float32)
+    sum_of_squares = tl.zeros((ROWS,), tl.float32)
+
+    product0 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if PARTS > 1:
+        product1 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if PARTS > 2:
+        product2 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    STEPS: tl.constexpr = (LENGTH + INNER - 1) // INNER
+    WEIGHT_ROW: tl.constexpr = SEGMENTS * LENGTH
+    for step in tl.range(0, SEGMENTS * STEPS, num_stages=STAGES):
+        if SEGMENTS == 1:
+            segment = 0
+            within = step * INNER
+        else:
+            segment = step // STEPS
+            within = (step % STEPS) * INNER
+        if PATCHES:
+            # no mask for the end of a segment: what follows it in the line meets weights of zero
+            y = top + segment
+            position = left[:, None] + (within + inner)[None, :]
+            inside = (position >= 0) & (position < line) & ((y >= 0) & (y < height))[:, None]
+            x = tl.load(x_rows[:, None] + (y * line)[:, None] + position, mask=inside, other=0.0)
+        elif SEGMENT % INNER == 0:
+            x = tl.load(x_rows[:, None] + (within + inner)[None, :])
+        else:
+            x = tl.load(
+                x_rows[:, None] + (within + inner)[None, :], mask=(within + inner < SEGMENT)[None, :], other=0.0
+            )
+        offset = segment * LENGTH + within
+        weight = _weight_tile(
+            weight_ptr, first_column, offset, within, OUT_FEATURES, WEIGHT_ROW, LENGTH, COLUMNS, INNER
+        )
+        product0 = tl.dot(x, weight, product0, input_precision=PRECISION)
+        if PARTS > 1:
+            weight = _weight_tile(
+                weight_ptr, first_column + COLUMNS, offset, within, OUT_FEATURES, WEIGHT_ROW, LENGTH, COLUMNS, INNER
+            )
+            product1 = tl.dot(x, weight, product1, input_precision=PRECISION)
+        if PARTS > 2:
+            weight = _weight_tile(
+                weight_ptr,
+                first_column + 2 * COLUMNS,
+                offset,
+                within,
+                OUT_FEATURES,
+                WEIGHT_ROW,
+                LENGTH,
+                COLUMNS,
+                INNER,
+            )
+            product2 = tl.dot(x, weight, product2, input_precision=PRECISION)
+        if NORMALISE:
+            values = x.to(tl.float32)
+            if PIVOT:
+                values = values - pivot[:, None]
+            if SEGMENT % INNER != 0:
+                values = tl.where((within + inner < SEGMENT)[None, :], values, 0.0)
+            sum_of_values += tl.sum(values, 1)
+            sum_of_squares += tl.sum(values * values, 1)
+
+    mean = sum_of_values * (1.0 / (SEGMENTS * SEGMENT))
+    reciprocal_deviation = mean
+    if NORMALISE:
+        variance = tl.maximum(sum_of_squares * (1.0 / (SEGMENTS * SEGMENT)) - mean * mean, 0.0)
+        reciprocal_deviation = 1.0 / tl.sqrt(variance + eps)
+    if PIVOT:
+        mean = mean + pivot
+    out_ptrs = out_ptr + sample.to(tl.int64) * out_sample_stride + row_of_sample.to(tl.int64) * out_row_stride
+    residual_ptrs = out_ptrs
+    if RESIDUAL:
+        residual_ptrs = (
+            residual_ptr
+            + sample.to(tl.int64) * residual_sample_stride
+            + row_of_sample.to(tl.int64) * residual_row_stride
+        )
+    _finish(
+        product0,
+        mean,
+        reciprocal_deviation,
+        bias_ptr,
+        sums_ptr,
+        residual_ptrs,
+        out_ptrs,
+        rows_exist,
+        first_column,
+        OUT_FEATURES,
+        COLUMNS,
+        NORMALISE,
+        BIAS,
+        GELU,
+        EXACT,
+        RESIDUAL,
+    )
+    if PARTS > 1:
+        _finish(
+            product1,
+            mean,
+            reciprocal_deviation,
+            bias_ptr,
+            sums_ptr,
+            residual_ptrs,
+            out_ptrs,
+            rows_exist,
+            first_column + COLUMNS,
+            OUT_FEATURES,
+            COLUMNS,
+            NORMALISE,
+            BIAS,
+            GELU,
+            EXACT,
+            RESIDUAL,
+        )
+    if PARTS > 2:
+        _finish(
+            product2,
+            mean,
+            reciprocal_deviation,
+            bias_ptr,
+            sums_ptr,
+            residual_ptrs,
+            out_ptrs,
+            rows_exist,
+            first_column + 2 * COLUMNS,
+            OUT_FEATURES,
+            COLUMNS,
+            NORMALISE,
+            BIAS,
+            GELU,
+            EXACT,
+            RESIDUAL,
+        )
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    eps: float,
+    segment: int,
+    normalise: bool,
+    gelu_follows: bool,
+    patches: Sequence[int],
+    tiles: Tiles | None,
+) -> None:
+    """Run the kernel.
+
+    Args:
+        x: rows (..., K), or for patches (B, height, width, C).
+        weight: (N, segments, length), contiguous.
+        bias: (N,), or None.
+        sums: (N,), or None.
+        residual: of the output's shape, or None.
+        out: (..., N).
+        eps: of the LayerNorm.
+        segment: values of x that lie together, at most `length`.
+        normalise: whether there is a LayerNorm.
+        gelu_follows: whether there is a GELU.
+        patches: (kernel, stride, padding), empty for rows.
+        tiles: settings, None for the default ones.
+    """
+    out_features, segments, length = weight.shape
+    num_rows = out.numel() // out_features
+    if num_rows == 0:
+        return
+    if patches:
+        kernel, stride, padding = patches
+        _, height, width, channels = x.shape
+        line = width * channels
+        grid_width = (width + 2 * padding - kernel) // stride + 1
+        if x.stride()[1:] != (line, channels, 1):
+            x = x.contiguous()
+        x_stride = x.stride(0)
+    else:
+        stride, padding, channels = 1, 0, 1
+        height = line = grid_width = 1
+        x = x.reshape(-1, x.shape[-1])
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        x_stride = x.stride(0)
+    written = _as_samples(out)
+    if written is None:
+        written = torch.empty(out.shape, dtype=out.dtype, device=out.device).view(-1, *out.shape[-2:])
+    added = written
+    if residual is not None:
+        added = _as_samples(residual)
+        if added is None:
+            added = _as_samples(residual.contiguous())
+    if tiles is None:
+        tiles = default_tiles(num_rows, segments * segment, out_features, x.dtype)
+    grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(out_features, tiles.columns * tiles.parts),)
+    with device_of(x):
+        _fused_linear_kernel[grid](
+            x,
+            weight,
+            weight if bias is None else bias,
+            weight if sums is None else sums,
+            added,
+            written,
+            num_rows,
+            written.shape[1],
+            x_stride,
+            height,
+            line,
+            grid_width,
+            added.stride(0),
+            added.stride(1),
+            written.stride(0),
+            written.stride(1),
+            eps,
+            OUT_FEATURES=out_features,
+            SEGMENTS=segments,
+            SEGMENT=segment,
+            LENGTH=length,
+            PATCHES=bool(patches),
+            STRIDE=stride,
+            PADDING=padding,
+            CHANNELS=channels,
+            NORMALISE=normalise,
+            PIVOT=normalise and x.dtype == torch.float32,
+            BIAS=bias is not None,
+            GELU=gelu_follows,
+            EXACT=x.dtype == torch.float32,
+            RESIDUAL=residual is not None,
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            PARTS=tiles.parts,
+            INNER=tiles.inner,
+            GROUP=tiles.group,
+            STAGES=tiles.stages,
+            PRECISION=precision_of_products(x.dtype),
+            num_warps=tiles.warps,
+        )
+    if written.data_ptr() != out.data_ptr():
+        out.copy_(written.view(out.shape))
+
+
+def _as_samples(x: torch.Tensor) -> torch.Tensor | None:
+    """(..., rows, N) as (samples, rows, N) without a copy; None where that cannot be."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    if x.dim() == 2:
+        return x.unsqueeze(0)
+    if x.dim() == 3:
+        return x
+    try:
+        return x.view(-1, *x.shape[-2:])
+    except RuntimeError:
+        return None
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? sums, Tensor? residual, {out}float eps, int segment, "
+    "bool normalise, bool gelu, int[] patches, int[] tiles"
+)
+
+
+@torch.library.custom_op(
+    "scatterbrain::fused_linear", mutates_args=(), schema=f"({_ARGUMENTS.format(out='')}) -> Tensor"
+)
+def fused_linear_operator(x, weight, bias, sums, residual, eps, segment, normalise, gelu, patches, tiles):
+    """The kernel as an operator of PyTorch, for `torch.compile`; arguments as in `_launch`."""
+    out = x.new_empty(_output_shape(x, weight, patches))
+    settings = Tiles(*tiles) if tiles else None
+    _launch(x, weight, bias, sums, residual, out, eps, segment, normalise, gelu, patches, settings)
+    return out
+
+
+@fused_linear_operator.register_fake
+def _(x, weight, bias, sums, residual, eps, segment, normalise, gelu, patches, tiles):
+    return x.new_empty(_output_shape(x, weight, patches))
+
+
+@torch.library.custom_op(
+    "scatterbrain::fused_linear_out",
+    mutates_args=("out",),
+    schema=f"({_ARGUMENTS.format(out='Tensor(a!) out, ')}) -> ()",
+)
+def fused_linear_out_operator(x, weight, bias, sums, residual, out, eps, segment, normalise, gelu, patches, tiles):
+    """`fused_linear_operator` that writes to `out`."""
+    settings = Tiles(*tiles) if tiles else None
+    _launch(x, weight, bias, sums, residual, out, eps, segment, normalise, gelu, patches, settings)
+
+
+def _output_shape(x: torch.Tensor, weight: torch.Tensor, patches: Sequence[int]) -> tuple[int, ...]:
+    if not patches:
+        return (*x.shape[:-1], weight.shape[0])
+    rows, columns = Patches(*patches).grid(x.shape[1], x.shape[2])
+    return (x.shape[0], rows * columns, weight.shape[0])
+
+
+def triton_fused_linear(
+    x: torch.Tensor, folded: FoldedLinear, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Arguments as in `fused_linear`, `residual` of the shape of the output."""
+    patches = () if folded.patches is None else dataclasses.astuple(folded.patches)
+    settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches)
+    weights = (folded.weight, folded.bias, folded.sums)
+    if torch.compiler.is_compiling():
+        tiles = () if folded.tiles is None else dataclasses.astuple(folded.tiles)
+        if out is None:
+            return torch.ops.scatterbrain.fused_linear(x, *weights, residual, *settings, tiles)
+        torch.ops.scatterbrain.fused_linear_out(x, *weights, residual, out, *settings, tiles)
+        return out
+    # PyTorch's dispatcher would cost as much as the launch itself
+    if out is None:
+        out = x.new_empty(folded.output_shape(x))
+    _launch(x, *weights, residual, out, *settings, folded.tiles)
+    return out

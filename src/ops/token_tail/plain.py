@@ -1,0 +1,16 @@
+"""The tail of a token stage in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from src.ops.token_tail.folded import FoldedTail
+
+
+def plain_token_tail(attended: torch.Tensor, value: torch.Tensor, folded: FoldedTail) -> torch.Tensor:
+    """Arguments as in `token_tail`."""
+    x = F.linear(attended, folded.projection, folded.bias(0)).add_(value)
+    hidden = F.layer_norm(x, (folded.width,), eps=folded.eps)
+    hidden = F.gelu(F.linear(hidden, folded.first, folded.bias(1)))
+    return F.linear(hidden, folded.second, folded.bias(2)).add_(x)
