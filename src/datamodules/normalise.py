@@ -26,12 +26,12 @@ class Normalise:
 
         Args:
             images: (B, 3, height, width) in [0, 255], uint8 or float32.
-            dtype: of the result, at most as precise as float32 in effect.
+            dtype: of the result.
 
         Returns:
-            (B, 3, height, width) of `dtype`.
+            (B, 3, height, width) of `dtype`, in the order of memory that the images are in.
         """
         if self._factor.device != images.device:  # once: each copy to the device would wait for it
             self._factor, self._shift = self._factor.to(images.device), self._shift.to(images.device)
-        result = torch.empty(images.shape, dtype=dtype, device=images.device)
+        result = torch.empty_like(images, dtype=dtype)
         return torch.addcmul(self._shift, images, self._factor, out=result)

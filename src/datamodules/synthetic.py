@@ -32,7 +32,7 @@ class SyntheticImages:
     Attributes:
         root: what stands for the folder.
         paths: `synthetic/00000000` and so on, N of them.
-        pixels: (D, 3, image_size, image_size) uint8.
+        pixels: (D, 3, image_size, image_size) uint8, channels last in memory.
         targets: (N,) int64.
 
     Raises:
@@ -46,7 +46,9 @@ class SyntheticImages:
         self.targets = torch.randint(num_classes, (num_images,), generator=generator)
         shape = (min(num_images, num_distinct), 3, image_size, image_size)
         try:
-            self.pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            # the colours of a pixel together, as decoded images have them
+            self.pixels = pixels.contiguous(memory_format=torch.channels_last)
         except RuntimeError as error:
             raise UserError(f"datamodule.num_distinct={num_distinct} images do not fit in memory. Lower it.") from error
 

@@ -8,15 +8,18 @@ from collections.abc import Callable, Sequence
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from src.evaluation.results import Records, summarise
 from src.tasks.provenance import seconds_now
 from src.tasks.records import ImageRecords
+from src.tasks.transfer import OverlappedTransfer
 
 
 class ImageClassification(pl.LightningModule):
     """Evaluates a classifier, over several draws of its random features where it has any.
+
+    A step asks the device for its work and waits for nothing: what is counted stays on the device, and the next batch
+    is copied there meanwhile.
 
     Args:
         model: module (B, 3, size, size) -> (B, num_classes). If its attribute `has_random_features` is true it has
@@ -25,7 +28,8 @@ class ImageClassification(pl.LightningModule):
         num_classes: number of classes.
         seeds: one seed for each draw; a model without random features takes one.
         redraw: draw the random features from the seeds; otherwise those that the model has are kept, for one seed.
-        forward: compiled form of `model`, sharing its parameters and buffers; None is `model` itself.
+        make_forward: from `model`, on its device and in its dtype, to the function that is evaluated in its place; it
+            has to read the rows of random features where `model` has them. None evaluates `model` itself.
 
     Attributes:
         records: after the test, what was kept of every image (on every process).
@@ -40,18 +44,15 @@ class ImageClassification(pl.LightningModule):
         num_classes: int,
         seeds: Sequence[int],
         redraw: bool = True,
-        forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        make_forward: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.seeds = list(seeds)
         self.redraw = redraw
-        # not a sub-module: the compiled form would register the parameters a second time
-        self._forward = (model if forward is None else forward,)
-        self._has_fixed_batch = forward is not None
+        self._make_forward = make_forward
         self.num_images = num_images
         self.num_classes = num_classes
-        self.running_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
         self.records: Records | None = None
         self.seconds = 0.0
         self.images_per_second = 0.0
@@ -59,11 +60,15 @@ class ImageClassification(pl.LightningModule):
 
     def on_test_start(self) -> None:
         """Make room for the records, and draw the random features of every seed once; a step then only copies them."""
-        # made here: before, a trainer of precision bf16-true would have cast them along with the model
+        # made here: before, a trainer of precision bf16-true would have cast them along with the model, and the model
+        # would not have been where and what it is when it runs
         double = next(self.model.parameters()).dtype == torch.float64
         self.image_records = ImageRecords(
             self.num_images, self.num_classes, len(self.seeds), torch.float64 if double else torch.float32
         ).to(self.device)
+        # not a sub-module: another form of the model would register its parameters a second time
+        self._forward = (self.model if self._make_forward is None else self._make_forward(self.model),)
+        self._transfer = OverlappedTransfer(self.device) if self.device.type == "cuda" else None
         self._draws = []
         for seed in self.seeds:
             if self.redraw and getattr(self.model, "has_random_features", False):
@@ -75,33 +80,31 @@ class ImageClassification(pl.LightningModule):
         self._images_seen = 0
         self._clock_started = seconds_now(self.device)
 
+    def transfer_batch_to_device(
+        self, batch: list[torch.Tensor], device: torch.device, dataloader_idx: int
+    ) -> list[torch.Tensor]:
+        """Copy a batch while the device computes those before."""
+        if self._transfer is None:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return self._transfer(batch)
+
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Evaluate a batch (images, targets, indices) under every draw."""
         images, targets, indices = batch
         for draw, rows in enumerate(self._draws):
             for buffer, drawn in rows:
                 buffer.copy_(drawn)
-            logits = self._logits(images)
-            self.image_records.update(draw, indices, logits, targets)
-            self.running_accuracy.update(logits, targets)
+            self.image_records.update(draw, indices, self._forward[0](images), targets)
         self._images_seen += len(images) * len(self.seeds)
         if batch_idx == 0:
             self._first_batch_ended = seconds_now(self.device)
             self._images_of_first_batch = self._images_seen
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch. A compiled model gets batches of one size: another would be compiled for anew."""
-        if not self._has_fixed_batch:
-            return self._forward[0](images)
-        if self._images_seen == 0:
-            self._batch_size = len(images)
-        padding = images.new_zeros(self._batch_size - len(images), *images.shape[1:])
-        return self._forward[0](torch.cat([images, padding]))[: len(images)]
-
     def progress_so_far(self) -> str:
-        """Images per second and top-1 accuracy of this process, draws taken together, for the progress bar."""
+        """Rate and top-1 accuracy of this process, draws taken together, for the progress bar; waits for the device."""
+        top1 = float(self.image_records.top1_so_far())
         rate = self._images_seen / (time.perf_counter() - self._clock_started)
-        return f"{rate:,.1f} images/s, top-1 {100 * float(self.running_accuracy.compute()):.2f} %"
+        return f"{rate:,.1f} images/s, top-1 {top1:.2f} %"
 
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""

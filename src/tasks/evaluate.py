@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
-import torch
 from munch import Munch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer, seed_everything
 from rich.console import Console
+from torch import nn
 
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.synthetic import SyntheticDataModule
@@ -37,6 +38,7 @@ from src.tasks.provenance import (
 from src.utils.checkpoint import holds_random_features, load_contents, read_checkpoint
 from src.utils.errors import UserError, check_switch, check_whole_number
 from src.utils.files import sha256_of_file
+from src.utils.fixed_batch import CudaGraphForward, Forward, PaddedForward, compiled
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         num_classes=config.model.num_classes,
         seeds=seeds,
         redraw=redraw,
-        forward=torch.compile(model) if config.eval.compile else None,
+        make_forward=functools.partial(_make_forward, compile_form=config.eval.compile),
     )
     attention = attention_name(config.model, model)
     logger.info(
@@ -128,6 +130,17 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         Console().print(results_table(results, results.published))
         logger.info("Results: %s", output_dir / RESULTS_FILE)
     return results, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
+
+
+def _make_forward(model: nn.Module, compile_form: bool) -> Forward:
+    """What is evaluated in place of a model that is on its device and in its dtype."""
+    form = model
+    if form is model and not compile_form:
+        return model
+    forward = compiled(form) if compile_form else form
+    if next(model.parameters()).device.type == "cuda":
+        forward = CudaGraphForward(forward)
+    return PaddedForward(forward)
 
 
 def _check_options(config: DictConfig) -> None:

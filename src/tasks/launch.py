@@ -158,6 +158,8 @@ def quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*it is recommended to use `Trainer\\(devices=1.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
+        # each of the two has the hooks that are its own
+        ".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
         # what a resumed training finds in its folder, and that it is in the middle of an epoch
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*your dataloader is not resumable.*",

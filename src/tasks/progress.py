@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -11,9 +12,6 @@ from pytorch_lightning.callbacks.progress.rich_progress import ProcessingSpeedCo
 from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
-
-# The task may have to wait for the device to tell, which each batch would feel.
-SECONDS_BETWEEN_READINGS = 0.5
 
 
 class _TextColumn(ProgressColumn):
@@ -31,14 +29,15 @@ class ImageProgressBar(RichProgressBar):
     """Lightning's rich progress bar with what the task tells of its progress: `progress_so_far()`, a text.
 
     Args:
-        refresh_rate: batches between two updates.
+        refresh_rate: updates per second. The task may have to wait for the device to tell, which is not done more
+            often than it can be seen.
         **options: those of `RichProgressBar`.
     """
 
     def __init__(self, refresh_rate: int = 1, **options: Any) -> None:
         super().__init__(refresh_rate=refresh_rate, **options)
         self._column = _TextColumn()
-        self._last_reading = -SECONDS_BETWEEN_READINGS
+        self._last_reading = -math.inf
 
     @property
     def test_description(self) -> str:
@@ -74,6 +73,6 @@ class ImageProgressBar(RichProgressBar):
 
     def _read(self, pl_module: LightningModule, is_last: bool) -> None:
         now = time.monotonic()
-        if self.is_enabled and (is_last or now - self._last_reading >= SECONDS_BETWEEN_READINGS):
+        if self.is_enabled and (is_last or now - self._last_reading >= 1 / self.refresh_rate):
             self._last_reading = now
             self._column.text = pl_module.progress_so_far()

@@ -56,6 +56,12 @@ class ImageRecords(Metric):
         self.top5_probabilities[draw, indices] = probabilities
         self.losses[draw, indices] = F.cross_entropy(logits, targets, reduction="none")
 
+    def top1_so_far(self) -> torch.Tensor:
+        """Top-1 accuracy in percent over the rows of this process, draws taken together; on the device, to be read."""
+        filled = self.count > 0
+        hits = filled & (self.top5_classes[..., 0] == self.targets)
+        return 100 * hits.sum() / filled.sum()
+
     def compute(self) -> Records:
         """The table over all processes.
 
