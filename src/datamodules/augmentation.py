@@ -17,6 +17,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
 from src.datamodules.device_augmentation import DeviceAugmentation
+from src.datamodules.normalise import Normalise
 from src.utils.errors import UserError, did_you_mean, is_number
 
 # What torchvision's resize takes on PIL images.
@@ -150,7 +151,7 @@ class Augmentation:
                 auto_augment=auto_augment or None,
                 mean=tuple(mean),
             )
-        self._mean, self._std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self._normalise = Normalise(mean, std)
         self._erase = re_prob > 0 and {"probability": re_prob, "mode": re_mode}
         self._mix = None
         if mixup_prob > 0 and (mixup_alpha > 0 or cutmix_alpha > 0):
@@ -178,7 +179,7 @@ class Augmentation:
         Returns:
             Images (B, 3, size, size) float32, and the probability of each class (B, num_classes) float32.
         """
-        images = (images.float() - self._mean.to(images.device)) / self._std.to(images.device)
+        images = self._normalise(images)
         if self._erase:
             images = RandomErasing(**self._erase, device=images.device)(images)
         if self._mix is not None:

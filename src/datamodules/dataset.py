@@ -141,7 +141,7 @@ class ImageFolderDataset(Dataset):
 
     Args:
         root: folder of the split, which holds the class folders; `~` is expanded.
-        transform: from a PIL image in mode RGB to a float32 tensor (3, size, size).
+        transform: from a PIL image in mode RGB to a tensor (3, size, size).
         num_classes: outputs of the model, see `class_index`.
 
     Attributes:
@@ -210,7 +210,7 @@ class ImageFolderDataset(Dataset):
             index: position in `paths`.
 
         Returns:
-            image (3, size, size) float32, target, and `index` itself.
+            image (3, size, size) as the transform gives it, target, and `index` itself.
 
         Raises:
             UserError: the file cannot be decoded.
@@ -277,7 +277,7 @@ class ImageLoader(DataLoader):
         super().__init__(_ErrorsAsItems(dataset), collate_fn=_collate, **options)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        """Yield images (B, 3, size, size) float32, targets (B,) int64 and positions in the dataset (B,) int64."""
+        """Yield images (B, 3, size, size), targets (B,) int64 and positions in the dataset (B,) int64."""
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 try:

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import Dataset
 
 from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
+from src.datamodules.base import ClassificationDataModule
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader, imagenet_synsets, listing, scan_folder
 from src.datamodules.device_augmentation import decode_images
 from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
@@ -68,15 +68,7 @@ class _AugmentedDataset(Dataset):
         return image, target, seed
 
 
-def _three_numbers(option: str, values: Any) -> tuple[float, float, float]:
-    try:
-        red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise UserError(f"{option}={values!r} is not valid. Give three numbers, one per colour.") from None
-    return red, green, blue
-
-
-class ImageFolderDataModule(pl.LightningDataModule):
+class ImageFolderDataModule(ClassificationDataModule):
     """A folder of images, `data_dir/<split>/<class folder>/<file>`, for evaluation and training.
 
     In evaluation images are resized, centre-cropped and normalised by timm's evaluation transform: the shorter side
@@ -139,12 +131,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         augmentation: Mapping[str, Any] | None = None,
         pin_memory: bool | None = None,
     ) -> None:
-        super().__init__()
-        check_whole_number("datamodule.image_size", image_size, 1)
-        check_whole_number("datamodule.num_classes", num_classes, 1)
-        check_whole_number("datamodule.batch_size", batch_size, 1)
+        super().__init__(image_size, num_classes, batch_size, seed, mean, std, pin_memory)
         check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
-        check_whole_number("datamodule.seed", seed, 0)
         if num_workers is not None:
             check_whole_number("datamodule.num_workers", num_workers, 0)
         if interpolation not in INTERPOLATIONS:
@@ -156,35 +144,21 @@ class ImageFolderDataModule(pl.LightningDataModule):
             raise UserError(f"datamodule.crop_pct={crop_pct!r} is not valid. Give a number above 0 and at most 1.")
         if not is_number(holdout) or not 0 <= holdout < 1:
             raise UserError(f"datamodule.holdout={holdout!r} is not valid. Give a number of at least 0 and below 1.")
-        mean = _three_numbers("datamodule.mean", mean)
-        std = _three_numbers("datamodule.std", std)
-        if min(std) <= 0:
-            raise UserError(f"datamodule.std={std!r} is not valid. Give three numbers above 0.")
         check_switch("datamodule.on_device", on_device)
         for option, split in (("test_split", test_split), ("train_split", train_split)):
             if not isinstance(split, str) or not split:
                 raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
         self.data_dir = data_dir
-        self.image_size = image_size
-        self.num_classes = num_classes
-        self.batch_size = batch_size
         self.num_workers = min(16, usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
         self.train_split = train_split
         self.holdout = holdout
         self.passes_per_epoch = passes_per_epoch
         self.on_device = on_device
-        self.seed = seed
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
-        self.test_transform = create_transform(
-            input_size=image_size,
-            is_training=False,
-            interpolation=interpolation,
-            crop_pct=crop_pct,
-            mean=mean,
-            std=std,
-        )
-        self.mean, self.std = mean, std
+        options = {"input_size": image_size, "is_training": False, "interpolation": interpolation, "crop_pct": crop_pct}
+        self.test_transform = create_transform(**options, mean=self.mean, std=self.std)
+        # "prefetcher" is timm's word for leaving the normalisation to the device
+        self._test_pixels = create_transform(**options, use_prefetcher=True)
         self._augmentation_options = {"interpolation": interpolation, **(augmentation or {})}
         self.augmentation: Augmentation | None = None
         # of on_device: the training images as squares, and their width over their height
@@ -271,7 +245,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             UserError: see `setup`; fewer images than a batch.
         """
         self.setup("fit")
-        rank, world_size = self._place()
+        rank, world_size = self.place()
         updates, accumulate = (
             (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
         )
@@ -306,9 +280,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return [images, targets]
 
     def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
-        """Finish the augmentation of a training batch on the device."""
-        if not (self.trainer and self.trainer.training):
-            return batch
+        """Finish the augmentation of a training batch on the device; normalise another."""
+        if not self.trainer.training:
+            return super().on_after_batch_transfer(batch, dataloader_idx)
         images, *parameters, targets = batch
         if self.on_device:
             self._images = self._images.to(images.device)  # once, and nothing from then on
@@ -324,9 +298,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """Batches of this process's part of the test split, in path order; `setup` is run if it has not been.
 
         Returns:
-            A loader of images (B, 3, size, size) float32, targets (B,) int64 and positions in
-            `test_dataset` (B,) int64. The last batch may be smaller. A file that cannot be decoded
-            is a `UserError` when its batch is reached.
+            A loader of images (B, 3, size, size) uint8, targets (B,) int64 and positions in `test_dataset` (B,) int64;
+            the hook below normalises the images. The last batch may be smaller. A file that cannot be decoded is a
+            `UserError` when its batch is reached.
 
         Raises:
             UserError: see `setup`; fewer images than processes.
@@ -336,16 +310,12 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def _evaluation_loader(self, dataset: ImageFolderDataset) -> ImageLoader:
         return ImageLoader(
-            dataset,
+            dataset.subset(range(len(dataset)), self._test_pixels),
             batch_size=self.batch_size,
-            sampler=ShardedSampler(len(dataset), *self._place()),
+            sampler=ShardedSampler(len(dataset), *self.place()),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
         )
-
-    def _place(self) -> tuple[int, int]:
-        """Rank of this process, and how many there are."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageFolderDataset:
         return ImageFolderDataset(self._split_folder(option), transform, self.num_classes)

@@ -21,17 +21,23 @@ class Normalise:
         mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
         self._factor, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
 
-    def __call__(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def __call__(
+        self,
+        images: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> torch.Tensor:
         """Normalise a batch, on its device; computed in float32.
 
         Args:
             images: (B, 3, height, width) in [0, 255], uint8 or float32.
             dtype: of the result.
+            memory_format: of the result.
 
         Returns:
-            (B, 3, height, width) of `dtype`, in the order of memory that the images are in.
+            (B, 3, height, width) of `dtype`.
         """
         if self._factor.device != images.device:  # once: each copy to the device would wait for it
             self._factor, self._shift = self._factor.to(images.device), self._shift.to(images.device)
-        result = torch.empty_like(images, dtype=dtype)
+        result = torch.empty_like(images, dtype=dtype, memory_format=memory_format)
         return torch.addcmul(self._shift, images, self._factor, out=result)

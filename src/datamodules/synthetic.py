@@ -6,14 +6,12 @@ recognise in them: its accuracy is that of guessing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 
-from src.datamodules.normalise import Normalise
+from src.datamodules.base import ClassificationDataModule
 from src.utils.errors import UserError, check_whole_number
 
 NAME = "synthetic"
@@ -32,7 +30,7 @@ class SyntheticImages:
     Attributes:
         root: what stands for the folder.
         paths: `synthetic/00000000` and so on, N of them.
-        pixels: (D, 3, image_size, image_size) uint8, channels last in memory.
+        pixels: (D, 3, image_size, image_size) uint8.
         targets: (N,) int64.
 
     Raises:
@@ -46,9 +44,7 @@ class SyntheticImages:
         self.targets = torch.randint(num_classes, (num_images,), generator=generator)
         shape = (min(num_images, num_distinct), 3, image_size, image_size)
         try:
-            pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-            # the colours of a pixel together, as decoded images have them
-            self.pixels = pixels.contiguous(memory_format=torch.channels_last)
+            self.pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         except RuntimeError as error:
             raise UserError(f"datamodule.num_distinct={num_distinct} images do not fit in memory. Lower it.") from error
 
@@ -89,23 +85,17 @@ class _Batches(Dataset):
         return [self._pixels[first : first + end - begin], self._targets[begin:end], self._indices[begin:end]]
 
 
-class SyntheticDataModule(pl.LightningDataModule):
+class SyntheticDataModule(ClassificationDataModule):
     """Random images in memory, in place of an `ImageFolderDataModule`, for evaluation alone.
 
-    On several processes each has a stretch of its own. On the device batches are normalised in the network's dtype.
+    On several processes each has a stretch of its own.
 
     Args:
         num_images: number of images.
         num_distinct: number of those that differ, kept in memory, 3 bytes a pixel; image i is image i mod
             `num_distinct`.
-        image_size: side of the model's input in pixels.
-        num_classes: outputs of the model.
-        batch_size: images per batch and process.
         seed: of pixels and targets.
-        mean: per colour, of values in [0, 1], subtracted; default ImageNet's.
-        std: per colour, divided by; default ImageNet's.
-        pin_memory: keep the images in page-locked memory, for a faster copy to the GPU; None does so if CUDA is
-            available.
+        **options: those of `ClassificationDataModule`.
 
     Attributes:
         data_dir: what stands for the folder.
@@ -123,29 +113,13 @@ class SyntheticDataModule(pl.LightningDataModule):
         self,
         num_images: int = 50_000,
         num_distinct: int = 1024,
-        image_size: int = 224,
-        num_classes: int = 1000,
-        batch_size: int = 128,
         seed: int = 0,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        pin_memory: bool | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        for name, value, minimum in (
-            ("num_images", num_images, 1),
-            ("num_distinct", num_distinct, 1),
-            ("image_size", image_size, 1),
-            ("num_classes", num_classes, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            check_whole_number(f"datamodule.{name}", value, minimum)
+        super().__init__(seed=seed, **options)
+        check_whole_number("datamodule.num_images", num_images, 1)
+        check_whole_number("datamodule.num_distinct", num_distinct, 1)
         self.num_images, self.num_distinct = num_images, num_distinct
-        self.image_size, self.num_classes = image_size, num_classes
-        self.batch_size, self.seed = batch_size, seed
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
-        self.normalise = Normalise(mean, std)
         self.test_dataset: SyntheticImages | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -175,7 +149,7 @@ class SyntheticDataModule(pl.LightningDataModule):
             UserError: fewer images than processes.
         """
         self.setup("test")
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = self.place()
         if self.num_images < world_size:
             raise UserError(
                 f"datamodule.num_images={self.num_images} cannot be shared among {world_size} processes. Raise it."
@@ -183,8 +157,3 @@ class SyntheticDataModule(pl.LightningDataModule):
         begin, end = (self.num_images * place // world_size for place in (rank, rank + 1))
         batches = _Batches(self.test_dataset, begin, end, self.batch_size, self.pin_memory)
         return DataLoader(batches, batch_size=None)
-
-    def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
-        """Normalise a batch on the device, in the dtype of the network's weights."""
-        images, targets, indices = batch
-        return [self.normalise(images, next(self.trainer.lightning_module.parameters()).dtype), targets, indices]

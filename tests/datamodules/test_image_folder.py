@@ -141,7 +141,8 @@ def test_batches_are_in_path_order_and_complete(flowers):
     assert targets.dtype == torch.int64
     assert targets.tolist() == module.test_dataset.targets == [0] * 3 + [1] * 3 + [2] * 2 + [3] * 2 + [4] * 2
     assert module.test_dataset.paths == [f"{path.parent.name}/{path.name}" for path in PHOTOGRAPHS]
-    assert torch.equal(images[7], module.test_dataset[7][0])
+    assert images.dtype == torch.uint8
+    torch.testing.assert_close(module.normalise(images)[7], module.test_dataset[7][0], rtol=0, atol=1e-6)
 
 
 def test_workers_change_nothing(flowers):
@@ -155,7 +156,7 @@ def test_the_loader_can_be_sent_to_spawned_workers(flowers):
     module = datamodule(flowers, num_classes=5)
     loader = module.test_dataloader()
     copy, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
-    assert torch.equal(collate([copy[3]])[0][0], module.test_dataset[3][0])
+    assert torch.equal(collate([copy[3]])[0][0], loader.dataset[3][0])
 
 
 def test_setup_lists_the_images_once(flowers):
@@ -299,7 +300,7 @@ def train_data(tmp_path_factory):
     return data_dir
 
 
-def place(rank=0, world_size=1, step=0, accumulate=1, training=True):
+def place(rank=0, world_size=1, step=0, accumulate=1, training=True, dtype=torch.float32):
     """What the data module asks a trainer for."""
     return SimpleNamespace(
         global_rank=rank,
@@ -307,6 +308,7 @@ def place(rank=0, world_size=1, step=0, accumulate=1, training=True):
         global_step=step,
         accumulate_grad_batches=accumulate,
         training=training,
+        lightning_module=SimpleNamespace(dtype=dtype),
     )
 
 
@@ -518,17 +520,19 @@ def test_training_batches_hold_the_images_and_their_classes(train_data, on_devic
     assert order.tolist() != sorted(order.tolist())
 
 
-@pytest.mark.parametrize("trainer", [None, place(training=False)])
-def test_other_batches_are_left_alone(train_data, trainer):
-    module = train_module(train_data, trainer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_batches_are_normalised_alone(train_data, dtype):
+    module = train_module(train_data, place(training=False, dtype=dtype))
     for loader in (module.val_dataloader(), module.test_dataloader()):
         for batch in loader:
             given = [part.clone() for part in batch]
             state = torch.get_rng_state()
-            result = finish(module, batch)
+            images, *others = finish(module, batch)
             assert torch.equal(torch.get_rng_state(), state)
-            assert len(result) == 3
-            assert all(torch.equal(a, b) for a, b in zip(result, given, strict=True))
+            assert torch.equal(images, module.normalise(given[0]).to(dtype))
+            assert images.dtype == dtype
+            assert len(others) == 2
+            assert all(torch.equal(a, b) for a, b in zip(others, given[1:], strict=True))
 
 
 def test_workers_change_nothing_in_training(train_data):

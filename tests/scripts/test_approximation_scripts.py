@@ -48,9 +48,9 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def batch(folder):
-    """All images, as an evaluation decodes them."""
+    """All images, as an evaluation decodes and normalises them."""
     datamodule = ImageFolderDataModule(folder, IMAGE_SIZE, NUM_CLASSES, batch_size=NUM_IMAGES, num_workers=0)
-    return next(iter(datamodule.test_dataloader()))[0]
+    return datamodule.normalise(next(iter(datamodule.test_dataloader()))[0])
 
 
 def options(folder, **changes):
