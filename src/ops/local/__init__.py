@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from src.ops import fused
 from src.ops.blocked import blocked_attention
-from src.ops.inputs import check_dropout, check_inputs, check_window, default_scale, resolve_backend
+from src.ops.inputs import check_dropout, check_inputs, check_window, default_scale
 from src.ops.local.naive import naive_local_attention
 
 __all__ = ["local_attention", "naive_local_attention"]
@@ -34,7 +35,8 @@ def local_attention(
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a weight (not in the naive form).
-        backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`.
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused kernels for CUDA, see
+            `src.ops.fused`) or `auto`: `triton` where it runs, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -46,8 +48,10 @@ def local_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    if resolve_backend(backend) == "naive":
+    backend = fused.choose_backend(backend, fused.unsupported(query, value, dropout_p=dropout_p))
+    if backend == "naive":
         return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)
-    return blocked_attention(
-        query, key, value, window, scale=scale, is_causal=is_causal, key_lengths=key_lengths, dropout_p=dropout_p
-    )
+    options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}
+    if backend == "triton":
+        return fused.attention(query, key, value, window, **options)
+    return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from src.ops import fused
 from src.ops.blocked import blocked_attention
-from src.ops.inputs import check_dropout, check_inputs, default_scale, resolve_backend
+from src.ops.inputs import check_dropout, check_inputs, default_scale
 from src.ops.performer.linear import linear_performer_attention
 from src.ops.performer.naive import naive_performer_attention
 from src.utils.errors import UserError
@@ -38,7 +39,8 @@ def performer_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a key's feature from the sum of the values (not in the naive form).
         eps: added to the normaliser, not causal only; 0 but for the published T2T-ViT's own Performer stages.
-        backend: `naive` (dense, float64), `torch` (linear in T and S) or `auto`.
+        backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused kernels for CUDA, see
+            `src.ops.fused`) or `auto`: `triton` where it runs, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -51,20 +53,14 @@ def performer_attention(
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
         raise UserError(f"eps={eps} has to be at least 0, and 0 with is_causal.")
-    if resolve_backend(backend) == "naive":
+    backend = fused.choose_backend(backend, fused.unsupported(query, value, projection, dropout_p=dropout_p))
+    if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
         return out.to(query.dtype)
+    # Scatterbrain with an empty window
+    options = {"scale": scale, "projection": projection, "is_causal": is_causal, "key_lengths": key_lengths}
+    if backend == "triton":
+        return fused.attention(query, key, value, 0, eps=eps, **options)
     if is_causal:
-        # Scatterbrain with an empty window
-        return blocked_attention(
-            query,
-            key,
-            value,
-            0,
-            scale=scale,
-            projection=projection,
-            is_causal=True,
-            key_lengths=key_lengths,
-            dropout_p=dropout_p,
-        )
+        return blocked_attention(query, key, value, 0, dropout_p=dropout_p, **options)
     return linear_performer_attention(query, key, value, projection, scale, key_lengths, dropout_p, eps)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from src.ops.blocked import blocked_attention
-from src.ops.inputs import check_dropout, check_inputs, check_window, default_scale, resolve_backend
+from src.ops.fused import choose_backend, unsupported
+from src.ops.inputs import check_dropout, check_inputs, check_window, default_scale
 from src.ops.scatterbrain.naive import naive_scatterbrain_attention
 
 __all__ = ["naive_scatterbrain_attention", "scatterbrain_attention"]
@@ -39,7 +40,8 @@ def scatterbrain_attention(
         is_causal: hide the keys j > i, inside and outside the window.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a weight (not in the naive form), see `src.ops.blocked`.
-        backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`.
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused kernels for CUDA, see
+            `src.ops.fused`) or `auto`: `triton` where it runs, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -51,9 +53,14 @@ def scatterbrain_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    if resolve_backend(backend) == "naive":
+    backend = choose_backend(backend, unsupported(query, value, projection, True, dropout_p))
+    if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
         return out.to(query.dtype)
+    if backend == "triton":
+        from src.ops.scatterbrain.triton import triton_scatterbrain_attention
+
+        return triton_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
     return blocked_attention(
         query,
         key,

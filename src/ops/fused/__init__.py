@@ -1,0 +1,116 @@
+"""Fused attention for CUDA: window, random features, or both, forward and backward. See README.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from src.ops.inputs import resolve_backend
+from src.utils.errors import UserError
+
+# Widths of heads and numbers of features past which tiles no longer fit a multiprocessor.
+MAX_WIDTH = 128
+MAX_FEATURES = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Triton's interpreter runs the kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """Why the fused kernels cannot run a call; None where they can.
+
+    Args:
+        query: (B, H, T, E).
+        value: (B, H, S, D).
+        projection: rows (R, E) or None.
+        cosh: each row gives two features.
+        dropout_p: probability of dropping a weight.
+    """
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"it runs on CUDA devices, and query is on {query.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if query.dtype not in DTYPES:
+        return f"it takes float16, bfloat16 and float32, and query is {query.dtype}"
+    width = max(query.shape[3], value.shape[3])
+    if width > MAX_WIDTH:
+        return f"it takes heads of a width up to {MAX_WIDTH}, and these have {width}"
+    if projection is not None:
+        features = projection.shape[0] * (2 if cosh else 1)
+        if features > MAX_FEATURES:
+            return f"it takes up to {MAX_FEATURES} random features, and these are {features}"
+        if projection.requires_grad and torch.is_grad_enabled():
+            return "it has no gradient for the projection"
+    if dropout_p > 0:
+        return "it has no dropout"
+    return None
+
+
+def choose_backend(backend: str, reason: str | None) -> str:
+    """The form that `backend` selects: `auto` takes the fused kernels where they run.
+
+    Args:
+        backend: `naive`, `torch`, `triton` or `auto`.
+        reason: why the kernels cannot run the call, None where they can; see `unsupported`.
+
+    Raises:
+        UserError: `triton` where it cannot run.
+    """
+    if backend == "triton" and reason is not None:
+        raise UserError(f"backend='triton' cannot run this: {reason}. Choose 'torch', or 'auto' for what fits.")
+    if backend == "auto":
+        return "torch" if reason is not None else "triton"
+    return resolve_backend(backend, ("naive", "torch", "triton"))
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    *,
+    scale: float,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Exact weights inside a window, random-feature weights outside it, by fused kernels.
+
+    Args:
+        query: (B, H, T, E); slices of a fused qkv are read where they are.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        window: width W; 0 for no window.
+        scale: softmax scale.
+        projection: rows (R, E); brought to the dtype of query. None leaves out the low-rank part.
+        cosh: take each row with both signs.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        eps: added to the normaliser; without window and causality only.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`, the heads of a token beside one another in memory; zero for a query that
+        sees no key.
+    """
+    from src.ops.fused.operator import fused_attention
+
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if projection is not None:
+        projection = projection.detach().to(query.dtype).contiguous()
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(query.device).contiguous()
+    statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    out, *_ = fused_attention(
+        query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics
+    )
+    return out

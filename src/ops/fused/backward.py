@@ -1,0 +1,446 @@
+"""Backward kernels. P are the normalised weights, g the gradients of their logarithms:
+
+    P_ij = A_ij / sum_j A_ij      t_ij = do_i.v_j - delta_i,  delta_i = do_i.out_i      g_ij = P_ij t_ij
+
+Inside the window log A is s q.k. Outside it is log sum_m phi_im phi_jm, so that with a_im = phi_im / sum_j A_ij the
+gradient of the log features is
+
+    of the queries   a_im    sum_j phi_jm t_ij = a_im  [do_i.(sum_j phi_jm v_j) - delta_i (sum_j phi_jm)]
+    of the keys      phi_jm  sum_i a_im t_ij   = phi_jm [v_j.(sum_i a_im do_i) - (sum_i a_im delta_i)]
+
+with the sums over the pairs outside the window. As in the forward pass the sums over everything are taken once, and
+the window's pairs are taken off again; and tiles of queries that were marked there are left out of all sums and enter
+by pairs. With causal masking everything but the sums over whole chunks is taken by pairs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from src.ops.fused.parts import (
+    FLOOR,
+    group_offset,
+    in_window,
+    load_projection,
+    load_rows,
+    log_features,
+    normalised,
+    store_rows,
+)
+
+# Largest exponent of the factor that turns products of normalised features into weights. Beyond it the product itself
+# has left float32.
+MAX_EXPONENT = tl.constexpr(120.0)
+
+
+@triton.jit
+def delta_kernel(
+    out_pointer,
+    gradient_pointer,
+    delta_pointer,
+    heads,
+    num_queries,
+    out_batch,
+    out_head,
+    out_row,
+    g_batch,
+    g_head,
+    g_row,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """`delta` where no sums over queries are taken: without a low-rank part."""
+    group = tl.program_id(1)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    valid = i < num_queries
+    d = tl.arange(0, BD)
+    out = load_rows(
+        out_pointer + group_offset(group, heads, out_batch, out_head), i, valid, out_row, d, D, BD, True
+    )
+    gradient = load_rows(
+        gradient_pointer + group_offset(group, heads, g_batch, g_head), i, valid, g_row, d, D, BD, True
+    )
+    delta = tl.sum(out.to(tl.float32) * gradient.to(tl.float32), 1)
+    tl.store(delta_pointer + group.to(tl.int64) * num_queries + i, delta, mask=valid)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    g_pointer,  # (B, H, T, D) gradient of the output
+    dq_pointer,
+    projection_pointer,
+    lengths_pointer,
+    mean_pointer,  # of the keys, as in the forward pass
+    weight_pointer,
+    normaliser_pointer,
+    delta_pointer,
+    marked_pointer,
+    any_marked_pointer,
+    heads,
+    num_queries,
+    num_keys,
+    chunk,
+    chunks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dq_batch,
+    dq_head,
+    dq_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    unlog,  # ln(2): gradients are taken in natural units
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WINDOW_TILES: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    MARKS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
+):
+    """Gradient of the queries. PAIRS as `pairs_kernel` (causal, or the marked tiles), else as `attention_kernel`."""
+    group = tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
+    dq_base = dq_pointer + group_offset(group, heads, dq_batch, dq_head)
+    row_base = group.to(tl.int64) * num_queries
+    num_tiles = (num_queries + BM - 1) // BM
+    num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
+    if LOW_RANK:
+        projection = load_projection(projection_pointer, E, BE, R, M, MP)
+
+    if PAIRS and MARKS:
+        num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        wanted = 1
+        if MARKS:
+            # tiles are never longer than those of the marks, and divide them
+            marked = tl.load(marked_pointer + group * num_marks + tile * BM // MARK_ROWS).to(tl.int32)
+            wanted = marked if PAIRS else 1 - marked
+        if wanted != 0:
+            i = tile * BM + tl.arange(0, BM)
+            valid = i < num_queries
+            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+            g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+            normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+            delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+            dq = tl.zeros((BM, BE), tl.float32)
+            if LOW_RANK:
+                logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+                logs = tl.where((f < M)[None, :], logs, FLOOR)
+                d_logs = tl.zeros((BM, MP), tl.float32)
+                if IS_CAUSAL or not PAIRS:
+                    # what the sums give: over all keys, or over the chunks before the window
+                    slot = group.to(tl.int64)
+                    if IS_CAUSAL:
+                        state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
+                        slot = slot * (chunks + 1) + state
+                    mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
+                    weight = tl.load(weight_pointer + slot * MP + f)
+                    factors = tl.exp2(logs + weight[None, :] - normaliser[:, None])
+                    d_sums = tl.dot(g, mean, input_precision=PRECISION) - delta[:, None]
+                    if IS_CAUSAL:
+                        d_logs = factors * d_sums
+
+            if PAIRS:
+                first = 0
+                last = end
+                if IS_CAUSAL:
+                    first = tl.maximum(tile * BM - LEFT, 0)
+                    last = tl.minimum(end, tile * BM + BM)
+                if LOW_RANK:
+                    features, level = normalised(logs, FEATURE_PRECISION)
+                    if IS_CAUSAL:
+                        first = state * chunk
+                for start in tl.range(first, last, BN, num_stages=2):
+                    j = start + tl.arange(0, BN)
+                    exists = j < last
+                    k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+                    v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+                    inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
+                    visible = exists[None, :]
+                    if IS_CAUSAL:
+                        visible = visible & (j[None, :] <= i[:, None])
+                    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                    exact = tl.where(inside & visible, exact - normaliser[:, None], FLOOR)
+                    t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                    dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
+                    if LOW_RANK:
+                        key_features, key_level = normalised(
+                            log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
+                        )
+                        exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
+                        ratio = tl.where(visible & ~inside, tl.exp2(exponent) * t, 0.0)
+                        d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
+            else:
+                for part in tl.static_range(WINDOW_TILES):
+                    j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
+                    exists = (j >= 0) & (j < end)
+                    k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+                    v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+                    inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
+                    if IS_CAUSAL:
+                        inside = inside & (j[None, :] <= i[:, None])
+                    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                    exact = tl.where(inside, exact - normaliser[:, None], FLOOR)
+                    t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                    dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
+                    if LOW_RANK:
+                        key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
+                        # rows without a key may be infinite, and are met by zeros
+                        key_factors = tl.where(exists[:, None], tl.exp2(key_logs), 0.0).to(q.dtype)
+                        inner = tl.where(inside, t, 0.0).to(q.dtype)
+                        d_sums -= tl.dot(inner, key_factors, input_precision=PRECISION)
+            dq *= scale * unlog
+            if LOW_RANK:
+                if not PAIRS:
+                    d_logs = factors * d_sums
+                d_logs = tl.where((f < M)[None, :], d_logs, 0.0)
+                dq += tl.dot(d_logs.to(q.dtype), tl.trans(projection), input_precision=PRECISION) * (slope * unlog)
+                dq -= q.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
+            store_rows(dq_base, dq, i, valid, dq_row, e, E)
+
+
+@triton.jit
+def key_gradient_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    g_pointer,
+    dk_pointer,
+    dv_pointer,
+    projection_pointer,
+    lengths_pointer,
+    mean_pointer,  # of the queries: averages of the output's gradient
+    weight_pointer,
+    extra_pointer,  # averages of delta
+    normaliser_pointer,
+    delta_pointer,
+    marked_pointer,
+    any_marked_pointer,
+    heads,
+    num_queries,
+    num_keys,
+    chunk,
+    chunks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dk_batch,
+    dk_head,
+    dk_row,
+    dv_batch,
+    dv_head,
+    dv_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    unlog,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WINDOW_TILES: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    MARKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
+):
+    """Gradients of BN keys and their values: the window's queries in tiles of BM, the others by sums."""
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
+    row_base = group.to(tl.int64) * num_queries
+    num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
+
+    j = tile * BN + tl.arange(0, BN)
+    exists = j < end
+    k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+    v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+    dk = tl.zeros((BN, BE), tl.float32)
+    dv = tl.zeros((BN, BD), tl.float32)
+    # queries that a window of this tile may hold
+    first = tl.maximum(tile * BN - RIGHT + 1, 0)
+    last = tl.minimum(tile * BN + BN + LEFT, num_queries)
+    if IS_CAUSAL:
+        first = tl.minimum(tile * BN, num_queries)
+    if LOW_RANK:
+        projection = load_projection(projection_pointer, E, BE, R, M, MP)
+        logs = log_features(k, projection, slope, half_scale, PRECISION)
+        logs = tl.where((f < M)[None, :], logs, FLOOR)
+        slot = group.to(tl.int64)
+        if IS_CAUSAL:
+            # the chunks of queries that are all past the windows of these keys
+            state = tl.minimum((tile * BN + BN + LEFT + chunk - 1) // chunk, chunks)
+            last = tl.minimum(state * chunk, num_queries)
+            slot = slot * (chunks + 1) + state
+        mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
+        weight = tl.load(weight_pointer + slot * MP + f)
+        extra = tl.load(extra_pointer + slot * MP + f)
+        factors, level = normalised(logs + weight[None, :], FEATURE_PRECISION)
+        factors = tl.where((level > FLOOR / 2)[:, None], factors, 0.0)
+        unit = tl.exp2(tl.minimum(level, MAX_EXPONENT))
+        rounded = factors.to(v.dtype)
+        dv += tl.dot(rounded, tl.trans(mean), input_precision=PRECISION) * unit[:, None]
+        d_sums = tl.dot(v, mean, input_precision=PRECISION) - extra[None, :]
+        if IS_CAUSAL:
+            d_logs = factors * d_sums * unit[:, None]
+            features, key_level = normalised(logs, FEATURE_PRECISION)
+
+    if LOW_RANK and IS_CAUSAL:
+        for start in tl.range(first, last, BM, num_stages=2):
+            i = start + tl.arange(0, BM)
+            valid = i < last
+            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+            g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+            normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+            delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+            inside = in_window(j[:, None], i[None, :], LEFT, RIGHT)
+            visible = exists[:, None] & valid[None, :] & (j[:, None] <= i[None, :])
+            exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            exact = tl.exp2(tl.where(inside & visible, exact - normaliser[None, :], FLOOR))
+            t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
+            dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
+            query_logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+            query_logs = tl.where((f < M)[None, :], query_logs, FLOOR)
+            query_features, query_level = normalised(query_logs, FEATURE_PRECISION)
+            exponent = tl.minimum(key_level[:, None] + query_level[None, :] - normaliser[None, :], MAX_EXPONENT)
+            ratio = tl.where(visible & ~inside, tl.exp2(exponent), 0.0)
+            estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
+            dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
+            d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
+    else:
+        for part in tl.static_range(WINDOW_TILES):
+            i = tile * BN - RIGHT + 1 + part * BM + tl.arange(0, BM)
+            valid = (i >= 0) & (i < num_queries)
+            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+            g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+            normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+            delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+            inside = in_window(j[:, None], i[None, :], LEFT, RIGHT) & exists[:, None] & valid[None, :]
+            if IS_CAUSAL:
+                inside = inside & (j[:, None] <= i[None, :])
+            if MARKS:
+                # marked queries enter below, all of them by pairs
+                skipped = tl.load(marked_pointer + group * num_marks + i // MARK_ROWS, mask=valid, other=0)
+                valid = valid & (skipped == 0)
+                inside = inside & valid[None, :]
+            exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            weights = tl.exp2(tl.where(inside, exact - normaliser[None, :], FLOOR))
+            t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
+            dk += tl.dot((weights * t).to(q.dtype), q, input_precision=PRECISION)
+            if LOW_RANK:
+                query_logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+                query_logs -= normaliser[:, None] + weight[None, :]
+                query_factors = tl.exp2(tl.where((f < M)[None, :], query_logs, FLOOR))
+                query_factors = tl.where(valid[:, None], query_factors, 0.0).to(q.dtype)
+                estimate = tl.dot(rounded, tl.trans(query_factors), input_precision=PRECISION) * unit[:, None]
+                weights -= tl.where(inside, estimate, 0.0)
+                d_sums -= tl.dot(tl.where(inside, t, 0.0).to(q.dtype), query_factors, input_precision=PRECISION)
+            dv += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+        if LOW_RANK:
+            d_logs = factors * d_sums * unit[:, None]
+
+    if LOW_RANK and MARKS:
+        features, key_level = normalised(logs, FEATURE_PRECISION)
+        # nearly always: nothing to do
+        for mark in range(0, tl.where(tl.load(any_marked_pointer + group) > 0, num_marks, 0)):
+            if tl.load(marked_pointer + group * num_marks + mark) != 0:
+                for start in range(mark * MARK_ROWS, tl.minimum(mark * MARK_ROWS + MARK_ROWS, num_queries), BM):
+                    i = start + tl.arange(0, BM)
+                    valid = (i < num_queries) & (i < mark * MARK_ROWS + MARK_ROWS)
+                    q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+                    g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+                    normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+                    delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+                    inside = in_window(j[:, None], i[None, :], LEFT, RIGHT)
+                    visible = exists[:, None] & valid[None, :]
+                    exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+                    exact = tl.exp2(tl.where(inside & visible, exact - normaliser[None, :], FLOOR))
+                    t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
+                    dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
+                    query_logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+                    query_logs = tl.where((f < M)[None, :], query_logs, FLOOR)
+                    query_features, query_level = normalised(query_logs, FEATURE_PRECISION)
+                    exponent = key_level[:, None] + query_level[None, :] - normaliser[None, :]
+                    ratio = tl.where(visible & ~inside, tl.exp2(tl.minimum(exponent, MAX_EXPONENT)), 0.0)
+                    estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
+                    dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
+                    d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
+
+    dk *= scale * unlog
+    if LOW_RANK:
+        d_logs = tl.where((f < M)[None, :] & exists[:, None], d_logs, 0.0)
+        dk += tl.dot(d_logs.to(k.dtype), tl.trans(projection), input_precision=PRECISION) * (slope * unlog)
+        dk -= k.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
+    within = j < num_keys
+    dk = tl.where(exists[:, None], dk, 0.0)
+    dv = tl.where(exists[:, None], dv, 0.0)
+    store_rows(dk_pointer + group_offset(group, heads, dk_batch, dk_head), dk, j, within, dk_row, e, E)
+    store_rows(dv_pointer + group_offset(group, heads, dv_batch, dv_head), dv, j, within, dv_row, d, D)

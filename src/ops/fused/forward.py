@@ -1,0 +1,296 @@
+"""Forward kernels: per tile of queries, the sums over keys and the window, exactly where it matters.
+
+`attention_kernel` takes the low-rank part of a query from the sums over *all* keys and puts exact weights in place of
+the window's estimates, `exp(s q.k) - phi(q).phi(k)`: one pass over the window, as the paper's algorithm 1. Where the
+estimates of the window outweigh everything else, that difference has lost its digits; such tiles are marked, and
+`pairs_kernel` computes them again from pairs of queries and keys, without a difference. With causal masking there is
+no sum over all keys: `pairs_kernel` then does everything, from sums over the chunks of keys before the window and
+from pairs for the rest.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from src.ops.fused.parts import (
+    FLOOR,
+    group_offset,
+    in_window,
+    load_projection,
+    load_rows,
+    log_features,
+    normalised,
+    store_rows,
+)
+
+
+@triton.jit
+def attention_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    out_pointer,
+    projection_pointer,
+    lengths_pointer,
+    mean_pointer,  # (G, BD, MP), see `src.ops.fused.sums`
+    weight_pointer,  # (G, MP)
+    normaliser_pointer,  # (G, T) log normaliser of each query, with STATISTICS
+    marked_pointer,  # (G, tiles) int8, 1 where digits were lost
+    any_marked_pointer,  # (G,) int32, 1 where a tile of the sequence is marked; zero before
+    heads,
+    num_queries,
+    num_keys,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    out_batch,
+    out_head,
+    out_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    eps,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WINDOW_TILES: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """TILES tiles of BM queries of one sequence. Causal only without a low-rank part."""
+    group = tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
+    num_tiles = (num_queries + BM - 1) // BM
+    if LOW_RANK:
+        projection = load_projection(projection_pointer, E, BE, R, M, MP)
+        mean = tl.trans(tl.load(mean_pointer + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]))
+        weight = tl.load(weight_pointer + group * MP + f)
+
+    for step in tl.range(0, TILES, num_stages=STAGES):
+        tile = tl.program_id(0) * TILES + step
+        i = tile * BM + tl.arange(0, BM)
+        valid = i < num_queries
+        q = load_rows(q_base, i, valid, q_row, e, E, BE, not EVEN)
+        if LOW_RANK:
+            logs = log_features(q, projection, slope, half_scale, PRECISION) + (weight - log_m)[None, :]
+            logs = tl.where((f < M)[None, :], logs, FLOOR)
+            reference = tl.maximum(tl.max(logs, 1), FLOOR)
+            # from here on in units of 2^reference; the largest feature is 1, so `total` is at least that
+            features = tl.exp2(logs - reference[:, None]).to(q.dtype)
+            total = tl.sum(features.to(tl.float32), 1)
+            sums = tl.dot(features, mean, input_precision=PRECISION)
+            normaliser = total
+            largest = reference
+        else:
+            sums = tl.zeros((BM, BD), tl.float32)
+            normaliser = tl.zeros((BM,), tl.float32)
+            largest = tl.full((BM,), FLOOR, tl.float32)
+        for part in tl.static_range(WINDOW_TILES):
+            j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
+            exists = (j >= 0) & (j < end)
+            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
+            if IS_CAUSAL:
+                inside = inside & (j[None, :] <= i[:, None])
+            exact = tl.where(inside, exact, FLOOR)
+            new_largest = tl.maximum(largest, tl.max(exact, 1))
+            decay = tl.exp2(largest - new_largest)
+            weights = tl.exp2(exact - new_largest[:, None])
+            if LOW_RANK:
+                key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
+                estimate = tl.dot(features, tl.trans(tl.exp2(key_logs).to(q.dtype)), input_precision=PRECISION)
+                in_units = tl.exp2(reference - new_largest)
+                weights -= tl.where(inside, estimate * in_units[:, None], 0.0)
+            else:
+                weights = tl.where(inside, weights, 0.0)
+            normaliser = normaliser * decay + tl.sum(weights, 1)
+            sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
+            largest = new_largest
+
+        if LOW_RANK:
+            blind = (i < 0) | (end <= 0)
+        else:
+            blind = tl.maximum(i - LEFT, 0) >= end
+        divisor = normaliser
+        if HAS_EPS:
+            divisor += eps * tl.exp2(-largest)
+        # 0 / 1 in place of 0 / 0 for queries that see no key
+        out = tl.where(blind[:, None], 0.0, sums / tl.where(blind, 1.0, divisor)[:, None])
+        store_rows(out_base, out, i, valid, out_row, d, D)
+        if STATISTICS:
+            # a large normaliser stands for no key: every weight relative to it is zero
+            log_normaliser = tl.where(blind, -FLOOR, largest + tl.log2(tl.where(blind, 1.0, divisor)))
+            tl.store(normaliser_pointer + group.to(tl.int64) * num_queries + i, log_normaliser, mask=valid)
+        if LOW_RANK and WINDOW_TILES > 0:
+            # also true for a sum that came out negative or nan
+            lost = valid & ~(total * tl.exp2(reference - largest) <= LIMIT * normaliser) & ~blind
+            mark = tl.max(lost.to(tl.int32), 0)
+            tl.store(marked_pointer + group * num_tiles + tile, mark.to(tl.int8), mask=tile < num_tiles)
+            tl.atomic_max(any_marked_pointer + group, mark, mask=mark > 0)
+
+
+@triton.jit
+def pairs_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    out_pointer,
+    projection_pointer,
+    lengths_pointer,
+    mean_pointer,  # (G, chunks + 1, BD, MP) with IS_CAUSAL: state c are the chunks before c
+    weight_pointer,  # (G, chunks + 1, MP) with IS_CAUSAL
+    normaliser_pointer,
+    marked_pointer,
+    any_marked_pointer,
+    heads,
+    num_queries,
+    num_keys,
+    chunk,
+    chunks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    out_batch,
+    out_head,
+    out_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+):
+    """IS_CAUSAL: every tile, from the sums before its window and pairs. Otherwise the marked tiles, from pairs."""
+    group = tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
+    all_tiles = (num_queries + BM - 1) // BM
+    num_tiles = all_tiles
+    projection = load_projection(projection_pointer, E, BE, R, M, MP)
+
+    if not IS_CAUSAL:
+        # nearly always: nothing to do
+        num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        wanted = 1
+        if not IS_CAUSAL:
+            wanted = tl.load(marked_pointer + group * all_tiles + tile).to(tl.int32)
+        if wanted != 0:
+            i = tile * BM + tl.arange(0, BM)
+            valid = i < num_queries
+            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+            logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+            logs = tl.where((f < M)[None, :], logs, FLOOR)
+            features, level = normalised(logs, FEATURE_PRECISION)
+            first = 0
+            last = end
+            if IS_CAUSAL:
+                state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
+                first = state * chunk
+                last = tl.minimum(end, tile * BM + BM)
+                slot = group.to(tl.int64) * (chunks + 1) + state
+                mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
+                past = logs + tl.load(weight_pointer + slot * MP + f)[None, :]
+                past_features, largest = normalised(past, FEATURE_PRECISION)
+                # no key before the window: the features are 1 relative to nothing
+                past_features = tl.where((largest > FLOOR / 2)[:, None], past_features, 0.0).to(q.dtype)
+                normaliser = tl.sum(past_features.to(tl.float32), 1)
+                sums = tl.dot(past_features, tl.trans(mean), input_precision=PRECISION)
+            else:
+                sums = tl.zeros((BM, BD), tl.float32)
+                normaliser = tl.zeros((BM,), tl.float32)
+                largest = tl.full((BM,), FLOOR, tl.float32)
+            for start in tl.range(first, last, BN, num_stages=2):
+                j = start + tl.arange(0, BN)
+                exists = j < last
+                k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+                v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+                key_features, key_level = normalised(
+                    log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
+                )
+                estimate = tl.dot(features, tl.trans(key_features), input_precision=FEATURE_PRECISION)
+                logits = tl.where(estimate > 0, tl.log2(tl.maximum(estimate, 1e-38)), FLOOR)
+                logits += level[:, None] + key_level[None, :]
+                inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
+                exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                logits = tl.where(inside, exact, logits)
+                visible = exists[None, :]
+                if IS_CAUSAL:
+                    visible = visible & (j[None, :] <= i[:, None])
+                logits = tl.where(visible, logits, FLOOR)
+                new_largest = tl.maximum(largest, tl.max(logits, 1))
+                decay = tl.exp2(largest - new_largest)
+                weights = tl.where(visible, tl.exp2(logits - new_largest[:, None]), 0.0)
+                normaliser = normaliser * decay + tl.sum(weights, 1)
+                sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
+                largest = new_largest
+            blind = (i < 0) | (end <= 0)
+            divisor = tl.where(blind, 1.0, normaliser)
+            out = tl.where(blind[:, None], 0.0, sums / divisor[:, None])
+            store_rows(out_base, out, i, valid, out_row, d, D)
+            if STATISTICS:
+                log_normaliser = tl.where(blind, -FLOOR, largest + tl.log2(divisor))
+                tl.store(normaliser_pointer + group.to(tl.int64) * num_queries + i, log_normaliser, mask=valid)

@@ -1,0 +1,528 @@
+"""The fused kernels as one `torch.library` operator with a backward: window, random features, or both.
+
+Forward: sums over the keys (one kernel for the chunks, one to combine them), attention by tiles of queries, and the
+tiles that need pairs. Backward: sums over the queries, the gradient of the queries, the gradients of the keys. Nothing
+is summed by atomic operations: results are the same bit by bit from run to run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+
+from src.ops.fused.backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
+from src.ops.fused.forward import attention_kernel, pairs_kernel
+from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
+from src.ops.fused.tiles import Tiles, tiles_for
+from src.ops.windows import window_bounds
+
+LOG2E = math.log2(math.e)
+# A query's sum over all keys may be this many times its normaliser: its relative error is at most that many roundings.
+# Otherwise its tile is computed from pairs. On the token stages of a trained T2T-ViT no tile is.
+CANCELLATION_LIMIT = 4.0
+# Columns of the sums that one program combines, and chunks that it reads side by side.
+COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
+# Programs of the kernel for marked tiles, for each sequence: nearly always they find nothing to do.
+PAIRS_PROGRAMS = 8
+MIN_CHUNK_TILES = 2
+
+
+class _Plan:
+    """What all kernels of one call share: sizes, strides, constants.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: rows (R, E) in the dtype of query, None without a low-rank part.
+        key_lengths: (B,) integers or None.
+        window: width W, 0 for none.
+        scale: softmax scale.
+        cosh: take each row with both signs.
+        is_causal: hide the keys j > i.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        projection: torch.Tensor | None,
+        key_lengths: torch.Tensor | None,
+        window: int,
+        scale: float,
+        cosh: bool,
+        is_causal: bool,
+    ) -> None:
+        self.batch, self.heads, self.length, self.width = query.shape
+        self.num_keys, self.value_width = value.shape[2:]
+        self.groups = self.batch * self.heads
+        self.device, self.dtype = query.device, query.dtype
+        self.low_rank = projection is not None
+        self.is_causal = is_causal
+        self.window = window
+        rows = projection.shape[0] if projection is not None else 1
+        features = rows * (2 if cosh else 1)
+        self.padded_features = _padded(features)
+        left, right = window_bounds(window)
+        self.projection = query if projection is None else projection
+        self.key_lengths = query if key_lengths is None else key_lengths
+        self.has_lengths = key_lengths is not None
+        self.precision = _dot_precision(self.dtype)
+        self.feature_precision = "tf32" if self.dtype != torch.float32 else self.precision
+        self.tiles: Tiles = tiles_for(
+            self.num_keys,
+            window,
+            self.padded_features,
+            max(_padded(self.width), _padded(self.value_width)),
+            self.dtype,
+            self.device,
+        )
+        self.window_sizes = {"LEFT": left, "RIGHT": right}
+        self.sizes = {
+            "E": self.width,
+            "BE": _padded(self.width),
+            "D": self.value_width,
+            "BD": _padded(self.value_width),
+            "R": rows,
+            "M": features,
+            "MP": self.padded_features,
+        }
+        self.log_m = math.log2(features)
+        self.scales = (math.sqrt(scale) * LOG2E, 0.5 * scale * LOG2E, scale * LOG2E)
+        # both passes walk in the same chunks, so that the backward's sums fit the forward's
+        self.key_chunk, self.key_chunks = self._chunks(self.num_keys)
+        self.query_chunk, self.query_chunks = self._chunks(self.length)
+
+    def _chunks(self, length: int) -> tuple[int, int]:
+        """Rows of a chunk, a multiple of the tile, and number of chunks."""
+        rows = self.tiles.sum_rows
+        tiles = -(-length // rows)
+        wanted = max(1, self.tiles.sum_programs // self.groups)
+        if self.is_causal:
+            # pairs are taken within a chunk: longer chunks mean more of them
+            wanted = max(wanted, -(-length // 256))
+        per_chunk = min(tiles, max(MIN_CHUNK_TILES, -(-tiles // wanted)))
+        return per_chunk * rows, -(-tiles // per_chunk)
+
+    def window_tiles(self, rows: int, others: int) -> int:
+        """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
+        return 0 if self.window == 0 else -(-(rows + self.window - 1) // others)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory on the device of the call."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def state_shape(self, chunks: int) -> tuple[int, ...]:
+        """Leading sizes of the sums that the attention reads."""
+        return (self.groups, chunks + 1) if self.is_causal else (self.groups,)
+
+    def sums(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        chunk: int,
+        chunks: int,
+        any_marked: torch.Tensor,
+        backward: dict[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Averages (..., BD, MP), log weights (..., MP) and averages of delta (..., MP), over keys or over queries.
+
+        Args:
+            x: keys, or queries.
+            y: values, or gradients of the output.
+            chunk: rows of a chunk.
+            chunks: number of chunks.
+            any_marked: (G,), see the kernels.
+            backward: for queries, `out`, `normaliser`, `delta` (written), `marked`.
+        """
+        tiles, features, padded = self.tiles, self.padded_features, self.sizes["BD"]
+        queries = backward is not None
+        final = chunks == 1 and not self.is_causal
+        states = self.state_shape(chunks)
+        mean = self.empty(*states, padded, features, dtype=self.dtype)
+        weight = self.empty(*states, features)
+        extra = self.empty(*states, features) if queries else weight
+        parts = (mean, weight, extra, weight)
+        if not final:
+            parts = (
+                self.empty(self.groups, chunks, padded, features),
+                self.empty(self.groups, chunks, features),
+                self.empty(self.groups, chunks, features) if queries else weight,
+                self.empty(self.groups, chunks, features),
+            )
+        length = x.shape[2]
+        out = backward["out"] if queries else y
+        lengths = self.key_lengths
+        feature_sums_kernel[(chunks, self.groups)](
+            x,
+            y,
+            out,
+            self.projection,
+            lengths,
+            backward["normaliser"] if queries else weight,
+            backward["delta"] if queries else weight,
+            backward["marked"] if queries else weight,
+            any_marked,
+            *parts,
+            self.heads,
+            length,
+            chunk,
+            *x.stride()[:3],
+            *y.stride()[:3],
+            *out.stride()[:3],
+            *self.scales[:2],
+            **self.sizes,
+            BN=tiles.sum_rows,
+            TILES=chunk // tiles.sum_rows,
+            EVEN=length % chunk == 0 and (queries or not self.has_lengths),
+            HAS_LENGTHS=self.has_lengths and not queries,
+            QUERIES=queries,
+            LOG_M=self.log_m,
+            MARKS=queries and self.marks,
+            MARK_ROWS=tiles.query_rows,
+            FINAL=final,
+            PRECISION=self.precision,
+            STAGES=tiles.sum_stages,
+            num_warps=tiles.sum_warps,
+        )
+        if final:
+            return mean, weight, extra
+        columns = min(COMBINE_COLUMNS, padded)
+        if self.is_causal:
+            running_sums_kernel[(padded // columns, self.groups)](
+                *parts[:3],
+                parts[3],
+                mean,
+                weight,
+                extra,
+                chunks,
+                BD=padded,
+                DB=columns,
+                MP=features,
+                HAS_EXTRA=queries,
+                REVERSE=queries,
+            )
+        else:
+            combine_kernel[(padded // columns, self.groups)](
+                *parts[:3],
+                parts[3],
+                mean,
+                weight,
+                extra,
+                chunks,
+                BD=padded,
+                DB=columns,
+                MP=features,
+                CB=min(COMBINE_CHUNKS, triton.next_power_of_2(chunks)),
+                HAS_EXTRA=queries,
+            )
+        return mean, weight, extra
+
+    @property
+    def marks(self) -> bool:
+        """Whether the forward pass marks tiles."""
+        return self.low_rank and self.window > 0 and not self.is_causal
+
+    @property
+    def num_marks(self) -> int:
+        """Tiles of queries that can be marked."""
+        return -(-self.length // self.tiles.query_rows)
+
+    def common(self) -> dict[str, Any]:
+        """Constants that all attention kernels take."""
+        return {
+            **self.sizes,
+            **self.window_sizes,
+            "HAS_LENGTHS": self.has_lengths,
+            "IS_CAUSAL": self.is_causal,
+            "PRECISION": self.precision,
+        }
+
+
+def _padded(width: int) -> int:
+    """Sizes of a matrix product: powers of two, 16 at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are taken, by PyTorch's setting."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _like(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Memory (B, H, N, width) in which the heads of a token lie beside one another, as the model wants them."""
+    batch, heads, length, _ = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+
+@torch.library.custom_op("scatterbrain::fused_attention", mutates_args=())
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    window: int,
+    scale: float,
+    cosh: bool,
+    is_causal: bool,
+    eps: float,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention by the fused kernels; arguments are checked by `src.ops.fused.attention`.
+
+    Args:
+        query: (B, H, T, E), last dimension contiguous, as in key and value.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: rows (R, E) in the dtype of query; None for no low-rank part.
+        key_lengths: (B,) integers; None for all keys.
+        window: width W; 0 for no window.
+        scale: softmax scale.
+        cosh: take each row with both signs.
+        is_causal: hide the keys j > i.
+        eps: added to the normaliser; without window only.
+        statistics: keep what the backward pass needs.
+
+    Returns:
+        Output (B, H, T, D), and what the backward pass needs, empty without `statistics`: normalisers (G, T) in log2,
+        marks (G, tiles), sums over the keys and their log weights, see `src.ops.fused.sums`.
+    """
+    plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
+    tiles, groups = plan.tiles, plan.groups
+    out = _like(query, plan.value_width)
+    normaliser = plan.empty(groups, plan.length) if statistics else plan.empty(0)
+    marked = plan.empty(groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
+    any_marked = plan.empty(groups, dtype=torch.int32)
+    mean, weight = plan.empty(0), plan.empty(0)
+    if plan.low_rank:
+        mean, weight, _ = plan.sums(key, value, plan.key_chunk, plan.key_chunks, any_marked)
+    tensors = (query, key, value, out, plan.projection, plan.key_lengths, mean, weight, normaliser, marked, any_marked)
+    strides = [x for tensor in (query, key, value, out) for x in tensor.stride()[:3]]
+    tiles_in_all = -(-plan.length // tiles.query_rows)
+    if not (plan.low_rank and is_causal):
+        window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
+        attention_kernel[(-(-tiles_in_all // tiles.query_tiles), groups)](
+            *tensors,
+            plan.heads,
+            plan.length,
+            plan.num_keys,
+            *strides,
+            *plan.scales,
+            plan.log_m,
+            eps,
+            **plan.common(),
+            BM=tiles.query_rows,
+            BN=tiles.key_rows,
+            WINDOW_TILES=window_tiles,
+            TILES=tiles.query_tiles,
+            EVEN=plan.length % (tiles.query_rows * tiles.query_tiles) == 0,
+            LOW_RANK=plan.low_rank,
+            STATISTICS=statistics,
+            HAS_EPS=eps > 0,
+            LIMIT=CANCELLATION_LIMIT,
+            STAGES=tiles.query_stages,
+            num_warps=tiles.query_warps,
+        )
+    if plan.low_rank and (is_causal or plan.marks):
+        pairs_kernel[(tiles_in_all if is_causal else min(PAIRS_PROGRAMS, tiles_in_all), groups)](
+            *tensors,
+            plan.heads,
+            plan.length,
+            plan.num_keys,
+            plan.key_chunk,
+            plan.key_chunks,
+            *strides,
+            *plan.scales,
+            plan.log_m,
+            **plan.common(),
+            BM=tiles.query_rows,
+            BN=tiles.key_rows,
+            STATISTICS=statistics,
+            FEATURE_PRECISION=plan.feature_precision,
+            num_warps=tiles.query_warps,
+        )
+    if not statistics:
+        return out, normaliser, plan.empty(0, dtype=torch.int8), plan.empty(0, dtype=plan.dtype), plan.empty(0)
+    return out, normaliser, marked, mean, weight
+
+
+@fused_attention.register_fake
+def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics):
+    plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
+    out = _like(query, value.shape[3])
+    if not statistics:
+        return out, plan.empty(0), plan.empty(0, dtype=torch.int8), plan.empty(0, dtype=plan.dtype), plan.empty(0)
+    marked = plan.empty(plan.groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
+    mean, weight = plan.empty(0), plan.empty(0)
+    if plan.low_rank:
+        states = plan.state_shape(plan.key_chunks)
+        mean = plan.empty(*states, plan.sizes["BD"], plan.padded_features, dtype=plan.dtype)
+        weight = plan.empty(*states, plan.padded_features)
+    return out, plan.empty(plan.groups, plan.length), marked, mean, weight
+
+
+@torch.library.custom_op("scatterbrain::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    normaliser: torch.Tensor,
+    marked: torch.Tensor,
+    key_mean: torch.Tensor,
+    key_weight: torch.Tensor,
+    window: int,
+    scale: float,
+    cosh: bool,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; arguments as in `fused_attention` and what it returned."""
+    plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
+    tiles, groups = plan.tiles, plan.groups
+    delta = plan.empty(groups, plan.length)
+    any_marked = plan.empty(groups, dtype=torch.int32)
+    mean = weight = extra = key_mean
+    if plan.low_rank:
+        kept = {"out": out, "normaliser": normaliser, "delta": delta, "marked": marked}
+        mean, weight, extra = plan.sums(query, gradient, plan.query_chunk, plan.query_chunks, any_marked, kept)
+    else:
+        delta_kernel[(triton.cdiv(plan.length, 64), groups)](
+            out,
+            gradient,
+            delta,
+            plan.heads,
+            plan.length,
+            *out.stride()[:3],
+            *gradient.stride()[:3],
+            D=plan.sizes["D"],
+            BD=plan.sizes["BD"],
+            BM=64,
+        )
+    if plan.marks:
+        any_marked = marked.amax(1).to(torch.int32)
+    d_query, d_key, d_value = _like(query, plan.width), _like(key, plan.width), _like(value, plan.value_width)
+    common = {
+        **plan.common(),
+        "LOW_RANK": plan.low_rank,
+        "FEATURE_PRECISION": plan.feature_precision,
+        "MARKS": plan.marks,
+        "MARK_ROWS": tiles.query_rows,
+        "num_warps": tiles.gradient_warps,
+    }
+    strides = [x for tensor in (query, key, value, gradient) for x in tensor.stride()[:3]]
+    query_tiles = -(-plan.length // tiles.gradient_rows)
+    by_pairs = plan.low_rank and is_causal
+    for pairs in (False, True) if plan.marks else (by_pairs,):
+        query_gradient_kernel[(min(PAIRS_PROGRAMS, query_tiles) if pairs and plan.marks else query_tiles, groups)](
+            query,
+            key,
+            value,
+            gradient,
+            d_query,
+            plan.projection,
+            plan.key_lengths,
+            key_mean,
+            key_weight,
+            normaliser,
+            delta,
+            marked,
+            any_marked,
+            plan.heads,
+            plan.length,
+            plan.num_keys,
+            plan.key_chunk,
+            plan.key_chunks,
+            *strides,
+            *d_query.stride()[:3],
+            *plan.scales,
+            plan.log_m,
+            1 / LOG2E,
+            **common,
+            BM=tiles.gradient_rows,
+            BN=tiles.gradient_keys,
+            WINDOW_TILES=plan.window_tiles(tiles.gradient_rows, tiles.gradient_keys),
+            PAIRS=pairs,
+        )
+    key_gradient_kernel[(-(-plan.num_keys // tiles.gradient_rows), groups)](
+        query,
+        key,
+        value,
+        gradient,
+        d_key,
+        d_value,
+        plan.projection,
+        plan.key_lengths,
+        mean,
+        weight,
+        extra,
+        normaliser,
+        delta,
+        marked,
+        any_marked,
+        plan.heads,
+        plan.length,
+        plan.num_keys,
+        plan.query_chunk,
+        plan.query_chunks,
+        *strides,
+        *d_key.stride()[:3],
+        *d_value.stride()[:3],
+        *plan.scales,
+        plan.log_m,
+        1 / LOG2E,
+        **common,
+        BN=tiles.gradient_rows,
+        BM=tiles.gradient_keys,
+        WINDOW_TILES=plan.window_tiles(tiles.gradient_rows, tiles.gradient_keys),
+    )
+    return d_query, d_key, d_value
+
+
+@fused_attention_backward.register_fake
+def _(
+    gradient,
+    query,
+    key,
+    value,
+    projection,
+    key_lengths,
+    out,
+    normaliser,
+    marked,
+    key_mean,
+    key_weight,
+    window,
+    scale,
+    cosh,
+    is_causal,
+):
+    return _like(query, query.shape[3]), _like(key, key.shape[3]), _like(value, value.shape[3])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, value, projection, key_lengths, window, scale, cosh, is_causal, _, _ = inputs
+    ctx.save_for_backward(query, key, value, projection, key_lengths, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.options = (window, scale, cosh, is_causal)
+
+
+def _backward(ctx, gradient, *_):
+    tensors = ctx.saved_tensors
+    if gradient.stride(-1) != 1:
+        gradient = gradient.contiguous()
+    gradients = torch.ops.scatterbrain.fused_attention_backward(
+        gradient, *tensors, *ctx.options
+    )
+    return (*gradients, *[None] * 8)
+
+
+fused_attention.register_autograd(_backward, setup_context=_setup_context)

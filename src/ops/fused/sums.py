@@ -1,0 +1,246 @@
+"""Sums over the keys of features times values, and over the queries in the backward pass: partial, then combined.
+
+The sums are kept as averages, one for each feature, beside the logarithm of their weight: `mean[d, m] =
+sum_j phi_jm y_jd / sum_j phi_jm` and `log_weight[m] = log sum_j phi_jm`. So nothing overflows in half precision,
+however long the sequence, and features may span any range.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from src.ops.fused.parts import FLOOR, group_offset, load_projection, load_rows, log_features
+
+
+@triton.jit
+def feature_sums_kernel(
+    x_pointer,  # (B, H, N, E) keys, or queries
+    y_pointer,  # (B, H, N, D) values, or gradients of the output
+    out_pointer,  # (B, H, N, D) output: with QUERIES, its products with y are `delta`
+    projection_pointer,
+    lengths_pointer,  # (B,) key lengths
+    shift_pointer,  # (G, N) with QUERIES: log normaliser of each query
+    delta_pointer,  # (G, N) with QUERIES: written here
+    marked_pointer,  # (G, tiles of MARK_ROWS) with MARKS: tiles of queries left out
+    any_marked_pointer,  # (G,) without QUERIES: set to zero, for the attention kernel to come
+    mean_pointer,  # (G, chunks, BD, MP)
+    weight_pointer,  # (G, chunks, MP)
+    extra_pointer,  # (G, chunks, MP) with QUERIES: average of delta
+    max_pointer,  # (G, chunks, MP) unless FINAL
+    heads,
+    length,
+    chunk,
+    x_batch,
+    x_head,
+    x_row,
+    y_batch,
+    y_head,
+    y_row,
+    out_batch,
+    out_head,
+    out_row,
+    slope,
+    half_scale,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    LOG_M: tl.constexpr,
+    MARKS: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
+    FINAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One chunk of rows of one sequence. FINAL: there is one chunk, and its averages are the result."""
+    index = tl.program_id(0)
+    group = tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    x_base = x_pointer + group_offset(group, heads, x_batch, x_head)
+    y_base = y_pointer + group_offset(group, heads, y_batch, y_head)
+    end = length
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), length)
+    start = index * chunk
+    end = tl.minimum(start + chunk, end)
+    if QUERIES:
+        out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
+        row_base = group.to(tl.int64) * length
+        num_marks = (length + MARK_ROWS - 1) // MARK_ROWS
+    else:
+        tl.store(any_marked_pointer + group, 0, mask=index == 0)
+
+    projection = load_projection(projection_pointer, E, BE, R, M, MP)
+    sums = tl.zeros((BD, MP), tl.float32)
+    weight = tl.zeros((MP,), tl.float32)
+    extra = tl.zeros((MP,), tl.float32)
+    largest = tl.full((MP,), FLOOR, tl.float32)
+    # two stages at least: with one, Triton's pipeliner gave wrong results
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        rows = start + tile * BN + tl.arange(0, BN)
+        valid = rows < end
+        x = load_rows(x_base, rows, valid, x_row, e, E, BE, not EVEN)
+        y = load_rows(y_base, rows, valid, y_row, d, D, BD, not EVEN)
+        logs = log_features(x, projection, slope, half_scale, PRECISION)
+        counted = valid
+        if QUERIES:
+            out = load_rows(out_base, rows, valid, out_row, d, D, BD, not EVEN)
+            delta = tl.sum(out.to(tl.float32) * y.to(tl.float32), 1)
+            tl.store(delta_pointer + row_base + rows, delta, mask=valid)
+            shift = tl.load(shift_pointer + row_base + rows, mask=valid, other=0.0)
+            if MARKS:
+                marked = tl.load(marked_pointer + group * num_marks + rows // MARK_ROWS, mask=valid, other=0)
+                counted = counted & (marked == 0)
+            logs = logs - (shift + LOG_M)[:, None]
+            logs = tl.where(counted[:, None] & (f < M)[None, :], logs, FLOOR)
+        elif not EVEN:
+            logs = tl.where(counted[:, None], logs, FLOOR)
+        new_largest = tl.maximum(largest, tl.max(logs, 0))
+        factors = tl.exp2(logs - new_largest[None, :])
+        if QUERIES or not EVEN:
+            factors = tl.where(counted[:, None], factors, 0.0)
+        decay = tl.exp2(largest - new_largest)
+        factors = factors.to(y.dtype)
+        sums = tl.dot(tl.trans(y), factors, sums * decay[None, :], input_precision=PRECISION)
+        # of the rounded factors, so that averages are exact averages
+        wide = factors.to(tl.float32)
+        weight = weight * decay + tl.sum(wide, 0)
+        if QUERIES:
+            extra = extra * decay + tl.sum(wide * delta[:, None], 0)
+        largest = new_largest
+
+    slot = group * tl.num_programs(0) + index
+    mean_base = mean_pointer + slot.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]
+    if FINAL:
+        scale = tl.where(weight > 0, 1.0 / weight, 0.0)
+        log_weight = tl.where(weight > 0, largest + tl.log2(tl.maximum(weight, 1e-30)), FLOOR)
+        tl.store(mean_base, (sums * scale[None, :]).to(mean_pointer.dtype.element_ty))
+        tl.store(weight_pointer + slot * MP + f, log_weight)
+        if QUERIES:
+            tl.store(extra_pointer + slot * MP + f, extra * scale)
+    else:
+        tl.store(mean_base, sums)
+        tl.store(weight_pointer + slot * MP + f, weight)
+        tl.store(max_pointer + slot * MP + f, largest)
+        if QUERIES:
+            tl.store(extra_pointer + slot * MP + f, extra)
+
+
+@triton.jit
+def combine_kernel(
+    sums_pointer,
+    weights_pointer,
+    extras_pointer,
+    max_pointer,
+    mean_pointer,  # (G, BD, MP), in the dtype of the attention
+    weight_pointer,  # (G, MP)
+    extra_pointer,  # (G, MP)
+    chunks,
+    BD: tl.constexpr,
+    DB: tl.constexpr,
+    MP: tl.constexpr,
+    CB: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+):
+    """All chunks of a sequence, for DB of the BD columns; many chunks are read side by side, CB at a time."""
+    slab = tl.program_id(0)
+    group = tl.program_id(1)
+    c = tl.arange(0, CB)
+    d = slab * DB + tl.arange(0, DB)
+    f = tl.arange(0, MP)
+    first = group.to(tl.int64) * chunks
+    largest = tl.full((MP,), FLOOR, tl.float32)
+    for start in tl.range(0, chunks, CB, num_stages=2):
+        valid = (start + c < chunks)[:, None]
+        where = (first + start + c)[:, None] * MP + f[None, :]
+        largest = tl.maximum(largest, tl.max(tl.load(max_pointer + where, mask=valid, other=FLOOR), 0))
+    sums = tl.zeros((DB, MP), tl.float32)
+    weight = tl.zeros((MP,), tl.float32)
+    extra = tl.zeros((MP,), tl.float32)
+    for start in tl.range(0, chunks, CB, num_stages=2):
+        valid = (start + c < chunks)[:, None]
+        where = (first + start + c)[:, None] * MP + f[None, :]
+        factor = tl.exp2(tl.load(max_pointer + where, mask=valid, other=FLOOR) - largest[None, :])
+        weight += tl.sum(tl.load(weights_pointer + where, mask=valid, other=0.0) * factor, 0)
+        if HAS_EXTRA:
+            extra += tl.sum(tl.load(extras_pointer + where, mask=valid, other=0.0) * factor, 0)
+        tile = (first + start + c)[:, None, None] * (BD * MP) + d[None, :, None] * MP + f[None, None, :]
+        part = tl.load(sums_pointer + tile, mask=valid[:, :, None], other=0.0)
+        sums += tl.sum(part * factor[:, None, :], 0)
+    scale = tl.where(weight > 0, 1.0 / weight, 0.0)
+    tl.store(
+        mean_pointer + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :],
+        (sums * scale[None, :]).to(mean_pointer.dtype.element_ty),
+    )
+    if slab == 0:
+        log_weight = tl.where(weight > 0, largest + tl.log2(tl.maximum(weight, 1e-30)), FLOOR)
+        tl.store(weight_pointer + group * MP + f, log_weight)
+        if HAS_EXTRA:
+            tl.store(extra_pointer + group * MP + f, extra * scale)
+
+
+@triton.jit
+def running_sums_kernel(
+    sums_pointer,
+    weights_pointer,
+    extras_pointer,
+    max_pointer,
+    mean_pointer,  # (G, chunks + 1, BD, MP)
+    weight_pointer,  # (G, chunks + 1, MP)
+    extra_pointer,  # (G, chunks + 1, MP)
+    chunks,
+    BD: tl.constexpr,
+    DB: tl.constexpr,
+    MP: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """State c: the chunks before c, or with REVERSE the chunks from c on. For causal masking."""
+    slab = tl.program_id(0)
+    group = tl.program_id(1)
+    d = slab * DB + tl.arange(0, DB)
+    f = tl.arange(0, MP)
+    sums = tl.zeros((DB, MP), tl.float32)
+    weight = tl.zeros((MP,), tl.float32)
+    extra = tl.zeros((MP,), tl.float32)
+    largest = tl.full((MP,), FLOOR, tl.float32)
+    for step in tl.range(0, chunks + 1, num_stages=2):
+        state = step
+        if REVERSE:
+            state = chunks - step
+        slot = group.to(tl.int64) * (chunks + 1) + state
+        scale = tl.where(weight > 0, 1.0 / weight, 0.0)
+        tl.store(
+            mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :],
+            (sums * scale[None, :]).to(mean_pointer.dtype.element_ty),
+        )
+        if slab == 0:
+            log_weight = tl.where(weight > 0, largest + tl.log2(tl.maximum(weight, 1e-30)), FLOOR)
+            tl.store(weight_pointer + slot * MP + f, log_weight)
+            if HAS_EXTRA:
+                tl.store(extra_pointer + slot * MP + f, extra * scale)
+        # the chunk that the next state has beyond this one; past the last there is none
+        part = state - 1 if REVERSE else state
+        exists = step < chunks
+        where = (group.to(tl.int64) * chunks + part) * MP + f
+        part_max = tl.load(max_pointer + where, mask=exists, other=FLOOR)
+        new_largest = tl.maximum(largest, part_max)
+        decay = tl.exp2(largest - new_largest)
+        factor = tl.exp2(part_max - new_largest)
+        weight = weight * decay + tl.load(weights_pointer + where, mask=exists, other=0.0) * factor
+        if HAS_EXTRA:
+            extra = extra * decay + tl.load(extras_pointer + where, mask=exists, other=0.0) * factor
+        tile = (group.to(tl.int64) * chunks + part) * (BD * MP) + d[:, None] * MP + f[None, :]
+        sums = sums * decay[None, :] + tl.load(sums_pointer + tile, mask=exists, other=0.0) * factor[None, :]
+        largest = new_largest
