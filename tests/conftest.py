@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import load_golden
+# Without a GPU the Triton kernels run in Triton's interpreter. It is chosen when a kernel is defined, so this comes
+# before the first import of one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.helpers import load_golden  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -159,7 +159,7 @@ _STAGES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class _Block(nn.Module):
-    """A backbone block. It may write its output over its input."""
+    """A backbone block."""
 
     def __init__(self, block: Block, backend: str) -> None:
         super().__init__()
@@ -175,11 +175,9 @@ class _Block(nn.Module):
         qkv = fused_linear(x, self.qkv, backend=self.backend)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        # over x, whose pages are warm; the compiler plans memory itself, and would copy what is written in place
-        in_place = not torch.compiler.is_compiling()
-        x = fused_linear(out, self.proj, x, x if in_place else None, self.backend)
+        x = fused_linear(out, self.proj, x, backend=self.backend)
         hidden = fused_linear(x, self.fc1, backend=self.backend)
-        return fused_linear(hidden, self.fc2, x, x if in_place else None, self.backend)
+        return fused_linear(hidden, self.fc2, x, backend=self.backend)
 
 
 class _LastBlock(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -15,15 +14,9 @@ from src.utils.errors import UserError
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def triton_is_installed() -> bool:
-    """Whether the package triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU: for tests, far slower than plain PyTorch."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton's interpreter runs the kernels on the CPU: for tests, far slower than plain PyTorch.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose_backend(backend: str, x: torch.Tensor) -> str:
@@ -33,7 +26,8 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
         UserError: unknown backend, or one that does not run here, with those that do.
     """
     available = ["naive", "torch"]
-    if x.dtype in KERNEL_DTYPES and triton_is_installed() and (x.is_cuda or (is_interpreted() and backend == "triton")):
+    runs = x.is_cuda or (INTERPRETED and backend == "triton")
+    if runs and TRITON_IS_INSTALLED and x.dtype in KERNEL_DTYPES:
         available.append("triton")
     return resolve_backend(backend, tuple(available))
 

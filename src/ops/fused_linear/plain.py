@@ -12,16 +12,14 @@ def plain_fused_linear(
     x: torch.Tensor, folded: FoldedLinear, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Arguments as in `fused_linear`, `residual` of the shape of the output."""
-    if folded.patches is not None:
-        y = _over_patches(x, folded)
-    else:
+    if folded.patches is None:
         if folded.normalise:
-            # W is centred: it takes the mean of the normalised row, zero but for rounding, for what it is
+            # W is centred, and so is the normalised row: nothing of the mean is left but rounding
             x = F.layer_norm(x, (folded.in_features,), eps=folded.eps)
-        fused_residual = residual if residual is not None and residual.is_contiguous() and not folded.gelu else None
-        y = linear_with_neighbours(x, folded.matrix(), folded.bias, folded.gelu, fused_residual)
-        residual = residual if fused_residual is None else None
-    if folded.patches is not None and folded.gelu:
+        y = linear_with_neighbours(x, folded.matrix(), folded.bias, folded.gelu, residual)
+        return y if out is None else out.copy_(y)
+    y = _over_patches(x, folded)
+    if folded.gelu:
         y = F.gelu(y)
     if residual is not None:
         return torch.add(y, residual, out=y if out is None else out)
@@ -44,13 +42,13 @@ def linear_with_neighbours(
         weight: (N, K).
         bias: (N,), or None.
         gelu: apply the exact GELU.
-        residual: (..., N) contiguous, added last; None for none.
+        residual: (..., N), added last; None for none.
 
     Returns:
         (..., N).
     """
     if _has_fused_products(x):
-        if residual is not None and not gelu:
+        if residual is not None and not gelu and residual.is_contiguous():
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
     else:
@@ -103,6 +101,7 @@ def _patch_statistics(x: torch.Tensor, folded: FoldedLinear) -> tuple[torch.Tens
     patches = folded.patches
     x = x.double()
     sums = torch.stack([x.mean(-1), x.square().mean(-1)], dim=1)
-    means = F.avg_pool2d(sums, patches.kernel, patches.stride, patches.padding, count_include_pad=True)
+    sums = F.pad(sums, (patches.padding,) * 4)
+    means = F.avg_pool2d(sums, patches.kernel, patches.stride)
     mean, mean_square = means.flatten(2).unsqueeze(-1).unbind(1)
     return mean, (mean_square - mean.square()).clamp_min_(0).add_(folded.eps).rsqrt_()

@@ -1,0 +1,348 @@
+"""The fused linear map: its specification, the folded weights, the plain form and the kernel against it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.ops.fused_linear import FoldedLinear, Patches, fused_linear, naive_fused_linear
+from src.utils.errors import UserError
+from tests.helpers import assert_close
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
+# roundings of one product, its statistics and one result; the errors of a long sum grow with its root
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-7, torch.float16: 7e-4, torch.bfloat16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one map: `shape` is that of x, rows or feature map."""
+
+    shape: tuple[int, ...]
+    out_features: int
+    patches: Patches | None = None
+    normalise: bool = True
+    bias: bool = True
+    gelu: bool = False
+    residual: tuple[int, ...] | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-1] * (1 if self.patches is None else self.patches.kernel**2)
+
+    def __str__(self) -> str:
+        name = "x".join(map(str, self.shape)) + f"-{self.out_features}"
+        if self.patches is not None:
+            name += f"-k{self.patches.kernel}s{self.patches.stride}p{self.patches.padding}"
+        for flag in ("normalise", "bias", "gelu"):
+            name += f"-{flag}" if getattr(self, flag) else ""
+        return name + ("-residual" if self.residual else "")
+
+
+class Weights:
+    """Linear map and LayerNorm of a case, the latter with scales and shifts that matter."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str = DEVICE) -> None:
+        self.case = case
+        self.linear = nn.Linear(case.in_features, case.out_features, bias=case.bias)
+        self.norm = nn.LayerNorm(case.in_features, eps=1e-3) if case.normalise else None
+        if self.norm is not None:
+            nn.init.normal_(self.norm.weight, 1.0, 0.3)
+            nn.init.normal_(self.norm.bias)
+        for module in (self.linear, self.norm):
+            if module is not None:
+                module.to(device, dtype).requires_grad_(False)
+
+    def folded(self) -> FoldedLinear:
+        return FoldedLinear(
+            self.linear.weight, self.linear.bias, self.norm, gelu=self.case.gelu, patches=self.case.patches
+        )
+
+    def specification(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        norm = {}
+        if self.norm is not None:
+            norm = {"gamma": self.norm.weight, "beta": self.norm.bias, "eps": self.norm.eps}
+        case = self.case
+        return naive_fused_linear(
+            x,
+            self.linear.weight,
+            self.linear.bias,
+            normalise=case.normalise,
+            gelu=case.gelu,
+            patches=case.patches,
+            residual=residual,
+            **norm,
+        )
+
+
+CASES = [
+    Case((2, 9, 37), 19, gelu=True, residual=(2, 9, 19)),
+    Case((3, 70), 5),
+    Case((2, 9, 64), 64, bias=False),
+    Case((2, 3, 5, 33), 70, normalise=False, residual=(2, 3, 5, 70)),
+    Case((2, 13, 11, 3), 24, Patches(7, 4, 2)),
+    Case((2, 9, 8, 64), 24, Patches(3, 2, 1), residual=(20, 24)),
+    Case((2, 9, 8, 5), 24, Patches(3, 2, 1), normalise=False, gelu=True),
+    Case((1, 4, 4, 5), 7, Patches(2, 1, 2), bias=False),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_forms_equal_the_specification(case, dtype, form):
+    if form == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and DEVICE == "cpu")):
+        pytest.skip("not a dtype of the kernels, or of Triton's interpreter")
+    weights = Weights(case, dtype)
+    x = (torch.randn(case.shape) + 0.5).to(DEVICE, dtype)
+    residual = None if case.residual is None else torch.randn(case.residual).to(DEVICE, dtype)
+    out = fused_linear(x, weights.folded(), residual, backend=form)
+    assert out.dtype == dtype
+    assert_close("out", weights.specification(x, residual), out, TOLERANCE[dtype])
+
+
+def test_the_specification_is_what_pytorch_computes():
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    linear, norm = nn.Linear(27, 5).double(), nn.LayerNorm(27).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    patches = F.unfold(x, 3, stride=2, padding=1).transpose(1, 2)
+    table = torch.randn(25, 5, dtype=torch.float64)
+    expected = F.gelu(linear(norm(patches))) + table
+    out = naive_fused_linear(
+        x.permute(0, 2, 3, 1),
+        linear.weight,
+        linear.bias,
+        normalise=True,
+        gamma=norm.weight,
+        beta=norm.bias,
+        gelu=True,
+        patches=Patches(3, 2, 1),
+        residual=table,
+    )
+    assert_close("out", expected, out, 1e-14)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("patches", [None, Patches(3, 2, 1)], ids=["rows", "patches"])
+def test_writes_where_it_is_told_and_nowhere_else(patches, form):
+    case = Case((2, 6, 40), 24) if patches is None else Case((2, 5, 3, 8), 24, patches)
+    weights = Weights(case, torch.float32)
+    x, table = torch.randn(case.shape, device=DEVICE), torch.randn(6, 24, device=DEVICE)
+    tokens = torch.full((2, 7, 24), float("nan"), device=DEVICE)
+    returned = fused_linear(x, weights.folded(), table, tokens[:, 1:], form)
+    assert returned.data_ptr() == tokens[:, 1:].data_ptr()
+    assert_close("tokens", weights.specification(x, table), tokens[:, 1:], 1e-6)
+    assert tokens[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_of_any_layout(form):
+    weights = Weights(Case((2, 3, 4, 16), 8), torch.float32)
+    x = torch.randn(2, 3, 4, 16, device=DEVICE)
+    out = torch.full((8, 4, 3, 2), float("nan"), device=DEVICE).permute(3, 2, 1, 0)
+    fused_linear(x, weights.folded(), out=out, backend=form)
+    assert_close("out", weights.specification(x), out, 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_output_may_be_the_residual(form):
+    weights = Weights(Case((2, 9, 40), 24), torch.float32)
+    x, residual = torch.randn(2, 9, 40, device=DEVICE), torch.randn(2, 9, 24, device=DEVICE)
+    expected = weights.specification(x, residual)
+    fused_linear(x, weights.folded(), residual, residual, form)
+    assert_close("out", expected, residual, 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strided_inputs(form):
+    case = Case((2, 6, 40), 24, residual=(2, 6, 24))
+    weights = Weights(case, torch.float32)
+    wide = torch.randn(2, 6, 120, device=DEVICE)
+    residual = torch.randn(2, 24, 6, device=DEVICE).transpose(1, 2)
+    for x in (wide[..., 40:80], wide[..., ::3], wide[:, :1, :40].expand(2, 6, 40)):
+        out = fused_linear(x, weights.folded(), residual, backend=form)
+        assert_close("out", weights.specification(x, residual), out, 1e-6)
+    # a row of each sample, as of a class token
+    out = fused_linear(wide[:, 0, :40], weights.folded(), backend=form)
+    assert_close("out", weights.specification(wide[:, 0, :40]), out, 1e-6)
+    # colours apart, as images come
+    over_patches = Weights(Case((2, 9, 8, 3), 24, Patches(7, 4, 2)), torch.float32)
+    images = torch.randn(2, 3, 9, 8, device=DEVICE)
+    out = fused_linear(images.permute(0, 2, 3, 1), over_patches.folded(), backend=form)
+    assert_close("out", over_patches.specification(images.permute(0, 2, 3, 1)), out, 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [Case((2, 40, 64), 32), Case((1, 15, 15, 3), 32, Patches(7, 4, 2))], ids=str)
+def test_nearly_flat_rows(case, dtype, form):
+    # the deviation is a thousandth of the mean: E[x^2] - E[x]^2 and what rounding leaves of the sums of W would show
+    weights = Weights(case, dtype)
+    x = (2.6 + 4e-3 * torch.randn(case.shape)).to(DEVICE, dtype)
+    out = fused_linear(x, weights.folded(), backend=form)
+    assert_close("out", weights.specification(x), out, {torch.float32: 3e-5, torch.float16: 2e-3}[dtype])
+    flat = torch.full_like(x, 2.6)
+    out = fused_linear(flat, weights.folded(), backend=form)
+    assert_close(
+        "out of flat rows", weights.specification(flat), out, {torch.float32: 3e-5, torch.float16: 2e-3}[dtype]
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("group", [1, 3])
+def test_settings_of_the_kernel_change_nothing(parts, group):
+    from src.ops.fused_linear.triton import Tiles
+
+    for case in (Case((70, 100), 90, gelu=True, residual=(70, 90)), Case((2, 13, 11, 3), 90, Patches(7, 4, 2))):
+        weights = Weights(case, torch.float32)
+        x = torch.randn(case.shape, device=DEVICE)
+        residual = None if case.residual is None else torch.randn(case.residual, device=DEVICE)
+        folded = weights.folded()
+        folded.tiles = Tiles(16, 16, 32, parts=parts, group=group)
+        out = fused_linear(x, folded, residual, backend="triton")
+        assert_close("out", weights.specification(x, residual), out, TOLERANCE[torch.float32])
+
+
+@needs_triton
+def test_gelu_of_half_precision_is_within_its_bound():
+    # the identity, so that what GELU gets is known
+    folded = FoldedLinear(torch.eye(16, dtype=torch.float16, device=DEVICE), gelu=True)
+    x = torch.cat([torch.linspace(-8, 8, 4000), torch.linspace(-60, 60, 2400)]).view(-1, 16).to(DEVICE, torch.float16)
+    error = (fused_linear(x, folded, backend="triton").double() - F.gelu(x.double())).abs()
+    # the polynomial's bound, and the rounding of the result
+    assert (error <= 7e-5 + x.double().abs() * 2**-11).all()
+
+
+def test_folding_is_done_in_double_precision():
+    linear, norm = nn.Linear(64, 32), nn.LayerNorm(64)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    folded = FoldedLinear(linear.weight, linear.bias, norm)
+    scaled = linear.weight.double() * norm.weight.double()
+    assert torch.equal(folded.matrix(), (scaled - scaled.mean(1, keepdim=True)).float())
+    assert torch.equal(folded.bias, (linear.weight.double() @ norm.bias.double() + linear.bias.double()).float())
+    assert not any(buffer.requires_grad for buffer in folded.buffers())
+
+
+def test_weights_of_patches_are_those_of_the_convolution():
+    weight = torch.randn(5, 3 * 49)
+    folded = FoldedLinear(weight, patches=Patches(7, 4, 2))
+    assert torch.equal(folded.convolution_weight(), weight.view(5, 3, 7, 7))
+    assert torch.equal(folded.matrix(), weight)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
+def test_the_operators_keep_pytorchs_rules(case):
+    import src.ops.fused_linear.triton  # noqa: F401 - registers them
+
+    weights = Weights(case, torch.float32)
+    folded = weights.folded()
+    x = torch.randn(case.shape, device=DEVICE)
+    out = torch.zeros(folded.output_shape(x), device=DEVICE)
+    residual = torch.randn(case.residual, device=DEVICE).expand_as(out)
+    patches = [] if case.patches is None else [case.patches.kernel, case.patches.stride, case.patches.padding]
+    settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches, [])
+    given = (x, folded.weight, folded.bias, folded.sums, residual)
+    torch.library.opcheck(torch.ops.scatterbrain.fused_linear, (*given, *settings))
+    torch.library.opcheck(torch.ops.scatterbrain.fused_linear_out, (*given, out, *settings))
+
+
+@needs_triton
+def test_compiles_as_one_graph():
+    case = CASES[5]
+    weights = Weights(case, torch.float32)
+    folded = weights.folded()
+    x, table = torch.randn(case.shape, device=DEVICE), torch.randn(case.residual, device=DEVICE)
+
+    def function(x):
+        tokens = x.new_zeros(2, 21, 24)
+        fused_linear(x, folded, table, tokens[:, 1:], "triton")
+        return tokens, fused_linear(x, folded, table, backend="triton")
+
+    with torch.inference_mode():
+        tokens, out = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    expected = weights.specification(x, table)
+    assert_close("tokens", F.pad(expected, (0, 0, 1, 0)), tokens, 1e-6)
+    assert_close("out", expected, out, 1e-6)
+
+
+def test_an_empty_batch_gives_an_empty_output():
+    for case in (Case((0, 4, 16), 8), Case((0, 6, 6, 3), 8, Patches(3, 2, 1))):
+        weights = Weights(case, torch.float32)
+        for form in ["naive", "torch"] + ["triton"] * HAS_TRITON:
+            out = fused_linear(torch.randn(case.shape, device=DEVICE), weights.folded(), backend=form)
+            assert out.numel() == 0
+            assert out.shape[-1] == 8
+
+
+def refusal(match: str):
+    return pytest.raises(UserError, match=match)
+
+
+def test_refusals():
+    folded = FoldedLinear(torch.randn(8, 16), torch.randn(8))
+    x = torch.randn(2, 16)
+    with refusal(r"x \(2, 15\) has to be rows \(\.\.\., 16\)"):
+        fused_linear(x[:, :15], folded)
+    with refusal("x is torch.float64 .* fold the weights again"):
+        fused_linear(x.double(), folded)
+    with refusal(r"residual \(3, 8\) does not expand to the output, \(2, 8\)"):
+        fused_linear(x, folded, torch.randn(3, 8))
+    with refusal(r"out \(2, 9\) has to be of the shape of the output"):
+        fused_linear(x, folded, out=torch.empty(2, 9))
+    with refusal("has no gradients. Call it under torch.inference_mode"):
+        fused_linear(x.requires_grad_(), folded)
+    with refusal("backend='cuda' is not available here"):
+        fused_linear(x.detach(), folded, backend="cuda")
+    over_patches = FoldedLinear(torch.randn(8, 27), patches=Patches(3, 2, 0))
+    with refusal(r"has to be a feature map \(B, height, width, 3\)"):
+        fused_linear(torch.randn(2, 3, 9, 9), over_patches)
+    with refusal("A map of 2 x 9 pixels holds no patch of 3 x 3"):
+        fused_linear(torch.randn(2, 2, 9, 3), over_patches)
+    with refusal("has to be floating-point"):
+        FoldedLinear(torch.ones(3, 3, dtype=torch.int64))
+    with refusal(r"has to be \(N, C \* 3\^2\)"):
+        FoldedLinear(torch.randn(8, 16), patches=Patches(3, 2, 1))
+    with refusal(r"norm is a LayerNorm over \(15,\)"):
+        FoldedLinear(torch.randn(8, 16), norm=nn.LayerNorm(15))
+
+
+# Sizes of the published models at 16 images of 224 pixels.
+REAL_CASES = [
+    Case((16, 224, 224, 3), 192, Patches(7, 4, 2), bias=False),
+    Case((16, 56, 56, 64), 192, Patches(3, 2, 1), bias=False),
+    Case((16, 28, 28, 64), 384, Patches(3, 2, 1), normalise=False, residual=(196, 384)),
+    Case((16, 197, 384), 1152, bias=False),
+    Case((16, 197, 384), 1152, gelu=True),
+    Case((16, 197, 384), 384, normalise=False, residual=(16, 197, 384)),
+    Case((16, 197, 1152), 384, normalise=False, residual=(16, 197, 384)),
+    Case((16, 384), 1000),
+    Case((3, 197, 448), 1344),
+]
+
+
+@pytest.mark.gpu
+@on_gpu
+@needs_triton
+@pytest.mark.parametrize("case", REAL_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_real_sizes_on_a_gpu(case, dtype):
+    weights = Weights(case, dtype)
+    x = torch.randn(case.shape).to(DEVICE, dtype)
+    residual = None if case.residual is None else torch.randn(case.residual).to(DEVICE, dtype)
+    expected = weights.specification(x, residual)
+    for form in ("torch", "triton"):
+        out = fused_linear(x, weights.folded(), residual, backend=form)
+        assert_close(f"out of {form}", expected, out, {torch.float32: 2e-6}.get(dtype, TOLERANCE[dtype]))
