@@ -82,7 +82,7 @@ WARM_UP_CALLS = 3
 # On CUDA calls are repeated until a sample takes this long: a few launches would show the queue, not the device.
 SHORTEST_SAMPLE_SECONDS = 0.05
 # How long an evaluation should take, to average over the loop.
-EVALUATION_SECONDS = 5.0
+EVALUATION_SECONDS = 3.0
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -379,8 +379,8 @@ class Bench:
 
     def free(self) -> None:
         """Give memory that nobody uses back to the device."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 

@@ -38,15 +38,15 @@ class SyntheticImages:
     """
 
     def __init__(self, num_images: int, num_distinct: int, image_size: int, num_classes: int, seed: int) -> None:
-        self.root = NAME
-        self.paths = [f"{NAME}/{index:08}" for index in range(num_images)]
         generator = torch.Generator().manual_seed(seed)
-        self.targets = torch.randint(num_classes, (num_images,), generator=generator)
         shape = (min(num_images, num_distinct), 3, image_size, image_size)
         try:
             self.pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         except RuntimeError as error:
             raise UserError(f"datamodule.num_distinct={num_distinct} images do not fit in memory. Lower it.") from error
+        self.targets = torch.randint(num_classes, (num_images,), generator=generator)
+        self.root = NAME
+        self.paths = [f"{NAME}/{index:08}" for index in range(num_images)]
 
     def __len__(self) -> int:
         return len(self.paths)

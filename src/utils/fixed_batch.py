@@ -101,7 +101,7 @@ def _no_cache_of_autocast() -> Iterator[None]:
 
 
 def compiled(function: Forward, **options: Any) -> Forward:
-    """A function under `torch.compile`, for one shape, as one graph.
+    """A function under `torch.compile`, for one shape.
 
     Args:
         function: from a tensor to a tensor.
@@ -114,4 +114,4 @@ def compiled(function: Forward, **options: Any) -> Forward:
     # with code of its own, or PyTorch would count the shapes of all functions against one limit of recompilations
     code = call.__code__.replace(co_name=f"compiled_{id(function)}")
     own = types.FunctionType(code, globals(), closure=call.__closure__)
-    return torch.compile(own, dynamic=False, fullgraph=True, **options)
+    return torch.compile(own, dynamic=False, **options)
