@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.helpers import load_golden  # noqa: E402
+from tests.helpers import load_golden
 
 
 @pytest.fixture(autouse=True, scope="session")

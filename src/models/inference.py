@@ -94,6 +94,11 @@ class InferenceT2TViT(nn.Module):
                 f"The model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}. "
                 "Build it with image_size=... for another size."
             )
+        if torch.is_autocast_enabled(images.device.type):
+            raise UserError(
+                "The inference form computes in the dtype of its weights, and autocast is on. Convert the model and the "
+                "images instead, or call the model itself."
+            )
         batch, size = len(images), self.image_size
         x = images.permute(0, 2, 3, 1)
         for stage, reduction in zip(self.stages, (4, 8), strict=True):
@@ -107,7 +112,7 @@ class InferenceT2TViT(nn.Module):
         """Map images (B, 3, image_size, image_size) to logits (B, num_classes).
 
         Raises:
-            UserError: images of another size, dtype or device; a gradient is wanted.
+            UserError: images of another size, dtype or device; a gradient is wanted; autocast is on.
         """
         x = self.forward_tokens(images)
         for block in self.blocks:

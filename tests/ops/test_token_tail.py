@@ -138,7 +138,7 @@ def test_refusals():
     x = torch.randn(2, 5, 16, device=DEVICE)
     with pytest.raises(UserError, match=r"attended \(2, 5, 16\) and value \(2, 4, 16\) have to be \(\.\.\., 16\)"):
         token_tail(x, x[:, :4], folded)
-    with pytest.raises(UserError, match="value is torch.float64 .* fold the weights again"):
+    with pytest.raises(UserError, match=r"value is torch.float64 .* fold the weights again"):
         token_tail(x, x.double(), folded)
     with pytest.raises(UserError, match="has no gradients"):
         token_tail(x, x.clone().requires_grad_(), folded)

@@ -22,7 +22,7 @@ def plain_fused_linear(
     if folded.gelu:
         y = F.gelu(y)
     if residual is not None:
-        return torch.add(y, residual, out=y if out is None else out)
+        y = y.add_(residual)
     return y if out is None else out.copy_(y)
 
 
@@ -58,15 +58,11 @@ def linear_with_neighbours(
 
 
 def _has_fused_products(x: torch.Tensor) -> bool:
-    # the operators that Inductor itself emits; under it, plain operations leave the choice to it
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    # under Inductor, which emits these operators itself, plain operations leave the choice to it
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _over_patches(x: torch.Tensor, folded: FoldedLinear) -> torch.Tensor:
