@@ -96,8 +96,8 @@ class InferenceT2TViT(nn.Module):
             )
         if torch.is_autocast_enabled(images.device.type):
             raise UserError(
-                "The inference form computes in the dtype of its weights, and autocast is on. Convert the model and the "
-                "images instead, or call the model itself."
+                "The inference form computes in the dtype of its weights, and autocast is on. Convert the model and "
+                "the images instead, or call the model itself."
             )
         batch, size = len(images), self.image_size
         x = images.permute(0, 2, 3, 1)
