@@ -69,8 +69,8 @@ class ComparisonRow:
         loss: nats, mean over seeds.
         agreement: percent of images whose first prediction (first seed) is the reference's; None without one.
         images_per_second: throughput.
-        speedup: `images_per_second` over that of the reference; None without one of the same device and
-            precision.
+        speedup: `images_per_second` over that of the reference; None without one of the same device, precision
+            and form (`fast`).
         attention_memory: fraction of the full attention matrix; None where it does not apply.
         published: published top-1; None where there is none.
     """
@@ -114,7 +114,7 @@ def compare_runs(
     """Compare finished runs.
 
     A run's reference is the first run with attention `"full"` on the same model, weights, images and image
-    size, one of the same device and precision if there is any. Images are matched by name.
+    size, one of the same device, precision and form if there is any. Images are matched by name.
 
     Args:
         run_folders: folders that hold `results.json` and `predictions.csv`, in the order of the rows.
@@ -178,8 +178,8 @@ def _reference(index: int, runs: Sequence[Results]) -> int | None:
     return min(candidates, key=lambda number: _speed_key(runs[number]) != _speed_key(run), default=None)
 
 
-def _speed_key(run: Results) -> tuple[str, str]:
-    return run.device, run.precision
+def _speed_key(run: Results) -> tuple[str, str, bool]:
+    return run.device, run.precision, run.fast
 
 
 def _agreement(folder: Path, ours: Predictions, reference_folder: Path, theirs: Predictions) -> float:
@@ -243,7 +243,7 @@ def _settings(folder: Path, run: Results) -> dict[str, str]:
         pairs = dict(str(item).lstrip("+~").partition("=")[::2] for item in overrides or [])
         pairs.pop(_ATTENTION_OVERRIDE, None)
         return pairs
-    names = ("model", "image_size", "precision", "device", "seeds")
+    names = ("model", "image_size", "precision", "device", "seeds", "fast")
     settings = {name: str(getattr(run, name)) for name in names}
     settings["checkpoint"] = Path(run.checkpoint["path"] or "none").name
     return settings

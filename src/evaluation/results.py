@@ -76,6 +76,7 @@ class Results:
         seconds: how long the evaluation took; None if not measured.
         random_features: where they come from: drawn from the `seeds`, or stored in the `checkpoint`, which was trained
             with them; None where there are none.
+        fast: whether the model's inference form was evaluated, see `src.models.inference`.
     """
 
     model: str
@@ -99,6 +100,7 @@ class Results:
     attention_memory: float | None = None
     seconds: float | None = None
     random_features: str | None = None
+    fast: bool = False
 
     @property
     def published(self) -> PublishedFigure | None:

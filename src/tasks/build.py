@@ -75,6 +75,7 @@ def build_model(config: DictConfig) -> T2TViT:
         UserError: see `create_t2t_vit`; one stage has an attention and the other none.
     """
     options = OmegaConf.to_container(config, resolve=True)
+    options.pop("fast", None)  # of evaluations, see `runs_inference_form`
     stages = [options.pop(f"t2tattn{stage}_cfg") for stage in (1, 2)]
     if stages == [None, None]:
         stages = None
@@ -88,6 +89,33 @@ def build_model(config: DictConfig) -> T2TViT:
         raise
     except (TypeError, ValueError) as error:  # what its layers say of a value, or Python of an unknown option
         raise UserError(f"model cannot be built: {error}. Check the options under 'model'.") from error
+
+
+def runs_inference_form(config: DictConfig, precision: str) -> bool:
+    """Whether an evaluation runs the model's inference form, `src.models.inference`; `model.fast` of the group `model`.
+
+    `auto` is on wherever the form runs: it was faster than the model on every device and in every precision measured.
+
+    Args:
+        config: the group's config.
+        precision: Lightning's name of it, such as `"32-true"`.
+
+    Raises:
+        UserError: `fast` is none of auto, on and off, or on with autocast.
+    """
+    fast = {True: "on", False: "off"}.get(config.fast, config.fast)  # YAML reads on and off as true and false
+    if fast not in ("auto", "on", "off"):
+        raise UserError(f"model.fast={fast!r} is not valid. Give auto, on or off.")
+    if fast == "off":
+        return False
+    if not precision.endswith("-true"):
+        if fast == "on":
+            raise UserError(
+                f"model.fast=on does not run under autocast (trainer.precision={precision}). Use "
+                "trainer.precision=bf16-true, 16-true or 32-true, or model.fast=auto."
+            )
+        return False
+    return True
 
 
 def attention_name(config: DictConfig, model: T2TViT) -> str | None:

@@ -22,8 +22,9 @@ from src.evaluation.results import (
     write_predictions,
     write_results,
 )
+from src.models.inference import inference_form
 from src.models.t2t_vit import T2TViT
-from src.tasks.build import attention_name, build, build_model
+from src.tasks.build import attention_name, build, build_model, runs_inference_form
 from src.tasks.classification import ImageClassification
 from src.tasks.launch import check_common_options, explained, launch
 from src.tasks.provenance import (
@@ -65,6 +66,7 @@ def evaluate(config: DictConfig) -> tuple[Results, Munch]:
 def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
     """`evaluate` in this process."""
     _check_limits(trainer)
+    fast = runs_inference_form(config.model, str(trainer.precision))
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = Path(config.eval.ckpt).expanduser()
 
@@ -83,7 +85,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         num_classes=config.model.num_classes,
         seeds=seeds,
         redraw=redraw,
-        make_forward=functools.partial(_make_forward, compile_form=config.eval.compile),
+        make_forward=functools.partial(_make_forward, fast=fast, compile_form=config.eval.compile),
     )
     attention = attention_name(config.model, model)
     logger.info(
@@ -121,6 +123,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
         attention_memory=attention_memory_fraction(model),
         seconds=task.seconds,
         random_features=_origin_of_random_features(model, redraw),
+        fast=fast,
         **summarise(task.records),
     )
     if trainer.is_global_zero:
@@ -132,15 +135,14 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
     return results, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
 
 
-def _make_forward(model: nn.Module, compile_form: bool) -> Forward:
+def _make_forward(model: nn.Module, fast: bool, compile_form: bool) -> Forward:
     """What is evaluated in place of a model that is on its device and in its dtype."""
-    form = model
-    if form is model and not compile_form:
-        return model
+    form = inference_form(model) if fast else model
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if not compile_form and (form is model or not on_cuda):
+        return form
     forward = compiled(form) if compile_form else form
-    if next(model.parameters()).device.type == "cuda":
-        forward = CudaGraphForward(forward)
-    return PaddedForward(forward)
+    return PaddedForward(CudaGraphForward(forward) if on_cuda else forward)
 
 
 def _check_options(config: DictConfig) -> None:

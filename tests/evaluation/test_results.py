@@ -28,7 +28,7 @@ from src.utils.errors import UserError
 FIELDS = [
     *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5"),
     *("loss", "top1_per_seed", "top1_std", "images_per_second", "peak_memory_mib", "versions", "command"),
-    *("attention_options", "attention_memory", "seconds", "random_features"),
+    *("attention_options", "attention_memory", "seconds", "random_features", "fast"),
 ]
 
 
@@ -55,6 +55,7 @@ def make_results(**changes):
         "attention_memory": 1 / 32,
         "seconds": 4000.0,
         "random_features": "seeds",
+        "fast": True,
     }
     return Results(**{**values, **changes})
 
