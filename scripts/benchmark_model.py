@@ -43,6 +43,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scripts.make_random_checkpoint import make_checkpoint
+from src.models.inference import inference_form
 from src.models.modules.attention import ATTENTIONS
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
@@ -71,7 +72,7 @@ from src.utils.timing import in_turn, seconds_per_call
 KINDS = ("published", "module", "inference", "peer")
 PEER = "vit_small_patch16_224"
 PRECISIONS = {
-    "32": torch.float32,
+    "32-true": torch.float32,
     "bf16-true": torch.bfloat16,
     "16-true": torch.float16,
     "bf16-mixed": torch.float32,
@@ -204,8 +205,6 @@ def build(form: Form, arguments: argparse.Namespace, device: torch.device) -> Fo
         network = as_published(network)
     network = network.to(device, PRECISIONS[arguments.precision])
     if form.kind == "inference":
-        from src.models.inference import inference_form
-
         network = inference_form(network)
     call = compiled(network) if form.compiled else network
     call = CudaGraphForward(call) if form.graph else call
@@ -303,7 +302,8 @@ class Bench:
 
             for batch in arguments.batches:
                 self.measure(batch, say)
-                torch._dynamo.reset()
+                if arguments.compile:
+                    torch._dynamo.reset()  # or it would keep what it has compiled, with the weights
                 self.free()
         if not self.results:
             first = self.skipped[0]
@@ -354,7 +354,8 @@ class Bench:
         on_cuda = self.device.type == "cuda"
         self.free()
         before = torch.cuda.memory_reserved() if on_cuda else 0
-        forward = build(form, self.arguments, self.device)
+        with torch.inference_mode(False):  # weights that are tensors like any other
+            forward = build(form, self.arguments, self.device)
         if form.kind == "inference":  # the colours of a pixel together, as an evaluation has them
             images = images.contiguous(memory_format=torch.channels_last)
         candidate = Candidate(form, lambda: forward(images))
@@ -516,7 +517,7 @@ def build_parser() -> Parser:
     parser.add_argument("--num-classes", type=positive, default=1000, metavar="N", help="(1000)")
     parser.add_argument("--memory-fraction", type=fraction, default=1 / 32, metavar="F", help="budget (1/32)")
     parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), help="as trainer.precision (bf16-true on CUDA, 32 on the CPU)"
+        "--precision", choices=tuple(PRECISIONS), help="as trainer.precision (bf16-true on CUDA, 32-true on the CPU)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA where it is)")
     parser.add_argument("--threads", type=positive, metavar="T", help="CPU threads (PyTorch's choice)")
@@ -539,7 +540,7 @@ def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argpar
     on_cuda = device.type == "cuda"
     filled = {
         "batches": arguments.batches or ((32, 128, 256, 512) if on_cuda else (8,)),
-        "precision": arguments.precision or ("bf16-true" if on_cuda else "32"),
+        "precision": arguments.precision or ("bf16-true" if on_cuda else "32-true"),
         "forms": tuple(kind for kind in arguments.forms if kind != "peer" or not arguments.no_peers),
         "device": device.type,
     }

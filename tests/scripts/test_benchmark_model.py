@@ -81,7 +81,7 @@ def test_the_inference_form_is_of_the_same_network(attention):
 @pytest.mark.parametrize(
     ("precision", "dtype", "result"),
     [
-        ("32", torch.float32, torch.float32),
+        ("32-true", torch.float32, torch.float32),
         ("bf16-true", torch.bfloat16, torch.bfloat16),
         ("16-true", torch.float16, torch.float16),
         ("bf16-mixed", torch.float32, torch.bfloat16),

@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from munch import Munch
 
 import src.datamodules.dataset as dataset
+import src.tasks.launch as launch
 from src.evaluation.results import read_predictions
-from src.models.t2t_vit import create_t2t_vit
+from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.evaluate import evaluate
 from src.utils.checkpoint import load_checkpoint
 from src.utils.errors import UserError
@@ -24,6 +26,15 @@ CONTRACT = {
     *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5", "loss"),
     *("top1_per_seed", "top1_std", "images_per_second", "peak_memory_mib", "versions", "command"),
 }
+# images in memory, on the command line of other images
+SYNTHETIC = {
+    "experiment": "synthetic-t2tvit-eval",
+    "datamodule__data_dir": None,
+    "datamodule__num_workers": None,
+    "datamodule__num_images": 11,
+    "datamodule__num_distinct": 4,
+}
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # what differs between two runs of the same evaluation
 MEASURED = {"images_per_second", "seconds", "command"}
 
@@ -187,6 +198,45 @@ def test_precision(evaluation, precision, reported, tolerance):
     assert exact.precision == "32-true"
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("64-true", torch.float64),
+        ("bf16-mixed", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("datamodule", ["imagenet", "synthetic"])
+def test_images_reach_the_model_in_the_dtype_of_its_weights(evaluation, monkeypatch, datamodule, precision, dtype):
+    seen = []
+    forward = T2TViT.forward
+    monkeypatch.setattr(T2TViT, "forward", lambda self, images: seen.append(images) or forward(self, images))
+    changes = SYNTHETIC if datamodule == "synthetic" else {}
+    _, objects = evaluate(evaluation(trainer__precision=precision, model__fast="off", **changes))
+    assert {images.dtype for images in seen} == {dtype}
+    assert {weight.dtype for weight in objects.model.parameters()} == {dtype}
+    # as precise as the dtype is: half a unit of the last place of numbers below 4
+    batch = next(iter(objects.datamodule.test_dataloader()))[0]
+    expected = objects.datamodule.normalise(batch)
+    assert (seen[0].float() - expected).abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+def test_synthetic_images(evaluation, tmp_path):
+    results, objects = evaluate(evaluation(**SYNTHETIC))
+    images = objects.datamodule.normalise(objects.datamodule.test_dataset.pixels)
+    with torch.no_grad():
+        logits = objects.model.eval()(images)[torch.arange(11) % 4]
+    targets = objects.datamodule.test_dataset.targets
+    assert results.loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    expected = {"dir": "synthetic", "split": "test", "num_images": 11, "num_classes": NUM_CLASSES}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["data"] == expected
+    stored = read_predictions(tmp_path / "run")
+    assert stored.images == [f"synthetic/{index:08}" for index in range(11)]
+    assert stored.targets.tolist() == targets.tolist()
+
+
 def test_half_precision_is_replaced_where_the_cpu_has_none(evaluation):
     config = evaluation(trainer__precision="16-mixed")
     with pytest.warns(UserWarning, match="fp16 is not supported on CPU"):
@@ -246,9 +296,9 @@ def test_lack_of_memory_names_the_batch_size(evaluation, monkeypatch):
     def forward(self, images):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", forward)
+    monkeypatch.setattr(T2TViT, "forward", forward)
     with pytest.raises(UserError, match=r"Lower datamodule.batch_size \(now 4\)"):
-        evaluate(evaluation())
+        evaluate(evaluation(model__fast="off"))
 
 
 def test_the_csv_logger_has_the_figures(evaluation, tmp_path):
@@ -304,3 +354,44 @@ def test_weights_that_give_nan_leave_no_results(evaluation, checkpoints, tmp_pat
         evaluate(evaluation(eval__ckpt=tmp_path / "nan.pth"))
     assert not (tmp_path / "run" / "results.json").exists()
     assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+class NoWaiting(pl.Callback):
+    """Lets whatever makes the host wait for the device fail, from the second step on: the first one warms up."""
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def on_test_epoch_end(self, trainer, pl_module):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("options", [{}, {"eval__num_seeds": 2}, {"trainer__precision": "bf16-true"}])
+@pytest.mark.parametrize("datamodule", ["imagenet", "synthetic"])
+def test_steps_on_cuda_wait_for_nothing(evaluation, monkeypatch, datamodule, options):
+    changes = {"trainer__accelerator": "gpu", "model___t2tattn_cfg": "sblocal", "datamodule__batch_size": 2, **options}
+    changes |= SYNTHETIC if datamodule == "synthetic" else {}
+    monkeypatch.setattr(launch, "build_group", lambda config, group: [NoWaiting()] if group == "callbacks" else [])
+    try:
+        results, _ = evaluate(evaluation("t2t_vit_t_14", **changes))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu, _ = evaluate(evaluation("t2t_vit_t_14", "on_cpu", **changes | {"trainer__accelerator": "cpu"}))
+    assert results.loss == pytest.approx(on_cpu.loss, rel=1e-2 if "trainer__precision" in options else 1e-4)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_a_compiled_model_on_cuda_sees_every_draw(evaluation, precision):
+    options = {
+        **{"trainer__accelerator": "gpu", "trainer__precision": precision, "datamodule__batch_size": 4},
+        **{"model___t2tattn_cfg": "sblocal", "eval__num_seeds": 2},
+    }
+    _, eager = evaluate(evaluation("t2t_vit_t_14", "eager", **options))
+    _, compiled = evaluate(evaluation("t2t_vit_t_14", "compiled", eval__compile="true", **options))
+    tolerance = 1e-4 if precision == "32-true" else 3e-2
+    np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=tolerance, atol=tolerance)
+    assert not np.array_equal(compiled.task.records.losses[0], compiled.task.records.losses[1])

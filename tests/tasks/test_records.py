@@ -48,3 +48,16 @@ def test_an_image_missed_or_counted_twice_is_an_error(rows):
         records.update(0, torch.tensor([row]), torch.randn(1, 5), torch.tensor([0]))
     with pytest.raises(RuntimeError, match=r"1 of 3 images .* number 2: \[[02]\] times"):
         records.compute()
+
+
+def test_accuracy_so_far_counts_the_rows_there_are():
+    records = ImageRecords(4, 3, num_draws=2)
+    rows = torch.tensor([2, 0])
+    best = torch.tensor([[9.0, 1, 2], [1.0, 9, 2]])  # classes 0 and 1
+    records.update(0, rows, best, torch.tensor([0, 0]))
+    assert float(records.top1_so_far()) == 50
+    records.update(1, rows, best.flip(0), torch.tensor([0, 0]))
+    assert float(records.top1_so_far()) == 50
+    records.update(0, torch.tensor([1]), best[1:], torch.tensor([1]))
+    records.update(1, torch.tensor([1]), best[1:], torch.tensor([1]))
+    assert float(records.top1_so_far()) == pytest.approx(100 * 4 / 6)

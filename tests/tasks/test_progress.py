@@ -1,0 +1,22 @@
+"""The progress bar: how often it reads what the task tells of its progress."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from src.tasks import progress
+from src.tasks.progress import ImageProgressBar
+
+
+@pytest.mark.parametrize(("refresh_rate", "read"), [(1, [0, 4, 8, 9]), (2, [0, 2, 4, 6, 8, 9]), (100, list(range(10)))])
+def test_the_task_is_asked_no_more_often_than_it_shows(refresh_rate, read, monkeypatch):
+    bar = ImageProgressBar(refresh_rate=refresh_rate)
+    seen = []
+    for batch in range(10):
+        monkeypatch.setattr(progress.time, "monotonic", lambda batch=batch: 100.0 + batch / 4)
+        task = types.SimpleNamespace(progress_so_far=lambda batch=batch: seen.append(batch) or f"batch {batch}")
+        bar._read(task, is_last=batch == 9)
+    assert seen == read
+    assert bar._column.text == "batch 9"
