@@ -43,7 +43,8 @@ _TILES_HALF: dict[tuple[int, int], Tiles] = {
     (147, 192): Tiles(128, 64, 32, parts=3, group=1, warps=8, stages=3),
     (576, 192): Tiles(128, 64, 64, parts=3, group=1, warps=8, stages=3),
     (576, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
-    (384, 1152): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+    # two halves: the registers of one epilogue fewer, and two programs fit a multiprocessor of an H100
+    (384, 1152): Tiles(128, 64, 64, parts=2, group=8, warps=8, stages=3),
     (384, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
     (1152, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
 }
