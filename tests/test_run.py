@@ -247,7 +247,7 @@ def test_an_interrupt(command_line, monkeypatch, tmp_path):
     monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", forward)
     before = signal.getsignal(signal.SIGINT)
     try:
-        status, _, errors = command_line()
+        status, _, errors = command_line(model__fast="off")
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     assert (status, errors) == (130, "")

@@ -61,18 +61,20 @@ class ImageProgressBar(RichProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Update the text now and then, and after the last batch."""
-        self._read(pl_module, batch_idx + 1 == self.total_test_batches_current_dataloader)
+        if self.is_enabled:  # the number of batches is known to the process that shows them alone
+            self._read(pl_module, batch_idx + 1 == self.total_test_batches_current_dataloader)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the text now and then, and after the last batch."""
-        self._read(pl_module, trainer.is_last_batch)
+        if self.is_enabled:
+            self._read(pl_module, trainer.is_last_batch)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _read(self, pl_module: LightningModule, is_last: bool) -> None:
         now = time.monotonic()
-        if self.is_enabled and (is_last or now - self._last_reading >= 1 / self.refresh_rate):
+        if is_last or now - self._last_reading >= 1 / self.refresh_rate:
             self._last_reading = now
             self._column.text = pl_module.progress_so_far()

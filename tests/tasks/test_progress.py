@@ -20,3 +20,12 @@ def test_the_task_is_asked_no_more_often_than_it_shows(refresh_rate, read, monke
         bar._read(task, is_last=batch == 9)
     assert seen == read
     assert bar._column.text == "batch 9"
+
+
+def test_processes_that_show_nothing_ask_for_nothing():
+    bar = ImageProgressBar()
+    bar.disable()
+    task = types.SimpleNamespace()
+    bar.on_test_batch_end(types.SimpleNamespace(), task, None, None, 0)
+    bar.on_train_batch_end(types.SimpleNamespace(is_last_batch=True), task, None, None, 0)
+    assert bar._column.text == ""
