@@ -21,6 +21,10 @@ from src.ops.performer import performer_attention
 from src.ops.token_tail import FoldedTail, token_tail
 from src.utils.errors import UserError
 
+# The token stages work on so many pixels at a time on a CPU, 4 images of 224 pixels: their tensors, 2.4 MB an image,
+# then are memory that the allocator has at hand, where those of 16 images are mapped and cleared for each operation.
+PIXELS_AT_A_TIME = 4 * 224**2
+
 
 def inference_form(model: T2TViT, backend: str = "auto") -> InferenceT2TViT:
     """Build the inference form of a model in eval mode.
@@ -100,12 +104,16 @@ class InferenceT2TViT(nn.Module):
                 "the images instead, or call the model itself."
             )
         batch, size = len(images), self.image_size
-        x = images.permute(0, 2, 3, 1)
-        for stage, reduction in zip(self.stages, (4, 8), strict=True):
-            x = stage(x).view(batch, size // reduction, size // reduction, -1)
-        tokens = x.new_empty(batch, 1 + len(self.positions), len(self.class_token))
+        tokens = images.new_empty(batch, 1 + len(self.positions), len(self.class_token))
         tokens[:, 0] = self.class_token
-        fused_linear(x, self.project, self.positions, tokens[:, 1:], self.backend)
+        part = max(batch, 1)
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            part = max(1, PIXELS_AT_A_TIME // size**2)
+        for some_images, some_tokens in zip(images.split(part), tokens.split(part), strict=True):
+            x = some_images.permute(0, 2, 3, 1)
+            for stage, reduction in zip(self.stages, (4, 8), strict=True):
+                x = stage(x).view(len(x), size // reduction, size // reduction, -1)
+            fused_linear(x, self.project, self.positions, some_tokens[:, 1:], self.backend)
         return tokens
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import src.models.inference as inference_module
 from src.models.inference import inference_form
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, T2TViTVariant, create_t2t_vit
 from src.utils.errors import UserError
@@ -99,6 +100,14 @@ def test_rows_of_random_features_are_those_of_the_model():
         model.redraw_projections(5)
         assert rms_ratio(before, form(images)) > 1e-3
         assert_close("logits", model(images), form(images), EXACT)
+
+
+def test_a_cpu_takes_large_batches_in_parts(monkeypatch):
+    model, images = create(attention="sblocal"), draw_images(batch=5)
+    with torch.inference_mode():
+        for images_at_a_time in (2, 5, 0):
+            monkeypatch.setattr(inference_module, "PIXELS_AT_A_TIME", images_at_a_time * 48**2)
+            assert_close("logits", model(images), inference_form(model)(images), EXACT)
 
 
 def test_other_weights_are_copies():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import src.ops.fused_linear.plain as plain
 from src.ops.fused_linear import FoldedLinear, Patches, fused_linear, naive_fused_linear
 from src.utils.errors import UserError
-from tests.helpers import assert_close
+from tests.helpers import assert_close, rms_ratio
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -233,6 +236,37 @@ def test_folding_is_done_in_double_precision():
     assert torch.equal(folded.matrix(), (scaled - scaled.mean(1, keepdim=True)).float())
     assert torch.equal(folded.bias, (linear.weight.double() @ norm.bias.double() + linear.bias.double()).float())
     assert not any(buffer.requires_grad for buffer in folded.buffers())
+
+
+def test_the_plain_form_without_onednn(monkeypatch):
+    case = CASES[0]
+    weights = Weights(case, torch.float32)
+    x, residual = torch.randn(case.shape, device=DEVICE), torch.randn(case.residual, device=DEVICE)
+    monkeypatch.setattr(plain, "has_fused_products", lambda x: False)
+    out = fused_linear(x, weights.folded(), residual, backend="torch")
+    assert_close("out", weights.specification(x, residual), out, TOLERANCE[torch.float32])
+
+
+def test_used_weights_can_be_copied_and_converted():
+    # oneDNN's copy of them, made by the first call, is neither copied nor kept
+    weights = Weights(Case((9, 40), 24), torch.float32)
+    x, folded = torch.randn(9, 40, device=DEVICE), weights.folded()
+    expected = fused_linear(x, folded, backend="torch")
+    for used in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded)), folded):
+        assert torch.equal(fused_linear(x, used, backend="torch"), expected)
+    with torch.no_grad():
+        folded.weight.mul_(2)
+        folded.to(DEVICE)
+    assert rms_ratio(expected, fused_linear(x, folded, backend="torch")) > 0.1
+    assert fused_linear(x.double(), folded.double(), backend="torch").dtype == torch.float64
+
+
+def test_rows_may_be_of_another_number_than_at_the_first_call():
+    weights = Weights(Case((9, 40), 24), torch.float32)
+    folded = weights.folded()
+    for rows in (9, 1, 300):
+        x = torch.randn(rows, 40, device=DEVICE)
+        assert_close("out", weights.specification(x), fused_linear(x, folded, backend="torch"), 5e-7)
 
 
 def test_weights_of_patches_are_those_of_the_convolution():

@@ -16,7 +16,8 @@ def plain_fused_linear(
         if folded.normalise:
             # W is centred, and so is the normalised row: nothing of the mean is left but rounding
             x = F.layer_norm(x, (folded.in_features,), eps=folded.eps)
-        y = linear_with_neighbours(x, folded.matrix(), folded.bias, folded.gelu, residual)
+        weight = folded.packed_matrix(x.numel() // folded.in_features) if has_fused_products(x) else folded.matrix()
+        y = linear_with_neighbours(x, weight, folded.bias, folded.gelu, residual)
         return y if out is None else out.copy_(y)
     y = _over_patches(x, folded)
     if folded.gelu:
@@ -39,7 +40,7 @@ def linear_with_neighbours(
 
     Args:
         x: (..., K).
-        weight: (N, K).
+        weight: (N, K), where oneDNN runs possibly in its layout.
         bias: (N,), or None.
         gelu: apply the exact GELU.
         residual: (..., N), added last; None for none.
@@ -47,7 +48,7 @@ def linear_with_neighbours(
     Returns:
         (..., N).
     """
-    if _has_fused_products(x):
+    if has_fused_products(x):
         if residual is not None and not gelu and residual.is_contiguous():
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
@@ -57,7 +58,8 @@ def linear_with_neighbours(
     return y if residual is None else y.add_(residual)
 
 
-def _has_fused_products(x: torch.Tensor) -> bool:
+def has_fused_products(x: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies `x` with GELU or a residual in the same pass."""
     # under Inductor, which emits these operators itself, plain operations leave the choice to it
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
