@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 
+from src.ops.backends import KERNEL_DTYPES, is_interpreted, triton_is_installed
 from src.ops.inputs import resolve_backend
 from src.utils.errors import UserError
 
 # Widths of heads and numbers of features past which tiles no longer fit a multiprocessor.
 MAX_WIDTH = 128
 MAX_FEATURES = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Triton's interpreter runs the kernels on the CPU, for tests.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unsupported(
@@ -34,11 +29,11 @@ def unsupported(
         cosh: each row gives two features.
         dropout_p: probability of dropping a weight.
     """
-    if query.device.type != "cuda" and not INTERPRETED:
+    if not (query.is_cuda or is_interpreted()):
         return f"it runs on CUDA devices, and query is on {query.device}"
-    if importlib.util.find_spec("triton") is None:
+    if not triton_is_installed():
         return "the package triton is not installed"
-    if query.dtype not in DTYPES:
+    if query.dtype not in KERNEL_DTYPES:
         return f"it takes float16, bfloat16 and float32, and query is {query.dtype}"
     width = max(query.shape[3], value.shape[3])
     if width > MAX_WIDTH:
@@ -54,11 +49,12 @@ def unsupported(
     return None
 
 
-def choose_backend(backend: str, reason: str | None) -> str:
+def choose_backend(backend: str, query: torch.Tensor, reason: str | None) -> str:
     """The form that `backend` selects: `auto` takes the fused kernels where they run.
 
     Args:
         backend: `naive`, `torch`, `triton` or `auto`.
+        query: (B, H, T, E).
         reason: why the kernels cannot run the call, None where they can; see `unsupported`.
 
     Raises:
@@ -67,7 +63,7 @@ def choose_backend(backend: str, reason: str | None) -> str:
     if backend == "triton" and reason is not None:
         raise UserError(f"backend='triton' cannot run this: {reason}. Choose 'torch', or 'auto' for what fits.")
     if backend == "auto":
-        return "torch" if reason is not None else "triton"
+        return "triton" if query.is_cuda and reason is None else "torch"
     return resolve_backend(backend, ("naive", "torch", "triton"))
 
 

@@ -1,4 +1,6 @@
-"""Backward kernels. P are the normalised weights, g the gradients of their logarithms:
+"""Backward kernels.
+
+P are the normalised weights, g the gradients of their logarithms:
 
     P_ij = A_ij / sum_j A_ij      t_ij = do_i.v_j - delta_i,  delta_i = do_i.out_i      g_ij = P_ij t_ij
 
@@ -23,6 +25,7 @@ from src.ops.fused.parts import (
     group_offset,
     in_window,
     load_projection,
+    load_projection_rows,
     load_rows,
     log_features,
     normalised,
@@ -56,9 +59,7 @@ def delta_kernel(
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = i < num_queries
     d = tl.arange(0, BD)
-    out = load_rows(
-        out_pointer + group_offset(group, heads, out_batch, out_head), i, valid, out_row, d, D, BD, True
-    )
+    out = load_rows(out_pointer + group_offset(group, heads, out_batch, out_head), i, valid, out_row, d, D, BD, True)
     gradient = load_rows(
         gradient_pointer + group_offset(group, heads, g_batch, g_head), i, valid, g_row, d, D, BD, True
     )
@@ -67,7 +68,291 @@ def delta_kernel(
 
 
 @triton.jit
+def _query_gradient_tile(
+    tile,
+    group,
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    g_pointer,  # (B, H, T, D) gradient of the output
+    dq_pointer,
+    projection_pointer,
+    lengths_pointer,
+    mean_pointer,  # of the keys, as in the forward pass
+    weight_pointer,
+    normaliser_pointer,
+    delta_pointer,
+    heads,
+    num_queries,
+    num_keys,
+    chunk,
+    chunks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dq_batch,
+    dq_head,
+    dq_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    unlog,  # ln(2): gradients are taken in natural units
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WINDOW_TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+):
+    """Gradient of one tile of queries. PAIRS as `pairs_kernel`: causal, or a marked tile."""
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
+    dq_base = dq_pointer + group_offset(group, heads, dq_batch, dq_head)
+    row_base = group.to(tl.int64) * num_queries
+    if LOW_RANK:
+        projection = load_projection(projection_pointer, E, BE, R, M, MP)
+
+    i = tile * BM + tl.arange(0, BM)
+    valid = i < num_queries
+    q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+    g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+    normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+    delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+    dq = tl.zeros((BM, BE), tl.float32)
+    if LOW_RANK:
+        logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+        logs = tl.where((f < M)[None, :], logs, FLOOR)
+        d_logs = tl.zeros((BM, MP), tl.float32)
+        if IS_CAUSAL or not PAIRS:
+            # what the sums give: over all keys, or over the chunks before the window
+            slot = group.to(tl.int64)
+            if IS_CAUSAL:
+                state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
+                slot = slot * (chunks + 1) + state
+            mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
+            weight = tl.load(weight_pointer + slot * MP + f)
+            factors = tl.exp2(logs + weight[None, :] - normaliser[:, None])
+            d_sums = tl.dot(g, mean, input_precision=PRECISION) - delta[:, None]
+            if IS_CAUSAL:
+                d_logs = factors * d_sums
+
+    if PAIRS:
+        first = 0
+        last = end
+        if IS_CAUSAL:
+            first = tl.maximum(tile * BM - LEFT, 0)
+            last = tl.minimum(end, tile * BM + BM)
+        if LOW_RANK:
+            features, level = normalised(logs, FEATURE_PRECISION)
+            if IS_CAUSAL:
+                first = state * chunk
+        start = first
+        while start < last:
+            j = start + tl.arange(0, BN)
+            exists = j < last
+            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
+            visible = exists[None, :]
+            if IS_CAUSAL:
+                visible = visible & (j[None, :] <= i[:, None])
+            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            exact = tl.where(inside & visible, exact - normaliser[:, None], FLOOR)
+            t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+            dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
+            if LOW_RANK:
+                key_features, key_level = normalised(
+                    log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
+                )
+                exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
+                ratio = tl.where(visible & ~inside, tl.exp2(exponent) * t, 0.0)
+                d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
+            start += BN
+    else:
+        for part in tl.range(0, WINDOW_TILES, num_stages=STAGES):
+            j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
+            exists = (j >= 0) & (j < end)
+            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
+            if IS_CAUSAL:
+                inside = inside & (j[None, :] <= i[:, None])
+            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            exact = tl.where(inside, exact - normaliser[:, None], FLOOR)
+            t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+            dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
+            if LOW_RANK:
+                key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
+                # rows without a key may be infinite, and are met by zeros
+                key_factors = tl.where(exists[:, None], tl.exp2(key_logs), 0.0).to(q.dtype)
+                inner = tl.where(inside, t, 0.0).to(q.dtype)
+                d_sums -= tl.dot(inner, key_factors, input_precision=PRECISION)
+    dq *= scale * unlog
+    if LOW_RANK:
+        if not PAIRS:
+            d_logs = factors * d_sums
+        d_logs = tl.where((f < M)[None, :], d_logs, 0.0)
+        rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
+        dq += tl.dot(d_logs.to(q.dtype), rows, input_precision=PRECISION) * (slope * unlog)
+        dq -= q.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
+    store_rows(dq_base, dq, i, valid, dq_row, e, E)
+
+
+@triton.jit
 def query_gradient_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    g_pointer,  # (B, H, T, D) gradient of the output
+    dq_pointer,
+    projection_pointer,
+    lengths_pointer,
+    mean_pointer,  # of the keys, as in the forward pass
+    weight_pointer,
+    normaliser_pointer,
+    delta_pointer,
+    heads,
+    num_queries,
+    num_keys,
+    chunk,
+    chunks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dq_batch,
+    dq_head,
+    dq_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    unlog,  # ln(2): gradients are taken in natural units
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WINDOW_TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+):
+    """One tile of queries. Marked tiles come out wrong, and are written again by `marked_query_gradient_kernel`."""
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    _query_gradient_tile(
+        tile,
+        group,
+        q_pointer,
+        k_pointer,
+        v_pointer,
+        g_pointer,
+        dq_pointer,
+        projection_pointer,
+        lengths_pointer,
+        mean_pointer,
+        weight_pointer,
+        normaliser_pointer,
+        delta_pointer,
+        heads,
+        num_queries,
+        num_keys,
+        chunk,
+        chunks,
+        q_batch,
+        q_head,
+        q_row,
+        k_batch,
+        k_head,
+        k_row,
+        v_batch,
+        v_head,
+        v_row,
+        g_batch,
+        g_head,
+        g_row,
+        dq_batch,
+        dq_head,
+        dq_row,
+        slope,
+        half_scale,
+        scale,
+        log_m,
+        unlog,
+        E,
+        BE,
+        D,
+        BD,
+        R,
+        M,
+        MP,
+        LEFT,
+        RIGHT,
+        BM,
+        BN,
+        WINDOW_TILES,
+        STAGES,
+        HAS_LENGTHS,
+        IS_CAUSAL,
+        LOW_RANK,
+        PAIRS,
+        PRECISION,
+        FEATURE_PRECISION,
+    )
+
+
+@triton.jit
+def marked_query_gradient_kernel(
     q_pointer,
     k_pointer,
     v_pointer,
@@ -118,124 +403,84 @@ def query_gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     WINDOW_TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    MARKS: tl.constexpr,
-    PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     FEATURE_PRECISION: tl.constexpr,
     MARK_ROWS: tl.constexpr,
 ):
-    """Gradient of the queries. PAIRS as `pairs_kernel` (causal, or the marked tiles), else as `attention_kernel`."""
+    """The marked tiles, from pairs. Nearly always there are none."""
     group = tl.program_id(1)
-    e = tl.arange(0, BE)
-    d = tl.arange(0, BD)
-    f = tl.arange(0, MP)
-    end = num_keys
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
-    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
-    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
-    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
-    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
-    dq_base = dq_pointer + group_offset(group, heads, dq_batch, dq_head)
-    row_base = group.to(tl.int64) * num_queries
     num_tiles = (num_queries + BM - 1) // BM
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    if LOW_RANK:
-        projection = load_projection(projection_pointer, E, BE, R, M, MP)
-
-    if PAIRS and MARKS:
-        num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        wanted = 1
-        if MARKS:
-            # tiles are never longer than those of the marks, and divide them
-            marked = tl.load(marked_pointer + group * num_marks + tile * BM // MARK_ROWS).to(tl.int32)
-            wanted = marked if PAIRS else 1 - marked
-        if wanted != 0:
-            i = tile * BM + tl.arange(0, BM)
-            valid = i < num_queries
-            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
-            g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
-            normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
-            delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
-            dq = tl.zeros((BM, BE), tl.float32)
-            if LOW_RANK:
-                logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
-                logs = tl.where((f < M)[None, :], logs, FLOOR)
-                d_logs = tl.zeros((BM, MP), tl.float32)
-                if IS_CAUSAL or not PAIRS:
-                    # what the sums give: over all keys, or over the chunks before the window
-                    slot = group.to(tl.int64)
-                    if IS_CAUSAL:
-                        state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
-                        slot = slot * (chunks + 1) + state
-                    mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
-                    weight = tl.load(weight_pointer + slot * MP + f)
-                    factors = tl.exp2(logs + weight[None, :] - normaliser[:, None])
-                    d_sums = tl.dot(g, mean, input_precision=PRECISION) - delta[:, None]
-                    if IS_CAUSAL:
-                        d_logs = factors * d_sums
-
-            if PAIRS:
-                first = 0
-                last = end
-                if IS_CAUSAL:
-                    first = tl.maximum(tile * BM - LEFT, 0)
-                    last = tl.minimum(end, tile * BM + BM)
-                if LOW_RANK:
-                    features, level = normalised(logs, FEATURE_PRECISION)
-                    if IS_CAUSAL:
-                        first = state * chunk
-                for start in tl.range(first, last, BN, num_stages=2):
-                    j = start + tl.arange(0, BN)
-                    exists = j < last
-                    k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-                    v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-                    inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
-                    visible = exists[None, :]
-                    if IS_CAUSAL:
-                        visible = visible & (j[None, :] <= i[:, None])
-                    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                    exact = tl.where(inside & visible, exact - normaliser[:, None], FLOOR)
-                    t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-                    dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
-                    if LOW_RANK:
-                        key_features, key_level = normalised(
-                            log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
-                        )
-                        exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
-                        ratio = tl.where(visible & ~inside, tl.exp2(exponent) * t, 0.0)
-                        d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
-            else:
-                for part in tl.static_range(WINDOW_TILES):
-                    j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
-                    exists = (j >= 0) & (j < end)
-                    k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-                    v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-                    inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
-                    if IS_CAUSAL:
-                        inside = inside & (j[None, :] <= i[:, None])
-                    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                    exact = tl.where(inside, exact - normaliser[:, None], FLOOR)
-                    t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-                    dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
-                    if LOW_RANK:
-                        key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
-                        # rows without a key may be infinite, and are met by zeros
-                        key_factors = tl.where(exists[:, None], tl.exp2(key_logs), 0.0).to(q.dtype)
-                        inner = tl.where(inside, t, 0.0).to(q.dtype)
-                        d_sums -= tl.dot(inner, key_factors, input_precision=PRECISION)
-            dq *= scale * unlog
-            if LOW_RANK:
-                if not PAIRS:
-                    d_logs = factors * d_sums
-                d_logs = tl.where((f < M)[None, :], d_logs, 0.0)
-                dq += tl.dot(d_logs.to(q.dtype), tl.trans(projection), input_precision=PRECISION) * (slope * unlog)
-                dq -= q.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
-            store_rows(dq_base, dq, i, valid, dq_row, e, E)
+    num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
+    tile = tl.program_id(0)
+    while tile < num_tiles:
+        i = tile * BM + tl.arange(0, BM)
+        marks = tl.load(marked_pointer + group * num_marks + i // MARK_ROWS, mask=i < num_queries, other=0)
+        if tl.max(marks.to(tl.int32), 0) != 0:
+            _query_gradient_tile(
+                tile,
+                group,
+                q_pointer,
+                k_pointer,
+                v_pointer,
+                g_pointer,
+                dq_pointer,
+                projection_pointer,
+                lengths_pointer,
+                mean_pointer,
+                weight_pointer,
+                normaliser_pointer,
+                delta_pointer,
+                heads,
+                num_queries,
+                num_keys,
+                chunk,
+                chunks,
+                q_batch,
+                q_head,
+                q_row,
+                k_batch,
+                k_head,
+                k_row,
+                v_batch,
+                v_head,
+                v_row,
+                g_batch,
+                g_head,
+                g_row,
+                dq_batch,
+                dq_head,
+                dq_row,
+                slope,
+                half_scale,
+                scale,
+                log_m,
+                unlog,
+                E,
+                BE,
+                D,
+                BD,
+                R,
+                M,
+                MP,
+                LEFT,
+                RIGHT,
+                BM,
+                BN,
+                WINDOW_TILES,
+                STAGES,
+                HAS_LENGTHS,
+                IS_CAUSAL,
+                LOW_RANK,
+                True,
+                PRECISION,
+                FEATURE_PRECISION,
+            )
+        tile += tl.num_programs(0)
 
 
 @triton.jit
@@ -295,6 +540,7 @@ def key_gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     WINDOW_TILES: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     LOW_RANK: tl.constexpr,
@@ -354,7 +600,8 @@ def key_gradient_kernel(
             features, key_level = normalised(logs, FEATURE_PRECISION)
 
     if LOW_RANK and IS_CAUSAL:
-        for start in tl.range(first, last, BM, num_stages=2):
+        start = first
+        while start < last:
             i = start + tl.arange(0, BM)
             valid = i < last
             q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
@@ -375,8 +622,9 @@ def key_gradient_kernel(
             estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
             dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
             d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
+            start += BM
     else:
-        for part in tl.static_range(WINDOW_TILES):
+        for part in tl.range(0, WINDOW_TILES, num_stages=STAGES):
             i = tile * BN - RIGHT + 1 + part * BM + tl.arange(0, BM)
             valid = (i >= 0) & (i < num_queries)
             q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
@@ -407,14 +655,113 @@ def key_gradient_kernel(
         if LOW_RANK:
             d_logs = factors * d_sums * unit[:, None]
 
-    if LOW_RANK and MARKS:
-        features, key_level = normalised(logs, FEATURE_PRECISION)
-        # nearly always: nothing to do
-        for mark in range(0, tl.where(tl.load(any_marked_pointer + group) > 0, num_marks, 0)):
+    dk *= scale * unlog
+    if LOW_RANK:
+        d_logs = tl.where((f < M)[None, :] & exists[:, None], d_logs, 0.0)
+        rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
+        dk += tl.dot(d_logs.to(k.dtype), rows, input_precision=PRECISION) * (slope * unlog)
+        dk -= k.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
+    within = j < num_keys
+    dk = tl.where(exists[:, None], dk, 0.0)
+    dv = tl.where(exists[:, None], dv, 0.0)
+    store_rows(dk_pointer + group_offset(group, heads, dk_batch, dk_head), dk, j, within, dk_row, e, E)
+    store_rows(dv_pointer + group_offset(group, heads, dv_batch, dv_head), dv, j, within, dv_row, d, D)
+
+
+@triton.jit
+def marked_key_gradient_kernel(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    g_pointer,
+    dk_pointer,
+    dv_pointer,
+    projection_pointer,
+    lengths_pointer,
+    normaliser_pointer,
+    delta_pointer,
+    marked_pointer,
+    any_marked_pointer,
+    heads,
+    num_queries,
+    num_keys,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    g_batch,
+    g_head,
+    g_row,
+    dk_batch,
+    dk_head,
+    dk_row,
+    dv_batch,
+    dv_head,
+    dv_row,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    unlog,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
+):
+    """What marked queries add to the gradients of all keys, from pairs. Nearly always there are none."""
+    group = tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
+    dk_base = dk_pointer + group_offset(group, heads, dk_batch, dk_head)
+    dv_base = dv_pointer + group_offset(group, heads, dv_batch, dv_head)
+    row_base = group.to(tl.int64) * num_queries
+    num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
+    num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, (end + BN - 1) // BN, 0)
+    projection = load_projection(projection_pointer, E, BE, R, M, MP)
+    rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
+    tile = tl.program_id(0)
+    while tile < num_tiles:
+        j = tile * BN + tl.arange(0, BN)
+        exists = j < end
+        k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+        v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+        logs = log_features(k, projection, slope, half_scale, PRECISION)
+        features, key_level = normalised(tl.where((f < M)[None, :], logs, FLOOR), FEATURE_PRECISION)
+        dk = tl.zeros((BN, BE), tl.float32)
+        dv = tl.zeros((BN, BD), tl.float32)
+        d_logs = tl.zeros((BN, MP), tl.float32)
+        mark = 0
+        while mark < num_marks:
             if tl.load(marked_pointer + group * num_marks + mark) != 0:
-                for start in range(mark * MARK_ROWS, tl.minimum(mark * MARK_ROWS + MARK_ROWS, num_queries), BM):
+                start = mark * MARK_ROWS
+                stop = tl.minimum(start + MARK_ROWS, num_queries)
+                while start < stop:
                     i = start + tl.arange(0, BM)
-                    valid = (i < num_queries) & (i < mark * MARK_ROWS + MARK_ROWS)
+                    valid = i < stop
                     q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
                     g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
                     normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
@@ -433,14 +780,14 @@ def key_gradient_kernel(
                     estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
                     dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
                     d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
-
-    dk *= scale * unlog
-    if LOW_RANK:
+                    start += BM
+            mark += 1
+        dk *= scale * unlog
         d_logs = tl.where((f < M)[None, :] & exists[:, None], d_logs, 0.0)
-        dk += tl.dot(d_logs.to(k.dtype), tl.trans(projection), input_precision=PRECISION) * (slope * unlog)
+        dk += tl.dot(d_logs.to(k.dtype), rows, input_precision=PRECISION) * (slope * unlog)
         dk -= k.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
-    within = j < num_keys
-    dk = tl.where(exists[:, None], dk, 0.0)
-    dv = tl.where(exists[:, None], dv, 0.0)
-    store_rows(dk_pointer + group_offset(group, heads, dk_batch, dk_head), dk, j, within, dk_row, e, E)
-    store_rows(dv_pointer + group_offset(group, heads, dv_batch, dv_head), dv, j, within, dv_row, d, D)
+        dk += load_rows(dk_base, j, exists, dk_row, e, E, BE, True).to(tl.float32)
+        dv += load_rows(dv_base, j, exists, dv_row, d, D, BD, True).to(tl.float32)
+        store_rows(dk_base, dk, j, exists, dk_row, e, E)
+        store_rows(dv_base, dv, j, exists, dv_row, d, D)
+        tile += tl.num_programs(0)

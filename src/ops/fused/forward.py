@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from src.ops.fused.parts import (
+    FAR,
     FLOOR,
     group_offset,
     in_window,
@@ -23,6 +24,9 @@ from src.ops.fused.parts import (
     normalised,
     store_rows,
 )
+
+# Normalisers past this have overflowed, or nearly.
+LARGEST = tl.constexpr(1e33)
 
 
 @triton.jit
@@ -78,10 +82,16 @@ def attention_kernel(
     STATISTICS: tl.constexpr,
     HAS_EPS: tl.constexpr,
     LIMIT: tl.constexpr,
+    ONLINE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """TILES tiles of BM queries of one sequence. Causal only without a low-rank part."""
+    """TILES tiles of BM queries of one sequence. Causal only without a low-rank part.
+
+    ONLINE: weights are relative to a running maximum, as in FlashAttention. Without it they are relative to the largest
+    feature, which takes fewer steps and half of the float range: a tile in which an exact weight exceeds that is marked.
+    Float16 has not the range, and without a low-rank part there is no feature.
+    """
     group = tl.program_id(1)
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
@@ -99,6 +109,7 @@ def attention_kernel(
         mean = tl.trans(tl.load(mean_pointer + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]))
         weight = tl.load(weight_pointer + group * MP + f)
 
+    any_mark = 0
     for step in tl.range(0, TILES, num_stages=STAGES):
         tile = tl.program_id(0) * TILES + step
         i = tile * BM + tl.arange(0, BM)
@@ -124,23 +135,28 @@ def attention_kernel(
             k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
             v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
             exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
+            # keys that do not exist lie in no window
+            inside = in_window(tl.where(exists, j, FAR)[None, :], i[:, None], LEFT, RIGHT)
             if IS_CAUSAL:
                 inside = inside & (j[None, :] <= i[:, None])
-            exact = tl.where(inside, exact, FLOOR)
-            new_largest = tl.maximum(largest, tl.max(exact, 1))
-            decay = tl.exp2(largest - new_largest)
-            weights = tl.exp2(exact - new_largest[:, None])
             if LOW_RANK:
                 key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
                 estimate = tl.dot(features, tl.trans(tl.exp2(key_logs).to(q.dtype)), input_precision=PRECISION)
-                in_units = tl.exp2(reference - new_largest)
-                weights -= tl.where(inside, estimate * in_units[:, None], 0.0)
-            else:
+            if ONLINE:
+                exact = tl.where(inside, exact, FLOOR)
+                new_largest = tl.maximum(largest, tl.max(exact, 1))
+                decay = tl.exp2(largest - new_largest)
+                weights = tl.exp2(exact - new_largest[:, None])
+                if LOW_RANK:
+                    weights -= estimate * tl.exp2(reference - new_largest)[:, None]
                 weights = tl.where(inside, weights, 0.0)
-            normaliser = normaliser * decay + tl.sum(weights, 1)
-            sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
-            largest = new_largest
+                normaliser = normaliser * decay + tl.sum(weights, 1)
+                sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
+                largest = new_largest
+            else:
+                weights = tl.where(inside, tl.exp2(exact - reference[:, None]) - estimate, 0.0)
+                normaliser += tl.sum(weights, 1)
+                sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=PRECISION)
 
         if LOW_RANK:
             blind = (i < 0) | (end <= 0)
@@ -157,11 +173,14 @@ def attention_kernel(
             log_normaliser = tl.where(blind, -FLOOR, largest + tl.log2(tl.where(blind, 1.0, divisor)))
             tl.store(normaliser_pointer + group.to(tl.int64) * num_queries + i, log_normaliser, mask=valid)
         if LOW_RANK and WINDOW_TILES > 0:
-            # also true for a sum that came out negative or nan
-            lost = valid & ~(total * tl.exp2(reference - largest) <= LIMIT * normaliser) & ~blind
+            # also true for a sum that came out negative, infinite or nan
+            kept = (total * tl.exp2(reference - largest) <= LIMIT * normaliser) & (normaliser < LARGEST)
+            lost = valid & ~kept & ~blind
             mark = tl.max(lost.to(tl.int32), 0)
             tl.store(marked_pointer + group * num_tiles + tile, mark.to(tl.int8), mask=tile < num_tiles)
-            tl.atomic_max(any_marked_pointer + group, mark, mask=mark > 0)
+            any_mark = tl.maximum(any_mark, mark)
+    if LOW_RANK and WINDOW_TILES > 0:
+        tl.atomic_max(any_marked_pointer + group, any_mark, mask=any_mark > 0)
 
 
 @triton.jit
@@ -216,6 +235,7 @@ def pairs_kernel(
     FEATURE_PRECISION: tl.constexpr,
 ):
     """IS_CAUSAL: every tile, from the sums before its window and pairs. Otherwise the marked tiles, from pairs."""
+    # `while` loops throughout: Triton's pipeliner, which takes `for` loops, is of no use to branches
     group = tl.program_id(1)
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
@@ -234,7 +254,8 @@ def pairs_kernel(
     if not IS_CAUSAL:
         # nearly always: nothing to do
         num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    tile = tl.program_id(0)
+    while tile < num_tiles:
         wanted = 1
         if not IS_CAUSAL:
             wanted = tl.load(marked_pointer + group * all_tiles + tile).to(tl.int32)
@@ -263,7 +284,8 @@ def pairs_kernel(
                 sums = tl.zeros((BM, BD), tl.float32)
                 normaliser = tl.zeros((BM,), tl.float32)
                 largest = tl.full((BM,), FLOOR, tl.float32)
-            for start in tl.range(first, last, BN, num_stages=2):
+            start = first
+            while start < last:
                 j = start + tl.arange(0, BN)
                 exists = j < last
                 k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
@@ -272,7 +294,7 @@ def pairs_kernel(
                     log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
                 )
                 estimate = tl.dot(features, tl.trans(key_features), input_precision=FEATURE_PRECISION)
-                logits = tl.where(estimate > 0, tl.log2(tl.maximum(estimate, 1e-38)), FLOOR)
+                logits = tl.where(estimate > 0, tl.log2(tl.maximum(estimate, 1e-37)), FLOOR)
                 logits += level[:, None] + key_level[None, :]
                 inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
                 exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -287,6 +309,7 @@ def pairs_kernel(
                 normaliser = normaliser * decay + tl.sum(weights, 1)
                 sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
                 largest = new_largest
+                start += BN
             blind = (i < 0) | (end <= 0)
             divisor = tl.where(blind, 1.0, normaliser)
             out = tl.where(blind[:, None], 0.0, sums / divisor[:, None])
@@ -294,3 +317,4 @@ def pairs_kernel(
             if STATISTICS:
                 log_normaliser = tl.where(blind, -FLOOR, largest + tl.log2(divisor))
                 tl.store(normaliser_pointer + group.to(tl.int64) * num_queries + i, log_normaliser, mask=valid)
+        tile += tl.num_programs(0)

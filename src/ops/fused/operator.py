@@ -13,20 +13,30 @@ from typing import Any
 import torch
 import triton
 
-from src.ops.fused.backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
+from src.ops.fused.backward import (
+    delta_kernel,
+    key_gradient_kernel,
+    marked_key_gradient_kernel,
+    marked_query_gradient_kernel,
+    query_gradient_kernel,
+)
 from src.ops.fused.forward import attention_kernel, pairs_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
 from src.ops.fused.tiles import Tiles, tiles_for
 from src.ops.windows import window_bounds
 
 LOG2E = math.log2(math.e)
-# A query's sum over all keys may be this many times its normaliser: its relative error is at most that many roundings.
-# Otherwise its tile is computed from pairs. On the token stages of a trained T2T-ViT no tile is.
-CANCELLATION_LIMIT = 4.0
+# A query's sum over all keys may be this many times its normaliser, and its relative error that many roundings: those of
+# half precision (and of tf32), or of float32. Past it, its tile is computed from pairs. On the token stages of a trained
+# T2T-ViT no tile is, on normal random queries and keys of width 64 one in a thousand.
+CANCELLATION_LIMIT = 8.0
+CANCELLATION_LIMIT_FLOAT32 = 64.0
 # Columns of the sums that one program combines, and chunks that it reads side by side.
 COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
-# Programs of the kernel for marked tiles, for each sequence: nearly always they find nothing to do.
-PAIRS_PROGRAMS = 8
+# The same for many chunks.
+MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
+# Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do.
+PAIRS_PROGRAMS = 264
 MIN_CHUNK_TILES = 2
 
 
@@ -73,6 +83,8 @@ class _Plan:
         self.has_lengths = key_lengths is not None
         self.precision = _dot_precision(self.dtype)
         self.feature_precision = "tf32" if self.dtype != torch.float32 else self.precision
+        exact = self.dtype == torch.float32 and self.precision == "ieee"
+        self.limit = CANCELLATION_LIMIT_FLOAT32 if exact else CANCELLATION_LIMIT
         self.tiles: Tiles = tiles_for(
             self.num_keys,
             window,
@@ -107,6 +119,10 @@ class _Plan:
             wanted = max(wanted, -(-length // 256))
         per_chunk = min(tiles, max(MIN_CHUNK_TILES, -(-tiles // wanted)))
         return per_chunk * rows, -(-tiles // per_chunk)
+
+    def pairs_programs(self, tiles: int) -> int:
+        """Programs for the marked tiles of one sequence."""
+        return min(tiles, max(1, PAIRS_PROGRAMS // self.groups))
 
     def window_tiles(self, rows: int, others: int) -> int:
         """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
@@ -171,13 +187,13 @@ class _Plan:
             self.heads,
             length,
             chunk,
+            chunk // tiles.sum_rows,
             *x.stride()[:3],
             *y.stride()[:3],
             *out.stride()[:3],
             *self.scales[:2],
             **self.sizes,
             BN=tiles.sum_rows,
-            TILES=chunk // tiles.sum_rows,
             EVEN=length % chunk == 0 and (queries or not self.has_lengths),
             HAS_LENGTHS=self.has_lengths and not queries,
             QUERIES=queries,
@@ -191,7 +207,9 @@ class _Plan:
         )
         if final:
             return mean, weight, extra
-        columns = min(COMBINE_COLUMNS, padded)
+        columns, side_by_side = COMBINE_COLUMNS, COMBINE_CHUNKS
+        if chunks > MANY_CHUNKS:
+            columns, side_by_side = COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS
         if self.is_causal:
             running_sums_kernel[(padded // columns, self.groups)](
                 *parts[:3],
@@ -217,7 +235,7 @@ class _Plan:
                 BD=padded,
                 DB=columns,
                 MP=features,
-                CB=min(COMBINE_CHUNKS, triton.next_power_of_2(chunks)),
+                CB=min(side_by_side, triton.next_power_of_2(chunks)),
                 HAS_EXTRA=queries,
             )
         return mean, weight, extra
@@ -257,7 +275,6 @@ def _like(x: torch.Tensor, width: int) -> torch.Tensor:
     """Memory (B, H, N, width) in which the heads of a token lie beside one another, as the model wants them."""
     batch, heads, length, _ = x.shape
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
-
 
 
 @torch.library.custom_op("scatterbrain::fused_attention", mutates_args=())
@@ -325,12 +342,13 @@ def fused_attention(
             LOW_RANK=plan.low_rank,
             STATISTICS=statistics,
             HAS_EPS=eps > 0,
-            LIMIT=CANCELLATION_LIMIT,
+            LIMIT=plan.limit,
+            ONLINE=not plan.low_rank or plan.dtype == torch.float16,
             STAGES=tiles.query_stages,
             num_warps=tiles.query_warps,
         )
     if plan.low_rank and (is_causal or plan.marks):
-        pairs_kernel[(tiles_in_all if is_causal else min(PAIRS_PROGRAMS, tiles_in_all), groups)](
+        pairs_kernel[(tiles_in_all if is_causal else plan.pairs_programs(tiles_in_all), groups)](
             *tensors,
             plan.heads,
             plan.length,
@@ -414,76 +432,61 @@ def fused_attention_backward(
         **plan.common(),
         "LOW_RANK": plan.low_rank,
         "FEATURE_PRECISION": plan.feature_precision,
-        "MARKS": plan.marks,
-        "MARK_ROWS": tiles.query_rows,
         "num_warps": tiles.gradient_warps,
+    }
+    in_window = {
+        "WINDOW_TILES": plan.window_tiles(tiles.gradient_rows, tiles.gradient_keys),
+        "STAGES": tiles.gradient_stages,
     }
     strides = [x for tensor in (query, key, value, gradient) for x in tensor.stride()[:3]]
     query_tiles = -(-plan.length // tiles.gradient_rows)
-    by_pairs = plan.low_rank and is_causal
-    for pairs in (False, True) if plan.marks else (by_pairs,):
-        query_gradient_kernel[(min(PAIRS_PROGRAMS, query_tiles) if pairs and plan.marks else query_tiles, groups)](
-            query,
-            key,
-            value,
-            gradient,
-            d_query,
-            plan.projection,
-            plan.key_lengths,
-            key_mean,
-            key_weight,
-            normaliser,
-            delta,
-            marked,
-            any_marked,
-            plan.heads,
-            plan.length,
-            plan.num_keys,
-            plan.key_chunk,
-            plan.key_chunks,
-            *strides,
-            *d_query.stride()[:3],
-            *plan.scales,
-            plan.log_m,
-            1 / LOG2E,
-            **common,
-            BM=tiles.gradient_rows,
-            BN=tiles.gradient_keys,
-            WINDOW_TILES=plan.window_tiles(tiles.gradient_rows, tiles.gradient_keys),
-            PAIRS=pairs,
-        )
-    key_gradient_kernel[(-(-plan.num_keys // tiles.gradient_rows), groups)](
-        query,
-        key,
-        value,
-        gradient,
-        d_key,
-        d_value,
-        plan.projection,
-        plan.key_lengths,
-        mean,
-        weight,
-        extra,
-        normaliser,
-        delta,
-        marked,
-        any_marked,
-        plan.heads,
-        plan.length,
-        plan.num_keys,
-        plan.query_chunk,
-        plan.query_chunks,
+    for_queries = (
+        *(query, key, value, gradient, d_query, plan.projection, plan.key_lengths),
+        *(key_mean, key_weight, normaliser, delta),
+    )
+    of_queries = (
+        *(plan.heads, plan.length, plan.num_keys, plan.key_chunk, plan.key_chunks),
         *strides,
-        *d_key.stride()[:3],
-        *d_value.stride()[:3],
+        *d_query.stride()[:3],
         *plan.scales,
         plan.log_m,
         1 / LOG2E,
-        **common,
-        BN=tiles.gradient_rows,
-        BM=tiles.gradient_keys,
-        WINDOW_TILES=plan.window_tiles(tiles.gradient_rows, tiles.gradient_keys),
     )
+    sizes = {
+        "BM": tiles.gradient_rows,
+        "BN": tiles.gradient_keys,
+        **in_window,
+    }
+    query_gradient_kernel[(query_tiles, groups)](
+        *for_queries, *of_queries, **common, **sizes, PAIRS=plan.low_rank and is_causal
+    )
+    if plan.marks:
+        marked_query_gradient_kernel[(plan.pairs_programs(query_tiles), groups)](
+            *for_queries, marked, any_marked, *of_queries, **common, **sizes, MARK_ROWS=tiles.query_rows
+        )
+    key_tiles = -(-plan.num_keys // tiles.gradient_rows)
+    tensors = (query, key, value, gradient, d_key, d_value, plan.projection, plan.key_lengths)
+    statistics = (normaliser, delta, marked, any_marked)
+    lengths = (plan.heads, plan.length, plan.num_keys)
+    numbers = (*strides, *d_key.stride()[:3], *d_value.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
+    sizes = {"BN": tiles.gradient_rows, "BM": tiles.gradient_keys, "MARK_ROWS": tiles.query_rows}
+    key_gradient_kernel[(key_tiles, groups)](
+        *tensors,
+        *(mean, weight, extra),
+        *statistics,
+        *lengths,
+        *(plan.query_chunk, plan.query_chunks),
+        *numbers,
+        **common,
+        **sizes,
+        **in_window,
+        MARKS=plan.marks,
+    )
+    if plan.marks:
+        of_pairs = {name: value for name, value in common.items() if name not in ("IS_CAUSAL", "LOW_RANK")}
+        marked_key_gradient_kernel[(plan.pairs_programs(key_tiles), groups)](
+            *tensors, *statistics, *lengths, *numbers, **of_pairs, **sizes
+        )
     return d_query, d_key, d_value
 
 
@@ -519,9 +522,7 @@ def _backward(ctx, gradient, *_):
     tensors = ctx.saved_tensors
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
-    gradients = torch.ops.scatterbrain.fused_attention_backward(
-        gradient, *tensors, *ctx.options
-    )
+    gradients = torch.ops.scatterbrain.fused_attention_backward(gradient, *tensors, *ctx.options)
     return (*gradients, *[None] * 8)
 
 

@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Stand-in for the logarithm of nothing: finite, so that differences of two of them are not nan.
 FLOOR = tl.constexpr(-1e30)
+# Position of keys that do not exist: in no window.
+FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -58,6 +60,19 @@ def load_projection(pointer, E: tl.constexpr, BE: tl.constexpr, R: tl.constexpr,
 
 
 @triton.jit
+def load_projection_rows(
+    pointer, E: tl.constexpr, BE: tl.constexpr, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr
+):
+    """The same as (MP, BE). Loaded again: as a transposed view, Triton 3.6 multiplied something else on Hopper."""
+    column = tl.arange(0, BE)
+    feature = tl.arange(0, MP)
+    row = tl.where(feature < R, feature, feature - R)
+    valid = (feature < M)[:, None] & (column < E)[None, :]
+    rows = tl.load(pointer + row[:, None] * E + column[None, :], mask=valid, other=0.0)
+    return tl.where((feature < R)[:, None], rows, -rows)
+
+
+@triton.jit
 def log_features(x, projection, slope, half_scale, PRECISION: tl.constexpr):
     """`log phi(x)` without `log(M) / 2`: (rows, MP), with slope sqrt(s) and half_scale s / 2, both times log2(e)."""
     wide = x.to(tl.float32)
@@ -68,8 +83,8 @@ def log_features(x, projection, slope, half_scale, PRECISION: tl.constexpr):
 @triton.jit
 def in_window(keys, queries, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Whether key j lies in the window of query i: see `src.ops.windows`. Arguments broadcast against each other."""
-    distance = keys - queries
-    return (distance >= -LEFT) & (distance < RIGHT)
+    # one comparison in place of two: a negative distance is a huge unsigned number
+    return (keys - queries + LEFT).to(tl.uint32, bitcast=True) < LEFT + RIGHT
 
 
 @triton.jit

@@ -31,6 +31,7 @@ def feature_sums_kernel(
     heads,
     length,
     chunk,
+    tiles,  # of a chunk
     x_batch,
     x_head,
     x_row,
@@ -50,7 +51,6 @@ def feature_sums_kernel(
     M: tl.constexpr,
     MP: tl.constexpr,
     BN: tl.constexpr,
-    TILES: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -87,7 +87,7 @@ def feature_sums_kernel(
     extra = tl.zeros((MP,), tl.float32)
     largest = tl.full((MP,), FLOOR, tl.float32)
     # two stages at least: with one, Triton's pipeliner gave wrong results
-    for tile in tl.range(0, TILES, num_stages=STAGES):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         rows = start + tile * BN + tl.arange(0, BN)
         valid = rows < end
         x = load_rows(x_base, rows, valid, x_row, e, E, BE, not EVEN)
@@ -161,14 +161,18 @@ def combine_kernel(
     f = tl.arange(0, MP)
     first = group.to(tl.int64) * chunks
     largest = tl.full((MP,), FLOOR, tl.float32)
-    for start in tl.range(0, chunks, CB, num_stages=2):
+    # `while`: Triton's pipeliner, which takes `for` loops, reads past the end here
+    start = 0
+    while start < chunks:
         valid = (start + c < chunks)[:, None]
         where = (first + start + c)[:, None] * MP + f[None, :]
         largest = tl.maximum(largest, tl.max(tl.load(max_pointer + where, mask=valid, other=FLOOR), 0))
+        start += CB
     sums = tl.zeros((DB, MP), tl.float32)
     weight = tl.zeros((MP,), tl.float32)
     extra = tl.zeros((MP,), tl.float32)
-    for start in tl.range(0, chunks, CB, num_stages=2):
+    start = 0
+    while start < chunks:
         valid = (start + c < chunks)[:, None]
         where = (first + start + c)[:, None] * MP + f[None, :]
         factor = tl.exp2(tl.load(max_pointer + where, mask=valid, other=FLOOR) - largest[None, :])
@@ -178,6 +182,7 @@ def combine_kernel(
         tile = (first + start + c)[:, None, None] * (BD * MP) + d[None, :, None] * MP + f[None, None, :]
         part = tl.load(sums_pointer + tile, mask=valid[:, :, None], other=0.0)
         sums += tl.sum(part * factor[:, None, :], 0)
+        start += CB
     scale = tl.where(weight > 0, 1.0 / weight, 0.0)
     tl.store(
         mean_pointer + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :],
@@ -215,7 +220,8 @@ def running_sums_kernel(
     weight = tl.zeros((MP,), tl.float32)
     extra = tl.zeros((MP,), tl.float32)
     largest = tl.full((MP,), FLOOR, tl.float32)
-    for step in tl.range(0, chunks + 1, num_stages=2):
+    step = 0
+    while step <= chunks:
         state = step
         if REVERSE:
             state = chunks - step
@@ -244,3 +250,4 @@ def running_sums_kernel(
         tile = (group.to(tl.int64) * chunks + part) * (BD * MP) + d[:, None] * MP + f[None, :]
         sums = sums * decay[None, :] + tl.load(sums_pointer + tile, mask=exists, other=0.0) * factor[None, :]
         largest = new_largest
+        step += 1

@@ -27,9 +27,10 @@ class Tiles:
         query_tiles: tiles of queries that one program of the forward pass goes through.
         query_warps: its warps.
         query_stages: its pipeline stages, at least 2.
-        gradient_rows: queries (for the keys' gradient: keys) of a tile in the backward pass; divides query_rows.
+        gradient_rows: queries (for the keys' gradient: keys) of a tile in the backward pass.
         gradient_keys: keys (queries) of a tile of the window.
         gradient_warps: their warps.
+        gradient_stages: their pipeline stages, at least 2.
     """
 
     sum_rows: int = 64
@@ -41,9 +42,10 @@ class Tiles:
     query_tiles: int = 4
     query_warps: int = 4
     query_stages: int = 3
-    gradient_rows: int = 64
+    gradient_rows: int = 128
     gradient_keys: int = 64
-    gradient_warps: int = 4
+    gradient_warps: int = 8
+    gradient_stages: int = 2
 
 
 DEFAULT = Tiles()
@@ -57,6 +59,7 @@ DEFAULT_FLOAT32 = Tiles(
     query_stages=2,
     gradient_rows=32,
     gradient_keys=32,
+    gradient_warps=4,
 )
 
 # (largest N, largest W, largest MP, bytes of the dtype, device class) to tiles; the first row that fits. The device

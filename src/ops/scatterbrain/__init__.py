@@ -53,7 +53,7 @@ def scatterbrain_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend, unsupported(query, value, projection, True, dropout_p))
+    backend = choose_backend(backend, query, unsupported(query, value, projection, True, dropout_p))
     if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
         return out.to(query.dtype)
