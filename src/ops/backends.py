@@ -12,10 +12,19 @@ from src.utils.errors import UserError
 
 # what the kernels are compiled for; float64 runs in plain PyTorch
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Looked up once: torch.compile follows neither a search for packages nor the environment.
-TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
-# Triton's interpreter runs the kernels on the CPU: for tests, far slower than plain PyTorch.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# looked up once: the compiler follows neither a search for packages nor the environment
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_is_installed() -> bool:
+    """Whether the package triton can be imported."""
+    return _TRITON_IS_INSTALLED
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU: for tests, far slower than plain PyTorch."""
+    return _INTERPRETED
 
 
 def choose_backend(backend: str, x: torch.Tensor) -> str:
@@ -25,8 +34,8 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
         UserError: unknown backend, or one that does not run here, with those that do.
     """
     available = ["naive", "torch"]
-    runs = x.is_cuda or (INTERPRETED and backend == "triton")
-    if runs and TRITON_IS_INSTALLED and x.dtype in KERNEL_DTYPES:
+    runs = x.is_cuda or (is_interpreted() and backend == "triton")
+    if runs and triton_is_installed() and x.dtype in KERNEL_DTYPES:
         available.append("triton")
     return resolve_backend(backend, tuple(available))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from src.ops.backends import INTERPRETED
+from src.ops.backends import is_interpreted
 from src.ops.fused import tiles as tiles_module
 from src.ops.fused import unsupported
 from src.ops.projection import draw_projection
@@ -18,7 +18,7 @@ from tests.helpers import OPERATORS, assert_close, draw_inputs
 pytest.importorskip("triton")
 
 NAMES = ("local", "performer", "scatterbrain")
-needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled for the GPU here")
+needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels are compiled for the GPU here")
 # RMS against float64. float32: rounding of logits up to 10 and sums of up to 300 terms; gradients take two such steps.
 # Half precision: each weight and feature is rounded once, 2^-11 or 2^-8 at most, and so is the result.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -323,7 +323,7 @@ def test_dropout_and_gradients_of_the_projection_are_refused():
 
 
 def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
-    monkeypatch.setattr("src.ops.fused.INTERPRETED", False)
+    monkeypatch.setattr("src.ops.fused.is_interpreted", lambda: False)
     query, _, value, _ = draw_inputs(length=5, dtype=torch.float32)
     assert "it runs on CUDA devices" in unsupported(query, value)
 
