@@ -16,6 +16,14 @@ if not torch.cuda.is_available():
 from tests.helpers import load_golden
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Most tensors here are tiny: threads cost more than they give, many times more on a busy machine."""

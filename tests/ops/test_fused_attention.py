@@ -137,11 +137,13 @@ def test_on_gpu(name, case):
 def adversarial(device: str, dtype: torch.dtype, length: int = 100) -> tuple[list[torch.Tensor], int]:
     """Queries and keys along a row of the features: their estimate exceeds the exact weight many times over."""
     width, window = 16, 9
-    rows = torch.randn(3, width) * 1.6
+    rows = torch.randn(3, width)
+    rows *= 6 / rows.norm(dim=1, keepdim=True)
     query, key = torch.randn(2, 1, 1, length, width) * 0.3
+    # where sqrt(s) (q + k) = w, the estimate is exp(|w|^2 / 2) times the exact weight
     along = rows[0] / 2 * width**0.25
-    query[0, 0, 20:40] += along
-    key[0, 0, 20:40] += along
+    query[0, 0, 20:24] += along
+    key[0, 0, 20:24] += along
     value = torch.randn(1, 1, length, width)
     return [x.to(device, dtype) for x in (query, key, value, rows)], window
 
