@@ -183,4 +183,4 @@ def test_the_published_network_on_a_gpu(attention, dtype, tolerance):
             replayed = form(images)
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(replayed, logits)
+        assert_close("logits of the replayed graph", expected, replayed, tolerance)

@@ -218,6 +218,15 @@ def test_settings_of_the_kernel_change_nothing(parts, group):
 
 
 @needs_triton
+@pytest.mark.parametrize("setting", [{"parts": 4}, {"stages": 1}], ids=str)
+def test_settings_that_would_give_wrong_results_are_refused(setting):
+    from src.ops.fused_linear.triton import Tiles
+
+    with pytest.raises(UserError, match="has to be 1, 2 or 3, and stages="):
+        Tiles(16, 16, 32, **setting)
+
+
+@needs_triton
 def test_gelu_of_half_precision_is_within_its_bound():
     # the identity, so that what GELU gets is known
     folded = FoldedLinear(torch.eye(16, dtype=torch.float16, device=DEVICE), gelu=True)

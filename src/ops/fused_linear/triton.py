@@ -13,6 +13,7 @@ import triton.language as tl
 from src.ops.fused_linear.folded import FoldedLinear
 from src.ops.fused_linear.patches import Patches
 from src.ops.triton_functions import device_of, gelu, precision_of_products
+from src.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Tiles:
         group: tiles of rows whose tiles of columns run one after another, so that the cache serves x and W.
         warps: warps of a program.
         stages: steps of the inner loop in flight, at least 2 (1 gave wrong results on an H100 with Triton 3.6).
+
+    Raises:
+        UserError: `parts` or `stages` out of range.
     """
 
     rows: int
@@ -36,6 +40,10 @@ class Tiles:
     group: int = 8
     warps: int = 4
     stages: int = 3
+
+    def __post_init__(self) -> None:
+        if self.parts not in (1, 2, 3) or self.stages < 2:
+            raise UserError(f"parts={self.parts} has to be 1, 2 or 3, and stages={self.stages} at least 2.")
 
 
 # Half precision, by (K, N), K counted without padding.

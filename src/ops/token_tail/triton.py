@@ -11,6 +11,7 @@ import triton.language as tl
 
 from src.ops.token_tail.folded import FoldedTail
 from src.ops.triton_functions import device_of, gelu, precision_of_products
+from src.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,19 @@ class Tiles:
         repeats: tiles that a program does one after another with the weights it has loaded.
         warps: warps of a program.
         stages: tiles in flight where `repeats` is more than 1, at least 2.
+
+    Raises:
+        UserError: `stages` out of range.
     """
 
     rows: int
     repeats: int = 1
     warps: int = 4
     stages: int = 2
+
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise UserError(f"stages={self.stages} has to be at least 2.")
 
 
 TILES_HALF = Tiles(rows=64, warps=4)
