@@ -19,7 +19,6 @@ from tests.helpers import assert_close, rms_ratio
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
 # roundings of one product, its statistics and one result; the errors of a long sum grow with its root
@@ -377,7 +376,6 @@ REAL_CASES = [
 
 
 @pytest.mark.gpu
-@on_gpu
 @needs_triton
 @pytest.mark.parametrize("case", REAL_CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

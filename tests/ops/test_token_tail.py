@@ -15,7 +15,6 @@ from tests.helpers import assert_close
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-7, torch.float16: 7e-4, torch.bfloat16: 5e-3}
@@ -147,7 +146,6 @@ def test_refusals():
 
 
 @pytest.mark.gpu
-@on_gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("repeats", [1, 4])
