@@ -98,7 +98,7 @@ def attention(
         (B, H, T, D) in the dtype of `query`, the heads of a token beside one another in memory; zero for a query that
         sees no key.
     """
-    from src.ops.fused.operator import fused_attention
+    from src.ops.fused.operator import attend
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if projection is not None:
@@ -106,7 +106,4 @@ def attention(
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
     statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    out, *_ = fused_attention(
-        query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics
-    )
-    return out
+    return attend(query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics)

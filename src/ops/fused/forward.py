@@ -27,6 +27,72 @@ from src.ops.fused.parts import (
 
 # Normalisers past this have overflowed, or nearly.
 LARGEST = tl.constexpr(1e33)
+# Tiles of a window that are written out one after another, so that the loop over tiles of queries around them is
+# pipelined; with more, their keys would not fit the shared memory, and they are looped over.
+UNROLLED = tl.constexpr(3)
+
+
+@triton.jit
+def window_tile(
+    j,
+    i,
+    q,
+    features,
+    reference,
+    weight,
+    projection,
+    normaliser,
+    sums,
+    largest,
+    k_base,
+    v_base,
+    k_row,
+    v_row,
+    end,
+    slope,
+    half_scale,
+    scale,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    ONLINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the window's keys among j give to the queries i: new normaliser, sums and reference of the queries."""
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    exists = (j >= 0) & (j < end)
+    k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+    v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    # keys that do not exist lie in no window
+    inside = in_window(tl.where(exists, j, FAR)[None, :], i[:, None], LEFT, RIGHT)
+    if IS_CAUSAL:
+        inside = inside & (j[None, :] <= i[:, None])
+    if LOW_RANK:
+        key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
+        estimate = tl.dot(features, tl.trans(tl.exp2(key_logs).to(q.dtype)), input_precision=PRECISION)
+    if ONLINE:
+        exact = tl.where(inside, exact, FLOOR)
+        new_largest = tl.maximum(largest, tl.max(exact, 1))
+        decay = tl.exp2(largest - new_largest)
+        weights = tl.exp2(exact - new_largest[:, None])
+        if LOW_RANK:
+            weights -= estimate * tl.exp2(reference - new_largest)[:, None]
+        weights = tl.where(inside, weights, 0.0)
+        normaliser = normaliser * decay + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
+        largest = new_largest
+    else:
+        weights = tl.where(inside, tl.exp2(exact - reference[:, None]) - estimate, 0.0)
+        normaliser += tl.sum(weights, 1)
+        sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=PRECISION)
+    return normaliser, sums, largest
 
 
 @triton.jit
@@ -88,8 +154,8 @@ def attention_kernel(
 ):
     """TILES tiles of BM queries of one sequence. Causal only without a low-rank part.
 
-    ONLINE: weights are relative to a running maximum, as in FlashAttention. Without it they are relative to the largest
-    feature, which takes fewer steps and half of the float range: a tile in which an exact weight exceeds that is marked.
+    ONLINE: weights are relative to a running maximum, as in FlashAttention. Without it they are relative to the
+    largest feature, which takes fewer steps, and a tile in which an exact weight exceeds the float range is marked.
     Float16 has not the range, and without a low-rank part there is no feature.
     """
     group = tl.program_id(1)
@@ -126,42 +192,81 @@ def attention_kernel(
             normaliser = total
             largest = reference
         else:
+            # there are no features: anything in their place
+            projection = i
+            weight = i
+            features = i
+            reference = i
             sums = tl.zeros((BM, BD), tl.float32)
             normaliser = tl.zeros((BM,), tl.float32)
             largest = tl.full((BM,), FLOOR, tl.float32)
-        for part in tl.static_range(WINDOW_TILES):
-            j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
-            exists = (j >= 0) & (j < end)
-            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            # keys that do not exist lie in no window
-            inside = in_window(tl.where(exists, j, FAR)[None, :], i[:, None], LEFT, RIGHT)
-            if IS_CAUSAL:
-                inside = inside & (j[None, :] <= i[:, None])
-            if LOW_RANK:
-                key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
-                estimate = tl.dot(features, tl.trans(tl.exp2(key_logs).to(q.dtype)), input_precision=PRECISION)
-            if ONLINE:
-                exact = tl.where(inside, exact, FLOOR)
-                new_largest = tl.maximum(largest, tl.max(exact, 1))
-                decay = tl.exp2(largest - new_largest)
-                weights = tl.exp2(exact - new_largest[:, None])
-                if LOW_RANK:
-                    weights -= estimate * tl.exp2(reference - new_largest)[:, None]
-                weights = tl.where(inside, weights, 0.0)
-                normaliser = normaliser * decay + tl.sum(weights, 1)
-                sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
-                largest = new_largest
-            else:
-                weights = tl.where(inside, tl.exp2(exact - reference[:, None]) - estimate, 0.0)
-                normaliser += tl.sum(weights, 1)
-                sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=PRECISION)
-
-        if LOW_RANK:
-            blind = (i < 0) | (end <= 0)
+        if WINDOW_TILES <= UNROLLED:
+            for part in tl.static_range(WINDOW_TILES):
+                normaliser, sums, largest = window_tile(
+                    tile * BM - LEFT + part * BN + tl.arange(0, BN),
+                    i,
+                    q,
+                    features,
+                    reference,
+                    weight,
+                    projection,
+                    normaliser,
+                    sums,
+                    largest,
+                    k_base,
+                    v_base,
+                    k_row,
+                    v_row,
+                    end,
+                    slope,
+                    half_scale,
+                    scale,
+                    E,
+                    BE,
+                    D,
+                    BD,
+                    LEFT,
+                    RIGHT,
+                    IS_CAUSAL,
+                    LOW_RANK,
+                    ONLINE,
+                    PRECISION,
+                )
         else:
-            blind = tl.maximum(i - LEFT, 0) >= end
+            for part in tl.range(0, WINDOW_TILES, num_stages=2):
+                normaliser, sums, largest = window_tile(
+                    tile * BM - LEFT + part * BN + tl.arange(0, BN),
+                    i,
+                    q,
+                    features,
+                    reference,
+                    weight,
+                    projection,
+                    normaliser,
+                    sums,
+                    largest,
+                    k_base,
+                    v_base,
+                    k_row,
+                    v_row,
+                    end,
+                    slope,
+                    half_scale,
+                    scale,
+                    E,
+                    BE,
+                    D,
+                    BD,
+                    LEFT,
+                    RIGHT,
+                    IS_CAUSAL,
+                    LOW_RANK,
+                    ONLINE,
+                    PRECISION,
+                )
+
+        first = tl.zeros_like(i) if LOW_RANK else tl.maximum(i - LEFT, 0)
+        blind = first >= end
         divisor = normaliser
         if HAS_EPS:
             divisor += eps * tl.exp2(-largest)

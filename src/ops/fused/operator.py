@@ -22,14 +22,15 @@ from src.ops.fused.backward import (
 )
 from src.ops.fused.forward import attention_kernel, pairs_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
-from src.ops.fused.tiles import Tiles, tiles_for
+from src.ops.fused.tiles import Tiles, tiles_for, tiles_per_program
+from src.ops.triton_functions import device_of, precision_of_products
 from src.ops.windows import window_bounds
 
 LOG2E = math.log2(math.e)
-# A query's sum over all keys may be this many times its normaliser, and its relative error that many roundings: those of
-# half precision (and of tf32), or of float32. Past it, its tile is computed from pairs. On the token stages of a trained
-# T2T-ViT no tile is, on normal random queries and keys of width 64 one in a thousand.
-CANCELLATION_LIMIT = 8.0
+# A query's sum over all keys may be this many times its normaliser, and its relative error that many roundings: those
+# of half precision (and of tf32), or of float32. Past it, its tile is computed from pairs. On the token stages of a
+# trained T2T-ViT no tile is, on normal random queries and keys of width 64 hardly any.
+CANCELLATION_LIMIT = 16.0
 CANCELLATION_LIMIT_FLOAT32 = 64.0
 # Columns of the sums that one program combines, and chunks that it reads side by side.
 COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
@@ -81,7 +82,7 @@ class _Plan:
         self.projection = query if projection is None else projection
         self.key_lengths = query if key_lengths is None else key_lengths
         self.has_lengths = key_lengths is not None
-        self.precision = _dot_precision(self.dtype)
+        self.precision = precision_of_products(self.dtype)
         self.feature_precision = "tf32" if self.dtype != torch.float32 else self.precision
         exact = self.dtype == torch.float32 and self.precision == "ieee"
         self.limit = CANCELLATION_LIMIT_FLOAT32 if exact else CANCELLATION_LIMIT
@@ -131,6 +132,11 @@ class _Plan:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Memory on the device of the call."""
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def no_statistics(self) -> tuple[torch.Tensor, ...]:
+        """What stands for the statistics where no backward pass will want them."""
+        dtypes = (torch.float32, torch.int8, torch.int32, self.dtype, torch.float32)
+        return tuple(self.empty(0, dtype=dtype) for dtype in dtypes)
 
     def state_shape(self, chunks: int) -> tuple[int, ...]:
         """Leading sizes of the sums that the attention reads."""
@@ -266,19 +272,13 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken, by PyTorch's setting."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _like(x: torch.Tensor, width: int) -> torch.Tensor:
     """Memory (B, H, N, width) in which the heads of a token lie beside one another, as the model wants them."""
     batch, heads, length, _ = x.shape
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-@torch.library.custom_op("scatterbrain::fused_attention", mutates_args=())
-def fused_attention(
+def run_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -290,7 +290,7 @@ def fused_attention(
     is_causal: bool,
     eps: float,
     statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention by the fused kernels; arguments are checked by `src.ops.fused.attention`.
 
     Args:
@@ -308,14 +308,15 @@ def fused_attention(
 
     Returns:
         Output (B, H, T, D), and what the backward pass needs, empty without `statistics`: normalisers (G, T) in log2,
-        marks (G, tiles), sums over the keys and their log weights, see `src.ops.fused.sums`.
+        marks (G, tiles) and whether a sequence has any (G,), sums over the keys and their log weights, see
+        `src.ops.fused.sums`.
     """
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
     out = _like(query, plan.value_width)
     normaliser = plan.empty(groups, plan.length) if statistics else plan.empty(0)
     marked = plan.empty(groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
-    any_marked = plan.empty(groups, dtype=torch.int32)
+    any_marked = plan.empty(groups, dtype=torch.int32)  # zeroed by the sums
     mean, weight = plan.empty(0), plan.empty(0)
     if plan.low_rank:
         mean, weight, _ = plan.sums(key, value, plan.key_chunk, plan.key_chunks, any_marked)
@@ -324,7 +325,8 @@ def fused_attention(
     tiles_in_all = -(-plan.length // tiles.query_rows)
     if not (plan.low_rank and is_causal):
         window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
-        attention_kernel[(-(-tiles_in_all // tiles.query_tiles), groups)](
+        query_tiles = tiles.query_tiles or tiles_per_program(tiles_in_all, groups, plan.device)
+        attention_kernel[(-(-tiles_in_all // query_tiles), groups)](
             *tensors,
             plan.heads,
             plan.length,
@@ -337,8 +339,8 @@ def fused_attention(
             BM=tiles.query_rows,
             BN=tiles.key_rows,
             WINDOW_TILES=window_tiles,
-            TILES=tiles.query_tiles,
-            EVEN=plan.length % (tiles.query_rows * tiles.query_tiles) == 0,
+            TILES=query_tiles,
+            EVEN=plan.length % (tiles.query_rows * query_tiles) == 0,
             LOW_RANK=plan.low_rank,
             STATISTICS=statistics,
             HAS_EPS=eps > 0,
@@ -366,8 +368,11 @@ def fused_attention(
             num_warps=tiles.query_warps,
         )
     if not statistics:
-        return out, normaliser, plan.empty(0, dtype=torch.int8), plan.empty(0, dtype=plan.dtype), plan.empty(0)
-    return out, normaliser, marked, mean, weight
+        return out, *plan.no_statistics()
+    return out, normaliser, marked, any_marked, mean, weight
+
+
+fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_forward, mutates_args=())
 
 
 @fused_attention.register_fake
@@ -375,18 +380,18 @@ def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     out = _like(query, value.shape[3])
     if not statistics:
-        return out, plan.empty(0), plan.empty(0, dtype=torch.int8), plan.empty(0, dtype=plan.dtype), plan.empty(0)
+        return out, *plan.no_statistics()
     marked = plan.empty(plan.groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
     mean, weight = plan.empty(0), plan.empty(0)
     if plan.low_rank:
         states = plan.state_shape(plan.key_chunks)
         mean = plan.empty(*states, plan.sizes["BD"], plan.padded_features, dtype=plan.dtype)
         weight = plan.empty(*states, plan.padded_features)
-    return out, plan.empty(plan.groups, plan.length), marked, mean, weight
+    any_marked = plan.empty(plan.groups, dtype=torch.int32)
+    return out, plan.empty(plan.groups, plan.length), marked, any_marked, mean, weight
 
 
-@torch.library.custom_op("scatterbrain::fused_attention_backward", mutates_args=())
-def fused_attention_backward(
+def run_backward(
     gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -396,6 +401,7 @@ def fused_attention_backward(
     out: torch.Tensor,
     normaliser: torch.Tensor,
     marked: torch.Tensor,
+    any_marked: torch.Tensor,
     key_mean: torch.Tensor,
     key_weight: torch.Tensor,
     window: int,
@@ -403,11 +409,10 @@ def fused_attention_backward(
     cosh: bool,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value; arguments as in `fused_attention` and what it returned."""
+    """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
     delta = plan.empty(groups, plan.length)
-    any_marked = plan.empty(groups, dtype=torch.int32)
     mean = weight = extra = key_mean
     if plan.low_rank:
         kept = {"out": out, "normaliser": normaliser, "delta": delta, "marked": marked}
@@ -425,8 +430,6 @@ def fused_attention_backward(
             BD=plan.sizes["BD"],
             BM=64,
         )
-    if plan.marks:
-        any_marked = marked.amax(1).to(torch.int32)
     d_query, d_key, d_value = _like(query, plan.width), _like(key, plan.width), _like(value, plan.value_width)
     common = {
         **plan.common(),
@@ -490,6 +493,11 @@ def fused_attention_backward(
     return d_query, d_key, d_value
 
 
+fused_attention_backward = torch.library.custom_op(
+    "scatterbrain::fused_attention_backward", run_backward, mutates_args=()
+)
+
+
 @fused_attention_backward.register_fake
 def _(
     gradient,
@@ -501,6 +509,7 @@ def _(
     out,
     normaliser,
     marked,
+    any_marked,
     key_mean,
     key_weight,
     window,
@@ -518,12 +527,42 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = (window, scale, cosh, is_causal)
 
 
-def _backward(ctx, gradient, *_):
-    tensors = ctx.saved_tensors
+def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor | None, ...]:
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
-    gradients = torch.ops.scatterbrain.fused_attention_backward(gradient, *tensors, *ctx.options)
-    return (*gradients, *[None] * 8)
+    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+
+
+def _backward(ctx, gradient, *_):
+    return _gradients(ctx, gradient, torch.ops.scatterbrain.fused_attention_backward)
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Arguments and results as in `run_forward`."""
+        output = run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, *_):
+        """Gradients of query, key and value."""
+        return _gradients(ctx, gradient, run_backward)
+
+
+def attend(*inputs) -> torch.Tensor:
+    """The output of `run_forward`, by the shortest way there is from where it is called."""
+    if torch.compiler.is_compiling() or any(
+        isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in inputs
+    ):
+        return fused_attention(*inputs)[0]
+    with device_of(inputs[0]):
+        statistics = inputs[-1]
+        return FusedAttention.apply(*inputs)[0] if statistics else run_forward(*inputs)[0]

@@ -28,16 +28,15 @@ def group_offset(group, heads, stride_batch, stride_head):
 def load_rows(pointer, rows, valid, stride, columns, WIDTH: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
     """Rows of a (N, width) matrix as a tile; zeros where `valid` is false (`MASKED`) and past the width."""
     where = pointer + rows[:, None] * stride + columns[None, :]
-    if MASKED:
-        if WIDTH == PADDED:
-            tile = tl.load(where, mask=valid[:, None], other=0.0)
-        else:
-            tile = tl.load(where, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    within = (columns < WIDTH)[None, :]
+    if MASKED and WIDTH == PADDED:
+        tile = tl.load(where, mask=valid[:, None], other=0.0)
+    elif MASKED:
+        tile = tl.load(where, mask=valid[:, None] & within, other=0.0)
+    elif WIDTH == PADDED:
+        tile = tl.load(where)
     else:
-        if WIDTH == PADDED:
-            tile = tl.load(where)
-        else:
-            tile = tl.load(where, mask=(columns < WIDTH)[None, :], other=0.0)
+        tile = tl.load(where, mask=within, other=0.0)
     return tile
 
 

@@ -24,7 +24,7 @@ class Tiles:
         sum_stages: their pipeline stages, at least 2.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
-        query_tiles: tiles of queries that one program of the forward pass goes through.
+        query_tiles: tiles of queries that one program of the forward pass goes through; None for `tiles_per_program`.
         query_warps: its warps.
         query_stages: its pipeline stages, at least 2.
         gradient_rows: queries (for the keys' gradient: keys) of a tile in the backward pass.
@@ -34,16 +34,16 @@ class Tiles:
     """
 
     sum_rows: int = 64
-    sum_programs: int = 512
+    sum_programs: int = 256
     sum_warps: int = 4
     sum_stages: int = 3
     query_rows: int = 64
     key_rows: int = 64
-    query_tiles: int = 4
+    query_tiles: int | None = None
     query_warps: int = 4
     query_stages: int = 3
     gradient_rows: int = 128
-    gradient_keys: int = 64
+    gradient_keys: int = 32
     gradient_warps: int = 8
     gradient_stages: int = 2
 
@@ -83,7 +83,10 @@ def tiles_for(length: int, window: int, padded_features: int, width: int, dtype:
     if _override is not None:
         return _override
     if device.type != "cuda":
-        return replace(DEFAULT_FLOAT32, sum_rows=16, sum_programs=6, query_rows=32, key_rows=16, gradient_rows=16)
+        # Triton's interpreter, for tests: small shapes should meet several tiles and chunks
+        return replace(
+            DEFAULT_FLOAT32, sum_rows=16, sum_programs=6, query_tiles=None, query_rows=32, key_rows=16, gradient_rows=16
+        )
     major = torch.cuda.get_device_capability(device)[0]
     for max_length, max_window, max_features, size, device_class, tiles in TABLE:
         fits = length <= max_length and window <= max_window and padded_features <= max_features and width <= 64
@@ -96,6 +99,34 @@ def tiles_for(length: int, window: int, padded_features: int, width: int, dtype:
         tiles = replace(tiles, sum_rows=small, query_rows=small, key_rows=32, gradient_rows=small, gradient_keys=32)
         tiles = replace(tiles, query_tiles=1, sum_stages=2, query_stages=2, query_warps=8, gradient_warps=8)
     return tiles
+
+
+# Programs of the forward kernel that a multiprocessor holds: its registers are enough for two.
+PROGRAMS_AT_A_TIME = 2
+# What a program does before its first tile (it reads the sums and the rows), in tiles.
+START = 0.7
+
+
+def tiles_per_program(tiles: int, groups: int, device: torch.device) -> int:
+    """Tiles that a program of the forward kernel goes through, where it is not set.
+
+    Programs run in waves, and the last wave counts in full: the fewest steps are taken, of a few sizes that were
+    measured (it puts all of them in the order of their times).
+
+    Args:
+        tiles: tiles of one sequence.
+        groups: number of sequences.
+        device: where they are.
+    """
+    if device.type != "cuda":
+        return 2
+    at_a_time = PROGRAMS_AT_A_TIME * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def steps(each: int) -> float:
+        waves = -(-(-(-tiles // each) * groups) // at_a_time)
+        return waves * (each + START)
+
+    return min((1, 2, 4, 7), key=steps)
 
 
 @contextmanager
