@@ -2,8 +2,8 @@
 
 Groups of settings that do not influence one another are searched one after another: the sums over keys and queries,
 the queries of the forward pass, the gradients. A group's candidates are the settings around the best one so far, and
-the search moves on as long as that improves. Each candidate is first compiled and run in a process of its own, where
-it can do no harm, and compared with the float64 specification; those that pass are timed here, one after another, by
+the search moves on as long as that improves. Each candidate is first compiled and run in another process, where it
+can do no harm, and compared with the float64 specification; those that pass are timed here, one after another, by
 the replay of a CUDA graph: what the device needs, without the host. The processes fill Triton's cache on disk, so that
 nothing is compiled here.
 
