@@ -60,3 +60,28 @@ def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
         torch.save(left, folder / f"{number}_{os.environ['LOCAL_RANK']}.pt")
         summaries.append(summary)
     return summaries
+
+
+def train_until_killed(content: dict[str, Any], number: int) -> None:
+    """A training whose process is killed half way through its write of that number."""
+    import pytest
+    from omegaconf import OmegaConf
+
+    from src.tasks.train import train
+    from tests.tasks.conftest import make_tiny
+
+    make_tiny(pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    save = torch.save
+    saves = []
+
+    def half(saved, file):
+        saves.append(file)
+        if len(saves) == number:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(saved, file)
+
+    torch.save = half
+    train(OmegaConf.create(content))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import src.tasks.training as training_module
 from src.models.t2t_vit import create_t2t_vit
@@ -19,6 +20,7 @@ from src.tasks.train import train
 from src.tasks.training import ClassificationTraining
 from src.utils.errors import UserError
 from tests.tasks.conftest import NUM_TRAINING_IMAGES
+from tests.tasks.process_functions import train_until_killed
 from tests.tasks.setup import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -121,26 +123,12 @@ def test_seconds_are_those_of_the_whole_epoch(training, monkeypatch):
     assert (summary.seconds, summary.images_per_second) == (30 * BATCHES, 0.4)
 
 
-def test_a_process_that_is_killed_while_it_writes(training, monkeypatch, tmp_path):
-    """Forked, since the imports would cost seconds."""
+def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
     train(training("at_once"))
     config = training("killed", callbacks__last__minutes_between=1e-9)
-    save = torch.save
-    saves = []
-
-    def half(content, file):
-        saves.append(file)
-        if len(saves) == BATCHES + 3:  # each update is saved, the first epoch's last one by two callbacks
-            file.write(b"half")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(content, file)
-
-    def work():
-        torch.save = half
-        train(config)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
+    contents = OmegaConf.to_container(config, resolve=True)
+    # each update is saved, the first epoch's last one by two callbacks
+    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(contents, BATCHES + 3))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
