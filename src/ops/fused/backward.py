@@ -484,6 +484,69 @@ def marked_query_gradient_kernel(
 
 
 @triton.jit
+def add_pairs_to_keys(
+    i,
+    valid,
+    j,
+    exists,
+    k,
+    v,
+    features,
+    key_level,
+    dk,
+    dv,
+    d_logs,
+    q_base,
+    g_base,
+    q_row,
+    g_row,
+    normaliser_base,
+    delta_base,
+    projection,
+    slope,
+    half_scale,
+    scale,
+    log_m,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FEATURE_PRECISION: tl.constexpr,
+):
+    """Add what the queries i give to the gradients of the keys j, pair by pair: new dk, dv and d_logs."""
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+    g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+    normaliser = tl.load(normaliser_base + i, mask=valid, other=-FLOOR)
+    delta = tl.load(delta_base + i, mask=valid, other=0.0)
+    inside = in_window(j[:, None], i[None, :], LEFT, RIGHT)
+    visible = exists[:, None] & valid[None, :]
+    if IS_CAUSAL:
+        visible = visible & (j[:, None] <= i[None, :])
+    exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    exact = tl.exp2(tl.where(inside & visible, exact - normaliser[None, :], FLOOR))
+    t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
+    dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
+    logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+    logs = tl.where((f < M)[None, :], logs, FLOOR)
+    query_features, query_level = normalised(logs, FEATURE_PRECISION)
+    exponent = tl.minimum(key_level[:, None] + query_level[None, :] - normaliser[None, :], MAX_EXPONENT)
+    ratio = tl.where(visible & ~inside, tl.exp2(exponent), 0.0)
+    estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
+    dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
+    d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
+    return dk, dv, d_logs
+
+
+@triton.jit
 def key_gradient_kernel(
     q_pointer,
     k_pointer,
@@ -604,24 +667,41 @@ def key_gradient_kernel(
         while start < last:
             i = start + tl.arange(0, BM)
             valid = i < last
-            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
-            g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
-            normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
-            delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
-            inside = in_window(j[:, None], i[None, :], LEFT, RIGHT)
-            visible = exists[:, None] & valid[None, :] & (j[:, None] <= i[None, :])
-            exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-            exact = tl.exp2(tl.where(inside & visible, exact - normaliser[None, :], FLOOR))
-            t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
-            dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
-            query_logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
-            query_logs = tl.where((f < M)[None, :], query_logs, FLOOR)
-            query_features, query_level = normalised(query_logs, FEATURE_PRECISION)
-            exponent = tl.minimum(key_level[:, None] + query_level[None, :] - normaliser[None, :], MAX_EXPONENT)
-            ratio = tl.where(visible & ~inside, tl.exp2(exponent), 0.0)
-            estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
-            dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
-            d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
+            dk, dv, d_logs = add_pairs_to_keys(
+                i,
+                valid,
+                j,
+                exists,
+                k,
+                v,
+                features,
+                key_level,
+                dk,
+                dv,
+                d_logs,
+                q_base,
+                g_base,
+                q_row,
+                g_row,
+                normaliser_pointer + row_base,
+                delta_pointer + row_base,
+                projection,
+                slope,
+                half_scale,
+                scale,
+                log_m,
+                E,
+                BE,
+                D,
+                BD,
+                M,
+                MP,
+                LEFT,
+                RIGHT,
+                True,
+                PRECISION,
+                FEATURE_PRECISION,
+            )
             start += BM
     else:
         for part in tl.range(0, WINDOW_TILES, num_stages=STAGES):
@@ -762,24 +842,41 @@ def marked_key_gradient_kernel(
                 while start < stop:
                     i = start + tl.arange(0, BM)
                     valid = i < stop
-                    q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
-                    g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
-                    normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
-                    delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
-                    inside = in_window(j[:, None], i[None, :], LEFT, RIGHT)
-                    visible = exists[:, None] & valid[None, :]
-                    exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-                    exact = tl.exp2(tl.where(inside & visible, exact - normaliser[None, :], FLOOR))
-                    t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
-                    dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
-                    query_logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
-                    query_logs = tl.where((f < M)[None, :], query_logs, FLOOR)
-                    query_features, query_level = normalised(query_logs, FEATURE_PRECISION)
-                    exponent = key_level[:, None] + query_level[None, :] - normaliser[None, :]
-                    ratio = tl.where(visible & ~inside, tl.exp2(tl.minimum(exponent, MAX_EXPONENT)), 0.0)
-                    estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
-                    dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
-                    d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)
+                    dk, dv, d_logs = add_pairs_to_keys(
+                        i,
+                        valid,
+                        j,
+                        exists,
+                        k,
+                        v,
+                        features,
+                        key_level,
+                        dk,
+                        dv,
+                        d_logs,
+                        q_base,
+                        g_base,
+                        q_row,
+                        g_row,
+                        normaliser_pointer + row_base,
+                        delta_pointer + row_base,
+                        projection,
+                        slope,
+                        half_scale,
+                        scale,
+                        log_m,
+                        E,
+                        BE,
+                        D,
+                        BD,
+                        M,
+                        MP,
+                        LEFT,
+                        RIGHT,
+                        False,
+                        PRECISION,
+                        FEATURE_PRECISION,
+                    )
                     start += BM
             mark += 1
         dk *= scale * unlog
