@@ -28,6 +28,7 @@ from src.ops.fused.parts import (
     load_projection_rows,
     load_rows,
     log_features,
+    no,
     normalised,
     store_rows,
 )
@@ -196,7 +197,7 @@ def _query_gradient_tile(
                     log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
                 )
                 exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
-                ratio = tl.where(visible & ~inside, tl.exp2(exponent) * t, 0.0)
+                ratio = tl.where(visible & no(inside), tl.exp2(exponent) * t, 0.0)
                 d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
             start += BN
     else:
@@ -539,7 +540,7 @@ def add_pairs_to_keys(
     logs = tl.where((f < M)[None, :], logs, FLOOR)
     query_features, query_level = normalised(logs, FEATURE_PRECISION)
     exponent = tl.minimum(key_level[:, None] + query_level[None, :] - normaliser[None, :], MAX_EXPONENT)
-    ratio = tl.where(visible & ~inside, tl.exp2(exponent), 0.0)
+    ratio = tl.where(visible & no(inside), tl.exp2(exponent), 0.0)
     estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
     dv += tl.dot((exact + estimate).to(g.dtype), g, input_precision=PRECISION)
     d_logs += features * tl.dot(ratio * t, query_features, input_precision=FEATURE_PRECISION)

@@ -21,6 +21,7 @@ from src.ops.fused.parts import (
     load_projection,
     load_rows,
     log_features,
+    no,
     normalised,
     store_rows,
 )
@@ -280,7 +281,7 @@ def attention_kernel(
         if LOW_RANK and WINDOW_TILES > 0:
             # also true for a sum that came out negative, infinite or nan
             kept = (total * tl.exp2(reference - largest) <= LIMIT * normaliser) & (normaliser < LARGEST)
-            lost = valid & ~kept & ~blind
+            lost = valid & no(kept | blind)
             mark = tl.max(lost.to(tl.int32), 0)
             tl.store(marked_pointer + group * num_tiles + tile, mark.to(tl.int8), mask=tile < num_tiles)
             any_mark = tl.maximum(any_mark, mark)

@@ -87,6 +87,12 @@ def in_window(keys, queries, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 
 @triton.jit
+def no(x):
+    """Logical not: the interpreter of Triton 3.2 has no `~` for booleans."""
+    return x == 0
+
+
+@triton.jit
 def normalised(x, PRECISION: tl.constexpr):
     """Log features (rows, MP) as factors of at most 1, and the logarithm (rows,) that they are relative to."""
     reference = tl.maximum(tl.max(x, 1), FLOOR)

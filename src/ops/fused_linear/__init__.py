@@ -49,8 +49,9 @@ def fused_linear(
                 f"{folded.weight.device}; convert the input, or fold the weights again after moving the model."
             )
     if residual is not None and residual.shape != shape:
-        if residual.dim() > len(shape) or any(
-            have not in (1, want) for have, want in zip(reversed(residual.shape), reversed(shape), strict=False)
+        last = shape[max(0, len(shape) - residual.dim()) :]
+        if len(last) < residual.dim() or any(
+            have not in (1, want) for have, want in zip(residual.shape, last, strict=True)
         ):
             raise UserError(f"residual {tuple(residual.shape)} does not expand to the output, {shape}.")
         residual = residual.expand(shape)
