@@ -267,6 +267,25 @@ def test_operator_follows_the_rules_of_torch_library(name, is_causal):
         )
 
 
+@needs_interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_is_traced_as_one_graph(name):
+    operator = OPERATORS[name]
+    *tensors, rows = draw_inputs(1, 2, 30, dtype=torch.float32, rows=2)
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def attend(*tensors):
+        return operator(*tensors, rows, 5, backend="triton")
+
+    traced = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for form in (attend, traced):
+        assert torch.equal(form(*leaves), attend(*leaves))
+    for one, other in zip(
+        *(torch.autograd.grad(form(*leaves).square().sum(), leaves) for form in (attend, traced)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("name", NAMES)

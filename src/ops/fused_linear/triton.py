@@ -508,7 +508,7 @@ def triton_fused_linear(
     x: torch.Tensor, folded: FoldedLinear, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Arguments as in `fused_linear`, `residual` of the shape of the output."""
-    patches = () if folded.patches is None else dataclasses.astuple(folded.patches)
+    patches = () if folded.patches is None else (folded.patches.kernel, folded.patches.stride, folded.patches.padding)
     settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches)
     weights = (folded.weight, folded.bias, folded.sums)
     if torch.compiler.is_compiling():
