@@ -50,7 +50,7 @@ def unsupported(
 
 
 def choose_backend(backend: str, query: torch.Tensor, reason: str | None) -> str:
-    """The form that `backend` selects: `auto` takes the fused kernels where they run.
+    """The form that `backend` selects: `auto` takes the fused kernels where they run and are fast.
 
     Args:
         backend: `naive`, `torch`, `triton` or `auto`.
@@ -63,7 +63,9 @@ def choose_backend(backend: str, query: torch.Tensor, reason: str | None) -> str
     if backend == "triton" and reason is not None:
         raise UserError(f"backend='triton' cannot run this: {reason}. Choose 'torch', or 'auto' for what fits.")
     if backend == "auto":
-        return "triton" if query.is_cuda and reason is None else "torch"
+        # float32 in full precision has no matrix units, and the kernels' tiles then no room in the registers
+        in_full = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        return "triton" if query.is_cuda and reason is None and not in_full else "torch"
     return resolve_backend(backend, ("naive", "torch", "triton"))
 
 

@@ -36,7 +36,7 @@ def local_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a weight (not in the naive form).
         backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused kernels for CUDA, see
-            `src.ops.fused`) or `auto`: `triton` where it runs, else `torch`.
+            `src.ops.fused`) or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.

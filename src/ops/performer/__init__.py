@@ -40,7 +40,7 @@ def performer_attention(
         dropout_p: probability of dropping a key's feature from the sum of the values (not in the naive form).
         eps: added to the normaliser, not causal only; 0 but for the published T2T-ViT's own Performer stages.
         backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused kernels for CUDA, see
-            `src.ops.fused`) or `auto`: `triton` where it runs, else `torch`.
+            `src.ops.fused`) or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
