@@ -334,6 +334,7 @@ def pairs_kernel(
     RIGHT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -353,8 +354,8 @@ def pairs_kernel(
     k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
     v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
     out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
-    all_tiles = (num_queries + BM - 1) // BM
-    num_tiles = all_tiles
+    num_tiles = (num_queries + BM - 1) // BM
+    num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
     projection = load_projection(projection_pointer, E, BE, R, M, MP)
 
     if not IS_CAUSAL:
@@ -364,7 +365,7 @@ def pairs_kernel(
     while tile < num_tiles:
         wanted = 1
         if not IS_CAUSAL:
-            wanted = tl.load(marked_pointer + group * all_tiles + tile).to(tl.int32)
+            wanted = tl.load(marked_pointer + group * num_marks + tile * BM // MARK_ROWS).to(tl.int32)
         if wanted != 0:
             i = tile * BM + tl.arange(0, BM)
             valid = i < num_queries

@@ -36,7 +36,9 @@ COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 # The same for many chunks.
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
 # Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do.
-PAIRS_PROGRAMS = 264
+PAIRS_PROGRAMS = 2048
+# Queries and keys of a tile of pairs where tiles are marked; rows divide those of the marks.
+PAIRS_ROWS, PAIRS_KEYS = 16, 128
 MIN_CHUNK_TILES = 2
 
 
@@ -354,7 +356,16 @@ def run_forward(
             num_warps=tiles.query_warps,
         )
     if plan.low_rank and (is_causal or plan.marks):
-        pairs_kernel[(tiles_in_all if is_causal else plan.pairs_programs(tiles_in_all), groups)](
+        # A marked tile is on its own, and its time the latency of one step after another over the keys: few rows in
+        # many programs, many keys in a step.
+        rows, keys = tiles.query_rows, tiles.key_rows
+        if not is_causal:
+            rows, keys = (
+                PAIRS_ROWS,
+                PAIRS_KEYS if plan.dtype.itemsize == 2 and max(plan.width, plan.value_width) <= 64 else keys,
+            )
+        num_tiles = -(-plan.length // rows)
+        pairs_kernel[(num_tiles if is_causal else plan.pairs_programs(num_tiles), groups)](
             *tensors,
             plan.heads,
             plan.length,
@@ -365,8 +376,9 @@ def run_forward(
             *plan.scales,
             plan.log_m,
             **plan.common(),
-            BM=tiles.query_rows,
-            BN=tiles.key_rows,
+            BM=rows,
+            BN=keys,
+            MARK_ROWS=tiles.query_rows,
             STATISTICS=statistics,
             FEATURE_PRECISION=plan.feature_precision,
             num_warps=tiles.query_warps,
