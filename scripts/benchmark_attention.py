@@ -51,6 +51,7 @@ from src.utils.scripts import (
     fraction,
     positive,
     positive_list,
+    positive_sequence,
     progress_display,
     run_tool,
     save_figure,
@@ -151,7 +152,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA where it is)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(float32)")
-    parser.add_argument("--batch", type=positive, default=4, metavar="B", help="(4)")
+    parser.add_argument(
+        "--batch",
+        type=positive_sequence,
+        default=(4,),
+        metavar="B,...",
+        help="of all lengths, or one of each length, from the shortest to the longest (4)",
+    )
     parser.add_argument("--heads", type=positive, default=1, metavar="H", help="(1)")
     parser.add_argument("--dim", type=positive, default=64, metavar="E", help="width of a head (64)")
     parser.add_argument("--memory-fraction", type=fraction, default=1 / 32, metavar="F", help="budget (1/32)")
@@ -314,6 +321,13 @@ class Bench:
         self.device = choose_device(arguments.device)
         self.dtype = DTYPES[arguments.dtype]
         self.growth_length = arguments.growth_length or arguments.lengths[len(arguments.lengths) // 2]
+        batches = arguments.batch * len(arguments.lengths) if len(arguments.batch) == 1 else arguments.batch
+        if len(batches) != len(arguments.lengths):
+            raise UserError(
+                f"--batch has {len(batches)} numbers and there are {len(arguments.lengths)} lengths. Give one, or one "
+                "for each length."
+            )
+        self.batches = dict(zip(arguments.lengths, batches, strict=True))
         self.skipped: list[dict[str, str | int]] = []
         self.measurements: list[Measurement] = []
 
@@ -325,7 +339,7 @@ class Bench:
         """Normal query, key and value (B, N, H, E), the same in each run."""
         arguments = self.arguments
         generator = torch.Generator().manual_seed(length)
-        shape = (arguments.batch, length, arguments.heads, arguments.dim)
+        shape = (self.batches[length], length, arguments.heads, arguments.dim)
         return tuple(torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(3))
 
     def attention(self, name: str, length: int, budget_length: int) -> Candidate:
@@ -373,7 +387,7 @@ class Bench:
         arguments = self.arguments
         reason = f"it knows float32 only, not {arguments.dtype}"
         if self.dtype == torch.float32:
-            shape = (arguments.batch, length, arguments.heads, arguments.dim)
+            shape = (self.batches[length], length, arguments.heads, arguments.dim)
             try:
                 return fast_transformers_peers(shape, self.device, sizes)
             except ImportError:
@@ -405,7 +419,7 @@ class Bench:
         if candidate.name not in ("softmax written out", "SDPA math"):
             return True
         matrices = 2 if attention_pass == "forward" else 4
-        size = matrices * self.arguments.batch * self.arguments.heads * length**2 * self.dtype.itemsize / 2**30
+        size = matrices * self.batches[length] * self.arguments.heads * length**2 * self.dtype.itemsize / 2**30
         if size <= self.arguments.memory_limit:
             return True
         self.skip(candidate.name, length, f"its N x N matrices take {size:.1f} GiB (--memory-limit)", attention_pass)
@@ -548,6 +562,8 @@ def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
                 times.setdefault(item.name.split(" as at ")[0], {})[item.length] = rounds(item)
         for name, by_length in times.items():
             for shorter, longer in itertools.pairwise(lengths):
+                if bench.batches[shorter] != bench.batches[longer]:
+                    continue  # more of the machine would be busy with one than with the other
                 if shorter in by_length and longer in by_length:
                     if len(by_length[longer]) != len(by_length[shorter]):
                         continue  # a CUDA graph could be captured for one of them only
@@ -576,7 +592,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
         for attention_pass in arguments.passes:
             table = Table(
                 title=f"N = {length}, {attention_pass}: {arguments.dtype} on {bench.device.type}, batch "
-                f"{arguments.batch}, heads {arguments.heads}, width {arguments.dim}",
+                f"{bench.batches[length]}, heads {arguments.heads}, width {arguments.dim}",
                 title_justify="left",
                 caption="W keys in the window, M features; MiB: memory of one call, inputs not counted",
                 caption_justify="left",
@@ -670,7 +686,8 @@ def plot(bench: Bench, path: str) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    panels.suptitle(f"{arguments.dtype} on {bench.device.type}, batch {arguments.batch}, heads {arguments.heads}")
+    batch = ", ".join(str(number) for number in arguments.batch)
+    panels.suptitle(f"{arguments.dtype} on {bench.device.type}, batch {batch}, heads {arguments.heads}")
     save_figure(panels, path)
     plt.close(panels)
 

@@ -79,9 +79,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_sequence(text: str) -> tuple[int, ...]:
+    """Type of an option that takes integers of at least 1, separated by commas, in their order."""
+    return tuple(positive(part) for part in text.split(","))
+
+
 def positive_list(text: str) -> tuple[int, ...]:
-    """Type of an option that takes integers of at least 1, separated by commas."""
-    return tuple(sorted({positive(part) for part in text.split(",")}))
+    """The same where order does not matter: ascending, each once."""
+    return tuple(sorted(set(positive_sequence(text))))
 
 
 def fraction(text: str) -> float:

@@ -85,6 +85,25 @@ def test_memory_of_the_cpu_is_the_peak_of_live_bytes():
     assert 2 <= buffers < 2.01, "the rest are scalars"
 
 
+def test_a_batch_for_each_length(tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    options = ["--device", "cpu", "--threads", "1", "--dim", "16", "--attentions", "local", "--passes", "forward"]
+    options += ["--lengths", "128,32,64", "--batch", "4,2,2", "--repeats", "1", "--no-peers", "--output", str(output)]
+    assert benchmark.main(options) == 0
+    figures = json.loads(output.read_text())
+    text = " ".join(capsys.readouterr().out.split())
+    for length, batch in {32: 4, 64: 2, 128: 2}.items():
+        assert f"N = {length}, forward: float32 on cpu, batch {batch}," in text
+        assert benchmark.Bench(benchmark.build_parser().parse_args(options)).inputs(length)[0].shape[0] == batch
+    # growth from one batch to another would be that of the batch
+    assert {(row["from"], row["to"]) for row in figures["growth"]} == {(64, 128)}
+
+
+def test_batches_that_do_not_match_the_lengths(capsys):
+    assert benchmark.main([*SMALL[:-2], "--lengths", "32,64,128", "--batch", "1,2"]) == 1
+    assert "--batch has 2 numbers and there are 3 lengths" in capsys.readouterr().err
+
+
 def test_sblocal_holds_no_matrix_of_queries_by_keys():
     arguments = benchmark.build_parser().parse_args(["--device", "cpu", "--lengths", "1568", "--batch", "1"])
     bench = benchmark.Bench(arguments)
