@@ -47,6 +47,7 @@ from src.models.inference import inference_form
 from src.models.modules.attention import ATTENTIONS
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
+from src.tasks.build import check_swappable
 from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.fixed_batch import CudaGraphForward, compiled
@@ -54,7 +55,6 @@ from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
     check_figure,
-    check_swappable,
     check_writable,
     choose_device,
     comma_separated,

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.models.modules.attention import ATTENTIONS
 from src.models.t2t_vit import create_t2t_vit
+from src.tasks.build import check_swappable
 from src.tasks.launch import quiet_libraries
 from src.tasks.provenance import attention_options
 from src.tasks.training import ClassificationTraining
@@ -37,7 +38,6 @@ from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
-    check_swappable,
     check_writable,
     choose_device,
     comma_separated,

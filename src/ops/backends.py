@@ -27,6 +27,17 @@ def is_interpreted() -> bool:
     return _INTERPRETED
 
 
+def no_kernels(x: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot run on tensors such as `x`; None where they can."""
+    if not (x.is_cuda or is_interpreted()):
+        return f"it runs on CUDA devices, and the tensors are on {x.device}"
+    if not triton_is_installed():
+        return "the package triton is not installed"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"it takes float16, bfloat16 and float32, and the tensors are {x.dtype}"
+    return None
+
+
 def choose_backend(backend: str, x: torch.Tensor) -> str:
     """The form that `backend` selects for the tensor `x`: `auto` is `triton` on CUDA and `torch` elsewhere.
 
@@ -34,8 +45,7 @@ def choose_backend(backend: str, x: torch.Tensor) -> str:
         UserError: unknown backend, or one that does not run here, with those that do.
     """
     available = ["naive", "torch"]
-    runs = x.is_cuda or (is_interpreted() and backend == "triton")
-    if runs and triton_is_installed() and x.dtype in KERNEL_DTYPES:
+    if no_kernels(x) is None and (x.is_cuda or backend == "triton"):
         available.append("triton")
     return resolve_backend(backend, tuple(available))
 

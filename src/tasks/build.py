@@ -10,7 +10,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from src.models.t2t_vit import T2TViT, create_t2t_vit
+from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, get_variant
 from src.utils.errors import UserError
 
 
@@ -128,3 +128,17 @@ def attention_name(config: DictConfig, model: T2TViT) -> str | None:
     stages = (config.t2tattn1_cfg, config.t2tattn2_cfg)
     first, second = ("full" if stage is None else stage["name"] for stage in stages)
     return first if first == second else f"{first}+{second}"
+
+
+def check_swappable(variant: str) -> None:
+    """Refuse a variant of T2T-ViT whose attention is its own.
+
+    Raises:
+        UserError: the variant that `--variant` names is unknown, or its attention cannot be swapped.
+    """
+    if get_variant(variant).tokens != "transformer":
+        swappable = (name for name, sizes in T2T_VIT_VARIANTS.items() if sizes.tokens == "transformer")
+        raise UserError(
+            f"--variant {variant}: the attention of its token stages is part of the model and cannot be swapped. "
+            f"Choose one of: {', '.join(sorted(swappable))}."
+        )

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from src.models.t2t_vit import T2T_VIT_VARIANTS, get_variant
 from src.utils.errors import UserError, did_you_mean
 from src.utils.files import atomic_write
 
@@ -107,20 +106,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def check_swappable(variant: str) -> None:
-    """Refuse a variant of T2T-ViT whose attention is its own.
-
-    Raises:
-        UserError: the variant that `--variant` names is unknown, or its attention cannot be swapped.
-    """
-    if get_variant(variant).tokens != "transformer":
-        swappable = (name for name, sizes in T2T_VIT_VARIANTS.items() if sizes.tokens == "transformer")
-        raise UserError(
-            f"--variant {variant}: the attention of its token stages is part of the model and cannot be swapped. "
-            f"Choose one of: {', '.join(sorted(swappable))}."
-        )
 
 
 def say(text: str) -> None:

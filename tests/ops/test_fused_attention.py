@@ -350,7 +350,7 @@ def test_dropout_and_gradients_of_the_projection_are_refused():
 
 
 def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
-    monkeypatch.setattr("src.ops.fused.is_interpreted", lambda: False)
+    monkeypatch.setattr("src.ops.backends.is_interpreted", lambda: False)
     query, _, value, _ = draw_inputs(length=5, dtype=torch.float32)
     assert "it runs on CUDA devices" in unsupported(query, value)
 

@@ -316,7 +316,6 @@ def test_wrong_options(options, words, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(tmp_path):
     options = ["--device", "cuda", "--image-size", "224", "--batches", "8,16", "--attentions", "full,sblocal"]
     content = run(tmp_path, *options, "--forms", "published,module,inference,peer", "--end-to-end")

@@ -186,7 +186,6 @@ def test_memory_is_compared_with_that_of_full():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_cuda_is_that_of_one_network_alone(tmp_path):
     options = ["--device", "cuda", "--image-size", "224", "--batch-size", "8"]
     alone = by_name(run(tmp_path, *options, "--attentions", "sblocal"))

@@ -34,7 +34,6 @@ SYNTHETIC = {
     "datamodule__num_images": 11,
     "datamodule__num_distinct": 4,
 }
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # what differs between two runs of the same evaluation
 MEASURED = {"images_per_second", "seconds", "command"}
 
@@ -367,7 +366,6 @@ class NoWaiting(pl.Callback):
 
 
 @pytest.mark.gpu
-@NEEDS_CUDA
 @pytest.mark.parametrize("options", [{}, {"eval__num_seeds": 2}, {"trainer__precision": "bf16-true"}])
 @pytest.mark.parametrize("datamodule", ["imagenet", "synthetic"])
 def test_steps_on_cuda_wait_for_nothing(evaluation, monkeypatch, datamodule, options):
@@ -383,7 +381,6 @@ def test_steps_on_cuda_wait_for_nothing(evaluation, monkeypatch, datamodule, opt
 
 
 @pytest.mark.gpu
-@NEEDS_CUDA
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_a_compiled_model_on_cuda_sees_every_draw(evaluation, precision):
     options = {

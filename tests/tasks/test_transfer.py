@@ -68,7 +68,6 @@ def test_copies_have_their_stream_and_the_host_stays_near(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_arrive_while_the_device_is_busy():
     transfer = OverlappedTransfer(torch.device("cuda"))
     weight = torch.randn(2048, 2048, device="cuda")

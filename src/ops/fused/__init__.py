@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from src.ops.backends import KERNEL_DTYPES, is_interpreted, triton_is_installed
+from src.ops.backends import no_kernels
 from src.ops.inputs import resolve_backend
 from src.utils.errors import UserError
 
@@ -29,12 +29,9 @@ def unsupported(
         cosh: each row gives two features.
         dropout_p: probability of dropping a weight.
     """
-    if not (query.is_cuda or is_interpreted()):
-        return f"it runs on CUDA devices, and query is on {query.device}"
-    if not triton_is_installed():
-        return "the package triton is not installed"
-    if query.dtype not in KERNEL_DTYPES:
-        return f"it takes float16, bfloat16 and float32, and query is {query.dtype}"
+    reason = no_kernels(query)
+    if reason is not None:
+        return reason
     width = max(query.shape[3], value.shape[3])
     if width > MAX_WIDTH:
         return f"it takes heads of a width up to {MAX_WIDTH}, and these have {width}"

@@ -39,7 +39,8 @@ MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
 PAIRS_PROGRAMS = 2048
 # Queries and keys of a tile of pairs where tiles are marked; rows divide those of the marks.
 PAIRS_ROWS, PAIRS_KEYS = 16, 128
-MIN_CHUNK_TILES = 2
+# Tiles of a chunk at least, and rows of a chunk at most with causal masking.
+MIN_CHUNK_TILES, CAUSAL_CHUNK = 2, 256
 
 
 class _Plan:
@@ -118,7 +119,7 @@ class _Plan:
         wanted = max(1, self.tiles.sum_programs // self.groups)
         if self.is_causal:
             # pairs are taken within a chunk: longer chunks mean more of them
-            wanted = max(wanted, -(-length // 256))
+            wanted = max(wanted, -(-length // CAUSAL_CHUNK))
         per_chunk = min(tiles, max(MIN_CHUNK_TILES, -(-tiles // wanted)))
         return per_chunk * rows, -(-tiles // per_chunk)
 
@@ -179,13 +180,12 @@ class _Plan:
             )
         length = x.shape[2]
         out = backward["out"] if queries else y
-        lengths = self.key_lengths
         feature_sums_kernel[(chunks, self.groups)](
             x,
             y,
             out,
             self.projection,
-            lengths,
+            self.key_lengths,
             backward["normaliser"] if queries else weight,
             backward["delta"] if queries else weight,
             backward["marked"] if queries else weight,
@@ -217,34 +217,13 @@ class _Plan:
         columns, side_by_side = COMBINE_COLUMNS, COMBINE_CHUNKS
         if chunks > MANY_CHUNKS:
             columns, side_by_side = COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS
+        arguments = (*parts, mean, weight, extra, chunks)
+        sizes = {"BD": padded, "DB": columns, "MP": features, "HAS_EXTRA": queries}
+        grid = (padded // columns, self.groups)
         if self.is_causal:
-            running_sums_kernel[(padded // columns, self.groups)](
-                *parts[:3],
-                parts[3],
-                mean,
-                weight,
-                extra,
-                chunks,
-                BD=padded,
-                DB=columns,
-                MP=features,
-                HAS_EXTRA=queries,
-                REVERSE=queries,
-            )
+            running_sums_kernel[grid](*arguments, **sizes, REVERSE=queries)
         else:
-            combine_kernel[(padded // columns, self.groups)](
-                *parts[:3],
-                parts[3],
-                mean,
-                weight,
-                extra,
-                chunks,
-                BD=padded,
-                DB=columns,
-                MP=features,
-                CB=min(side_by_side, _power_of_two(chunks)),
-                HAS_EXTRA=queries,
-            )
+            combine_kernel[grid](*arguments, **sizes, CB=min(side_by_side, _power_of_two(chunks)))
         return mean, weight, extra
 
     @property
@@ -360,10 +339,9 @@ def run_forward(
         # many programs, many keys in a step.
         rows, keys = tiles.query_rows, tiles.key_rows
         if not is_causal:
-            rows, keys = (
-                PAIRS_ROWS,
-                PAIRS_KEYS if plan.dtype.itemsize == 2 and max(plan.width, plan.value_width) <= 64 else keys,
-            )
+            rows = PAIRS_ROWS
+            if plan.dtype.itemsize == 2 and max(plan.width, plan.value_width) <= 64:
+                keys = PAIRS_KEYS
         num_tiles = -(-plan.length // rows)
         pairs_kernel[(num_tiles if is_causal else plan.pairs_programs(num_tiles), groups)](
             *tensors,
@@ -471,11 +449,7 @@ def run_backward(
         plan.log_m,
         1 / LOG2E,
     )
-    sizes = {
-        "BM": tiles.gradient_rows,
-        "BN": tiles.gradient_keys,
-        **in_window,
-    }
+    sizes = {"BM": tiles.gradient_rows, "BN": tiles.gradient_keys, **in_window}
     query_gradient_kernel[(query_tiles, groups)](
         *for_queries, *of_queries, **common, **sizes, PAIRS=plan.low_rank and is_causal
     )

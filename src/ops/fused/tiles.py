@@ -69,7 +69,9 @@ TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = []
 _override: Tiles | None = None
 
 
-def tiles_for(length: int, window: int, padded_features: int, width: int, dtype: torch.dtype, device: torch.device):
+def tiles_for(
+    length: int, window: int, padded_features: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Tiles:
     """Tiles of a shape.
 
     Args:
@@ -96,8 +98,19 @@ def tiles_for(length: int, window: int, padded_features: int, width: int, dtype:
     if width > 64 or padded_features > 64:
         # registers: the tiles of features and of values grow with these
         small = min(32, tiles.query_rows)
-        tiles = replace(tiles, sum_rows=small, query_rows=small, key_rows=32, gradient_rows=small, gradient_keys=32)
-        tiles = replace(tiles, query_tiles=1, sum_stages=2, query_stages=2, query_warps=8, gradient_warps=8)
+        tiles = replace(
+            tiles,
+            sum_rows=small,
+            sum_stages=2,
+            query_rows=small,
+            key_rows=32,
+            query_tiles=1,
+            query_stages=2,
+            query_warps=8,
+            gradient_rows=small,
+            gradient_keys=32,
+            gradient_warps=8,
+        )
     return tiles
 
 
