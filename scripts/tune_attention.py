@@ -2,10 +2,10 @@
 
 Groups of settings that do not influence one another are searched one after another: the sums over keys and queries,
 the queries of the forward pass, the gradients. A group's candidates are the settings around the best one so far, and
-the search moves on as long as that improves. Each candidate is first compiled and run in another process, where it
-can do no harm, and compared with the float64 specification; those that pass are timed here, one after another, by
-the replay of a CUDA graph: what the device needs, without the host. The processes fill Triton's cache on disk, so that
-nothing is compiled here.
+the search moves on as long as that improves. Settings for causal masking are not searched. Each candidate is first
+compiled and run in another process, where it can do no harm, and compared with the float64 specification; those that
+pass are timed here, one after another, by the replay of a CUDA graph: what the device needs, without the host. The
+processes fill Triton's cache on disk, so that nothing is compiled here.
 
 Inputs are one head of width 64, drawn from a normal distribution; the attention is Scatterbrain's (window and cosh
 features). With several passes, what counts is the geometric mean of their times.
@@ -78,16 +78,22 @@ LIMITS = {
     "query_rows": (16, 128),
     "key_rows": (16, 128),
     "query_tiles": (1, 16),
-    "query_warps": (2, 8),
+    "query_warps": (1, 8),
     "query_stages": (2, 4),
-    "gradient_rows": (16, 128),
-    "gradient_keys": (16, 128),
-    "gradient_warps": (2, 8),
-    "gradient_stages": (2, 4),
+    "query_registers": (96, 255),
+    "dq_rows": (16, 32),
+    "dq_keys": (16, 128),
+    "dq_warps": (1, 8),
+    "dq_stages": (2, 4),
+    "dq_registers": (96, 255),
+    "dk_rows": (16, 32),
+    "dk_queries": (16, 128),
+    "dk_warps": (1, 8),
+    "dk_stages": (2, 4),
+    "dk_registers": (96, 255),
 }
-# Settings that the kernels choose themselves where they are None, and what is tried beside that.
-MAY_BE_OPEN = ("query_tiles",)
-VALUES_FOR_OPEN = (1, 2, 4, 8)
+# Registers that let two, three and four warps share a part of a multiprocessor, and None: what the compiler takes.
+REGISTERS = (None, 128, 168, 232)
 # A candidate differs from the best so far in this many settings at most: the search moves on to what is further away.
 MAX_CHANGES = 3
 MAX_MOVES = 4
@@ -151,8 +157,15 @@ class Group:
 
 GROUPS = (
     Group("sums", ("sum_rows", "sum_programs", "sum_warps", "sum_stages"), PASSES),
-    Group("queries", ("query_rows", "key_rows", "query_tiles", "query_warps", "query_stages"), PASSES),
-    Group("gradients", ("gradient_rows", "gradient_keys", "gradient_warps", "gradient_stages"), ("training",)),
+    Group(
+        "queries", ("query_rows", "key_rows", "query_tiles", "query_warps", "query_stages", "query_registers"), PASSES
+    ),
+    Group("query gradient", ("dq_rows", "dq_keys", "dq_warps", "dq_stages", "dq_registers"), ("training",)),
+    Group(
+        "key gradients",
+        ("dk_rows", "dk_queries", "dk_warps", "dk_stages", "dk_registers"),
+        ("training",),
+    ),
 )
 
 
@@ -200,13 +213,12 @@ def groups_of(passes: Sequence[str]) -> list[Group]:
 
 
 def values_around(name: str, present: int | None) -> tuple[int | None, ...]:
-    """Values of one setting that are tried beside the present one, within `LIMITS`; None where it is left open."""
+    """Values of one setting that are tried beside the present one; None leaves it to the compiler."""
     low, high = LIMITS[name]
-    if present is None:
-        return (None, *(value for value in VALUES_FOR_OPEN if low <= value <= high))
+    if name.endswith("_registers"):
+        return (present, *(value for value in REGISTERS if value != present))
     near = (present - 1, present + 1) if name.endswith("_stages") else (present // 2, present * 2)
-    left_open = (None,) if name in MAY_BE_OPEN else ()
-    return (present, *left_open, *(value for value in near if low <= value <= high))
+    return (present, *(value for value in near if low <= value <= high))
 
 
 def candidates_around(tiles: Tiles, group: Group) -> list[Tiles]:

@@ -72,6 +72,9 @@ GPU_CASES = [
     for case in (
         Case(3136, 3136, 64, 64, window=49, rows=12, batch=1),
         Case(784, 784, 64, 64, window=12, rows=3, batch=3),
+        # a single tile, whole and in part
+        Case(64, 64, 64, 64, window=12, rows=3),
+        Case(9, 16, 64, 64, window=12, rows=3),
         Case(1000, 1000, 64, 64, window=49, rows=12, heads=3, is_causal=True),
         Case(300, 333, 40, 24, window=12, rows=3, lengths=(333, 0)),
         Case(333, 300, 64, 64, window=64, rows=5, lengths=(300, 17), is_causal=True),
@@ -219,13 +222,17 @@ def test_results_do_not_depend_on_tiles(name):
     leaves = [x.requires_grad_() for x in tensors]
 
     def run(**changes):
-        tiles = tiles_module.Tiles(sum_rows=16, query_rows=16, key_rows=16, query_tiles=1, gradient_rows=16)
+        tiles = tiles_module.Tiles(sum_rows=16, query_rows=16, key_rows=16, query_tiles=1, dq_rows=16, dk_rows=32)
         with tiles_module.use_tiles(replace(tiles, **changes)):
             out = operator(*leaves, rows, 9, backend="triton")
             return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     first = run()
-    for changes in ({"sum_programs": 1}, {"query_rows": 32, "query_tiles": 3}, {"gradient_rows": 64, "key_rows": 64}):
+    for changes in (
+        {"sum_programs": 1},
+        {"query_rows": 32, "query_tiles": 3},
+        {"dq_rows": 64, "dk_rows": 16, "key_rows": 64},
+    ):
         for reference, result in zip(first, run(**changes), strict=True):
             assert_close(str(changes), reference, result, GRADIENT_TOLERANCE[torch.float32])
 
@@ -233,7 +240,7 @@ def test_results_do_not_depend_on_tiles(name):
 @needs_interpreter
 def test_many_chunks_are_combined():
     *tensors, rows = draw_inputs(1, 1, 16 * 150, dtype=torch.float32, rows=2)
-    tiles = tiles_module.Tiles(sum_rows=16, sum_programs=1000, query_rows=128, key_rows=64, gradient_rows=128)
+    tiles = tiles_module.Tiles(sum_rows=16, sum_programs=1000, query_rows=128, key_rows=64, dq_rows=128, dk_rows=128)
     operator = OPERATORS["performer"]
     with tiles_module.use_tiles(tiles):
         out = operator(*tensors, rows, 0, backend="triton")

@@ -46,24 +46,41 @@ def unsupported(
     return None
 
 
-def choose_backend(backend: str, query: torch.Tensor, reason: str | None) -> str:
+def choose_backend(
+    backend: str,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    dropout_p: float = 0.0,
+) -> str:
     """The form that `backend` selects: `auto` takes the fused kernels where they run and are fast.
 
     Args:
         backend: `naive`, `torch`, `triton` or `auto`.
         query: (B, H, T, E).
-        reason: why the kernels cannot run the call, None where they can; see `unsupported`.
+        value: (B, H, S, D).
+        projection: rows (R, E) or None.
+        cosh: each row gives two features.
+        dropout_p: probability of dropping a weight.
 
     Raises:
         UserError: `triton` where it cannot run.
     """
+    reason = unsupported(query, value, projection, cosh, dropout_p)
     if backend == "triton" and reason is not None:
         raise UserError(f"backend='triton' cannot run this: {reason}. Choose 'torch', or 'auto' for what fits.")
     if backend == "auto":
-        # float32 in full precision has no matrix units, and the kernels' tiles then no room in the registers
-        in_full = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-        return "triton" if query.is_cuda and reason is None and not in_full else "torch"
+        return "triton" if query.is_cuda and reason is None and not _spills(query, value, projection, cosh) else "torch"
     return resolve_backend(backend, ("naive", "torch", "triton"))
+
+
+def _spills(query: torch.Tensor, value: torch.Tensor, projection: torch.Tensor | None, cosh: bool) -> bool:
+    """Whether the tiles exceed the registers by far: wide ones of float32 in full precision, without matrix units."""
+    if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return False
+    features = 0 if projection is None else projection.shape[0] * (2 if cosh else 1)
+    return max(query.shape[3], value.shape[3], features) > 64
 
 
 def attention(

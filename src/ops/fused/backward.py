@@ -23,6 +23,7 @@ import triton.language as tl
 from src.ops.fused.parts import (
     FLOOR,
     group_offset,
+    half_norms,
     in_window,
     load_projection,
     load_projection_rows,
@@ -81,6 +82,7 @@ def _query_gradient_tile(
     lengths_pointer,
     mean_pointer,  # of the keys, as in the forward pass
     weight_pointer,
+    norm_pointer,  # of the keys
     normaliser_pointer,
     delta_pointer,
     heads,
@@ -152,7 +154,7 @@ def _query_gradient_tile(
     delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
     dq = tl.zeros((BM, BE), tl.float32)
     if LOW_RANK:
-        logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+        logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
         logs = tl.where((f < M)[None, :], logs, FLOOR)
         d_logs = tl.zeros((BM, MP), tl.float32)
         if IS_CAUSAL or not PAIRS:
@@ -193,9 +195,8 @@ def _query_gradient_tile(
             t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
             dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
             if LOW_RANK:
-                key_features, key_level = normalised(
-                    log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
-                )
+                key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
+                key_features, key_level = normalised(key_logs, FEATURE_PRECISION)
                 exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
                 ratio = tl.where(visible & no(inside), tl.exp2(exponent) * t, 0.0)
                 d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
@@ -214,7 +215,8 @@ def _query_gradient_tile(
             t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
             dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
             if LOW_RANK:
-                key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
+                norms = tl.load(norm_pointer + group.to(tl.int64) * num_keys + j, mask=exists, other=0.0)
+                key_logs = log_features(k, norms, projection, slope, PRECISION) - weight[None, :]
                 # rows without a key may be infinite, and are met by zeros
                 key_factors = tl.where(exists[:, None], tl.exp2(key_logs), 0.0).to(q.dtype)
                 inner = tl.where(inside, t, 0.0).to(q.dtype)
@@ -241,6 +243,7 @@ def query_gradient_kernel(
     lengths_pointer,
     mean_pointer,  # of the keys, as in the forward pass
     weight_pointer,
+    norm_pointer,  # of the keys
     normaliser_pointer,
     delta_pointer,
     heads,
@@ -303,6 +306,7 @@ def query_gradient_kernel(
         lengths_pointer,
         mean_pointer,
         weight_pointer,
+        norm_pointer,
         normaliser_pointer,
         delta_pointer,
         heads,
@@ -363,6 +367,7 @@ def marked_query_gradient_kernel(
     lengths_pointer,
     mean_pointer,  # of the keys, as in the forward pass
     weight_pointer,
+    norm_pointer,
     normaliser_pointer,
     delta_pointer,
     marked_pointer,
@@ -414,14 +419,14 @@ def marked_query_gradient_kernel(
 ):
     """The marked tiles, from pairs. Nearly always there are none."""
     group = tl.program_id(1)
+    if tl.load(any_marked_pointer + group) == 0:
+        return
     num_tiles = (num_queries + BM - 1) // BM
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
     tile = tl.program_id(0)
     while tile < num_tiles:
-        i = tile * BM + tl.arange(0, BM)
-        marks = tl.load(marked_pointer + group * num_marks + i // MARK_ROWS, mask=i < num_queries, other=0)
-        if tl.max(marks.to(tl.int32), 0) != 0:
+        # BM divides MARK_ROWS
+        if tl.load(marked_pointer + group * num_marks + tile * BM // MARK_ROWS) != 0:
             _query_gradient_tile(
                 tile,
                 group,
@@ -434,6 +439,7 @@ def marked_query_gradient_kernel(
                 lengths_pointer,
                 mean_pointer,
                 weight_pointer,
+                norm_pointer,
                 normaliser_pointer,
                 delta_pointer,
                 heads,
@@ -536,7 +542,7 @@ def add_pairs_to_keys(
     exact = tl.exp2(tl.where(inside & visible, exact - normaliser[None, :], FLOOR))
     t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
     dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
-    logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+    logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
     logs = tl.where((f < M)[None, :], logs, FLOOR)
     query_features, query_level = normalised(logs, FEATURE_PRECISION)
     exponent = tl.minimum(key_level[:, None] + query_level[None, :] - normaliser[None, :], MAX_EXPONENT)
@@ -560,6 +566,7 @@ def key_gradient_kernel(
     mean_pointer,  # of the queries: averages of the output's gradient
     weight_pointer,
     extra_pointer,  # averages of delta
+    norm_pointer,  # of the queries: what their normalised log features lie below q.w
     normaliser_pointer,
     delta_pointer,
     marked_pointer,
@@ -642,7 +649,7 @@ def key_gradient_kernel(
         first = tl.minimum(tile * BN, num_queries)
     if LOW_RANK:
         projection = load_projection(projection_pointer, E, BE, R, M, MP)
-        logs = log_features(k, projection, slope, half_scale, PRECISION)
+        logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
         logs = tl.where((f < M)[None, :], logs, FLOOR)
         slot = group.to(tl.int64)
         if IS_CAUSAL:
@@ -725,8 +732,8 @@ def key_gradient_kernel(
             t = tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :]
             dk += tl.dot((weights * t).to(q.dtype), q, input_precision=PRECISION)
             if LOW_RANK:
-                query_logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
-                query_logs -= normaliser[:, None] + weight[None, :]
+                norms = tl.load(norm_pointer + row_base + i, mask=valid, other=0.0)
+                query_logs = log_features(q, norms, projection, slope, PRECISION) - weight[None, :]
                 query_factors = tl.exp2(tl.where((f < M)[None, :], query_logs, FLOOR))
                 query_factors = tl.where(valid[:, None], query_factors, 0.0).to(q.dtype)
                 estimate = tl.dot(rounded, tl.trans(query_factors), input_precision=PRECISION) * unit[:, None]
@@ -807,6 +814,8 @@ def marked_key_gradient_kernel(
 ):
     """What marked queries add to the gradients of all keys, from pairs. Nearly always there are none."""
     group = tl.program_id(1)
+    if tl.load(any_marked_pointer + group) == 0:
+        return
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
     f = tl.arange(0, MP)
@@ -821,7 +830,7 @@ def marked_key_gradient_kernel(
     dv_base = dv_pointer + group_offset(group, heads, dv_batch, dv_head)
     row_base = group.to(tl.int64) * num_queries
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, (end + BN - 1) // BN, 0)
+    num_tiles = (end + BN - 1) // BN
     projection = load_projection(projection_pointer, E, BE, R, M, MP)
     rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
     tile = tl.program_id(0)
@@ -830,7 +839,7 @@ def marked_key_gradient_kernel(
         exists = j < end
         k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
         v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-        logs = log_features(k, projection, slope, half_scale, PRECISION)
+        logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
         features, key_level = normalised(tl.where((f < M)[None, :], logs, FLOOR), FEATURE_PRECISION)
         dk = tl.zeros((BN, BE), tl.float32)
         dv = tl.zeros((BN, BD), tl.float32)

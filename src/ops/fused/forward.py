@@ -17,6 +17,7 @@ from src.ops.fused.parts import (
     FAR,
     FLOOR,
     group_offset,
+    half_norms,
     in_window,
     load_projection,
     load_rows,
@@ -47,11 +48,11 @@ def window_tile(
     largest,
     k_base,
     v_base,
+    norm_base,
     k_row,
     v_row,
     end,
     slope,
-    half_scale,
     scale,
     E: tl.constexpr,
     BE: tl.constexpr,
@@ -76,7 +77,8 @@ def window_tile(
     if IS_CAUSAL:
         inside = inside & (j[None, :] <= i[:, None])
     if LOW_RANK:
-        key_logs = log_features(k, projection, slope, half_scale, PRECISION) - weight[None, :]
+        norms = tl.load(norm_base + j, mask=exists, other=0.0)
+        key_logs = log_features(k, norms, projection, slope, PRECISION) - weight[None, :]
         estimate = tl.dot(features, tl.trans(tl.exp2(key_logs).to(q.dtype)), input_precision=PRECISION)
     if ONLINE:
         exact = tl.where(inside, exact, FLOOR)
@@ -106,6 +108,7 @@ def attention_kernel(
     lengths_pointer,
     mean_pointer,  # (G, BD, MP), see `src.ops.fused.sums`
     weight_pointer,  # (G, MP)
+    norm_pointer,  # (G, S) `half_norms` of the keys, for a low-rank part with a window
     normaliser_pointer,  # (G, T) log normaliser of each query, with STATISTICS
     marked_pointer,  # (G, tiles) int8, 1 where digits were lost
     any_marked_pointer,  # (G,) int32, 1 where a tile of the sequence is marked; zero before
@@ -170,6 +173,7 @@ def attention_kernel(
     k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
     v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
     out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
+    norm_base = norm_pointer + group.to(tl.int64) * num_keys
     num_tiles = (num_queries + BM - 1) // BM
     if LOW_RANK:
         projection = load_projection(projection_pointer, E, BE, R, M, MP)
@@ -183,7 +187,7 @@ def attention_kernel(
         valid = i < num_queries
         q = load_rows(q_base, i, valid, q_row, e, E, BE, not EVEN)
         if LOW_RANK:
-            logs = log_features(q, projection, slope, half_scale, PRECISION) + (weight - log_m)[None, :]
+            logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) + (weight - log_m)[None, :]
             logs = tl.where((f < M)[None, :], logs, FLOOR)
             reference = tl.maximum(tl.max(logs, 1), FLOOR)
             # from here on in units of 2^reference; the largest feature is 1, so `total` is at least that
@@ -216,11 +220,11 @@ def attention_kernel(
                     largest,
                     k_base,
                     v_base,
+                    norm_base,
                     k_row,
                     v_row,
                     end,
                     slope,
-                    half_scale,
                     scale,
                     E,
                     BE,
@@ -248,11 +252,11 @@ def attention_kernel(
                     largest,
                     k_base,
                     v_base,
+                    norm_base,
                     k_row,
                     v_row,
                     end,
                     slope,
-                    half_scale,
                     scale,
                     E,
                     BE,
@@ -299,6 +303,7 @@ def pairs_kernel(
     lengths_pointer,
     mean_pointer,  # (G, chunks + 1, BD, MP) with IS_CAUSAL: state c are the chunks before c
     weight_pointer,  # (G, chunks + 1, MP) with IS_CAUSAL
+    norm_pointer,  # not used here
     normaliser_pointer,
     marked_pointer,
     any_marked_pointer,
@@ -356,11 +361,11 @@ def pairs_kernel(
     out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
     num_tiles = (num_queries + BM - 1) // BM
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    projection = load_projection(projection_pointer, E, BE, R, M, MP)
-
-    if not IS_CAUSAL:
+    if not IS_CAUSAL:  # noqa: SIM102 (known when it is compiled, and apart from what is not)
         # nearly always: nothing to do
-        num_tiles = tl.where(tl.load(any_marked_pointer + group) > 0, num_tiles, 0)
+        if tl.load(any_marked_pointer + group) == 0:
+            return
+    projection = load_projection(projection_pointer, E, BE, R, M, MP)
     tile = tl.program_id(0)
     while tile < num_tiles:
         wanted = 1
@@ -370,7 +375,7 @@ def pairs_kernel(
             i = tile * BM + tl.arange(0, BM)
             valid = i < num_queries
             q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
-            logs = log_features(q, projection, slope, half_scale, PRECISION) - log_m
+            logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
             logs = tl.where((f < M)[None, :], logs, FLOOR)
             features, level = normalised(logs, FEATURE_PRECISION)
             first = 0
@@ -397,9 +402,8 @@ def pairs_kernel(
                 exists = j < last
                 k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
                 v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-                key_features, key_level = normalised(
-                    log_features(k, projection, slope, half_scale, PRECISION), FEATURE_PRECISION
-                )
+                key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
+                key_features, key_level = normalised(key_logs, FEATURE_PRECISION)
                 estimate = tl.dot(features, tl.trans(key_features), input_precision=FEATURE_PRECISION)
                 logits = tl.where(estimate > 0, tl.log2(tl.maximum(estimate, 1e-37)), FLOOR)
                 logits += level[:, None] + key_level[None, :]

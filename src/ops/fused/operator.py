@@ -21,7 +21,7 @@ from src.ops.fused.backward import (
 )
 from src.ops.fused.forward import attention_kernel, pairs_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
-from src.ops.fused.tiles import Tiles, tiles_for, tiles_per_program
+from src.ops.fused.tiles import Tiles, tiles_for
 from src.ops.triton_functions import device_of, precision_of_products
 from src.ops.windows import window_bounds
 
@@ -37,8 +37,11 @@ COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
 # Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do.
 PAIRS_PROGRAMS = 2048
-# Queries and keys of a tile of pairs where tiles are marked; rows divide those of the marks.
-PAIRS_ROWS, PAIRS_KEYS = 16, 128
+# Queries, keys of a step, and warps for marked tiles. Each is on its own, and its time the latency of one step after
+# another over the keys: few rows in many programs, many keys in a step. Rows divide those of the marks.
+MARKED_ROWS, MARKED_KEYS, MARKED_WARPS = 16, 128, 4
+# The same where a tile of many keys does not fit, and keys of a tile of their own gradient.
+MARKED_KEYS_WIDE, MARKED_KEY_ROWS = 32, 32
 # Tiles of a chunk at least, and rows of a chunk at most with causal masking.
 MIN_CHUNK_TILES, CAUSAL_CHUNK = 2, 256
 
@@ -123,6 +126,12 @@ class _Plan:
         per_chunk = min(tiles, max(MIN_CHUNK_TILES, -(-tiles // wanted)))
         return per_chunk * rows, -(-tiles // per_chunk)
 
+    @property
+    def marked_keys(self) -> int:
+        """Keys of a step for marked tiles."""
+        narrow = self.dtype.itemsize == 2 and max(self.width, self.value_width, self.padded_features) <= 64
+        return MARKED_KEYS if narrow else MARKED_KEYS_WIDE
+
     def pairs_programs(self, tiles: int) -> int:
         """Programs for the marked tiles of one sequence."""
         return min(tiles, max(1, PAIRS_PROGRAMS // self.groups))
@@ -137,7 +146,7 @@ class _Plan:
 
     def no_statistics(self) -> tuple[torch.Tensor, ...]:
         """What stands for the statistics where no backward pass will want them."""
-        dtypes = (torch.float32, torch.int8, torch.int32, self.dtype, torch.float32)
+        dtypes = (torch.float32, torch.int8, torch.int32, self.dtype, torch.float32, torch.float32)
         return tuple(self.empty(0, dtype=dtype) for dtype in dtypes)
 
     def state_shape(self, chunks: int) -> tuple[int, ...]:
@@ -152,8 +161,10 @@ class _Plan:
         chunks: int,
         any_marked: torch.Tensor,
         backward: dict[str, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Averages (..., BD, MP), log weights (..., MP) and averages of delta (..., MP), over keys or over queries.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Averages (..., BD, MP), log weights (..., MP), averages of delta (..., MP) and norms (G, N), see the kernel.
+
+        Over keys, or over queries. Norms are empty where no window reads them.
 
         Args:
             x: keys, or queries.
@@ -179,6 +190,7 @@ class _Plan:
                 self.empty(self.groups, chunks, features),
             )
         length = x.shape[2]
+        norms = self.norms(length)
         out = backward["out"] if queries else y
         feature_sums_kernel[(chunks, self.groups)](
             x,
@@ -188,6 +200,7 @@ class _Plan:
             self.key_lengths,
             backward["normaliser"] if queries else weight,
             backward["delta"] if queries else weight,
+            norms,
             backward["marked"] if queries else weight,
             any_marked,
             *parts,
@@ -204,6 +217,7 @@ class _Plan:
             EVEN=length % chunk == 0 and (queries or not self.has_lengths),
             HAS_LENGTHS=self.has_lengths and not queries,
             QUERIES=queries,
+            NORMS=norms.numel() > 0,
             LOG_M=self.log_m,
             MARKS=queries and self.marks,
             MARK_ROWS=tiles.query_rows,
@@ -213,7 +227,7 @@ class _Plan:
             num_warps=tiles.sum_warps,
         )
         if final:
-            return mean, weight, extra
+            return mean, weight, extra, norms
         columns, side_by_side = COMBINE_COLUMNS, COMBINE_CHUNKS
         if chunks > MANY_CHUNKS:
             columns, side_by_side = COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS
@@ -224,7 +238,11 @@ class _Plan:
             running_sums_kernel[grid](*arguments, **sizes, REVERSE=queries)
         else:
             combine_kernel[grid](*arguments, **sizes, CB=min(side_by_side, _power_of_two(chunks)))
-        return mean, weight, extra
+        return mean, weight, extra, norms
+
+    def norms(self, length: int) -> torch.Tensor:
+        """Memory for a norm of each row, where the window of a low-rank part reads it."""
+        return self.empty(*((self.groups, length) if self.low_rank and self.window > 0 else (0,)))
 
     @property
     def marks(self) -> bool:
@@ -275,7 +293,7 @@ def run_forward(
     is_causal: bool,
     eps: float,
     statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention by the fused kernels; arguments are checked by `src.ops.fused.attention`.
 
     Args:
@@ -293,8 +311,8 @@ def run_forward(
 
     Returns:
         Output (B, H, T, D), and what the backward pass needs, empty without `statistics`: normalisers (G, T) in log2,
-        marks (G, tiles) and whether a sequence has any (G,), sums over the keys and their log weights, see
-        `src.ops.fused.sums`.
+        marks (G, tiles) and whether a sequence has any (G,), sums over the keys, their log weights and the keys' norms,
+        see `src.ops.fused.sums`.
     """
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
@@ -302,17 +320,17 @@ def run_forward(
     normaliser = plan.empty(groups, plan.length) if statistics else plan.empty(0)
     marked = plan.empty(groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
     any_marked = plan.empty(groups, dtype=torch.int32)  # zeroed by the sums
-    mean, weight = plan.empty(0), plan.empty(0)
+    mean, weight, norms = plan.empty(0), plan.empty(0), plan.empty(0)
     if plan.low_rank:
-        mean, weight, _ = plan.sums(key, value, plan.key_chunk, plan.key_chunks, any_marked)
-    tensors = (query, key, value, out, plan.projection, plan.key_lengths, mean, weight, normaliser, marked, any_marked)
+        mean, weight, _, norms = plan.sums(key, value, plan.key_chunk, plan.key_chunks, any_marked)
+    tensors = (query, key, value, out, plan.projection, plan.key_lengths, mean, weight, norms, normaliser)
     strides = [x for tensor in (query, key, value, out) for x in tensor.stride()[:3]]
     tiles_in_all = -(-plan.length // tiles.query_rows)
     if not (plan.low_rank and is_causal):
         window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
-        query_tiles = tiles.query_tiles or tiles_per_program(tiles_in_all, groups, plan.device)
-        attention_kernel[(-(-tiles_in_all // query_tiles), groups)](
+        attention_kernel[(-(-tiles_in_all // tiles.query_tiles), groups)](
             *tensors,
+            *(marked, any_marked),
             plan.heads,
             plan.length,
             plan.num_keys,
@@ -324,8 +342,8 @@ def run_forward(
             BM=tiles.query_rows,
             BN=tiles.key_rows,
             WINDOW_TILES=window_tiles,
-            TILES=query_tiles,
-            EVEN=plan.length % (tiles.query_rows * query_tiles) == 0,
+            TILES=tiles.query_tiles,
+            EVEN=plan.length % (tiles.query_rows * tiles.query_tiles) == 0,
             LOW_RANK=plan.low_rank,
             STATISTICS=statistics,
             HAS_EPS=eps > 0,
@@ -333,18 +351,16 @@ def run_forward(
             ONLINE=not plan.low_rank or plan.dtype == torch.float16,
             STAGES=tiles.query_stages,
             num_warps=tiles.query_warps,
+            maxnreg=tiles.query_registers,
         )
     if plan.low_rank and (is_causal or plan.marks):
-        # A marked tile is on its own, and its time the latency of one step after another over the keys: few rows in
-        # many programs, many keys in a step.
-        rows, keys = tiles.query_rows, tiles.key_rows
+        rows, keys, warps = tiles.causal_rows, tiles.causal_keys, tiles.causal_warps
         if not is_causal:
-            rows = PAIRS_ROWS
-            if plan.dtype.itemsize == 2 and max(plan.width, plan.value_width) <= 64:
-                keys = PAIRS_KEYS
+            rows, keys, warps = MARKED_ROWS, plan.marked_keys, MARKED_WARPS
         num_tiles = -(-plan.length // rows)
         pairs_kernel[(num_tiles if is_causal else plan.pairs_programs(num_tiles), groups)](
             *tensors,
+            *(marked, any_marked),
             plan.heads,
             plan.length,
             plan.num_keys,
@@ -359,11 +375,11 @@ def run_forward(
             MARK_ROWS=tiles.query_rows,
             STATISTICS=statistics,
             FEATURE_PRECISION=plan.feature_precision,
-            num_warps=tiles.query_warps,
+            num_warps=warps,
         )
     if not statistics:
         return out, *plan.no_statistics()
-    return out, normaliser, marked, any_marked, mean, weight
+    return out, normaliser, marked, any_marked, mean, weight, norms
 
 
 fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_forward, mutates_args=())
@@ -382,7 +398,7 @@ def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal
         mean = plan.empty(*states, plan.sizes["BD"], plan.padded_features, dtype=plan.dtype)
         weight = plan.empty(*states, plan.padded_features)
     any_marked = plan.empty(plan.groups, dtype=torch.int32)
-    return out, plan.empty(plan.groups, plan.length), marked, any_marked, mean, weight
+    return out, plan.empty(plan.groups, plan.length), marked, any_marked, mean, weight, plan.norms(plan.num_keys)
 
 
 def run_backward(
@@ -398,6 +414,7 @@ def run_backward(
     any_marked: torch.Tensor,
     key_mean: torch.Tensor,
     key_weight: torch.Tensor,
+    key_norms: torch.Tensor,
     window: int,
     scale: float,
     cosh: bool,
@@ -407,10 +424,10 @@ def run_backward(
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
     delta = plan.empty(groups, plan.length)
-    mean = weight = extra = key_mean
+    mean = weight = extra = norms = key_mean
     if plan.low_rank:
         kept = {"out": out, "normaliser": normaliser, "delta": delta, "marked": marked}
-        mean, weight, extra = plan.sums(query, gradient, plan.query_chunk, plan.query_chunks, any_marked, kept)
+        mean, weight, extra, norms = plan.sums(query, gradient, plan.query_chunk, plan.query_chunks, any_marked, kept)
     else:
         delta_kernel[(-(-plan.length // 64), groups)](
             out,
@@ -425,21 +442,12 @@ def run_backward(
             BM=64,
         )
     d_query, d_key, d_value = _like(query, plan.width), _like(key, plan.width), _like(value, plan.value_width)
-    common = {
-        **plan.common(),
-        "LOW_RANK": plan.low_rank,
-        "FEATURE_PRECISION": plan.feature_precision,
-        "num_warps": tiles.gradient_warps,
-    }
-    in_window = {
-        "WINDOW_TILES": plan.window_tiles(tiles.gradient_rows, tiles.gradient_keys),
-        "STAGES": tiles.gradient_stages,
-    }
+    common = {**plan.common(), "LOW_RANK": plan.low_rank, "FEATURE_PRECISION": plan.feature_precision}
     strides = [x for tensor in (query, key, value, gradient) for x in tensor.stride()[:3]]
-    query_tiles = -(-plan.length // tiles.gradient_rows)
+    query_tiles = -(-plan.length // tiles.dq_rows)
     for_queries = (
         *(query, key, value, gradient, d_query, plan.projection, plan.key_lengths),
-        *(key_mean, key_weight, normaliser, delta),
+        *(key_mean, key_weight, key_norms, normaliser, delta),
     )
     of_queries = (
         *(plan.heads, plan.length, plan.num_keys, plan.key_chunk, plan.key_chunks),
@@ -449,36 +457,69 @@ def run_backward(
         plan.log_m,
         1 / LOG2E,
     )
-    sizes = {"BM": tiles.gradient_rows, "BN": tiles.gradient_keys, **in_window}
+    sizes = {
+        "BM": tiles.dq_rows,
+        "BN": tiles.dq_keys,
+        "WINDOW_TILES": plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
+        "STAGES": tiles.dq_stages,
+        "num_warps": tiles.dq_warps,
+        "maxnreg": tiles.dq_registers,
+    }
     query_gradient_kernel[(query_tiles, groups)](
         *for_queries, *of_queries, **common, **sizes, PAIRS=plan.low_rank and is_causal
     )
     if plan.marks:
-        marked_query_gradient_kernel[(plan.pairs_programs(query_tiles), groups)](
-            *for_queries, marked, any_marked, *of_queries, **common, **sizes, MARK_ROWS=tiles.query_rows
+        marked_tiles = -(-plan.length // MARKED_ROWS)
+        marked_query_gradient_kernel[(plan.pairs_programs(marked_tiles), groups)](
+            *for_queries,
+            *(marked, any_marked),
+            *of_queries,
+            **common,
+            BM=MARKED_ROWS,
+            BN=plan.marked_keys,
+            WINDOW_TILES=0,
+            STAGES=tiles.dq_stages,
+            MARK_ROWS=tiles.query_rows,
+            num_warps=MARKED_WARPS,
         )
-    key_tiles = -(-plan.num_keys // tiles.gradient_rows)
+    key_tiles = -(-plan.num_keys // tiles.dk_rows)
     tensors = (query, key, value, gradient, d_key, d_value, plan.projection, plan.key_lengths)
     statistics = (normaliser, delta, marked, any_marked)
     lengths = (plan.heads, plan.length, plan.num_keys)
     numbers = (*strides, *d_key.stride()[:3], *d_value.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
-    sizes = {"BN": tiles.gradient_rows, "BM": tiles.gradient_keys, "MARK_ROWS": tiles.query_rows}
+    sizes = {
+        "BN": tiles.dk_rows,
+        "BM": tiles.dk_queries,
+        "num_warps": tiles.dk_warps,
+        "maxnreg": tiles.dk_registers,
+    }
     key_gradient_kernel[(key_tiles, groups)](
         *tensors,
-        *(mean, weight, extra),
+        *(mean, weight, extra, norms),
         *statistics,
         *lengths,
         *(plan.query_chunk, plan.query_chunks),
         *numbers,
         **common,
         **sizes,
-        **in_window,
+        WINDOW_TILES=plan.window_tiles(tiles.dk_rows, tiles.dk_queries),
+        STAGES=tiles.dk_stages,
         MARKS=plan.marks,
+        MARK_ROWS=tiles.query_rows,
     )
     if plan.marks:
         of_pairs = {name: value for name, value in common.items() if name not in ("IS_CAUSAL", "LOW_RANK")}
-        marked_key_gradient_kernel[(plan.pairs_programs(key_tiles), groups)](
-            *tensors, *statistics, *lengths, *numbers, **of_pairs, **sizes
+        marked_tiles = -(-plan.num_keys // MARKED_KEY_ROWS)
+        marked_key_gradient_kernel[(plan.pairs_programs(marked_tiles), groups)](
+            *tensors,
+            *statistics,
+            *lengths,
+            *numbers,
+            **of_pairs,
+            BN=MARKED_KEY_ROWS,
+            BM=MARKED_ROWS,
+            MARK_ROWS=tiles.query_rows,
+            num_warps=MARKED_WARPS,
         )
     return d_query, d_key, d_value
 
@@ -502,6 +543,7 @@ def _(
     any_marked,
     key_mean,
     key_weight,
+    key_norms,
     window,
     scale,
     cosh,

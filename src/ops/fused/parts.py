@@ -72,11 +72,16 @@ def load_projection_rows(
 
 
 @triton.jit
-def log_features(x, projection, slope, half_scale, PRECISION: tl.constexpr):
-    """`log phi(x)` without `log(M) / 2`: (rows, MP), with slope sqrt(s) and half_scale s / 2, both times log2(e)."""
+def half_norms(x, half_scale):
+    """`s |x|^2 / 2` of each row, in log2: (rows,)."""
     wide = x.to(tl.float32)
-    norm = tl.sum(wide * wide, 1) * half_scale
-    return tl.dot(x, projection, input_precision=PRECISION) * slope - norm[:, None]
+    return tl.sum(wide * wide, 1) * half_scale
+
+
+@triton.jit
+def log_features(x, norms, projection, slope, PRECISION: tl.constexpr):
+    """`log phi(x)` without `log(M) / 2`: (rows, MP), with `half_norms` and the slope sqrt(s) log2(e)."""
+    return tl.dot(x, projection, input_precision=PRECISION) * slope - norms[:, None]
 
 
 @triton.jit

@@ -10,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from src.ops.fused.parts import FLOOR, group_offset, load_projection, load_rows, log_features
+from src.ops.fused.parts import FLOOR, group_offset, half_norms, load_projection, load_rows, log_features
 
 
-@triton.jit
+# `tiles` is not specialised: with a single tile known at compile time there is no loop, and Triton 3.6 then let the
+# product of 64 x 64 and 64 x 16 read past the shared memory on a Hopper GPU.
+@triton.jit(do_not_specialize=["tiles"])
 def feature_sums_kernel(
     x_pointer,  # (B, H, N, E) keys, or queries
     y_pointer,  # (B, H, N, D) values, or gradients of the output
@@ -22,6 +24,7 @@ def feature_sums_kernel(
     lengths_pointer,  # (B,) key lengths
     shift_pointer,  # (G, N) with QUERIES: log normaliser of each query
     delta_pointer,  # (G, N) with QUERIES: written here
+    norm_pointer,  # (G, N) with NORMS, written here: `half_norms`, with QUERIES what their log features lie below q.w
     marked_pointer,  # (G, tiles of MARK_ROWS) with MARKS: tiles of queries left out
     any_marked_pointer,  # (G,) without QUERIES: set to zero, for the attention kernel to come
     mean_pointer,  # (G, chunks, BD, MP)
@@ -54,6 +57,7 @@ def feature_sums_kernel(
     EVEN: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     QUERIES: tl.constexpr,
+    NORMS: tl.constexpr,
     LOG_M: tl.constexpr,
     MARKS: tl.constexpr,
     MARK_ROWS: tl.constexpr,
@@ -74,9 +78,9 @@ def feature_sums_kernel(
         end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), length)
     start = index * chunk
     end = tl.minimum(start + chunk, end)
+    row_base = group.to(tl.int64) * length
     if QUERIES:
         out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
-        row_base = group.to(tl.int64) * length
         num_marks = (length + MARK_ROWS - 1) // MARK_ROWS
     else:
         tl.store(any_marked_pointer + group, 0, mask=index == 0)
@@ -92,7 +96,7 @@ def feature_sums_kernel(
         valid = rows < end
         x = load_rows(x_base, rows, valid, x_row, e, E, BE, not EVEN)
         y = load_rows(y_base, rows, valid, y_row, d, D, BD, not EVEN)
-        logs = log_features(x, projection, slope, half_scale, PRECISION)
+        norms = half_norms(x, half_scale)
         counted = valid
         if QUERIES:
             out = load_rows(out_base, rows, valid, out_row, d, D, BD, not EVEN)
@@ -102,7 +106,11 @@ def feature_sums_kernel(
             if MARKS:
                 marked = tl.load(marked_pointer + group * num_marks + rows // MARK_ROWS, mask=valid, other=0)
                 counted = counted & (marked == 0)
-            logs = logs - (shift + LOG_M)[:, None]
+            norms += shift + LOG_M
+        if NORMS:
+            tl.store(norm_pointer + row_base + rows, norms, mask=valid)
+        logs = log_features(x, norms, projection, slope, PRECISION)
+        if QUERIES:
             logs = tl.where(counted[:, None] & (f < M)[None, :], logs, FLOOR)
         elif not EVEN:
             logs = tl.where(counted[:, None], logs, FLOOR)

@@ -15,7 +15,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes, warps and pipeline stages of all kernels of one shape.
+    """Tile sizes, warps, pipeline stages and registers of all kernels of one shape.
+
+    Tiles of fewer than 64 rows are no accident in the gradients: products of 64 rows are asynchronous on a Hopper GPU,
+    and where a tile is read by such a product and by other code too, Triton 3.6 overwrites it too early.
 
     Attributes:
         sum_rows: rows of a tile in the sums over keys or queries.
@@ -24,47 +27,70 @@ class Tiles:
         sum_stages: their pipeline stages, at least 2.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
-        query_tiles: tiles of queries that one program of the forward pass goes through; None for `tiles_per_program`.
+        query_tiles: tiles of queries that one program of the forward pass goes through.
         query_warps: its warps.
         query_stages: its pipeline stages, at least 2.
-        gradient_rows: queries (for the keys' gradient: keys) of a tile in the backward pass.
-        gradient_keys: keys (queries) of a tile of the window.
-        gradient_warps: their warps.
-        gradient_stages: their pipeline stages, at least 2.
+        query_registers: registers of a thread at most; None leaves them to the compiler.
+        causal_rows: queries of a tile in the forward pass with causal masking and a low-rank part.
+        causal_keys: keys of a step.
+        causal_warps: its warps.
+        dq_rows: queries of a tile in the gradient of the queries.
+        dq_keys: keys of a tile of the window.
+        dq_warps: its warps.
+        dq_stages: its pipeline stages, at least 2.
+        dq_registers: registers of a thread at most, or None.
+        dk_rows: keys of a tile in the gradient of the keys.
+        dk_queries: queries of a tile of the window.
+        dk_warps: its warps.
+        dk_stages: its pipeline stages, at least 2.
+        dk_registers: registers of a thread at most, or None.
     """
 
     sum_rows: int = 64
     sum_programs: int = 256
     sum_warps: int = 4
     sum_stages: int = 3
-    query_rows: int = 64
-    key_rows: int = 64
-    query_tiles: int | None = None
-    query_warps: int = 4
+    query_rows: int = 32
+    key_rows: int = 16
+    query_tiles: int = 1
+    query_warps: int = 1
     query_stages: int = 3
-    gradient_rows: int = 128
-    gradient_keys: int = 32
-    gradient_warps: int = 8
-    gradient_stages: int = 2
+    query_registers: int | None = None
+    causal_rows: int = 64
+    causal_keys: int = 64
+    causal_warps: int = 4
+    dq_rows: int = 16
+    dq_keys: int = 16
+    dq_warps: int = 1
+    dq_stages: int = 2
+    dq_registers: int | None = 168
+    dk_rows: int = 16
+    dk_queries: int = 16
+    dk_warps: int = 1
+    dk_stages: int = 2
+    dk_registers: int | None = 232
 
 
 DEFAULT = Tiles()
-# float32 tiles take twice the memory and, in full precision, run on the general units: smaller tiles, one at a time
+# float32 tiles take twice the memory. One table for full precision, whose products run on the general units and are
+# written out in full, and for TF32.
 DEFAULT_FLOAT32 = Tiles(
     sum_rows=32,
     sum_stages=2,
-    query_rows=32,
-    key_rows=32,
-    query_tiles=1,
+    query_rows=16,
     query_stages=2,
-    gradient_rows=32,
-    gradient_keys=32,
-    gradient_warps=4,
+    causal_rows=32,
+    causal_keys=32,
+    dq_registers=None,
+    dk_warps=2,
+    dk_registers=None,
 )
 
 # (largest N, largest W, largest MP, bytes of the dtype, device class) to tiles; the first row that fits. The device
 # class is the compute capability's major version; None fits all.
-TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = []
+TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = [
+    (1 << 30, 16, 16, 2, None, replace(DEFAULT, query_rows=16, dk_registers=168)),
+]
 
 _override: Tiles | None = None
 
@@ -87,7 +113,11 @@ def tiles_for(
     if device.type != "cuda":
         # Triton's interpreter, for tests: small shapes should meet several tiles and chunks
         return replace(
-            DEFAULT_FLOAT32, sum_rows=16, sum_programs=6, query_tiles=None, query_rows=32, key_rows=16, gradient_rows=16
+            DEFAULT_FLOAT32,
+            sum_rows=16,
+            sum_programs=6,
+            query_tiles=2,
+            query_rows=32,
         )
     major = torch.cuda.get_device_capability(device)[0]
     for max_length, max_window, max_features, size, device_class, tiles in TABLE:
@@ -96,50 +126,24 @@ def tiles_for(
             return tiles
     tiles = DEFAULT if dtype.itemsize == 2 else DEFAULT_FLOAT32
     if width > 64 or padded_features > 64:
-        # registers: the tiles of features and of values grow with these
-        small = min(32, tiles.query_rows)
+        # more registers and shared memory for the features and values of each row
+        warps = 2 if padded_features <= 128 else 4
         tiles = replace(
             tiles,
-            sum_rows=small,
+            sum_rows=32,
             sum_stages=2,
-            query_rows=small,
-            key_rows=32,
-            query_tiles=1,
+            query_rows=16,
             query_stages=2,
-            query_warps=8,
-            gradient_rows=small,
-            gradient_keys=32,
-            gradient_warps=8,
+            query_warps=warps,
+            causal_rows=32,
+            causal_keys=32,
+            causal_warps=8,
+            dq_warps=warps,
+            dq_registers=None,
+            dk_warps=warps,
+            dk_registers=None,
         )
     return tiles
-
-
-# Programs of the forward kernel that a multiprocessor holds: its registers are enough for two.
-PROGRAMS_AT_A_TIME = 2
-# What a program does before its first tile (it reads the sums and the rows), in tiles.
-START = 0.7
-
-
-def tiles_per_program(tiles: int, groups: int, device: torch.device) -> int:
-    """Tiles that a program of the forward kernel goes through, where it is not set.
-
-    Programs run in waves, and the last wave counts in full: the fewest steps are taken, of a few sizes that were
-    measured (it puts all of them in the order of their times).
-
-    Args:
-        tiles: tiles of one sequence.
-        groups: number of sequences.
-        device: where they are.
-    """
-    if device.type != "cuda":
-        return 2
-    at_a_time = PROGRAMS_AT_A_TIME * torch.cuda.get_device_properties(device).multi_processor_count
-
-    def steps(each: int) -> float:
-        waves = -(-(-(-tiles // each) * groups) // at_a_time)
-        return waves * (each + START)
-
-    return min((1, 2, 4, 7), key=steps)
 
 
 @contextmanager

@@ -56,6 +56,8 @@ _TILES_HALF: dict[tuple[int, int], Tiles] = {
     (384, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
     (1152, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
 }
+# Values of x that a program of the statistics holds at a time.
+_STATISTICS_BLOCK = 4096
 # Fewer rows than this leave most of a GPU without a tile of 128 rows.
 _FEW_ROWS = 2048
 
@@ -134,11 +136,82 @@ def _weight_tile(
 
 
 @triton.jit
+def _corner_of_patch(row_of_sample, grid_width, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS: tl.constexpr):
+    """Line of the map that a patch starts in, and its first element in there; negative in the padding."""
+    top = (row_of_sample // grid_width) * STRIDE - PADDING
+    left = ((row_of_sample % grid_width) * STRIDE - PADDING) * CHANNELS
+    return top, left
+
+
+@triton.jit
+def _load_segment(x_rows, y, left, columns, height, line):
+    """Elements `columns` of one row of the patches: zeros outside the map, past a patch what follows in the line."""
+    position = left[:, None] + columns[None, :]
+    inside = (position >= 0) & (position < line) & ((y >= 0) & (y < height))[:, None]
+    return tl.load(x_rows[:, None] + (y * line)[:, None] + position, mask=inside, other=0.0)
+
+
+@triton.jit
+def _row_statistics_kernel(
+    x_ptr,
+    statistics_ptr,  # (2, rows): means, reciprocal deviations
+    num_rows,
+    rows_per_sample,
+    x_stride,
+    height,
+    line,
+    grid_width,
+    eps,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PATCHES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Of ROWS rows; names as in `_fused_linear_kernel`, BLOCK is a power of two of at least SEGMENT.
+
+    The variance is taken about the mean, in a second pass that the cache serves: E[x^2] - E[x]^2 cancels in a nearly
+    flat row.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    columns = tl.arange(0, BLOCK)
+    counted = (columns < SEGMENT)[None, :]
+    if PATCHES:
+        top, left = _corner_of_patch(row % rows_per_sample, grid_width, STRIDE, PADDING, CHANNELS)
+        x_rows = x_ptr + (row // rows_per_sample).to(tl.int64) * x_stride
+        total = tl.zeros((ROWS,), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            x = _load_segment(x_rows, top + segment, left, columns, height, line).to(tl.float32)
+            total += tl.sum(tl.where(counted, x, 0.0), 1)
+        mean = total * (1.0 / (SEGMENTS * SEGMENT))
+        squares = tl.zeros((ROWS,), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            x = _load_segment(x_rows, top + segment, left, columns, height, line).to(tl.float32)
+            centred = tl.where(counted, x - mean[:, None], 0.0)
+            squares += tl.sum(centred * centred, 1)
+    else:
+        pointers = x_ptr + (row.to(tl.int64) * x_stride)[:, None] + columns[None, :]
+        x = tl.load(pointers, mask=counted, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 1) * (1.0 / SEGMENT)
+        centred = tl.where(counted, x - mean[:, None], 0.0)
+        squares = tl.sum(centred * centred, 1)
+    reciprocal_deviation = 1.0 / tl.sqrt(squares * (1.0 / (SEGMENTS * SEGMENT)) + eps)
+    tl.store(statistics_ptr + row, mean, mask=exists)
+    tl.store(statistics_ptr + num_rows + row, reciprocal_deviation, mask=exists)
+
+
+@triton.jit
 def _fused_linear_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     sums_ptr,
+    statistics_ptr,  # of `_row_statistics_kernel`, with NORMALISE
     residual_ptr,
     out_ptr,
     num_rows,
@@ -151,7 +224,6 @@ def _fused_linear_kernel(
     residual_row_stride,
     out_sample_stride,
     out_row_stride,
-    eps,
     OUT_FEATURES: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -161,7 +233,6 @@ def _fused_linear_kernel(
     PADDING: tl.constexpr,
     CHANNELS: tl.constexpr,
     NORMALISE: tl.constexpr,
-    PIVOT: tl.constexpr,
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     EXACT: tl.constexpr,
@@ -198,21 +269,13 @@ def _fused_linear_kernel(
     row_of_sample = row % rows_per_sample
     inner = tl.arange(0, INNER)
     if PATCHES:
-        top = (row_of_sample // grid_width) * STRIDE - PADDING
-        left = ((row_of_sample % grid_width) * STRIDE - PADDING) * CHANNELS
+        top, left = _corner_of_patch(row_of_sample, grid_width, STRIDE, PADDING, CHANNELS)
         x_rows = x_ptr + sample.to(tl.int64) * x_stride
     else:
         x_rows = x_ptr + row.to(tl.int64) * x_stride
-    # float32 would show the cancellation in E[x^2] - E[x]^2 of a nearly flat row: take x relative to one of its values
-    if PIVOT:
-        if PATCHES:
-            middle = tl.minimum(top + PADDING, height - 1) * line + tl.minimum(left + PADDING * CHANNELS, line - 1)
-            pivot = tl.load(x_rows + middle)
-        else:
-            pivot = tl.load(x_rows)
-    sum_of_values = tl.zeros((ROWS,), tl.float32)
-    sum_of_squares = tl.zeros((ROWS,), tl.float32)
 
+    # x goes into the products and nowhere else: statistics from the same loads would read right, but Triton 3.6 then
+    # keeps one buffer too few of x for asynchronous products, and writes to what they still read.
     product0 = tl.zeros((ROWS, COLUMNS), tl.float32)
     if PARTS > 1:
         product1 = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -229,10 +292,7 @@ def _fused_linear_kernel(
             within = (step % STEPS) * INNER
         if PATCHES:
             # no mask for the end of a segment: what follows it in the line meets weights of zero
-            y = top + segment
-            position = left[:, None] + (within + inner)[None, :]
-            inside = (position >= 0) & (position < line) & ((y >= 0) & (y < height))[:, None]
-            x = tl.load(x_rows[:, None] + (y * line)[:, None] + position, mask=inside, other=0.0)
+            x = _load_segment(x_rows, top + segment, left, within + inner, height, line)
         elif SEGMENT % INNER == 0:
             x = tl.load(x_rows[:, None] + (within + inner)[None, :])
         else:
@@ -262,22 +322,12 @@ def _fused_linear_kernel(
                 INNER,
             )
             product2 = tl.dot(x, weight, product2, input_precision=PRECISION)
-        if NORMALISE:
-            values = x.to(tl.float32)
-            if PIVOT:
-                values = values - pivot[:, None]
-            if SEGMENT % INNER != 0:
-                values = tl.where((within + inner < SEGMENT)[None, :], values, 0.0)
-            sum_of_values += tl.sum(values, 1)
-            sum_of_squares += tl.sum(values * values, 1)
 
-    mean = sum_of_values * (1.0 / (SEGMENTS * SEGMENT))
+    mean = tl.zeros((ROWS,), tl.float32)
     reciprocal_deviation = mean
     if NORMALISE:
-        variance = tl.maximum(sum_of_squares * (1.0 / (SEGMENTS * SEGMENT)) - mean * mean, 0.0)
-        reciprocal_deviation = 1.0 / tl.sqrt(variance + eps)
-    if PIVOT:
-        mean = mean + pivot
+        mean = tl.load(statistics_ptr + row)
+        reciprocal_deviation = tl.load(statistics_ptr + num_rows + row)
     out_ptrs = out_ptr + sample.to(tl.int64) * out_sample_stride + row_of_sample.to(tl.int64) * out_row_stride
     residual_ptrs = out_ptrs
     if RESIDUAL:
@@ -404,35 +454,41 @@ def _launch(
     if tiles is None:
         tiles = default_tiles(num_rows, segments * segment, out_features, x.dtype)
     grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(out_features, tiles.columns * tiles.parts),)
+    layout = (num_rows, written.shape[1], x_stride, height, line, grid_width)
+    constants = {
+        "SEGMENTS": segments,
+        "SEGMENT": segment,
+        "PATCHES": bool(patches),
+        "STRIDE": stride,
+        "PADDING": padding,
+        "CHANNELS": channels,
+    }
     with device_of(x):
+        statistics = weight
+        if normalise:
+            statistics = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
+            block = max(16, triton.next_power_of_2(segment))
+            rows = max(1, _STATISTICS_BLOCK // block)
+            _row_statistics_kernel[(triton.cdiv(num_rows, rows),)](
+                x, statistics, *layout, eps, **constants, BLOCK=block, ROWS=rows
+            )
         _fused_linear_kernel[grid](
             x,
             weight,
             weight if bias is None else bias,
             weight if sums is None else sums,
+            statistics,
             added,
             written,
-            num_rows,
-            written.shape[1],
-            x_stride,
-            height,
-            line,
-            grid_width,
+            *layout,
             added.stride(0),
             added.stride(1),
             written.stride(0),
             written.stride(1),
-            eps,
+            **constants,
             OUT_FEATURES=out_features,
-            SEGMENTS=segments,
-            SEGMENT=segment,
             LENGTH=length,
-            PATCHES=bool(patches),
-            STRIDE=stride,
-            PADDING=padding,
-            CHANNELS=channels,
             NORMALISE=normalise,
-            PIVOT=normalise and x.dtype == torch.float32,
             BIAS=bias is not None,
             GELU=gelu_follows,
             EXACT=x.dtype == torch.float32,

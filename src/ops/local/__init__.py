@@ -48,7 +48,7 @@ def local_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = fused.choose_backend(backend, query, fused.unsupported(query, value, dropout_p=dropout_p))
+    backend = fused.choose_backend(backend, query, value, dropout_p=dropout_p)
     if backend == "naive":
         return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)
     options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}

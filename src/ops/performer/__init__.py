@@ -53,7 +53,7 @@ def performer_attention(
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
         raise UserError(f"eps={eps} has to be at least 0, and 0 with is_causal.")
-    backend = fused.choose_backend(backend, query, fused.unsupported(query, value, projection, dropout_p=dropout_p))
+    backend = fused.choose_backend(backend, query, value, projection, dropout_p=dropout_p)
     if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
         return out.to(query.dtype)

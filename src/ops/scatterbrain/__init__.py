@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from src.ops.blocked import blocked_attention
-from src.ops.fused import choose_backend, unsupported
+from src.ops.fused import choose_backend
 from src.ops.inputs import check_dropout, check_inputs, check_window, default_scale
 from src.ops.scatterbrain.naive import naive_scatterbrain_attention
 
@@ -53,7 +53,7 @@ def scatterbrain_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend, query, unsupported(query, value, projection, True, dropout_p))
+    backend = choose_backend(backend, query, value, projection, True, dropout_p)
     if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
         return out.to(query.dtype)
