@@ -83,6 +83,10 @@ class CudaGraphForward:
             except RuntimeError as error:
                 self._failed = True
                 del self._images
+                if images.is_cuda:
+                    # a recording that breaks off leaves PyTorch's generator in the belief that it goes on
+                    generator = torch.cuda.default_generators[images.device.index]
+                    generator.graphsafe_set_state(generator.clone_state())
                 reason = (str(error.__context__ or error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 logger.warning("The network cannot be recorded as a CUDA graph and runs without: %s.", reason)
                 return

@@ -35,8 +35,8 @@ CANCELLATION_LIMIT_FLOAT32 = 64.0
 COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 # The same for many chunks.
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
-# Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do.
-PAIRS_PROGRAMS = 2048
+# Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do, at once.
+PAIRS_PROGRAMS = 512
 # Queries, keys of a step, and warps for marked tiles. Each is on its own, and its time the latency of one step after
 # another over the keys: few rows in many programs, many keys in a step. Rows divide those of the marks.
 MARKED_ROWS, MARKED_KEYS, MARKED_WARPS = 16, 128, 4
