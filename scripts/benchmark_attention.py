@@ -8,11 +8,18 @@ and the median of the rounds is reported; so is the growth from one length to th
 Memory is the peak of what one call allocates, its inputs not counted and its output counted. CUDA: the caching
 allocator's peak. CPU: the peak of live bytes from PyTorch's allocator, as its profiler records every allocation and
 release, those inside fused kernels too; scratch space that BLAS libraries take from the system is not seen.
+
+On CUDA each length is measured on its own, since the growth there is that of graph replays; on the CPU it is taken
+within rounds, which all lengths share. Ctrl-C and SIGTERM end the run with what is complete by then: lengths on CUDA,
+passes on the CPU, in each of which all rows are there. --output is written after each of them, with "complete": false
+until all are done. On CUDA, --jobs processes first fill Triton's cache on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import math
 import os
@@ -29,12 +36,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch is imported: its 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.models.modules.attention import ATTENTIONS, create_attention
+from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
 from src.ops.features import log_softmax_features
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
@@ -46,6 +54,8 @@ from src.utils.scripts import (
     check_writable,
     choose_device,
     comma_separated,
+    compile_ahead,
+    default_jobs,
     figure,
     first_line,
     fraction,
@@ -55,6 +65,8 @@ from src.utils.scripts import (
     progress_display,
     run_tool,
     save_figure,
+    until_stopped,
+    without_paths,
 )
 from src.utils.timing import in_turn, seconds_per_call
 
@@ -117,6 +129,23 @@ class Measurement:
     milliseconds_per_round: list[float] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class KernelCase:
+    """A call that compiles kernels of ours.
+
+    Attributes:
+        attention: its name.
+        length: number of tokens N.
+        budget_length: that its sizes fit.
+        attention_pass: one of `PASSES`.
+    """
+
+    attention: str
+    length: int
+    budget_length: int
+    attention_pass: str
+
+
 @dataclass
 class Entry:
     """A candidate at one length in one pass, while it is measured."""
@@ -136,9 +165,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--attentions",
         type=comma_separated(tuple(ATTENTIONS)),
-        default=tuple(ATTENTIONS),
+        default=COMPARED,
         metavar="NAMES",
-        help=f"separated by commas ({','.join(ATTENTIONS)})",
+        help=f"separated by commas ({','.join(COMPARED)})",
     )
     parser.add_argument(
         "--lengths", type=positive_list, default=(784, 3136, 12544), metavar="N,...", help="(784,3136,12544)"
@@ -175,6 +204,13 @@ def build_parser() -> Parser:
         default=2.0,
         metavar="GIB",
         help="leave out softmax written out where its N x N matrices take more (2)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=default_jobs(),
+        metavar="J",
+        help="processes that compile kernels ahead on CUDA, 1 for none (as many as usable CPUs, 8 at most)",
     )
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--figure", metavar="FILE", help="plot time against length (.png, .pdf, .svg)")
@@ -349,10 +385,10 @@ class Bench:
         module.to(self.device).eval()
         sizes = module.sizes()
         window, features = sizes.get("local_context", 0), sizes.get("nb_features", 0)
-        share = (window + 2 * features) / length if sizes else 1.0
+        share = min(1.0, module.memory_columns(length) / length)
         kind = "attention" if budget_length == length else "growth"
         label = name if kind == "attention" else f"{name} as at {budget_length}"
-        return Candidate(label, kind, module_function(module), window, features, min(1.0, share))
+        return Candidate(label, kind, module_function(module), window, features, share)
 
     def candidates(self, length: int) -> list[Candidate]:
         """Everything that is timed at one length; SDPA, the baseline, comes first."""
@@ -425,28 +461,65 @@ class Bench:
         self.skip(candidate.name, length, f"its N x N matrices take {size:.1f} GiB (--memory-limit)", attention_pass)
         return False
 
-    def run(self, console: Console) -> None:
-        """Measure everything."""
-        by_length = [(length, self.inputs(length), self.candidates(length)) for length in self.arguments.lengths]
+    def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
+        """Measure everything; `save` is called whenever lengths are complete in a pass."""
+        # before anything takes time: sizes that do not fit are found here
+        candidates = {length: self.candidates(length) for length in self.arguments.lengths}
         with progress_display(console) as progress:
-            for attention_pass in self.arguments.passes:
-                entries = [
-                    Entry(item, length, attention_pass, self.call(item, tensors, attention_pass))
-                    for length, tensors, candidates in by_length
-                    for item in candidates
-                    if self.fits(item, length, attention_pass)
-                ]
-                task = progress.add_task(attention_pass, total=len(entries) * (self.arguments.repeats + 1))
+            if self.device.type == "cuda" and self.arguments.jobs > 1:
+                work = functools.partial(compile_kernels, self.arguments)
+                compile_ahead(work, self.kernel_cases(), self.arguments.jobs, progress)
+            for lengths in self.measured_together():
+                by_length = [(length, self.inputs(length), candidates[length]) for length in lengths]
+                for attention_pass in self.arguments.passes:
+                    self.measure(by_length, attention_pass, progress)
+                    save()
 
-                def say(text: str, entry: Entry, task: int = task) -> None:
-                    where = f"{entry.attention_pass}, N = {entry.length}: {text}{entry.candidate.name}"
-                    progress.update(task, advance=1, description=where)
+    def measured_together(self) -> list[tuple[int, ...]]:
+        """The lengths, in groups that share their rounds; see the top of this file."""
+        lengths = self.arguments.lengths
+        return [(length,) for length in lengths] if self.device.type == "cuda" else [lengths]
 
-                running = [entry for entry in entries if self.warm_up(entry, say)]
-                progress.update(task, total=len(entries) + len(running) * self.arguments.repeats)
-                self.time_in_rounds(running, say)
-                self.measurements += self.summarise(running)
-                progress.remove_task(task)
+    def kernel_cases(self) -> list[KernelCase]:
+        """Everything of ours that is run and not compiled by `torch.compile`."""
+        arguments = self.arguments
+        return [
+            KernelCase(name, length, budget_length, attention_pass)
+            for length in arguments.lengths
+            for attention_pass in arguments.passes
+            for budget_length in dict.fromkeys((length, self.growth_length))
+            for name in arguments.attentions
+        ]
+
+    def missing(self) -> dict[str, list[int]]:
+        """Lengths that are not complete, by pass."""
+        arguments = self.arguments
+        complete = {(item.attention_pass, item.length) for item in self.measurements}
+        missing = {name: [x for x in arguments.lengths if (name, x) not in complete] for name in arguments.passes}
+        return {name: lengths for name, lengths in missing.items() if lengths}
+
+    def measure(
+        self, by_length: Sequence[tuple[int, Tensors, list[Candidate]]], attention_pass: str, progress: Progress
+    ) -> None:
+        """Measure the candidates of some lengths in one pass."""
+        entries = [
+            Entry(item, length, attention_pass, self.call(item, tensors, attention_pass))
+            for length, tensors, candidates in by_length
+            for item in candidates
+            if self.fits(item, length, attention_pass)
+        ]
+        task = progress.add_task(attention_pass, total=len(entries) * (self.arguments.repeats + 1))
+
+        def say(text: str, entry: Entry) -> None:
+            where = f"{entry.attention_pass}, N = {entry.length}: {text}{entry.candidate.name}"
+            progress.update(task, advance=1, description=where)
+
+        running = [entry for entry in entries if self.warm_up(entry, say)]
+        progress.update(task, total=len(entries) + len(running) * self.arguments.repeats)
+        self.time_in_rounds(running, say)
+        # all rows at once, whenever an interrupt comes
+        self.measurements += list(self.summarise(running))
+        progress.remove_task(task)
 
     def warm_up(self, entry: Entry, say: Callable[[str, Entry], None]) -> bool:
         """First calls, memory, and for CUDA the replay; whether the candidate runs at all."""
@@ -494,6 +567,16 @@ class Bench:
                 entry.device_milliseconds,
                 entry.milliseconds,
             )
+
+
+def compile_kernels(arguments: argparse.Namespace, case: KernelCase) -> None:
+    """Compile the kernels of one case, by a call of it.
+
+    Its batch is the one that is timed: into how many chunks the kernels cut a sequence follows from batch and heads.
+    """
+    bench = Bench(arguments)
+    candidate = bench.attention(case.attention, case.length, case.budget_length)
+    bench.call(candidate, bench.inputs(case.length), case.attention_pass)()
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -590,6 +673,9 @@ def result_tables(bench: Bench) -> Iterator[Table]:
     on_cuda = bench.device.type == "cuda"
     for length in arguments.lengths:
         for attention_pass in arguments.passes:
+            rows = [x for x in bench.measurements if (x.length, x.attention_pass) == (length, attention_pass)]
+            if not rows:
+                continue  # it was not complete
             table = Table(
                 title=f"N = {length}, {attention_pass}: {arguments.dtype} on {bench.device.type}, batch "
                 f"{bench.batches[length]}, heads {arguments.heads}, width {arguments.dim}",
@@ -600,7 +686,6 @@ def result_tables(bench: Bench) -> Iterator[Table]:
             table.add_column("attention", no_wrap=True)
             for header in ("W", "M", "MiB", "ms", *(["device\nms"] if on_cuda else []), "time/\nSDPA", "MiB/\nSDPA"):
                 table.add_column(header, justify="right", no_wrap=True)
-            rows = [x for x in bench.measurements if (x.length, x.attention_pass) == (length, attention_pass)]
             baseline = next(x for x in rows if x.name == BASELINE)
             kind = None
             for item in rows:
@@ -645,12 +730,13 @@ def result_tables(bench: Bench) -> Iterator[Table]:
 
 
 def colour(name: str) -> str:
-    """One colour for each attention and what is like it, greys for the forms of full attention."""
-    families = {"sblocal": "tab:red", "performer": "tab:green", "local": "tab:orange", "full": "tab:blue"}
-    for family, value in families.items():
-        if family in name:
-            return value
-    return {BASELINE: "black", "softmax written out": "silver"}.get(name, "grey")
+    """The colour of an attention, for all that is like it too; greys for the forms of full attention."""
+    from src.evaluation.comparison import ATTENTION_COLOURS  # here, as Matplotlib: for figures alone
+
+    # sblocal is not local, nor is local2d another
+    attention = max((known for known in ATTENTION_COLOURS if known in name), key=len, default="")
+    greys = {BASELINE: "black", "softmax written out": "silver"}
+    return ATTENTION_COLOURS.get(attention) or greys.get(name, "grey")
 
 
 def plot(bench: Bench, path: str) -> None:
@@ -665,11 +751,10 @@ def plot(bench: Bench, path: str) -> None:
     from matplotlib import pyplot as plt
 
     arguments = bench.arguments
-    panels, axes = plt.subplots(
-        1, len(arguments.passes), figsize=(6 * len(arguments.passes), 5), squeeze=False, layout="constrained"
-    )
+    passes = [name for name in arguments.passes if any(item.attention_pass == name for item in bench.measurements)]
+    panels, axes = plt.subplots(1, len(passes), figsize=(6 * len(passes), 5), squeeze=False, layout="constrained")
     styles = {"attention": ("o", "-"), "growth": ("^", "--"), "compiled": ("d", "-."), "peer": ("s", ":")}
-    for axis, attention_pass in zip(axes[0], arguments.passes, strict=True):
+    for axis, attention_pass in zip(axes[0], passes, strict=True):
         rows = [item for item in bench.measurements if item.attention_pass == attention_pass]
         for name in dict.fromkeys(item.name for item in rows):
             line = [item for item in rows if item.name == name]
@@ -697,8 +782,9 @@ def report(bench: Bench) -> dict:
     results = [asdict(item) for item in bench.measurements]
     for result in results:
         result["pass"] = result.pop("attention_pass")
-    settings = {**vars(bench.arguments), "device": bench.device.type, "growth_length": bench.growth_length}
+    settings = {**without_paths(bench.arguments), "device": bench.device.type, "growth_length": bench.growth_length}
     return {
+        "complete": not bench.missing(),
         "machine": machine_info(bench.device),
         "settings": settings,
         "results": results,
@@ -707,13 +793,27 @@ def report(bench: Bench) -> dict:
     }
 
 
-def benchmark(arguments: argparse.Namespace) -> None:
-    """Run the benchmark, print its tables and write its files."""
+def benchmark(arguments: argparse.Namespace) -> int:
+    """Run the benchmark, print its tables and write its files; returns the exit status."""
     check_writable(arguments.output)
     check_figure(arguments.figure)
     bench = Bench(arguments)
+
+    def save() -> None:
+        if arguments.output is not None:
+            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
+                write_json(arguments.output, report(bench))
+
+    return until_stopped(lambda: bench.run(Console(stderr=True), save), lambda: conclude(bench))
+
+
+def conclude(bench: Bench) -> int:
+    """Print what is complete and write the files; returns the exit status."""
+    arguments = bench.arguments
+    if not bench.measurements:
+        print("Interrupted. Nothing was written.", file=sys.stderr)
+        return 1
     console = Console()
-    bench.run(Console(stderr=True))
     for table in result_tables(bench):
         console.print(table, "")
     for reason in dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in bench.skipped):
@@ -724,6 +824,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
         write_json(arguments.output, report(bench))
     if arguments.figure is not None:
         plot(bench, arguments.figure)
+    missing = [f"{name} at N = {', '.join(map(str, lengths))}" for name, lengths in bench.missing().items()]
+    if missing:
+        print(f"Interrupted. Missing: {'; '.join(missing)}.", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

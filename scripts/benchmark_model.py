@@ -13,6 +13,10 @@ medians of the rounds are reported, and the medians of the ratios within a round
 Memory is what PyTorch takes from the device for one form alone: images, weights, everything in between, and what a CUDA
 graph keeps. It is counted on CUDA alone. --end-to-end adds whole evaluations, as run.py does them, of images in memory.
 
+Ctrl-C and SIGTERM end the run with the batches and evaluations that are complete by then; forms take turns, so those of
+a batch are complete together. --output is written after each batch and evaluation, with "complete": false until all
+are done. On CUDA, --jobs processes first fill Triton's cache on disk.
+
     python scripts/benchmark_model.py --variant t2t_vit_t_14 --attentions full,sblocal --compile
 """
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import math
@@ -44,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scripts.make_random_checkpoint import make_checkpoint
 from src.models.inference import inference_form
-from src.models.modules.attention import ATTENTIONS
+from src.models.modules.attention import ATTENTIONS, COMPARED
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.build import check_swappable
@@ -58,6 +63,8 @@ from src.utils.scripts import (
     check_writable,
     choose_device,
     comma_separated,
+    compile_ahead,
+    default_jobs,
     figure,
     first_line,
     fraction,
@@ -66,6 +73,8 @@ from src.utils.scripts import (
     progress_display,
     run_tool,
     save_figure,
+    until_stopped,
+    without_paths,
 )
 from src.utils.timing import in_turn, seconds_per_call
 
@@ -218,6 +227,33 @@ def build(form: Form, arguments: argparse.Namespace, device: torch.device) -> Fo
     return autocast_call
 
 
+def draw_images(batch: int, arguments: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    """Normal images, the same in each run."""
+    size = arguments.image_size
+    generator = torch.Generator(device).manual_seed(SEED)
+    images = torch.randn(batch, 3, size, size, generator=generator, device=device)
+    return images.to(PRECISIONS[arguments.precision])
+
+
+def in_layout_of(form: Form, images: torch.Tensor) -> torch.Tensor:
+    """Images as a form gets them: for inference, the colours of a pixel together, as an evaluation has them."""
+    return images.contiguous(memory_format=torch.channels_last) if form.kind == "inference" else images
+
+
+def compile_kernels(arguments: argparse.Namespace, form: Form) -> None:
+    """Compile the kernels of one form, by a call at each batch: some of their sizes follow from it.
+
+    Args:
+        arguments: the options, all filled in.
+        form: neither compiled nor a graph.
+    """
+    device = choose_device(arguments.device)
+    forward = build(form, arguments, device)
+    with torch.inference_mode():
+        for batch in arguments.batches:
+            forward(in_layout_of(form, draw_images(batch, arguments, device)))
+
+
 # Measurement ----------------------------------------------------------------------------------------------------------
 
 
@@ -283,16 +319,33 @@ class Bench:
         self.results: list[Result] = []
         self.skipped: list[dict[str, str | int]] = []
         self.end_to_end: list[dict[str, Any]] = []
+        # in the order in which they are measured
+        self.missing = [f"batch {batch}" for batch in self.arguments.batches]
+        if self.arguments.end_to_end:
+            self.missing += [f"evaluation {attention}" for attention in self.arguments.attentions]
+
+    def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
+        """Measure everything; `save` is called whenever a batch or an evaluation is complete.
+
+        Raises:
+            UserError: nothing could be measured.
+        """
+        self.run_alone(console, save)
+        if self.arguments.end_to_end:
+            self.run_end_to_end(save)
 
     @torch.inference_mode()
-    def run(self, console: Console) -> None:
-        """Measure everything.
+    def run_alone(self, console: Console, save: Callable[[], None]) -> None:
+        """Measure the forms at each batch.
 
         Raises:
             UserError: nothing could be measured.
         """
         arguments = self.arguments
         with progress_display(console) as progress:
+            if self.device.type == "cuda" and arguments.jobs > 1:
+                work = functools.partial(compile_kernels, arguments)
+                compile_ahead(work, self.forms_with_kernels(), arguments.jobs, progress)
             steps = len(self.forms) * (1 + arguments.repeats) * len(arguments.batches)
             task = progress.add_task("", total=steps)
 
@@ -302,6 +355,9 @@ class Bench:
 
             for batch in arguments.batches:
                 self.measure(batch, say)
+                self.missing.remove(f"batch {batch}")
+                if self.results:
+                    save()
                 if arguments.compile:
                     torch._dynamo.reset()  # or it would keep what it has compiled, with the weights
                 self.free()
@@ -309,9 +365,13 @@ class Bench:
             first = self.skipped[0]
             raise UserError(f"Nothing could be measured. {first['name']} at batch {first['batch']}: {first['reason']}.")
 
+    def forms_with_kernels(self) -> list[Form]:
+        """The networks that run Triton kernels of ours, each as it is when nothing compiles or records it."""
+        return list(dict.fromkeys(Form(form.kind, form.attention) for form in self.forms if form.attention is not None))
+
     def measure(self, batch: int, say: Callable[[str], None]) -> None:
         """Build and time every form at one batch."""
-        images = self.attempt(lambda: self.draw_images(batch), "images", batch)
+        images = self.attempt(lambda: draw_images(batch, self.arguments, self.device), "images", batch)
         if images is None:
             return
         candidates = []
@@ -329,7 +389,8 @@ class Bench:
                     failed.add(name)
                 else:
                     candidate.milliseconds.append(1e3 * seconds)
-        self.results += self.summarise([x for x in candidates if x.form.name not in failed], batch)
+        # all rows at once, whenever an interrupt comes
+        self.results += list(self.summarise([x for x in candidates if x.form.name not in failed], batch))
 
     def attempt(self, work: Callable[[], Any], name: str, batch: int) -> Any:
         """What `work` gives; None where it fails, in which case the reason is noted and the others can go on."""
@@ -342,13 +403,6 @@ class Bench:
         self.skipped.append({"name": name, "batch": batch, "reason": reason})
         return None
 
-    def draw_images(self, batch: int) -> torch.Tensor:
-        """Normal images, the same in each run."""
-        size = self.arguments.image_size
-        generator = torch.Generator(self.device).manual_seed(SEED)
-        images = torch.randn(batch, 3, size, size, generator=generator, device=self.device)
-        return images.to(PRECISIONS[self.arguments.precision])
-
     def prepare(self, form: Form, images: torch.Tensor) -> Candidate:
         """Build a form, warm it up, and count its memory."""
         on_cuda = self.device.type == "cuda"
@@ -356,8 +410,7 @@ class Bench:
         before = torch.cuda.memory_reserved() if on_cuda else 0
         with torch.inference_mode(False):  # weights that are tensors like any other
             forward = build(form, self.arguments, self.device)
-        if form.kind == "inference":  # the colours of a pixel together, as an evaluation has them
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = in_layout_of(form, images)
         candidate = Candidate(form, lambda: forward(images))
         begin = time.perf_counter()
         candidate.call()
@@ -411,7 +464,7 @@ class Bench:
                 found[result.name] = result
         return [found[form.name] for form in self.forms if form.name in found]
 
-    def run_end_to_end(self) -> None:
+    def run_end_to_end(self, save: Callable[[], None] = lambda: None) -> None:
         """Whole evaluations, one for each attention, at the best batch of the fastest form an evaluation can take."""
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder, "random.pth")
@@ -423,15 +476,15 @@ class Bench:
                     key=lambda result: result.images_per_second,
                     default=None,
                 )
-                if alone is None:
-                    continue
-                found = self.attempt(
+                found = alone and self.attempt(
                     lambda x=alone: self.evaluate(x, checkpoint, Path(folder, x.attention)),
                     f"evaluation {attention}",
                     alone.batch,
                 )
                 if found is not None:
                     self.end_to_end.append(found)
+                self.missing.remove(f"evaluation {attention}")
+                save()
                 self.free()
 
     def evaluate(self, alone: Result, checkpoint: Path, output_dir: Path) -> dict[str, Any]:
@@ -491,7 +544,6 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    attentions = tuple(ATTENTIONS)
     parser.add_argument("--variant", default="t2t_vit_t_14", metavar="NAME", help="one of t2t_vit_t_* (t2t_vit_t_14)")
     parser.add_argument(
         "--forms",
@@ -502,10 +554,10 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--attentions",
-        type=comma_separated(attentions),
-        default=attentions,
+        type=comma_separated(tuple(ATTENTIONS)),
+        default=COMPARED,
         metavar="NAMES",
-        help=f"of the forms module and inference, separated by commas ({','.join(attentions)})",
+        help=f"of the forms module and inference, separated by commas ({','.join(COMPARED)})",
     )
     parser.add_argument(
         "--batches",
@@ -525,6 +577,13 @@ def build_parser() -> Parser:
     parser.add_argument("--compile", action="store_true", help="also run the forms through torch.compile")
     parser.add_argument("--no-peers", action="store_true", help="leave out the form peer")
     parser.add_argument("--end-to-end", action="store_true", help="also run whole evaluations")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=default_jobs(),
+        metavar="J",
+        help="processes that compile kernels ahead on CUDA, 1 for none (as many as usable CPUs, 8 at most)",
+    )
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--figure", metavar="FILE", help="draw the images per second as bars (.png, .pdf, .svg)")
     return parser
@@ -634,8 +693,9 @@ def machine_name(bench: Bench) -> str:
 def report(bench: Bench) -> dict[str, Any]:
     """Everything that was measured, for JSON."""
     return {
+        "complete": not bench.missing,
         "machine": machine_info(bench.device),
-        "settings": vars(bench.arguments),
+        "settings": without_paths(bench.arguments),
         "results": [asdict(result) for result in bench.results],
         "best_batch": {result.name: result.batch for result in bench.best()},
         "end_to_end": bench.end_to_end,
@@ -643,15 +703,27 @@ def report(bench: Bench) -> dict[str, Any]:
     }
 
 
-def benchmark(arguments: argparse.Namespace) -> None:
-    """Run the benchmark, print its tables and write its files."""
+def benchmark(arguments: argparse.Namespace) -> int:
+    """Run the benchmark, print its tables and write its files; returns the exit status."""
     check_writable(arguments.output)
     check_figure(arguments.figure)
     bench = Bench(arguments)
+
+    def save() -> None:
+        if arguments.output is not None:
+            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
+                write_json(arguments.output, report(bench))
+
+    return until_stopped(lambda: bench.run(Console(stderr=True), save), lambda: conclude(bench))
+
+
+def conclude(bench: Bench) -> int:
+    """Print what is complete and write the files; returns the exit status."""
+    arguments = bench.arguments
+    if not bench.results:
+        print("Interrupted. Nothing was written.", file=sys.stderr)
+        return 1
     console = Console()
-    bench.run(Console(stderr=True))
-    if arguments.end_to_end:
-        bench.run_end_to_end()
     for table in result_tables(bench):
         console.print(table, "")
     for line in left_out(bench):
@@ -662,6 +734,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
         write_json(arguments.output, report(bench))
     if arguments.figure is not None:
         plot(bench, arguments.figure)
+    if bench.missing:
+        print(f"Interrupted. Missing: {', '.join(bench.missing)}.", file=sys.stderr)
+    return 1 if bench.missing else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

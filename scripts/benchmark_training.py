@@ -27,7 +27,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.models.modules.attention import ATTENTIONS
+from src.models.modules.attention import ATTENTIONS, COMPARED
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.build import check_swappable
 from src.tasks.launch import quiet_libraries
@@ -261,14 +261,13 @@ def ratio(value: float | None, reference: float | None) -> float | None:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    attentions = tuple(ATTENTIONS)
     parser.add_argument("--variant", default="t2t_vit_t_7", metavar="NAME", help="one of t2t_vit_t_* (t2t_vit_t_7)")
     parser.add_argument(
         "--attentions",
-        type=comma_separated(attentions),
-        default=attentions,
+        type=comma_separated(tuple(ATTENTIONS)),
+        default=COMPARED,
         metavar="NAMES",
-        help=f"separated by commas, beside {BASELINE}, which is always measured ({','.join(attentions)})",
+        help=f"separated by commas, beside {BASELINE}, which is always measured ({','.join(COMPARED)})",
     )
     parser.add_argument("--batch-size", type=positive, metavar="B", help="(256 on CUDA, 8 on the CPU)")
     parser.add_argument("--image-size", type=positive, default=224, metavar="N", help="in pixels (224)")

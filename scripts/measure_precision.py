@@ -22,7 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scripts.benchmark_attention import DTYPES
-from src.models.modules.attention import ATTENTIONS, create_attention
+from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
 from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.machine import machine_info
@@ -67,13 +67,13 @@ class Precision:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    names, dtypes = tuple(ATTENTIONS), tuple(DTYPES)
+    dtypes = tuple(DTYPES)
     parser.add_argument(
         "--attentions",
-        type=comma_separated(names),
-        default=names,
+        type=comma_separated(tuple(ATTENTIONS)),
+        default=COMPARED,
         metavar="NAMES",
-        help=f"separated by commas ({','.join(names)})",
+        help=f"separated by commas ({','.join(COMPARED)})",
     )
     parser.add_argument(
         "--dtypes", type=comma_separated(dtypes), default=dtypes, metavar="NAMES", help=f"({','.join(dtypes)})"

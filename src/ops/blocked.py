@@ -160,11 +160,12 @@ def blocked_attention(
     scale: float,
     projection: torch.Tensor | None = None,
     cosh: bool = False,
+    log_features: tuple[torch.Tensor, torch.Tensor] | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Exact weights inside a window, random-feature weights outside it.
+    """Exact weights inside a window, weights phi(q).phi(k) of positive features outside it.
 
     Args:
         query: (B, H, T, E).
@@ -172,8 +173,11 @@ def blocked_attention(
         value: (B, H, S, D).
         window: width W in keys, see `src.ops.windows`; 0 for no window.
         scale: softmax scale s.
-        projection: rows (R, E) of the random features; None leaves out the low-rank part.
+        projection: rows (R, E) of random features; without them and `log_features` there is no low-rank part.
         cosh: take each row with both signs.
+        log_features: in place of `projection`, logarithms of any positive features of queries (B, H, T, M), finite, and
+            of keys (B, H, S, M), -inf for zero. Not causal, a query's largest product of a feature and the largest
+            such feature of any key may exceed its largest weight by no more than exp(`REFERENCE_SLACK`).
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a weight. The weights of prefix and suffix are dropped by key and
@@ -183,7 +187,9 @@ def blocked_attention(
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
     """
     with torch.autocast(query.device.type, enabled=False):
-        return _blocked(query, key, value, window, scale, projection, cosh, is_causal, key_lengths, dropout_p)
+        return _blocked(
+            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p
+        )
 
 
 def _blocked(
@@ -194,6 +200,7 @@ def _blocked(
     scale: float,
     projection: torch.Tensor | None,
     cosh: bool,
+    log_features: tuple[torch.Tensor, torch.Tensor] | None,
     is_causal: bool,
     key_lengths: torch.Tensor | None,
     dropout_p: float,
@@ -221,6 +228,13 @@ def _blocked(
         form = _PerKeyReference if is_causal or query.shape[-1] > _MAX_WIDTH_OF_SHARED_REFERENCE else _SharedReference
         log_query = log_softmax_features(query_rows, projection, scale, cosh)
         log_key = log_softmax_features(key_rows, projection, scale, cosh).add_(bias_rows)
+        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
+    elif log_features is not None:
+        # Any width: what may exceed a weight is bounded by the caller.
+        form = _PerKeyReference if is_causal else _SharedReference
+        log_query, log_key = (x.to(query.dtype) for x in log_features)
+        log_query = layout.rows(log_query, 0)
+        log_key = layout.rows(log_key, layout.reach).add_(bias_rows)
         low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
 
     query_slices = layout.slices_of_blocks(layout.blocks(query_rows))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,11 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from src.utils.errors import UserError, did_you_mean
 from src.utils.files import atomic_write
+from src.utils.machine import usable_cpus
+from src.utils.parallel import run_in_processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+
+T = TypeVar("T")
 
 
 def run_tool(
@@ -42,6 +48,44 @@ def run_tool(
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+
+
+def until_stopped(work: Callable[[], None], then: Callable[[], T]) -> T:
+    """Work until that is done, or until Ctrl-C or SIGTERM, by which batch systems end a job; go on with `then`.
+
+    Only the first of the signals counts: they are often sent twice, and `then` saves what there is.
+
+    Args:
+        work: may be broken off anywhere, by KeyboardInterrupt.
+        then: follows in both cases, but not where `work` fails.
+
+    Returns:
+        What `then` does.
+    """
+    heeded = True
+
+    def stop(*_: object) -> None:
+        nonlocal heeded
+        if heeded:
+            heeded = False
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # one that is ignored stays so: nohup and background jobs of a shell want it
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
+    try:
+        try:
+            work()
+            heeded = False
+        except KeyboardInterrupt:
+            heeded = False
+        return then()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,6 +205,30 @@ def progress_display(console: Console) -> Progress:
     """What is being measured, how far that is, and for how long it has been; gone at the end."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
+def compile_ahead(work: Callable[[T], object], cases: Sequence[T], jobs: int, progress: Progress) -> None:
+    """Have several processes do what fills the caches of compilers, of which each compiles one kernel at a time.
+
+    Args:
+        work: runs one case, see `run_in_processes`.
+        cases: each compiles kernels.
+        jobs: number of processes.
+        progress: shows how far they are.
+    """
+    task = progress.add_task("compiling kernels", total=len(cases))
+    run_in_processes(work, cases, jobs, lambda: progress.advance(task))
+    progress.remove_task(task)
+
+
+def default_jobs() -> int:
+    """Processes that compile where nothing else is asked for: each takes memory of the device."""
+    return min(8, usable_cpus())
+
+
+def without_paths(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options for a file of results: without the names of files, which say nothing of the results."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("output", "figure")}
 
 
 def figure(value: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import signal
 import statistics
 
 import pytest
@@ -90,7 +92,7 @@ def test_the_inference_form_is_of_the_same_network(attention):
 @torch.inference_mode()
 def test_precision(precision, dtype, result):
     bench = benchmark.Bench(parse("--precision", precision, "--forms", "module", "--attentions", "local"))
-    batch = bench.draw_images(2)
+    batch = benchmark.draw_images(2, bench.arguments, bench.device)
     assert batch.dtype == dtype
     assert benchmark.build(bench.forms[0], bench.arguments, bench.device)(batch).dtype == result
 
@@ -117,7 +119,9 @@ def test_what_is_reported(content):
     for name, batch in content["best_batch"].items():
         rates = {row["batch"]: row["images_per_second"] for row in content["results"] if row["name"] == name}
         assert rates[batch] == max(rates.values())
+    assert content["complete"] is True
     assert content["settings"]["batches"] == [2, 3]
+    assert not {"output", "figure"} & set(content["settings"]), "folders of this machine say nothing of the figures"
     assert content["machine"]["threads"] == 1
 
 
@@ -265,6 +269,120 @@ def test_an_evaluation_that_fails_is_listed(monkeypatch, tmp_path):
     assert content["skipped"] == [{"name": "evaluation local", "batch": 2, "reason": "RuntimeError: a bug"}]
 
 
+INTERRUPTIBLE = [*SMALL, "--forms", "published,module", "--attentions", "local,sblocal", "--repeats", "2"]
+INTERRUPTIBLE += ["--batches", "2,3", "--end-to-end"]
+
+
+def stop_at(monkeypatch, batch, number):
+    """Send a signal in the last round of a batch."""
+    genuine, calls = benchmark.seconds_per_call, []
+
+    def seconds_per_call(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3 * 2 * (1 if batch == 2 else 2):
+            signal.raise_signal(number)
+        return genuine(*arguments)
+
+    monkeypatch.setattr(benchmark, "seconds_per_call", seconds_per_call)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_batches_that_are_complete_outlive_a_signal(number, monkeypatch, tmp_path, capsys):
+    stop_at(monkeypatch, 3, number)
+    genuine = benchmark.plot
+
+    def plot(*arguments):
+        signal.raise_signal(number)  # they often come twice
+        genuine(*arguments)
+
+    monkeypatch.setattr(benchmark, "plot", plot)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    output, figure = tmp_path / "model.json", tmp_path / "model.png"
+    assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == ("Interrupted. Missing: batch 3, evaluation local, evaluation sblocal.")
+    assert "module sblocal" in captured.out
+    content = json.loads(output.read_text(encoding="utf-8"))
+    assert content["complete"] is False
+    names = ["published", "module local", "module sblocal"]
+    assert [(row["name"], row["batch"]) for row in content["results"]] == [(name, 2) for name in names]
+    assert all(len(row["milliseconds_per_round"]) == 2 for row in content["results"])
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluations_that_are_complete_outlive_a_signal(monkeypatch, tmp_path, capsys):
+    output, contents = tmp_path / "model.json", []
+
+    def evaluate(bench, alone, *_):
+        contents.append(json.loads(output.read_text(encoding="utf-8")))
+        if alone.attention == "sblocal":
+            signal.raise_signal(signal.SIGTERM)
+        numbers = ("num_images", "images_per_second", "images_per_second_alone", "ratio_to_alone")
+        return {
+            "attention": alone.attention,
+            "batch": 2,
+            "peak_memory_mib": None,
+            **dict.fromkeys(numbers, 1),
+        }
+
+    monkeypatch.setattr(benchmark.Bench, "evaluate", evaluate)
+    assert benchmark.main([*INTERRUPTIBLE, "--output", str(output)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "Interrupted. Missing: evaluation sblocal."
+    # what would be left if the process had been killed in the first, in the second, and at the end
+    contents.append(json.loads(output.read_text(encoding="utf-8")))
+    assert [len(content["results"]) for content in contents] == [6, 6, 6]
+    assert [[row["attention"] for row in content["end_to_end"]] for content in contents] == [[], ["local"], ["local"]]
+    assert not any(content["complete"] for content in contents)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_written_where_nothing_is_complete(number, monkeypatch, tmp_path, capsys):
+    stop_at(monkeypatch, 2, number)
+    files = ["--output", str(tmp_path / "model.json"), "--figure", str(tmp_path / "model.png")]
+    assert benchmark.main([*INTERRUPTIBLE, *files]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "Interrupted. Nothing was written."
+    assert not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
+def test_kernels_of_each_form_are_compiled_ahead(device, jobs, compiles, monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmark, "compile_ahead", lambda *arguments: calls.append(arguments[:3]))
+    monkeypatch.setattr(benchmark.Bench, "measure", lambda bench, *_: bench.results.append("measured"))
+    monkeypatch.setattr(benchmark.Bench, "free", lambda bench: None)
+    options = ["--batches", "2,3", "--attentions", "local,sblocal", "--compile", "--jobs", str(jobs)]
+    bench = benchmark.Bench(parse(*options))
+    bench.device = torch.device(device)
+    bench.forms = benchmark.choose_forms(bench.arguments, bench.device)
+    bench.run(benchmark.Console(quiet=True))
+    assert len(calls) == compiles
+    if not compiles:
+        return
+    ((work, forms, processes),) = calls
+    assert processes == jobs
+    assert forms == [benchmark.Form(kind, name) for kind in ("module", "inference") for name in ("local", "sblocal")]
+    genuine, called = benchmark.build, []
+
+    def build(form, *arguments):
+        forward = genuine(form, *arguments)
+
+        def call(images):
+            last = images.is_contiguous(memory_format=torch.channels_last)
+            called.append((form.kind, form.attention, len(images), last))
+            return forward(images)
+
+        return call
+
+    monkeypatch.setattr(benchmark, "build", build)
+    work = pickle.loads(pickle.dumps(work))  # for another process
+    for form in forms:
+        work(form)
+    assert called == [(form.kind, form.attention, x, form.kind == "inference") for form in forms for x in (2, 3)]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -296,6 +414,7 @@ def test_the_evaluation_has_the_options_of_the_benchmark(options, expected, tmp_
         (["--forms", "publishd"], ["publishd", "published"]),
         (["--forms", "peer", "--no-peers"], ["--no-peers", "--forms"]),
         (["--batches", "2,0"], ["--batches", "'0'"]),
+        (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--image-size", "33"], ["image_size=33", "16"]),
         (["--num-classes", "-1"], ["--num-classes", "'-1'"]),
         (["--repeats", "x"], ["--repeats", "'x'"]),

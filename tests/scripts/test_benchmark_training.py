@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from scripts import benchmark_training as benchmark
-from src.models.modules.attention import ATTENTIONS
+from src.models.modules.attention import COMPARED
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.timing import in_turn
 
@@ -54,7 +54,7 @@ def content(tmp_path_factory):
 
 
 def test_every_attention_is_reported(content):
-    assert [row["attention"] for row in content["results"]] == list(ATTENTIONS)
+    assert [row["attention"] for row in content["results"]] == list(COMPARED)
     full = by_name(content)["full"]
     assert full["time_ratio_to_full"] == 1
     for row in content["results"]:
@@ -87,7 +87,7 @@ def test_full_is_measured_unasked(tmp_path, capsys):
 def test_all_attentions_start_from_the_same_weights():
     first, *others = make_bench().candidates
     weights = dict(first.task.model.named_parameters())
-    assert len(others) == len(ATTENTIONS) - 1
+    assert len(others) == len(COMPARED) - 1
     for other in others:
         found = dict(other.task.model.named_parameters())
         assert found.keys() == weights.keys()

@@ -1,6 +1,9 @@
 """The benchmark and the precision script: what they measure, what they leave, and how they fail."""
 
 import json
+import multiprocessing
+import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,11 @@ import torch
 
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
-from src.models.modules.attention import ATTENTIONS
+from src.evaluation.comparison import ATTENTION_COLOURS
+from src.models.modules.attention import COMPARED
+from src.utils.files import write_json
+from src.utils.parallel import run_in_processes
+from src.utils.scripts import until_stopped
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]
 
@@ -44,7 +51,7 @@ def rows(times, **wanted):
 def test_every_attention_is_timed(times, length, attention_pass):
     found = rows(times, length=length, kind="attention") and rows(times, length=length, **{"pass": attention_pass})
     by_name = {row["name"]: row for row in found}
-    assert set(ATTENTIONS) <= set(by_name)
+    assert set(COMPARED) <= set(by_name)
     assert {"SDPA", "softmax written out"} <= set(by_name)
     for row in found:
         assert row["ratio_to_sdpa"] > 0
@@ -63,7 +70,7 @@ def test_sizes_are_kept_for_the_growth(times):
     (own,) = rows(times, name="sblocal", length=128, **{"pass": "forward"})
     assert (kept["length"], kept["window"], kept["features"]) == (64, own["window"], own["features"])
     grown = {(row["name"], row["pass"]) for row in times["growth"]}
-    assert grown == {(name, x) for name in ("SDPA", *ATTENTIONS) for x in benchmark.PASSES}
+    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in benchmark.PASSES}
     assert all(row["factor"] > 0 for row in times["growth"])
 
 
@@ -71,6 +78,8 @@ def test_machine_settings_and_figure(times, benchmark_files):
     assert times["machine"]["threads"] == 1
     assert times["machine"]["torch"] == torch.__version__
     assert times["settings"]["memory_fraction"] == 1 / 4
+    assert not {"output", "figure"} & set(times["settings"]), "folders of this machine say nothing of the figures"
+    assert times["complete"] is True
     assert (benchmark_files / "times.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -143,12 +152,199 @@ def test_fewer_peers_and_half_precision(tmp_path):
     output = tmp_path / "times.json"
     options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--no-peers", "--dtype", "bfloat16"]
     assert benchmark.main([*SMALL, *options, "--output", str(output)]) == 0
-    assert {row["name"] for row in read(output)["results"]} == {"SDPA", *ATTENTIONS}
+    assert {row["name"] for row in read(output)["results"]} == {"SDPA", *COMPARED}
+
+
+INTERRUPTIBLE = [*SMALL, "--lengths", "32,64", "--attentions", "local", "--repeats", "1", "--no-peers"]
+
+
+def stop_at(monkeypatch, measurement, number, folder):
+    """Send a signal in the middle of a measurement; what is in the folder's file when each begins."""
+    genuine, contents = benchmark.Bench.summarise, []
+
+    def summarise(bench, entries):
+        output = folder / "times.json"
+        contents.append(read(output) if output.exists() else None)
+        for row, result in enumerate(genuine(bench, entries)):
+            yield result
+            if row == 0 and len(contents) == measurement:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(benchmark.Bench, "summarise", summarise)
+    return contents
+
+
+def measured(times):
+    return sorted({(row["length"], row["pass"]) for row in times["results"]})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("groups", "measurement", "complete", "missing"),
+    [
+        ([(32, 64)], 2, [(32, "forward"), (64, "forward")], "training at N = 32, 64"),
+        ([(32,), (64,)], 2, [(32, "forward")], "forward at N = 64; training at N = 32, 64"),
+        ([(32,), (64,)], 4, [(32, "forward"), (32, "training"), (64, "forward")], "training at N = 64"),
+    ],
+)
+def test_what_is_complete_outlives_a_signal(
+    groups, measurement, complete, missing, number, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(benchmark.Bench, "measured_together", lambda bench: groups)
+    contents = stop_at(monkeypatch, measurement, number, tmp_path)
+    genuine = benchmark.plot
+
+    def plot(*arguments):
+        signal.raise_signal(number)  # they often come twice
+        genuine(*arguments)
+
+    monkeypatch.setattr(benchmark, "plot", plot)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    output, figure = tmp_path / "times.json", tmp_path / "times.png"
+    assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"Interrupted. Missing: {missing}."
+    for each in [(n, name) for n in (32, 64) for name in benchmark.PASSES]:
+        assert ("N = {}, {}:".format(*each) in printed.out) == (each in complete)
+    times = read(output)
+    assert times["complete"] is False
+    assert measured(times) == complete
+    for each in complete:
+        names = {row["name"] for row in times["results"] if (row["length"], row["pass"]) == each}
+        assert {"SDPA", "local"} <= names, "whole tables only"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    # what would be left if the process had been killed on the way
+    assert contents[0] is None
+    assert contents[1]["complete"] is False
+    assert measured(contents[1]) == [x for x in complete if x[1] == "forward"][: len(groups[0])]
+    assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_written_where_nothing_is_complete(number, monkeypatch, tmp_path, capsys):
+    stop_at(monkeypatch, 1, number, tmp_path)
+    files = ["--output", str(tmp_path / "times.json"), "--figure", str(tmp_path / "times.png")]
+    assert benchmark.main([*INTERRUPTIBLE, *files]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "Interrupted. Nothing was written."
+    assert not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_path):
+    calls = []
+
+    def write(path, content):
+        calls.append(content["complete"])
+        if not content["complete"]:
+            raise OSError(28, "No space left on device")
+        write_json(path, content)
+
+    monkeypatch.setattr(benchmark, "write_json", write)
+    assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
+    assert calls == [False, True, True]
+    assert read(tmp_path / "times.json")["complete"] is True
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert until_stopped(lambda: signal.raise_signal(signal.SIGINT), lambda: "done") == "done"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_on_cuda_each_length_is_measured_on_its_own():
+    bench = benchmark.Bench(benchmark.build_parser().parse_args(INTERRUPTIBLE))
+    assert bench.measured_together() == [(32, 64)]
+    bench.device = torch.device("cuda")
+    assert bench.measured_together() == [(32,), (64,)]
+
+
+@pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
+def test_kernels_of_each_case_are_compiled_ahead(device, jobs, compiles, monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmark, "compile_ahead", lambda *arguments: calls.append(arguments[:3]))
+    monkeypatch.setattr(benchmark.Bench, "measured_together", lambda bench: [])
+    options = [*INTERRUPTIBLE, "--attentions", "local,sblocal", "--jobs", str(jobs)]
+    bench = benchmark.Bench(benchmark.build_parser().parse_args(options))
+    bench.device = torch.device(device)
+    monkeypatch.setattr(bench, "candidates", lambda length: [])
+    bench.run(benchmark.Console(quiet=True))
+    monkeypatch.undo()
+    assert len(calls) == compiles
+    if not compiles:
+        return
+    ((work, cases, processes),) = calls
+    assert processes == jobs
+    sizes = [(32, 32), (32, 64), (64, 64)]  # the growth is taken with those of 64
+    assert sorted((x.attention, x.length, x.budget_length, x.attention_pass) for x in cases) == sorted(
+        (name, *each, attention_pass)
+        for name in ("local", "sblocal")
+        for each in sizes
+        for attention_pass in benchmark.PASSES
+    )
+    called = []
+    genuine = benchmark.Bench.call
+
+    def call(bench, candidate, tensors, attention_pass):
+        def counted():
+            called.append((candidate.name, candidate.window, tensors[0].shape, attention_pass))
+            return genuine(bench, candidate, tensors, attention_pass)()
+
+        return counted
+
+    monkeypatch.setattr(benchmark.Bench, "call", call)
+    work = pickle.loads(pickle.dumps(work))  # for another process
+    for case in cases:
+        work(case)
+    # all that is timed of ours, with the same sizes
+    bench.device = torch.device("cpu")
+    assert set(called) == {
+        (item.name, item.window, bench.inputs(length)[0].shape, attention_pass)
+        for length in (32, 64)
+        for item in bench.candidates(length)
+        for attention_pass in benchmark.PASSES
+        if item.kind != "peer"
+    }
+
+
+def test_processes_work_through_their_cases_whatever_happens_to_some(tmp_path):
+    ignored = f"import signal; signal.getsignal(signal.SIGINT) == signal.SIG_IGN and open({str(tmp_path / '0')!r}, 'w')"
+    cases = [ignored, "raise RuntimeError", "import os; os._exit(3)"]
+    cases += [f"open({str(tmp_path / str(number))!r}, 'w')" for number in range(1, 6)]
+    told = []
+    run_in_processes(exec, cases, 2, lambda: told.append(1))
+    assert sorted(item.name for item in tmp_path.iterdir()) == list("012345")
+    assert len(told) == len(cases)
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_an_interrupt():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_processes(exec, ["import time; time.sleep(60)", "pass", "pass"], 2, interrupt)
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_colours_are_those_of_all_figures():
+    for name, value in ATTENTION_COLOURS.items():
+        for like in ("{}", "{} as at 3136", "{}, compiled", "published form of {}"):
+            assert benchmark.colour(like.format(name)) == value
+    assert benchmark.colour("fast-transformers local") == ATTENTION_COLOURS["local"]
+    others = [benchmark.colour(name) for name in ("SDPA", "SDPA flash", "softmax written out")]
+    assert others == ["black", "grey", "silver"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--attentions", "sblocl"], ["sblocl", "sblocal"]),
         (["--passes", "backward"], ["backward", "forward, training"]),
         (["--lengths", "64,x"], ["--lengths", "'x'"]),
@@ -185,14 +381,14 @@ def test_precision(tmp_path, capsys):
     content = read(output)
     results = content["results"]
     cases = {(row["attention"], row["dtype"], row["inputs"], row["tensor"]) for row in results}
-    assert len(cases) == len(results) == len(ATTENTIONS) * len(BOUNDS) * 2 * len(precision.TENSORS)
+    assert len(cases) == len(results) == len(COMPARED) * len(BOUNDS) * 2 * len(precision.TENSORS)
     for row in results:
         assert row["non_finite"] == 0
         assert row["max_abs"] >= 0
         assert 0 < row["relative_l2"] < BOUNDS[row["dtype"]], row
         assert row["largest_logit"] == 50 or row["inputs"] == "ordinary"
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*ATTENTIONS, *BOUNDS))
+    assert all(name in printed for name in (*COMPARED, *BOUNDS))
 
 
 def test_figures_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):

@@ -89,8 +89,12 @@ class AttentionModule(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in {**self.sizes(), **options}.items())
 
     def sizes(self) -> dict[str, int]:
-        """Window and feature numbers by the names of their options; empty for full attention."""
+        """Sizes that the memory is spent on, by the names of their options; empty for full attention."""
         return {}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """Memory in columns of the attention matrix, of which full attention has `num_keys`; see `src.ops.budget`."""
+        return float(num_keys)
 
 
 class RandomFeatureAttention(AttentionModule):
@@ -129,6 +133,20 @@ class RandomFeatureAttention(AttentionModule):
         """Draw the rows again, in place, from `seed`."""
         rows = draw_projection(*self.projection_matrix.shape, seed, row_norm=self.row_norm)
         self.projection_matrix.copy_(rows)
+
+
+def even_features(dim_heads: int, nb_features: int | None) -> int:
+    """Number of features of the cosh form, which come in pairs; None is the default.
+
+    Raises:
+        UserError: odd, or none at all.
+    """
+    nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
+    if nb_features < 2 or nb_features % 2:
+        raise UserError(
+            f"nb_features={nb_features} has to be an even number of at least 2: each row gives two features."
+        )
+    return nb_features
 
 
 def default_num_features(dim_heads: int) -> int:

@@ -39,6 +39,10 @@ class LocalAttention(AttentionModule):
         """The window."""
         return {"local_context": self.local_context}
 
+    def memory_columns(self, num_keys: int) -> float:
+        """The window's keys."""
+        return self.local_context
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return local_attention(query, key, value, self.local_context, **options)
 

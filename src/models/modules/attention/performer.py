@@ -47,6 +47,10 @@ class PerformerAttention(RandomFeatureAttention):
         """The number of features."""
         return {"nb_features": self.projection_matrix.shape[0]}
 
+    def memory_columns(self, num_keys: int) -> float:
+        """Two columns for each feature."""
+        return 2 * self.projection_matrix.shape[0]
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return performer_attention(query, key, value, self.projection_matrix, **options)
 

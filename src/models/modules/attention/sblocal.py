@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from src.models.modules.attention.base import RandomFeatureAttention, default_num_features
+from src.models.modules.attention.base import RandomFeatureAttention, even_features
 from src.ops.inputs import check_window
 from src.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
-from src.utils.errors import UserError
 
 
 class SBLocalAttention(RandomFeatureAttention):
@@ -50,17 +49,17 @@ class SBLocalAttention(RandomFeatureAttention):
         backend: str = "auto",
     ) -> None:
         check_window(local_context)
-        nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
-        if nb_features < 2 or nb_features % 2:
-            raise UserError(
-                f"nb_features={nb_features} has to be an even number of at least 2: each row gives two features."
-            )
-        super().__init__(dim_heads, nb_features // 2, softmax_temp, causal, seed, row_norm, attention_dropout, backend)
+        rows = even_features(dim_heads, nb_features) // 2
+        super().__init__(dim_heads, rows, softmax_temp, causal, seed, row_norm, attention_dropout, backend)
         self.local_context = local_context
 
     def sizes(self) -> dict[str, int]:
         """The window and the number of features."""
         return {"local_context": self.local_context, "nb_features": 2 * self.projection_matrix.shape[0]}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """The window's keys, and two columns for each feature."""
+        return self.local_context + 4 * self.projection_matrix.shape[0]
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return scatterbrain_attention(query, key, value, self.projection_matrix, self.local_context, **options)
