@@ -2,7 +2,8 @@
 
 Every photograph of DATA_DIR/SPLIT runs through the network with full attention. What the two token stages hand to
 their attention is then given to each attention in its place, and the relative Frobenius error of its output,
-|| out - full || / || full ||, is averaged over the photographs, and over the draws where there are random features.
+|| out - full || / || full ||, is averaged over the photographs, and over the draws where there is randomness. From the
+draws also follow the bias, what all of them have in common, and the spread of one draw about it: their squares add up.
 Some photographs, spread evenly, also give the error of the matrix of attention weights, and how sharp full attention
 is: its effective number of keys (exp of the entropy of a query's weights) and its largest logit.
 
@@ -29,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.models.modules.attention import ATTENTIONS
+from src.models.modules.attention import ATTENTIONS, attention_memory
 from src.models.modules.attention.base import AttentionModule
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
     StageInputs,
     attention_weights,
+    bias_and_spread,
     capture_stage_inputs,
     create_stage_attentions,
     effective_keys,
@@ -90,15 +92,21 @@ class Approximation:
     Attributes:
         attention: its name.
         stage: 1 or 2.
-        options: its window and number of features.
+        options: its sizes.
+        memory: over that of the full attention matrix.
         output_error: of the output, over all images.
+        bias: relative norm of the expected output less that of full attention, over all images; None with one draw.
+        spread: relative deviation of the output about the expected one; None with one draw.
         matrix_error: of the matrix of attention weights, over some images.
     """
 
     attention: str
     stage: int
     options: dict[str, int]
+    memory: float
     output_error: Error
+    bias: float | None
+    spread: float | None
     matrix_error: Error
 
 
@@ -193,7 +201,8 @@ class StageRecords:
             ]
             # without random features, every draw would be the same
             self.draws[name] = modules if hasattr(modules[0], "redraw_projection") else modules[:1]
-        self.output_errors: list[torch.Tensor] = []
+        self.output_errors: dict[str, list[torch.Tensor]] = {name: [] for name in self.draws}
+        self.biases: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in self.draws}
         self.matrix_errors: list[torch.Tensor] = []
         self.effective_keys: list[float] = []
         self.largest_logits: list[float] = []
@@ -201,7 +210,13 @@ class StageRecords:
     def update(self, inputs: StageInputs, of_matrix: Sequence[int]) -> None:
         """Take a batch of which the images `of_matrix` have their matrices compared, one at a time."""
         modules = [module for draws in self.draws.values() for module in draws]
-        self.output_errors.append(relative_errors(inputs, modules))
+        for name, draws in self.draws.items():
+            if len(draws) > 1:
+                errors, *bias = bias_and_spread(inputs, draws)
+                self.biases[name].append(bias)
+            else:
+                errors = relative_errors(inputs, draws)
+            self.output_errors[name].append(errors)
         for number in of_matrix:
             one = inputs.image(number)
             self.matrix_errors.append(relative_errors(one, modules, of_weights=True))
@@ -211,9 +226,14 @@ class StageRecords:
     def approximations(self) -> Iterator[Approximation]:
         """The errors of each attention."""
         sizes = [len(draws) for draws in self.draws.values()]
-        outputs, matrices = (torch.cat(x, 1).split(sizes) for x in (self.output_errors, self.matrix_errors))
-        for (name, draws), output, matrix in zip(self.draws.items(), outputs, matrices, strict=True):
-            yield Approximation(name, self.stage, draws[0].sizes(), Error.of(output), Error.of(matrix))
+        matrices = torch.cat(self.matrix_errors, 1).split(sizes)
+        for (name, draws), matrix in zip(self.draws.items(), matrices, strict=True):
+            output = Error.of(torch.cat(self.output_errors[name], 1))
+            bias = spread = None
+            if self.biases[name]:
+                bias, spread = (torch.cat(parts).mean().item() for parts in zip(*self.biases[name], strict=True))
+            memory = attention_memory(draws[0], self.num_tokens)
+            yield Approximation(name, self.stage, draws[0].sizes(), memory, output, bias, spread, Error.of(matrix))
 
     def sharpness(self) -> Sharpness:
         """How sharp full attention is."""
@@ -229,16 +249,19 @@ class StageRecords:
 def table(approximations: Sequence[Approximation], sharpness: Sequence[Sharpness], title: str) -> Table:
     """The errors, and the sharpness below them."""
     rows = Table(title=title, title_justify="left", caption_justify="left")
-    rows.caption = "W keys in the window, M random features\n" + "\n".join(
+    rows.caption = "memory: of the attention matrix\n" + "\n".join(
         f"stage {item.stage}, full attention: {item.effective_keys:,.0f} effective keys of {item.num_tokens:,}, "
         f"largest |logit| {item.largest_logit:.1f}"
         for item in sharpness
     )
-    for header in ("attention", "stage", "W", "M", "error of output", "error of matrix"):
-        rows.add_column(header, justify="left" if header == "attention" else "right", no_wrap=True)
+    for header in ("attention", "stage", "sizes", "memory", "error of output", "bias", "spread", "error of matrix"):
+        rows.add_column(header, justify="left" if header in ("attention", "sizes") else "right", no_wrap=True)
     for item in approximations:
-        sizes = (str(item.options.get(option, "-")) for option in ("local_context", "nb_features"))
-        rows.add_row(item.attention, str(item.stage), *sizes, str(item.output_error), str(item.matrix_error))
+        sizes = " + ".join(map(str, item.options.values())) or "-"
+        parts = ("-" if part is None else f"{part:.3f}" for part in (item.bias, item.spread))
+        memory = f"{100 * item.memory:.1f} %"
+        errors = (str(item.output_error), *parts, str(item.matrix_error))
+        rows.add_row(item.attention, str(item.stage), sizes, memory, *errors)
     return rows
 
 

@@ -51,6 +51,18 @@ from src.utils.files import atomic_write
 from src.utils.scripts import Parser, check_writable, choose_device, run_tool
 
 NAMES = {"full": "Full", "local": "Local", "performer": "Performer", "sblocal": "Scatterbrain"}
+# What an attention spends its memory on, in words.
+SIZES = {
+    "local_context": "{} in a row",
+    "num_neighbours": "{} nearest",
+    "cluster_size": "clusters of {}",
+    "bucket_size": "buckets of {}",
+    "block": "blocks of {}",
+    "nb_features": "{} features",
+    "num_landmarks": "{} key clusters",
+    "num_query_landmarks": "{} query clusters",
+    "num_exact": "{} exact",
+}
 INK, FAINT, OTHER = "#22262e", "#6b7280", "#8a8f98"
 # Lengths in hundredths of an inch, multiples of 3: at 400/3 dots per inch all edges fall on pixels, and a panel has 224
 # of them, 4 for each of 56 tokens.
@@ -260,15 +272,8 @@ def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
     item = stage.maps[name]
     draw_grid(axes, item.weights, weight_colours())
     outline_window(axes, stage, name, "white")
-    window, features = item.options.get("local_context"), item.options.get("nb_features")
-    if window and features:
-        sizes = f"{window} in a row + {features} features"
-    elif window:
-        sizes = f"{window} keys in a row"
-    elif features:
-        sizes = f"{features} random features"
-    else:
-        sizes = f"all {stage.side**2:,} keys"
+    parts = [SIZES[option].format(size) for option, size in item.options.items() if option in SIZES]
+    sizes = " + ".join(parts) or f"all {stage.side**2:,} keys"
     axes.set_title(sizes, fontsize=8.5, color=INK, pad=4)
     label, colour = NAMES.get(name, name), ATTENTION_COLOURS.get(name, OTHER)
     where = {"transform": axes.transAxes, "ha": "center"}

@@ -372,6 +372,12 @@ ATTENTION_COLOURS = {
     "sbbs-bigbird": "#4c8f3f",
     "sbbs-longformer": "#7bb661",
     "sbbs-openai": "#a5c95c",
+    "local2d": "#2f5f9e",
+    "sblocal2d": "#1f7a4a",
+    "cluster": "#d1495b",
+    "sbcluster": "#b5344a",
+    "pairedcluster": "#8f1d3f",
+    "sbpairedcluster": "#6b0f2f",
 }
 _OTHER_COLOUR = "#8a8f98"
 _INK = "#22262e"

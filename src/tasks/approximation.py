@@ -163,12 +163,50 @@ def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_
     Returns:
         (attentions, B) float64, one for each attention and image.
     """
+    full, tensors = _full_attention(inputs, of_weights)
+    return torch.stack([relative_error(attention(*tensors)[0], full) for attention in attentions])
+
+
+@torch.no_grad()
+def bias_and_spread(inputs: StageInputs, draws: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Errors of the draws of one attention, and what of them is common to all draws and what is not.
+
+    Args:
+        inputs: of one stage.
+        draws: at least two modules that differ in their seed.
+
+    Returns:
+        Relative errors (draws, B) as in `relative_errors`; bias (B,), the relative norm of the expected output less
+        full attention, estimated without the part that a mean of so many draws still has from their spread (0 where
+        that is larger); spread (B,), root of the expected squared norm about the expected output, relative as well.
+        The expected squared error is the sum of their squares.
+    """
+    full, tensors = _full_attention(inputs, of_weights=False)
+    errors, total, squares = [], 0.0, 0.0
+    for attention in draws:
+        out = attention(*tensors)[0]
+        errors.append(relative_error(out, full))
+        # about full attention, which is close: sums of squares of small numbers lose little
+        difference = (out - full).double().flatten(1)
+        total = total + difference
+        squares = squares + difference.square().sum(1)
+    mean = (total / len(draws)).square().sum(1)
+    variance = (squares - len(draws) * mean) / (len(draws) - 1)
+    norm = full.double().flatten(1).square().sum(1)
+    bias = (mean - variance / len(draws)).clamp_min(0)
+    return torch.stack(errors), (bias / norm).sqrt(), (variance / norm).sqrt()
+
+
+def _full_attention(
+    inputs: StageInputs, of_weights: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Output of full attention, and the query, key and value (or identity, for the weights) that it is of."""
     if of_weights:
         inputs = inputs.with_identity_values()
     tensors = (inputs.query, inputs.key, inputs.value)
     dtype = accumulation_dtype(inputs.query.dtype)
-    full = full_attention(*(x.to(dtype).transpose(1, 2) for x in tensors), scale=inputs.scale).transpose(1, 2)
-    return torch.stack([relative_error(attention(*tensors)[0], full) for attention in attentions])
+    full = full_attention(*(x.to(dtype).transpose(1, 2) for x in tensors), scale=inputs.scale)
+    return full.transpose(1, 2), tensors
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from src.ops.scatterbrain import naive_scatterbrain_attention
 from src.tasks.approximation import (
     StageInputs,
     attention_weights,
+    bias_and_spread,
     capture_stage_inputs,
     create_stage_attentions,
     effective_keys,
@@ -119,6 +120,27 @@ def test_errors_are_those_of_a_dense_computation(model, stages, name, stage):
                 expected = (result - reference).square().sum().sqrt() / reference.square().sum().sqrt()
                 assert row[image].item() == pytest.approx(expected.item(), rel=ROUNDING)
         assert errors.min() > 0.01, "an attention that approximates nothing tests nothing"
+
+
+def test_bias_and_spread(model, stages):
+    inputs = stages[1]
+    draws = [create_stage_attentions("performer", model, MEMORY, seed)[1] for seed in range(400)]
+    errors, bias, spread = bias_and_spread(inputs, draws)
+    assert_close("errors", relative_errors(inputs, draws), errors, ROUNDING)
+    # by hand, and squares add up to the squared error but for the part of the mean's own spread
+    outputs = torch.stack([attention(inputs.query, inputs.key, inputs.value)[0] for attention in draws]).flatten(2)
+    full = dense(model.token_attentions[1], inputs)[0].flatten(1)
+    variance = outputs.var(0).sum(1) / full.square().sum(1)
+    assert_close("spread", variance.sqrt(), spread, ROUNDING)
+    distance = (outputs.mean(0) - full).square().sum(1) / full.square().sum(1)
+    assert_close("bias", (distance - variance / 400).sqrt(), bias, 1e-10)
+    assert_close("sum", errors.square().mean(0), bias.square() + spread.square(), 1e-2)
+    # fewer draws estimate the same bias, though their mean is further off by their spread
+    fewer = [
+        bias_and_spread(inputs, draws[start : start + 20])[1].square().mean().item() for start in range(0, 400, 20)
+    ]
+    assert sum(fewer) / 20 == pytest.approx(bias.square().mean().item(), rel=0.2)
+    assert (bias.square() + spread.square() / 20).mean().item() > 1.5 * bias.square().mean().item()
 
 
 @pytest.mark.parametrize("of_weights", [False, True])
