@@ -61,6 +61,10 @@ from src.utils.scripts import (
 )
 
 
+# Of the table where it is not shown on a terminal.
+WIDTH = 132
+
+
 @dataclass
 class Error:
     """Mean over images of a relative error.
@@ -290,7 +294,10 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
         f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
         f"(matrix: {len(of_matrix)}) ± deviation over {len(seeds)} draws"
     )
-    Console().print(table(approximations, sharpness, title))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for this table
+        console = Console(width=WIDTH)
+    console.print(table(approximations, sharpness, title))
     if arguments.output is not None:
         content = {
             "machine": machine_info(device),
