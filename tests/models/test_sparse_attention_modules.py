@@ -231,6 +231,16 @@ def test_padding_of_self_attention_moves_no_landmark(name):
     assert torch.equal(after[1, :23], before[1, :23])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BUILD)
+def test_on_a_gpu_as_on_a_cpu(name):
+    tensors, lengths = draw(name), torch.tensor([36, 23])
+    module = BUILD[name]()
+    expected = output(module, *tensors, key_lengths=lengths)
+    out = output(module.to("cuda"), *(x.to("cuda") for x in tensors), key_lengths=lengths.to("cuda"))
+    assert_close("out", expected, out.cpu(), ROUNDING_OF_DIFFERENCES)
+
+
 def test_a_combination_is_the_average_of_its_parts():
     tensors = draw("combination")
     parts = (LocalAttention(5), PerformerAttention(16, 10, seed=2))
