@@ -106,3 +106,41 @@ def test_refuses_empty_projections(num_rows, dim):
 def test_refuses_an_unknown_length_of_rows():
     with pytest.raises(UserError, match=r"'ch' is unknown.*'chi'"):
         draw_projection(5, 16, seed=0, row_norm="ch")
+
+
+@pytest.mark.parametrize("row_norm", ["chi", "sqrt_dim"])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 17, 40])
+def test_rows_of_a_block_are_the_corners_of_a_simplex(num_rows, row_norm):
+    rows = draw_projection(num_rows, 16, seed=3, row_norm=row_norm, coupling="simplex")
+    for block in torch.nn.functional.normalize(rows.double()).split(16):
+        count = len(block)
+        cosine = -1 / max(1, count - 1)
+        expected = torch.full((count, count), cosine, dtype=torch.float64).fill_diagonal_(1.0)
+        assert (block @ block.T - expected).abs().max() < ORTHOGONAL
+
+
+@pytest.mark.parametrize("coupling", ["simplex", "independent"])
+def test_coupled_rows_are_isotropic(coupling):
+    rows = torch.stack([draw_projection(16, 16, seed, coupling=coupling) for seed in range(1024)]).double()
+    # any one row of a block, the last one of the simplex as well
+    for row in (rows[:, 0], rows[:, 15]):
+        covariance = row.T @ row / len(row)
+        # six standard errors for the largest of 256 averages of products
+        assert (covariance - torch.eye(16)).abs().max() < 6 * math.sqrt(2 / len(row))
+        assert row.mean(0).abs().max() < 5 / math.sqrt(len(row))
+
+
+def test_couplings_share_the_lengths_and_differ_in_directions():
+    orthogonal, simplex, independent = (
+        draw_projection(16, 16, 0, coupling=coupling) for coupling in ("orthogonal", "simplex", "independent")
+    )
+    assert torch.equal(draw_projection(16, 16, 0), orthogonal)
+    torch.testing.assert_close(simplex.norm(dim=1), orthogonal.norm(dim=1))
+    assert not torch.allclose(simplex, orthogonal, atol=0.1)
+    cosines = torch.nn.functional.normalize(independent) @ torch.nn.functional.normalize(independent).T
+    assert (cosines - torch.eye(16)).abs().max() > 0.1
+
+
+def test_refuses_an_unknown_coupling():
+    with pytest.raises(UserError, match="Did you mean 'simplex'"):
+        draw_projection(5, 16, seed=0, coupling="simplx")

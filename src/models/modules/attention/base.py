@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from src.ops.inputs import check_dropout, default_scale
+from src.ops.features import centre_and_balance, check_centre
+from src.ops.inputs import check_dropout, check_inputs, default_scale
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
 
@@ -68,6 +69,7 @@ class AttentionModule(nn.Module):
             UserError: shapes, dtypes or options that do not fit.
         """
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key = self._prepare(query, key, value, key_lengths)
         options = {"is_causal": self.causal, "key_lengths": key_lengths, "scale": self.softmax_temp}
         dropout_p = self.attention_dropout if self.training else 0.0
         out = self._attend(query, key, value, dropout_p=dropout_p, backend=self.backend, **options)
@@ -76,6 +78,12 @@ class AttentionModule(nn.Module):
             options["scale"] = default_scale(query, self.softmax_temp)
             weights = self._weights(query, key, value, **options).to(query.dtype)
         return out.transpose(1, 2), weights
+
+    def _prepare(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys that the attention is taken of, fast and dense."""
+        return query, key
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         raise NotImplementedError
@@ -109,6 +117,13 @@ class RandomFeatureAttention(AttentionModule):
         row_norm: length of the rows, see `draw_projection`.
         attention_dropout: probability of dropping an attention weight in training.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre: `none`; `keys`, take their mean off the keys; `both`, that of the queries too. See
+            `src.ops.features.centre_and_balance`.
+        balance: bring queries and keys to one second moment by a matrix that leaves their products as they are, ibid.
+        coupling: how the rows depend on one another, `orthogonal`, `simplex` or `independent`; see `draw_projection`.
+
+    Raises:
+        UserError: a value out of range; `centre` or `balance` with `causal`: they look at all tokens.
     """
 
     projection_matrix: torch.Tensor
@@ -123,16 +138,39 @@ class RandomFeatureAttention(AttentionModule):
         row_norm: str,
         attention_dropout: float,
         backend: str,
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
-        self.row_norm = row_norm
-        self.register_buffer("projection_matrix", draw_projection(num_rows, dim_heads, seed, row_norm=row_norm))
+        check_centre(centre)
+        if not isinstance(balance, bool):
+            raise UserError(f"balance={balance!r} has to be true or false.")
+        if causal and (centre != "none" or balance):
+            raise UserError(
+                f"centre='{centre}' and balance={balance} cannot be causal: they take statistics of all tokens, so a "
+                "token would see what comes after it. Leave them out, or choose coupling='simplex'."
+            )
+        self.row_norm, self.centre, self.balance, self.coupling = row_norm, centre, balance, coupling
+        self.register_buffer("projection_matrix", self._draw(num_rows, dim_heads, seed))
+
+    def _draw(self, num_rows: int, dim_heads: int, seed: int) -> torch.Tensor:
+        return draw_projection(num_rows, dim_heads, seed, row_norm=self.row_norm, coupling=self.coupling)
+
+    def _prepare(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys with the same products, up to a term of the query, and better features."""
+        if self.centre == "none" and not self.balance:
+            return query, key
+        check_inputs(query, key, value, key_lengths)
+        return centre_and_balance(query, key, self.centre, self.balance, key_lengths)
 
     @torch.no_grad()
     def redraw_projection(self, seed: int) -> None:
         """Draw the rows again, in place, from `seed`."""
-        rows = draw_projection(*self.projection_matrix.shape, seed, row_norm=self.row_norm)
-        self.projection_matrix.copy_(rows)
+        self.projection_matrix.copy_(self._draw(*self.projection_matrix.shape, seed))
 
 
 def even_features(dim_heads: int, nb_features: int | None) -> int:

@@ -99,6 +99,7 @@ class SBBlockSparseAttention(SparseLowRankAttention):
         seed: seed of the rows and of BigBird's random blocks.
         row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: unknown layout, or a value out of range.
@@ -116,9 +117,25 @@ class SBBlockSparseAttention(SparseLowRankAttention):
         seed: int = 0,
         row_norm: str = "chi",
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         source = BlockLayout(layout, block, seed, **_window_option(layout, num_window_blocks))
-        super().__init__(source, dim_heads, nb_features, softmax_temp, causal, seed, row_norm, backend)
+        super().__init__(
+            source,
+            dim_heads,
+            nb_features,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )
 
 
 def _window_option(layout: str, num_window_blocks: int) -> dict[str, int]:

@@ -70,6 +70,7 @@ class CombinationLocalPerformerAttention(CombinationAttention):
         seed: seed of the rows.
         row_norm: length of the rows, see `draw_projection`.
         backend: form of the operators: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range.
@@ -85,10 +86,25 @@ class CombinationLocalPerformerAttention(CombinationAttention):
         seed: int = 0,
         row_norm: str = "chi",
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         super().__init__(
             LocalAttention(local_context, softmax_temp, causal, backend=backend),
-            PerformerAttention(dim_heads, nb_features, softmax_temp, causal, seed, row_norm, backend=backend),
+            PerformerAttention(
+                dim_heads,
+                nb_features,
+                softmax_temp,
+                causal,
+                seed,
+                row_norm,
+                backend=backend,
+                centre=centre,
+                balance=balance,
+                coupling=coupling,
+            ),
         )
 
 
@@ -105,6 +121,7 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
         seed: seed of rows and hashes.
         row_norm: length of the rows, see `draw_projection`.
         backend: form of the operators: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range.
@@ -121,8 +138,23 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
         seed: int = 0,
         row_norm: str = "chi",
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         super().__init__(
             SmyrfAttention(cluster_size, dim_heads, num_hashes, softmax_temp, causal, seed, backend=backend),
-            PerformerAttention(dim_heads, nb_features, softmax_temp, causal, seed, row_norm, backend=backend),
+            PerformerAttention(
+                dim_heads,
+                nb_features,
+                softmax_temp,
+                causal,
+                seed,
+                row_norm,
+                backend=backend,
+                centre=centre,
+                balance=balance,
+                coupling=coupling,
+            ),
         )

@@ -97,6 +97,7 @@ class SBLocal2dAttention(SparseLowRankAttention):
         seed: seed of the rows.
         row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range; later, tokens that are no such image.
@@ -113,6 +114,22 @@ class SBLocal2dAttention(SparseLowRankAttention):
         seed: int = 0,
         row_norm: str = "chi",
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         source = Neighbourhood(num_neighbours, image_width)
-        super().__init__(source, dim_heads, nb_features, softmax_temp, causal, seed, row_norm, backend)
+        super().__init__(
+            source,
+            dim_heads,
+            nb_features,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )

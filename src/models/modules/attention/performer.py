@@ -24,6 +24,7 @@ class PerformerAttention(RandomFeatureAttention):
         row_norm: length of the rows, see `draw_projection`.
         attention_dropout: probability of dropping a key's feature in training.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range.
@@ -39,9 +40,25 @@ class PerformerAttention(RandomFeatureAttention):
         row_norm: str = "chi",
         attention_dropout: float = 0.0,
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
-        super().__init__(dim_heads, nb_features, softmax_temp, causal, seed, row_norm, attention_dropout, backend)
+        super().__init__(
+            dim_heads,
+            nb_features,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            attention_dropout,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )
 
     def sizes(self) -> dict[str, int]:
         """The number of features."""

@@ -31,6 +31,7 @@ class SBLocalAttention(RandomFeatureAttention):
         row_norm: length of the rows, see `draw_projection`.
         attention_dropout: probability of dropping an attention weight in training, see `src.ops.blocked`.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range.
@@ -47,10 +48,26 @@ class SBLocalAttention(RandomFeatureAttention):
         row_norm: str = "chi",
         attention_dropout: float = 0.0,
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         check_window(local_context)
         rows = even_features(dim_heads, nb_features) // 2
-        super().__init__(dim_heads, rows, softmax_temp, causal, seed, row_norm, attention_dropout, backend)
+        super().__init__(
+            dim_heads,
+            rows,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            attention_dropout,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )
         self.local_context = local_context
 
     def sizes(self) -> dict[str, int]:

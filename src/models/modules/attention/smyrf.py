@@ -105,6 +105,7 @@ class SBSmyrfAttention(SparseLowRankAttention):
         seed: seed of rows and hashes.
         row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range.
@@ -121,6 +122,22 @@ class SBSmyrfAttention(SparseLowRankAttention):
         seed: int = 0,
         row_norm: str = "chi",
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         source = SmyrfClusters(cluster_size, dim_heads, num_hashes, seed)
-        super().__init__(source, dim_heads, nb_features, softmax_temp, causal, seed, row_norm, backend)
+        super().__init__(
+            source,
+            dim_heads,
+            nb_features,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )

@@ -125,6 +125,7 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         seed: seed of the rows and of the support's randomness.
         row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
 
     Raises:
         UserError: a value out of range.
@@ -140,9 +141,26 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         seed: int = 0,
         row_norm: str = "chi",
         backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
     ) -> None:
         rows = even_features(dim_heads, nb_features) // 2
-        RandomFeatureAttention.__init__(self, dim_heads, rows, softmax_temp, False, seed, row_norm, 0.0, backend)
+        RandomFeatureAttention.__init__(
+            self,
+            dim_heads,
+            rows,
+            softmax_temp,
+            False,
+            seed,
+            row_norm,
+            0.0,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )
         _refuse_causal(self, causal)
         self.source = source
 
