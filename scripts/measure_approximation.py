@@ -60,7 +60,6 @@ from src.utils.scripts import (
     run_tool,
 )
 
-
 # Of the table where it is not shown on a terminal.
 WIDTH = 132
 
