@@ -1,5 +1,6 @@
 # make setup   the environment in .venv           make test   the tests
 # make demo    the main job on photographs        make lint   ruff
+# make notebooks   the experiments, run anew
 #
 # PYTHON=python3.12 chooses the interpreter. CONSTRAINTS= (empty) takes the newest versions that requirements.txt
 # admits, in place of the tested ones.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo clean
+.PHONY: help setup test lint format demo notebooks clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -54,6 +55,10 @@ $(DEMO_CHECKPOINT): checkpoints/demo/t2t_vit_t_7_flowers.pth.tar | setup
 	mkdir -p demo
 	rm -f $@
 	$(BIN)/python scripts/convert_checkpoint_t2t_vit.py $< --output $@
+
+# The kernel is that of the environment; each notebook finds the repository's root by itself.
+notebooks: setup
+	$(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache

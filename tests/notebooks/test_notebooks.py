@@ -1,0 +1,81 @@
+"""Every notebook: it runs, small, from start to end, and what is committed was run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.tasks.setup import make_checkpoint, make_images
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LARGEST_BYTES = 400_000
+REGIMES = {"length": 64, "width": 8, "centres": 4, "temperatures": [0.5, 4.0], "num_draws": 2, "variance_draws": 100}
+
+
+def outputs(notebook, kind):
+    """Outputs of a type of all code cells."""
+    cells = (cell for cell in notebook.cells if cell.cell_type == "code")
+    return [output for cell in cells for output in cell.outputs if output.output_type == kind]
+
+
+def pictures(notebook):
+    """Number of pictures."""
+    return sum("image/png" in output.data for output in outputs(notebook, "display_data"))
+
+
+@pytest.fixture
+def small_settings(tmp_path, monkeypatch):
+    """What makes each notebook small, by its name; and kernels that leave nothing in the home folder."""
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    residual = {"checkpoint": str(tmp_path / "t7.pth"), "data_dir": str(tmp_path), "memory": 0.25, "num_images": 2}
+    return {"01_regimes": REGIMES, "02_residual": residual}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, tmp_path, monkeypatch, small_settings):
+    if path.stem == "02_residual":
+        make_images(tmp_path, 5)
+        make_checkpoint(tmp_path / "t7.pth", "t2t_vit_t_7")
+    monkeypatch.setenv("NOTEBOOK_SETTINGS", json.dumps(small_settings[path.stem]))
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    notebook = nbformat.read(copy, as_version=4)
+    expected = pictures(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    # a cell that fails raises
+    NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert not outputs(notebook, "error")
+    assert pictures(notebook) == expected > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_was_run_before_it_was_committed(path):
+    assert path.stat().st_size <= LARGEST_BYTES
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not outputs(notebook, "error")
+    # a warning would stand there as well
+    assert {output.name for output in outputs(notebook, "stream")} <= {"stdout"}
+    assert pictures(notebook) > 0
+    assert str(ROOT) not in path.read_text(), "the folder of whoever ran it says nothing to others"
+    for each in re.findall(r"\]\(([^)]+)\)", "".join(cell.source for cell in notebook.cells)):
+        assert (path.parent / each).is_file(), f"{path.name} links to {each}, which is not there"
+
+
+def test_readme_has_a_line_for_each():
+    lines = (ROOT / "notebooks" / "README.md").read_text().splitlines()
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert sum(f"]({path.name})" in line for line in lines) == 1
