@@ -40,7 +40,7 @@ from src.ops.budget import budget_columns, features_for, keys_for
 from src.ops.features import log_softmax_features
 from src.ops.naive import dense_logits, naive_support_attention
 from src.ops.projection import draw_projection
-from src.tasks.approximation import StageInputs, effective_keys, relative_error
+from src.tasks.approximation import ONE_HOT, StageInputs, effective_keys, relative_error
 from src.tasks.launch import MAX_SEED
 from src.tasks.provenance import package_versions
 from src.utils.errors import UserError, check_whole_number
@@ -293,18 +293,15 @@ def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[s
 def attentions(inputs: StageInputs, memory: float, seed: int) -> dict[str, Approximation]:
     """The attentions that are compared, by name, fitted to the same memory."""
     length, width = inputs.key.shape[1], inputs.key.shape[3]
-    # One-hot values give the matrix. They go along with the true values, and are small, since some attentions cluster
-    # keys by values too: at 2 ** -10 they do not move the clusters. A power of two changes no digit.
-    small = 2.0**-10
-    identity = small * torch.eye(length)[None, :, None]
-    value = torch.cat([inputs.value, identity], dim=-1)
+    # one-hot values along with the true ones: output and matrix of one call
+    value = inputs.with_identity_values().value
     result = {}
     for name in ATTENTIONS:
         options = {"softmax_temp": inputs.scale, "memory_fraction": memory, "seed": seed}
         module = create_attention(name, length, width, **options).eval()
         both = module(inputs.query, inputs.key, value)[0][0, :, 0].double()
         out, weights = both.split([inputs.value.shape[3], length], dim=-1)
-        result[name] = Approximation(weights / small, out, module.sizes(), attention_memory(module, length))
+        result[name] = Approximation(weights / ONE_HOT, out, module.sizes(), attention_memory(module, length))
     return result
 
 

@@ -25,6 +25,9 @@ from src.ops.naive import dense_logits
 from src.utils.checkpoint import load_checkpoint, read_checkpoint
 from src.utils.errors import UserError
 
+# One of the one-hot values, see `StageInputs.with_identity_values`: a power of two, and nothing beside the values.
+ONE_HOT = 2.0**-40
+
 
 @dataclass(frozen=True)
 class StageInputs:
@@ -48,14 +51,16 @@ class StageInputs:
         return replace(self, **tensors)
 
     def with_identity_values(self) -> StageInputs:
-        """The same with one-hot values (D = S), for which the output of an attention is its matrix of weights.
+        """The same with one-hot values behind the values (D + S), whose averages are the matrix of weights.
 
         So the weights are those of the fast operator, which has them in a small part of the time that the dense
-        specification (`need_weights=True`) takes.
+        specification (`need_weights=True`) takes. The values stay, and the one-hot ones are `ONE_HOT` in place of 1:
+        an attention that clusters by values makes the clusters that it makes without them. Float32 or float64.
         """
         batch, num_keys, heads, _ = self.value.shape
         identity = torch.eye(num_keys, dtype=self.value.dtype, device=self.value.device)
-        return replace(self, value=identity[None, :, None].expand(batch, -1, heads, -1))
+        identity = ONE_HOT * identity[None, :, None].expand(batch, -1, heads, -1)
+        return replace(self, value=torch.cat([self.value, identity], dim=-1))
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
@@ -148,7 +153,8 @@ def create_stage_attentions(
 def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor:
     """The matrix of weights (B, H, T, S) of an attention; its rows sum to 1."""
     inputs = inputs.with_identity_values()
-    return attention(inputs.query, inputs.key, inputs.value)[0].transpose(1, 2)
+    out = attention(inputs.query, inputs.key, inputs.value)[0]
+    return out[..., -inputs.key.shape[1] :].transpose(1, 2) / ONE_HOT
 
 
 @torch.no_grad()
@@ -164,7 +170,8 @@ def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_
         (attentions, B) float64, one for each attention and image.
     """
     full, tensors = _full_attention(inputs, of_weights)
-    return torch.stack([relative_error(attention(*tensors)[0], full) for attention in attentions])
+    columns = full.shape[-1]
+    return torch.stack([relative_error(attention(*tensors)[0][..., -columns:], full) for attention in attentions])
 
 
 @torch.no_grad()
@@ -200,13 +207,13 @@ def bias_and_spread(inputs: StageInputs, draws: Sequence[nn.Module]) -> tuple[to
 def _full_attention(
     inputs: StageInputs, of_weights: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Output of full attention, and the query, key and value (or identity, for the weights) that it is of."""
+    """Output of full attention, or its weights times `ONE_HOT`, and the query, key and value that it is of."""
     if of_weights:
         inputs = inputs.with_identity_values()
     tensors = (inputs.query, inputs.key, inputs.value)
     dtype = accumulation_dtype(inputs.query.dtype)
-    full = full_attention(*(x.to(dtype).transpose(1, 2) for x in tensors), scale=inputs.scale)
-    return full.transpose(1, 2), tensors
+    full = full_attention(*(x.to(dtype).transpose(1, 2) for x in tensors), scale=inputs.scale).transpose(1, 2)
+    return full[..., -inputs.key.shape[1] :] if of_weights else full, tensors
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
