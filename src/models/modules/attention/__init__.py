@@ -27,6 +27,7 @@ from src.models.modules.attention.reformer import ReformerAttention
 from src.models.modules.attention.sblocal import SBLocalAttention
 from src.models.modules.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from src.ops.budget import block_for, budget_columns, features_for, keys_for
+from src.ops.lsh import num_reformer_buckets
 from src.utils.errors import UserError, did_you_mean
 
 __all__ = ["ATTENTIONS", "COMPARED", "attention_memory", "create_attention"]
@@ -66,8 +67,7 @@ def _cluster(columns: float, options: Options) -> dict[str, int]:
 def _buckets(columns: float, length: int, options: Options) -> dict[str, int]:
     # as published: the chunk that is looked back to is not counted
     bucket_size = options.get("bucket_size", keys_for(columns / options.get("num_hashes", NUM_HASHES)))
-    # as many buckets as chunks, in pairs of opposite directions
-    return {"bucket_size": bucket_size, "num_buckets": max(2, 2 * -(-length // (2 * bucket_size)))}
+    return {"bucket_size": bucket_size, "num_buckets": num_reformer_buckets(length, bucket_size)}
 
 
 def _block(columns: float, _: int, options: Options) -> dict[str, int]:

@@ -173,6 +173,19 @@ class RandomFeatureAttention(AttentionModule):
         self.projection_matrix.copy_(self._draw(*self.projection_matrix.shape, seed))
 
 
+def refuse_causal(attention: AttentionModule, refused: bool) -> None:
+    """Raise where an attention that looks at all keys at once should hide some of them.
+
+    Raises:
+        UserError: `refused` is true.
+    """
+    if refused:
+        raise UserError(
+            f"{type(attention).__name__} cannot be causal: its clusters, or its low-rank sums, are taken over all keys "
+            "at once. Choose sblocal, local or performer."
+        )
+
+
 def even_features(dim_heads: int, nb_features: int | None) -> int:
     """Number of features of the cosh form, which come in pairs; None is the default.
 

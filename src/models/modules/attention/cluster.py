@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from src.models.modules.attention.base import AttentionModule
-from src.models.modules.attention.sparse import _refuse_causal
+from src.models.modules.attention.base import AttentionModule, refuse_causal
 from src.ops.inputs import check_window
 from src.ops.landmarks import (
     assign_key_clusters,
@@ -56,7 +55,7 @@ class ClusterAttention(AttentionModule):
         backend: str = "auto",
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
-        _refuse_causal(self, causal)
+        refuse_causal(self, causal)
         if num_landmarks < 1 or num_steps < 0 or not value_weight >= 0:
             raise UserError(
                 f"num_landmarks={num_landmarks} has to be at least 1, num_steps={num_steps} and "
@@ -163,7 +162,7 @@ class PairedClusterAttention(AttentionModule):
         backend: str = "auto",
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
-        _refuse_causal(self, causal)
+        refuse_causal(self, causal)
         if min(num_landmarks, num_query_landmarks) < 1 or min(num_exact, num_steps) < 0 or not value_weight >= 0:
             raise UserError(
                 f"num_landmarks={num_landmarks} and num_query_landmarks={num_query_landmarks} have to be at least 1, "

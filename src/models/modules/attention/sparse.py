@@ -14,13 +14,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from src.models.modules.attention.base import AttentionModule, RandomFeatureAttention, even_features
+from src.models.modules.attention.base import AttentionModule, RandomFeatureAttention, even_features, refuse_causal
 from src.ops.features import log_softmax_features
 from src.ops.inputs import check_inputs, default_scale, resolve_backend
 from src.ops.naive import dense_low_rank_logits, naive_support_attention
 from src.ops.supports import Support
 from src.ops.tiled import LogFeatures, support_attention
-from src.utils.errors import UserError
 
 
 class SupportSource(nn.Module):
@@ -73,7 +72,7 @@ class SparseAttention(AttentionModule):
         backend: str = "auto",
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
-        _refuse_causal(self, causal and not source.can_be_causal)
+        refuse_causal(self, causal and not source.can_be_causal)
         self.source = source
 
     def sizes(self) -> dict[str, int]:
@@ -161,7 +160,7 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
             balance=balance,
             coupling=coupling,
         )
-        _refuse_causal(self, causal)
+        refuse_causal(self, causal)
         self.source = source
 
     def sizes(self) -> dict[str, int]:
@@ -184,11 +183,3 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
 
     def _low_rank_logits(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         return dense_low_rank_logits(query, key, self.projection_matrix, scale, cosh=True)
-
-
-def _refuse_causal(attention: AttentionModule, refused: bool) -> None:
-    if refused:
-        raise UserError(
-            f"{type(attention).__name__} cannot be causal: its clusters, or its low-rank sums, are taken over all keys "
-            "at once. Choose sblocal, local or performer."
-        )
