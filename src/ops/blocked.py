@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from src.ops.features import log_softmax_features
-from src.ops.inputs import accumulation_dtype, length_mask
+from src.ops.inputs import accumulation_dtype, length_mask, tile_budget
 from src.ops.windows import window_bounds
 
 # Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
@@ -67,9 +67,7 @@ class _Layout:
         batch, heads, length, _ = query.shape
         num_keys = key.shape[2]
         query_blocks, key_blocks = -(-length // block), -(-(num_keys + window_bounds(window)[0]) // block)
-        # the tiles of a slice should stay in a CPU's cache; a GPU wants few launches
-        tile_budget = 1 << 18 if query.device.type == "cpu" else 1 << 26
-        slice_size = max(1, tile_budget // (block * block * (1 + side)))
+        slice_size = max(1, tile_budget(query) // (block * block * (1 + side)))
         num_blocks = max(query_blocks + side, key_blocks)
         return cls(batch * heads, length, num_keys, window, block, side, num_blocks, slice_size)
 

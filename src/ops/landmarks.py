@@ -36,8 +36,10 @@ from src.ops.inputs import (
     check_dropout,
     check_inputs,
     default_scale,
+    gather_rows,
     length_mask,
     resolve_backend,
+    tile_budget,
     visible_keys,
 )
 from src.ops.naive import dense_attention, dense_logits
@@ -283,7 +285,7 @@ def paired_landmark_attention(
             # no more than four tiles for each cluster of keys, by the size of tiles
             4 * num_landmarks * num_query_landmarks * (key.shape[3] + value.shape[3]),
         )
-        size = max(1, _tile_budget(query) // largest)
+        size = max(1, tile_budget(query) // largest)
         slices = zip(*(x.split(size) for x in flat), strict=True)
         out = torch.cat([_paired(*each, num_landmarks, num_exact, scale, dropout_p) for each in slices])
         return out.unflatten(0, (batch, heads)).to(query.dtype)
@@ -404,11 +406,6 @@ def _means(points: torch.Tensor, assignment: torch.Tensor, num_clusters: int) ->
     return one_hot @ points / one_hot.sum(-1, keepdim=True).clamp_min(1.0)
 
 
-def _tile_budget(like: torch.Tensor) -> int:
-    """How many numbers the largest tensor of a slice may have."""
-    return 1 << 18 if like.device.type == "cpu" else 1 << 26
-
-
 def _cluster(points: torch.Tensor, num_clusters: int, num_steps: int, lengths: torch.Tensor | None) -> torch.Tensor:
     """K-means of (B, H, N, E) points. Returns the nearest centre (B, H, N) of every point, also of the padding."""
     for name, number, least in (("num_clusters", num_clusters, 1), ("num_steps", num_steps, 0)):
@@ -416,7 +413,7 @@ def _cluster(points: torch.Tensor, num_clusters: int, num_steps: int, lengths: t
             raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
     batch, heads, length, _ = points.shape
     # sequences one after another while the distances of one fill a CPU's cache; a GPU takes many at once
-    size = max(1, _tile_budget(points) // (length * num_clusters))
+    size = max(1, tile_budget(points) // (length * num_clusters))
     with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
         slices = points.detach().to(accumulation_dtype(points.dtype)).flatten(0, 1).split(size)
         if lengths is None:
@@ -450,7 +447,7 @@ def _cluster_slice(points: torch.Tensor, valid: torch.Tensor | None, num_cluster
     candidate = index.masked_fill(~is_farthest, length)
     first = index.new_full(farthest.shape, length).scatter_reduce(1, stretch, candidate, "amin")
     # the first point again where there is none
-    centres = _rows(inside, first.masked_fill(first == length, 0))
+    centres = gather_rows(inside, first.masked_fill(first == length, 0))
 
     for _ in range(num_steps):
         labels = _nearest(inside, centres)
@@ -507,7 +504,7 @@ class _Tiles:
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of (G, N, F) as tiles (G, n, C, F); any row for no point."""
-        return _rows(x, self.index.flatten(1).clamp_min(0)).view(*self.index.shape, x.shape[-1])
+        return gather_rows(x, self.index.flatten(1).clamp_min(0)).view(*self.index.shape, x.shape[-1])
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         """0 where there is a point, -inf for none: (G, n, C, 1)."""
@@ -515,13 +512,7 @@ class _Tiles:
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
         """Tiles (G, n, C, F) as rows (G, N, F)."""
-        return _rows(x.flatten(1, 2), self.slot)
-
-
-def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows (G, n, ...) of (G, N, ...) at (G, n) positions; many times faster than `gather` with expanded indices."""
-    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
+        return gather_rows(x.flatten(1, 2), self.slot)
 
 
 def _paired(
@@ -545,7 +536,7 @@ def _paired(
     if num_exact:
         chosen = seen.detach().topk(min(num_exact, key.shape[1]), dim=1).indices  # (G, W, Q)
         # an exact key is a summary of itself
-        exact = _rows(key, chosen.flatten(1)), seen.gather(1, chosen), _rows(value, chosen.flatten(1))
+        exact = gather_rows(key, chosen.flatten(1)), seen.gather(1, chosen), gather_rows(value, chosen.flatten(1))
         exact = tuple(x.view(*chosen.shape, -1).transpose(1, 2) for x in exact)
         seen = seen.scatter(1, chosen, -math.inf)
     summaries = _summaries(seen, key, value, key_labels, num_landmarks)
@@ -553,8 +544,8 @@ def _paired(
         summaries = tuple(torch.cat(pair, dim=2) for pair in zip(summaries, exact, strict=True))
 
     tiles = _Tiles.of(query_labels, means.shape[1])
-    centre, log_mass, mean_value = (_rows(x, tiles.owner) for x in summaries)
-    deviation = (tiles.take(query) - _rows(means, tiles.owner).unsqueeze(2)) * scale
+    centre, log_mass, mean_value = (gather_rows(x, tiles.owner) for x in summaries)
+    deviation = (tiles.take(query) - gather_rows(means, tiles.owner).unsqueeze(2)) * scale
     logits = deviation @ centre.transpose(2, 3) + log_mass.transpose(2, 3)  # (G, n, C, M + W)
     reference = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
     weights = (logits - reference).exp()

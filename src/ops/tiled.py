@@ -21,20 +21,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from src.ops.inputs import accumulation_dtype, length_mask
+from src.ops.blocked import FLOOR, REFERENCE_SLACK
+from src.ops.inputs import accumulation_dtype, gather_rows, length_mask, tile_budget
 from src.ops.supports import Round, Support
 from src.utils.errors import UserError
 
-# Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
-FLOOR = -1e30
-# The reference of a row may lie this far below the largest bound of its features: the bound covers the support too,
-# where exact weights take the place of estimates, and those may be smaller by exp(|w|^2 / 2); see `src.ops.blocked`.
-REFERENCE_SLACK = 60.0
 # A relative error of so many roundings is let pass before a row is computed by pairs.
 CANCELLATION_LIMIT = 64.0
-# Numbers in the tiles that are worked on at a time: a CPU's cache, a GPU's appetite.
-TILE_BUDGET = {"cpu": 1 << 18}
-TILE_BUDGET_OTHERS = 1 << 26
 
 LogFeatures = tuple[torch.Tensor, torch.Tensor]
 
@@ -118,7 +111,8 @@ def support_attention(
         parts = [_round(q, k, v, each, scale, low_rank, is_causal, hidden, dropout_p) for each in support.rounds]
         out, lost = _merge(parts, low_rank)
         if low_rank is not None and lost.any():
-            out = _replace(out, lost, _by_pairs(q, k, v, support, scale, (log_query, log_key), hidden, lost))
+            rows = _by_pairs(q, k, v, support, scale, (log_query, log_key), hidden, lost)
+            out = out.masked_scatter(lost.unsqueeze(-1), rows)
         return out.view(batch, heads, length, -1).to(query.dtype)
 
 
@@ -152,7 +146,7 @@ def _round(
     groups, length, _ = query.shape
     tile, columns = each.query_index.shape[-1], each.key_index.shape[-1]
     pairs = _visible_pairs(each, is_causal, hidden).flatten(0, 1)
-    slice_size = max(1, TILE_BUDGET.get(query.device.type, TILE_BUDGET_OTHERS) // (tile * columns))
+    slice_size = max(1, tile_budget(query) // (tile * columns))
 
     # gathered at once, then cut: the gradient of a gather is as large as what it gathers from
     def cut(x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -179,12 +173,11 @@ def _round(
             output.append(torch.bmm(estimate, v))
         outputs.append(output)
     place = _place(each.query_index, length).expand(groups, -1)
+    maximum, exact, *estimate = (
+        torch.cat(parts).view(groups, -1, parts[0].shape[-1]) for parts in zip(*outputs, strict=True)
+    )
     return _Part(
-        *(
-            _back(torch.cat(parts).view(groups, -1, parts[0].shape[-1]), place, missing)
-            for parts, missing in zip(zip(*outputs, strict=True), (FLOOR, 0.0, 0.0), strict=False)
-        ),
-        **({} if low_rank is not None else {"estimate": None}),
+        _back(maximum, place, FLOOR), _back(exact, place, 0.0), _back(estimate[0], place, 0.0) if estimate else None
     )
 
 
@@ -202,10 +195,8 @@ def _visible_pairs(each: Round, is_causal: bool, hidden: torch.Tensor | None) ->
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of x (G, N, width) at `index` (G or 1, n, C) as (G * n, C, width); any row where the index is -1."""
-    groups, length, width = x.shape
-    first = torch.arange(groups, device=x.device)[:, None, None] * length
-    flat = (index.clamp_min(0) + first).flatten()
-    return x.flatten(0, 1).index_select(0, flat).view(-1, index.shape[-1], width)
+    rows = gather_rows(x, index.clamp_min(0).flatten(1).expand(len(x), -1))
+    return rows.view(-1, index.shape[-1], x.shape[-1])
 
 
 def _place(query_index: torch.Tensor, length: int) -> torch.Tensor:
@@ -220,14 +211,14 @@ def _place(query_index: torch.Tensor, length: int) -> torch.Tensor:
 
 def _back(rows: torch.Tensor, place: torch.Tensor, missing: float) -> torch.Tensor:
     """Rows (G, n * C, width) of a round in the order of the queries, (G, T, width)."""
-    rows = F.pad(rows, (0, 0, 0, 1), value=missing)
-    return rows.gather(1, place.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    return gather_rows(F.pad(rows, (0, 0, 0, 1), value=missing), place)
 
 
 def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (G, T, D), and for which queries (G, T) the difference has lost its digits."""
     reference = torch.stack([part.maximum for part in parts]).amax(0)
     if low_rank is not None:
+        # the bound of the features covers the support too, where exact weights take the place of estimates
         reference = torch.maximum(reference, low_rank.reference - REFERENCE_SLACK)
     reference = reference.clamp_min(FLOOR)
     total = sum(part.exact * (part.maximum - reference).exp() for part in parts)
@@ -247,11 +238,6 @@ def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor,
     unusable = blind | lost
     out = total[..., :-1] / normaliser.masked_fill(unusable, 1.0)
     return out.masked_fill(unusable, 0.0), lost.squeeze(-1)
-
-
-def _replace(out: torch.Tensor, lost: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`out` (G, T, D) with `rows` where `lost` (G, T) is true, in order."""
-    return out.masked_scatter(lost.unsqueeze(-1), rows)
 
 
 def _by_pairs(
@@ -275,7 +261,7 @@ def _by_pairs(
     outputs = []
     for group in range(len(query)):
         rows = lost[group].nonzero().squeeze(1)
-        for some in rows.split(max(1, TILE_BUDGET["cpu"] // num_keys)):
+        for some in rows.split(max(1, tile_budget(query) // num_keys)):
             features = log_query[group, some]
             maximum = features.detach().amax(-1, keepdim=True)
             products = (features - maximum).double().exp() @ key_factors[group].T

@@ -120,7 +120,7 @@ def test_causal():
 def test_slices_make_no_difference(monkeypatch):
     tensors, support = draw(), draw_support(4, 23, 31)
     whole = support_attention(*tensors, support, scale=SCALE, log_features=features(*tensors[:2]))
-    monkeypatch.setitem(tiled.TILE_BUDGET, "cpu", 60)
+    monkeypatch.setattr(tiled, "tile_budget", lambda x: 60)
     cut = support_attention(*tensors, support, scale=SCALE, log_features=features(*tensors[:2]))
     assert_close("out", whole, cut, 1e-14)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from src.models.modules.attention.sparse import SparseAttention, SparseLowRankAttention, SupportSource
+from src.models.modules.attention.sparse import FixedSupport, SparseAttention, SparseLowRankAttention
 from src.ops.block_sparse import block_layout, keys_per_query, layout_support
 from src.ops.supports import Support
 
 
-class BlockLayout(SupportSource):
-    """Pairs of blocks; supports are kept for the lengths that were met.
+class BlockLayout(FixedSupport):
+    """Pairs of blocks.
 
     Args:
         layout: `longformer`, `bigbird` or `openai`.
@@ -29,20 +29,14 @@ class BlockLayout(SupportSource):
         super().__init__()
         self.layout, self.block, self.seed, self.options = layout, block, seed, options
         self._layout(block, block)  # complains now of what does not fit
-        self._kept: dict[tuple[int, int, torch.device], Support] = {}
 
     def _layout(self, num_queries: int, num_keys: int) -> torch.Tensor:
         blocks = (-(-length // self.block) for length in (num_queries, num_keys))
         return block_layout(self.layout, *blocks, seed=self.seed, **self.options)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
+    def make(self, num_queries: int, num_keys: int) -> Support:
         """The layout for these lengths."""
-        lengths = (query.shape[2], key.shape[2])
-        place = (*lengths, query.device)
-        if place not in self._kept:
-            support = layout_support(self._layout(*lengths), self.block, *lengths)
-            self._kept[place] = support.to(query.device)
-        return self._kept[place]
+        return layout_support(self._layout(num_queries, num_keys), self.block, num_queries, num_keys)
 
     def sizes(self) -> dict[str, int]:
         """Tokens of a block."""

@@ -79,15 +79,8 @@ class ClusterAttention(AttentionModule):
             **options,
         )
 
-    def _weights(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        is_causal: bool,
-        key_lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        scale, key_lengths = options["scale"], options["key_lengths"]
         assignment = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
         return naive_landmark_attention(query, key, value, assignment, self.local_context, scale, key_lengths)[1]
 
@@ -190,15 +183,8 @@ class PairedClusterAttention(AttentionModule):
             **options,
         )
 
-    def _weights(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        is_causal: bool,
-        key_lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        scale, key_lengths = options["scale"], options["key_lengths"]
         query_lengths = _query_lengths(query, key, key_lengths)
         keys = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
         queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, query_lengths)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 
-import torch
-
-from src.models.modules.attention.sparse import SparseAttention, SparseLowRankAttention, SupportSource
+from src.models.modules.attention.sparse import FixedSupport, SparseAttention, SparseLowRankAttention
 from src.ops.neighbourhoods import neighbourhood_shape, neighbourhood_support
 from src.ops.supports import Support
 from src.utils.errors import UserError
 
 
-class Neighbourhood(SupportSource):
-    """Rectangles around the queries; supports are kept for the sizes that were met.
+class Neighbourhood(FixedSupport):
+    """Rectangles around the queries.
 
     Args:
         num_neighbours: keys W of a query at most; the rectangle is the nearest to a square with so many.
@@ -28,25 +26,18 @@ class Neighbourhood(SupportSource):
         super().__init__()
         self.num_neighbours, self.image_width = num_neighbours, image_width
         self.shape = neighbourhood_shape(num_neighbours)
-        self._kept: dict[tuple[int, torch.device], Support] = {}
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
+    def make(self, num_queries: int, num_keys: int) -> Support:
         """The rectangles of an image of so many tokens."""
-        length = query.shape[2]
-        if key.shape[2] != length:
+        if num_keys != num_queries:
             raise UserError(
-                f"Queries ({length}) and keys ({key.shape[2]}) have to be the tokens of one image for a window in the "
+                f"Queries ({num_queries}) and keys ({num_keys}) have to be the tokens of one image for a window in the "
                 "plane."
             )
-        if (length, query.device) not in self._kept:
-            width = math.isqrt(length) if self.image_width is None else self.image_width
-            if length % width or (self.image_width is None and width * width != length):
-                raise UserError(
-                    f"{length} tokens are no image of lines of {width}: give image_width, tokens of a line."
-                )
-            support = neighbourhood_support(length // width, width, self.shape)
-            self._kept[length, query.device] = support.to(query.device)
-        return self._kept[length, query.device]
+        width = math.isqrt(num_keys) if self.image_width is None else self.image_width
+        if num_keys % width or (self.image_width is None and width * width != num_keys):
+            raise UserError(f"{num_keys} tokens are no image of lines of {width}: give image_width, tokens of a line.")
+        return neighbourhood_support(num_keys // width, width, self.shape)
 
     def sizes(self) -> dict[str, int]:
         """Keys of a query, borders aside."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from src.models.modules.attention.sparse import SparseAttention, SupportSource
 from src.ops.lsh import draw_reformer_rotations, reformer_support
 from src.ops.supports import Support
-from src.utils.errors import UserError
+from src.utils.errors import UserError, check_whole_number
 
 
 class ReformerBuckets(SupportSource):
@@ -37,10 +37,7 @@ class ReformerBuckets(SupportSource):
         self, bucket_size: int, dim_heads: int, num_buckets: int, num_hashes: int, seed: int, leave_out_self: bool
     ) -> None:
         super().__init__()
-        if bucket_size < 1 or num_hashes < 1:
-            raise UserError(f"bucket_size={bucket_size} and num_hashes={num_hashes} have to be at least 1.")
-        if num_buckets < 2 or num_buckets % 2:
-            raise UserError(f"num_buckets={num_buckets} has to be even: a bucket and its opposite share a direction.")
+        check_whole_number("bucket_size", bucket_size, 1)
         self.bucket_size, self.num_buckets, self.num_hashes = bucket_size, num_buckets, num_hashes
         self.leave_out_self = leave_out_self
         self.dim_heads = dim_heads

@@ -12,7 +12,7 @@ import torch
 from src.models.modules.attention.sparse import SparseAttention, SparseLowRankAttention, SupportSource
 from src.ops.lsh import draw_smyrf_rows, smyrf_support
 from src.ops.supports import Support
-from src.utils.errors import UserError
+from src.utils.errors import check_whole_number
 
 # Rows of the hash and of the features come from one seed; this keeps them apart.
 HASH_SEED_OFFSET = 1_000_003
@@ -32,8 +32,7 @@ class SmyrfClusters(SupportSource):
 
     def __init__(self, cluster_size: int, dim_heads: int, num_hashes: int = 2, seed: int = 0) -> None:
         super().__init__()
-        if cluster_size < 1 or num_hashes < 1:
-            raise UserError(f"cluster_size={cluster_size} and num_hashes={num_hashes} have to be at least 1.")
+        check_whole_number("cluster_size", cluster_size, 1)
         self.cluster_size, self.num_hashes, self.dim_heads = cluster_size, num_hashes, dim_heads
         rows = draw_smyrf_rows(num_hashes, dim_heads, seed + HASH_SEED_OFFSET)
         self.register_buffer("projection_matrix", rows)

@@ -16,7 +16,7 @@ from torch import nn
 
 from src.models.modules.attention.base import AttentionModule, RandomFeatureAttention, even_features, refuse_causal
 from src.ops.features import log_softmax_features
-from src.ops.inputs import check_inputs, default_scale, resolve_backend
+from src.ops.inputs import accumulation_dtype, check_inputs, default_scale, resolve_backend
 from src.ops.naive import dense_low_rank_logits, naive_support_attention
 from src.ops.supports import Support
 from src.ops.tiled import LogFeatures, support_attention
@@ -45,6 +45,25 @@ class SupportSource(nn.Module):
 
     def redraw(self, seed: int) -> None:
         """Draw what is random again, in place, from `seed`."""
+
+
+class FixedSupport(SupportSource):
+    """A support that depends on the lengths alone; kept for those that were met. Sub-classes give `make`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple[int, int, torch.device], Support] = {}
+
+    def make(self, num_queries: int, num_keys: int) -> Support:
+        """The support for these lengths, on any device."""
+        raise NotImplementedError
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
+        """The support for the lengths of these queries and keys."""
+        place = (query.shape[2], key.shape[2], query.device)
+        if place not in self._kept:
+            self._kept[place] = self.make(*place[:2]).to(query.device)
+        return self._kept[place]
 
 
 class SparseAttention(AttentionModule):
@@ -177,7 +196,7 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         self.source.redraw(seed)
 
     def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures:
-        dtype = torch.promote_types(query.dtype, torch.float32)
+        dtype = accumulation_dtype(query.dtype)
         rows = self.projection_matrix
         return tuple(log_softmax_features(x.to(dtype), rows, scale, cosh=True) for x in (query, key))
 
