@@ -16,7 +16,7 @@ from src.models.modules.token_stage import TokenPerformer, TokenTransformer
 from src.models.modules.tokens_to_token import SOFT_SPLITS
 from src.models.modules.transformer_block import Block
 from src.models.t2t_vit import T2TViT
-from src.ops.fused_linear import FoldedLinear, Patches, fused_linear
+from src.ops.fused_linear import FoldedLinear, Patches, fused_linear, fused_linear_with_statistics
 from src.ops.performer import performer_attention
 from src.ops.token_tail import FoldedTail, token_tail
 from src.utils.errors import UserError
@@ -123,9 +123,10 @@ class InferenceT2TViT(nn.Module):
             UserError: images of another size, dtype or device; a gradient is wanted; autocast is on.
         """
         x = self.forward_tokens(images)
+        statistics = None
         for block in self.blocks:
-            x = block(x)
-        return fused_linear(self.last_block(x), self.head, backend=self.backend)
+            x, statistics = block(x, statistics)
+        return fused_linear(self.last_block(x, statistics), self.head, backend=self.backend)
 
 
 class _TransformerStage(nn.Module):
@@ -183,14 +184,16 @@ class _Block(nn.Module):
         self.fc1 = FoldedLinear(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2, gelu=True)
         self.fc2 = FoldedLinear(block.mlp.fc2.weight, block.mlp.fc2.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (B, N, dim) to (B, N, dim)."""
-        qkv = fused_linear(x, self.qkv, backend=self.backend)
+    def forward(
+        self, x: torch.Tensor, statistics: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map tokens (B, N, dim) to (B, N, dim), each with its `statistics`, see `fused_linear_with_statistics`."""
+        qkv = fused_linear(x, self.qkv, backend=self.backend, statistics=statistics)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        x = fused_linear(out, self.proj, x, backend=self.backend)
-        hidden = fused_linear(x, self.fc1, backend=self.backend)
-        return fused_linear(hidden, self.fc2, x, backend=self.backend)
+        x, statistics = fused_linear_with_statistics(out, self.proj, x, self.backend)
+        hidden = fused_linear(x, self.fc1, backend=self.backend, statistics=statistics)
+        return fused_linear_with_statistics(hidden, self.fc2, x, self.backend)
 
 
 class _LastBlock(nn.Module):
@@ -211,9 +214,9 @@ class _LastBlock(nn.Module):
         self.fc1 = FoldedLinear(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2, gelu=True)
         self.fc2 = FoldedLinear(block.mlp.fc2.weight, block.mlp.fc2.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, statistics: torch.Tensor | None = None) -> torch.Tensor:
         """Map tokens (B, N, dim) to the class token (B, dim)."""
-        key_value = fused_linear(x, self.key_value, backend=self.backend)
+        key_value = fused_linear(x, self.key_value, backend=self.backend, statistics=statistics)
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = x[:, 0]
         query = fused_linear(x, self.query, backend=self.backend).unflatten(-1, (self.num_heads, 1, -1))  # (B, H, 1, E)

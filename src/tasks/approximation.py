@@ -1,7 +1,8 @@
 """How close an attention comes to full attention on what a trained T2T-ViT really asks of it.
 
-Queries, keys and values of both token stages are taken from the network as it runs with full attention, so that the
-error of each stage stands alone: stage 2 is not judged on what an approximation in stage 1 has left of the image.
+Queries, keys and values of both token stages, and of the blocks of the backbone, are taken from the network as it runs
+with full attention, so that the error of each layer stands alone: stage 2 is not judged on what an approximation in
+stage 1 has left of the image.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from src.models.modules.attention import create_attention
@@ -20,24 +22,25 @@ from src.models.modules.attention.full import FullAttention
 from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed
 from src.ops.full import full_attention
-from src.ops.inputs import accumulation_dtype
+from src.ops.inputs import accumulation_dtype, default_scale
 from src.ops.naive import dense_logits
 from src.utils.checkpoint import load_checkpoint, read_checkpoint
-from src.utils.errors import UserError
+from src.utils.errors import UserError, did_you_mean
 
+LAYERS = ("stages", "backbone", "all")
 # One of the one-hot values, see `StageInputs.with_identity_values`: a power of two, and nothing beside the values.
 ONE_HOT = 2.0**-40
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What the attention of one token stage works on.
+    """What the attention of one layer works on: a token stage (one head) or a block of the backbone (several).
 
     Attributes:
         query: (B, T, H, E).
         key: (B, S, H, E).
         value: (B, S, H, D).
-        scale: softmax scale of the stage.
+        scale: softmax scale of the layer.
     """
 
     query: torch.Tensor
@@ -87,7 +90,6 @@ def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
     return names[0], model.eval()
 
 
-@torch.no_grad()
 def capture_stage_inputs(model: T2TViT, images: torch.Tensor) -> tuple[StageInputs, StageInputs]:
     """Query, key and value of both token stages, as their attention modules receive them.
 
@@ -101,6 +103,27 @@ def capture_stage_inputs(model: T2TViT, images: torch.Tensor) -> tuple[StageInpu
     Raises:
         UserError: the token stages have another attention.
     """
+    return capture_inputs(model, images, "stages")
+
+
+@torch.no_grad()
+def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> tuple[StageInputs, ...]:
+    """Query, key and value of the layers, in one run with full attention.
+
+    Args:
+        model: full attention in both token stages. Its hooks are as before when this returns or raises.
+        images: (B, 3, image_size, image_size), normalised.
+        layers: `stages`, `backbone` or `all`.
+
+    Returns:
+        Inputs in the order of the layers: of stages 1 and 2, (B, N, 1, E) each, and of every block of the backbone,
+        (B, N / 16 + 1, H, E) each with the class token first.
+
+    Raises:
+        UserError: the token stages have another attention, or `layers` is unknown.
+    """
+    if layers not in LAYERS:
+        raise UserError(f"layers={layers!r} is unknown. {did_you_mean(layers, LAYERS)}")
     attentions = model.token_attentions
     if attentions is None or not all(isinstance(attention, FullAttention) for attention in attentions):
         raise UserError("Inputs are captured with full attention in both token stages. Build such a model.")
@@ -110,9 +133,22 @@ def capture_stage_inputs(model: T2TViT, images: torch.Tensor) -> tuple[StageInpu
         captured.append(StageInputs(*tensors, scale=attention.softmax_temp))
 
     with ExitStack() as hooks:
-        for attention in attentions:
-            hooks.enter_context(attention.register_forward_pre_hook(capture))
-        model.patch_embed(images)  # the backbone comes behind both stages and is not needed
+        if layers != "backbone":
+            for attention in attentions:
+                hooks.enter_context(attention.register_forward_pre_hook(capture))
+        if layers == "stages":
+            model.patch_embed(images)  # the backbone comes behind both stages and is not needed
+            return tuple(captured)
+        for block in model.blocks:
+            num_heads = block.attn.num_heads
+
+            def split(_: nn.Module, __: object, out: torch.Tensor, num_heads: int = num_heads) -> None:
+                tensors = rearrange(out, "b n (three h e) -> three b n h e", three=3, h=num_heads)
+                captured.append(StageInputs(*tensors, scale=default_scale(tensors[0], None)))
+
+            # its attention is a function, which has no hook; what it works on is this map's output
+            hooks.enter_context(block.attn.qkv.register_forward_hook(split))
+        model.forward_features(images)
     return tuple(captured)
 
 
@@ -149,6 +185,43 @@ def create_stage_attentions(
     )
 
 
+def create_block_attentions(
+    name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0
+) -> tuple[AttentionModule, ...]:
+    """Attention modules for the blocks of the backbone, each for all of its heads.
+
+    Args:
+        name: one of `ATTENTIONS`.
+        model: which tells the sequence length, class token included, the width of a head, and the device.
+        memory_fraction: see `create_attention`.
+        seed: seed of the random features; each block derives its own.
+
+    Returns:
+        One module for each block, in evaluation mode.
+
+    Raises:
+        UserError: unknown name, a fraction out of range, or an attention that cannot be had at this length.
+    """
+    device, length = model.cls_token.device, model.patch_embed.num_patches + 1
+    modules = []
+    for number, block in enumerate(model.blocks):
+        dim_heads = block.attn.qkv.in_features // block.attn.num_heads
+        module = create_attention(
+            name,
+            length,
+            dim_heads,
+            softmax_temp=dim_heads**-0.5,
+            memory_fraction=memory_fraction,
+            seed=len(model.blocks) * seed + number,  # no two pairs (seed, block) share one
+        )
+        modules.append(module.to(device).eval())
+    # some attentions refuse a length on their first call only; all blocks are alike
+    query, key, value = torch.zeros(3, 1, length, 1, dim_heads, dtype=model.cls_token.dtype, device=device)
+    with torch.no_grad():
+        modules[0](query, key, value)
+    return tuple(modules)
+
+
 @torch.no_grad()
 def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor:
     """The matrix of weights (B, H, T, S) of an attention; its rows sum to 1."""
@@ -162,8 +235,8 @@ def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_
     """Relative Frobenius errors against full attention, `|| out - full ||_F / || full ||_F` over T, H and D.
 
     Args:
-        inputs: of one stage.
-        attentions: modules with the softmax scale of the stage.
+        inputs: of one layer.
+        attentions: modules with the softmax scale of the layer.
         of_weights: compare the matrices of weights (T, S) in place of the outputs. Takes O(T S) memory.
 
     Returns:
@@ -179,7 +252,7 @@ def bias_and_spread(inputs: StageInputs, draws: Sequence[nn.Module]) -> tuple[to
     """Errors of the draws of one attention, and what of them is common to all draws and what is not.
 
     Args:
-        inputs: of one stage.
+        inputs: of one layer.
         draws: at least two modules that differ in their seed.
 
     Returns:

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import src.ops.fused_linear.plain as plain
-from src.ops.fused_linear import FoldedLinear, Patches, fused_linear, naive_fused_linear
+from src.ops.fused_linear import (
+    FoldedLinear,
+    Patches,
+    fused_linear,
+    fused_linear_with_statistics,
+    naive_fused_linear,
+)
 from src.utils.errors import UserError
 from tests.helpers import assert_close, rms_ratio
 
@@ -296,26 +302,67 @@ def test_the_operators_keep_pytorchs_rules(case):
     residual = torch.randn(case.residual, device=DEVICE).expand_as(out)
     patches = [] if case.patches is None else [case.patches.kernel, case.patches.stride, case.patches.padding]
     settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches, [])
-    given = (x, folded.weight, folded.bias, folded.sums, residual)
-    torch.library.opcheck(torch.ops.scatterbrain.fused_linear, (*given, *settings))
+    given = (x, folded.weight, folded.bias, folded.sums, residual, None)
+    torch.library.opcheck(torch.ops.scatterbrain.fused_linear, (*given, *settings, False))
+    torch.library.opcheck(torch.ops.scatterbrain.fused_linear, (*given, *settings, True))
     torch.library.opcheck(torch.ops.scatterbrain.fused_linear_out, (*given, out, *settings))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("columns", [16, 32, 96])
+def test_statistics_handed_on_are_those_of_the_rows(form, columns):
+    first = Weights(Case((2, 9, 40), 96, normalise=False, residual=(2, 9, 96)), torch.float32)
+    second = Weights(Case((2, 9, 96), 24), torch.float32)
+    x, residual = torch.randn(2, 9, 40, device=DEVICE), torch.randn(2, 9, 96, device=DEVICE)
+    # a nearly flat row, as above
+    residual[0, 0] = 2.6 + 4e-3 * torch.randn(96, device=DEVICE)
+    x[0, 0] = 0
+    folded, behind = first.folded(), second.folded()
+    if form == "triton":
+        from src.ops.fused_linear.triton import Tiles
+
+        folded.tiles = Tiles(16, min(columns, 32), 32, parts=3 if columns == 96 else 1)
+    y, statistics = fused_linear_with_statistics(x, folded, residual, form)
+    assert_close("output", first.specification(x, residual), y, 1e-6)
+    assert (statistics is not None) == (form == "triton")
+    out = fused_linear(y, behind, backend=form, statistics=statistics)
+    assert_close("out of what is handed on", second.specification(y), out, 3e-5)
+    if statistics is not None:
+        # other numbers there give another result: they are read
+        changed = fused_linear(y, behind, backend=form, statistics=2 * statistics)
+        assert rms_ratio(out.double(), changed) > 0.1
+
+
+@needs_triton
+def test_no_statistics_of_parts_of_unequal_size():
+    weights = Weights(Case((9, 40), 70, normalise=False), torch.float32)
+    assert (
+        fused_linear_with_statistics(torch.randn(9, 40, device=DEVICE), weights.folded(), backend="triton")[1] is None
+    )
 
 
 @needs_triton
 def test_compiles_as_one_graph():
-    case = CASES[5]
+    from src.ops.fused_linear.triton import Tiles
+
+    case = Case((2, 9, 8, 64), 32, Patches(3, 2, 1), residual=(20, 32))
     weights = Weights(case, torch.float32)
     folded = weights.folded()
+    folded.tiles = Tiles(16, 16, 32)
+    after = Weights(Case((2, 20, 32), 16), torch.float32)
+    behind = after.folded()
     x, table = torch.randn(case.shape, device=DEVICE), torch.randn(case.residual, device=DEVICE)
 
     def function(x):
-        tokens = x.new_zeros(2, 21, 24)
+        tokens = x.new_zeros(2, 21, 32)
         fused_linear(x, folded, table, tokens[:, 1:], "triton")
-        return tokens, fused_linear(x, folded, table, backend="triton")
+        out, statistics = fused_linear_with_statistics(x, folded, table, "triton")
+        return tokens, out, fused_linear(out, behind, backend="triton", statistics=statistics)
 
     with torch.inference_mode():
-        tokens, out = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+        tokens, out, last = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
     expected = weights.specification(x, table)
+    assert_close("last", after.specification(out), last, 1e-6)
     assert_close("tokens", F.pad(expected, (0, 0, 1, 0)), tokens, 1e-6)
     assert_close("out", expected, out, 1e-6)
 
@@ -344,6 +391,8 @@ def test_refusals():
         fused_linear(x, folded, torch.randn(3, 8))
     with refusal(r"out \(2, 9\) has to be of the shape of the output"):
         fused_linear(x, folded, out=torch.empty(2, 9))
+    with refusal(r"statistics \(1, 2, 3\) are not those of x \(2, 16\)"):
+        fused_linear(x, folded, statistics=torch.zeros(1, 2, 3))
     with refusal("has no gradients. Call it under torch.inference_mode"):
         fused_linear(x.requires_grad_(), folded)
     with refusal("backend='cuda' is not available here"):

@@ -37,6 +37,7 @@ from src.ops.fused.parts import (
 # Largest exponent of the factor that turns products of normalised features into weights. Beyond it the product itself
 # has left float32.
 MAX_EXPONENT = tl.constexpr(120.0)
+MARKS_AT_A_TIME = tl.constexpr(128)
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def _query_gradient_tile(
             first = tl.maximum(tile * BM - LEFT, 0)
             last = tl.minimum(end, tile * BM + BM)
         if LOW_RANK:
-            features, level = normalised(logs, FEATURE_PRECISION)
+            features, level = normalised(logs)
             if IS_CAUSAL:
                 first = state * chunk
         start = first
@@ -196,7 +197,7 @@ def _query_gradient_tile(
             dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
             if LOW_RANK:
                 key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
-                key_features, key_level = normalised(key_logs, FEATURE_PRECISION)
+                key_features, key_level = normalised(key_logs)
                 exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
                 ratio = tl.where(visible & no(inside), tl.exp2(exponent) * t, 0.0)
                 d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
@@ -544,7 +545,7 @@ def add_pairs_to_keys(
     dk += tl.dot((exact * t).to(q.dtype), q, input_precision=PRECISION)
     logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
     logs = tl.where((f < M)[None, :], logs, FLOOR)
-    query_features, query_level = normalised(logs, FEATURE_PRECISION)
+    query_features, query_level = normalised(logs)
     exponent = tl.minimum(key_level[:, None] + query_level[None, :] - normaliser[None, :], MAX_EXPONENT)
     ratio = tl.where(visible & no(inside), tl.exp2(exponent), 0.0)
     estimate = tl.dot(features, tl.trans(query_features), input_precision=FEATURE_PRECISION) * ratio
@@ -660,7 +661,7 @@ def key_gradient_kernel(
         mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
         weight = tl.load(weight_pointer + slot * MP + f)
         extra = tl.load(extra_pointer + slot * MP + f)
-        factors, level = normalised(logs + weight[None, :], FEATURE_PRECISION)
+        factors, level = normalised(logs + weight[None, :])
         factors = tl.where((level > FLOOR / 2)[:, None], factors, 0.0)
         unit = tl.exp2(tl.minimum(level, MAX_EXPONENT))
         rounded = factors.to(v.dtype)
@@ -668,7 +669,7 @@ def key_gradient_kernel(
         d_sums = tl.dot(v, mean, input_precision=PRECISION) - extra[None, :]
         if IS_CAUSAL:
             d_logs = factors * d_sums * unit[:, None]
-            features, key_level = normalised(logs, FEATURE_PRECISION)
+            features, key_level = normalised(logs)
 
     if LOW_RANK and IS_CAUSAL:
         start = first
@@ -840,13 +841,17 @@ def marked_key_gradient_kernel(
         k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
         v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
         logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
-        features, key_level = normalised(tl.where((f < M)[None, :], logs, FLOOR), FEATURE_PRECISION)
+        features, key_level = normalised(tl.where((f < M)[None, :], logs, FLOOR))
         dk = tl.zeros((BN, BE), tl.float32)
         dv = tl.zeros((BN, BD), tl.float32)
         d_logs = tl.zeros((BN, MP), tl.float32)
-        mark = 0
-        while mark < num_marks:
-            if tl.load(marked_pointer + group * num_marks + mark) != 0:
+        block = 0
+        while block < num_marks:
+            # looked at side by side: one after another, they would cost more than all that there is to compute
+            mark_index = block + tl.arange(0, MARKS_AT_A_TIME)
+            marks = tl.load(marked_pointer + group * num_marks + mark_index, mask=mark_index < num_marks, other=0)
+            mark = tl.min(tl.where(marks != 0, mark_index, num_marks), 0)
+            while mark < num_marks:
                 start = mark * MARK_ROWS
                 stop = tl.minimum(start + MARK_ROWS, num_queries)
                 while start < stop:
@@ -888,7 +893,8 @@ def marked_key_gradient_kernel(
                         FEATURE_PRECISION,
                     )
                     start += BM
-            mark += 1
+                mark = tl.min(tl.where((marks != 0) & (mark_index > mark), mark_index, num_marks), 0)
+            block += MARKS_AT_A_TIME
         dk *= scale * unlog
         d_logs = tl.where((f < M)[None, :] & exists[:, None], d_logs, 0.0)
         dk += tl.dot(d_logs.to(k.dtype), rows, input_precision=PRECISION) * (slope * unlog)

@@ -377,7 +377,7 @@ def pairs_kernel(
             q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
             logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
             logs = tl.where((f < M)[None, :], logs, FLOOR)
-            features, level = normalised(logs, FEATURE_PRECISION)
+            features, level = normalised(logs)
             first = 0
             last = end
             if IS_CAUSAL:
@@ -387,7 +387,7 @@ def pairs_kernel(
                 slot = group.to(tl.int64) * (chunks + 1) + state
                 mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
                 past = logs + tl.load(weight_pointer + slot * MP + f)[None, :]
-                past_features, largest = normalised(past, FEATURE_PRECISION)
+                past_features, largest = normalised(past)
                 # no key before the window: the features are 1 relative to nothing
                 past_features = tl.where((largest > FLOOR / 2)[:, None], past_features, 0.0).to(q.dtype)
                 normaliser = tl.sum(past_features.to(tl.float32), 1)
@@ -403,7 +403,7 @@ def pairs_kernel(
                 k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
                 v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
                 key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
-                key_features, key_level = normalised(key_logs, FEATURE_PRECISION)
+                key_features, key_level = normalised(key_logs)
                 estimate = tl.dot(features, tl.trans(key_features), input_precision=FEATURE_PRECISION)
                 logits = tl.where(estimate > 0, tl.log2(tl.maximum(estimate, 1e-37)), FLOOR)
                 logits += level[:, None] + key_level[None, :]

@@ -36,12 +36,14 @@ COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 # The same for many chunks.
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
 # Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do, at once.
-PAIRS_PROGRAMS = 512
+PAIRS_PROGRAMS = 2048
 # Queries, keys of a step, and warps for marked tiles. Each is on its own, and its time the latency of one step after
 # another over the keys: few rows in many programs, many keys in a step. Rows divide those of the marks.
 MARKED_ROWS, MARKED_KEYS, MARKED_WARPS = 16, 128, 4
-# The same where a tile of many keys does not fit, and keys of a tile of their own gradient.
-MARKED_KEYS_WIDE, MARKED_KEY_ROWS = 32, 32
+# The same where a tile of many keys does not fit.
+MARKED_KEYS_WIDE = 32
+# Keys of a tile of their own gradient, and warps.
+MARKED_KEY_ROWS, MARKED_KEY_WARPS = 64, 4
 # Tiles of a chunk at least, and rows of a chunk at most with causal masking.
 MIN_CHUNK_TILES, CAUSAL_CHUNK = 2, 256
 
@@ -519,7 +521,7 @@ def run_backward(
             BN=MARKED_KEY_ROWS,
             BM=MARKED_ROWS,
             MARK_ROWS=tiles.query_rows,
-            num_warps=MARKED_WARPS,
+            num_warps=MARKED_KEY_WARPS,
         )
     return d_query, d_key, d_value
 

@@ -98,7 +98,7 @@ def no(x):
 
 
 @triton.jit
-def normalised(x, PRECISION: tl.constexpr):
+def normalised(x):
     """Log features (rows, MP) as factors of at most 1, and the logarithm (rows,) that they are relative to."""
     reference = tl.maximum(tl.max(x, 1), FLOOR)
     return tl.exp2(x - reference[:, None]), reference

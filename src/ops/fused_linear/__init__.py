@@ -11,7 +11,7 @@ from src.ops.fused_linear.patches import Patches
 from src.ops.fused_linear.plain import plain_fused_linear
 from src.utils.errors import UserError
 
-__all__ = ["FoldedLinear", "Patches", "fused_linear", "naive_fused_linear"]
+__all__ = ["FoldedLinear", "Patches", "fused_linear", "fused_linear_with_statistics", "naive_fused_linear"]
 
 
 def fused_linear(
@@ -20,6 +20,7 @@ def fused_linear(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     backend: str = "auto",
+    statistics: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`act(LayerNorm(x) W^T + b) + residual`, for inference only. See README.md in this folder.
 
@@ -33,6 +34,7 @@ def fused_linear(
         out: tensor of the output's shape to write to, of any strides with a contiguous last dimension, such as
             `tokens[:, 1:]`; None for a new one. It may be `residual` itself; it must not overlap x.
         backend: `naive` (float64), `torch`, `triton` (CUDA) or `auto`.
+        statistics: of the rows of x, as `fused_linear_with_statistics` gave them with x; None to take them here.
 
     Returns:
         (..., N) for rows, (B, patches, N) for patches; `out` where it was given.
@@ -40,6 +42,36 @@ def fused_linear(
     Raises:
         UserError: shapes, dtypes or devices that do not fit; a gradient is wanted.
     """
+    return _fused_linear(x, folded, residual, out, backend, statistics, with_statistics=False)[0]
+
+
+def fused_linear_with_statistics(
+    x: torch.Tensor,
+    folded: FoldedLinear,
+    residual: torch.Tensor | None = None,
+    backend: str = "auto",
+    statistics: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`fused_linear`, and what the LayerNorm of the next map needs to know of the output's rows.
+
+    Taken where the output is computed, it spares the next map a pass over it.
+
+    Returns:
+        The output, and means and sums of squares of its rows for the `statistics` of a map of that very output; None
+        where a form takes them itself.
+    """
+    return _fused_linear(x, folded, residual, None, backend, statistics, with_statistics=True)
+
+
+def _fused_linear(
+    x: torch.Tensor,
+    folded: FoldedLinear,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    backend: str,
+    statistics: torch.Tensor | None,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape = folded.output_shape(x)
     check_inference_only("fused_linear", x, folded.weight, residual)
     for name, tensor in (("x", x), ("residual", residual), ("out", out)):
@@ -57,6 +89,13 @@ def fused_linear(
         residual = residual.expand(shape)
     if out is not None and out.shape != shape:
         raise UserError(f"out {tuple(out.shape)} has to be of the shape of the output, {shape}.")
+    if statistics is not None and (
+        statistics.dim() != 3 or statistics.shape[1:] != (2, x.numel() // folded.in_features) or folded.patches
+    ):
+        raise UserError(
+            f"statistics {tuple(statistics.shape)} are not those of x {tuple(x.shape)}. Give what "
+            "fused_linear_with_statistics returned with x, or None."
+        )
 
     chosen = choose_backend(backend, x)
     if chosen == "triton" and backend == "auto" and x.dtype == torch.float32 and folded.patches is None:
@@ -64,9 +103,9 @@ def fused_linear(
     if chosen == "triton":
         from src.ops.fused_linear.triton import triton_fused_linear
 
-        return triton_fused_linear(x, folded, residual, out)
+        return triton_fused_linear(x, folded, residual, out, statistics, with_statistics)
     if chosen == "torch":
-        return plain_fused_linear(x, folded, residual, out)
+        return plain_fused_linear(x, folded, residual, out), None
     y = naive_fused_linear(
         x,
         folded.matrix(),
@@ -77,4 +116,4 @@ def fused_linear(
         patches=folded.patches,
         residual=residual,
     ).to(x.dtype)
-    return y if out is None else out.copy_(y)
+    return (y if out is None else out.copy_(y)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,9 @@ def _finish(
     sums_ptr,
     residual_ptrs,
     out_ptrs,
+    statistics_ptrs,
     rows_exist,
+    num_rows,
     first_column,
     OUT_FEATURES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -92,8 +95,9 @@ def _finish(
     GELU: tl.constexpr,
     EXACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ):
-    """What follows the product, and the store of a tile."""
+    """What follows the product, and the store of a tile, with the statistics of its rows."""
     column = first_column + tl.arange(0, COLUMNS)
     exists = column < OUT_FEATURES
     y = product
@@ -107,7 +111,36 @@ def _finish(
     stored = rows_exist[:, None] & exists[None, :]
     if RESIDUAL:
         y = y + tl.load(residual_ptrs[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
-    tl.store(out_ptrs[:, None] + column[None, :], y.to(out_ptrs.dtype.element_ty), mask=stored)
+    y = y.to(out_ptrs.dtype.element_ty)
+    tl.store(out_ptrs[:, None] + column[None, :], y, mask=stored)
+    if STATISTICS:
+        # of what is stored: the LayerNorm behind it reads no more than that
+        y = y.to(tl.float32)
+        mean = tl.sum(y, 1) * (1.0 / COLUMNS)
+        centred = y - mean[:, None]
+        statistics_ptrs += 2 * (first_column // COLUMNS) * num_rows
+        tl.store(statistics_ptrs, mean, mask=rows_exist)
+        tl.store(statistics_ptrs + num_rows, tl.sum(centred * centred, 1), mask=rows_exist)
+
+
+@triton.jit
+def _row_statistics(statistics_ptr, row, num_rows, eps, COUNT: tl.constexpr, PARTIALS: tl.constexpr):
+    """Mean and reciprocal deviation of rows of COUNT values, from those of PARTIALS equal parts of each row.
+
+    Parts are merged as in Chan, Golub and LeVeque (1979): about the mean of all, never by a difference of squares.
+    """
+    mean = tl.load(statistics_ptr + row)
+    for part in tl.static_range(1, PARTIALS):
+        mean += tl.load(statistics_ptr + 2 * part * num_rows + row)
+    mean *= 1.0 / PARTIALS
+    squares = tl.load(statistics_ptr + num_rows + row)
+    if PARTIALS > 1:
+        for part in tl.static_range(PARTIALS):
+            if part > 0:
+                squares += tl.load(statistics_ptr + (2 * part + 1) * num_rows + row)
+            difference = tl.load(statistics_ptr + 2 * part * num_rows + row) - mean
+            squares += difference * difference * (COUNT // PARTIALS)
+    return mean, 1.0 / tl.sqrt(squares * (1.0 / COUNT) + eps)
 
 
 @triton.jit
@@ -154,14 +187,13 @@ def _load_segment(x_rows, y, left, columns, height, line):
 @triton.jit
 def _row_statistics_kernel(
     x_ptr,
-    statistics_ptr,  # (2, rows): means, reciprocal deviations
+    statistics_ptr,  # (2, rows): means, sums of the squares about them
     num_rows,
     rows_per_sample,
     x_stride,
     height,
     line,
     grid_width,
-    eps,
     SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,8 +205,9 @@ def _row_statistics_kernel(
 ):
     """Of ROWS rows; names as in `_fused_linear_kernel`, BLOCK is a power of two of at least SEGMENT.
 
-    The variance is taken about the mean, in a second pass that the cache serves: E[x^2] - E[x]^2 cancels in a nearly
-    flat row.
+    E[x^2] - E[x]^2 cancels in a nearly flat row. Rows are therefore held, and their squares taken about the mean; those
+    of patches are read once, relative to the value in the middle of the patch: that a value of the patch is itself no
+    further from the mean than the square root of their number times the deviation bounds what is lost.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
@@ -184,25 +217,27 @@ def _row_statistics_kernel(
     if PATCHES:
         top, left = _corner_of_patch(row % rows_per_sample, grid_width, STRIDE, PADDING, CHANNELS)
         x_rows = x_ptr + (row // rows_per_sample).to(tl.int64) * x_stride
-        total = tl.zeros((ROWS,), tl.float32)
+        middle = (SEGMENT // 2 + tl.arange(0, 1)) // CHANNELS * CHANNELS
+        origin = tl.sum(_load_segment(x_rows, top + SEGMENTS // 2, left, middle, height, line).to(tl.float32), 1)
+        sums = tl.zeros((ROWS, BLOCK), tl.float32)
+        squares_of_columns = tl.zeros((ROWS, BLOCK), tl.float32)
         for segment in tl.static_range(SEGMENTS):
             x = _load_segment(x_rows, top + segment, left, columns, height, line).to(tl.float32)
-            total += tl.sum(tl.where(counted, x, 0.0), 1)
-        mean = total * (1.0 / (SEGMENTS * SEGMENT))
-        squares = tl.zeros((ROWS,), tl.float32)
-        for segment in tl.static_range(SEGMENTS):
-            x = _load_segment(x_rows, top + segment, left, columns, height, line).to(tl.float32)
-            centred = tl.where(counted, x - mean[:, None], 0.0)
-            squares += tl.sum(centred * centred, 1)
+            x = tl.where(counted, x - origin[:, None], 0.0)
+            sums += x
+            squares_of_columns += x * x
+        total = tl.sum(sums, 1)
+        distance = total * (1.0 / (SEGMENTS * SEGMENT))
+        mean = origin + distance
+        squares = tl.maximum(tl.sum(squares_of_columns, 1) - total * distance, 0.0)
     else:
         pointers = x_ptr + (row.to(tl.int64) * x_stride)[:, None] + columns[None, :]
         x = tl.load(pointers, mask=counted, other=0.0).to(tl.float32)
         mean = tl.sum(x, 1) * (1.0 / SEGMENT)
         centred = tl.where(counted, x - mean[:, None], 0.0)
         squares = tl.sum(centred * centred, 1)
-    reciprocal_deviation = 1.0 / tl.sqrt(squares * (1.0 / (SEGMENTS * SEGMENT)) + eps)
     tl.store(statistics_ptr + row, mean, mask=exists)
-    tl.store(statistics_ptr + num_rows + row, reciprocal_deviation, mask=exists)
+    tl.store(statistics_ptr + num_rows + row, squares, mask=exists)
 
 
 @triton.jit
@@ -211,7 +246,8 @@ def _fused_linear_kernel(
     weight_ptr,
     bias_ptr,
     sums_ptr,
-    statistics_ptr,  # of `_row_statistics_kernel`, with NORMALISE
+    statistics_ptr,  # (PARTIALS, 2, rows) of x: means, sums of squares about them; with NORMALISE
+    out_statistics_ptr,  # the same of the output, in tiles of columns; with STATISTICS
     residual_ptr,
     out_ptr,
     num_rows,
@@ -224,6 +260,7 @@ def _fused_linear_kernel(
     residual_row_stride,
     out_sample_stride,
     out_row_stride,
+    eps,
     OUT_FEATURES: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -237,6 +274,8 @@ def _fused_linear_kernel(
     GELU: tl.constexpr,
     EXACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -326,9 +365,9 @@ def _fused_linear_kernel(
     mean = tl.zeros((ROWS,), tl.float32)
     reciprocal_deviation = mean
     if NORMALISE:
-        mean = tl.load(statistics_ptr + row)
-        reciprocal_deviation = tl.load(statistics_ptr + num_rows + row)
+        mean, reciprocal_deviation = _row_statistics(statistics_ptr, row, num_rows, eps, SEGMENTS * SEGMENT, PARTIALS)
     out_ptrs = out_ptr + sample.to(tl.int64) * out_sample_stride + row_of_sample.to(tl.int64) * out_row_stride
+    out_statistics_ptrs = out_statistics_ptr + row
     residual_ptrs = out_ptrs
     if RESIDUAL:
         residual_ptrs = (
@@ -344,7 +383,9 @@ def _fused_linear_kernel(
         sums_ptr,
         residual_ptrs,
         out_ptrs,
+        out_statistics_ptrs,
         rows_exist,
+        num_rows,
         first_column,
         OUT_FEATURES,
         COLUMNS,
@@ -353,6 +394,7 @@ def _fused_linear_kernel(
         GELU,
         EXACT,
         RESIDUAL,
+        STATISTICS,
     )
     if PARTS > 1:
         _finish(
@@ -363,7 +405,9 @@ def _fused_linear_kernel(
             sums_ptr,
             residual_ptrs,
             out_ptrs,
+            out_statistics_ptrs,
             rows_exist,
+            num_rows,
             first_column + COLUMNS,
             OUT_FEATURES,
             COLUMNS,
@@ -372,6 +416,7 @@ def _fused_linear_kernel(
             GELU,
             EXACT,
             RESIDUAL,
+            STATISTICS,
         )
     if PARTS > 2:
         _finish(
@@ -382,7 +427,9 @@ def _fused_linear_kernel(
             sums_ptr,
             residual_ptrs,
             out_ptrs,
+            out_statistics_ptrs,
             rows_exist,
+            num_rows,
             first_column + 2 * COLUMNS,
             OUT_FEATURES,
             COLUMNS,
@@ -391,6 +438,7 @@ def _fused_linear_kernel(
             GELU,
             EXACT,
             RESIDUAL,
+            STATISTICS,
         )
 
 
@@ -400,7 +448,9 @@ def _launch(
     bias: torch.Tensor | None,
     sums: torch.Tensor | None,
     residual: torch.Tensor | None,
+    statistics: torch.Tensor | None,
     out: torch.Tensor,
+    out_statistics: torch.Tensor | None,
     eps: float,
     segment: int,
     normalise: bool,
@@ -416,7 +466,9 @@ def _launch(
         bias: (N,), or None.
         sums: (N,), or None.
         residual: of the output's shape, or None.
+        statistics: of the rows of x, as `_statistics_shape` says; None to take them here.
         out: (..., N).
+        out_statistics: where those of the output go, or None.
         eps: of the LayerNorm.
         segment: values of x that lie together, at most `length`.
         normalise: whether there is a LayerNorm.
@@ -453,6 +505,8 @@ def _launch(
             added = _as_samples(residual.contiguous())
     if tiles is None:
         tiles = default_tiles(num_rows, segments * segment, out_features, x.dtype)
+    if not normalise:
+        statistics = None
     grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(out_features, tiles.columns * tiles.parts),)
     layout = (num_rows, written.shape[1], x_stride, height, line, grid_width)
     constants = {
@@ -464,20 +518,20 @@ def _launch(
         "CHANNELS": channels,
     }
     with device_of(x):
-        statistics = weight
-        if normalise:
-            statistics = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
+        if normalise and statistics is None:
+            statistics = torch.empty(1, 2, num_rows, dtype=torch.float32, device=x.device)
             block = max(16, triton.next_power_of_2(segment))
             rows = max(1, _STATISTICS_BLOCK // block)
             _row_statistics_kernel[(triton.cdiv(num_rows, rows),)](
-                x, statistics, *layout, eps, **constants, BLOCK=block, ROWS=rows
+                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows
             )
         _fused_linear_kernel[grid](
             x,
             weight,
             weight if bias is None else bias,
             weight if sums is None else sums,
-            statistics,
+            weight if statistics is None else statistics,
+            weight if out_statistics is None else out_statistics,
             added,
             written,
             *layout,
@@ -485,6 +539,7 @@ def _launch(
             added.stride(1),
             written.stride(0),
             written.stride(1),
+            eps,
             **constants,
             OUT_FEATURES=out_features,
             LENGTH=length,
@@ -493,6 +548,8 @@ def _launch(
             GELU=gelu_follows,
             EXACT=x.dtype == torch.float32,
             RESIDUAL=residual is not None,
+            PARTIALS=1 if statistics is None else statistics.shape[0],
+            STATISTICS=out_statistics is not None,
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,
             PARTS=tiles.parts,
@@ -520,26 +577,70 @@ def _as_samples(x: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
+def _statistics_shape(out: Sequence[int], in_features: int, dtype: torch.dtype, tiles: Tiles | None) -> tuple[int, ...]:
+    """Shape (tiles of columns, 2, rows) of an output's row statistics: means, and sums of the squares about them.
+
+    (0,) where tiles of columns do not divide the row: parts of unequal size are not taken.
+    """
+    num_rows, out_features = math.prod(out[:-1]), out[-1]
+    columns = (tiles or default_tiles(num_rows, in_features, out_features, dtype)).columns
+    return (out_features // columns, 2, num_rows) if out_features % columns == 0 else (0,)
+
+
 _ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? sums, Tensor? residual, {out}float eps, int segment, "
-    "bool normalise, bool gelu, int[] patches, int[] tiles"
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? sums, Tensor? residual, Tensor? statistics, {out}float eps, "
+    "int segment, bool normalise, bool gelu, int[] patches, int[] tiles"
 )
 
 
 @torch.library.custom_op(
-    "scatterbrain::fused_linear", mutates_args=(), schema=f"({_ARGUMENTS.format(out='')}) -> Tensor"
+    "scatterbrain::fused_linear",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS.format(out='')}, bool with_statistics) -> (Tensor, Tensor)",
 )
-def fused_linear_operator(x, weight, bias, sums, residual, eps, segment, normalise, gelu, patches, tiles):
-    """The kernel as an operator of PyTorch, for `torch.compile`; arguments as in `_launch`."""
-    out = x.new_empty(_output_shape(x, weight, patches))
+def fused_linear_operator(
+    x,
+    weight,
+    bias,
+    sums,
+    residual,
+    statistics,
+    eps,
+    segment,
+    normalise,
+    gelu,
+    patches,
+    tiles,
+    with_statistics,
+):
+    """The kernel as an operator of PyTorch, for `torch.compile`; arguments as in `_launch`.
+
+    Returns the output, and the statistics of its rows, empty where they are not wanted or cannot be had.
+    """
     settings = Tiles(*tiles) if tiles else None
-    _launch(x, weight, bias, sums, residual, out, eps, segment, normalise, gelu, patches, settings)
-    return out
+    out, out_statistics = _outputs(x, weight, segment, patches, settings, with_statistics)
+    wanted = out_statistics if out_statistics.numel() > 0 else None
+    _launch(x, weight, bias, sums, residual, statistics, out, wanted, eps, segment, normalise, gelu, patches, settings)
+    return out, out_statistics
 
 
 @fused_linear_operator.register_fake
-def _(x, weight, bias, sums, residual, eps, segment, normalise, gelu, patches, tiles):
-    return x.new_empty(_output_shape(x, weight, patches))
+def _(
+    x,
+    weight,
+    bias,
+    sums,
+    residual,
+    statistics,
+    eps,
+    segment,
+    normalise,
+    gelu,
+    patches,
+    tiles,
+    with_statistics,
+):
+    return _outputs(x, weight, segment, patches, Tiles(*tiles) if tiles else None, with_statistics)
 
 
 @torch.library.custom_op(
@@ -547,10 +648,28 @@ def _(x, weight, bias, sums, residual, eps, segment, normalise, gelu, patches, t
     mutates_args=("out",),
     schema=f"({_ARGUMENTS.format(out='Tensor(a!) out, ')}) -> ()",
 )
-def fused_linear_out_operator(x, weight, bias, sums, residual, out, eps, segment, normalise, gelu, patches, tiles):
-    """`fused_linear_operator` that writes to `out`."""
+def fused_linear_out_operator(
+    x, weight, bias, sums, residual, statistics, out, eps, segment, normalise, gelu, patches, tiles
+):
+    """`fused_linear_operator` that writes to `out`, without statistics of it."""
     settings = Tiles(*tiles) if tiles else None
-    _launch(x, weight, bias, sums, residual, out, eps, segment, normalise, gelu, patches, settings)
+    _launch(x, weight, bias, sums, residual, statistics, out, None, eps, segment, normalise, gelu, patches, settings)
+
+
+def _outputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    segment: int,
+    patches: Sequence[int],
+    tiles: Tiles | None,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for an output and the statistics of its rows, (0,) without."""
+    out = x.new_empty(_output_shape(x, weight, patches))
+    shape = (0,)
+    if with_statistics:
+        shape = _statistics_shape(out.shape, weight.shape[1] * segment, x.dtype, tiles)
+    return out, x.new_empty(shape, dtype=torch.float32)
 
 
 def _output_shape(x: torch.Tensor, weight: torch.Tensor, patches: Sequence[int]) -> tuple[int, ...]:
@@ -561,20 +680,28 @@ def _output_shape(x: torch.Tensor, weight: torch.Tensor, patches: Sequence[int])
 
 
 def triton_fused_linear(
-    x: torch.Tensor, folded: FoldedLinear, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Arguments as in `fused_linear`, `residual` of the shape of the output."""
+    x: torch.Tensor,
+    folded: FoldedLinear,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+    with_statistics: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Arguments as in `fused_linear`, `residual` of the shape of the output; statistics of a new output alone."""
     patches = () if folded.patches is None else (folded.patches.kernel, folded.patches.stride, folded.patches.padding)
     settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches)
-    weights = (folded.weight, folded.bias, folded.sums)
+    inputs = (x, folded.weight, folded.bias, folded.sums, residual, statistics)
     if torch.compiler.is_compiling():
         tiles = () if folded.tiles is None else dataclasses.astuple(folded.tiles)
+        if out is not None:
+            torch.ops.scatterbrain.fused_linear_out(*inputs, out, *settings, tiles)
+            return out, None
+        out, out_statistics = torch.ops.scatterbrain.fused_linear(*inputs, *settings, tiles, with_statistics)
+    else:
+        # PyTorch's dispatcher would cost as much as the launch itself
+        out_statistics = None
         if out is None:
-            return torch.ops.scatterbrain.fused_linear(x, *weights, residual, *settings, tiles)
-        torch.ops.scatterbrain.fused_linear_out(x, *weights, residual, out, *settings, tiles)
-        return out
-    # PyTorch's dispatcher would cost as much as the launch itself
-    if out is None:
-        out = x.new_empty(folded.output_shape(x))
-    _launch(x, *weights, residual, out, *settings, folded.tiles)
-    return out
+            out, out_statistics = _outputs(x, folded.weight, folded.segment, patches, folded.tiles, with_statistics)
+        wanted = None if out_statistics is None or out_statistics.numel() == 0 else out_statistics
+        _launch(*inputs, out, wanted, *settings, folded.tiles)
+    return out, None if out_statistics is None or out_statistics.numel() == 0 else out_statistics
