@@ -678,7 +678,7 @@ def plot(bench: Bench, path: str) -> None:
     )
     axis.bar_label(bars, [f"{figure(x.images_per_second)} (batch {x.batch})" for x in best], padding=3, fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.2)
+    axis.margins(x=0.3)
     axis.set_xlabel("images per second")
     axis.set_title(f"{arguments.variant}, {arguments.image_size} px, {arguments.precision} on {machine_name(bench)}")
     save_figure(drawing, path)
