@@ -2,8 +2,9 @@
 
 Machines are shared and noisy, so what counts are ratios: in each round every candidate runs once at every length, in
 turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
-and the median of the rounds is reported; so is the growth from one length to the next. Window and features follow from
---memory-fraction for each length; for the growth they are kept as they are at --growth-length, in rows of their own.
+and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
+clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
+in rows of their own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted. CUDA: the caching
 allocator's peak. CPU: the peak of live bytes from PyTorch's allocator, as its profiler records every allocation and
@@ -79,8 +80,13 @@ CUDA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# Sizes that have a column of their own in the tables, and how those of the clusters are called there.
+WINDOW, FEATURES = "local_context", "nb_features"
+SYMBOLS = {"num_landmarks": "C", "num_query_landmarks": "Q", "num_exact": "X"}
 # A sample shorter than this says more about the clock than about the candidate; calls are repeated until it is passed.
 SHORTEST_SAMPLE_SECONDS = 2e-3
+# Of the tables where they are not shown on a terminal.
+WIDTH = 132
 # What fast-transformers' local products hold at positions without a key.
 NO_KEY = -1e20
 
@@ -96,17 +102,25 @@ class Candidate:
         name: its row in the tables.
         kind: `attention` (ours), `growth` (ours, with the sizes of another length) or `peer`.
         function: query (B, N, H, E), key and value likewise, to output (B, N, H, E).
-        window: number of keys in the window, 0 for none.
-        features: number of random features, 0 for none.
+        sizes: what its memory is spent on, by the names of the options; empty for full attention.
         memory_fraction: memory over that of full attention, by the published rule of counting.
     """
 
     name: str
     kind: str
     function: Function
-    window: int = 0
-    features: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
     memory_fraction: float = 1.0
+
+    @property
+    def window(self) -> int:
+        """Number of keys in the window, 0 for none."""
+        return self.sizes.get(WINDOW, 0)
+
+    @property
+    def features(self) -> int:
+        """Number of random features, 0 for none."""
+        return self.sizes.get(FEATURES, 0)
 
 
 @dataclass
@@ -119,6 +133,7 @@ class Measurement:
     attention_pass: str
     window: int
     features: int
+    sizes: dict[str, int]
     memory_fraction: float
     temporary_bytes: int
     calls_per_sample: int
@@ -192,7 +207,18 @@ def build_parser() -> Parser:
     parser.add_argument("--dim", type=positive, default=64, metavar="E", help="width of a head (64)")
     parser.add_argument("--memory-fraction", type=fraction, default=1 / 32, metavar="F", help="budget (1/32)")
     parser.add_argument(
-        "--growth-length", type=positive, metavar="N", help="length whose window and features the growth is taken with"
+        "--std", type=fraction, default=1.0, metavar="S", help="deviation of the queries' and keys' elements (1)"
+    )
+    parser.add_argument(
+        "--growth-length",
+        type=positive,
+        metavar="N",
+        help="length whose window, features, ... the growth is taken with",
+    )
+    parser.add_argument(
+        "--growth-only",
+        action="store_true",
+        help="leave out sizes that fit other lengths than --growth-length; long ones take most of the time",
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="CPU threads (PyTorch's choice)")
     parser.add_argument("--repeats", type=positive, default=15, metavar="R", help="rounds (15)")
@@ -336,12 +362,12 @@ def fast_transformers_peers(shape: Sequence[int], device: torch.device, sizes: d
     peers = []
     for name, (window, features) in sizes.items():
         if name == "local":
-            peers.append(Candidate("fast-transformers local", "peer", heads_first(local(window)), window))
+            peers.append(Candidate("fast-transformers local", "peer", heads_first(local(window)), {WINDOW: window}))
         elif name == "performer":
-            peers.append(Candidate("fast-transformers performer", "peer", performer(features), 0, features))
+            peers.append(Candidate("fast-transformers performer", "peer", performer(features), {FEATURES: features}))
         elif name == "sblocal":
             form = heads_first(scatterbrain(window, features))
-            peers.append(Candidate("published form of sblocal", "peer", form, window, features))
+            peers.append(Candidate("published form of sblocal", "peer", form, {WINDOW: window, FEATURES: features}))
     return peers
 
 
@@ -376,24 +402,26 @@ class Bench:
         arguments = self.arguments
         generator = torch.Generator().manual_seed(length)
         shape = (self.batches[length], length, arguments.heads, arguments.dim)
-        return tuple(torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(3))
+        query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+        query, key = query * arguments.std, key * arguments.std
+        return tuple(x.to(self.device, self.dtype) for x in (query, key, value))
 
     def attention(self, name: str, length: int, budget_length: int) -> Candidate:
-        """One of our attentions, with the window and features that fit `budget_length`."""
+        """One of our attentions, with the sizes that fit `budget_length`."""
         arguments = self.arguments
         module = create_attention(name, budget_length, arguments.dim, memory_fraction=arguments.memory_fraction)
         module.to(self.device).eval()
-        sizes = module.sizes()
-        window, features = sizes.get("local_context", 0), sizes.get("nb_features", 0)
         share = min(1.0, module.memory_columns(length) / length)
         kind = "attention" if budget_length == length else "growth"
         label = name if kind == "attention" else f"{name} as at {budget_length}"
-        return Candidate(label, kind, module_function(module), window, features, share)
+        return Candidate(label, kind, module_function(module), module.sizes(), share)
 
     def candidates(self, length: int) -> list[Candidate]:
         """Everything that is timed at one length; SDPA, the baseline, comes first."""
         arguments = self.arguments
         ours = [self.attention(name, length, length) for name in arguments.attentions]
+        if arguments.growth_only and length != self.growth_length:
+            ours = [item for item in ours if not item.sizes]
         found = [Candidate(BASELINE, "peer", heads_first(sdpa))]
         if not arguments.no_peers:
             if self.device.type == "cuda":
@@ -407,16 +435,11 @@ class Bench:
         if arguments.compile:
             for item in ours:
                 form = compiled(item.function)
-                found.append(Candidate(f"{item.name}, compiled", "compiled", form, *self.sizes(item)))
+                found.append(Candidate(f"{item.name}, compiled", "compiled", form, item.sizes, item.memory_fraction))
         if length != self.growth_length:
             grown = [self.attention(name, length, self.growth_length) for name in arguments.attentions]
-            found += [item for item in grown if item.window or item.features]
+            found += [item for item in grown if item.sizes]
         return found
-
-    @staticmethod
-    def sizes(candidate: Candidate) -> tuple[int, int, float]:
-        """Window, features and memory fraction of a candidate."""
-        return candidate.window, candidate.features, candidate.memory_fraction
 
     def fast_transformers(self, length: int, sizes: dict[str, tuple[int, int]]) -> list[Candidate]:
         """Its peers, none where they cannot run."""
@@ -487,7 +510,7 @@ class Bench:
             KernelCase(name, length, budget_length, attention_pass)
             for length in arguments.lengths
             for attention_pass in arguments.passes
-            for budget_length in dict.fromkeys((length, self.growth_length))
+            for budget_length in dict.fromkeys((*([] if arguments.growth_only else [length]), self.growth_length))
             for name in arguments.attentions
         ]
 
@@ -558,7 +581,10 @@ class Bench:
                 entry.candidate.kind,
                 entry.length,
                 entry.attention_pass,
-                *self.sizes(entry.candidate),
+                entry.candidate.window,
+                entry.candidate.features,
+                entry.candidate.sizes,
+                entry.candidate.memory_fraction,
                 entry.temporary_bytes,
                 entry.number,
                 statistics.median(entry.milliseconds),
@@ -634,13 +660,12 @@ def graph_milliseconds(call: Callable[[], object], repeats: int) -> float | None
 
 
 def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
-    """Growth of the time from each length to the next, window and features kept where there are any."""
+    """Growth of the time from each length to the next, sizes kept where there are any."""
     lengths = bench.arguments.lengths
     for attention_pass in bench.arguments.passes:
         times: dict[str, dict[int, list[float]]] = {}
         for item in bench.measurements:
-            sized = bool(item.window or item.features)
-            at_home = item.kind == "attention" and (not sized or item.length == bench.growth_length)
+            at_home = item.kind == "attention" and (not item.sizes or item.length == bench.growth_length)
             if item.attention_pass == attention_pass and (at_home or item.kind == "growth" or item.name == BASELINE):
                 times.setdefault(item.name.split(" as at ")[0], {})[item.length] = rounds(item)
         for name, by_length in times.items():
@@ -667,6 +692,12 @@ def rounds(item: Measurement) -> list[float]:
     return item.milliseconds_per_round if item.device_milliseconds is None else [item.device_milliseconds]
 
 
+def other_sizes(sizes: dict[str, int]) -> str:
+    """Sizes beside window and features, as the tables have them; empty where there are none."""
+    others = {name: size for name, size in sizes.items() if name not in (WINDOW, FEATURES)}
+    return ", ".join(f"{SYMBOLS.get(name, name.removeprefix('num_'))} {size}" for name, size in others.items())
+
+
 def result_tables(bench: Bench) -> Iterator[Table]:
     """One table for each length and pass, and the one of growth."""
     arguments = bench.arguments
@@ -676,15 +707,20 @@ def result_tables(bench: Bench) -> Iterator[Table]:
             rows = [x for x in bench.measurements if (x.length, x.attention_pass) == (length, attention_pass)]
             if not rows:
                 continue  # it was not complete
+            others = any(other_sizes(item.sizes) for item in rows)
+            clustered = any(SYMBOLS.keys() & item.sizes for item in rows)
+            clusters = ", C clusters of keys, Q of queries, X exact keys" if clustered else ""
             table = Table(
                 title=f"N = {length}, {attention_pass}: {arguments.dtype} on {bench.device.type}, batch "
-                f"{bench.batches[length]}, heads {arguments.heads}, width {arguments.dim}",
+                f"{bench.batches[length]}, heads {arguments.heads}, width {arguments.dim}"
+                + ("" if arguments.std == 1 else f", std {arguments.std:g}"),
                 title_justify="left",
-                caption="W keys in the window, M features; MiB: memory of one call, inputs not counted",
+                caption=f"W keys in the window, M features{clusters}; MiB: memory of one call, inputs not counted",
                 caption_justify="left",
             )
             table.add_column("attention", no_wrap=True)
-            for header in ("W", "M", "MiB", "ms", *(["device\nms"] if on_cuda else []), "time/\nSDPA", "MiB/\nSDPA"):
+            sizes = ("W", "M", *(["others"] if others else []))
+            for header in (*sizes, "MiB", "ms", *(["device\nms"] if on_cuda else []), "time/\nSDPA", "MiB/\nSDPA"):
                 table.add_column(header, justify="right", no_wrap=True)
             baseline = next(x for x in rows if x.name == BASELINE)
             kind = None
@@ -697,6 +733,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
                     item.name,
                     str(item.window or "-"),
                     str(item.features or "-"),
+                    *([other_sizes(item.sizes) or "-"] if others else []),
                     figure(item.temporary_bytes / 2**20),
                     figure(item.milliseconds),
                     *([device_time] if on_cuda else []),
@@ -707,7 +744,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
     rows = list(growth(bench))
     if rows:
         table = Table(
-            title=f"Growth of the time with N; window and features as at N = {bench.growth_length}",
+            title=f"Growth of the time with N; sizes as at N = {bench.growth_length}",
             title_justify="left",
             caption="exponent: 1 is linear in N, 2 quadratic",
             caption_justify="left",
@@ -814,6 +851,8 @@ def conclude(bench: Bench) -> int:
         print("Interrupted. Nothing was written.", file=sys.stderr)
         return 1
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for these tables
+        console = Console(width=WIDTH)
     for table in result_tables(bench):
         console.print(table, "")
     for reason in dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in bench.skipped):

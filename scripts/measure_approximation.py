@@ -7,6 +7,12 @@ draws also follow the bias, what all of them have in common, and the spread of o
 Some photographs, spread evenly, also give the error of the matrix of attention weights, and how sharp full attention
 is: its effective number of keys (exp of the entropy of a query's weights) and its largest logit.
 
+--layers has the blocks of the backbone measured too, or alone: 197 tokens, the class token among them, in several heads
+of width 64. There 1/32 is 6 columns, which pay for a window of 6 keys, 6 clusters, 3 features, or 3 keys and 2
+features; clusters of queries are a single one. Give a larger --memory-fraction, such as 1/8: 24 columns. Blocks of a
+block-sparse attention have 16 tokens at least, and spend more than the budget; the column `memory` has what is spent.
+What cannot be had at this length is left out, and a line says why.
+
     python scripts/measure_approximation.py --checkpoint FILE --data-dir data/flowers
 """
 
@@ -16,7 +22,7 @@ import argparse
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,10 +41,12 @@ from src.models.modules.attention.base import AttentionModule
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
+    LAYERS,
     StageInputs,
     attention_weights,
     bias_and_spread,
-    capture_stage_inputs,
+    capture_inputs,
+    create_block_attentions,
     create_stage_attentions,
     effective_keys,
     largest_logit,
@@ -58,8 +66,10 @@ from src.utils.scripts import (
     fraction,
     positive,
     run_tool,
+    say,
 )
 
+BACKBONE, MEAN_OF_BLOCKS = "backbone", "blocks"
 # Of the table where it is not shown on a terminal.
 WIDTH = 132
 
@@ -90,11 +100,12 @@ class Error:
 
 @dataclass
 class Approximation:
-    """Errors of one attention in one stage.
+    """Errors of one attention in one layer.
 
     Attributes:
         attention: its name.
-        stage: 1 or 2.
+        layer: `stage 1`, `stage 2`, `block 1`, ..., or `blocks`, the mean of all blocks of the backbone.
+        stage: 1 or 2; None in the backbone.
         options: its sizes.
         memory: over that of the full attention matrix.
         output_error: of the output, over all images.
@@ -104,7 +115,8 @@ class Approximation:
     """
 
     attention: str
-    stage: int
+    layer: str
+    stage: int | None
     options: dict[str, int]
     memory: float
     output_error: Error
@@ -115,17 +127,19 @@ class Approximation:
 
 @dataclass
 class Sharpness:
-    """How sharp full attention is in one stage.
+    """How sharp full attention is in one layer.
 
     Attributes:
-        stage: 1 or 2.
+        layer: `stage 1`, `stage 2`, `block 1`, ...
+        stage: 1 or 2; None in the backbone.
         num_tokens: number of queries and of keys.
         scale: softmax scale.
-        effective_keys: mean over images and queries of exp(entropy), in [1, num_tokens].
-        largest_logit: largest |s q.k| over images, queries and keys.
+        effective_keys: mean over images, heads and queries of exp(entropy), in [1, num_tokens].
+        largest_logit: largest |s q.k| over images, heads, queries and keys.
     """
 
-    stage: int
+    layer: str
+    stage: int | None
     num_tokens: int
     scale: float
     effective_keys: float
@@ -154,6 +168,9 @@ def approximation_parser(description: str, attentions: Sequence[str]) -> Parser:
 
 def build_parser() -> Parser:
     parser = approximation_parser(__doc__, ("local", "performer", "sblocal"))
+    parser.add_argument(
+        "--layers", choices=LAYERS, default="stages", help="token stages, blocks of the backbone, or all (stages)"
+    )
     parser.add_argument("--num-draws", type=positive, default=3, metavar="K", help="draws of the random features (3)")
     parser.add_argument("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
     parser.add_argument(
@@ -183,27 +200,40 @@ def spread(size: int, number: int) -> list[int]:
     return [(2 * i + 1) * size // (2 * number) for i in range(number)]
 
 
-class StageRecords:
-    """What is measured in one token stage, batch by batch.
+@dataclass(frozen=True)
+class Skipped:
+    """An attention that is left out of the backbone, and why."""
+
+    attention: str
+    layer: str
+    reason: str
+
+
+class LayerRecords:
+    """What is measured in one layer, batch by batch.
 
     Args:
-        stage: 1 or 2.
-        model: with full attention.
-        arguments: the options.
-        seeds: one for each draw of the random features.
+        layer: its name.
+        stage: 1 or 2; None in the backbone.
+        num_tokens: number of queries and of keys.
+        full: its full attention.
+        draws: modules of each attention, one for each draw of the random features.
     """
 
-    def __init__(self, stage: int, model: T2TViT, arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
-        self.stage = stage
-        self.full = model.token_attentions[stage - 1]
-        self.num_tokens = stage_lengths(model.image_size)[stage - 1]
-        self.draws: dict[str, list[AttentionModule]] = {}
-        for name in arguments.attentions:
-            modules = [
-                create_stage_attentions(name, model, arguments.memory_fraction, seed)[stage - 1] for seed in seeds
-            ]
-            # without random features, every draw would be the same
-            self.draws[name] = modules if hasattr(modules[0], "redraw_projection") else modules[:1]
+    def __init__(
+        self,
+        layer: str,
+        stage: int | None,
+        num_tokens: int,
+        full: AttentionModule,
+        draws: dict[str, list[AttentionModule]],
+    ) -> None:
+        self.layer, self.stage, self.num_tokens, self.full = layer, stage, num_tokens, full
+        # without random features, every draw would be the same
+        self.draws = {
+            name: modules if hasattr(modules[0], "redraw_projection") else modules[:1]
+            for name, modules in draws.items()
+        }
         self.output_errors: dict[str, list[torch.Tensor]] = {name: [] for name in self.draws}
         self.biases: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in self.draws}
         self.matrix_errors: list[torch.Tensor] = []
@@ -236,11 +266,13 @@ class StageRecords:
             if self.biases[name]:
                 bias, spread = (torch.cat(parts).mean().item() for parts in zip(*self.biases[name], strict=True))
             memory = attention_memory(draws[0], self.num_tokens)
-            yield Approximation(name, self.stage, draws[0].sizes(), memory, output, bias, spread, Error.of(matrix))
+            sizes = draws[0].sizes()
+            yield Approximation(name, self.layer, self.stage, sizes, memory, output, bias, spread, Error.of(matrix))
 
     def sharpness(self) -> Sharpness:
         """How sharp full attention is."""
         return Sharpness(
+            self.layer,
             self.stage,
             self.num_tokens,
             self.full.softmax_temp,
@@ -249,22 +281,92 @@ class StageRecords:
         )
 
 
+def layer_records(
+    model: T2TViT, arguments: argparse.Namespace, seeds: Sequence[int]
+) -> tuple[list[LayerRecords], list[Skipped]]:
+    """Records of the layers that are asked for, in the order of `capture_inputs`, and what is left out of them.
+
+    Args:
+        model: with full attention.
+        arguments: the options.
+        seeds: one for each draw of the random features.
+
+    Raises:
+        UserError: an attention that the token stages cannot have, or none that the backbone can.
+    """
+
+    def modules_by_layer(create: Callable[..., tuple[AttentionModule, ...]], name: str) -> list[list[AttentionModule]]:
+        drawn = [create(name, model, arguments.memory_fraction, seed) for seed in seeds]
+        return [list(modules) for modules in zip(*drawn, strict=True)]
+
+    records, skipped = [], []
+    if arguments.layers != "backbone":
+        draws = {name: modules_by_layer(create_stage_attentions, name) for name in arguments.attentions}
+        for number, (full, length) in enumerate(
+            zip(model.token_attentions, stage_lengths(model.image_size), strict=True)
+        ):
+            of_stage = {name: modules[number] for name, modules in draws.items()}
+            records.append(LayerRecords(f"stage {number + 1}", number + 1, length, full, of_stage))
+    if arguments.layers != "stages":
+        draws = {}
+        for name in arguments.attentions:
+            try:
+                draws[name] = modules_by_layer(create_block_attentions, name)
+            except UserError as error:
+                skipped.append(Skipped(name, BACKBONE, str(error)))
+        if not draws:
+            raise UserError(skipped[0].reason)
+        length = model.patch_embed.num_patches + 1
+        for number, full in enumerate(create_block_attentions("full", model)):
+            of_block = {name: modules[number] for name, modules in draws.items()}
+            records.append(LayerRecords(f"block {number + 1}", None, length, full, of_block))
+    return records, skipped
+
+
+def backbone_means(approximations: Sequence[Approximation]) -> list[Approximation]:
+    """Means over the blocks of the backbone, attention by attention; none where no block was measured."""
+    found: dict[str, list[Approximation]] = {}
+    for item in approximations:
+        if item.stage is None:
+            found.setdefault(item.attention, []).append(item)
+    return [mean_of_blocks(items) for items in found.values()]
+
+
+def mean_of_blocks(items: Sequence[Approximation]) -> Approximation:
+    """Mean of one attention's errors over the blocks; a draw is one of all blocks at once."""
+    first = items[0]
+
+    def error(name: str) -> Error:
+        draws = torch.tensor([getattr(item, name).draws for item in items], dtype=torch.float64)
+        return Error.of(draws.T)
+
+    def mean(name: str) -> float | None:
+        return None if getattr(first, name) is None else statistics.fmean(getattr(item, name) for item in items)
+
+    parts = (error("output_error"), mean("bias"), mean("spread"), error("matrix_error"))
+    return Approximation(first.attention, MEAN_OF_BLOCKS, None, first.options, first.memory, *parts)
+
+
 def table(approximations: Sequence[Approximation], sharpness: Sequence[Sharpness], title: str) -> Table:
     """The errors, and the sharpness below them."""
     rows = Table(title=title, title_justify="left", caption_justify="left")
     rows.caption = "memory: of the attention matrix\n" + "\n".join(
-        f"stage {item.stage}, full attention: {item.effective_keys:,.0f} effective keys of {item.num_tokens:,}, "
+        f"{item.layer}, full attention: {item.effective_keys:,.0f} effective keys of {item.num_tokens:,}, "
         f"largest |logit| {item.largest_logit:.1f}"
         for item in sharpness
     )
-    for header in ("attention", "stage", "sizes", "memory", "error of output", "bias", "spread", "error of matrix"):
-        rows.add_column(header, justify="left" if header in ("attention", "sizes") else "right", no_wrap=True)
+    for header in ("attention", "layer", "sizes", "memory", "error of output", "bias", "spread", "error of matrix"):
+        rows.add_column(header, justify="left" if header in ("attention", "layer", "sizes") else "right", no_wrap=True)
+    layer = ""
     for item in approximations:
         sizes = " + ".join(map(str, item.options.values())) or "-"
         parts = ("-" if part is None else f"{part:.3f}" for part in (item.bias, item.spread))
         memory = f"{100 * item.memory:.1f} %"
         errors = (str(item.output_error), *parts, str(item.matrix_error))
-        rows.add_row(item.attention, str(item.stage), sizes, memory, *errors)
+        if item.layer != layer:
+            rows.add_section()
+        layer = item.layer
+        rows.add_row(item.attention, layer, sizes, memory, *errors)
     return rows
 
 
@@ -277,18 +379,19 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
     name, model = load_model(arguments.checkpoint)
     model.to(device)
     dataset = open_split(arguments.data_dir, arguments.split, model)
-    stages = [StageRecords(stage, model, arguments, seeds) for stage in (1, 2)]
+    layers, skipped = layer_records(model, arguments, seeds)
 
     chosen = spread(len(dataset), arguments.limit or len(dataset))
     of_matrix = {chosen[number] for number in spread(len(chosen), arguments.matrix_images)}
     loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
     for images, _, positions in track(loader, "Photographs", console=Console(stderr=True), transient=True):
         wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
-        for records, inputs in zip(stages, capture_stage_inputs(model, images.to(device)), strict=True):
+        for records, inputs in zip(layers, capture_inputs(model, images.to(device), arguments.layers), strict=True):
             records.update(inputs, wanted)
 
-    approximations = [item for records in stages for item in records.approximations()]
-    sharpness = [records.sharpness() for records in stages]
+    approximations = [item for records in layers for item in records.approximations()]
+    means = backbone_means(approximations)
+    sharpness = [records.sharpness() for records in layers]
     title = (
         f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
         f"(matrix: {len(of_matrix)}) ± deviation over {len(seeds)} draws"
@@ -296,7 +399,9 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for this table
         console = Console(width=WIDTH)
-    console.print(table(approximations, sharpness, title))
+    console.print(table([*approximations, *means], sharpness, title))
+    for item in skipped:
+        say(f"{item.attention} left out of the {item.layer}: {item.reason}")
     if arguments.output is not None:
         content = {
             "machine": machine_info(device),
@@ -318,6 +423,9 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
             "seeds": seeds,
             "full_attention": [asdict(item) for item in sharpness],
             "results": [asdict(item) for item in approximations],
+            "layers": arguments.layers,
+            "backbone_means": [asdict(item) for item in means],
+            "skipped": [asdict(item) for item in skipped],
         }
         write_json(arguments.output, content)
 

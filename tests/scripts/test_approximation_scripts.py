@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import statistics
 
@@ -16,7 +18,9 @@ from src.ops.full import naive_full_attention
 from src.ops.scatterbrain import naive_scatterbrain_attention
 from src.tasks.approximation import (
     attention_weights,
+    capture_inputs,
     capture_stage_inputs,
+    create_block_attentions,
     create_stage_attentions,
     effective_keys,
     largest_logit,
@@ -142,6 +146,109 @@ def test_a_part_of_the_photographs(folder, tmp_path, capsys, measured):
     assert f"{found['results'][0]['output_error']['mean']:.3f}" in printed
 
 
+def test_layers_of_the_stages_are_named(measured):
+    assert [(row["layer"], row["stage"]) for row in measured["results"]] == 3 * [("stage 1", 1)] + 3 * [("stage 2", 2)]
+    assert [(row["layer"], row["stage"]) for row in measured["full_attention"]] == [("stage 1", 1), ("stage 2", 2)]
+    assert (measured["layers"], measured["backbone_means"], measured["skipped"]) == ("stages", [], [])
+
+
+BLOCKS = 0.8  # of 5 tokens: 4 columns
+BLOCK_ATTENTIONS = ("local", "sblocal", "pairedcluster")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder, tmp_path_factory):
+    output, text = tmp_path_factory.mktemp("backbone") / "approximation.json", io.StringIO()
+    changes = {**MEASURED, "layers": "backbone", "memory_fraction": BLOCKS, "output": output}
+    names = ",".join((BLOCK_ATTENTIONS[0], "local2d", *BLOCK_ATTENTIONS[1:]))
+    with contextlib.redirect_stdout(text):
+        assert measure_approximation.main([*options(folder, **changes), "--attentions", names]) == 0
+    return json.loads(output.read_text()), text.getvalue()
+
+
+def test_errors_of_the_blocks(backbone, model, batch):
+    found, _ = backbone
+    layers = [f"block {number}" for number in range(1, 8)]
+    assert [(row["layer"], row["attention"]) for row in found["results"]] == [
+        (layer, name) for layer in layers for name in BLOCK_ATTENTIONS
+    ]
+    some = [1, 5]
+    inputs = {
+        "output_error": capture_inputs(model, batch, "backbone"),
+        "matrix_error": capture_inputs(model, batch[some], "backbone"),
+    }
+    for row in found["results"]:
+        number = layers.index(row["layer"])
+        seeds = (5, 6) if row["attention"] == "sblocal" else (5,)
+        modules = [create_block_attentions(row["attention"], model, BLOCKS, seed)[number] for seed in seeds]
+        assert row["stage"] is None
+        assert row["options"] == modules[0].sizes()
+        assert row["memory"] == min(1, modules[0].memory_columns(5) / 5)
+        assert (row["bias"] is None) == (row["spread"] is None) == (len(seeds) == 1)
+        for kind, captured in inputs.items():
+            draws = relative_errors(captured[number], modules, of_weights=kind == "matrix_error").mean(1).tolist()
+            assert row[kind]["draws"] == pytest.approx(draws, rel=ROUNDING)
+    for row, layer, stage in zip(found["full_attention"], layers, inputs["matrix_error"], strict=True):
+        assert (row["layer"], row["stage"], row["num_tokens"]) == (layer, None, 5)
+        assert row["scale"] == stage.scale
+        keys = effective_keys(attention_weights(stage, create_block_attentions("full", model)[0])).mean().item()
+        assert row["effective_keys"] == pytest.approx(keys, rel=ROUNDING)
+        assert row["largest_logit"] == pytest.approx(largest_logit(stage).max().item(), rel=ROUNDING)
+
+
+def test_means_of_the_blocks(backbone):
+    found, printed = backbone
+    assert [(row["attention"], row["layer"]) for row in found["backbone_means"]] == [
+        (name, "blocks") for name in BLOCK_ATTENTIONS
+    ]
+    for mean in found["backbone_means"]:
+        rows = [row for row in found["results"] if row["attention"] == mean["attention"]]
+        assert len(rows) == 7
+        for kind in ("output_error", "matrix_error"):
+            draws = [statistics.fmean(each) for each in zip(*(row[kind]["draws"] for row in rows), strict=True)]
+            assert mean[kind]["draws"] == pytest.approx(draws)
+            assert mean[kind]["mean"] == pytest.approx(statistics.fmean(row[kind]["mean"] for row in rows))
+            if mean["attention"] == "sblocal":
+                # a draw is one of all blocks, so that the deviations of the blocks do not add
+                assert mean[kind]["std"] == pytest.approx(statistics.stdev(draws))
+        for kind in ("bias", "spread"):
+            expected = None if mean["attention"] != "sblocal" else statistics.fmean(row[kind] for row in rows)
+            assert mean[kind] == (expected if expected is None else pytest.approx(expected))
+        (line,) = (line for line in printed.splitlines() if mean["attention"] in line.split() and " blocks " in line)
+        assert f"{mean['output_error']['mean']:.3f}" in line
+
+
+def test_what_the_backbone_cannot_have_is_left_out_and_named(backbone):
+    found, printed = backbone
+    reason = "5 tokens are no image of lines of 2: give image_width, tokens of a line."
+    assert found["skipped"] == [{"attention": "local2d", "layer": "backbone", "reason": reason}]
+    assert printed.splitlines()[-1] == f"local2d left out of the backbone: {reason}"
+
+
+def test_all_layers_in_one_run(folder, tmp_path, capsys, measured, backbone):
+    output = tmp_path / "all.json"
+    changes = {**MEASURED, "layers": "all", "output": output}
+    assert measure_approximation.main(options(folder, **changes)) == 0
+    found = json.loads(output.read_text())
+    assert [row["layer"] for row in found["results"][::3]] == [
+        "stage 1",
+        "stage 2",
+        *(f"block {number}" for number in range(1, 8)),
+    ]
+    # the stages are what they are alone
+    assert found["results"][:6] == measured["results"]
+    assert found["full_attention"][:2] == measured["full_attention"]
+    printed = capsys.readouterr().out
+    for layer in ("stage 1", "block 7"):
+        assert f" {layer} " in printed
+        assert f"{layer}, full attention: " in printed
+
+
+def test_nothing_that_the_backbone_can_have(folder, capsys):
+    line = refused(measure_approximation, [*options(folder, layers="backbone"), "--attentions", "local2d"], capsys)
+    assert "5 tokens are no image" in line
+
+
 def test_items_are_spread_evenly():
     assert measure_approximation.spread(7, 2) == [1, 5]
     assert measure_approximation.spread(736, 12)[::11] == [30, 705]
@@ -256,6 +363,8 @@ def refused(script, arguments, capsys):
         *((script, {"memory_fraction": "a"}, "'a' is not a number or a fraction") for script in BOTH),
         *((script, {"seed": -1}, "--seed=-1 is not valid") for script in BOTH),
         *((script, {"output": "{folder}/none/x.png"}, "has to be a file in a folder that exists") for script in BOTH),
+        (measure_approximation, {"layers": "block"}, "--layers: invalid choice: 'block'"),
+        (measure_approximation, {"layers": "backbone", "memory_fraction": 0}, "memory_fraction=0.0 has to lie in"),
         (measure_approximation, {"num_draws": 0}, "--num-draws: '0' is not an integer of at least 1"),
         (measure_approximation, {"limit": "-1"}, "--limit: '-1' is not an integer of at least 1"),
         (measure_approximation, {"matrix_images": 0}, "--matrix-images: '0' is not an integer of at least 1"),

@@ -1,5 +1,7 @@
 """The benchmark and the precision script: what they measure, what they leave, and how they fail."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import pickle
@@ -14,7 +16,7 @@ import torch
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.models.modules.attention import COMPARED
+from src.models.modules.attention import COMPARED, create_attention
 from src.utils.files import write_json
 from src.utils.parallel import run_in_processes
 from src.utils.scripts import until_stopped
@@ -72,6 +74,81 @@ def test_sizes_are_kept_for_the_growth(times):
     grown = {(row["name"], row["pass"]) for row in times["growth"]}
     assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in benchmark.PASSES}
     assert all(row["factor"] > 0 for row in times["growth"])
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory):
+    """Figures and tables of attentions whose sizes are neither a window nor features, and of two that have some."""
+    output, text = tmp_path_factory.mktemp("clustered") / "times.json", io.StringIO()
+    options = ["--attentions", "full,cluster,pairedcluster,sbpairedcluster,sbcluster,bs-bigbird", "--no-peers"]
+    options += ["--lengths", "64,128", "--passes", "forward", "--repeats", "1", "--memory-fraction", "1/4"]
+    with contextlib.redirect_stdout(text):
+        assert benchmark.main([*SMALL, *options, "--output", str(output)]) == 0
+    return read(output), text.getvalue()
+
+
+def test_sizes_of_any_name_are_reported_and_kept_for_the_growth(clustered):
+    times, _ = clustered
+    for name in times["settings"]["attentions"]:
+        own = {row["length"]: row for row in rows(times, name=name)}
+        for length, row in own.items():
+            module = create_attention(name, length, 16, memory_fraction=1 / 4)
+            assert row["sizes"] == module.sizes()
+            assert row["window"] == row["sizes"].get("local_context", 0)
+            assert row["features"] == row["sizes"].get("nb_features", 0)
+        kept = rows(times, kind="growth", name=f"{name} as at 128")
+        assert len(kept) == (name != "full"), "where there is nothing to keep, there is no row of its own"
+        for row in kept:
+            assert (row["length"], row["sizes"]) == (64, own[128]["sizes"])
+            module = create_attention(name, 128, 16, memory_fraction=1 / 4)
+            assert row["memory_fraction"] == min(1, module.memory_columns(64) / 64)
+    assert rows(times, name="cluster", length=64)[0]["sizes"] != rows(times, name="cluster", length=128)[0]["sizes"]
+
+
+def test_growth_only(tmp_path):
+    output = tmp_path / "times.json"
+    options = ["--lengths", "64,128,256", "--growth-length", "128", "--growth-only", "--passes", "forward"]
+    options += ["--attentions", "full,local,pairedcluster", "--repeats", "1", "--no-peers", "--output", str(output)]
+    assert benchmark.main([*SMALL, *options]) == 0
+    times = read(output)
+    names = {length: {row["name"] for row in rows(times, length=length)} for length in (64, 128, 256)}
+    kept = {"SDPA", "full", "local as at 128", "pairedcluster as at 128"}
+    assert names == {64: kept, 128: {"SDPA", "full", "local", "pairedcluster"}, 256: kept}
+    grown = {(row["name"], row["to"]) for row in times["growth"]}
+    assert grown == {(name, to) for name in ("SDPA", "full", "local", "pairedcluster") for to in (128, 256)}
+    bench = benchmark.Bench(benchmark.build_parser().parse_args([*SMALL, *options]))
+    assert {case.budget_length for case in bench.kernel_cases()} == {128}, "no other kernels are compiled"
+
+
+def test_growth_is_from_the_rows_with_constant_sizes(clustered):
+    times, _ = clustered
+    assert [row["name"] for row in times["growth"]] == ["SDPA", *times["settings"]["attentions"]]
+    for row in times["growth"]:
+        if row["name"] in ("SDPA", "full"):
+            continue
+        (short,) = rows(times, name=f"{row['name']} as at 128", length=64)
+        (long,) = rows(times, name=row["name"], length=128)
+        assert row["factor"] == long["milliseconds"] / short["milliseconds"]
+
+
+def test_tables_have_all_sizes(clustered):
+    times, text = clustered
+    lines = [line.split() for line in text.splitlines()]
+    of_cluster, *_ = (line for line in lines if line[1:2] == ["cluster"])
+    assert of_cluster[3:10:2] == ["-", "-", "C", "\u2502"]
+    for name, letters in {"pairedcluster": "CQ", "sbpairedcluster": "CQX"}.items():
+        (row,) = rows(times, name=name, length=128)
+        expected = ", ".join(f"{letter} {size}" for letter, size in zip(letters, row["sizes"].values(), strict=True))
+        assert sum(f" {expected} " in line for line in text.splitlines()) >= 2, "its own, and as it is kept for N = 64"
+    assert " block 16 " in text
+    assert "C clusters of keys, Q of queries" in " ".join(text.split())
+
+
+def test_tables_without_clusters_speak_of_none(capsys):
+    assert benchmark.main([*INTERRUPTIBLE, "--passes", "forward"]) == 0
+    printed = capsys.readouterr().out
+    assert "W keys in the window, M features;" in printed
+    assert "others" not in printed
 
 
 def test_machine_settings_and_figure(times, benchmark_files):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from src.models.modules.attention import ATTENTIONS, COMPARED
-from src.models.t2t_vit import create_t2t_vit
+from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit
 from src.ops.full import naive_full_attention
 from src.ops.local import naive_local_attention
 from src.ops.performer import naive_performer_attention
@@ -15,7 +17,9 @@ from src.tasks.approximation import (
     StageInputs,
     attention_weights,
     bias_and_spread,
+    capture_inputs,
     capture_stage_inputs,
+    create_block_attentions,
     create_stage_attentions,
     effective_keys,
     largest_logit,
@@ -226,3 +230,117 @@ def test_a_checkpoint_of_no_known_variant(checkpoints):
     # without `shallow`, one block in place of 14
     with pytest.raises(UserError, match="none of the known variants"):
         load_model(checkpoints["t2t_vit_t_14"])
+
+
+# Backbone -------------------------------------------------------------------------------------------------------------
+
+BACKBONE_SIZE = 64  # 16 patches and the class token
+
+
+@pytest.fixture
+def deeper(monkeypatch):
+    """Two blocks of three heads, whose attention is not all but uniform."""
+    small = dataclasses.replace(T2T_VIT_VARIANTS["t2t_vit_t_14"], embed_dim=48, depth=2, num_heads=3)
+    monkeypatch.setitem(T2T_VIT_VARIANTS, "t2t_vit_t_14", small)
+    torch.manual_seed(0)
+    model = create_t2t_vit("t2t_vit_t_14", "full", image_size=BACKBONE_SIZE, num_classes=NUM_CLASSES).double().eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 12
+    return model
+
+
+@pytest.fixture
+def larger_images():
+    return torch.randn(3, 3, BACKBONE_SIZE, BACKBONE_SIZE, dtype=torch.float64)
+
+
+def test_captured_inputs_reproduce_the_blocks(deeper, larger_images):
+    outputs = []
+    handles = [x.attn.register_forward_hook(lambda *arguments: outputs.append(arguments[-1])) for x in deeper.blocks]
+    deeper(larger_images)
+    for handle in handles:
+        handle.remove()
+    captured = capture_inputs(deeper, larger_images, "backbone")
+    for block, output, inputs in zip(deeper.blocks, outputs, captured, strict=True):
+        assert inputs.query.shape == inputs.key.shape == inputs.value.shape == (3, 17, 3, 16)
+        assert inputs.scale == 16**-0.5
+        tensors = [x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)]
+        out = naive_full_attention(*tensors, inputs.scale)[0].transpose(1, 2)
+        assert_close("block", output, block.attn.proj(out.flatten(2)), ROUNDING)
+
+
+def test_all_layers_are_the_stages_and_the_backbone(deeper, larger_images):
+    found = capture_inputs(deeper, larger_images)
+    alone = [
+        *capture_stage_inputs(deeper, larger_images),
+        *capture_inputs(deeper, larger_images, "backbone"),
+    ]
+    assert [inputs.query.shape[1] for inputs in found] == [256, 64, 17, 17]
+    for one, other in zip(found, alone, strict=True):
+        assert one.scale == other.scale
+        for name in ("query", "key", "value"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_of_the_backbone_are_gone_afterwards(deeper, larger_images, monkeypatch, fails):
+    if fails:
+        monkeypatch.setattr(deeper.blocks[1].norm1, "forward", fail)
+        with pytest.raises(ZeroDivisionError):
+            capture_inputs(deeper, larger_images)
+    else:
+        capture_inputs(deeper, larger_images)
+    for module in deeper.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_unknown_layers(deeper, larger_images):
+    with pytest.raises(UserError, match=r"layers='backbon' is unknown\. Did you mean 'backbone'"):
+        capture_inputs(deeper, larger_images, "backbon")
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("name", COMPARED[1:])
+def test_errors_of_a_block_are_those_of_a_dense_computation(deeper, larger_images, name, block):
+    inputs = capture_inputs(deeper, larger_images, "backbone")[block]
+    attentions = [create_block_attentions(name, deeper, 0.5, seed)[block] for seed in (0, 1)]
+    tensors = [x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value)]
+    full = naive_full_attention(*tensors, 16**-0.5)
+    full = full[0].transpose(1, 2), full[1]
+    for of_weights in (False, True):
+        errors = relative_errors(inputs, attentions, of_weights=of_weights)
+        for attention, row in zip(attentions, errors, strict=True):
+            result = dense(attention, inputs)[of_weights]
+            for image in range(3):
+                difference = (result - full[of_weights])[image]
+                # over tokens, heads and width at once
+                expected = difference.square().sum().sqrt() / full[of_weights][image].square().sum().sqrt()
+                assert row[image].item() == pytest.approx(expected.item(), rel=ROUNDING)
+        assert errors.min() > 0.01, "an attention that approximates nothing tests nothing"
+
+
+def test_full_attention_has_no_error_in_the_backbone(deeper, larger_images):
+    pairs = zip(capture_inputs(deeper, larger_images, "backbone"), create_block_attentions("full", deeper), strict=True)
+    for inputs, attention in pairs:
+        for of_weights in (False, True):
+            assert relative_errors(inputs, [attention], of_weights=of_weights).max() < ROUNDING
+
+
+def test_every_block_and_seed_has_rows_of_its_own(deeper):
+    modules = [module for seed in (0, 1, 2) for module in create_block_attentions("sblocal", deeper, 0.5, seed)]
+    rows = torch.stack([module.projection_matrix for module in modules])
+    assert len(torch.unique(rows, dim=0)) == 6
+    again = create_block_attentions("sblocal", deeper, 0.5, 2)[1]
+    assert torch.equal(again.projection_matrix, rows[5])
+    for module in modules:
+        assert not module.training
+        assert module.softmax_temp == 16**-0.5
+        assert module.sizes() == {"local_context": 4, "nb_features": 2}
+
+
+def test_attentions_that_a_backbone_cannot_have(deeper):
+    with pytest.raises(UserError, match="17 tokens are no image"):
+        create_block_attentions("local2d", deeper, 0.5)
+    with pytest.raises(UserError, match="memory_fraction=0"):
+        create_block_attentions("local", deeper, 0.0)
