@@ -255,41 +255,55 @@ def _by_pairs(
     Products of features are float64, each side relative to its own maximum: weights may then differ by any factor.
     """
     log_query, log_key = log_features
-    key_maximum = log_key.detach().amax(-1, keepdim=True)
-    key_factors = (log_key - key_maximum.clamp_min(FLOOR)).double().exp()
     num_keys = key.shape[1]
+    counts = lost.sum(1)
+    groups = counts.nonzero().squeeze(1)
+    counts = counts[groups]
+    # the same number for each sequence: padded by rows that are not lost, and dropped at the end
+    most = int(counts.max())
+    rows = lost[groups].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    is_lost = torch.arange(most, device=rows.device) < counts[:, None]
+    num_groups = max(1, tile_budget(query) // (most * num_keys))
+    num_rows = max(1, tile_budget(query) // num_keys)
     outputs = []
-    for group in range(len(query)):
-        rows = lost[group].nonzero().squeeze(1)
-        for some in rows.split(max(1, tile_budget(query) // num_keys)):
-            features = log_query[group, some]
+    for some, of_groups in zip(groups.split(num_groups), rows.split(num_groups), strict=True):
+        key_maximum = log_key[some].detach().amax(-1, keepdim=True)
+        key_factors = (log_key[some] - key_maximum.clamp_min(FLOOR)).double().exp().transpose(1, 2)
+        keys, values = key[some].transpose(1, 2), value[some][..., :-1]
+        queries, log_queries = query[some] * scale, log_query[some]
+        of_rows = []
+        for index in of_groups.split(num_rows, 1):
+            features = gather_rows(log_queries, index)
             maximum = features.detach().amax(-1, keepdim=True)
-            products = (features - maximum).double().exp() @ key_factors[group].T
+            products = (features - maximum).double().exp() @ key_factors
             # the clamp keeps the gradient of a product of zero finite
             logits = products.clamp_min(torch.finfo(products.dtype).tiny).log().to(query.dtype)
-            logits = logits + maximum + key_maximum[group].T
-            exact = (query[group, some] * scale) @ key[group].T
-            logits = torch.where(_rows_of_support(support, group, some, query.shape[1], num_keys), exact, logits)
+            logits = logits + maximum + key_maximum.transpose(1, 2)
+            exact = gather_rows(queries, index) @ keys
+            logits = torch.where(_rows_of_support(support, some, index, query.shape[1], num_keys), exact, logits)
             if hidden is not None:
-                logits = logits.masked_fill(hidden[group], -math.inf)
-            outputs.append(logits.softmax(-1) @ value[group, :, :-1])
-    return torch.cat(outputs)
+                logits = logits.masked_fill(hidden[some].unsqueeze(1), -math.inf)
+            of_rows.append(logits.softmax(-1) @ values)
+        outputs.append(torch.cat(of_rows, 1))
+    return torch.cat(outputs)[is_lost]
 
 
-def _rows_of_support(support: Support, group: int, rows: torch.Tensor, num_queries: int, num_keys: int) -> torch.Tensor:
-    """Boolean (rows, S): the support's pairs of some queries of one sequence."""
-    mask = torch.zeros(len(rows), num_keys + 1, dtype=torch.bool, device=rows.device)
+def _rows_of_support(
+    support: Support, groups: torch.Tensor, rows: torch.Tensor, num_queries: int, num_keys: int
+) -> torch.Tensor:
+    """Boolean (g, r, S): the support's pairs of the queries `rows` (g, r) of the sequences `groups` (g,)."""
+    mask = torch.zeros(*rows.shape, num_keys + 1, dtype=torch.bool, device=rows.device)
     for each in support.rounds:
-        of_group = min(group, len(each.query_index) - 1)
-        tiles, size = each.query_index.shape[1:]
-        place = _place(each.query_index[of_group][None], num_queries)[0, rows]
+        of_queries, of_keys, pairs = each.query_index, each.key_index, each.pairs()
+        tiles, size = of_queries.shape[1:]
+        in_queries, in_keys, in_pairs = (
+            groups.clamp_max(len(x) - 1).unsqueeze(1) for x in (of_queries, of_keys, pairs)
+        )
+        place = _place(of_queries, num_queries)[in_queries, rows]
         there = place < tiles * size
-        tile, row = (place[there] // size), (place[there] % size)
-        pairs = each.pairs()
-        pairs = pairs[min(group, len(pairs) - 1)][tile, row]
-        keys = each.key_index[min(group, len(each.key_index) - 1)][tile]
+        place = place.clamp_max(tiles * size - 1)
+        tile, row = place // size, place % size
+        seen = pairs[in_pairs, tile, row] & there.unsqueeze(-1)
         # what is left out goes to a column behind all keys
-        keys = torch.where(pairs, keys, num_keys)
-        of_round = torch.zeros_like(mask[there]).scatter(1, keys, True)
-        mask[there] = mask[there] | of_round
-    return mask[:, :num_keys]
+        mask.scatter_(2, torch.where(seen, of_keys[in_keys, tile], num_keys), True)
+    return mask[..., :num_keys]

@@ -231,6 +231,25 @@ def test_padding_of_self_attention_moves_no_landmark(name):
     assert torch.equal(after[1, :23], before[1, :23])
 
 
+def test_reformers_keys_of_long_float16_queries():
+    # the norm of a row is beyond the range of float16; autocast would take it in float32, and leave the keys there
+    query, key, value = (x.half() for x in draw("reformer"))
+    out, _ = ReformerAttention(4, 16, 8)(7000 * query, key, value)
+    expected, _ = ReformerAttention(4, 16, 8)(7000 * query.float(), key.float(), value.float())
+    assert out.dtype == torch.float16
+    assert_close("out", expected, out, 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BUILD)
+def test_under_autocast_on_a_gpu(name):
+    tensors = [x.to("cuda", torch.bfloat16) for x in draw(name)]
+    module = BUILD[name]().to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        out = output(module, *tensors)
+    assert out.dtype == torch.bfloat16
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BUILD)
 def test_on_a_gpu_as_on_a_cpu(name):

@@ -163,6 +163,22 @@ def test_rows_whose_difference_loses_its_digits_are_computed_by_pairs(dtype, mon
         assert_close(f"gradient of {name}", reference, gradient, factor * tolerance)
 
 
+@pytest.mark.parametrize("budget", [20, 100, 10**6])
+def test_rows_by_pairs_of_some_sequences_in_slices(budget, monkeypatch):
+    rows, tensors, support = adversarial()
+    tensors = [x.detach().clone() for x in tensors]
+    for x in tensors[:2]:
+        x[0, 1] = 0.1 * torch.randn_like(x[0, 1])  # nothing is lost in this sequence
+    lengths = torch.tensor([24, 21])
+    log_features = tuple(log_softmax_features(x, rows, SCALE, cosh=True) for x in tensors[:2])
+    monkeypatch.setattr(tiled, "tile_budget", lambda x: budget)
+    out = support_attention(*tensors, support, scale=SCALE, log_features=log_features, key_lengths=lengths)
+    visible = support.dense(24, 24)
+    low_rank = dense_low_rank_logits(*(x.double() for x in tensors[:2]), rows, SCALE, cosh=True)
+    expected, _ = naive_support_attention(*(x.double() for x in tensors), visible, SCALE, low_rank, key_lengths=lengths)
+    assert_close("out", expected, out, tiled.CANCELLATION_LIMIT * torch.finfo(out.dtype).eps)
+
+
 def test_dropout_is_unbiased_and_of_the_exact_weights():
     tensors, support = [x.detach() for x in draw(dtype=torch.float32)], draw_support(4, 23, 31)
     out = support_attention(*tensors, support, scale=SCALE)

@@ -127,4 +127,5 @@ class ReformerAttention(SparseAttention):
                 f"Reformer shares queries and keys: query {tuple(query.shape)} and key {tuple(key.shape)} have to be "
                 "of one shape. shared_qk=False takes keys of another length."
             )
-        return F.normalize(query, dim=-1)
+        # in float32: autocast would leave float32 keys beside queries of half precision
+        return F.normalize(query.float(), dim=-1).to(query.dtype)
