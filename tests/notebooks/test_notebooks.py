@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST_BYTES = 400_000
 REGIMES = {"length": 64, "width": 8, "centres": 4, "temperatures": [0.5, 4.0], "num_draws": 2, "variance_draws": 100}
+TRAINING = ["--attentions=full,sblocal,cluster", "--steps=2", "--eval-every=2", "--length=32", "--memory-fraction=1/4"]
+TRAINING += ["--depth=1", "--dim=16", "--batch-size=64", "--num-expressions=100", "--device=cpu", "--threads=1"]
 
 
 def outputs(notebook, kind):
@@ -36,12 +38,21 @@ def small_settings(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     residual = {"checkpoint": str(tmp_path / "t7.pth"), "data_dir": str(tmp_path), "memory": 0.25, "num_images": 2}
-    return {"01_regimes": REGIMES, "02_residual": residual}
+    memory = {"checkpoint": residual["checkpoint"], "data_dir": str(tmp_path), "num_images": 4, "error_images": 2}
+    memory |= {"attentions": ["local", "performer", "bs-openai"], "memory_fractions": [1 / 16, 1 / 4]}
+    training = {"results": None, "options": TRAINING}
+    return {
+        "01_regimes": REGIMES,
+        "02_residual": residual,
+        "03_memory": memory,
+        "04_training": training,
+        "05_scaling": {},
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch, small_settings):
-    if path.stem == "02_residual":
+    if "checkpoint" in small_settings[path.stem]:
         make_images(tmp_path, 5)
         make_checkpoint(tmp_path / "t7.pth", "t2t_vit_t_7")
     monkeypatch.setenv("NOTEBOOK_SETTINGS", json.dumps(small_settings[path.stem]))
