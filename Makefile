@@ -38,16 +38,18 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The four attentions over 200 photographs, by a network that was trained on others (checkpoints/demo/README.md).
+# Four attentions, or those of ATTENTIONS=full,cluster,..., over 200 photographs, by a network that was trained on others
+# (checkpoints/demo/README.md).
 # Everything is as with ImageNet and a published checkpoint: conversion, one multirun, a table, figures.
 DEMO_CHECKPOINT := demo/t2t_vit_t_7_flowers.pth
 DEMO_RUN := demo/$(shell date +%Y-%m-%d_%H-%M-%S)
+ATTENTIONS ?= full,local,performer,sblocal
 
 demo: setup $(DEMO_CHECKPOINT)
-	$(BIN)/python run.py -m experiment=flowers-t2tvit-eval model/t2tattn_cfg=full,local,performer,sblocal \
+	$(BIN)/python run.py -m experiment=flowers-t2tvit-eval model/t2tattn_cfg=$(ATTENTIONS) \
 		eval.ckpt=$(DEMO_CHECKPOINT) hydra.sweep.dir=$(DEMO_RUN)
 	$(BIN)/python scripts/plot_attention_maps.py --checkpoint $(DEMO_CHECKPOINT) --data-dir data/flowers \
-		--output $(DEMO_RUN)/attention_maps.png
+		--attentions $(ATTENTIONS) --output $(DEMO_RUN)/attention_maps.png
 	@echo
 	@echo "Look at $(DEMO_RUN)/comparison.png and $(DEMO_RUN)/attention_maps.png; README.md explains them."
 
