@@ -16,7 +16,7 @@ import torch
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.models.modules.attention import COMPARED, create_attention
+from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
 from src.utils.files import write_json
 from src.utils.parallel import run_in_processes
 from src.utils.scripts import until_stopped
@@ -103,6 +103,15 @@ def test_sizes_of_any_name_are_reported_and_kept_for_the_growth(clustered):
             module = create_attention(name, 128, 16, memory_fraction=1 / 4)
             assert row["memory_fraction"] == min(1, module.memory_columns(64) / 64)
     assert rows(times, name="cluster", length=64)[0]["sizes"] != rows(times, name="cluster", length=128)[0]["sizes"]
+
+
+def test_the_training_pass_of_every_attention(tmp_path):
+    output = tmp_path / "times.json"
+    options = ["--attentions", ",".join(ATTENTIONS), "--lengths", "64", "--passes", "training", "--repeats", "1"]
+    assert benchmark.main([*SMALL, *options, "--no-peers", "--output", str(output)]) == 0
+    times = read(output)
+    assert {row["name"] for row in rows(times, kind="attention")} == set(ATTENTIONS)
+    assert times["skipped"] == []
 
 
 def test_growth_only(tmp_path):
