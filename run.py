@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -40,8 +41,19 @@ def main(config: DictConfig) -> None:
 def run(argv: list[str]) -> int:
     """Run the command line `argv` (the program's name first) and return its exit status, see `run_cli`."""
     _failures.clear()
+    argv[1:] = _with_options_of_attentions(argv[1:])
     status = run_cli(main, argv)
     return 1 if _failures else status
+
+
+def _with_options_of_attentions(arguments: list[str]) -> list[str]:
+    """With `eval.attentions`, `model.t2tattn1_cfg.x=1` as `++model.t2tattn1_cfg.x=1`.
+
+    The options of the token stages are those of each attention, and Hydra composes without any.
+    """
+    if not any(re.match(r"\+{0,2}eval\.attentions=(?!null$|\[\s*\]$)", argument) for argument in arguments):
+        return arguments
+    return [re.sub(r"^(?=model\.t2tattn[12]_cfg\.)", "++", argument) for argument in arguments]
 
 
 if __name__ == "__main__":

@@ -241,6 +241,57 @@ def test_a_multirun_is_compared(command_line, tmp_path):
         assert str(sweep / name) in output
 
 
+def without_measurements(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in ("images_per_second", "speedup")}
+
+
+def test_several_attentions_in_one_pass_leave_what_a_multirun_leaves(command_line, tmp_path):
+    options, names = {"variant": "t2t_vit_t_14", "eval__num_seeds": 2}, "local,performer,sblocal"
+    memory = {"model__t2tattn1_cfg__memory_fraction": 0.125}
+    # Hydra composes a sweep without its attentions first
+    forced = {f"++{name}": value for name, value in memory.items()}
+    assert command_line("-m", model___t2tattn_cfg=names, **options, **forced)[::2] == (0, "")
+    (sweep,) = (tmp_path / "logs" / "multiruns").glob("*/*")
+    status, output, errors = command_line(eval__attentions=f"[{names}]", **options, **memory)
+    assert (status, errors) == (0, "")
+    (folder,) = (tmp_path / "logs" / "runs").glob("*/*")
+    for number in range(3):
+        theirs, ours = (read_results(parent / str(number)) for parent in (sweep, folder))
+        assert ours.attention_options == theirs.attention_options
+        assert (ours.top1_per_seed, ours.loss) == (theirs.top1_per_seed, theirs.loss)
+        theirs, ours = (parent / str(number) / "predictions.csv" for parent in (sweep, folder))
+        assert ours.read_bytes() == theirs.read_bytes()
+    theirs, ours = (json.loads((parent / "comparison.json").read_text()) for parent in (sweep, folder))
+    assert list(map(without_measurements, ours["runs"])) == list(map(without_measurements, theirs["runs"]))
+    assert ours["common"] == theirs["common"]
+    assert str(folder / "comparison.png") in output
+    assert re.search(r"one pass over 6 images with 3 attentions \(5 forward passes of each image\) took", output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "parts"),
+    [
+        ([], {"eval__attentions": "[full,sblocl]"}, ["'sblocl'", "Did you mean 'sblocal'"]),
+        ([], {"model__t2tattn1_cfg__local_contxt": 4}, ["local_contxt", "Did you mean 'local_context'"]),
+        (["-m"], {}, [" in run 0", "Leave out -m, or sweep over model/t2tattn_cfg=full,sblocal"]),
+    ],
+)
+def test_a_mistake_with_several_attentions_is_one_message(command_line, tmp_path, arguments, changes, parts):
+    status, _, errors = command_line(
+        *arguments, variant="t2t_vit_t_14", **{"eval__attentions": "[full,sblocal]", **changes}
+    )
+    assert (status, errors.count("\n")) == (1, 1), errors
+    for part in ["Error", *parts]:
+        assert part in errors
+    assert not results_of(tmp_path)
+
+
+@pytest.mark.parametrize("attentions", ["", "eval.attentions=null", "eval.attentions=[]"])
+def test_options_of_a_stage_stay_as_they_are_with_one_attention(attentions):
+    arguments = [attentions, "model.t2tattn1_cfg.local_context=4"]
+    assert run._with_options_of_attentions(arguments) == arguments
+
+
 def test_an_interrupt(command_line, monkeypatch, tmp_path):
     def forward(self, images):
         signal.raise_signal(signal.SIGINT)

@@ -92,6 +92,37 @@ class ComparisonRow:
     published: PublishedFigure | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnePass:
+    """What there is to tell of one pass over the images with several attentions, apart from each of them.
+
+    Args:
+        attentions: their number.
+        forward_passes: of each image, over all attentions and draws.
+        seconds: duration of the pass, reading and decoding of the images included.
+        peak_memory_mib: peak memory of the device, MiB; None on the CPU.
+    """
+
+    attentions: int
+    forward_passes: int
+    seconds: float
+    peak_memory_mib: float | None
+
+    def describe(self, num_images: int) -> str:
+        """Duration and rate in words, without a full stop.
+
+        Args:
+            num_images: number of images of the pass.
+        """
+        memory = "" if self.peak_memory_mib is None else f", peak memory {self.peak_memory_mib:,.0f} MiB"
+        number = f"{self.attentions} attention" + ("s" if self.attentions > 1 else "")
+        return (
+            f"one pass over {num_images:,} images with {number} "
+            f"({self.forward_passes} forward passes of each image) took {self.seconds:,.1f} s, "
+            f"{num_images / self.seconds:,.1f} images/s{memory}"
+        )
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Runs side by side.
@@ -101,15 +132,19 @@ class Comparison:
             precision, device and seeds.
         rows: one per run, in the order given.
         failed: names of runs that left no results.
+        one_pass: where the runs were one pass over the images; None where each had its own.
     """
 
     common: dict[str, Any]
     rows: list[ComparisonRow]
     failed: list[str] = field(default_factory=list)
+    one_pass: OnePass | None = None
 
 
 def compare_runs(
-    run_folders: Sequence[str | os.PathLike[str]], failed: Sequence[str | os.PathLike[str]] = ()
+    run_folders: Sequence[str | os.PathLike[str]],
+    failed: Sequence[str | os.PathLike[str]] = (),
+    one_pass: OnePass | None = None,
 ) -> Comparison:
     """Compare finished runs.
 
@@ -119,6 +154,7 @@ def compare_runs(
     Args:
         run_folders: folders that hold `results.json` and `predictions.csv`, in the order of the rows.
         failed: folders of runs that left none.
+        one_pass: where the runs were one pass over the images.
 
     Returns:
         The comparison.
@@ -163,7 +199,7 @@ def compare_runs(
                 published=run.published,
             )
         )
-    return Comparison(_common(runs), rows, [Path(folder).name for folder in failed])
+    return Comparison(_common(runs), rows, [Path(folder).name for folder in failed], one_pass)
 
 
 def _reference(index: int, runs: Sequence[Results]) -> int | None:
@@ -347,6 +383,9 @@ def comparison_markdown(comparison: Comparison) -> str:
         "",
         *(f"- {_NOTES[heading]}." for heading, _ in columns if heading in _NOTES),
     ]
+    if comparison.one_pass is not None:
+        described = comparison.one_pass.describe(comparison.common["data"]["num_images"])
+        lines.append(f"- images/s: of the device's work on that attention alone, without the loader; {described}.")
     if comparison.failed:
         lines += ["", f"Runs without results: {', '.join(comparison.failed)}."]
     return "\n".join(lines) + "\n"
@@ -568,12 +607,24 @@ def write_comparison(folder: str | os.PathLike[str], comparison: Comparison) -> 
         "runs": [_row_content(row) for row in comparison.rows],
         "failed": comparison.failed,
     }
+    if comparison.one_pass is not None:
+        content["one_pass"] = dataclasses.asdict(comparison.one_pass)
     write_json(paths[0], content)
     with atomic_write(paths[1]) as file:
         file.write(comparison_markdown(comparison))
     with atomic_write(paths[2], "wb") as file:
         comparison_figure(comparison).savefig(file, format="png")
     return paths
+
+
+def print_comparison(comparison: Comparison, paths: Sequence[Path]) -> None:
+    """Print the table of a comparison and where its files are."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a log file has no width to keep to
+    console.print(comparison_table(comparison))
+    for path in paths:
+        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
 
 def _row_content(row: ComparisonRow) -> dict[str, Any]:
@@ -639,12 +690,7 @@ class ComparisonCallback(Callback):
             return
         if comparison.failed:
             logger.warning("Runs without results in %s: %s", sweep, ", ".join(comparison.failed))
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=140)  # a log file has no width to keep to
-        console.print(comparison_table(comparison))
-        for path in paths:
-            console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+        print_comparison(comparison, paths)
 
     def _write(self, sweep: Path) -> tuple[Comparison, list[Path]]:
         finished = [folder for folder, failed in self._ended.items() if not failed]

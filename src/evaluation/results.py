@@ -66,14 +66,15 @@ class Results:
         loss: cross-entropy, nats, mean over images and seeds.
         top1_per_seed: top-1 accuracy of each seed, percent.
         top1_std: sample deviation of `top1_per_seed`, points; None with one seed.
-        images_per_second: throughput.
-        peak_memory_mib: peak memory of the device, MiB; None on the CPU.
+        images_per_second: throughput: of the whole run, the loader included; in one pass with several attentions, of
+            the device's work on this one.
+        peak_memory_mib: peak memory of the device, MiB; None on the CPU, and in one pass with several attentions.
         versions: version of Python and of each library that matters.
         command: the command that was run.
         attention_options: options of the attention of both token stages; None where there is none.
         attention_memory: its memory over both token stages, as a fraction of what the full attention matrix
             takes; None where that does not apply.
-        seconds: how long the evaluation took; None if not measured.
+        seconds: how long the evaluation took, as far as `images_per_second` counts it; None if not measured.
         random_features: where they come from: drawn from the `seeds`, or stored in the `checkpoint`, which was trained
             with them; None where there are none.
         fast: whether the model's inference form was evaluated, see `src.models.inference`.

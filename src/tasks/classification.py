@@ -1,35 +1,112 @@
-"""Image classification: what a test step and its metrics are."""
+"""Image classification: what a test step and its metrics are, for one model and for several at a time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from src.evaluation.results import Records, summarise
+from src.tasks.device_time import DeviceTime
 from src.tasks.provenance import seconds_now
 from src.tasks.records import ImageRecords
 from src.tasks.transfer import OverlappedTransfer
 
+MakeForward = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 
-class ImageClassification(pl.LightningModule):
+
+class Draws:
+    """A classifier under several draws of its random features, and what is kept of every image.
+
+    Args:
+        model: module (B, 3, size, size) -> (B, num_classes). If its attribute `has_random_features` is true it has
+            `redraw_projections(seed)`.
+        seeds: one seed for each draw; a model without random features takes one.
+        redraw: draw the random features from the seeds; otherwise those that the model has are kept, for one seed.
+        make_forward: from `model`, on its device and in its dtype, to the function that is evaluated in its place; it
+            has to read the rows of random features where `model` has them. None evaluates `model` itself.
+
+    Attributes:
+        image_records: what is kept, from `start` on.
+    """
+
+    def __init__(
+        self, model: nn.Module, seeds: Sequence[int], redraw: bool = True, make_forward: MakeForward | None = None
+    ) -> None:
+        self.model = model
+        self.seeds = list(seeds)
+        self.redraw = redraw
+        self._make_forward = make_forward
+        self.image_records: ImageRecords | None = None
+        self._rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def start(self, num_images: int, num_classes: int, device: torch.device) -> None:
+        """Make room for the records, and draw the random features of every seed once; a step then only copies them.
+
+        Args:
+            num_images: number of images of the test split, over all processes.
+            num_classes: number of classes.
+            device: where the model is.
+        """
+        # made here: before, a trainer of precision bf16-true would have cast them along with the model, and the model
+        # would not have been where and what it is when it runs
+        double = next(self.model.parameters()).dtype == torch.float64
+        self.image_records = ImageRecords(
+            num_images, num_classes, len(self.seeds), torch.float64 if double else torch.float32
+        ).to(device)
+        self._forward = self.model if self._make_forward is None else self._make_forward(self.model)
+        self._rows = []
+        for seed in self.seeds:
+            if self.redraw and getattr(self.model, "has_random_features", False):
+                self.model.redraw_projections(seed)
+                rows = [buffer for name, buffer in self.model.named_buffers() if name.endswith("projection_matrix")]
+                self._rows.append([(buffer, buffer.clone()) for buffer in rows])
+            else:
+                self._rows.append([])
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor) -> None:
+        """Evaluate a batch under every draw; waits for nothing."""
+        for draw, rows in enumerate(self._rows):
+            for buffer, drawn in rows:
+                buffer.copy_(drawn)
+            self.image_records.update(draw, indices, self._forward(images), targets)
+
+
+class _Classification(pl.LightningModule):
+    """How batches reach the device."""
+
+    _transfer: OverlappedTransfer | None = None
+
+    def on_test_start(self) -> None:
+        """Get ready for batches on their way."""
+        self._transfer = OverlappedTransfer(self.device) if self.device.type == "cuda" else None
+
+    def transfer_batch_to_device(
+        self, batch: list[torch.Tensor], device: torch.device, dataloader_idx: int
+    ) -> list[torch.Tensor]:
+        """Copy a batch while the device computes those before."""
+        if self._transfer is None:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return self._transfer(batch)
+
+
+class ImageClassification(_Classification):
     """Evaluates a classifier, over several draws of its random features where it has any.
 
     A step asks the device for its work and waits for nothing: what is counted stays on the device, and the next batch
     is copied there meanwhile.
 
     Args:
-        model: module (B, 3, size, size) -> (B, num_classes). If its attribute `has_random_features` is true it has
-            `redraw_projections(seed)`.
+        model: see `Draws`, as for `seeds`, `redraw` and `make_forward`.
         num_images: number of images of the test split, over all processes.
         num_classes: number of classes.
-        seeds: one seed for each draw; a model without random features takes one.
-        redraw: draw the random features from the seeds; otherwise those that the model has are kept, for one seed.
-        make_forward: from `model`, on its device and in its dtype, to the function that is evaluated in its place; it
-            has to read the rows of random features where `model` has them. None evaluates `model` itself.
+        seeds: one seed for each draw.
+        redraw: draw the random features from the seeds.
+        make_forward: from `model` to the function that is evaluated in its place.
 
     Attributes:
         records: after the test, what was kept of every image (on every process).
@@ -44,58 +121,34 @@ class ImageClassification(pl.LightningModule):
         num_classes: int,
         seeds: Sequence[int],
         redraw: bool = True,
-        make_forward: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]] | None = None,
+        make_forward: MakeForward | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.seeds = list(seeds)
-        self.redraw = redraw
-        self._make_forward = make_forward
         self.num_images = num_images
         self.num_classes = num_classes
         self.records: Records | None = None
         self.seconds = 0.0
         self.images_per_second = 0.0
-        self._draws: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self._draws = Draws(model, seeds, redraw, make_forward)
+
+    @property
+    def image_records(self) -> ImageRecords | None:
+        """What is kept of every image, from the start of the test on."""
+        return self._draws.image_records
 
     def on_test_start(self) -> None:
-        """Make room for the records, and draw the random features of every seed once; a step then only copies them."""
-        # made here: before, a trainer of precision bf16-true would have cast them along with the model, and the model
-        # would not have been where and what it is when it runs
-        double = next(self.model.parameters()).dtype == torch.float64
-        self.image_records = ImageRecords(
-            self.num_images, self.num_classes, len(self.seeds), torch.float64 if double else torch.float32
-        ).to(self.device)
-        # not a sub-module: another form of the model would register its parameters a second time
-        self._forward = (self.model if self._make_forward is None else self._make_forward(self.model),)
-        self._transfer = OverlappedTransfer(self.device) if self.device.type == "cuda" else None
-        self._draws = []
-        for seed in self.seeds:
-            if self.redraw and getattr(self.model, "has_random_features", False):
-                self.model.redraw_projections(seed)
-                rows = [buffer for name, buffer in self.model.named_buffers() if name.endswith("projection_matrix")]
-                self._draws.append([(buffer, buffer.clone()) for buffer in rows])
-            else:
-                self._draws.append([])
+        """Make room for the records, and draw the random features of every seed."""
+        super().on_test_start()
+        self._draws.start(self.num_images, self.num_classes, self.device)
         self._images_seen = 0
         self._clock_started = seconds_now(self.device)
-
-    def transfer_batch_to_device(
-        self, batch: list[torch.Tensor], device: torch.device, dataloader_idx: int
-    ) -> list[torch.Tensor]:
-        """Copy a batch while the device computes those before."""
-        if self._transfer is None:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return self._transfer(batch)
 
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Evaluate a batch (images, targets, indices) under every draw."""
         images, targets, indices = batch
-        for draw, rows in enumerate(self._draws):
-            for buffer, drawn in rows:
-                buffer.copy_(drawn)
-            self.image_records.update(draw, indices, self._forward[0](images), targets)
-        self._images_seen += len(images) * len(self.seeds)
+        self._draws.step(images, targets, indices)
+        self._images_seen += len(images) * len(self._draws.seeds)
         if batch_idx == 0:
             self._first_batch_ended = seconds_now(self.device)
             self._images_of_first_batch = self._images_seen
@@ -118,3 +171,80 @@ class ImageClassification(pl.LightningModule):
         self.records = self.image_records.compute()
         figures = summarise(self.records)
         self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, sync_dist=True)
+
+
+class SeveralClassifications(_Classification):
+    """Evaluates several classifiers in one pass over the images, each of which is read once.
+
+    Args:
+        draws: name to classifier and draws. They may share modules and parameters.
+        num_images: number of images of the test split, over all processes.
+        num_classes: number of classes.
+        guard: from a name to a context in which the work on that classifier is done; it can turn what fails into an
+            error with that name.
+
+    Attributes:
+        records: after the test, name to what was kept of every image (on every process).
+        device_seconds: name to the time that the device took for that classifier, its forward passes and what is
+            counted of them; the first batch is left out where there are more (it warms up).
+        images_per_second: name to its forward passes, of all processes and draws, over that time.
+        seconds: duration of the whole pass on this process.
+    """
+
+    def __init__(
+        self,
+        draws: Mapping[str, Draws],
+        num_images: int,
+        num_classes: int,
+        guard: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(classifier.model for classifier in draws.values())
+        self.draws = dict(draws)
+        self.num_images = num_images
+        self.num_classes = num_classes
+        self._guard = guard
+        self.records: dict[str, Records] = {}
+        self.device_seconds: dict[str, float] = {}
+        self.images_per_second: dict[str, float] = {}
+        self.seconds = 0.0
+
+    def on_test_start(self) -> None:
+        """Make room for the records of all classifiers."""
+        super().on_test_start()
+        for name, draws in self.draws.items():
+            with self._guard(name):
+                draws.start(self.num_images, self.num_classes, self.device)
+        self._first, self._rest = ({name: DeviceTime(self.device) for name in self.draws} for _ in range(2))
+        self._images_of_first_batch = self._images_seen = 0
+        self._clock_started = seconds_now(self.device)
+
+    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        """Evaluate a batch (images, targets, indices) with every classifier under every draw."""
+        images, targets, indices = batch
+        times = self._first if batch_idx == 0 else self._rest
+        for name, draws in self.draws.items():
+            with self._guard(name), times[name].measure():
+                draws.step(images, targets, indices)
+        self._images_seen += len(images)
+        if batch_idx == 0:
+            self._images_of_first_batch = len(images)
+
+    def progress_so_far(self) -> str:
+        """Rate of this process and top-1 accuracy of each classifier, for the progress bar; waits for the device."""
+        top1 = [f"{float(draws.image_records.top1_so_far()):.2f}" for draws in self.draws.values()]
+        rate = self._images_seen / (time.perf_counter() - self._clock_started)
+        number = f"{len(top1)} attention" + ("s" if len(top1) > 1 else "")
+        return f"{rate:,.1f} images/s with {number}, top-1 {' / '.join(top1)} %"
+
+    def on_test_epoch_end(self) -> None:
+        """Gather the records of all processes, and the throughput."""
+        self.seconds = seconds_now(self.device) - self._clock_started
+        seen, times = self._images_seen - self._images_of_first_batch, self._rest
+        if seen == 0:
+            seen, times = self._images_seen, self._first
+        for name, draws in self.draws.items():
+            self.device_seconds[name] = seconds = times[name].seconds()
+            rate = torch.tensor(seen * len(draws.seeds) / seconds if seconds else 0.0, device=self.device)
+            self.images_per_second[name] = float(self.trainer.strategy.reduce(rate, reduce_op="sum"))
+            self.records[name] = draws.image_records.compute()

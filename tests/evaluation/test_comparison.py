@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from rich.console import Console
 from src.evaluation import comparison as module
 from src.evaluation.comparison import (
     ComparisonCallback,
+    OnePass,
     compare_runs,
     comparison_figure,
     comparison_markdown,
@@ -326,6 +328,25 @@ def test_table_for_the_screen(four):
 
 
 # Callback
+
+
+def test_one_pass_is_told(tmp_path, four):
+    one_pass = OnePass(attentions=4, forward_passes=8, seconds=20.0, peak_memory_mib=1234.5)
+    described = one_pass.describe(5000)
+    assert described == (
+        "one pass over 5,000 images with 4 attentions (8 forward passes of each image) took 20.0 s, 250.0 images/s, "
+        "peak memory 1,234 MiB"
+    )
+    plain, told = compare_runs(four), compare_runs(four, one_pass=one_pass)
+    assert "one pass" not in comparison_markdown(plain)
+    assert "without the loader; one pass over" in comparison_markdown(told)
+    contents = []
+    for comparison in (plain, told):
+        write_comparison(tmp_path, comparison)
+        contents.append(json.loads((tmp_path / "comparison.json").read_text()))
+    assert "one_pass" not in contents[0]
+    assert contents[1].pop("one_pass") == dataclasses.asdict(one_pass)
+    assert contents[0] == contents[1]
 
 
 def test_callback_compares_a_sweep_folder(tmp_path, four, capsys, caplog):

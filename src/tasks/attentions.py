@@ -1,0 +1,143 @@
+"""`eval.attentions`: several attentions in one run, each with its own config and all with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from src.utils.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+GROUP_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "model" / "t2tattn_cfg"
+STAGES = ("t2tattn1_cfg", "t2tattn2_cfg")
+
+
+def chosen_attentions(config: DictConfig) -> list[str]:
+    """The names that `config.eval.attentions` lists; none where a run evaluates the one attention of its model.
+
+    Raises:
+        UserError: no list, a name that is unknown or listed twice, or another choice that contradicts it: a multirun,
+            or an attention for the model.
+    """
+    names = config.eval.get("attentions")
+    if names is None:
+        return []
+    if not isinstance(names, ListConfig):
+        raise UserError(f"eval.attentions={names} is not valid. Give a list: eval.attentions=[full,sblocal].")
+    names = list(names)
+    known = sorted(path.stem for path in GROUP_FOLDER.glob("*.yaml"))
+    for number, name in enumerate(names):
+        if name not in known:
+            raise UserError(f"There is no attention '{name}' (eval.attentions). {did_you_mean(name, known)}")
+        if name in names[:number]:
+            raise UserError(f"eval.attentions lists '{name}' twice. Give each attention once.")
+    if not names:
+        return []
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError(
+            "eval.attentions evaluates all its attentions in one run. Leave out -m, or sweep over "
+            f"model/t2tattn_cfg={','.join(names)} in its place."
+        )
+    if any(isinstance(stage, DictConfig) and "name" in stage for stage in map(config.model.get, STAGES)):
+        raise UserError(
+            "The model's attention is chosen twice, by eval.attentions and by model/t2tattn_cfg (or "
+            "model.t2tattn1_cfg.name, model.t2tattn2_cfg.name). Leave one of them out."
+        )
+    return names
+
+
+def attention_configs(config: DictConfig, names: Sequence[str]) -> list[DictConfig]:
+    """The configuration of each attention, as if it had been chosen by `model/t2tattn_cfg` in a run of its own.
+
+    Options of the token stages, such as `model.t2tattn1_cfg.memory_fraction=0.0625`, go to every attention that has
+    them.
+
+    Args:
+        config: the composed configuration of all; its stages hold nothing but such options.
+        names: choices of the group `model/t2tattn_cfg`, see `chosen_attentions`.
+
+    Returns:
+        One configuration for each name; the folder of number i is the subfolder i of `config.paths.output_dir`, as
+        in a multirun.
+
+    Raises:
+        UserError: an option that none of the attentions has.
+    """
+    groups = [OmegaConf.load(GROUP_FOLDER / f"{name}.yaml") for name in names]
+    for stage in STAGES:
+        for option, value in _options(config, stage).items():
+            having = [name for name, group in zip(names, groups, strict=True) if option in group[stage]]
+            if not having:
+                known = {key for group in groups for key in group[stage]} - {"name"}
+                raise UserError(
+                    f"None of eval.attentions={','.join(names)} has the option 'model.{stage}.{option}'. "
+                    f"{did_you_mean(option, known)}"
+                )
+            if len(having) < len(names):
+                logger.info("model.%s.%s=%s is for %s alone.", stage, option, value, ", ".join(having))
+    configs = []
+    for number, group in enumerate(groups):
+        own = copy.deepcopy(config)
+        OmegaConf.set_struct(own, False)
+        for stage in STAGES:
+            options = {key: value for key, value in _options(config, stage).items() if key in group[stage]}
+            own.model[stage] = OmegaConf.merge(group[stage], options)
+        own.eval.attentions = None
+        own.paths.output_dir = str(Path(config.paths.output_dir) / str(number))
+        configs.append(own)
+    return configs
+
+
+def _options(config: DictConfig, stage: str) -> dict[str, Any]:
+    """Options of a token stage that were given apart from its attention, interpolations left as they are."""
+    options = config.model.get(stage)
+    return {} if options is None else OmegaConf.to_container(options, resolve=False)
+
+
+@contextmanager
+def naming(attention: str) -> Iterator[None]:
+    """Let what fails tell which attention it was.
+
+    Raises:
+        UserError: in place of one.
+        OSError: as it is, with the name of its file.
+        RuntimeError: in place of any other exception, which is its cause.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"Attention {attention}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"Attention {attention} failed, {type(error).__name__}: {error}") from error
+
+
+def share_modules(network: nn.Module, source: nn.Module, own: Sequence[nn.Module]) -> None:
+    """Let a network use the modules, parameters and buffers of another of the same structure, but for some modules.
+
+    Args:
+        network: changed in place.
+        source: the network whose modules are used.
+        own: modules of `network`, at any depth, that it keeps.
+    """
+    kept = {id(module) for module in own}
+    for name, child in list(network.named_children()):
+        if id(child) in kept:
+            continue
+        if any(id(module) in kept for module in child.modules()):
+            share_modules(child, source.get_submodule(name), own)
+        else:
+            network.register_module(name, source.get_submodule(name))
+    for tensors, theirs in ((network._parameters, source._parameters), (network._buffers, source._buffers)):
+        tensors.update({name: theirs[name] for name in tensors})
