@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from src.datamodules.dataset import ImageFolderDataset
+from src.datamodules.dataset import ImageDataset
 from src.utils.machine import usable_cpus
 
 # Crops of a drawn area and shape may not fit into the image: how often to draw, as torchvision does.
@@ -25,7 +25,7 @@ CROP_TRIALS = 10
 GREY = (0.299, 0.587, 0.114)
 
 
-def decode_images(dataset: ImageFolderDataset, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_images(dataset: ImageDataset, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode all images of a dataset, squeezed into squares.
 
     Args:

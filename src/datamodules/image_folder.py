@@ -1,4 +1,4 @@
-"""Images in one folder per class, as ImageNet is usually unpacked.
+"""ImageNet, a subset of it or images of one's own, in class folders or another layout that they are published in.
 
     data_dir/
       train/
@@ -7,6 +7,9 @@
       val/
         n01440764/ILSVRC2012_val_00000293.JPEG ...
         n01443537/...
+
+or flat folders, tar archives, WebDataset shards, Parquet or CSV files, see `src.datamodules.layouts`. All of them give
+the same classes and the same predictions.
 
 The transforms are timm's. In evaluation every image is counted exactly once, on any number of processes; in training
 order and augmentation follow from the seed alone. Whatever can be wrong with a user's folder is a `UserError`.
@@ -29,8 +32,11 @@ from torch.utils.data import Dataset
 
 from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
 from src.datamodules.base import ClassificationDataModule
-from src.datamodules.dataset import ImageFolderDataset, ImageLoader, imagenet_synsets, listing, scan_folder
+from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.device_augmentation import decode_images
+from src.datamodules.layouts import Listing, Place, check_format, open_split, searched
+from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
+from src.datamodules.layouts.class_folders import ClassFolders
 from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
 from src.utils.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
 from src.utils.machine import usable_cpus
@@ -51,7 +57,7 @@ class _AugmentedDataset(Dataset):
         decode: give the augmented image; otherwise its index, for the device to find and augment it.
     """
 
-    def __init__(self, dataset: ImageFolderDataset, decode: bool) -> None:
+    def __init__(self, dataset: ImageDataset, decode: bool) -> None:
         self.dataset = dataset
         self.decode = decode
 
@@ -69,7 +75,7 @@ class _AugmentedDataset(Dataset):
 
 
 class ImageFolderDataModule(ClassificationDataModule):
-    """A folder of images, `data_dir/<split>/<class folder>/<file>`, for evaluation and training.
+    """Images in `data_dir`, by default `data_dir/<split>/<class folder>/<file>`, for evaluation and training.
 
     In evaluation images are resized, centre-cropped and normalised by timm's evaluation transform: the shorter side
     to floor(image_size / crop_pct) pixels, the centre image_size x image_size kept. In training they are augmented,
@@ -89,8 +95,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         crop_pct: part of the resized shorter side that the crop keeps, in (0, 1].
         mean: per colour, of values in [0, 1], subtracted; default ImageNet's.
         std: per colour, divided by; default ImageNet's.
-        test_split: name of the folder in `data_dir` that is evaluated, and that training is watched on.
-        train_split: name of the folder in `data_dir` that is trained on.
+        test_split: name of the split that is evaluated, and that training is watched on: of a folder in `data_dir`,
+            of what files of the other layouts are called after, or of such a file or files (`val-{00..63}.tar`).
+        train_split: name of the split that is trained on, likewise.
         holdout: part of each class's training images, in [0, 1), that is kept from training, and on which it is
             watched in place of `test_split`: settings are chosen so without a look at the test images.
         passes_per_epoch: passes over the training images in an epoch. With few images one pass is over before the
@@ -101,9 +108,10 @@ class ImageFolderDataModule(ClassificationDataModule):
         seed: of the training images' order and augmentation, and of the choice of `holdout`.
         augmentation: options of `Augmentation`; None takes its defaults.
         pin_memory: batches in page-locked memory, for a faster copy to the GPU; None does so if CUDA is available.
+        format: the layout of the splits, one of `FORMATS`; `"auto"` takes what is there.
 
     Attributes:
-        test_dataset: an `ImageFolderDataset` once `setup` has run, None before.
+        test_dataset: an `ImageDataset` once `setup` has run, None before.
         train_dataset: likewise, of what is trained on, augmented; None unless `setup("fit")` has run.
         val_dataset: likewise, of what training is watched on.
 
@@ -130,6 +138,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         seed: int = 0,
         augmentation: Mapping[str, Any] | None = None,
         pin_memory: bool | None = None,
+        format: str = "auto",
     ) -> None:
         super().__init__(image_size, num_classes, batch_size, seed, mean, std, pin_memory)
         check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
@@ -145,6 +154,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         if not is_number(holdout) or not 0 <= holdout < 1:
             raise UserError(f"datamodule.holdout={holdout!r} is not valid. Give a number of at least 0 and below 1.")
         check_switch("datamodule.on_device", on_device)
+        check_format(format)
         for option, split in (("test_split", test_split), ("train_split", train_split)):
             if not isinstance(split, str) or not split:
                 raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
@@ -152,6 +162,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.num_workers = min(16, usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
         self.train_split = train_split
+        self.format = format
         self.holdout = holdout
         self.passes_per_epoch = passes_per_epoch
         self.on_device = on_device
@@ -164,9 +175,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         # of on_device: the training images as squares, and their width over their height
         self._images: torch.Tensor | None = None
         self._aspects: torch.Tensor | None = None
-        self.test_dataset: ImageFolderDataset | None = None
-        self.train_dataset: ImageFolderDataset | None = None
-        self.val_dataset: ImageFolderDataset | None = None
+        self.test_dataset: ImageDataset | None = None
+        self.train_dataset: ImageDataset | None = None
+        self.val_dataset: ImageDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """List the images of the splits that a stage needs, once; a later call keeps them.
@@ -175,7 +186,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             stage: `"fit"` for training and the images it is watched on; anything else for the test split.
 
         Raises:
-            UserError: `data_dir` is not given, it or a split's folder is missing, see `ImageFolderDataset`; for
+            UserError: `data_dir` is not given, it or a split's folder is missing, or not as its layout has to be; for
                 training, also an augmentation that is not valid, or splits of different classes.
         """
         if stage != "fit":
@@ -308,7 +319,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.setup("test")
         return self._evaluation_loader(self.test_dataset)
 
-    def _evaluation_loader(self, dataset: ImageFolderDataset) -> ImageLoader:
+    def _evaluation_loader(self, dataset: ImageDataset) -> ImageLoader:
         return ImageLoader(
             dataset.subset(range(len(dataset)), self._test_pixels),
             batch_size=self.batch_size,
@@ -317,11 +328,30 @@ class ImageFolderDataModule(ClassificationDataModule):
             pin_memory=self.pin_memory,
         )
 
-    def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageFolderDataset:
-        return ImageFolderDataset(self._split_folder(option), transform, self.num_classes)
+    def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageDataset:
+        return ImageDataset(self._listing(option), transform)
 
-    def _split_folder(self, option: str) -> Path:
-        """The folder of the split that `option` names, or a `UserError` that says what is there in its place."""
+    def _listing(self, option: str) -> Listing:
+        """The images of the split that `option` names, or a `UserError` that says what is there in its place."""
+        place = Place(self._data_folder(option), getattr(self, option), option)
+        found = open_split(place, self.num_classes, self.format)
+        if found is not None:
+            return found
+        if self.format not in ("auto", "class_folders"):
+            raise UserError(
+                f"No split '{place.split}' in the layout {self.format}. {searched(place, self.format)} Choose another "
+                f"layout by datamodule.format, or name the files by datamodule.{option}=..."
+            )
+        folder = self._split_folder(place)
+        try:
+            return ClassFolders(folder, self.num_classes)
+        except UserError as error:
+            if self.format != "auto":
+                raise
+            raise UserError(f"{error} {searched(place)}") from None
+
+    def _data_folder(self, option: str) -> Path:
+        """The folder that holds the splits."""
         split = getattr(self, option)
         # "???" is OmegaConf's mark of a value not given.
         if self.data_dir is None or str(self.data_dir) in ("", "???"):
@@ -336,6 +366,11 @@ class ImageFolderDataModule(ClassificationDataModule):
                 f"The data folder {data_dir} {fault}. Give datamodule.data_dir (or DATA_DIR in the file .env) "
                 f"the folder that holds '{split}'."
             )
+        return data_dir
+
+    def _split_folder(self, place: Place) -> Path:
+        """The folder that a split names."""
+        data_dir, split, option = place.data_dir, place.split, place.option
         split_folder = data_dir / split
         if split_folder.is_dir():
             return split_folder
@@ -350,7 +385,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         raise UserError(
             f"No folder '{split}' in {data_dir}; the folders there: {listing(folders, 10) or 'none'}. "
             f"Give datamodule.data_dir the folder that holds '{split}', or name another "
-            f"split with datamodule.{option}=..."
+            f"split with datamodule.{option}=..." + ("" if self.format != "auto" else f" {searched(place)}")
         )
 
 

@@ -1,0 +1,564 @@
+"""A split's images as a model takes them, decoded once and kept on the disk, so that evaluations decode nothing.
+
+    cache_dir/
+      <key>/              complete: it got this name last, by one rename
+        entry.json        what it holds, to be read by people
+        images.uint8      (N, 3, size, size), read through a memory map
+        checksums.uint32  (N,), CRC-32 of each image
+      <key>.unfinished/   the same while it is made
+      <key>.lock          held by the process that makes it
+
+The key is a hash of the images' names, of the sizes and times of change of the files that hold them, and of everything
+that their pixels depend on. Where one of them changes there is a new entry; entries of other keys are left alone, to be
+deleted by who no longer needs them. A file that changes and keeps both size and time is not noticed.
+
+An interrupted entry is gone on with: images are written and flushed in order, and their checksums after them, so that
+as many images are finished as there are checksums that fit. Each image is checked when it is first read in a run; one
+that has been altered is an error and not replaced silently, since something is wrong with the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import PIL
+import PIL.features
+import timm
+import torch
+import torchvision
+from rich.console import Console
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from src.datamodules.dataset import ImageDataset, ImageLoader
+from src.utils.errors import UserError
+from src.utils.files import write_json
+from src.utils.scripts import progress_display
+
+FORMAT = 1
+ENTRY_FILE, IMAGES_FILE, CHECKSUMS_FILE = "entry.json", "images.uint8", "checksums.uint32"
+_CHECKSUM = np.dtype("<u4")
+# Images that a worker decodes at a time, and bytes that are flushed at a time: what an interruption may cost.
+_BATCH_SIZE = 32
+CHUNK_BYTES = 64 << 20
+# How long the other processes of a machine let its first one begin, and how often a lock is tried.
+_FIRST_SECONDS = 5.0
+_POLL_SECONDS = 0.2
+_STAT_THREADS = 16
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DecodedCache:
+    """The entry of a dataset in a cache.
+
+    Args:
+        cache_dir: folder of all entries; it is made if need be.
+        dataset: N images under a transform to uint8 (3, size, size).
+        image_size: side of the images, pixels.
+        **options: what else the pixels depend on, of types that JSON has.
+
+    Attributes:
+        folder: of the entry, once it is complete.
+        unfinished: folder of the entry while it is made.
+        description: what the entry holds, the content of its `entry.json`.
+    """
+
+    def __init__(
+        self, cache_dir: str | os.PathLike[str], dataset: ImageDataset, image_size: int, **options: Any
+    ) -> None:
+        self.dataset = dataset
+        self.shape = (len(dataset), 3, image_size, image_size)
+        self.description = {
+            "format": FORMAT,
+            "num_images": len(dataset),
+            "shape": list(self.shape),
+            "pixels": {"image_size": image_size, **options, "versions": _versions()},
+            "source": {"layout": dataset.listing.format, "sha256": source_digest(dataset)},
+        }
+        content = json.dumps(self.description, sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:32]
+        self.description["source"]["path"] = str(dataset.root)  # images that were moved are the same
+        cache_dir = Path(cache_dir).expanduser().absolute()
+        self.folder, self.unfinished = cache_dir / key, cache_dir / f"{key}.unfinished"
+        self._lock = cache_dir / f"{key}.lock"
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Size of an image in the entry."""
+        return self.shape[1] * self.shape[2] * self.shape[3]
+
+    def make(self, num_workers: int = 0, local_rank: int = 0) -> None:
+        """Decode what is not decoded yet, unless the entry is complete.
+
+        One process does so, by preference the first of the machine; others wait until it is done or fails, and in the
+        latter case try themselves, so that each has the error to tell.
+
+        Args:
+            num_workers: worker processes that decode; 0 decodes in this process.
+            local_rank: number of this process on its machine.
+
+        Raises:
+            UserError: an image cannot be decoded, the folder cannot be written, or its disk is too small. What is
+                finished is kept.
+        """
+        if self.folder.is_dir():
+            return
+        console = Console(stderr=True, soft_wrap=True)
+        with self._explained():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if local_rank > 0:
+            self._let_first_begin()
+        with self._locked(console):
+            if not self.folder.is_dir():
+                with _stopped_at_once():
+                    self._make(num_workers, console)
+
+    def open(self) -> CachedImages:
+        """The images of the complete entry.
+
+        Raises:
+            UserError: a file of it is missing or has another size than it should have.
+        """
+        return CachedImages(self.folder, self.shape, self.dataset.paths, self.dataset.targets)
+
+    # Making an entry
+
+    def _make(self, num_workers: int, console: Console) -> None:
+        with self._explained():
+            self.unfinished.mkdir(exist_ok=True)
+            checksums = self._finished()
+        done, total = len(checksums), len(self.dataset)
+        self._check_space(total - done, console)
+        write_json(self.unfinished / ENTRY_FILE, self.description)
+        # opened for both, which neither truncates nor ignores the position as "ab" does
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._explained())
+            files = [
+                stack.enter_context(os.fdopen(os.open(self.unfinished / name, flags, 0o666), "r+b", buffering=0))
+                for name in (IMAGES_FILE, CHECKSUMS_FILE)
+            ]
+            writer = _Writer(*files, self.bytes_per_image, done)
+            try:
+                self._decode(writer, num_workers, console)
+            finally:
+                writer.close()
+        if writer.done != total:
+            raise RuntimeError(f"{writer.done} of {total} images were decoded")
+        with self._explained():
+            _flush_folder(self.unfinished)
+            os.rename(self.unfinished, self.folder)
+            _flush_folder(self.folder.parent)
+
+    def _decode(self, writer: _Writer, num_workers: int, console: Console) -> None:
+        done, total = writer.done, len(self.dataset)
+        loader = ImageLoader(
+            self.dataset.subset(range(done, total)),
+            batch_size=_BATCH_SIZE,
+            num_workers=min(num_workers, -(-(total - done) // _BATCH_SIZE)),
+        )
+        with progress_display(console) as progress:
+            task = progress.add_task("decoding", total=total, completed=done)
+            for images, *_ in loader if done < total else ():
+                writer.add(images.numpy())
+                progress.advance(task, len(images))
+
+    def _finished(self) -> np.ndarray:
+        """Checksums of the images that an earlier run left finished, from the first on; what follows is cut off."""
+        images, checksums = self.unfinished / IMAGES_FILE, self.unfinished / CHECKSUMS_FILE
+        if not images.exists() or not checksums.exists():
+            return np.empty(0, _CHECKSUM)
+        content = checksums.read_bytes()
+        found = np.frombuffer(content[: len(content) // _CHECKSUM.itemsize * _CHECKSUM.itemsize], _CHECKSUM)
+        done = 0
+        with open(images, "rb") as file:
+            # flushing keeps this order, but not every disk flushes when it is told to
+            while done < min(len(found), len(self.dataset)):
+                image = file.read(self.bytes_per_image)
+                if len(image) < self.bytes_per_image or zlib.crc32(image) != found[done]:
+                    break
+                done += 1
+        os.truncate(images, done * self.bytes_per_image)
+        os.truncate(checksums, done * _CHECKSUM.itemsize)
+        return found[:done]
+
+    def _check_space(self, num_images: int, console: Console) -> None:
+        """Tell what is to be decoded and where it goes, and refuse to begin where the disk is too small."""
+        needed = num_images * (self.bytes_per_image + _CHECKSUM.itemsize) + (1 << 16)
+        free = shutil.disk_usage(self.unfinished).free
+        if free < needed:
+            raise self._too_small(f"has {_size(free)} free")
+        total = len(self.dataset)
+        begun = f", of which {total - num_images:,} are already there" if num_images < total else ""
+        console.print(
+            f"Decoding {total:,} images of {self.dataset.root} once for all evaluations{begun}: {_size(needed)} in "
+            f"{self.folder}, on a disk with {_size(free)} free.",
+            markup=False,
+            highlight=False,
+        )
+
+    def _too_small(self, fault: str) -> UserError:
+        needed = len(self.dataset) * (self.bytes_per_image + _CHECKSUM.itemsize)
+        return UserError(
+            f"The disk of datamodule.cache_dir={self.folder.parent} {fault}, and the decoded images of "
+            f"{self.dataset.root} take {_size(needed)}. Free space there, give a folder on another disk, or leave "
+            f"datamodule.cache_dir out; {self.unfinished} holds those decoded so far, to go on from."
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn errors of the file system into what a user can do about them."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                raise self._too_small("is full") from error
+            raise UserError(
+                f"datamodule.cache_dir={self.folder.parent} cannot be used ({error.strerror or error}). Give a folder "
+                "that you may write to, or leave it out."
+            ) from error
+
+    # One process at a time
+
+    def _let_first_begin(self) -> None:
+        end = time.monotonic() + _FIRST_SECONDS
+        while time.monotonic() < end and not self._lock.exists() and not self.folder.is_dir():
+            time.sleep(_POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def _locked(self, console: Console) -> Iterator[None]:
+        """Hold the lock, which the system takes back from a process that is killed."""
+        try:
+            import fcntl
+        except ImportError as error:
+            raise UserError("datamodule.cache_dir needs a system with POSIX locks. Leave it out.") from error
+        told = False
+        with self._explained():
+            while True:
+                file = open(self._lock, "a+b")  # noqa: SIM115 - closed below
+                try:
+                    # not flock: worker processes would inherit the lock, and hold it after this one is killed
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_at(file, self._lock):
+                        break
+                    file.close()  # the one before has removed it: there may be another by now
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        file.close()
+                        raise
+                    file.seek(0)
+                    holder = file.read(200).decode(errors="replace") or "another process"
+                    file.close()
+                    if not told:
+                        told = True
+                        console.print(
+                            f"Waiting for {holder}, which is decoding the images of {self.dataset.root} into "
+                            f"{self.folder.parent}.",
+                            markup=False,
+                            highlight=False,
+                        )
+                    time.sleep(_POLL_SECONDS)
+                except BaseException:
+                    file.close()
+                    raise
+        try:
+            with contextlib.suppress(OSError):  # for those who wait only
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                file.flush()
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                self._lock.unlink()
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class _Writer:
+    """Appends images, and after them their checksums, which make them count.
+
+    Args:
+        images: open for writing, unbuffered; what follows the images done is cut off.
+        checksums: likewise.
+        bytes_per_image: size of an image.
+        done: images that are there.
+
+    Attributes:
+        done: images that are there and flushed.
+    """
+
+    def __init__(self, images: IO[bytes], checksums: IO[bytes], bytes_per_image: int, done: int) -> None:
+        self._images, self._checksums = images, checksums
+        self._bytes_per_image = bytes_per_image
+        self._pending: list[int] = []
+        self.done = done
+        self._cut()
+
+    def add(self, images: np.ndarray) -> None:
+        """Write images (B, 3, size, size), and flush them when there are enough."""
+        _write(self._images, images)
+        self._pending += [zlib.crc32(image) for image in images]
+        if len(self._pending) * self._bytes_per_image >= CHUNK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make what was added count."""
+        if self._pending:
+            os.fsync(self._images.fileno())
+            _write(self._checksums, np.array(self._pending, _CHECKSUM))
+            os.fsync(self._checksums.fileno())
+            self.done += len(self._pending)
+            self._pending.clear()
+
+    def close(self) -> None:
+        """Flush, and cut off what an error left behind."""
+        try:
+            self.flush()
+        finally:
+            self._cut()
+
+    def _cut(self) -> None:
+        for file, size in ((self._images, self._bytes_per_image), (self._checksums, _CHECKSUM.itemsize)):
+            file.truncate(self.done * size)
+            file.seek(self.done * size)
+
+
+def _write(file: IO[bytes], content: np.ndarray) -> None:
+    """All of `content`: an unbuffered file may take a part only."""
+    left = memoryview(np.ascontiguousarray(content)).cast("B")
+    while left:
+        left = left[file.write(left) :]
+
+
+@contextlib.contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop here and now: an evaluation would only take note of them until its next batch."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(1)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, end)):
+            # one that is ignored stays so, and what ends a process anyhow may do it
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
+
+
+# What an entry is a copy of
+
+
+def source_digest(dataset: ImageDataset) -> str:
+    """SHA-256 of what tells the images from others without reading them.
+
+    That is their names in order, and the size and time of change (nanoseconds) of the files that hold them, with the
+    places inside of archives.
+
+    Args:
+        dataset: images of any layout.
+    """
+    positions = {name: position for position, name in enumerate(dataset.listing.names)}
+    numbers: dict[Path, int] = {}
+    digest = hashlib.sha256()
+    for name in dataset.paths:
+        path, within = dataset.listing.location(positions[name])
+        number = numbers.setdefault(path, len(numbers))
+        digest.update(f"{name}\0{number}\0{within}\0".encode(errors="surrogateescape"))
+    for states in _file_states(list(numbers)):
+        digest.update(f"{states}\0".encode())
+    return digest.hexdigest()
+
+
+def _file_states(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Size and time of change of each file; None where it cannot be had, of which decoding tells more."""
+
+    def states(part: Sequence[Path]) -> list[tuple[int, int] | None]:
+        found = []
+        for path in part:
+            try:
+                status = os.stat(path)
+            except OSError:
+                found.append(None)
+            else:
+                found.append((status.st_size, status.st_mtime_ns))
+        return found
+
+    # a network takes its time for each file, but answers many at once
+    step = max(1, -(-len(paths) // _STAT_THREADS))
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        parts = pool.map(states, [paths[begin : begin + step] for begin in range(0, len(paths), step)])
+        return [state for part in parts for state in part]
+
+
+def _versions() -> dict[str, str | None]:
+    """Of what decodes and resizes."""
+    turbo = PIL.features.version_feature("libjpeg_turbo")
+    return {
+        "pillow": PIL.__version__,
+        "jpeg": f"turbo {turbo}" if turbo else PIL.features.version_codec("jpg"),
+        "timm": timm.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+# Reading an entry
+
+
+class CachedImages(Dataset):
+    """The images of a complete entry, read a batch at a time.
+
+    Args:
+        folder: of the entry.
+        shape: (N, 3, size, size).
+        paths: the images' names, for messages.
+        targets: class index of each image.
+
+    Raises:
+        UserError: a file of the entry is missing or has another size than it should have.
+    """
+
+    def __init__(
+        self, folder: Path, shape: tuple[int, int, int, int], paths: Sequence[str], targets: Sequence[int]
+    ) -> None:
+        self.folder, self.shape, self.paths = folder, shape, paths
+        self._targets = torch.tensor(targets, dtype=torch.int64)
+        sizes = {IMAGES_FILE: int(np.prod(shape, dtype=np.int64)), CHECKSUMS_FILE: shape[0] * _CHECKSUM.itemsize}
+        for name, expected in sizes.items():
+            try:
+                size = os.stat(folder / name).st_size
+            except OSError as error:
+                raise UserError(f"{folder / name} cannot be read ({error.strerror}). {self._remedy}") from error
+            if size != expected:
+                raise UserError(f"{folder / name} has {size:,} bytes instead of {expected:,}. {self._remedy}")
+        # of all worker processes, and of one epoch's for those of the next
+        self._checked = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
+        self._open()
+
+    @property
+    def _remedy(self) -> str:
+        return f"Delete the folder {self.folder}: the images are decoded once more then."
+
+    def _open(self) -> None:
+        try:
+            self._images = np.memmap(self.folder / IMAGES_FILE, np.uint8, "r", shape=self.shape)
+            self._checksums = np.fromfile(self.folder / CHECKSUMS_FILE, _CHECKSUM)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} cannot be read ({error}). {self._remedy}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_images", "_checksums")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        """One image, as `ImageDataset` gives it.
+
+        Raises:
+            UserError: it was altered.
+        """
+        images, targets, _ = self.batch([index])
+        return images[0], int(targets[0]), index
+
+    def batch(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Images by their positions in one copy, which a worker makes where the main process reads it.
+
+        Args:
+            indices: (B,) positions in [0, N).
+
+        Returns:
+            Images (B, 3, size, size) uint8, targets (B,) int64, and the positions (B,) int64.
+
+        Raises:
+            UserError: an image was altered; each is checked once.
+        """
+        positions = torch.as_tensor(indices, dtype=torch.int64)
+        images = torch.empty(len(positions), *self.shape[1:], dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()
+        # "raise", the default, would copy once more; positions are those of a sampler
+        np.take(self._images, positions.numpy(), axis=0, out=images.numpy(), mode="clip")
+        for row in (~self._checked[positions]).nonzero().flatten().tolist():
+            index = int(positions[row])
+            if zlib.crc32(images[row].numpy()) != self._checksums[index]:
+                raise UserError(f"{self.folder / IMAGES_FILE} is damaged at {self.paths[index]}. {self._remedy}")
+        self._checked[positions] = True
+        return [images, self._targets[positions], positions]
+
+
+class _Batches(Dataset):
+    """What torch's loader asks for whole batches; a `UserError` is returned in place of one."""
+
+    def __init__(self, images: CachedImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        return self.images[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor] | UserError:
+        try:
+            return self.images.batch(indices)
+        except UserError as error:
+            return error
+
+
+def _as_they_are(batch: Any) -> Any:
+    return batch
+
+
+class CachedLoader(ImageLoader):
+    """An `ImageLoader` of a cache's images: the same batches, each in one piece.
+
+    Args:
+        images: the images.
+        **options: those of `torch.utils.data.DataLoader`, except `collate_fn`.
+    """
+
+    def __init__(self, images: CachedImages, **options: Any) -> None:
+        DataLoader.__init__(self, _Batches(images), collate_fn=_as_they_are, **options)

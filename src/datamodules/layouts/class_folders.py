@@ -1,0 +1,95 @@
+"""Images in one folder per class: `val/n01440764/ILSVRC2012_val_00000293.JPEG`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from src.datamodules.layouts.base import FileListing, Found, Place, class_index, imagenet_synsets, listing, scan_folder
+from src.datamodules.layouts.labels import is_validation_image, synset_in_name
+from src.utils.errors import UserError
+
+# The name of the datasets' module: whoever listens to it hears of what is left out.
+logger = logging.getLogger("src.datamodules.dataset")
+
+FORMAT = "class_folders"
+LOOKED_FOR = "class folders in {folder}/"
+
+
+def find(place: Place) -> list[Found]:
+    """The split's folders that hold class folders."""
+    found = []
+    for folder in place.folders:
+        folders, files = scan_folder(folder)
+        flat = any(is_validation_image(name) or synset_in_name(name) for name in files)
+        if any(name in imagenet_synsets() for name in folders) or (folders and not flat):
+            found.append(Found(FORMAT, folder))
+    return found
+
+
+class ClassFolders(FileListing):
+    """The images `root/<class folder>/<file>`, in sorted order of folder, then file name.
+
+    Every file of a class folder that is not hidden is taken as an image, whatever its extension (some of
+    ImageNet's .JPEG files are PNG). Files beside the class folders, folders inside them and class folders
+    without images are left out with a warning. Links are followed.
+
+    Args:
+        root: folder of the split, which holds the class folders; `~` is expanded.
+        num_classes: outputs of the model, see `class_index`.
+
+    Raises:
+        UserError: no class folders, no images, or class folders that do not fit `num_classes`.
+    """
+
+    format = FORMAT
+
+    def __init__(self, root: str | os.PathLike[str], num_classes: int = 1000) -> None:
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder. Give the folder that holds the class folders.")
+        classes, loose_files = scan_folder(root)
+        if not classes:
+            found = f"holds {len(loose_files)} files but no class folders" if loose_files else "is empty"
+            raise UserError(
+                f"{root} {found}. Put the images in one folder per class, such as "
+                f"{root.name}/n01440764/ILSVRC2012_val_00000293.JPEG."
+            )
+        try:
+            class_to_index = class_index(classes, num_classes)
+        except UserError as error:
+            raise UserError(f"{root}: {error}") from None
+
+        names: list[str] = []
+        labels: list[str] = []
+        without_images, nested = [], []
+        for name in classes:
+            folders, files = scan_folder(root / name)
+            names += [f"{name}/{file}" for file in files]
+            labels += [name] * len(files)
+            nested += [f"{name}/{folder}" for folder in folders]
+            if not files:
+                without_images.append(name)
+        if not names:
+            hint = f" (images further down, as in {listing(nested, 1)}, are not taken)" if nested else ""
+            raise UserError(
+                f"No images in the {len(classes)} class folders of {root}{hint}. "
+                "Put the images directly in their class folder."
+            )
+        if without_images:
+            logger.warning("%s: class folders without images: %s", root, listing(without_images))
+        if nested:
+            logger.warning("%s: folders inside class folders are left out: %s", root, listing(nested))
+        if loose_files:
+            logger.warning("%s: files outside class folders are left out: %s", root, listing(loose_files))
+        # class folders without images count as classes, unlike those that only labels would name
+        self.root = self.folder = root
+        self.names = names
+        self.classes, self.class_to_index = classes, class_to_index
+        self.targets = [class_to_index[label] for label in labels]
+
+
+def open_layout(found: Found, place: Place, num_classes: int) -> ClassFolders:
+    """List what was found, see `ClassFolders`."""
+    return ClassFolders(found.root, num_classes)

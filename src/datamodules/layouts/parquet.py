@@ -1,0 +1,230 @@
+"""Parquet files as Hugging Face stores images: `data/validation-00000-of-00014.parquet` with `image.bytes` and `label`.
+
+Parquet is read by row groups, of which a process keeps one. That suits evaluation, which goes through the images in
+order; training in random order reads a whole row group for each image.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from src.datamodules.layouts.base import Found, Listing, Place, check_complete, files_matching, series
+from src.datamodules.layouts.csv_file import parse_labels
+from src.utils.errors import UserError
+
+FORMAT = "parquet"
+LOOKED_FOR = "{split}*.parquet, data/{split}*.parquet or {folder}/*.parquet"
+_REMEDY = "Fetch the file again."
+
+
+def find(place: Place) -> list[Found]:
+    """Series of parquet files of the split."""
+    named = [path for path in place.named_files if path.suffix == ".parquet"]
+    if named:
+        found = [tuple(named)]
+    else:
+
+        def matches(name: str) -> bool:
+            return name.endswith(".parquet") and any(
+                name.startswith(stem) and not name[len(stem)].isalpha() for stem in place.stems
+            )
+
+        found = series(files_matching([place.data_dir, place.data_dir / "data"], matches))
+        for folder in place.folders:
+            found += series(files_matching([folder], lambda name: name.endswith(".parquet")))
+    return [Found(FORMAT, files[0].parent if len(files) > 1 else files[0], files) for files in dict.fromkeys(found)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image in a parquet file.
+
+    Args:
+        listing: whose image it is.
+        position: in the listing.
+    """
+
+    listing: ParquetListing
+    position: int
+
+    remedy = _REMEDY
+
+    @property
+    def name(self) -> str:
+        """The name without folders."""
+        return PurePosixPath(self.listing.names[self.position]).name
+
+    def read_bytes(self) -> bytes:
+        """Its content.
+
+        Raises:
+            UserError: the file is damaged or has no bytes here.
+        """
+        return self.listing.read(self.position)
+
+    def __str__(self) -> str:
+        return self.listing.place(self.position)
+
+
+class ParquetListing(Listing):
+    """Images of parquet files, in the order of files and rows.
+
+    Args:
+        root: file or folder that stands for the split.
+        names: see `Listing`; likewise `labels` and `num_classes`.
+        files: the files, sorted.
+        groups: (G, 3) for each row group its file, its number there and its rows, in the order of the images.
+    """
+
+    format = FORMAT
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        labels: Sequence[str] | Sequence[int],
+        num_classes: int,
+        files: Sequence[Path],
+        groups: np.ndarray,
+    ) -> None:
+        super().__init__(root, names, labels, num_classes)
+        self._files = list(files)
+        self._groups = groups
+        self._ends = np.cumsum(groups[:, 2])
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._kept: tuple[int, Any] | None = None  # row group, its images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_process", "_lock", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def source(self, position: int) -> Row:
+        """The place of the image at `position`."""
+        return Row(self, position)
+
+    def place(self, position: int) -> str:
+        """The name of the image's place in messages."""
+        group, row = self._find(position)
+        file, number, _ = self._groups[group]
+        before = int(self._groups[(self._groups[:, 0] == file) & (self._groups[:, 1] < number), 2].sum())
+        return f"row {before + row} of {self._files[file]}"
+
+    def read(self, position: int) -> bytes:
+        """The bytes of the image at `position`; its row group is kept for those that follow.
+
+        Raises:
+            UserError: the file is damaged or has no bytes here.
+        """
+        group, row = self._find(position)
+        if self._process != os.getpid():  # a lock that a thread held during the fork would never be given back
+            self._forget()
+        kept = self._kept
+        if kept is None or kept[0] != group:
+            with self._lock:
+                kept = self._kept
+                if kept is None or kept[0] != group:
+                    file, number, _ = (int(value) for value in self._groups[group])
+                    kept = self._kept = (group, _read_group(self._files[file], number))
+        data = kept[1][row].as_py()
+        if data is None:
+            raise UserError(f"{self.place(position)} has no bytes of an image, maybe only its path. {_REMEDY}")
+        return data
+
+    def _find(self, position: int) -> tuple[int, int]:
+        """Row group of an image, and its row there."""
+        group = int(np.searchsorted(self._ends, position, side="right"))
+        return group, position - int(self._ends[group] - self._groups[group, 2])
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path} is read with PyArrow, which is not installed: pip install pyarrow") from error
+    return pyarrow
+
+
+def _read_group(path: Path, number: int) -> Any:
+    """The bytes of the images of one row group."""
+    pyarrow = _pyarrow(path)
+    try:
+        # no threads of PyArrow's own: workers are processes, and a forked one has none
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            table = file.read_row_group(number, columns=["image.bytes"], use_threads=False)
+            return table.column("image").combine_chunks().field("bytes")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged in row group {number}: {_first_line(error)}. {_REMEDY}") from error
+
+
+def open_layout(found: Found, place: Place, num_classes: int) -> ParquetListing:
+    """List the images of parquet files from their columns of labels and names.
+
+    Raises:
+        UserError: PyArrow is not installed, a file is damaged or missing or has other columns, or see `Listing`.
+    """
+    if not place.named_files:
+        check_complete(found.files, place.option)
+    names, labels, groups = [], [], []
+    for index, path in enumerate(found.files):
+        its_labels, its_names, sizes = _columns(path)
+        base = [PurePosixPath(name or "").name for name in its_names]
+        if len(set(base)) < len(base) or not all(base):
+            base = [f"{row:06}" for row in range(len(its_labels))]
+        names += [f"{path.name}/{name}" for name in base]
+        texts = [str(label) for label in its_labels]
+        labels += parse_labels(texts, lambda row, path=path: f"row {row} of {path}") if texts else []
+        groups += [(index, number, size) for number, size in enumerate(sizes)]
+    if len({type(label) for label in labels}) > 1:
+        raise UserError(f"{found.root} has indices and names among its labels. Give one of the two throughout.")
+    return ParquetListing(
+        found.root, names, labels, num_classes, found.files, np.array(groups, dtype=np.int64).reshape(-1, 3)
+    )
+
+
+def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
+    """Labels, names of the images where there are any, and rows of each row group."""
+    pyarrow = _pyarrow(path)
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            columns = [file.schema.column(index).path for index in range(len(file.schema))]
+            lacking = [name for name in ("image.bytes", "label") if name not in columns]
+            if lacking:
+                raise UserError(
+                    f"{path} has no column '{lacking[0]}'; it has {', '.join(columns[:8])}. Give files with the "
+                    "columns image.bytes and label, as Hugging Face writes them."
+                )
+            wanted = ["label"] + (["image.path"] if "image.path" in columns else [])
+            table = file.read(columns=wanted, use_threads=False)
+            labels = table.column("label").to_pylist()
+            names = [None] * len(labels)
+            if len(wanted) > 1:
+                names = [image and image["path"] for image in table.column("image").to_pylist()]
+            sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged or no parquet file: {_first_line(error)}. {_REMEDY}") from error
+    if sum(sizes) != len(labels):
+        raise UserError(f"{path} is damaged: {len(labels)} labels of {sum(sizes)} rows. {_REMEDY}")
+    for row, label in enumerate(labels):
+        if not isinstance(label, int | str) or isinstance(label, bool):
+            raise UserError(
+                f"row {row} of {path} has the label {label!r}, not an index or the name of a class. {_REMEDY}"
+            )
+    return labels, names, sizes
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
