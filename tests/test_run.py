@@ -10,15 +10,27 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import run
+import src.datamodules.dataset as dataset
 from src.evaluation.results import read_results
+from src.tasks.evaluate import evaluate
 from tests.tasks.conftest import make_shallow, make_tiny
-from tests.tasks.setup import make_checkpoint, make_images, overrides, stop_at, training_overrides
+from tests.tasks.setup import (
+    assert_same_evaluation,
+    compose_config,
+    make_checkpoint,
+    make_images,
+    overrides,
+    stop_at,
+    stop_evaluation_at,
+    training_overrides,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -292,18 +304,48 @@ def test_options_of_a_stage_stay_as_they_are_with_one_attention(attentions):
     assert run._with_options_of_attentions(arguments) == arguments
 
 
-def test_an_interrupt(command_line, monkeypatch, tmp_path):
-    def forward(self, images):
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
+def test_an_evaluation_that_is_interrupted_and_resumed(command_line, monkeypatch, tmp_path, number, status):
+    folder, options = tmp_path / "fixed", {"datamodule__batch_size": 1}
+    with monkeypatch.context() as patch:
+        stop_evaluation_at(patch, 3, number)
+        interrupted, output, errors = command_line(hydra__run__dir=folder, **options)
+    assert (interrupted, errors) == (status, "")
+    (line,) = (line for line in output.splitlines() if "stopped after" in line)
+    assert (
+        f"after 3 of 6 images because it was asked to. The same command with eval.resume=true hydra.run.dir={folder}"
+        in (line)
+    )
+    assert "3 of 6 images of val" in output
+    assert not read_results(folder).complete
+    again, _, errors = command_line(hydra__run__dir=folder, **options)
+    assert (again, errors.count("\n")) == (1, 1)
+    assert errors.startswith(f"Error: {folder} holds an unfinished evaluation. eval.resume=true goes on with it")
+    assert command_line(hydra__run__dir=folder, eval__resume="true", **options)[::2] == (0, "")
+    assert read_results(folder).complete
+    # once more, there is nothing to do
+    status, output, errors = command_line(hydra__run__dir=folder, eval__resume="true", **options)
+    assert (status, errors) == (0, "")
+    assert f"{folder} holds this evaluation, and it is finished" in output
+    assert "Evaluating" not in output
 
-    monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", forward)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        status, _, errors = command_line(model__fast="off")
-    finally:
-        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
-    assert (status, errors) == (130, "")
-    assert not results_of(tmp_path)
+
+def test_a_multirun_that_is_interrupted_and_resumed(command_line, monkeypatch, tmp_path):
+    options = {"variant": "t2t_vit_t_14", "model___t2tattn_cfg": "full,local,sblocal", "datamodule__batch_size": 1}
+    sweep = tmp_path / "sweep"
+    with monkeypatch.context() as patch:
+        stop_evaluation_at(patch, 10, signal.SIGTERM)
+        status, output, errors = command_line("-m", hydra__sweep__dir=sweep, **options)
+    assert (status, errors) == (1, "")
+    assert f"with eval.resume=true hydra.sweep.dir={sweep} goes on" in output
+    assert [read_results(path.parent).complete for path in results_of(sweep)] == [True, False]
+    evaluated = sweep / "0" / "results.json"
+    before = evaluated.stat().st_mtime_ns
+    assert command_line("-m", hydra__sweep__dir=sweep, eval__resume="true", **options)[::2] == (0, "")
+    assert evaluated.stat().st_mtime_ns == before
+    assert [read_results(path.parent).complete for path in results_of(sweep)] == [True] * 3
+    rows = json.loads((sweep / "comparison.json").read_text())["runs"]
+    assert [row["label"] for row in rows] == ["full", "local", "sblocal"]
 
 
 # Training
@@ -458,3 +500,41 @@ def test_several_processes_in_a_multirun_with_a_damaged_image(inputs, tmp_path):
     assert path.parent.name == "1"
     assert done.stdout.count("6 images of val") >= 1
     assert "Loaded t2t_vit_7" in (path.parent / "run.log").read_text()
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_files(tmp_path):
+    """SIGKILL in the middle; true depth, as the process reads the table of variants afresh."""
+    data = make_images(tmp_path / "data", 100)
+    checkpoint = make_checkpoint(tmp_path / "weights.pth", "t2t_vit_t_7")
+    options = {"model___t2tattn_cfg": "sblocal", "datamodule__batch_size": 2, "eval__save_seconds": 0}
+    arguments = overrides(data, checkpoint, "t2t_vit_t_7", **options)
+    folder, saved = tmp_path / "killed", tmp_path / "killed" / "unfinished" / "process-0.records"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *arguments, f"hydra.run.dir={folder}"],
+        cwd=tmp_path,
+        # as many threads as here: sums are taken in another order by others
+        env={**os.environ, "LOG_DIR": str(tmp_path / "logs"), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline, sizes = time.monotonic() + 120, set()
+        # description and first batch are one write, so a second size is a second batch
+        while len(sizes) < 2 and process.poll() is None and time.monotonic() < deadline:
+            if saved.exists():
+                sizes.add(saved.stat().st_size)
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert not results_of(tmp_path)
+    assert len(sizes) == 2
+
+    decoded = []
+    decode = dataset.load_rgb
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "load_rgb", lambda source: decoded.append(source) or decode(source))
+        evaluate(compose_config([*arguments, "eval.resume=true"], folder))
+    assert 4 <= len(decoded) < 100
+    evaluate(compose_config(arguments, tmp_path / "whole"))
+    assert_same_evaluation(folder, tmp_path / "whole")
+    assert not saved.parent.exists()

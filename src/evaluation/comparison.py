@@ -131,7 +131,7 @@ class Comparison:
         common: the entries of `results.json` that all runs share, of model, checkpoint, data, image_size,
             precision, device and seeds.
         rows: one per run, in the order given.
-        failed: names of runs that left no results.
+        failed: names of runs that left no results, or results of a part of the images.
         one_pass: where the runs were one pass over the images; None where each had its own.
     """
 
@@ -146,7 +146,7 @@ def compare_runs(
     failed: Sequence[str | os.PathLike[str]] = (),
     one_pass: OnePass | None = None,
 ) -> Comparison:
-    """Compare finished runs.
+    """Compare finished runs; one that was interrupted is left out, and named among those that failed.
 
     A run's reference is the first run with attention `"full"` on the same model, weights, images and image
     size, one of the same device, precision and form if there is any. Images are matched by name.
@@ -160,12 +160,22 @@ def compare_runs(
         The comparison.
 
     Raises:
-        UserError: no folders, a file is missing or damaged, or two runs on the same data hold different images.
+        UserError: no folders or finished runs, a file is missing or damaged, or two runs on the same data hold
+            different images.
     """
     folders = [Path(folder) for folder in run_folders]
     if not folders:
         raise UserError("There is nothing to compare: no run left results. Run the evaluation first.")
     runs = [read_results(folder) for folder in folders]
+    incomplete = [folder for folder, run in zip(folders, runs, strict=True) if not run.complete]
+    if incomplete:
+        names = ", ".join(map(str, incomplete))
+        logger.warning("Left out of the comparison, since it was interrupted (eval.resume=true goes on): %s", names)
+        folders = [folder for folder in folders if folder not in incomplete]
+        runs = [run for run in runs if run.complete]
+        failed = [*failed, *incomplete]
+        if not folders:
+            raise UserError(f"There is nothing to compare: {names} was interrupted. Go on with eval.resume=true.")
     labels = _labels(folders, runs)
     references = [_reference(index, runs) for index in range(len(runs))]
     # Only what is compared is read, and each file once.
@@ -277,7 +287,8 @@ def _settings(folder: Path, run: Results) -> dict[str, str]:
         except (OSError, ValueError, OmegaConfBaseException):  # labels are not worth failing for
             overrides = []
         pairs = dict(str(item).lstrip("+~").partition("=")[::2] for item in overrides or [])
-        pairs.pop(_ATTENTION_OVERRIDE, None)
+        for name in (_ATTENTION_OVERRIDE, "eval.resume"):
+            pairs.pop(name, None)
         return pairs
     names = ("model", "image_size", "precision", "device", "seeds", "fast")
     settings = {name: str(getattr(run, name)) for name in names}
@@ -387,7 +398,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         described = comparison.one_pass.describe(comparison.common["data"]["num_images"])
         lines.append(f"- images/s: of the device's work on that attention alone, without the loader; {described}.")
     if comparison.failed:
-        lines += ["", f"Runs without results: {', '.join(comparison.failed)}."]
+        lines += ["", f"Runs without complete results: {', '.join(comparison.failed)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -689,7 +700,7 @@ class ComparisonCallback(Callback):
             logger.error("The runs could not be compared: %s", error)
             return
         if comparison.failed:
-            logger.warning("Runs without results in %s: %s", sweep, ", ".join(comparison.failed))
+            logger.warning("Runs without complete results in %s: %s", sweep, ", ".join(comparison.failed))
         print_comparison(comparison, paths)
 
     def _write(self, sweep: Path) -> tuple[Comparison, list[Path]]:

@@ -67,17 +67,21 @@ class Results:
         top1_per_seed: top-1 accuracy of each seed, percent.
         top1_std: sample deviation of `top1_per_seed`, points; None with one seed.
         images_per_second: throughput: of the whole run, the loader included; in one pass with several attentions, of
-            the device's work on this one.
+            the device's work on this one. Of a run that was interrupted and resumed, that of its last part.
         peak_memory_mib: peak memory of the device, MiB; None on the CPU, and in one pass with several attentions.
         versions: version of Python and of each library that matters.
         command: the command that was run.
         attention_options: options of the attention of both token stages; None where there is none.
         attention_memory: its memory over both token stages, as a fraction of what the full attention matrix
             takes; None where that does not apply.
-        seconds: how long the evaluation took, as far as `images_per_second` counts it; None if not measured.
+        seconds: how long the evaluation (its last part) took, as far as `images_per_second` counts it; None if not
+            measured.
         random_features: where they come from: drawn from the `seeds`, or stored in the `checkpoint`, which was trained
             with them; None where there are none.
         fast: whether the model's inference form was evaluated, see `src.models.inference`.
+        complete: whether all images were evaluated; false after an interruption, and all figures are then those of
+            the images so far.
+        num_evaluated: number of images evaluated, of `data["num_images"]`; None in files of earlier versions, for all.
     """
 
     model: str
@@ -102,10 +106,14 @@ class Results:
     seconds: float | None = None
     random_features: str | None = None
     fast: bool = False
+    complete: bool = True
+    num_evaluated: int | None = None
 
     @property
     def published(self) -> PublishedFigure | None:
         """The published top-1 of this very configuration on the whole ImageNet validation set, if any."""
+        if not self.complete:
+            return None
         return published_top1(
             self.model,
             self.attention,
@@ -430,7 +438,8 @@ def results_table(results: Results, published: PublishedFigure | None) -> Table:
         Table of two columns without header.
     """
     data = results.data
-    table = Table(title=f"{data['num_images']:,} images of {data['split']}", show_header=False)
+    number = f"{data['num_images']:,}" if results.complete else f"{results.num_evaluated:,} of {data['num_images']:,}"
+    table = Table(title=f"{number} images of {data['split']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("model", results.model)

@@ -198,8 +198,12 @@ class LastCheckpoint(Checkpoint):
 
 
 @contextmanager
-def stop_on_interrupt(ask_to_stop: Callable[[], None]) -> Iterator[threading.Event]:
+def stop_on_interrupt(ask_to_stop: Callable[[], None], step: str = "update") -> Iterator[threading.Event]:
     """Let the first Ctrl-C ask for a stop; the second one interrupts as usual.
+
+    Args:
+        ask_to_stop: called within a signal handler.
+        step: what is finished before the stop, for the message.
 
     Yields:
         Whether there was one.
@@ -214,7 +218,7 @@ def stop_on_interrupt(ask_to_stop: Callable[[], None]) -> Iterator[threading.Eve
         if os.getpid() != process:  # a worker, forked with this handler
             return
         signal.signal(signal.SIGINT, previous)
-        logger.warning("Stopping after this update. Ctrl-C once more stops at once.")
+        logger.warning("Stopping after this %s. Ctrl-C once more stops at once.", step)
         interrupted.set()
         ask_to_stop()
 

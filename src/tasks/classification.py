@@ -15,6 +15,8 @@ from src.tasks.device_time import DeviceTime
 from src.tasks.provenance import seconds_now
 from src.tasks.records import ImageRecords
 from src.tasks.transfer import OverlappedTransfer
+from src.tasks.unfinished import UnfinishedEvaluation
+from src.utils.errors import UserError
 
 MakeForward = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 
@@ -76,10 +78,26 @@ class Draws:
             self.image_records.update(draw, indices, self._forward(images), targets)
 
 
-class _Classification(pl.LightningModule):
-    """How batches reach the device."""
+class Classification(pl.LightningModule):
+    """How batches reach the device, and how an evaluation is kept, stopped and gone on with.
+
+    Args:
+        num_images: number of images of the test split, over all processes.
+        unfinished: what is finished of the evaluation; None keeps nothing and stops for nobody.
+
+    Attributes:
+        stopped: after the test, whether it was stopped before its end, in any of the processes.
+        evaluated: after the test, positions of the images that were evaluated, over all processes.
+    """
 
     _transfer: OverlappedTransfer | None = None
+
+    def __init__(self, num_images: int, unfinished: UnfinishedEvaluation | None) -> None:
+        super().__init__()
+        self.num_images = num_images
+        self.stopped = False
+        self.evaluated: Sequence[int] = range(num_images)
+        self._unfinished = unfinished
 
     def on_test_start(self) -> None:
         """Get ready for batches on their way."""
@@ -93,8 +111,46 @@ class _Classification(pl.LightningModule):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return self._transfer(batch)
 
+    def _start(self, tables: Sequence[ImageRecords]) -> None:
+        """Fill in what is finished already."""
+        if self._unfinished is not None:
+            self._unfinished.start(tables)
 
-class ImageClassification(_Classification):
+    def _leave_if_asked(self) -> None:
+        """End the loop, which goes on to its end of the epoch then."""
+        if self._unfinished is not None and self._unfinished.asked_to_stop:
+            self.stopped = True
+            raise StopIteration
+
+    def _keep(self, batch_idx: int, indices: torch.Tensor) -> None:
+        """Take note of a batch."""
+        if self._unfinished is not None:
+            self._unfinished.add(batch_idx, indices)
+
+    def _agree_on_stop(self, tables: Sequence[ImageRecords]) -> None:
+        """Let all processes know whether any was stopped; nobody waits for a stopped one in vain, as all come here."""
+        if self._unfinished is None:
+            return
+        stopped = torch.tensor(float(self.stopped), device=self.device)
+        self.stopped = bool(self.trainer.strategy.reduce(stopped, reduce_op="sum"))
+        for table in tables:
+            table.partial = self.stopped
+        if self.stopped:
+            self._unfinished.save()
+
+    def _records_of(self, table: ImageRecords) -> Records | None:
+        """The table over all processes; None where they were stopped before the first image."""
+        try:
+            records = table.compute()
+        except UserError:
+            if not self.stopped:
+                raise
+            records = None
+        self.evaluated = table.evaluated.nonzero()[:, 0].tolist()
+        return records
+
+
+class ImageClassification(Classification):
     """Evaluates a classifier, over several draws of its random features where it has any.
 
     A step asks the device for its work and waits for nothing: what is counted stays on the device, and the next batch
@@ -107,10 +163,14 @@ class ImageClassification(_Classification):
         seeds: one seed for each draw.
         redraw: draw the random features from the seeds.
         make_forward: from `model` to the function that is evaluated in its place.
+        unfinished: see `Classification`.
 
     Attributes:
-        records: after the test, what was kept of every image (on every process).
-        seconds: duration of the test loop, the first batch left out where there are more (it warms up).
+        stopped, evaluated: see `Classification`.
+        records: after the test, what was kept of every image that was evaluated (on every process); None where there
+            is none.
+        seconds: duration of the test loop, the first batch left out where there are more (it warms up), and those that
+            were finished before.
         images_per_second: forward passes of all processes and draws over that duration.
     """
 
@@ -122,10 +182,10 @@ class ImageClassification(_Classification):
         seeds: Sequence[int],
         redraw: bool = True,
         make_forward: MakeForward | None = None,
+        unfinished: UnfinishedEvaluation | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_images, unfinished)
         self.model = model
-        self.num_images = num_images
         self.num_classes = num_classes
         self.records: Records | None = None
         self.seconds = 0.0
@@ -141,17 +201,20 @@ class ImageClassification(_Classification):
         """Make room for the records, and draw the random features of every seed."""
         super().on_test_start()
         self._draws.start(self.num_images, self.num_classes, self.device)
-        self._images_seen = 0
+        self._start([self.image_records])
+        self._images_seen = self._images_of_first_batch = 0
         self._clock_started = seconds_now(self.device)
 
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Evaluate a batch (images, targets, indices) under every draw."""
+        self._leave_if_asked()
         images, targets, indices = batch
         self._draws.step(images, targets, indices)
         self._images_seen += len(images) * len(self._draws.seeds)
         if batch_idx == 0:
             self._first_batch_ended = seconds_now(self.device)
             self._images_of_first_batch = self._images_seen
+        self._keep(batch_idx, indices)
 
     def progress_so_far(self) -> str:
         """Rate and top-1 accuracy of this process, draws taken together, for the progress bar; waits for the device."""
@@ -162,18 +225,21 @@ class ImageClassification(_Classification):
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""
         ended = seconds_now(self.device)
+        self._agree_on_stop([self.image_records])
         start, seen = self._clock_started, self._images_seen
         if seen > self._images_of_first_batch:
             start, seen = self._first_batch_ended, seen - self._images_of_first_batch
         self.seconds = ended - start
-        rate = torch.tensor(seen / self.seconds, device=self.device)
+        rate = torch.tensor(seen / self.seconds if seen else 0.0, device=self.device)
         self.images_per_second = float(self.trainer.strategy.reduce(rate, reduce_op="sum"))
-        self.records = self.image_records.compute()
+        self.records = self._records_of(self.image_records)
+        if self.stopped:  # figures of a part are for no logger
+            return
         figures = summarise(self.records)
         self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, sync_dist=True)
 
 
-class SeveralClassifications(_Classification):
+class SeveralClassifications(Classification):
     """Evaluates several classifiers in one pass over the images, each of which is read once.
 
     Args:
@@ -182,9 +248,12 @@ class SeveralClassifications(_Classification):
         num_classes: number of classes.
         guard: from a name to a context in which the work on that classifier is done; it can turn what fails into an
             error with that name.
+        unfinished: see `Classification`.
 
     Attributes:
-        records: after the test, name to what was kept of every image (on every process).
+        stopped, evaluated: see `Classification`.
+        records: after the test, name to what was kept of every image that was evaluated (on every process), or None
+            where there is none.
         device_seconds: name to the time that the device took for that classifier, its forward passes and what is
             counted of them; the first batch is left out where there are more (it warms up).
         images_per_second: name to its forward passes, of all processes and draws, over that time.
@@ -197,14 +266,14 @@ class SeveralClassifications(_Classification):
         num_images: int,
         num_classes: int,
         guard: Callable[[str], AbstractContextManager[None]],
+        unfinished: UnfinishedEvaluation | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_images, unfinished)
         self.models = nn.ModuleList(classifier.model for classifier in draws.values())
         self.draws = dict(draws)
-        self.num_images = num_images
         self.num_classes = num_classes
         self._guard = guard
-        self.records: dict[str, Records] = {}
+        self.records: dict[str, Records | None] = {}
         self.device_seconds: dict[str, float] = {}
         self.images_per_second: dict[str, float] = {}
         self.seconds = 0.0
@@ -215,12 +284,14 @@ class SeveralClassifications(_Classification):
         for name, draws in self.draws.items():
             with self._guard(name):
                 draws.start(self.num_images, self.num_classes, self.device)
+        self._start(self._tables())
         self._first, self._rest = ({name: DeviceTime(self.device) for name in self.draws} for _ in range(2))
         self._images_of_first_batch = self._images_seen = 0
         self._clock_started = seconds_now(self.device)
 
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Evaluate a batch (images, targets, indices) with every classifier under every draw."""
+        self._leave_if_asked()
         images, targets, indices = batch
         times = self._first if batch_idx == 0 else self._rest
         for name, draws in self.draws.items():
@@ -229,6 +300,7 @@ class SeveralClassifications(_Classification):
         self._images_seen += len(images)
         if batch_idx == 0:
             self._images_of_first_batch = len(images)
+        self._keep(batch_idx, indices)
 
     def progress_so_far(self) -> str:
         """Rate of this process and top-1 accuracy of each classifier, for the progress bar; waits for the device."""
@@ -240,6 +312,7 @@ class SeveralClassifications(_Classification):
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""
         self.seconds = seconds_now(self.device) - self._clock_started
+        self._agree_on_stop(self._tables())
         seen, times = self._images_seen - self._images_of_first_batch, self._rest
         if seen == 0:
             seen, times = self._images_seen, self._first
@@ -247,4 +320,7 @@ class SeveralClassifications(_Classification):
             self.device_seconds[name] = seconds = times[name].seconds()
             rate = torch.tensor(seen * len(draws.seeds) / seconds if seconds else 0.0, device=self.device)
             self.images_per_second[name] = float(self.trainer.strategy.reduce(rate, reduce_op="sum"))
-            self.records[name] = draws.image_records.compute()
+            self.records[name] = self._records_of(draws.image_records)
+
+    def _tables(self) -> list[ImageRecords]:
+        return [draws.image_records for draws in self.draws.values()]

@@ -1,4 +1,8 @@
-"""`mode=eval`: evaluate a checkpoint and write `results.json` and `predictions.csv`."""
+"""`mode=eval`: evaluate a checkpoint and write `results.json` and `predictions.csv`.
+
+Ctrl-C and SIGTERM end an evaluation after the batch in hand: both files are written of the images so far, and
+`eval.resume=true` goes on from there, as it does after a crash from the last save.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from munch import Munch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
@@ -23,6 +29,7 @@ from src.evaluation.comparison import OnePass, compare_runs, print_comparison, w
 from src.evaluation.results import (
     RESULTS_FILE,
     Results,
+    read_results,
     results_table,
     summarise,
     write_predictions,
@@ -32,7 +39,8 @@ from src.models.inference import inference_form
 from src.models.t2t_vit import T2TViT
 from src.tasks.attentions import attention_configs, chosen_attentions, naming, share_modules
 from src.tasks.build import attention_name, build, build_group, build_model, runs_inference_form
-from src.tasks.classification import Draws, ImageClassification, SeveralClassifications
+from src.tasks.checkpoints import stop_on_interrupt
+from src.tasks.classification import Classification, Draws, ImageClassification, SeveralClassifications
 from src.tasks.launch import check_common_options, explained, launch
 from src.tasks.provenance import (
     attention_memory_fraction,
@@ -43,8 +51,9 @@ from src.tasks.provenance import (
     peak_memory_mib,
     reset_peak_memory,
 )
+from src.tasks.unfinished import UnfinishedEvaluation, names_digest, unfinished_folder
 from src.utils.checkpoint import CheckpointContents, holds_random_features, load_contents, read_checkpoint
-from src.utils.errors import UserError, check_switch, check_whole_number
+from src.utils.errors import UserError, check_switch, check_whole_number, is_number
 from src.utils.files import sha256_of_file
 from src.utils.fixed_batch import CudaGraphForward, Forward, PaddedForward, compiled
 
@@ -63,30 +72,47 @@ def evaluate(config: DictConfig) -> tuple[Results | list[Results], Munch]:
         The results (also written to `config.paths.output_dir` by the first process), and the objects they come
         from: `model`, `datamodule`, `task`, `trainer`; none of them where the processes were several. With
         `config.eval.attentions`, a list of results, one for each (in the subfolders `0`, `1`, ..., as of a multirun,
-        and compared in `config.paths.output_dir`), and `models` in place of `model`.
+        and compared in `config.paths.output_dir`), and `models` in place of `model`. With `config.eval.resume` and a
+        finished evaluation in the folder, its results and no objects.
 
     Raises:
         UserError: anything in the configuration, the data or the checkpoint that does not fit.
+        KeyboardInterrupt: after Ctrl-C, once what was evaluated so far is written.
+        SystemExit: with status 1, likewise after SIGTERM.
     """
     _check_options(config)
     names = chosen_attentions(config)
-    if not names:
-        _check_no_results(config)
-        return launch(_evaluate, config)
-    configs = attention_configs(config, names)
-    for own in configs:
-        _check_no_results(own)
+    configs = attention_configs(config, names) if names else []
+    finished = _finished_results(config, configs or [config])
+    if finished:
+        logger.info("%s holds this evaluation, and it is finished: nothing to do.", config.paths.output_dir)
+        return finished if names else finished[0], Munch()
     common = copy.deepcopy(config)
+    OmegaConf.set_struct(common, False)
+    common.eval.going_on = _how_to_go_on(config)
+    if not names:
+        results, objects = launch(_evaluate, common, finishes_on_sigterm=True)
+        return _complete(results), objects
     # each attention has its own; an interpolation between options of the stages has a meaning there alone
     common.logger = common.model.t2tattn1_cfg = common.model.t2tattn2_cfg = None
     # resolved one by one, since interpolations start at the root
     content = OmegaConf.to_container(common, resolve=True)
     content["runs"] = [OmegaConf.to_container(own, resolve=True) for own in configs]
-    return launch(_evaluate_attentions, OmegaConf.create(content))
+    results, objects = launch(_evaluate_attentions, OmegaConf.create(content), finishes_on_sigterm=True)
+    for result in results:
+        _complete(result)
+    return results, objects
 
 
-def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
-    """`evaluate` of one attention in this process."""
+def _complete(results: Results | None) -> Results:
+    """Results of all images; those of a part are written, but are none to go on with."""
+    if results is None or not results.complete:
+        raise SystemExit(1)  # no Exception, for which Hydra would begin with the next run of a multirun
+    return results
+
+
+def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results | None, Munch]:
+    """`evaluate` of one attention in this process; None where it was stopped before the first image."""
     _check_limits(trainer)
     fast = runs_inference_form(config.model, str(trainer.precision))
     seed_everything(config.seed, workers=True, verbose=False)
@@ -95,44 +121,56 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results, Munch]:
     datamodule = _build_datamodule(config)
     checkpoint, contents = _read_checkpoint(config)
     model, redraw, seeds = _build_loaded_model(config, checkpoint, contents)
+    provenance = _provenance(config, trainer, datamodule, sha256_of_file(checkpoint), model, seeds, redraw)
+    unfinished = _unfinished(config, trainer, datamodule, [provenance], fast)
+    num_images = len(datamodule.test_dataset)
     task = ImageClassification(
         model,
-        num_images=len(datamodule.test_dataset),
+        num_images=num_images,
         num_classes=config.model.num_classes,
         seeds=seeds,
         redraw=redraw,
         make_forward=functools.partial(_make_forward, fast=fast, compile_form=config.eval.compile),
+        unfinished=unfinished,
     )
     logger.info(
         "Evaluating %s with attention %s on %d images of %s",
         config.model.name,
         attention_name(config.model, model) or "of its own",
-        len(datamodule.test_dataset),
+        num_images,
         datamodule.test_dataset.root,
     )
     _tell_kept_rows(model, redraw)
     reset_peak_memory(trainer)
-    with explained(datamodule.batch_size, "eval.compile" if config.eval.compile else None):
-        trainer.test(task, datamodule=datamodule, verbose=False)
-
-    results = Results(
-        **_provenance(config, trainer, datamodule, sha256_of_file(checkpoint), model, seeds, redraw),
-        images_per_second=task.images_per_second,
-        peak_memory_mib=peak_memory_mib(trainer),
-        seconds=task.seconds,
-        fast=fast,
-        **summarise(task.records),
-    )
-    if trainer.is_global_zero:
-        output_dir = Path(config.paths.output_dir)
-        write_predictions(output_dir, datamodule.test_dataset.paths, task.records)
-        write_results(output_dir, results)
-        Console().print(results_table(results, results.published))
-        logger.info("Results: %s", output_dir / RESULTS_FILE)
+    with stop_on_interrupt(unfinished.ask_to_stop, "batch") as interrupted:
+        _test(config, trainer, task, datamodule, unfinished)
+        results = None
+        if task.records is not None:
+            results = Results(
+                **provenance,
+                images_per_second=task.images_per_second,
+                peak_memory_mib=peak_memory_mib(trainer),
+                seconds=task.seconds,
+                fast=fast,
+                complete=not task.stopped,
+                num_evaluated=len(task.evaluated),
+                **summarise(task.records),
+            )
+        if trainer.is_global_zero:
+            output_dir = Path(config.paths.output_dir)
+            if results is not None:
+                with _removing(unfinished, task):
+                    write_predictions(output_dir, _paths_of(datamodule, task), task.records)
+                    write_results(output_dir, results)
+                Console().print(results_table(results, results.published))
+                logger.info("Results: %s", output_dir / RESULTS_FILE)
+            _tell_stop(config, task)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     return results, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
 
 
-def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Results], Munch]:
+def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Results | None], Munch]:
     """`evaluate` of several attentions in this process: `config.runs` holds the configuration of each."""
     _check_limits(trainer)
     fast = runs_inference_form(config.model, str(trainer.precision))
@@ -158,7 +196,13 @@ def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Res
             yield
 
     num_images = len(datamodule.test_dataset)
-    task = SeveralClassifications(draws, num_images, config.model.num_classes, guard)
+    sha256 = sha256_of_file(checkpoint)
+    provenances = [
+        _provenance(run, trainer, datamodule, sha256, each.model, each.seeds, each.redraw)
+        for run, each in zip(config.runs, draws.values(), strict=True)
+    ]
+    unfinished = _unfinished(config, trainer, datamodule, provenances, fast)
+    task = SeveralClassifications(draws, num_images, config.model.num_classes, guard, unfinished)
     passes = sum(len(each.seeds) for each in draws.values())
     logger.info(
         "Evaluating %s with %d attention(s), %s: %d forward passes of each of %d images of %s",
@@ -167,26 +211,36 @@ def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Res
     for name, each in draws.items():
         _tell_kept_rows(each.model, each.redraw, f"{name}: ")
     reset_peak_memory(trainer)
-    with explained(datamodule.batch_size, compiled_by):
-        trainer.test(task, datamodule=datamodule, verbose=False)
-
-    sha256 = sha256_of_file(checkpoint)
-    results = [
-        Results(
-            **_provenance(run, trainer, datamodule, sha256, each.model, each.seeds, each.redraw),
-            images_per_second=task.images_per_second[name],
-            peak_memory_mib=None,  # that of the pass says nothing of one attention
-            seconds=task.device_seconds[name],
-            fast=fast,
-            **summarise(task.records[name]),
-        )
-        for run, (name, each) in zip(config.runs, draws.items(), strict=True)
-    ]
-    if trainer.is_global_zero:
-        one_pass = OnePass(
-            attentions=len(draws), forward_passes=passes, seconds=task.seconds, peak_memory_mib=peak_memory_mib(trainer)
-        )
-        _write_attentions(config, results, task, datamodule.test_dataset.paths, loggers, one_pass)
+    with stop_on_interrupt(unfinished.ask_to_stop, "batch") as interrupted:
+        _test(config, trainer, task, datamodule, unfinished)
+        results = [
+            None
+            if task.records[name] is None
+            else Results(
+                **provenance,
+                images_per_second=task.images_per_second[name],
+                peak_memory_mib=None,  # that of the pass says nothing of one attention
+                seconds=task.device_seconds[name],
+                fast=fast,
+                complete=not task.stopped,
+                num_evaluated=len(task.evaluated),
+                **summarise(task.records[name]),
+            )
+            for name, provenance in zip(draws, provenances, strict=True)
+        ]
+        if trainer.is_global_zero:
+            one_pass = OnePass(
+                attentions=len(draws),
+                forward_passes=passes,
+                seconds=task.seconds,
+                peak_memory_mib=peak_memory_mib(trainer),
+            )
+            if None not in results:
+                with _removing(unfinished, task):
+                    _write_attentions(config, results, task, _paths_of(datamodule, task), loggers, one_pass)
+            _tell_stop(config, task)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     models = {name: each.model for name, each in draws.items()}
     return results, Munch(models=models, datamodule=datamodule, task=task, trainer=trainer)
 
@@ -195,11 +249,13 @@ def _write_attentions(
     config: DictConfig,
     results: Sequence[Results],
     task: SeveralClassifications,
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     loggers: Sequence[Sequence[Logger]],
     one_pass: OnePass,
 ) -> None:
     """Leave what a multirun leaves: a folder for each attention, and the comparison of those that gave numbers.
+
+    Of a part of the images, there is neither comparison nor anything for the loggers.
 
     Raises:
         UserError: an attention gave none, or cannot be written; those beside it are written and compared before.
@@ -211,7 +267,7 @@ def _write_attentions(
             with naming(name):
                 (folder / ".hydra").mkdir(parents=True, exist_ok=True)
                 OmegaConf.save(run, folder / ".hydra" / "config.yaml")
-                for each in its_loggers:  # as Lightning logs the figures of a test
+                for each in () if task.stopped else its_loggers:  # as Lightning logs the figures of a test
                     figures = {f"test/{figure}": getattr(result, figure) for figure in ("top1", "top5", "loss")}
                     each.log_metrics({"epoch": 0, **figures}, step=0)
                     each.save()
@@ -222,12 +278,122 @@ def _write_attentions(
             failed[folder] = error
         else:
             finished.append(folder)
-    if finished:
+    if finished and not task.stopped:
         comparison = compare_runs(finished, list(failed), one_pass)
         print_comparison(comparison, write_comparison(config.paths.output_dir, comparison))
         logger.info("Done: %s.", one_pass.describe(results[0].data["num_images"]))
     if failed:
         raise UserError(" ".join(map(str, failed.values())))
+
+
+def _test(
+    config: DictConfig,
+    trainer: Trainer,
+    task: Classification,
+    datamodule: ImageFolderDataModule | SyntheticDataModule,
+    unfinished: UnfinishedEvaluation,
+) -> None:
+    """Go over the images, to their end or until asked to stop.
+
+    Raises:
+        UserError: see `explained`; one of several processes broke off, see below.
+        KeyboardInterrupt: after a second Ctrl-C.
+        SystemExit: a SIGTERM to all processes ended those that decode, and so the loop; what is finished is saved.
+    """
+    try:
+        with explained(datamodule.batch_size, "eval.compile" if config.eval.compile else None):
+            trainer.test(task, datamodule=datamodule, verbose=False)
+    except RuntimeError as error:
+        if not unfinished.asked_to_stop:
+            raise
+        unfinished.save()
+        message = (
+            f"The evaluation stopped because it was asked to, and is saved as far as it is. {config.eval.going_on}"
+        )
+        if trainer.world_size > 1:  # the others must not wait for this one
+            raise UserError(message) from error
+        logger.warning("%s", message)
+        raise SystemExit(1) from error
+
+
+def _paths_of(datamodule: ImageFolderDataModule | SyntheticDataModule, task: Classification) -> list[str | Path]:
+    """Names of the images that were evaluated."""
+    paths = datamodule.test_dataset.paths
+    return [paths[index] for index in task.evaluated]
+
+
+@contextmanager
+def _removing(unfinished: UnfinishedEvaluation, task: Classification) -> Iterator[None]:
+    """Once everything is written, remove what was for going on; likewise where there are no figures to write."""
+    try:
+        yield
+    except UserError:
+        unfinished.remove()
+        raise
+    if not task.stopped:
+        unfinished.remove()
+
+
+def _tell_stop(config: DictConfig, task: Classification) -> None:
+    if task.stopped:
+        logger.warning(
+            "The evaluation stopped after %s of %s images because it was asked to. %s",
+            *(f"{len(task.evaluated):,}", f"{task.num_images:,}", config.eval.going_on),
+        )
+
+
+def _how_to_go_on(config: DictConfig) -> str:
+    """What to do after an interruption; asked of Hydra here, since further processes do not have it."""
+    option = f"hydra.run.dir={config.paths.output_dir}"
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        option = f"hydra.sweep.dir={Path(HydraConfig.get().sweep.dir).absolute()}"
+    return f"The same command with eval.resume=true {option} goes on from there."
+
+
+def _unfinished(
+    config: DictConfig,
+    trainer: Trainer,
+    datamodule: ImageFolderDataModule | SyntheticDataModule,
+    provenances: Sequence[dict[str, Any]],
+    fast: bool,
+) -> UnfinishedEvaluation:
+    """What is finished of the evaluation in the folder, for the data module to leave out.
+
+    Raises:
+        UserError: that is another evaluation.
+    """
+    dataset, first = datamodule.test_dataset, provenances[0]
+    loading = ("interpolation", "crop_pct", "mean", "std", "num_distinct")
+    options = {name: config.datamodule[name] for name in ("batch_size", *loading) if name in config.datamodule}
+    of_attentions = {
+        name: [each[name] for each in provenances]
+        for name in ("attention", "attention_options", "random_features", "seeds")
+    }
+    if len(provenances) == 1:
+        of_attentions = {name: values[0] for name, values in of_attentions.items()}
+    description = {
+        "model": first["model"],
+        **of_attentions,
+        "checkpoint.sha256": first["checkpoint"]["sha256"],
+        "data.split": first["data"]["split"],
+        "data.num_images": first["data"]["num_images"],
+        "data.names.sha256": names_digest(dataset.paths, dataset.targets),
+        "model.num_classes": first["data"]["num_classes"],
+        **{name: first[name] for name in ("image_size", "precision")},
+        "model.fast": fast,
+        "eval.compile": config.eval.compile,
+        "trainer.devices": trainer.world_size,
+        "datamodule": OmegaConf.to_container(OmegaConf.create(options), resolve=True),
+    }
+    circumstances = {name: first[name] for name in ("device", "versions")}
+    unfinished = UnfinishedEvaluation(
+        config.paths.output_dir, description, circumstances, trainer.global_rank, config.eval.save_seconds
+    )
+    if unfinished.num_saved:
+        logger.info("Going on with the evaluation in %s.", config.paths.output_dir)
+        load_all = datamodule.test_dataloader
+        datamodule.test_dataloader = lambda: unfinished.rest_of(load_all())
+    return unfinished
 
 
 def _build_datamodule(config: DictConfig) -> ImageFolderDataModule | SyntheticDataModule:
@@ -322,6 +488,9 @@ def _check_options(config: DictConfig) -> None:
     if config.eval.redraw not in (None, True, False):
         raise UserError(f"eval.redraw={config.eval.redraw!r} is not valid. Give true, false or null.")
     check_switch("eval.compile", config.eval.compile)
+    check_switch("eval.resume", config.eval.resume)
+    if not is_number(config.eval.save_seconds) or config.eval.save_seconds < 0:
+        raise UserError(f"eval.save_seconds={config.eval.save_seconds!r} is not valid. Give seconds of at least 0.")
     if config.eval.ckpt is None:
         raise UserError(
             "No checkpoint given. Give eval.ckpt=/path/to/checkpoint, or set CHECKPOINT=/path in the file .env; "
@@ -329,12 +498,33 @@ def _check_options(config: DictConfig) -> None:
         )
 
 
-def _check_no_results(config: DictConfig) -> None:
+def _finished_results(config: DictConfig, configs: Sequence[DictConfig]) -> list[Results]:
+    """Results of a finished evaluation to be resumed; none where there is something to evaluate.
+
+    Args:
+        config: the configuration of all.
+        configs: that of each attention.
+
+    Raises:
+        UserError: the folder holds an evaluation that is not to be resumed, or cannot be.
+    """
     output_dir = Path(config.paths.output_dir)
-    if (output_dir / RESULTS_FILE).exists():
+    folders = [Path(each.paths.output_dir) for each in configs]
+    found = {folder: read_results(folder) for folder in folders if (folder / RESULTS_FILE).exists()}
+    complete = [folder for folder, results in found.items() if results.complete]
+    can_go_on = unfinished_folder(output_dir).exists()
+    if config.eval.resume and len(complete) == len(folders):
+        return list(found.values())
+    if complete and not (config.eval.resume and can_go_on):
         raise UserError(
-            f"{output_dir} holds the results of an earlier run. Choose another hydra.run.dir, or move them away."
+            f"{complete[0]} holds the results of an earlier run. Choose another hydra.run.dir, or move them away."
         )
+    if (can_go_on or found) and not config.eval.resume:
+        raise UserError(
+            f"{output_dir} holds an unfinished evaluation. eval.resume=true goes on with it; or choose another "
+            "hydra.run.dir."
+        )
+    return []
 
 
 def _check_limits(trainer: Trainer) -> None:

@@ -163,6 +163,8 @@ def quiet_libraries() -> None:
         # what a resumed training finds in its folder, and that it is in the middle of an epoch
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*your dataloader is not resumable.*",
+        # of a process that was stopped before its first batch, or had finished all but the last ones
+        ".*The ``compute`` method of metric .* was called before the ``update`` method.*",
         # figures that are of all processes already
         ".*It is recommended to use `self.log\\(.*sync_dist=True\\)`.*",
         # the logging interval is of no use to a small data set

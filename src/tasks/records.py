@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torchmetrics import Metric
 
 from src.evaluation.results import MAX_PREDICTIONS, Records
+
+_PER_DRAW = ("top5_classes", "top5_probabilities", "losses")
 
 
 class ImageRecords(Metric):
@@ -21,9 +25,15 @@ class ImageRecords(Metric):
         num_draws: number of draws K.
         dtype: of losses and probabilities, float32 or float64; logits are brought to it before the softmax. Not
             every device has float64.
+
+    Attributes:
+        partial: whether images may be missing; `compute` then leaves them out.
+        evaluated: (N,) bool on the CPU, which images are in the table over all processes; set by `compute`.
     """
 
     full_state_update = False
+    partial = False
+    evaluated: torch.Tensor | None = None
 
     def __init__(
         self, num_images: int, num_classes: int, num_draws: int = 1, dtype: torch.dtype = torch.float32
@@ -56,6 +66,32 @@ class ImageRecords(Metric):
         self.top5_probabilities[draw, indices] = probabilities
         self.losses[draw, indices] = F.cross_entropy(logits, targets, reduction="none")
 
+    def contents(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of some images of this process, images first; on the device, not waited for.
+
+        Args:
+            indices: (B,) rows of the images.
+
+        Returns:
+            `targets` (B,), `top5_classes` and `top5_probabilities` (B, K, P), `losses` (B, K).
+        """
+        tables = {name: getattr(self, name)[:, indices].movedim(1, 0) for name in _PER_DRAW}
+        return {"targets": self.targets[indices], **tables}
+
+    def fill(self, indices: torch.Tensor, contents: Mapping[str, torch.Tensor]) -> None:
+        """Fill rows with what `contents` returned, bit for bit, under every draw.
+
+        Args:
+            indices: (B,) rows of the images.
+            contents: tensors of any device.
+        """
+        indices = indices.to(self.count.device)
+        self.count[:, indices] += 1
+        self.targets[indices] = contents["targets"].to(self.targets)
+        for name in _PER_DRAW:
+            table = getattr(self, name)
+            table[:, indices] = contents[name].to(table).movedim(0, 1)
+
     def top1_so_far(self) -> torch.Tensor:
         """Top-1 accuracy in percent over the rows of this process, draws taken together; on the device, to be read."""
         filled = self.count > 0
@@ -63,16 +99,19 @@ class ImageRecords(Metric):
         return 100 * hits.sum() / filled.sum()
 
     def compute(self) -> Records:
-        """The table over all processes.
+        """The table over all processes; with `partial`, of the images that are in it.
 
         Raises:
             RuntimeError: an image was not counted exactly once for each draw.
+            UserError: there are no images.
         """
-        wrong = (self.count != 1).any(0)
+        evaluated = (self.count > 0).all(0) if self.partial else torch.ones_like(self.count[0], dtype=torch.bool)
+        wrong = (self.count != 1).any(0) & evaluated
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise RuntimeError(
                 f"{int(wrong.sum())} of {wrong.numel()} images were not counted exactly once, the first of them "
                 f"number {first}: {self.count[:, first].tolist()} times."
             )
-        return Records(self.targets, self.top5_classes, self.top5_probabilities, self.losses)
+        self.evaluated = evaluated.cpu()
+        return Records(self.targets[evaluated], *(getattr(self, name)[:, evaluated] for name in _PER_DRAW))

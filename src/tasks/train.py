@@ -37,6 +37,7 @@ from src.tasks.checkpoints import (
     read_training_checkpoint,
     stop_on_interrupt,
 )
+from src.tasks.differences import differences
 from src.tasks.launch import check_common_options, explained, launch
 from src.tasks.provenance import (
     command_line,
@@ -288,12 +289,8 @@ def _plain(config: DictConfig, name: str) -> Any:
 
 def _check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
     """Raise a UserError that names the options which differ."""
-    old, new = (_flat({name: options.get(name) for name in COMPARED}) for options in (theirs, ours))
-    different = [
-        f"{name}={old.get(name)} (now {new.get(name)})"
-        for name in dict.fromkeys([*new, *old])
-        if old.get(name) != new.get(name)
-    ]
+    old, new = ({name: options.get(name) for name in COMPARED} for options in (theirs, ours))
+    different = differences(old, new)
     if different:
         raise UserError(
             f"{path} was trained with {', '.join(different)}. Give the same options to go on; or begin anew from its "
@@ -307,15 +304,6 @@ def _read_earlier(path: Path, compared: Mapping[str, Any]) -> dict[str, Any]:
     earlier = {**checkpoint[CHECKPOINT_KEY], "updates": checkpoint["global_step"]}
     _check_same(compared, earlier["config"], path)
     return earlier
-
-
-def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options by their full names."""
-    flat = {}
-    for name, value in options.items():
-        inner = _flat(value) if isinstance(value, Mapping) else {}
-        flat |= {f"{name}.{key}": item for key, item in inner.items()} or {name: value}
-    return flat
 
 
 def _keep_metrics(trainer: Trainer, updates: int) -> None:

@@ -244,7 +244,18 @@ def test_files_of_a_comparison(tmp_path, four):
     )
     assert lines[7] == "| local | 50.00 | -25.00 | 80.6 | 50.00 | 75.00 | 25.0 | 2.50x | 3.1 % |"
     assert lines[8].startswith("| performer | 75.00 ± 35.36 (2 draws) | +0.00 | 77.8-79.0 |")
-    assert lines[-1] == "Runs without results: 4."
+    assert lines[-1] == "Runs without complete results: 4."
+
+
+def test_an_interrupted_run_is_left_out_and_named(tmp_path, caplog):
+    full = write_run(tmp_path / "0", "full")
+    part = write_run(tmp_path / "1", "local", complete=False, num_evaluated=4)
+    comparison = compare_runs([full, part], [tmp_path / "2"])
+    assert [row.run for row in comparison.rows] == ["0"]
+    assert comparison.failed == ["2", "1"]
+    assert f"it was interrupted (eval.resume=true goes on): {part}" in caplog.text
+    with pytest.raises(UserError, match=r"There is nothing to compare: .*1 was interrupted"):
+        compare_runs([part])
 
 
 def test_a_failing_writer_leaves_the_old_files(tmp_path, four, monkeypatch):
@@ -359,7 +370,7 @@ def test_callback_compares_a_sweep_folder(tmp_path, four, capsys, caplog):
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert [run["run"] for run in content["runs"]] == ["0", "1", "2", "3", "10"]
     assert content["failed"] == ["4"]
-    assert "Runs without results" in caplog.text
+    assert "Runs without complete results" in caplog.text
     out = capsys.readouterr().out
     assert "performer" in out
     for name in FILES:

@@ -28,7 +28,8 @@ from src.utils.errors import UserError
 FIELDS = [
     *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5"),
     *("loss", "top1_per_seed", "top1_std", "images_per_second", "peak_memory_mib", "versions", "command"),
-    *("attention_options", "attention_memory", "seconds", "random_features", "fast"),
+    *("attention_options", "attention_memory", "seconds", "random_features", "fast", "complete"),
+    "num_evaluated",
 ]
 
 
@@ -361,6 +362,13 @@ def test_table_without_published_figure_or_draws():
     assert "±" not in text
     assert "memory" not in text
     assert "81.00 %" in text
+
+
+def test_figures_of_a_part_of_the_images_say_so_and_are_compared_with_nothing_published():
+    results = make_results(complete=False, num_evaluated=1_200)
+    assert make_results().published is not None
+    assert results.published is None
+    assert results_table(results, results.published).title == "1,200 of 50,000 images of val"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,29 @@ def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
     return summaries
 
 
+def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
+    """Several evaluations, of which process 1 stops the first in its second batch; whether complete, of how many."""
+    import pytest
+    from omegaconf import OmegaConf
+
+    from src.tasks.evaluate import _evaluate
+    from src.tasks.launch import build_trainer, quiet_libraries
+    from tests.tasks.conftest import make_shallow
+    from tests.tasks.setup import stop_evaluation_at
+
+    quiet_libraries()
+    make_shallow(pytest.MonkeyPatch())
+    ends = []
+    for number, content in enumerate(contents):
+        with pytest.MonkeyPatch.context() as patch:
+            if number == 0 and os.environ["LOCAL_RANK"] == "1":
+                stop_evaluation_at(patch, 2, signal.SIGTERM)
+            config = OmegaConf.create(content)
+            results, _ = _evaluate(config, build_trainer(config))
+        ends.append((results.complete, results.num_evaluated))
+    return ends
+
+
 def train_until_killed(content: dict[str, Any], number: int) -> None:
     """A training whose process is killed half way through its write of that number."""
     import pytest

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
+from src.tasks.classification import Draws
 from src.tasks.training import ClassificationTraining
 from src.utils.named_tensors import named_weights, official_shapes
 
@@ -114,6 +115,34 @@ def stop_at(patch: pytest.MonkeyPatch, update: int, number: int = signal.SIGTERM
         return step(self, batch, batch_idx)
 
     patch.setattr(ClassificationTraining, "training_step", training_step)
+
+
+def stop_evaluation_at(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Let the process get the signal `number` while it evaluates a batch, the first step of all being number 1."""
+    evaluate_batch = Draws.step
+    steps = []
+
+    def evaluate_and_signal(self, *batch):
+        steps.append(batch)
+        if len(steps) == step:
+            signal.raise_signal(number)
+        evaluate_batch(self, *batch)
+
+    patch.setattr(Draws, "step", evaluate_and_signal)
+
+
+def assert_same_evaluation(ours: Path, theirs: Path) -> None:
+    """Fail unless two folders hold the same evaluation, bit for bit, but for times and the command."""
+    assert (ours / "predictions.csv").read_bytes() == (theirs / "predictions.csv").read_bytes()
+    texts = [
+        [
+            line
+            for line in (folder / "results.json").read_text().splitlines()
+            if not line.startswith(('  "images_per_second"', '  "seconds"', '  "command"'))
+        ]
+        for folder in (ours, theirs)
+    ]
+    assert texts[0] == texts[1]
 
 
 def watch(patch: pytest.MonkeyPatch, *top1: float) -> None:
