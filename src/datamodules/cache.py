@@ -42,7 +42,7 @@ import timm
 import torch
 import torchvision
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.utils.errors import UserError
@@ -122,7 +122,7 @@ class DecodedCache:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         if local_rank > 0:
             self._let_first_begin()
-        with self._locked(console):
+        with self._locked(console if local_rank == 0 else None):
             if not self.folder.is_dir():
                 with _stopped_at_once():
                     self._make(num_workers, console)
@@ -138,34 +138,48 @@ class DecodedCache:
     # Making an entry
 
     def _make(self, num_workers: int, console: Console) -> None:
-        with self._explained():
-            self.unfinished.mkdir(exist_ok=True)
-            checksums = self._finished()
-        done, total = len(checksums), len(self.dataset)
-        self._check_space(total - done, console)
-        write_json(self.unfinished / ENTRY_FILE, self.description)
-        # opened for both, which neither truncates nor ignores the position as "ab" does
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._explained())
-            files = [
-                stack.enter_context(os.fdopen(os.open(self.unfinished / name, flags, 0o666), "r+b", buffering=0))
-                for name in (IMAGES_FILE, CHECKSUMS_FILE)
-            ]
-            writer = _Writer(*files, self.bytes_per_image, done)
-            try:
-                self._decode(writer, num_workers, console)
-            finally:
-                writer.close()
-        if writer.done != total:
-            raise RuntimeError(f"{writer.done} of {total} images were decoded")
+        try:
+            with self._explained():
+                self.unfinished.mkdir(exist_ok=True)
+                done = self._finished()
+                self._check_space(done, console)
+                write_json(self.unfinished / ENTRY_FILE, self.description)
+            self._append(done, num_workers, console)
+        except BaseException:
+            if not _size_of(self.unfinished / CHECKSUMS_FILE):  # nothing to go on from
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+            raise
         with self._explained():
             _flush_folder(self.unfinished)
             os.rename(self.unfinished, self.folder)
             _flush_folder(self.folder.parent)
 
+    def _append(self, done: int, num_workers: int, console: Console) -> None:
+        """Decode the images from number `done` on; those written before an error or an interruption are kept."""
+        with contextlib.ExitStack() as stack:
+            with self._explained():
+                files = [
+                    stack.enter_context(_open_for_writing(self.unfinished / name))
+                    for name in (IMAGES_FILE, CHECKSUMS_FILE)
+                ]
+                writer = _Writer(*files, self.bytes_per_image, done)
+            try:
+                self._decode(writer, num_workers, console)
+                with self._explained():
+                    writer.flush()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    writer.flush()
+                with contextlib.suppress(OSError):
+                    writer.cut()
+                raise
+        if writer.done != len(self.dataset):
+            raise RuntimeError(f"{writer.done} of {len(self.dataset)} images were decoded")
+
     def _decode(self, writer: _Writer, num_workers: int, console: Console) -> None:
         done, total = writer.done, len(self.dataset)
+        if done == total:  # only the rename was missing
+            return
         loader = ImageLoader(
             self.dataset.subset(range(done, total)),
             batch_size=_BATCH_SIZE,
@@ -173,20 +187,23 @@ class DecodedCache:
         )
         with progress_display(console) as progress:
             task = progress.add_task("decoding", total=total, completed=done)
-            for images, *_ in loader if done < total else ():
-                writer.add(images.numpy())
+            for images, *_ in loader:
+                if images.dtype != torch.uint8 or images.shape[1:] != self.shape[1:]:
+                    raise TypeError(f"Expected uint8 images {self.shape[1:]}, got {images.dtype} {images.shape[1:]}.")
+                with self._explained():
+                    writer.add(images.numpy())
                 progress.advance(task, len(images))
 
-    def _finished(self) -> np.ndarray:
-        """Checksums of the images that an earlier run left finished, from the first on; what follows is cut off."""
+    def _finished(self) -> int:
+        """Images that an earlier run left finished, from the first on; what follows is cut off."""
         images, checksums = self.unfinished / IMAGES_FILE, self.unfinished / CHECKSUMS_FILE
         if not images.exists() or not checksums.exists():
-            return np.empty(0, _CHECKSUM)
+            return 0
         content = checksums.read_bytes()
         found = np.frombuffer(content[: len(content) // _CHECKSUM.itemsize * _CHECKSUM.itemsize], _CHECKSUM)
         done = 0
         with open(images, "rb") as file:
-            # flushing keeps this order, but not every disk flushes when it is told to
+            # flushing keeps the order of both, but not every disk flushes when it is told to
             while done < min(len(found), len(self.dataset)):
                 image = file.read(self.bytes_per_image)
                 if len(image) < self.bytes_per_image or zlib.crc32(image) != found[done]:
@@ -194,16 +211,16 @@ class DecodedCache:
                 done += 1
         os.truncate(images, done * self.bytes_per_image)
         os.truncate(checksums, done * _CHECKSUM.itemsize)
-        return found[:done]
+        return done
 
-    def _check_space(self, num_images: int, console: Console) -> None:
+    def _check_space(self, done: int, console: Console) -> None:
         """Tell what is to be decoded and where it goes, and refuse to begin where the disk is too small."""
-        needed = num_images * (self.bytes_per_image + _CHECKSUM.itemsize) + (1 << 16)
+        total = len(self.dataset)
+        needed = (total - done) * (self.bytes_per_image + _CHECKSUM.itemsize) + (1 << 16)
         free = shutil.disk_usage(self.unfinished).free
         if free < needed:
             raise self._too_small(f"has {_size(free)} free")
-        total = len(self.dataset)
-        begun = f", of which {total - num_images:,} are already there" if num_images < total else ""
+        begun = f", of which {done:,} are already there" if done else ""
         console.print(
             f"Decoding {total:,} images of {self.dataset.root} once for all evaluations{begun}: {_size(needed)} in "
             f"{self.folder}, on a disk with {_size(free)} free.",
@@ -212,11 +229,13 @@ class DecodedCache:
         )
 
     def _too_small(self, fault: str) -> UserError:
-        needed = len(self.dataset) * (self.bytes_per_image + _CHECKSUM.itemsize)
+        there = _size_of(self.unfinished / IMAGES_FILE)
+        needed = len(self.dataset) * self.bytes_per_image
+        kept = f", of which {_size(there)} are kept in {self.unfinished} to go on from" if there else ""
         return UserError(
             f"The disk of datamodule.cache_dir={self.folder.parent} {fault}, and the decoded images of "
-            f"{self.dataset.root} take {_size(needed)}. Free space there, give a folder on another disk, or leave "
-            f"datamodule.cache_dir out; {self.unfinished} holds those decoded so far, to go on from."
+            f"{self.dataset.root} take {_size(needed)}{kept}. Free space there, give a folder on another disk, or "
+            "leave datamodule.cache_dir out."
         )
 
     @contextlib.contextmanager
@@ -240,13 +259,16 @@ class DecodedCache:
             time.sleep(_POLL_SECONDS)
 
     @contextlib.contextmanager
-    def _locked(self, console: Console) -> Iterator[None]:
-        """Hold the lock, which the system takes back from a process that is killed."""
+    def _locked(self, console: Console | None) -> Iterator[None]:
+        """Hold the lock, which the system takes back from a process that is killed.
+
+        Args:
+            console: where to tell that another process is waited for.
+        """
         try:
             import fcntl
         except ImportError as error:
             raise UserError("datamodule.cache_dir needs a system with POSIX locks. Leave it out.") from error
-        told = False
         with self._explained():
             while True:
                 file = open(self._lock, "a+b")  # noqa: SIM115 - closed below
@@ -263,14 +285,14 @@ class DecodedCache:
                     file.seek(0)
                     holder = file.read(200).decode(errors="replace") or "another process"
                     file.close()
-                    if not told:
-                        told = True
+                    if console is not None:
                         console.print(
                             f"Waiting for {holder}, which is decoding the images of {self.dataset.root} into "
                             f"{self.folder.parent}.",
                             markup=False,
                             highlight=False,
                         )
+                        console = None  # once
                     time.sleep(_POLL_SECONDS)
                 except BaseException:
                     file.close()
@@ -306,7 +328,7 @@ class _Writer:
         self._bytes_per_image = bytes_per_image
         self._pending: list[int] = []
         self.done = done
-        self._cut()
+        self.cut()
 
     def add(self, images: np.ndarray) -> None:
         """Write images (B, 3, size, size), and flush them when there are enough."""
@@ -324,17 +346,24 @@ class _Writer:
             self.done += len(self._pending)
             self._pending.clear()
 
-    def close(self) -> None:
-        """Flush, and cut off what an error left behind."""
-        try:
-            self.flush()
-        finally:
-            self._cut()
-
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Cut off what does not count."""
         for file, size in ((self._images, self._bytes_per_image), (self._checksums, _CHECKSUM.itemsize)):
             file.truncate(self.done * size)
             file.seek(self.done * size)
+
+
+def _open_for_writing(path: Path) -> IO[bytes]:
+    # "wb" would empty the file, and "ab" ignore the position
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _write(file: IO[bytes], content: np.ndarray) -> None:
@@ -469,8 +498,7 @@ class CachedImages(Dataset):
                 raise UserError(f"{folder / name} cannot be read ({error.strerror}). {self._remedy}") from error
             if size != expected:
                 raise UserError(f"{folder / name} has {size:,} bytes instead of {expected:,}. {self._remedy}")
-        # of all worker processes, and of one epoch's for those of the next
-        self._checked = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
+        self._checked = torch.zeros(shape[0], dtype=torch.bool)
         self._open()
 
     @property
@@ -504,7 +532,7 @@ class CachedImages(Dataset):
         return images[0], int(targets[0]), index
 
     def batch(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Images by their positions in one copy, which a worker makes where the main process reads it.
+        """Images by their positions, copied once.
 
         Args:
             indices: (B,) positions in [0, N).
@@ -513,12 +541,10 @@ class CachedImages(Dataset):
             Images (B, 3, size, size) uint8, targets (B,) int64, and the positions (B,) int64.
 
         Raises:
-            UserError: an image was altered; each is checked once.
+            UserError: an image was altered; each is checked when it is first read.
         """
         positions = torch.as_tensor(indices, dtype=torch.int64)
         images = torch.empty(len(positions), *self.shape[1:], dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()
         # "raise", the default, would copy once more; positions are those of a sampler
         np.take(self._images, positions.numpy(), axis=0, out=images.numpy(), mode="clip")
         for row in (~self._checked[positions]).nonzero().flatten().tolist():

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
 from src.datamodules.base import ClassificationDataModule
+from src.datamodules.cache import CachedImages, CachedLoader, DecodedCache
 from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.device_augmentation import decode_images
 from src.datamodules.layouts import Listing, Place, check_format, open_split, searched
@@ -109,6 +110,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         augmentation: options of `Augmentation`; None takes its defaults.
         pin_memory: batches in page-locked memory, for a faster copy to the GPU; None does so if CUDA is available.
         format: the layout of the splits, one of `FORMATS`; `"auto"` takes what is there.
+        cache_dir: folder that keeps the images of evaluations as they are after resize and crop, decoded when they
+            are first needed, see `src.datamodules.cache`; `~` is expanded, None keeps nothing. Training images are
+            decoded all the same: each epoch crops others out of them.
 
     Attributes:
         test_dataset: an `ImageDataset` once `setup` has run, None before.
@@ -139,6 +143,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         augmentation: Mapping[str, Any] | None = None,
         pin_memory: bool | None = None,
         format: str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(image_size, num_classes, batch_size, seed, mean, std, pin_memory)
         check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
@@ -158,11 +163,14 @@ class ImageFolderDataModule(ClassificationDataModule):
         for option, split in (("test_split", test_split), ("train_split", train_split)):
             if not isinstance(split, str) or not split:
                 raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
+        if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike) or not os.fspath(cache_dir)):
+            raise UserError(f"datamodule.cache_dir={cache_dir!r} is not valid. Give a folder, or null for no cache.")
         self.data_dir = data_dir
         self.num_workers = min(16, usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
         self.train_split = train_split
         self.format = format
+        self.cache_dir = cache_dir
         self.holdout = holdout
         self.passes_per_epoch = passes_per_epoch
         self.on_device = on_device
@@ -170,6 +178,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.test_transform = create_transform(**options, mean=self.mean, std=self.std)
         # "prefetcher" is timm's word for leaving the normalisation to the device
         self._test_pixels = create_transform(**options, use_prefetcher=True)
+        self._pixel_options = {"image_size": image_size, "crop_pct": float(crop_pct), "interpolation": interpolation}
         self._augmentation_options = {"interpolation": interpolation, **(augmentation or {})}
         self.augmentation: Augmentation | None = None
         # of on_device: the training images as squares, and their width over their height
@@ -320,13 +329,22 @@ class ImageFolderDataModule(ClassificationDataModule):
         return self._evaluation_loader(self.test_dataset)
 
     def _evaluation_loader(self, dataset: ImageDataset) -> ImageLoader:
-        return ImageLoader(
-            dataset.subset(range(len(dataset)), self._test_pixels),
-            batch_size=self.batch_size,
-            sampler=ShardedSampler(len(dataset), *self.place()),
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
+        images = dataset.subset(range(len(dataset)), self._test_pixels)
+        options = {
+            "batch_size": self.batch_size,
+            "sampler": ShardedSampler(len(dataset), *self.place()),
+            "pin_memory": self.pin_memory,
+        }
+        if self.cache_dir is None:
+            return ImageLoader(images, num_workers=self.num_workers, **options)
+        # no workers: to copy a batch takes less time than to hand it from one process to another
+        return CachedLoader(self._cached(images), **options)
+
+    def _cached(self, images: ImageDataset) -> CachedImages:
+        """Evaluation images out of the cache, which decodes them first where it has to."""
+        cache = DecodedCache(self.cache_dir, images, **self._pixel_options)
+        cache.make(self.num_workers, self.trainer.local_rank if self.trainer else 0)
+        return cache.open()
 
     def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageDataset:
         return ImageDataset(self._listing(option), transform)

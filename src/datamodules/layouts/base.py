@@ -175,6 +175,10 @@ class Listing:
         """Where the bytes of the image at `position` of `names` are."""
         raise NotImplementedError
 
+    def location(self, position: int) -> tuple[Path, tuple[int, ...]]:
+        """The file that holds the image at `position` of `names`, and numbers that tell where in it."""
+        raise NotImplementedError
+
     def read(self, position: int) -> bytes:
         """The bytes of the image at `position` of `names`, still encoded.
 
@@ -197,6 +201,10 @@ class FileListing(Listing):
     def source(self, position: int) -> Path:
         """The file of the image at `position`."""
         return self.folder / self.names[position]
+
+    def location(self, position: int) -> tuple[Path, tuple[int, ...]]:
+        """The file of the image at `position`, all of it."""
+        return self.source(position), ()
 
 
 def _index_of_labels(labels: set[str] | set[int], num_classes: int, what: str) -> dict[str, int]:

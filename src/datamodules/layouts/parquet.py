@@ -116,6 +116,11 @@ class ParquetListing(Listing):
         """The place of the image at `position`."""
         return Row(self, position)
 
+    def location(self, position: int) -> tuple[Path, tuple[int, ...]]:
+        """The file with the image at `position`; its row group there and its row in it."""
+        group, row = self._find(position)
+        return self._files[self._groups[group, 0]], (int(self._groups[group, 1]), row)
+
     def place(self, position: int) -> str:
         """The name of the image's place in messages."""
         group, row = self._find(position)

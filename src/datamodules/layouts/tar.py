@@ -86,6 +86,11 @@ class Archives(Listing):
         path = self.names[position] if self._inside is None else self._inside[position]
         return Member(self._files[self._file[position]], path, int(self._offset[position]), int(self._size[position]))
 
+    def location(self, position: int) -> tuple[Path, tuple[int, ...]]:
+        """The archive with the image at `position`; its first byte there and its bytes."""
+        place = int(self._offset[position]), int(self._size[position])
+        return self._files[self._file[position]], place
+
 
 def open_layout(found: Found, place: Place, num_classes: int) -> Archives:
     """List the images of one archive or of one archive per class.

@@ -1,0 +1,81 @@
+"""The benchmark of loading: what is compared, what is reported of it, and how it fails."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from scripts import benchmark_loading as benchmark
+from tests.datamodules.setup import write_images
+
+SMALL = ["--image-size", "16", "--batch-size", "2", "--num-workers", "1"]
+NAMES = [f"val/{'ab'[number % 2]}/{number}.jpg" for number in range(5)]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    write_images(tmp_path / "data", *NAMES)
+    return tmp_path / "data"
+
+
+def arguments(data_dir, *options):
+    return benchmark.build_parser().parse_args(["--data-dir", str(data_dir), *SMALL, *options])
+
+
+def test_all_loaders_hand_on_the_same_images(data_dir, tmp_path):
+    candidates, seconds = benchmark.make_candidates(arguments(data_dir), str(tmp_path / "cache"))
+    assert seconds > 0
+    images = {each.name: torch.cat([images for images, *_ in each.open_loader()]) for each in candidates}
+    assert images[benchmark.OURS].dtype == torch.uint8
+    assert len(images[benchmark.OURS]) == len(NAMES)
+    for name in (benchmark.TIMM, benchmark.CACHED):
+        assert torch.equal(images[name], images[benchmark.OURS])
+    assert images[benchmark.TIMM_NORMALISED].dtype == torch.float32
+    _, seconds = benchmark.make_candidates(arguments(data_dir), str(tmp_path / "cache"))
+    assert seconds is None
+
+
+def test_the_report(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "LEAST_SECONDS", 0.0)
+    output = tmp_path / "loading.json"
+    options = ["--rounds", "3", "--cache-dir", str(tmp_path / "cache"), "--output", str(output)]
+    assert benchmark.main(["--data-dir", str(data_dir), *SMALL, *options]) == 0
+    content = json.loads(output.read_text(encoding="utf-8"))
+    rows = {row["loader"]: row for row in content["results"]}
+    assert list(rows) == [benchmark.TIMM, benchmark.TIMM_NORMALISED, benchmark.OURS, benchmark.CACHED]
+    for row in rows.values():
+        assert row["num_images"] == len(NAMES)
+        assert len(row["images_per_second_per_round"]) == 3
+        assert row["images_per_second"] == statistics.median(row["images_per_second_per_round"])
+        reference = rows[benchmark.TIMM]["images_per_second"]
+        assert row["ratio_to_timm"] == pytest.approx(row["images_per_second"] / reference)
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    told = capsys.readouterr().out
+    assert all(name in told for name in rows)
+
+
+def test_a_temporary_cache_is_gone_afterwards(tmp_path):
+    with benchmark.folder_of_cache(None) as folder:
+        assert (tmp_path / folder).is_dir()
+    assert not (tmp_path / folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--split", "test"], "There is no folder"),
+        (["--rounds", "0"], "--rounds"),
+        (["--output", "/nowhere/file.json"], "cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_told(data_dir, capsys, options, words):
+    assert benchmark.main(["--data-dir", str(data_dir), *SMALL, *options]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_synsets_are_a_part_of_imagenet(tmp_path):
+    write_images(tmp_path, "val/n01440764/1.jpg", "other/a/1.jpg", "other/b/1.jpg")
+    assert benchmark.count_classes(tmp_path / "val") == 1000
+    assert benchmark.count_classes(tmp_path / "other") == 2
