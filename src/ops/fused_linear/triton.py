@@ -468,7 +468,7 @@ def _launch(
         residual: of the output's shape, or None.
         statistics: of the rows of x, as `_statistics_shape` says; None to take them here.
         out: (..., N).
-        out_statistics: where those of the output go, or None.
+        out_statistics: where those of the output go; None or empty for nowhere.
         eps: of the LayerNorm.
         segment: values of x that lie together, at most `length`.
         normalise: whether there is a LayerNorm.
@@ -507,6 +507,8 @@ def _launch(
         tiles = default_tiles(num_rows, segments * segment, out_features, x.dtype)
     if not normalise:
         statistics = None
+    if out_statistics is not None and out_statistics.numel() == 0:
+        out_statistics = None
     grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(out_features, tiles.columns * tiles.parts),)
     layout = (num_rows, written.shape[1], x_stride, height, line, grid_width)
     constants = {
@@ -619,8 +621,8 @@ def fused_linear_operator(
     """
     settings = Tiles(*tiles) if tiles else None
     out, out_statistics = _outputs(x, weight, segment, patches, settings, with_statistics)
-    wanted = out_statistics if out_statistics.numel() > 0 else None
-    _launch(x, weight, bias, sums, residual, statistics, out, wanted, eps, segment, normalise, gelu, patches, settings)
+    inputs = (x, weight, bias, sums, residual, statistics)
+    _launch(*inputs, out, out_statistics, eps, segment, normalise, gelu, patches, settings)
     return out, out_statistics
 
 
@@ -700,8 +702,9 @@ def triton_fused_linear(
     else:
         # PyTorch's dispatcher would cost as much as the launch itself
         out_statistics = None
-        if out is None:
-            out, out_statistics = _outputs(x, folded.weight, folded.segment, patches, folded.tiles, with_statistics)
-        wanted = None if out_statistics is None or out_statistics.numel() == 0 else out_statistics
-        _launch(*inputs, out, wanted, *settings, folded.tiles)
+        if out is None and with_statistics:
+            out, out_statistics = _outputs(x, folded.weight, folded.segment, patches, folded.tiles, True)
+        elif out is None:
+            out = x.new_empty(folded.output_shape(x))
+        _launch(*inputs, out, out_statistics, *settings, folded.tiles)
     return out, None if out_statistics is None or out_statistics.numel() == 0 else out_statistics
