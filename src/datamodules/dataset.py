@@ -13,20 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from src.datamodules.layouts import Listing
-from src.datamodules.layouts.base import ImageSource, class_index, imagenet_synsets, listing, scan_folder
+from src.datamodules.layouts.base import ImageSource
 from src.datamodules.layouts.class_folders import ClassFolders
 from src.utils.errors import UserError
-
-__all__ = [
-    "ImageDataset",
-    "ImageFolderDataset",
-    "ImageLoader",
-    "class_index",
-    "imagenet_synsets",
-    "listing",
-    "load_rgb",
-    "scan_folder",
-]
 
 
 def load_rgb(source: ImageSource) -> Image.Image:

@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from src.datamodules.dataset import imagenet_synsets
+from src.datamodules.layouts.base import imagenet_synsets
 from tests.datamodules.setup import encoded
 
 # ImageNet's own: what these validation images show is known to timm's "ReaL" labels, too.

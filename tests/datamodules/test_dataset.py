@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from src.datamodules.dataset import ImageLoader, class_index
+from src.datamodules.dataset import ImageLoader
+from src.datamodules.layouts.base import class_index
 from tests.datamodules.setup import dataset, encoded, message_of, write_images
 
 # ---- which images, in which order -------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from src.datamodules.dataset import ImageDataset, ImageLoader, imagenet_synsets
+from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.layouts import FORMATS, Place, find_layouts, open_split
 from src.datamodules.layouts.archives import members
-from src.datamodules.layouts.base import expand_braces
+from src.datamodules.layouts.base import expand_braces, imagenet_synsets
 from src.datamodules.layouts.matlab import MatlabError, read_structure
 from src.models.t2t_vit import create_t2t_vit
 from src.utils.errors import UserError
