@@ -19,7 +19,6 @@ until all are done. On CUDA, --jobs processes first fill Triton's cache on disk.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import itertools
 import math
@@ -56,6 +55,7 @@ from src.utils.scripts import (
     choose_device,
     comma_separated,
     compile_ahead,
+    console_for_tables,
     default_jobs,
     figure,
     first_line,
@@ -66,7 +66,7 @@ from src.utils.scripts import (
     progress_display,
     run_tool,
     save_figure,
-    until_stopped,
+    saved_until_stopped,
     without_paths,
 )
 from src.utils.timing import in_turn, seconds_per_call
@@ -836,13 +836,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     check_figure(arguments.figure)
     bench = Bench(arguments)
-
-    def save() -> None:
-        if arguments.output is not None:
-            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
-                write_json(arguments.output, report(bench))
-
-    return until_stopped(lambda: bench.run(Console(stderr=True), save), lambda: conclude(bench))
+    return saved_until_stopped(bench.run, lambda: report(bench), arguments.output, lambda: conclude(bench))
 
 
 def conclude(bench: Bench) -> int:
@@ -851,9 +845,7 @@ def conclude(bench: Bench) -> int:
     if not bench.measurements:
         print("Interrupted. Nothing was written.", file=sys.stderr)
         return 1
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for these tables
-        console = Console(width=WIDTH)
+    console = console_for_tables(WIDTH)
     for table in result_tables(bench):
         console.print(table, "")
     for reason in dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in bench.skipped):

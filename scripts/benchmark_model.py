@@ -73,7 +73,7 @@ from src.utils.scripts import (
     progress_display,
     run_tool,
     save_figure,
-    until_stopped,
+    saved_until_stopped,
     without_paths,
 )
 from src.utils.timing import in_turn, seconds_per_call
@@ -708,13 +708,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     check_figure(arguments.figure)
     bench = Bench(arguments)
-
-    def save() -> None:
-        if arguments.output is not None:
-            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
-                write_json(arguments.output, report(bench))
-
-    return until_stopped(lambda: bench.run(Console(stderr=True), save), lambda: conclude(bench))
+    return saved_until_stopped(bench.run, lambda: report(bench), arguments.output, lambda: conclude(bench))
 
 
 def conclude(bench: Bench) -> int:

@@ -68,13 +68,14 @@ from src.utils.scripts import (
     choose_device,
     comma_separated,
     compile_ahead,
+    console_for_tables,
     default_jobs,
     first_line,
     positive,
     progress_display,
     run_tool,
     save_figure,
-    until_stopped,
+    saved_until_stopped,
 )
 
 # Full attention has no budget, and is what the others are compared with.
@@ -647,13 +648,7 @@ def measure(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     check_figure(arguments.figure)
     experiment = Experiment(arguments)
-
-    def save() -> None:
-        if arguments.output is not None:
-            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
-                write_json(arguments.output, experiment.report())
-
-    return until_stopped(lambda: experiment.run(Console(stderr=True), save), lambda: conclude(experiment))
+    return saved_until_stopped(experiment.run, experiment.report, arguments.output, lambda: conclude(experiment))
 
 
 def conclude(experiment: Experiment) -> int:
@@ -662,9 +657,7 @@ def conclude(experiment: Experiment) -> int:
     if not experiment.results:
         print("Interrupted. Nothing was written.", file=sys.stderr)
         return 1
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for this table
-        console = Console(width=WIDTH)
+    console = console_for_tables(WIDTH)
     console.print(memory_table(experiment.rows, experiment.reference.top1))
     for line in skipped_lines(experiment.rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

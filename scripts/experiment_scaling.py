@@ -29,7 +29,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -39,7 +38,7 @@ from scripts.experiment_regimes import FAINT, INK, style
 from src.evaluation.results import read_json
 from src.models.modules.attention import ATTENTIONS
 from src.utils.errors import UserError
-from src.utils.scripts import Parser, check_figure, comma_separated, positive, run_tool, save_figure
+from src.utils.scripts import Parser, check_figure, comma_separated, console_for_tables, positive, run_tool, save_figure
 from src.utils.scripts import figure as digits
 
 ATTENTION_LINES = ("sblocal", "pairedcluster", "cluster", "local", "performer")
@@ -363,9 +362,7 @@ def conclude(arguments: argparse.Namespace) -> None:
     """Read, print and draw."""
     check_figure(arguments.figure)
     scalings = [read_scaling(path, arguments.attentions) for path in arguments.inputs]
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for these tables
-        console = Console(width=WIDTH)
+    console = console_for_tables(WIDTH)
     for scaling in scalings:
         console.print(point_table(scaling), "")
         console.print(growth_table(scaling, arguments.fit_from), "")

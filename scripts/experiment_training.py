@@ -79,7 +79,7 @@ from src.utils.scripts import (
     progress_display,
     run_tool,
     save_figure,
-    until_stopped,
+    saved_until_stopped,
     without_paths,
 )
 
@@ -937,14 +937,10 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.inputs:
         return conclude(arguments, merge([read_results(path) for path in arguments.inputs]), [])
     experiment = Experiment(arguments)
-
-    def save() -> None:
-        if arguments.output is not None:
-            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
-                write_json(arguments.output, experiment.report())
-
-    return until_stopped(
-        lambda: experiment.run(Console(stderr=True), save),
+    return saved_until_stopped(
+        experiment.run,
+        experiment.report,
+        arguments.output,
         lambda: conclude(arguments, experiment.report(), experiment.missing()),
     )
 

@@ -63,6 +63,7 @@ from src.utils.scripts import (
     check_writable,
     choose_device,
     comma_separated,
+    console_for_tables,
     fraction,
     positive,
     run_tool,
@@ -396,9 +397,7 @@ def measure(arguments: argparse.Namespace, command: str) -> None:
         f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
         f"(matrix: {len(of_matrix)}) ± deviation over {len(seeds)} draws"
     )
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width, and rich's guess is too small for this table
-        console = Console(width=WIDTH)
+    console = console_for_tables(WIDTH)
     console.print(table([*approximations, *means], sharpness, title))
     for item in skipped:
         say(f"{item.attention} left out of the {item.layer}: {item.reason}")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from src.utils.errors import UserError, did_you_mean
-from src.utils.files import atomic_write
+from src.utils.files import atomic_write, write_json
 from src.utils.machine import usable_cpus
 from src.utils.parallel import run_in_processes
 
@@ -86,6 +86,38 @@ def until_stopped(work: Callable[[], None], then: Callable[[], T]) -> T:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def saved_until_stopped(
+    run: Callable[[Console, Callable[[], None]], None],
+    report: Callable[[], Any],
+    output: str | None,
+    then: Callable[[], T],
+) -> T:
+    """`until_stopped` for work whose results are written as it goes.
+
+    Args:
+        run: the work; it is given a console for its progress, and what it calls whenever a part is complete.
+        report: everything there is so far, for JSON.
+        output: file that it is written to; None for none.
+        then: follows, and writes the file for the last time.
+
+    Returns:
+        What `then` does.
+    """
+
+    def save() -> None:
+        if output is not None:
+            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and tells of it
+                write_json(output, report())
+
+    return until_stopped(lambda: run(Console(stderr=True), save), then)
+
+
+def console_for_tables(width: int) -> Console:
+    """Standard output: as wide as the terminal, or `width` in a file or a pipe, where rich would guess too little."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
 from src.evaluation.comparison import ATTENTION_COLOURS
 from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
+from src.utils import scripts
 from src.utils.files import write_json
 from src.utils.parallel import run_in_processes
 from src.utils.scripts import until_stopped
@@ -327,7 +328,8 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
             raise OSError(28, "No space left on device")
         write_json(path, content)
 
-    monkeypatch.setattr(benchmark, "write_json", write)
+    for module in (scripts, benchmark):  # on the way, and at the end
+        monkeypatch.setattr(module, "write_json", write)
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True
