@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -39,6 +40,14 @@ def gelu(x, EXACT: tl.constexpr):
 def precision_of_products(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: float32 products are exact unless PyTorch's are not."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@functools.cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether kernels can be brought up while the ones before them end: Hopper GPUs and later, Triton 3.4 or newer."""
+    if device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager:

@@ -160,12 +160,19 @@ def adversarial(device: str, dtype: torch.dtype, length: int = 100) -> tuple[lis
         pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
-def test_windows_whose_estimates_outweigh_all_else(device, dtype, monkeypatch):
+@pytest.mark.parametrize(("length", "items"), [(100, 64), (200, 64), (100, 1)], ids=["7 parts", "13 parts", "whole"])
+def test_windows_whose_estimates_outweigh_all_else(device, dtype, length, items, monkeypatch):
     operator_module = pytest.importorskip("src.ops.fused.operator")
     # float32 would bear more before it marks a tile
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT", 4.0)
-    (query, key, value, rows), window = adversarial(device, dtype)
+    # several parts for the keys of a marked tile, in the second case more than are brought together at a time; or
+    # memory for the parts of one tile only, which is not enough
+    monkeypatch.setattr(operator_module, "MARKED_ITEMS", items)
+    for name in ("MARKED_SHARE", "MARKED_SHARE_OF_MANY", "MARKED_KEYS", "MARKED_KEYS_WIDE"):
+        monkeypatch.setattr(operator_module, name, 16)
+    monkeypatch.setattr(operator_module, "MARKED_MEMORY", 10.0)
+    (query, key, value, rows), window = adversarial(device, dtype, length)
     marked = operator_module.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
     assert 0 < int(marked.sum()) < marked.numel()
 

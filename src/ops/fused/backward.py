@@ -20,8 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from src.ops.fused.pairs import PARTS_AT_A_TIME, marked_item
 from src.ops.fused.parts import (
     FLOOR,
+    follow,
     group_offset,
     half_norms,
     in_window,
@@ -56,8 +58,10 @@ def delta_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """`delta` where no sums over queries are taken: without a low-rank part."""
+    follow(OVERLAP, True)
     group = tl.program_id(1)
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = i < num_queries
@@ -71,166 +75,84 @@ def delta_kernel(
 
 
 @triton.jit
-def _query_gradient_tile(
-    tile,
-    group,
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    g_pointer,  # (B, H, T, D) gradient of the output
-    dq_pointer,
-    projection_pointer,
-    lengths_pointer,
-    mean_pointer,  # of the keys, as in the forward pass
-    weight_pointer,
-    norm_pointer,  # of the keys
-    normaliser_pointer,
-    delta_pointer,
-    heads,
-    num_queries,
-    num_keys,
-    chunk,
-    chunks,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
+def add_pairs_to_queries(
+    first,
+    last,
+    i,
+    q,
+    g,
+    features,
+    level,
+    normaliser,
+    delta,
+    dq,
+    d_logs,
+    k_base,
+    v_base,
     k_row,
-    v_batch,
-    v_head,
     v_row,
-    g_batch,
-    g_head,
-    g_row,
-    dq_batch,
-    dq_head,
-    dq_row,
+    projection,
     slope,
     half_scale,
     scale,
-    log_m,
-    unlog,  # ln(2): gradients are taken in natural units
     E: tl.constexpr,
     BE: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
-    WINDOW_TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    LOW_RANK: tl.constexpr,
-    PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     FEATURE_PRECISION: tl.constexpr,
 ):
-    """Gradient of one tile of queries. PAIRS as `pairs_kernel`: causal, or a marked tile."""
+    """Add what the keys from `first` to before `last` give to the gradients of the queries i: new dq and d_logs."""
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
-    f = tl.arange(0, MP)
-    end = num_keys
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
-    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
-    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
-    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
-    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
-    dq_base = dq_pointer + group_offset(group, heads, dq_batch, dq_head)
-    row_base = group.to(tl.int64) * num_queries
-    if LOW_RANK:
-        projection = load_projection(projection_pointer, E, BE, R, M, MP)
-
-    i = tile * BM + tl.arange(0, BM)
-    valid = i < num_queries
-    q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
-    g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
-    normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
-    delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
-    dq = tl.zeros((BM, BE), tl.float32)
-    if LOW_RANK:
-        logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
-        logs = tl.where((f < M)[None, :], logs, FLOOR)
-        d_logs = tl.zeros((BM, MP), tl.float32)
-        if IS_CAUSAL or not PAIRS:
-            # what the sums give: over all keys, or over the chunks before the window
-            slot = group.to(tl.int64)
-            if IS_CAUSAL:
-                state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
-                slot = slot * (chunks + 1) + state
-            mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
-            weight = tl.load(weight_pointer + slot * MP + f)
-            factors = tl.exp2(logs + weight[None, :] - normaliser[:, None])
-            d_sums = tl.dot(g, mean, input_precision=PRECISION) - delta[:, None]
-            if IS_CAUSAL:
-                d_logs = factors * d_sums
-
-    if PAIRS:
-        first = 0
-        last = end
+    start = first
+    while start < last:
+        j = start + tl.arange(0, BN)
+        exists = j < last
+        k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+        v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+        inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
+        visible = exists[None, :]
         if IS_CAUSAL:
-            first = tl.maximum(tile * BM - LEFT, 0)
-            last = tl.minimum(end, tile * BM + BM)
-        if LOW_RANK:
-            features, level = normalised(logs)
-            if IS_CAUSAL:
-                first = state * chunk
-        start = first
-        while start < last:
-            j = start + tl.arange(0, BN)
-            exists = j < last
-            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
-            visible = exists[None, :]
-            if IS_CAUSAL:
-                visible = visible & (j[None, :] <= i[:, None])
-            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            exact = tl.where(inside & visible, exact - normaliser[:, None], FLOOR)
-            t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-            dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
-            if LOW_RANK:
-                key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
-                key_features, key_level = normalised(key_logs)
-                exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
-                ratio = tl.where(visible & no(inside), tl.exp2(exponent) * t, 0.0)
-                d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
-            start += BN
-    else:
-        for part in tl.range(0, WINDOW_TILES, num_stages=STAGES):
-            j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
-            exists = (j >= 0) & (j < end)
-            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
-            if IS_CAUSAL:
-                inside = inside & (j[None, :] <= i[:, None])
-            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            exact = tl.where(inside, exact - normaliser[:, None], FLOOR)
-            t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-            dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
-            if LOW_RANK:
-                norms = tl.load(norm_pointer + group.to(tl.int64) * num_keys + j, mask=exists, other=0.0)
-                key_logs = log_features(k, norms, projection, slope, PRECISION) - weight[None, :]
-                # rows without a key may be infinite, and are met by zeros
-                key_factors = tl.where(exists[:, None], tl.exp2(key_logs), 0.0).to(q.dtype)
-                inner = tl.where(inside, t, 0.0).to(q.dtype)
-                d_sums -= tl.dot(inner, key_factors, input_precision=PRECISION)
-    dq *= scale * unlog
-    if LOW_RANK:
-        if not PAIRS:
-            d_logs = factors * d_sums
-        d_logs = tl.where((f < M)[None, :], d_logs, 0.0)
-        rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
-        dq += tl.dot(d_logs.to(q.dtype), rows, input_precision=PRECISION) * (slope * unlog)
-        dq -= q.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
-    store_rows(dq_base, dq, i, valid, dq_row, e, E)
+            visible = visible & (j[None, :] <= i[:, None])
+        exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        exact = tl.where(inside & visible, exact - normaliser[:, None], FLOOR)
+        t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+        dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
+        key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
+        key_features, key_level = normalised(key_logs)
+        exponent = tl.minimum(level[:, None] + key_level[None, :] - normaliser[:, None], MAX_EXPONENT)
+        ratio = tl.where(visible & no(inside), tl.exp2(exponent) * t, 0.0)
+        d_logs += features * tl.dot(ratio, key_features, input_precision=FEATURE_PRECISION)
+        start += BN
+    return dq, d_logs
+
+
+@triton.jit
+def gradient_of_log_features(
+    x,
+    dx,
+    d_logs,
+    projection_pointer,
+    slope,
+    half_scale,
+    unlog,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of rows x: dx and what comes through their log features, whose gradient is d_logs."""
+    d_logs = tl.where((tl.arange(0, MP) < M)[None, :], d_logs, 0.0)
+    rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
+    dx += tl.dot(d_logs.to(x.dtype), rows, input_precision=PRECISION) * (slope * unlog)
+    return dx - x.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
 
 
 @triton.jit
@@ -288,73 +210,111 @@ def query_gradient_kernel(
     HAS_LENGTHS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     FEATURE_PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of queries. Marked tiles come out wrong, and are written again by `marked_query_gradient_kernel`."""
+    follow(OVERLAP, False)
     tile = tl.program_id(0)
-    group = tl.program_id(1)
-    _query_gradient_tile(
-        tile,
-        group,
-        q_pointer,
-        k_pointer,
-        v_pointer,
-        g_pointer,
-        dq_pointer,
-        projection_pointer,
-        lengths_pointer,
-        mean_pointer,
-        weight_pointer,
-        norm_pointer,
-        normaliser_pointer,
-        delta_pointer,
-        heads,
-        num_queries,
-        num_keys,
-        chunk,
-        chunks,
-        q_batch,
-        q_head,
-        q_row,
-        k_batch,
-        k_head,
-        k_row,
-        v_batch,
-        v_head,
-        v_row,
-        g_batch,
-        g_head,
-        g_row,
-        dq_batch,
-        dq_head,
-        dq_row,
-        slope,
-        half_scale,
-        scale,
-        log_m,
-        unlog,
-        E,
-        BE,
-        D,
-        BD,
-        R,
-        M,
-        MP,
-        LEFT,
-        RIGHT,
-        BM,
-        BN,
-        WINDOW_TILES,
-        STAGES,
-        HAS_LENGTHS,
-        IS_CAUSAL,
-        LOW_RANK,
-        PAIRS,
-        PRECISION,
-        FEATURE_PRECISION,
-    )
+    # from the last sequence to the first: of those, what the sums over the queries have read is still in the cache
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    end = num_keys
+    if HAS_LENGTHS:
+        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
+    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
+    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
+    dq_base = dq_pointer + group_offset(group, heads, dq_batch, dq_head)
+    row_base = group.to(tl.int64) * num_queries
+
+    i = tile * BM + tl.arange(0, BM)
+    valid = i < num_queries
+    if LOW_RANK:
+        projection = load_projection(projection_pointer, E, BE, R, M, MP)
+    q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
+    g = load_rows(g_base, i, valid, g_row, d, D, BD, True)
+    normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+    delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+    dq = tl.zeros((BM, BE), tl.float32)
+    if LOW_RANK:
+        logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
+        logs = tl.where((f < M)[None, :], logs, FLOOR)
+        # what the sums give: over all keys, or over the chunks before the window
+        slot = group.to(tl.int64)
+        if IS_CAUSAL:
+            state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
+            slot = slot * (chunks + 1) + state
+        mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
+        weight = tl.load(weight_pointer + slot * MP + f)
+        factors = tl.exp2(logs + weight[None, :] - normaliser[:, None])
+        d_sums = tl.dot(g, mean, input_precision=PRECISION) - delta[:, None]
+
+    if LOW_RANK and IS_CAUSAL:
+        features, level = normalised(logs)
+        dq, d_logs = add_pairs_to_queries(
+            state * chunk,
+            tl.minimum(end, tile * BM + BM),
+            i,
+            q,
+            g,
+            features,
+            level,
+            normaliser,
+            delta,
+            dq,
+            factors * d_sums,
+            k_base,
+            v_base,
+            k_row,
+            v_row,
+            projection,
+            slope,
+            half_scale,
+            scale,
+            E,
+            BE,
+            D,
+            BD,
+            LEFT,
+            RIGHT,
+            BN,
+            True,
+            PRECISION,
+            FEATURE_PRECISION,
+        )
+    else:
+        for part in tl.range(0, WINDOW_TILES, num_stages=STAGES):
+            j = tile * BM - LEFT + part * BN + tl.arange(0, BN)
+            exists = (j >= 0) & (j < end)
+            k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
+            v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
+            if IS_CAUSAL:
+                inside = inside & (j[None, :] <= i[:, None])
+            exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            exact = tl.where(inside, exact - normaliser[:, None], FLOOR)
+            t = tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+            dq += tl.dot((tl.exp2(exact) * t).to(q.dtype), k, input_precision=PRECISION)
+            if LOW_RANK:
+                norms = tl.load(norm_pointer + group.to(tl.int64) * num_keys + j, mask=exists, other=0.0)
+                key_logs = log_features(k, norms, projection, slope, PRECISION) - weight[None, :]
+                # rows without a key may be infinite, and are met by zeros
+                key_factors = tl.where(exists[:, None], tl.exp2(key_logs), 0.0).to(q.dtype)
+                inner = tl.where(inside, t, 0.0).to(q.dtype)
+                d_sums -= tl.dot(inner, key_factors, input_precision=PRECISION)
+        if LOW_RANK:
+            d_logs = factors * d_sums
+    dq *= scale * unlog
+    if LOW_RANK:
+        dq = gradient_of_log_features(
+            q, dq, d_logs, projection_pointer, slope, half_scale, unlog, E, BE, R, M, MP, PRECISION
+        )
+    store_rows(dq_base, dq, i, valid, dq_row, e, E)
 
 
 @triton.jit
@@ -366,18 +326,16 @@ def marked_query_gradient_kernel(
     dq_pointer,
     projection_pointer,
     lengths_pointer,
-    mean_pointer,  # of the keys, as in the forward pass
-    weight_pointer,
-    norm_pointer,
     normaliser_pointer,
     delta_pointer,
-    marked_pointer,
-    any_marked_pointer,
+    marked_list_pointer,  # (1 + G tiles,) see `attention_kernel`
+    arrivals_pointer,  # (items,) zero before
+    dq_part_pointer,  # (items, SPLITS, BM, BE)
+    d_logs_part_pointer,  # (items, SPLITS, BM, MP)
     heads,
     num_queries,
     num_keys,
-    chunk,
-    chunks,
+    items,
     q_batch,
     q_head,
     q_row,
@@ -397,7 +355,7 @@ def marked_query_gradient_kernel(
     half_scale,
     scale,
     log_m,
-    unlog,  # ln(2): gradients are taken in natural units
+    unlog,
     E: tl.constexpr,
     BE: tl.constexpr,
     D: tl.constexpr,
@@ -409,86 +367,118 @@ def marked_query_gradient_kernel(
     RIGHT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    WINDOW_TILES: tl.constexpr,
-    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    LOW_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     FEATURE_PRECISION: tl.constexpr,
-    MARK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """The marked tiles, from pairs. Nearly always there are none."""
-    group = tl.program_id(1)
-    if tl.load(any_marked_pointer + group) == 0:
+    """The marked tiles, from pairs; the keys are split over programs as in `marked_kernel`."""
+    follow(OVERLAP, False)
+    subtiles: tl.constexpr = MARK_ROWS // BM
+    num_items = tl.load(marked_list_pointer) * subtiles
+    splits = tl.where(num_items <= items, SPLITS, 1)
+    unit = tl.program_id(0)
+    if unit >= num_items * splits:
         return
-    num_tiles = (num_queries + BM - 1) // BM
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    f = tl.arange(0, MP)
+    r = tl.arange(0, BM)
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    tile = tl.program_id(0)
-    while tile < num_tiles:
-        # BM divides MARK_ROWS
-        if tl.load(marked_pointer + group * num_marks + tile * BM // MARK_ROWS) != 0:
-            _query_gradient_tile(
-                tile,
-                group,
-                q_pointer,
-                k_pointer,
-                v_pointer,
-                g_pointer,
-                dq_pointer,
+    projection = load_projection(projection_pointer, E, BE, R, M, MP)
+    while unit < num_items * splits:
+        item = unit // splits
+        split = unit % splits
+        group, first_query = marked_item(item, marked_list_pointer, num_marks, BM, MARK_ROWS)
+        end = num_keys
+        if HAS_LENGTHS:
+            end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+        row_base = group.to(tl.int64) * num_queries
+        i = first_query + r
+        valid = i < num_queries
+        q = load_rows(q_pointer + group_offset(group, heads, q_batch, q_head), i, valid, q_row, e, E, BE, True)
+        g = load_rows(g_pointer + group_offset(group, heads, g_batch, g_head), i, valid, g_row, d, D, BD, True)
+        normaliser = tl.load(normaliser_pointer + row_base + i, mask=valid, other=-FLOOR)
+        delta = tl.load(delta_pointer + row_base + i, mask=valid, other=0.0)
+        logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
+        features, level = normalised(tl.where((f < M)[None, :], logs, FLOOR))
+        share = (num_keys + splits * BN - 1) // (splits * BN) * BN
+        dq, d_logs = add_pairs_to_queries(
+            split * share,
+            tl.minimum(end, split * share + share),
+            i,
+            q,
+            g,
+            features,
+            level,
+            normaliser,
+            delta,
+            tl.zeros((BM, BE), tl.float32),
+            tl.zeros((BM, MP), tl.float32),
+            k_pointer + group_offset(group, heads, k_batch, k_head),
+            v_pointer + group_offset(group, heads, v_batch, v_head),
+            k_row,
+            v_row,
+            projection,
+            slope,
+            half_scale,
+            scale,
+            E,
+            BE,
+            D,
+            BD,
+            LEFT,
+            RIGHT,
+            BN,
+            False,
+            PRECISION,
+            FEATURE_PRECISION,
+        )
+        last = splits == 1
+        if splits > 1:
+            rows = (item * SPLITS + split) * BM + r
+            tl.store(dq_part_pointer + rows[:, None] * BE + e[None, :], dq)
+            tl.store(d_logs_part_pointer + rows[:, None] * MP + f[None, :], d_logs)
+            tl.debug_barrier()
+            last = tl.atomic_add(arrivals_pointer + item, 1) == splits - 1
+            if last:
+                dq = tl.zeros((BM, BE), tl.float32)
+                d_logs = tl.zeros((BM, MP), tl.float32)
+                start = 0
+                while start < SPLITS:
+                    s = start + tl.arange(0, PARTS_AT_A_TIME)
+                    exists = (s < SPLITS)[:, None, None]
+                    row = ((item * SPLITS + s)[:, None] * BM + r[None, :])[:, :, None]
+                    # `.cg`: what others wrote is not in this processor's own cache
+                    dq_parts = tl.load(
+                        dq_part_pointer + row * BE + e[None, None, :], mask=exists, other=0.0, cache_modifier=".cg"
+                    )
+                    dq += tl.sum(dq_parts, 0)
+                    d_logs_parts = tl.load(
+                        d_logs_part_pointer + row * MP + f[None, None, :], mask=exists, other=0.0, cache_modifier=".cg"
+                    )
+                    d_logs += tl.sum(d_logs_parts, 0)
+                    start += PARTS_AT_A_TIME
+        if last:
+            dq = gradient_of_log_features(
+                q,
+                dq * (scale * unlog),
+                d_logs,
                 projection_pointer,
-                lengths_pointer,
-                mean_pointer,
-                weight_pointer,
-                norm_pointer,
-                normaliser_pointer,
-                delta_pointer,
-                heads,
-                num_queries,
-                num_keys,
-                chunk,
-                chunks,
-                q_batch,
-                q_head,
-                q_row,
-                k_batch,
-                k_head,
-                k_row,
-                v_batch,
-                v_head,
-                v_row,
-                g_batch,
-                g_head,
-                g_row,
-                dq_batch,
-                dq_head,
-                dq_row,
                 slope,
                 half_scale,
-                scale,
-                log_m,
                 unlog,
                 E,
                 BE,
-                D,
-                BD,
                 R,
                 M,
                 MP,
-                LEFT,
-                RIGHT,
-                BM,
-                BN,
-                WINDOW_TILES,
-                STAGES,
-                HAS_LENGTHS,
-                IS_CAUSAL,
-                LOW_RANK,
-                True,
                 PRECISION,
-                FEATURE_PRECISION,
             )
-        tile += tl.num_programs(0)
+            store_rows(dq_pointer + group_offset(group, heads, dq_batch, dq_head), dq, i, valid, dq_row, e, E)
+        unit += tl.num_programs(0)
 
 
 @triton.jit
@@ -620,8 +610,10 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
     FEATURE_PRECISION: tl.constexpr,
     MARK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Gradients of BN keys and their values: the window's queries in tiles of BM, the others by sums."""
+    follow(OVERLAP, False)
     tile = tl.program_id(0)
     group = tl.program_id(1)
     e = tl.arange(0, BE)
@@ -746,10 +738,10 @@ def key_gradient_kernel(
 
     dk *= scale * unlog
     if LOW_RANK:
-        d_logs = tl.where((f < M)[None, :] & exists[:, None], d_logs, 0.0)
-        rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
-        dk += tl.dot(d_logs.to(k.dtype), rows, input_precision=PRECISION) * (slope * unlog)
-        dk -= k.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
+        d_logs = tl.where(exists[:, None], d_logs, 0.0)
+        dk = gradient_of_log_features(
+            k, dk, d_logs, projection_pointer, slope, half_scale, unlog, E, BE, R, M, MP, PRECISION
+        )
     within = j < num_keys
     dk = tl.where(exists[:, None], dk, 0.0)
     dv = tl.where(exists[:, None], dv, 0.0)
@@ -812,8 +804,10 @@ def marked_key_gradient_kernel(
     PRECISION: tl.constexpr,
     FEATURE_PRECISION: tl.constexpr,
     MARK_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """What marked queries add to the gradients of all keys, from pairs. Nearly always there are none."""
+    follow(OVERLAP, False)
     group = tl.program_id(1)
     if tl.load(any_marked_pointer + group) == 0:
         return
@@ -833,7 +827,6 @@ def marked_key_gradient_kernel(
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
     num_tiles = (end + BN - 1) // BN
     projection = load_projection(projection_pointer, E, BE, R, M, MP)
-    rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
     tile = tl.program_id(0)
     while tile < num_tiles:
         j = tile * BN + tl.arange(0, BN)
@@ -895,10 +888,10 @@ def marked_key_gradient_kernel(
                     start += BM
                 mark = tl.min(tl.where((marks != 0) & (mark_index > mark), mark_index, num_marks), 0)
             block += MARKS_AT_A_TIME
-        dk *= scale * unlog
-        d_logs = tl.where((f < M)[None, :] & exists[:, None], d_logs, 0.0)
-        dk += tl.dot(d_logs.to(k.dtype), rows, input_precision=PRECISION) * (slope * unlog)
-        dk -= k.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * half_scale * unlog))[:, None]
+        d_logs = tl.where(exists[:, None], d_logs, 0.0)
+        dk = gradient_of_log_features(
+            k, dk * (scale * unlog), d_logs, projection_pointer, slope, half_scale, unlog, E, BE, R, M, MP, PRECISION
+        )
         dk += load_rows(dk_base, j, exists, dk_row, e, E, BE, True).to(tl.float32)
         dv += load_rows(dv_base, j, exists, dv_row, d, D, BD, True).to(tl.float32)
         store_rows(dk_base, dk, j, exists, dk_row, e, E)

@@ -2,10 +2,8 @@
 
 `attention_kernel` takes the low-rank part of a query from the sums over *all* keys and puts exact weights in place of
 the window's estimates, `exp(s q.k) - phi(q).phi(k)`: one pass over the window, as the paper's algorithm 1. Where the
-estimates of the window outweigh everything else, that difference has lost its digits; such tiles are marked, and
-`pairs_kernel` computes them again from pairs of queries and keys, without a difference. With causal masking there is
-no sum over all keys: `pairs_kernel` then does everything, from sums over the chunks of keys before the window and
-from pairs for the rest.
+estimates of the window outweigh everything else, that difference has lost its digits; such tiles are marked, for
+`src.ops.fused.pairs` to compute them again.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import triton.language as tl
 from src.ops.fused.parts import (
     FAR,
     FLOOR,
+    follow,
     group_offset,
     half_norms,
     in_window,
@@ -23,7 +22,6 @@ from src.ops.fused.parts import (
     load_rows,
     log_features,
     no,
-    normalised,
     store_rows,
 )
 
@@ -112,6 +110,7 @@ def attention_kernel(
     normaliser_pointer,  # (G, T) log normaliser of each query, with STATISTICS
     marked_pointer,  # (G, tiles) int8, 1 where digits were lost
     any_marked_pointer,  # (G,) int32, 1 where a tile of the sequence is marked; zero before
+    marked_list_pointer,  # (1 + G tiles,) int32, number of marked tiles and which, in any order; zero before
     heads,
     num_queries,
     num_keys,
@@ -155,6 +154,7 @@ def attention_kernel(
     ONLINE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """TILES tiles of BM queries of one sequence. Causal only without a low-rank part.
 
@@ -162,7 +162,9 @@ def attention_kernel(
     largest feature, which takes fewer steps, and a tile in which an exact weight exceeds the float range is marked.
     Float16 has not the range, and without a low-rank part there is no feature.
     """
-    group = tl.program_id(1)
+    follow(OVERLAP, not LOW_RANK)
+    # from the last sequence to the first: of those, what the sums over the keys have read is still in the cache
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
     f = tl.arange(0, MP)
@@ -288,144 +290,8 @@ def attention_kernel(
             lost = valid & no(kept | blind)
             mark = tl.max(lost.to(tl.int32), 0)
             tl.store(marked_pointer + group * num_tiles + tile, mark.to(tl.int8), mask=tile < num_tiles)
+            place = tl.atomic_add(marked_list_pointer, 1, mask=mark > 0)
+            tl.store(marked_list_pointer + 1 + place, group * num_tiles + tile, mask=mark > 0)
             any_mark = tl.maximum(any_mark, mark)
     if LOW_RANK and WINDOW_TILES > 0:
         tl.atomic_max(any_marked_pointer + group, any_mark, mask=any_mark > 0)
-
-
-@triton.jit
-def pairs_kernel(
-    q_pointer,
-    k_pointer,
-    v_pointer,
-    out_pointer,
-    projection_pointer,
-    lengths_pointer,
-    mean_pointer,  # (G, chunks + 1, BD, MP) with IS_CAUSAL: state c are the chunks before c
-    weight_pointer,  # (G, chunks + 1, MP) with IS_CAUSAL
-    norm_pointer,  # not used here
-    normaliser_pointer,
-    marked_pointer,
-    any_marked_pointer,
-    heads,
-    num_queries,
-    num_keys,
-    chunk,
-    chunks,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    out_batch,
-    out_head,
-    out_row,
-    slope,
-    half_scale,
-    scale,
-    log_m,
-    E: tl.constexpr,
-    BE: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    MARK_ROWS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FEATURE_PRECISION: tl.constexpr,
-):
-    """IS_CAUSAL: every tile, from the sums before its window and pairs. Otherwise the marked tiles, from pairs."""
-    # `while` loops throughout: Triton's pipeliner, which takes `for` loops, is of no use to branches
-    group = tl.program_id(1)
-    e = tl.arange(0, BE)
-    d = tl.arange(0, BD)
-    f = tl.arange(0, MP)
-    end = num_keys
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
-    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
-    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
-    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
-    out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
-    num_tiles = (num_queries + BM - 1) // BM
-    num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    if not IS_CAUSAL:  # noqa: SIM102 (known when it is compiled, and apart from what is not)
-        # nearly always: nothing to do
-        if tl.load(any_marked_pointer + group) == 0:
-            return
-    projection = load_projection(projection_pointer, E, BE, R, M, MP)
-    tile = tl.program_id(0)
-    while tile < num_tiles:
-        wanted = 1
-        if not IS_CAUSAL:
-            wanted = tl.load(marked_pointer + group * num_marks + tile * BM // MARK_ROWS).to(tl.int32)
-        if wanted != 0:
-            i = tile * BM + tl.arange(0, BM)
-            valid = i < num_queries
-            q = load_rows(q_base, i, valid, q_row, e, E, BE, True)
-            logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) - log_m
-            logs = tl.where((f < M)[None, :], logs, FLOOR)
-            features, level = normalised(logs)
-            first = 0
-            last = end
-            if IS_CAUSAL:
-                state = tl.minimum(tl.maximum(tile * BM - LEFT, 0) // chunk, chunks)
-                first = state * chunk
-                last = tl.minimum(end, tile * BM + BM)
-                slot = group.to(tl.int64) * (chunks + 1) + state
-                mean = tl.load(mean_pointer + slot * (BD * MP) + d[:, None] * MP + f[None, :])
-                past = logs + tl.load(weight_pointer + slot * MP + f)[None, :]
-                past_features, largest = normalised(past)
-                # no key before the window: the features are 1 relative to nothing
-                past_features = tl.where((largest > FLOOR / 2)[:, None], past_features, 0.0).to(q.dtype)
-                normaliser = tl.sum(past_features.to(tl.float32), 1)
-                sums = tl.dot(past_features, tl.trans(mean), input_precision=PRECISION)
-            else:
-                sums = tl.zeros((BM, BD), tl.float32)
-                normaliser = tl.zeros((BM,), tl.float32)
-                largest = tl.full((BM,), FLOOR, tl.float32)
-            start = first
-            while start < last:
-                j = start + tl.arange(0, BN)
-                exists = j < last
-                k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-                v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
-                key_logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
-                key_features, key_level = normalised(key_logs)
-                estimate = tl.dot(features, tl.trans(key_features), input_precision=FEATURE_PRECISION)
-                logits = tl.where(estimate > 0, tl.log2(tl.maximum(estimate, 1e-37)), FLOOR)
-                logits += level[:, None] + key_level[None, :]
-                inside = in_window(j[None, :], i[:, None], LEFT, RIGHT)
-                exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                logits = tl.where(inside, exact, logits)
-                visible = exists[None, :]
-                if IS_CAUSAL:
-                    visible = visible & (j[None, :] <= i[:, None])
-                logits = tl.where(visible, logits, FLOOR)
-                new_largest = tl.maximum(largest, tl.max(logits, 1))
-                decay = tl.exp2(largest - new_largest)
-                weights = tl.where(visible, tl.exp2(logits - new_largest[:, None]), 0.0)
-                normaliser = normaliser * decay + tl.sum(weights, 1)
-                sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
-                largest = new_largest
-                start += BN
-            blind = (i < 0) | (end <= 0)
-            divisor = tl.where(blind, 1.0, normaliser)
-            out = tl.where(blind[:, None], 0.0, sums / divisor[:, None])
-            store_rows(out_base, out, i, valid, out_row, d, D)
-            if STATISTICS:
-                log_normaliser = tl.where(blind, -FLOOR, largest + tl.log2(divisor))
-                tl.store(normaliser_pointer + group.to(tl.int64) * num_queries + i, log_normaliser, mask=valid)
-        tile += tl.num_programs(0)

@@ -19,10 +19,11 @@ from src.ops.fused.backward import (
     marked_query_gradient_kernel,
     query_gradient_kernel,
 )
-from src.ops.fused.forward import attention_kernel, pairs_kernel
+from src.ops.fused.forward import attention_kernel
+from src.ops.fused.pairs import causal_kernel, marked_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
 from src.ops.fused.tiles import Tiles, tiles_for
-from src.ops.triton_functions import device_of, precision_of_products
+from src.ops.triton_functions import device_of, overlaps_launches, precision_of_products
 from src.ops.windows import window_bounds
 
 LOG2E = math.log2(math.e)
@@ -36,10 +37,14 @@ COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 # The same for many chunks.
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
 # Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do, at once.
-PAIRS_PROGRAMS = 2048
-# Queries, keys of a step, and warps for marked tiles. Each is on its own, and its time the latency of one step after
-# another over the keys: few rows in many programs, many keys in a step. Rows divide those of the marks.
-MARKED_ROWS, MARKED_KEYS, MARKED_WARPS = 16, 128, 4
+PAIRS_PROGRAMS = 528
+# Queries and keys of a step, and warps for marked tiles. Rows divide those of the marks.
+MARKED_ROWS, MARKED_KEYS, MARKED_WARPS = 16, 128, 8
+# The keys of a marked tile are split into parts of so many, each with a program, and into so many parts at most. To
+# bring more than 8 parts together takes longer than a second step in each.
+MARKED_SHARE, MARKED_SHARE_OF_MANY, MARKED_SPLITS = 128, 256, 64
+# Memory for the parts: this many tiles at most, and this part of the memory of q, k, v and the output.
+MARKED_ITEMS, MARKED_MEMORY = 64, 1 / 50
 # The same where a tile of many keys does not fit.
 MARKED_KEYS_WIDE = 32
 # Keys of a tile of their own gradient, and warps.
@@ -112,6 +117,10 @@ class _Plan:
             "MP": self.padded_features,
         }
         self.log_m = math.log2(features)
+        # how kernels follow one another: all but the first take `overlapped`
+        self.overlaps = overlaps_launches(self.device)
+        self.first = {"OVERLAP": self.overlaps}
+        self.overlapped = {"OVERLAP": True, "launch_pdl": True} if self.overlaps else self.first
         self.scales = (math.sqrt(scale) * LOG2E, 0.5 * scale * LOG2E, scale * LOG2E)
         # both passes walk in the same chunks, so that the backward's sums fit the forward's
         self.key_chunk, self.key_chunks = self._chunks(self.num_keys)
@@ -135,8 +144,31 @@ class _Plan:
         return MARKED_KEYS if narrow else MARKED_KEYS_WIDE
 
     def pairs_programs(self, tiles: int) -> int:
-        """Programs for the marked tiles of one sequence."""
+        """Programs of one sequence for the marked tiles of all."""
         return min(tiles, max(1, PAIRS_PROGRAMS // self.groups))
+
+    @property
+    def splits(self) -> int:
+        """Parts that the keys of a marked tile are split into."""
+        share = MARKED_SHARE if self.num_keys <= 8 * MARKED_SHARE else MARKED_SHARE_OF_MANY
+        return min(MARKED_SPLITS, -(-self.num_keys // share))
+
+    @property
+    def items(self) -> int:
+        """Marked tiles of MARKED_ROWS queries that there is memory for, in parts: a power of two; 0 without marks."""
+        if not self.marks:
+            return 0
+        sizes = self.sizes
+        width = max(sizes["BD"] + 2, sizes["BE"] + sizes["MP"])
+        item = self.splits * MARKED_ROWS * width * torch.float32.itemsize
+        rows = self.groups * (self.length + self.num_keys) * self.dtype.itemsize
+        budget = rows * (self.width + self.value_width) * MARKED_MEMORY
+        wanted = min(MARKED_ITEMS, max(2, int(budget // item)))
+        return 1 << (wanted.bit_length() - 1)
+
+    def arrivals(self) -> torch.Tensor:
+        """Memory in which the parts of each marked tile are counted."""
+        return self.empty(self.items, dtype=torch.int32)
 
     def window_tiles(self, rows: int, others: int) -> int:
         """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
@@ -148,7 +180,8 @@ class _Plan:
 
     def no_statistics(self) -> tuple[torch.Tensor, ...]:
         """What stands for the statistics where no backward pass will want them."""
-        dtypes = (torch.float32, torch.int8, torch.int32, self.dtype, torch.float32, torch.float32)
+        integers = (torch.int8, torch.int32, torch.int32)
+        dtypes = (torch.float32, *integers, self.dtype, torch.float32, torch.float32)
         return tuple(self.empty(0, dtype=dtype) for dtype in dtypes)
 
     def state_shape(self, chunks: int) -> tuple[int, ...]:
@@ -162,6 +195,8 @@ class _Plan:
         chunk: int,
         chunks: int,
         any_marked: torch.Tensor,
+        marked_list: torch.Tensor,
+        arrivals: torch.Tensor,
         backward: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Averages (..., BD, MP), log weights (..., MP), averages of delta (..., MP) and norms (G, N), see the kernel.
@@ -174,6 +209,8 @@ class _Plan:
             chunk: rows of a chunk.
             chunks: number of chunks.
             any_marked: (G,), see the kernels.
+            marked_list: (1 + G tiles,), see the kernels.
+            arrivals: (items,), see the kernels.
             backward: for queries, `out`, `normaliser`, `delta` (written), `marked`.
         """
         tiles, features, padded = self.tiles, self.padded_features, self.sizes["BD"]
@@ -205,9 +242,12 @@ class _Plan:
             norms,
             backward["marked"] if queries else weight,
             any_marked,
+            marked_list,
+            arrivals,
             *parts,
             self.heads,
             length,
+            self.num_marks,
             chunk,
             chunk // tiles.sum_rows,
             *x.stride()[:3],
@@ -221,12 +261,14 @@ class _Plan:
             QUERIES=queries,
             NORMS=norms.numel() > 0,
             LOG_M=self.log_m,
-            MARKS=queries and self.marks,
+            MARKS=self.marks,
             MARK_ROWS=tiles.query_rows,
+            ITEMS=self.items,
             FINAL=final,
             PRECISION=self.precision,
             STAGES=tiles.sum_stages,
             num_warps=tiles.sum_warps,
+            **self.first,
         )
         if final:
             return mean, weight, extra, norms
@@ -234,7 +276,7 @@ class _Plan:
         if chunks > MANY_CHUNKS:
             columns, side_by_side = COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS
         arguments = (*parts, mean, weight, extra, chunks)
-        sizes = {"BD": padded, "DB": columns, "MP": features, "HAS_EXTRA": queries}
+        sizes = {"BD": padded, "DB": columns, "MP": features, "HAS_EXTRA": queries, **self.overlapped}
         grid = (padded // columns, self.groups)
         if self.is_causal:
             running_sums_kernel[grid](*arguments, **sizes, REVERSE=queries)
@@ -253,8 +295,17 @@ class _Plan:
 
     @property
     def num_marks(self) -> int:
-        """Tiles of queries that can be marked."""
+        """Tiles of queries of a sequence that can be marked."""
         return -(-self.length // self.tiles.query_rows)
+
+    def mark_memory(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Memory for marks (G, tiles), whether a sequence has any (G,), and the list of them (1 + G tiles,)."""
+        tiles = self.groups * self.num_marks
+        return (
+            self.empty(self.groups, self.num_marks if self.marks else 0, dtype=torch.int8),
+            self.empty(self.groups, dtype=torch.int32),
+            self.empty(1 + tiles if self.marks else 0, dtype=torch.int32),
+        )
 
     def common(self) -> dict[str, Any]:
         """Constants that all attention kernels take."""
@@ -295,7 +346,16 @@ def run_forward(
     is_causal: bool,
     eps: float,
     statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
     """Attention by the fused kernels; arguments are checked by `src.ops.fused.attention`.
 
     Args:
@@ -313,18 +373,20 @@ def run_forward(
 
     Returns:
         Output (B, H, T, D), and what the backward pass needs, empty without `statistics`: normalisers (G, T) in log2,
-        marks (G, tiles) and whether a sequence has any (G,), sums over the keys, their log weights and the keys' norms,
-        see `src.ops.fused.sums`.
+        marks (G, tiles), whether a sequence has any (G,), their list (1 + G tiles,), sums over keys, log weights and
+        the keys' norms, see `src.ops.fused.sums`.
     """
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
     out = _like(query, plan.value_width)
     normaliser = plan.empty(groups, plan.length) if statistics else plan.empty(0)
-    marked = plan.empty(groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
-    any_marked = plan.empty(groups, dtype=torch.int32)  # zeroed by the sums
+    marked, any_marked, marked_list = plan.mark_memory()  # zeroed by the sums, where they are wanted
+    arrivals = plan.arrivals()
     mean, weight, norms = plan.empty(0), plan.empty(0), plan.empty(0)
     if plan.low_rank:
-        mean, weight, _, norms = plan.sums(key, value, plan.key_chunk, plan.key_chunks, any_marked)
+        mean, weight, _, norms = plan.sums(
+            key, value, plan.key_chunk, plan.key_chunks, any_marked, marked_list, arrivals
+        )
     tensors = (query, key, value, out, plan.projection, plan.key_lengths, mean, weight, norms, normaliser)
     strides = [x for tensor in (query, key, value, out) for x in tensor.stride()[:3]]
     tiles_in_all = -(-plan.length // tiles.query_rows)
@@ -332,7 +394,7 @@ def run_forward(
         window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
         attention_kernel[(-(-tiles_in_all // tiles.query_tiles), groups)](
             *tensors,
-            *(marked, any_marked),
+            *(marked, any_marked, marked_list),
             plan.heads,
             plan.length,
             plan.num_keys,
@@ -354,34 +416,43 @@ def run_forward(
             STAGES=tiles.query_stages,
             num_warps=tiles.query_warps,
             maxnreg=tiles.query_registers,
+            **(plan.overlapped if plan.low_rank else plan.first),
         )
-    if plan.low_rank and (is_causal or plan.marks):
-        rows, keys, warps = tiles.causal_rows, tiles.causal_keys, tiles.causal_warps
-        if not is_causal:
-            rows, keys, warps = MARKED_ROWS, plan.marked_keys, MARKED_WARPS
-        num_tiles = -(-plan.length // rows)
-        pairs_kernel[(num_tiles if is_causal else plan.pairs_programs(num_tiles), groups)](
-            *tensors,
-            *(marked, any_marked),
-            plan.heads,
-            plan.length,
-            plan.num_keys,
-            plan.key_chunk,
-            plan.key_chunks,
+    common = {**plan.common(), "FEATURE_PRECISION": plan.feature_precision, "STATISTICS": statistics}
+    del common["IS_CAUSAL"]
+    if plan.low_rank and is_causal:
+        causal_kernel[(-(-plan.length // tiles.causal_rows), groups)](
+            *(query, key, value, out, plan.projection, plan.key_lengths, mean, weight, normaliser),
+            *(plan.heads, plan.length, plan.num_keys, plan.key_chunk, plan.key_chunks),
             *strides,
             *plan.scales,
             plan.log_m,
-            **plan.common(),
-            BM=rows,
-            BN=keys,
+            **common,
+            BM=tiles.causal_rows,
+            BN=tiles.causal_keys,
+            num_warps=tiles.causal_warps,
+            **plan.overlapped,
+        )
+    if plan.marks:
+        parts = (plan.items, plan.splits, MARKED_ROWS)
+        marked_kernel[(PAIRS_PROGRAMS,)](
+            *(query, key, value, out, plan.projection, plan.key_lengths, normaliser),
+            *(marked_list, arrivals, plan.empty(*parts, plan.sizes["BD"]), plan.empty(2, *parts)),
+            *(plan.heads, plan.length, plan.num_keys, plan.items),
+            *strides,
+            *plan.scales,
+            plan.log_m,
+            **common,
+            BM=MARKED_ROWS,
+            BN=plan.marked_keys,
+            SPLITS=plan.splits,
             MARK_ROWS=tiles.query_rows,
-            STATISTICS=statistics,
-            FEATURE_PRECISION=plan.feature_precision,
-            num_warps=warps,
+            num_warps=MARKED_WARPS,
+            **plan.overlapped,
         )
     if not statistics:
         return out, *plan.no_statistics()
-    return out, normaliser, marked, any_marked, mean, weight, norms
+    return out, normaliser, marked, any_marked, marked_list, mean, weight, norms
 
 
 fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_forward, mutates_args=())
@@ -393,14 +464,13 @@ def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal
     out = _like(query, value.shape[3])
     if not statistics:
         return out, *plan.no_statistics()
-    marked = plan.empty(plan.groups, plan.num_marks if plan.marks else 0, dtype=torch.int8)
     mean, weight = plan.empty(0), plan.empty(0)
     if plan.low_rank:
         states = plan.state_shape(plan.key_chunks)
         mean = plan.empty(*states, plan.sizes["BD"], plan.padded_features, dtype=plan.dtype)
         weight = plan.empty(*states, plan.padded_features)
-    any_marked = plan.empty(plan.groups, dtype=torch.int32)
-    return out, plan.empty(plan.groups, plan.length), marked, any_marked, mean, weight, plan.norms(plan.num_keys)
+    marks = plan.mark_memory()
+    return out, plan.empty(plan.groups, plan.length), *marks, mean, weight, plan.norms(plan.num_keys)
 
 
 def run_backward(
@@ -414,6 +484,7 @@ def run_backward(
     normaliser: torch.Tensor,
     marked: torch.Tensor,
     any_marked: torch.Tensor,
+    marked_list: torch.Tensor,
     key_mean: torch.Tensor,
     key_weight: torch.Tensor,
     key_norms: torch.Tensor,
@@ -427,9 +498,12 @@ def run_backward(
     tiles, groups = plan.tiles, plan.groups
     delta = plan.empty(groups, plan.length)
     mean = weight = extra = norms = key_mean
+    arrivals = plan.arrivals()
     if plan.low_rank:
         kept = {"out": out, "normaliser": normaliser, "delta": delta, "marked": marked}
-        mean, weight, extra, norms = plan.sums(query, gradient, plan.query_chunk, plan.query_chunks, any_marked, kept)
+        mean, weight, extra, norms = plan.sums(
+            query, gradient, plan.query_chunk, plan.query_chunks, any_marked, marked_list, arrivals, kept
+        )
     else:
         delta_kernel[(-(-plan.length // 64), groups)](
             out,
@@ -442,52 +516,51 @@ def run_backward(
             D=plan.sizes["D"],
             BD=plan.sizes["BD"],
             BM=64,
+            **plan.first,
         )
     d_query, d_key, d_value = _like(query, plan.width), _like(key, plan.width), _like(value, plan.value_width)
     common = {**plan.common(), "LOW_RANK": plan.low_rank, "FEATURE_PRECISION": plan.feature_precision}
     strides = [x for tensor in (query, key, value, gradient) for x in tensor.stride()[:3]]
     query_tiles = -(-plan.length // tiles.dq_rows)
-    for_queries = (
-        *(query, key, value, gradient, d_query, plan.projection, plan.key_lengths),
-        *(key_mean, key_weight, key_norms, normaliser, delta),
-    )
-    of_queries = (
-        *(plan.heads, plan.length, plan.num_keys, plan.key_chunk, plan.key_chunks),
-        *strides,
-        *d_query.stride()[:3],
-        *plan.scales,
-        plan.log_m,
-        1 / LOG2E,
-    )
-    sizes = {
-        "BM": tiles.dq_rows,
-        "BN": tiles.dq_keys,
-        "WINDOW_TILES": plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
-        "STAGES": tiles.dq_stages,
-        "num_warps": tiles.dq_warps,
-        "maxnreg": tiles.dq_registers,
-    }
+    of_queries = (query, key, value, gradient, d_query, plan.projection, plan.key_lengths)
+    lengths = (plan.heads, plan.length, plan.num_keys)
+    numbers = (*strides, *d_query.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
     query_gradient_kernel[(query_tiles, groups)](
-        *for_queries, *of_queries, **common, **sizes, PAIRS=plan.low_rank and is_causal
+        *of_queries,
+        *(key_mean, key_weight, key_norms, normaliser, delta),
+        *lengths,
+        *(plan.key_chunk, plan.key_chunks),
+        *numbers,
+        **common,
+        BM=tiles.dq_rows,
+        BN=tiles.dq_keys,
+        WINDOW_TILES=plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
+        STAGES=tiles.dq_stages,
+        num_warps=tiles.dq_warps,
+        maxnreg=tiles.dq_registers,
+        **plan.overlapped,
     )
+    of_pairs = {name: value for name, value in common.items() if name not in ("IS_CAUSAL", "LOW_RANK")}
     if plan.marks:
-        marked_tiles = -(-plan.length // MARKED_ROWS)
-        marked_query_gradient_kernel[(plan.pairs_programs(marked_tiles), groups)](
-            *for_queries,
-            *(marked, any_marked),
+        parts = (plan.items, plan.splits, MARKED_ROWS)
+        marked_query_gradient_kernel[(PAIRS_PROGRAMS,)](
             *of_queries,
-            **common,
+            *(normaliser, delta, marked_list, arrivals),
+            *(plan.empty(*parts, plan.sizes["BE"]), plan.empty(*parts, plan.padded_features)),
+            *lengths,
+            plan.items,
+            *numbers,
+            **of_pairs,
             BM=MARKED_ROWS,
             BN=plan.marked_keys,
-            WINDOW_TILES=0,
-            STAGES=tiles.dq_stages,
+            SPLITS=plan.splits,
             MARK_ROWS=tiles.query_rows,
             num_warps=MARKED_WARPS,
+            **plan.overlapped,
         )
     key_tiles = -(-plan.num_keys // tiles.dk_rows)
     tensors = (query, key, value, gradient, d_key, d_value, plan.projection, plan.key_lengths)
     statistics = (normaliser, delta, marked, any_marked)
-    lengths = (plan.heads, plan.length, plan.num_keys)
     numbers = (*strides, *d_key.stride()[:3], *d_value.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
     sizes = {
         "BN": tiles.dk_rows,
@@ -508,9 +581,9 @@ def run_backward(
         STAGES=tiles.dk_stages,
         MARKS=plan.marks,
         MARK_ROWS=tiles.query_rows,
+        **plan.overlapped,
     )
     if plan.marks:
-        of_pairs = {name: value for name, value in common.items() if name not in ("IS_CAUSAL", "LOW_RANK")}
         marked_tiles = -(-plan.num_keys // MARKED_KEY_ROWS)
         marked_key_gradient_kernel[(plan.pairs_programs(marked_tiles), groups)](
             *tensors,
@@ -522,6 +595,7 @@ def run_backward(
             BM=MARKED_ROWS,
             MARK_ROWS=tiles.query_rows,
             num_warps=MARKED_KEY_WARPS,
+            **plan.overlapped,
         )
     return d_query, d_key, d_value
 
@@ -543,6 +617,7 @@ def _(
     normaliser,
     marked,
     any_marked,
+    marked_list,
     key_mean,
     key_weight,
     key_norms,

@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from src.ops.fused.parts import FLOOR, group_offset, half_norms, load_projection, load_rows, log_features
+from src.ops.fused.parts import FLOOR, follow, group_offset, half_norms, load_projection, load_rows, log_features
+
+# Entries of the list of marked tiles that a program clears at a time.
+CLEARED = tl.constexpr(128)
 
 
 # `tiles` is not specialised: with a single tile known at compile time there is no loop, and Triton 3.6 then let the
@@ -27,12 +30,15 @@ def feature_sums_kernel(
     norm_pointer,  # (G, N) with NORMS, written here: `half_norms`, with QUERIES what their log features lie below q.w
     marked_pointer,  # (G, tiles of MARK_ROWS) with MARKS: tiles of queries left out
     any_marked_pointer,  # (G,) without QUERIES: set to zero, for the attention kernel to come
+    marked_list_pointer,  # (1 + G tiles,) with MARKS, without QUERIES: the same
+    arrivals_pointer,  # (ITEMS,) set to zero, for the marked tiles
     mean_pointer,  # (G, chunks, BD, MP)
     weight_pointer,  # (G, chunks, MP)
     extra_pointer,  # (G, chunks, MP) with QUERIES: average of delta
     max_pointer,  # (G, chunks, MP) unless FINAL
     heads,
     length,
+    num_marks,  # tiles of MARK_ROWS queries of a sequence
     chunk,
     tiles,  # of a chunk
     x_batch,
@@ -61,11 +67,14 @@ def feature_sums_kernel(
     LOG_M: tl.constexpr,
     MARKS: tl.constexpr,
     MARK_ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
     FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One chunk of rows of one sequence. FINAL: there is one chunk, and its averages are the result."""
+    follow(OVERLAP, True)
     index = tl.program_id(0)
     group = tl.program_id(1)
     e = tl.arange(0, BE)
@@ -81,9 +90,18 @@ def feature_sums_kernel(
     row_base = group.to(tl.int64) * length
     if QUERIES:
         out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
-        num_marks = (length + MARK_ROWS - 1) // MARK_ROWS
     else:
         tl.store(any_marked_pointer + group, 0, mask=index == 0)
+        if MARKS:
+            mark = index * CLEARED
+            while mark < num_marks:
+                marks = mark + tl.arange(0, CLEARED)
+                tl.store(marked_list_pointer + 1 + group * num_marks + marks, 0, mask=marks < num_marks)
+                mark += tl.num_programs(0) * CLEARED
+            tl.store(marked_list_pointer, 0, mask=(index == 0) & (group == 0))
+    if ITEMS > 0:
+        items = tl.arange(0, ITEMS)
+        tl.store(arrivals_pointer + items, tl.zeros_like(items), mask=(items >= 0) & (index == 0) & (group == 0))
 
     projection = load_projection(projection_pointer, E, BE, R, M, MP)
     sums = tl.zeros((BD, MP), tl.float32)
@@ -160,8 +178,10 @@ def combine_kernel(
     MP: tl.constexpr,
     CB: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """All chunks of a sequence, for DB of the BD columns; many chunks are read side by side, CB at a time."""
+    follow(OVERLAP, False)
     slab = tl.program_id(0)
     group = tl.program_id(1)
     c = tl.arange(0, CB)
@@ -218,8 +238,10 @@ def running_sums_kernel(
     MP: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     REVERSE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """State c: the chunks before c, or with REVERSE the chunks from c on. For causal masking."""
+    follow(OVERLAP, False)
     slab = tl.program_id(0)
     group = tl.program_id(1)
     d = slab * DB + tl.arange(0, DB)

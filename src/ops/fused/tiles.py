@@ -89,6 +89,26 @@ DEFAULT_FLOAT32 = Tiles(
 # (largest N, largest W, largest MP, bytes of the dtype, device class) to tiles; the first row that fits. The device
 # class is the compute capability's major version; None fits all.
 TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = [
+    # short sequences: sums over all of one in one program need no combining
+    (
+        1024,
+        16,
+        16,
+        2,
+        None,
+        replace(
+            DEFAULT,
+            sum_rows=128,
+            sum_programs=128,
+            query_rows=16,
+            key_rows=32,
+            query_tiles=2,
+            query_stages=2,
+            dk_queries=32,
+            dk_stages=3,
+            dk_registers=168,
+        ),
+    ),
     (1 << 30, 16, 16, 2, None, replace(DEFAULT, query_rows=16, dk_registers=168)),
 ]
 
