@@ -15,12 +15,16 @@ deleted by who no longer needs them. A file that changes and keeps both size and
 An interrupted entry is gone on with: images are written and flushed in order, and their checksums after them, so that
 as many images are finished as there are checksums that fit. Each image is checked when it is first read in a run; one
 that has been altered is an error and not replaced silently, since something is wrong with the disk.
+
+Where images that cannot be decoded are skipped, an entry has a hole for each: zeros under a checksum that they do not
+have. Whoever comes to a hole tries to decode that image, and finds it repaired, or the error there was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -44,7 +48,7 @@ import torchvision
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
-from src.datamodules.dataset import ImageDataset, ImageLoader
+from src.datamodules.dataset import ImageDataset, ImageError, ImageLoader, empty_batch
 from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.scripts import progress_display
@@ -101,7 +105,7 @@ class DecodedCache:
         """Size of an image in the entry."""
         return self.shape[1] * self.shape[2] * self.shape[3]
 
-    def make(self, num_workers: int = 0, local_rank: int = 0) -> None:
+    def make(self, num_workers: int = 0, local_rank: int = 0, skip: bool = False) -> None:
         """Decode what is not decoded yet, unless the entry is complete.
 
         One process does so, by preference the first of the machine; others wait until it is done or fails, and in the
@@ -110,11 +114,18 @@ class DecodedCache:
         Args:
             num_workers: worker processes that decode; 0 decodes in this process.
             local_rank: number of this process on its machine.
+            skip: leave a hole for an image that cannot be decoded; otherwise that is an error, in an entry that was
+                made with holes too.
 
         Raises:
             UserError: an image cannot be decoded, the folder cannot be written, or its disk is too small. What is
                 finished is kept.
         """
+        self._make_unless_complete(num_workers, local_rank, skip)
+        if not skip:
+            self._check_holes(self.folder)
+
+    def _make_unless_complete(self, num_workers: int, local_rank: int, skip: bool) -> None:
         if self.folder.is_dir():
             return
         console = Console(stderr=True, soft_wrap=True)
@@ -125,7 +136,7 @@ class DecodedCache:
         with self._locked(console if local_rank == 0 else None):
             if not self.folder.is_dir():
                 with _stopped_at_once():
-                    self._make(num_workers, console)
+                    self._make(num_workers, console, skip)
 
     def open(self) -> CachedImages:
         """The images of the complete entry.
@@ -133,18 +144,22 @@ class DecodedCache:
         Raises:
             UserError: a file of it is missing or has another size than it should have.
         """
-        return CachedImages(self.folder, self.shape, self.dataset.paths, self.dataset.targets)
+        return CachedImages(self.folder, self.shape, self.dataset)
 
     # Making an entry
 
-    def _make(self, num_workers: int, console: Console) -> None:
+    def _make(self, num_workers: int, console: Console, skip: bool) -> None:
         try:
             with self._explained():
                 self.unfinished.mkdir(exist_ok=True)
                 done = self._finished()
+                if done and not skip:
+                    self._check_holes(self.unfinished)
                 self._check_space(done, console)
                 write_json(self.unfinished / ENTRY_FILE, self.description)
-            self._append(done, num_workers, console)
+            self._append(done, num_workers, console, skip)
+            with self._explained():
+                self._tell_holes()
         except BaseException:
             if not _size_of(self.unfinished / CHECKSUMS_FILE):  # nothing to go on from
                 shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -154,7 +169,7 @@ class DecodedCache:
             os.rename(self.unfinished, self.folder)
             _flush_folder(self.folder.parent)
 
-    def _append(self, done: int, num_workers: int, console: Console) -> None:
+    def _append(self, done: int, num_workers: int, console: Console, skip: bool) -> None:
         """Decode the images from number `done` on; those written before an error or an interruption are kept."""
         with contextlib.ExitStack() as stack:
             with self._explained():
@@ -164,7 +179,7 @@ class DecodedCache:
                 ]
                 writer = _Writer(*files, self.bytes_per_image, done)
             try:
-                self._decode(writer, num_workers, console)
+                self._decode(writer, num_workers, console, skip)
                 with self._explained():
                     writer.flush()
             except BaseException:
@@ -176,7 +191,7 @@ class DecodedCache:
         if writer.done != len(self.dataset):
             raise RuntimeError(f"{writer.done} of {len(self.dataset)} images were decoded")
 
-    def _decode(self, writer: _Writer, num_workers: int, console: Console) -> None:
+    def _decode(self, writer: _Writer, num_workers: int, console: Console, skip: bool) -> None:
         done, total = writer.done, len(self.dataset)
         if done == total:  # only the rename was missing
             return
@@ -184,15 +199,23 @@ class DecodedCache:
             self.dataset.subset(range(done, total)),
             batch_size=_BATCH_SIZE,
             num_workers=min(num_workers, -(-(total - done) // _BATCH_SIZE)),
+            skip=skip,
         )
         with progress_display(console) as progress:
             task = progress.add_task("decoding", total=total, completed=done)
-            for images, *_ in loader:
-                if images.dtype != torch.uint8 or images.shape[1:] != self.shape[1:]:
+            for number, (images, _, positions) in enumerate(loader):
+                if len(images) and (images.dtype != torch.uint8 or images.shape[1:] != self.shape[1:]):
                     raise TypeError(f"Expected uint8 images {self.shape[1:]}, got {images.dtype} {images.shape[1:]}.")
+                content, holes = images.numpy(), None
+                if skip and loader.skipped[number]:
+                    first = number * _BATCH_SIZE
+                    holes = np.ones(len(images) + len(loader.skipped[number]), bool)
+                    holes[positions.numpy() - first] = False
+                    content = np.zeros((len(holes), *self.shape[1:]), np.uint8)
+                    content[~holes] = images.numpy().reshape(-1, *self.shape[1:])
                 with self._explained():
-                    writer.add(images.numpy())
-                progress.advance(task, len(images))
+                    writer.add(content, holes)
+                progress.advance(task, len(content))
 
     def _finished(self) -> int:
         """Images that an earlier run left finished, from the first on; what follows is cut off."""
@@ -201,17 +224,38 @@ class DecodedCache:
             return 0
         content = checksums.read_bytes()
         found = np.frombuffer(content[: len(content) // _CHECKSUM.itemsize * _CHECKSUM.itemsize], _CHECKSUM)
-        done = 0
+        done, hole, empty = 0, _checksum_of_hole(self.bytes_per_image), bytes(self.bytes_per_image)
         with open(images, "rb") as file:
             # flushing keeps the order of both, but not every disk flushes when it is told to
             while done < min(len(found), len(self.dataset)):
                 image = file.read(self.bytes_per_image)
-                if len(image) < self.bytes_per_image or zlib.crc32(image) != found[done]:
+                if len(image) < self.bytes_per_image:
+                    break
+                if zlib.crc32(image) != found[done] and not (found[done] == hole and image == empty):
                     break
                 done += 1
         os.truncate(images, done * self.bytes_per_image)
         os.truncate(checksums, done * _CHECKSUM.itemsize)
         return done
+
+    def _check_holes(self, folder: Path) -> None:
+        """Refuse holes, except for images that have come to be intact."""
+        try:
+            checksums = np.fromfile(folder / CHECKSUMS_FILE, _CHECKSUM)
+        except OSError:  # which is told where the entry is opened
+            return
+        for position in np.flatnonzero(checksums == _checksum_of_hole(self.bytes_per_image)).tolist():
+            if position < len(self.dataset):
+                self.dataset.decode(position)
+
+    def _tell_holes(self) -> None:
+        """Add the names of the images that are not there to what the entry tells people."""
+        checksums = np.fromfile(self.unfinished / CHECKSUMS_FILE, _CHECKSUM)
+        holes = np.flatnonzero(checksums == _checksum_of_hole(self.bytes_per_image)).tolist()
+        if holes:
+            # JSON has no bytes, which a name may hold
+            names = [os.fsencode(self.dataset.paths[hole]).decode(errors="backslashreplace") for hole in holes]
+            write_json(self.unfinished / ENTRY_FILE, {**self.description, "not_decoded": names})
 
     def _check_space(self, done: int, console: Console) -> None:
         """Tell what is to be decoded and where it goes, and refuse to begin where the disk is too small."""
@@ -330,10 +374,19 @@ class _Writer:
         self.done = done
         self.cut()
 
-    def add(self, images: np.ndarray) -> None:
-        """Write images (B, 3, size, size), and flush them when there are enough."""
+    def add(self, images: np.ndarray, holes: np.ndarray | None = None) -> None:
+        """Write images, and flush them when there are enough.
+
+        Args:
+            images: (B, 3, size, size) uint8, zeros where there is a hole.
+            holes: (B,) bool, which of them there are none of; None for no holes.
+        """
         _write(self._images, images)
-        self._pending += [zlib.crc32(image) for image in images]
+        checksums = [zlib.crc32(image) for image in images]
+        if holes is not None:
+            for row in np.flatnonzero(holes).tolist():
+                checksums[row] = _checksum_of_hole(self._bytes_per_image)
+        self._pending += checksums
         if len(self._pending) * self._bytes_per_image >= CHUNK_BYTES:
             self.flush()
 
@@ -351,6 +404,15 @@ class _Writer:
         for file, size in ((self._images, self._bytes_per_image), (self._checksums, _CHECKSUM.itemsize)):
             file.truncate(self.done * size)
             file.seek(self.done * size)
+
+
+@functools.cache
+def _checksum_of_hole(size: int) -> int:
+    """What stands for the checksum of an image of `size` bytes that is not there: zeros have the opposite of it.
+
+    An intact image that happens to have this checksum is taken for a hole, and so decoded when it is read.
+    """
+    return zlib.crc32(bytes(size)) ^ 0xFFFFFFFF
 
 
 def _open_for_writing(path: Path) -> IO[bytes]:
@@ -478,18 +540,16 @@ class CachedImages(Dataset):
     Args:
         folder: of the entry.
         shape: (N, 3, size, size).
-        paths: the images' names, for messages.
-        targets: class index of each image.
+        dataset: the images that it is made of, which decodes those that are not there.
 
     Raises:
         UserError: a file of the entry is missing or has another size than it should have.
     """
 
-    def __init__(
-        self, folder: Path, shape: tuple[int, int, int, int], paths: Sequence[str], targets: Sequence[int]
-    ) -> None:
-        self.folder, self.shape, self.paths = folder, shape, paths
-        self._targets = torch.tensor(targets, dtype=torch.int64)
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int], dataset: ImageDataset) -> None:
+        self.folder, self.shape, self.paths = folder, shape, dataset.paths
+        self._dataset = dataset
+        self._targets = torch.tensor(dataset.targets, dtype=torch.int64)
         sizes = {IMAGES_FILE: int(np.prod(shape, dtype=np.int64)), CHECKSUMS_FILE: shape[0] * _CHECKSUM.itemsize}
         for name, expected in sizes.items():
             try:
@@ -509,11 +569,12 @@ class CachedImages(Dataset):
         try:
             self._images = np.memmap(self.folder / IMAGES_FILE, np.uint8, "r", shape=self.shape)
             self._checksums = np.fromfile(self.folder / CHECKSUMS_FILE, _CHECKSUM)
+            self._there = torch.from_numpy(self._checksums != _checksum_of_hole(int(np.prod(self.shape[1:]))))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} cannot be read ({error}). {self._remedy}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_images", "_checksums")}
+        return {name: value for name, value in vars(self).items() if name not in ("_images", "_checksums", "_there")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
@@ -526,21 +587,24 @@ class CachedImages(Dataset):
         """One image, as `ImageDataset` gives it.
 
         Raises:
-            UserError: it was altered.
+            UserError: it was altered, or is not there and cannot be decoded.
         """
         images, targets, _ = self.batch([index])
         return images[0], int(targets[0]), index
 
-    def batch(self, indices: Sequence[int]) -> list[torch.Tensor]:
+    def batch(self, indices: Sequence[int], skipped: dict[int, str] | None = None) -> list[torch.Tensor]:
         """Images by their positions, copied once.
 
         Args:
             indices: (B,) positions in [0, N).
+            skipped: takes the positions of the images that are not there and cannot be decoded, and why; these are
+                left out, so that B is smaller. None makes them an error.
 
         Returns:
             Images (B, 3, size, size) uint8, targets (B,) int64, and the positions (B,) int64.
 
         Raises:
+            ImageError: an image is not there and cannot be decoded.
             UserError: an image was altered; each is checked when it is first read.
         """
         positions = torch.as_tensor(indices, dtype=torch.int64)
@@ -549,17 +613,35 @@ class CachedImages(Dataset):
         np.take(self._images, positions.numpy(), axis=0, out=images.numpy(), mode="clip")
         for row in (~self._checked[positions]).nonzero().flatten().tolist():
             index = int(positions[row])
-            if zlib.crc32(images[row].numpy()) != self._checksums[index]:
+            if not self._there[index]:
+                try:
+                    images[row] = torch.as_tensor(self._dataset[index][0])
+                except ImageError as error:
+                    if skipped is None:
+                        raise
+                    skipped[index] = error.reason
+            elif zlib.crc32(images[row].numpy()) != self._checksums[index]:
                 raise UserError(f"{self.folder / IMAGES_FILE} is damaged at {self.paths[index]}. {self._remedy}")
-        self._checked[positions] = True
+        self._checked[positions] = self._there[positions]
+        if skipped:
+            intact = torch.tensor([index not in skipped for index in positions.tolist()])
+            images, positions = images[intact], positions[intact]
+            if len(positions) == 0:
+                return empty_batch()
         return [images, self._targets[positions], positions]
 
 
 class _Batches(Dataset):
-    """What torch's loader asks for whole batches; a `UserError` is returned in place of one."""
+    """What torch's loader asks for whole batches; a `UserError` is returned in place of one.
 
-    def __init__(self, images: CachedImages) -> None:
+    Args:
+        images: the images.
+        skip: leave images that cannot be decoded out; what is returned is then the batch and those, see `ImageLoader`.
+    """
+
+    def __init__(self, images: CachedImages, skip: bool) -> None:
         self.images = images
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -567,9 +649,10 @@ class _Batches(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
         return self.images[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor] | UserError:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        skipped: dict[int, str] = {}
         try:
-            return self.images.batch(indices)
+            return (self.images.batch(indices, skipped), skipped) if self.skip else self.images.batch(indices)
         except UserError as error:
             return error
 
@@ -583,8 +666,10 @@ class CachedLoader(ImageLoader):
 
     Args:
         images: the images.
+        skip: see `ImageLoader`.
         **options: those of `torch.utils.data.DataLoader`, except `collate_fn`.
     """
 
-    def __init__(self, images: CachedImages, **options: Any) -> None:
-        DataLoader.__init__(self, _Batches(images), collate_fn=_as_they_are, **options)
+    def __init__(self, images: CachedImages, skip: bool = False, **options: Any) -> None:
+        DataLoader.__init__(self, _Batches(images, skip), collate_fn=_as_they_are, **options)
+        self._start_skipping(skip)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -16,6 +18,22 @@ from src.datamodules.layouts import Listing
 from src.datamodules.layouts.base import ImageSource
 from src.datamodules.layouts.class_folders import ClassFolders
 from src.utils.errors import UserError
+
+# What the file system says of a single file that is no good, rather than of the machine or the disk.
+_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
+
+
+class ImageError(UserError):
+    """A single image is at fault, which one may leave out; other errors concern more than one.
+
+    Args:
+        message: names the image and the remedy.
+        reason: what is wrong with it, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def load_rgb(source: ImageSource) -> Image.Image:
@@ -28,7 +46,8 @@ def load_rgb(source: ImageSource) -> Image.Image:
         The image in mode RGB.
 
     Raises:
-        UserError: the file cannot be read or is not an intact image.
+        ImageError: the file cannot be read or is not an intact image.
+        UserError: something else than this one image is at fault: its archive, its folder, or the machine.
     """
     data = None
     try:
@@ -48,7 +67,20 @@ def load_rgb(source: ImageSource) -> Image.Image:
         else:
             reason = " ".join(str(error).split()) or type(error).__name__
         remedy = getattr(source, "remedy", "Remove or replace the file.")
-        raise UserError(f"Cannot decode the image {source}: {reason}. {remedy}") from error
+        message = f"Cannot decode the image {source}: {reason}. {remedy}"
+        if _concerns_one_image(error, source, was_read=data is not None):
+            raise ImageError(message, reason) from error
+        raise UserError(message) from error
+
+
+def _concerns_one_image(error: Exception, source: ImageSource, was_read: bool) -> bool:
+    """Whether other images may well be intact: where a disk is gone or memory is short, they are not at fault."""
+    if isinstance(error, MemoryError):
+        return False
+    if was_read:
+        return True
+    readable = isinstance(source, Path) and os.access(source.parent, os.R_OK | os.X_OK)
+    return readable and isinstance(error, OSError) and error.errno in _FILE_ERRORS
 
 
 class ImageDataset(Dataset):
@@ -133,11 +165,24 @@ class ImageFolderDataset(ImageDataset):
         super().__init__(ClassFolders(root, num_classes), transform)
 
 
-class _ErrorsAsItems(Dataset):
-    """A dataset whose `UserError`s are returned in place of the item, for `ImageLoader` to raise."""
+class _Skipped(NamedTuple):
+    """In place of an image that cannot be decoded: its position, and why."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    index: int
+    reason: str
+
+
+class _ErrorsAsItems(Dataset):
+    """A dataset whose `UserError`s are returned in place of the item, for `ImageLoader` to raise.
+
+    Args:
+        dataset: the images.
+        skip: return a `_Skipped` for an `ImageError`.
+    """
+
+    def __init__(self, dataset: Dataset, skip: bool) -> None:
         self.dataset = dataset
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -146,7 +191,8 @@ class _ErrorsAsItems(Dataset):
         try:
             return self.dataset[index]
         except UserError as error:
-            return error
+            # words alone: the traceback of an error that is kept would keep the image's bytes
+            return _Skipped(index, error.reason) if self.skip and isinstance(error, ImageError) else error
 
 
 def _collate(items: list[Any]) -> Any:
@@ -155,6 +201,20 @@ def _collate(items: list[Any]) -> Any:
         if isinstance(item, UserError):
             return item
     return default_collate(items)
+
+
+def _collate_intact(items: list[Any]) -> Any:
+    """The batch of the images that could be decoded and the others by position, or the first `UserError`."""
+    skipped = {item.index: item.reason for item in items if isinstance(item, _Skipped)}
+    intact = [item for item in items if not isinstance(item, _Skipped)]
+    batch = _collate(intact) if intact else empty_batch()
+    return batch if isinstance(batch, UserError) else (batch, skipped)
+
+
+def empty_batch() -> list[torch.Tensor]:
+    """A batch without images: (0, 3, 0, 0) uint8, targets (0,) and positions (0,)."""
+    none = torch.empty(0, dtype=torch.int64)
+    return [torch.empty(0, 3, 0, 0, dtype=torch.uint8), none, none.clone()]
 
 
 class ImageLoader(DataLoader):
@@ -166,14 +226,26 @@ class ImageLoader(DataLoader):
 
     Args:
         dataset: items as `ImageDataset` gives them.
+        skip: leave an image that cannot be decoded (`ImageError`) out of its batch, which may be empty then, so that
+            the number of batches stays as it is; by default that is an error as any other.
         **options: those of `torch.utils.data.DataLoader`, except `collate_fn`.
+
+    Attributes:
+        skipped: with `skip`, the images left out of each batch of the latest pass so far: position to reason.
     """
 
-    def __init__(self, dataset: Dataset, **options: Any) -> None:
-        super().__init__(_ErrorsAsItems(dataset), collate_fn=_collate, **options)
+    def __init__(self, dataset: Dataset, skip: bool = False, **options: Any) -> None:
+        collate = _collate_intact if skip else _collate
+        super().__init__(_ErrorsAsItems(dataset, skip), collate_fn=collate, **options)
+        self._start_skipping(skip)
+
+    def _start_skipping(self, skip: bool) -> None:
+        self._skip = skip
+        self.skipped: list[dict[int, str]] = []
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         """Yield images (B, 3, size, size), targets (B,) int64 and positions in the dataset (B,) int64."""
+        self.skipped = []
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 try:
@@ -181,4 +253,7 @@ class ImageLoader(DataLoader):
                 finally:
                     # its traceback leads back to it: left to the garbage collector, workers take seconds each to stop
                     del batch
+            if self._skip:
+                batch, skipped = batch
+                self.skipped.append(skipped)
             yield batch

@@ -48,6 +48,7 @@ _AUGMENTATION_OPTIONS = [
     for name in inspect.signature(Augmentation).parameters
     if name not in ("image_size", "num_classes", "mean", "std", "on_device")
 ]
+ON_ERROR = ("raise", "skip")
 
 
 class _AugmentedDataset(Dataset):
@@ -103,6 +104,9 @@ class ImageFolderDataModule(ClassificationDataModule):
             watched in place of `test_split`: settings are chosen so without a look at the test images.
         passes_per_epoch: passes over the training images in an epoch. With few images one pass is over before the
             workers have got going.
+        shuffle_shards: shards (archives, or row groups of Parquet files) whose training images are mixed at a time, so
+            that a slow disk reads nearly in order; each image comes once per pass all the same. None mixes all
+            images. Not for shards of one class each: batches would be of few classes.
         on_device: decode the training images once, keep them in the device's memory, and augment them there: for data
             sets that fit, at a rate that no number of workers reaches. Images are kept as squares of
             `image_size` * 8 / 7 pixels, three bytes each.
@@ -113,6 +117,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         cache_dir: folder that keeps the images of evaluations as they are after resize and crop, decoded when they
             are first needed, see `src.datamodules.cache`; `~` is expanded, None keeps nothing. Training images are
             decoded all the same: each epoch crops others out of them.
+        on_error: what an evaluation does about an image that cannot be decoded: `"raise"` ends it with an error that
+            names the image, `"skip"` leaves the image out. What concerns more than single images, such as an archive
+            that is cut off, is an error in any case. Training is refused with `"skip"`.
 
     Attributes:
         test_dataset: an `ImageDataset` once `setup` has run, None before.
@@ -138,15 +145,19 @@ class ImageFolderDataModule(ClassificationDataModule):
         train_split: str = "train",
         holdout: float = 0.0,
         passes_per_epoch: int = 1,
+        shuffle_shards: int | None = None,
         on_device: bool = False,
         seed: int = 0,
         augmentation: Mapping[str, Any] | None = None,
         pin_memory: bool | None = None,
         format: str = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
+        on_error: str = "raise",
     ) -> None:
         super().__init__(image_size, num_classes, batch_size, seed, mean, std, pin_memory)
         check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
+        if shuffle_shards is not None:
+            check_whole_number("datamodule.shuffle_shards", shuffle_shards, 1)
         if num_workers is not None:
             check_whole_number("datamodule.num_workers", num_workers, 0)
         if interpolation not in INTERPOLATIONS:
@@ -165,14 +176,18 @@ class ImageFolderDataModule(ClassificationDataModule):
                 raise UserError(f"datamodule.{option}={split!r} is not valid. Give a folder's name, such as val.")
         if cache_dir is not None and (not isinstance(cache_dir, str | os.PathLike) or not os.fspath(cache_dir)):
             raise UserError(f"datamodule.cache_dir={cache_dir!r} is not valid. Give a folder, or null for no cache.")
+        if on_error not in ON_ERROR:
+            raise UserError(f"datamodule.on_error={on_error!r} is not valid. {did_you_mean(on_error, ON_ERROR)}")
         self.data_dir = data_dir
         self.num_workers = min(16, usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
         self.train_split = train_split
         self.format = format
         self.cache_dir = cache_dir
+        self.on_error = on_error
         self.holdout = holdout
         self.passes_per_epoch = passes_per_epoch
+        self.shuffle_shards = shuffle_shards
         self.on_device = on_device
         options = {"input_size": image_size, "is_training": False, "interpolation": interpolation, "crop_pct": crop_pct}
         self.test_transform = create_transform(**options, mean=self.mean, std=self.std)
@@ -196,7 +211,8 @@ class ImageFolderDataModule(ClassificationDataModule):
 
         Raises:
             UserError: `data_dir` is not given, it or a split's folder is missing, or not as its layout has to be; for
-                training, also an augmentation that is not valid, or splits of different classes.
+                training, also an augmentation that is not valid, splits of different classes, or images that are to
+                be skipped.
         """
         if stage != "fit":
             if self.test_dataset is None:
@@ -205,6 +221,12 @@ class ImageFolderDataModule(ClassificationDataModule):
             self._setup_training()
 
     def _setup_training(self) -> None:
+        if self.on_error != "raise":
+            raise UserError(
+                f"datamodule.on_error={self.on_error} is for evaluation: a training goes over all of its images. "
+                "python scripts/check_imagenet.py DIR --decode names those that cannot be decoded: remove or replace "
+                "them, and leave datamodule.on_error out."
+            )
         for name in self._augmentation_options:
             if name not in _AUGMENTATION_OPTIONS:
                 raise UserError(
@@ -249,10 +271,22 @@ class ImageFolderDataModule(ClassificationDataModule):
         """Batches of an epoch on each of `world_size` processes, once `setup("fit")` has run."""
         return len(self._train_sampler(world_size=world_size)) // self.batch_size
 
-    def _train_sampler(self, **options: int) -> TrainingSampler:
-        return TrainingSampler(
-            len(self.train_dataset), self.batch_size, self.seed, passes=self.passes_per_epoch, **options
-        )
+    def _train_sampler(self, **options: Any) -> TrainingSampler:
+        images = self.train_dataset
+        if self.shuffle_shards is not None:
+            shards = images.listing.shards()
+            if shards is None:
+                raise UserError(
+                    f"datamodule.shuffle_shards={self.shuffle_shards}, but {images.root} holds its images as files of "
+                    "their own, not in shards. Leave it out, or give data in one of the layouts tar, webdataset and "
+                    "parquet."
+                )
+            if len(images) < len(shards):  # without what is held out
+                number = dict(zip(images.listing.names, shards.tolist(), strict=True))
+                shards = [number[name] for name in images.paths]
+            images.listing.keep_shards(self.shuffle_shards)
+            options |= {"shards": shards, "shuffle_shards": self.shuffle_shards}
+        return TrainingSampler(len(images), self.batch_size, self.seed, passes=self.passes_per_epoch, **options)
 
     def train_dataloader(self) -> ImageLoader:
         """Augmented batches of this process's part of the training images, beginning where the trainer stands.
@@ -320,7 +354,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         Returns:
             A loader of images (B, 3, size, size) uint8, targets (B,) int64 and positions in `test_dataset` (B,) int64;
             the hook below normalises the images. The last batch may be smaller. A file that cannot be decoded is a
-            `UserError` when its batch is reached.
+            `UserError` when its batch is reached; with `on_error="skip"` its batch lacks it, see `ImageLoader`.
 
         Raises:
             UserError: see `setup`; fewer images than processes.
@@ -334,6 +368,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             "batch_size": self.batch_size,
             "sampler": ShardedSampler(len(dataset), *self.place()),
             "pin_memory": self.pin_memory,
+            "skip": self.on_error == "skip",
         }
         if self.cache_dir is None:
             return ImageLoader(images, num_workers=self.num_workers, **options)
@@ -343,7 +378,7 @@ class ImageFolderDataModule(ClassificationDataModule):
     def _cached(self, images: ImageDataset) -> CachedImages:
         """Evaluation images out of the cache, which decodes them first where it has to."""
         cache = DecodedCache(self.cache_dir, images, **self._pixel_options)
-        cache.make(self.num_workers, self.trainer.local_rank if self.trainer else 0)
+        cache.make(self.num_workers, self.trainer.local_rank if self.trainer else 0, self.on_error == "skip")
         return cache.open()
 
     def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageDataset:

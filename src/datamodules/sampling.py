@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from src.utils.errors import UserError
@@ -56,6 +57,10 @@ class TrainingSampler(Sampler[tuple[int, int]]):
     changes them. Every epoch goes over the images `passes` times, each pass a permutation of its own; what does not
     fill a batch on every process is left out at the end.
 
+    With `shards`, each pass permutes the shards, takes `shuffle_shards` of them at a time and permutes the images of
+    these: all processes and workers read from these alone, each image once, before they go on to the next ones. The
+    fewer they are, the more alike the images of a batch, where shards are not mixed themselves.
+
     Args:
         size: number of images.
         batch_size: images per batch and process.
@@ -65,6 +70,8 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         passes: passes over the images in an epoch.
         epoch: epoch to begin with; Lightning sets those that follow.
         skip_batches: batches of that first epoch that were trained on already.
+        shards: (size,) for each image the number of the shard that holds it; None permutes all images alike.
+        shuffle_shards: shards whose images are mixed.
 
     Yields:
         Index in [0, size), and the seed of its augmentation, in [0, 2^62).
@@ -83,12 +90,17 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         passes: int = 1,
         epoch: int = 0,
         skip_batches: int = 0,
+        shards: Sequence[int] | NDArray[np.integer] | None = None,
+        shuffle_shards: int = 1,
     ) -> None:
         _check_rank(rank, world_size)
         self._size, self._batch_size, self._seed, self._passes = size, batch_size, seed, passes
         self._rank, self._world_size = rank, world_size
         self._epoch = epoch
         self._skip_batches = skip_batches
+        self._shuffle_shards = shuffle_shards
+        # numbered from 0 on without gaps, which a part of the images may have left
+        self._shards = None if shards is None else torch.from_numpy(np.unique(shards, return_inverse=True)[1])
         self._num_batches = size * passes // (batch_size * world_size)
         if self._num_batches == 0:
             images = size * passes
@@ -109,13 +121,22 @@ class TrainingSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, self._epoch))
-        order = torch.cat([torch.randperm(self._size, generator=generator) for _ in range(self._passes)])
+        order = torch.cat([self._permutation(generator) for _ in range(self._passes)])
         seeds = torch.randint(2**62, order.shape, generator=generator)
         begin = self._skip_batches * self._batch_size * self._world_size + self._rank
         end = self._num_batches * self._batch_size * self._world_size
         self._skip_batches = 0
         mine = slice(begin, end, self._world_size)
         return iter(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
+
+    def _permutation(self, generator: torch.Generator) -> torch.Tensor:
+        """The order (size,) of one pass."""
+        order = torch.randperm(self._size, generator=generator)
+        if self._shards is None:
+            return order
+        turns = torch.randperm(int(self._shards.max()) + 1, generator=generator) // self._shuffle_shards
+        # stable: within a turn, the images stay in their random order
+        return order[torch.argsort(turns[self._shards[order]], stable=True)]
 
     def __len__(self) -> int:
         """Images of a whole epoch on this process."""

@@ -73,6 +73,7 @@ class ComparisonRow:
             and form (`fast`).
         attention_memory: fraction of the full attention matrix; None where it does not apply.
         published: published top-1; None where there is none.
+        num_images: number of images evaluated; without those that were skipped, since they could not be decoded.
     """
 
     run: str
@@ -90,6 +91,7 @@ class ComparisonRow:
     speedup: float | None
     attention_memory: float | None
     published: PublishedFigure | None
+    num_images: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,8 @@ def compare_runs(
     """Compare finished runs; one that was interrupted is left out, and named among those that failed.
 
     A run's reference is the first run with attention `"full"` on the same model, weights, images and image
-    size, one of the same device, precision and form if there is any. Images are matched by name.
+    size, one of the same device, precision and form if there is any. Images are matched by name. Runs that skipped
+    different numbers of images have no reference in each other, and a warning names them.
 
     Args:
         run_folders: folders that hold `results.json` and `predictions.csv`, in the order of the rows.
@@ -178,6 +181,7 @@ def compare_runs(
             raise UserError(f"There is nothing to compare: {names} was interrupted. Go on with eval.resume=true.")
     labels = _labels(folders, runs)
     references = [_reference(index, runs) for index in range(len(runs))]
+    _warn_of_unequal_images(folders, runs, references)
     # Only what is compared is read, and each file once.
     needed = {index for pair in enumerate(references) if pair[1] is not None for index in pair}
     predictions = {index: read_predictions(folders[index]) for index in sorted(needed)}
@@ -207,6 +211,7 @@ def compare_runs(
                 speedup=run.images_per_second / reference.images_per_second if comparable else None,
                 attention_memory=run.attention_memory,
                 published=run.published,
+                num_images=run.data["num_images"],
             )
         )
     return Comparison(_common(runs), rows, [Path(folder).name for folder in failed], one_pass)
@@ -222,6 +227,25 @@ def _reference(index: int, runs: Sequence[Results]) -> int | None:
         if other.attention == "full" and (other.model, other.checkpoint["sha256"], other.data, other.image_size) == key
     ]
     return min(candidates, key=lambda number: _speed_key(runs[number]) != _speed_key(run), default=None)
+
+
+def _warn_of_unequal_images(folders: Sequence[Path], runs: Sequence[Results], references: Sequence[int | None]) -> None:
+    """Name the runs that have no reference only because other images of theirs could not be decoded."""
+    for folder, run, reference in zip(folders, runs, references, strict=True):
+        for other_folder, other in zip(folders, runs, strict=True):
+            if (
+                reference is None
+                and other.attention == "full"
+                and (other.model, other.checkpoint["sha256"], other.image_size)
+                == (run.model, run.checkpoint["sha256"], run.image_size)
+                and {**other.data, "num_images": None} == {**run.data, "num_images": None}
+            ):
+                logger.warning(
+                    "%s is not compared with full attention: it evaluated %s images, and %s %s of the same data. Run "
+                    "both on the same images.",
+                    *(folder, f"{run.data['num_images']:,}", other_folder, f"{other.data['num_images']:,}"),
+                )
+                break
 
 
 def _speed_key(run: Results) -> tuple[str, str, bool]:
@@ -309,6 +333,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
     columns = [
         ("attention", [row.label for row in rows]),
+        ("images", cells("num_images", "{:,}") if len({row.num_images for row in rows}) > 1 else ["-"] * len(rows)),
         ("top-1", [accuracy_text(row.top1, row.top1_std, row.draws) for row in rows]),
         ("to full", cells("top1_difference", "{:+.2f}")),
         ("published", ["-" if row.published is None else row.published.text for row in rows]),

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
@@ -40,12 +40,22 @@ class CheckpointInfo(TypedDict):
 
 
 class DataInfo(TypedDict):
-    """The images of a run: the folder `dir`, its `split`, how many images, and the model's classes."""
+    """The images of a run: the folder `dir`, its `split`, how many images, and the model's classes.
+
+    Images that were skipped since they could not be decoded are not among the number.
+    """
 
     dir: str
     split: str
     num_images: int
     num_classes: int
+
+
+class SkippedInfo(TypedDict):
+    """Images that could not be decoded and were left out: how many, and each by its name with the reason."""
+
+    number: int
+    images: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +89,11 @@ class Results:
         random_features: where they come from: drawn from the `seeds`, or stored in the `checkpoint`, which was trained
             with them; None where there are none.
         fast: whether the model's inference form was evaluated, see `src.models.inference`.
-        complete: whether all images were evaluated; false after an interruption, and all figures are then those of
-            the images so far.
+        complete: whether all images (that can be decoded) were evaluated; false after an interruption, and all figures
+            are then those of the images so far.
         num_evaluated: number of images evaluated, of `data["num_images"]`; None in files of earlier versions, for all.
+        skipped: with `datamodule.on_error=skip`, the images left out, named and sorted as in `predictions.csv`; those
+            met so far where `complete` is false. None, and not in the file, where such an image is an error.
     """
 
     model: str
@@ -108,6 +120,7 @@ class Results:
     fast: bool = False
     complete: bool = True
     num_evaluated: int | None = None
+    skipped: SkippedInfo | None = None
 
     @property
     def published(self) -> PublishedFigure | None:
@@ -226,6 +239,8 @@ def write_results(folder: str | os.PathLike[str], results: Results) -> Path:
         UserError: a figure is NaN or infinite, or the folder cannot be written to; no file is left then.
     """
     content = dataclasses.asdict(results)
+    if results.skipped is None:
+        del content["skipped"]
     _refuse_non_finite(content, "")
     path = Path(folder) / RESULTS_FILE
     write_json(path, content)
@@ -292,6 +307,21 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
         if not isinstance(content[name], int | float):
             raise UserError(f"{path}: {name} must be a number, got {content[name]!r}. {remedy}")
     return Results(**{f.name: content[f.name] for f in fields if f.name in content})
+
+
+def skipped_info(skipped: Mapping[str | os.PathLike[str], str]) -> SkippedInfo:
+    """The images that were left out, as `results.json` has them.
+
+    Args:
+        skipped: path relative to the split's folder, to the reason.
+    """
+    reasons = {PurePosixPath(Path(path).as_posix()): reason for path, reason in skipped.items()}
+    # JSON has no bytes: of a name that is not UTF-8, those that are not become \\x.. in it
+    images = {
+        os.fsencode(path).decode(errors="backslashreplace"): reasons[path]
+        for path in sorted(reasons, key=lambda path: path.parts)
+    }
+    return SkippedInfo(number=len(images), images=images)
 
 
 def write_predictions(
@@ -442,6 +472,8 @@ def results_table(results: Results, published: PublishedFigure | None) -> Table:
     table = Table(title=f"{number} images of {data['split']}", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    if results.skipped is not None and results.skipped["number"]:
+        table.add_row("left out", f"{results.skipped['number']:,} that cannot be decoded")
     table.add_row("model", results.model)
     table.add_row("attention", results.attention or "its own")
     top1 = accuracy_text(results.top1, results.top1_std, len(results.top1_per_seed))

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from src.datamodules.dataset import ImageLoader
 from src.evaluation.results import Records, summarise
 from src.tasks.device_time import DeviceTime
 from src.tasks.provenance import seconds_now
@@ -81,6 +82,8 @@ class Draws:
 class Classification(pl.LightningModule):
     """How batches reach the device, and how an evaluation is kept, stopped and gone on with.
 
+    A batch lacks the images that its loader left out since they could not be decoded, and may be empty then.
+
     Args:
         num_images: number of images of the test split, over all processes.
         unfinished: what is finished of the evaluation; None keeps nothing and stops for nobody.
@@ -88,6 +91,7 @@ class Classification(pl.LightningModule):
     Attributes:
         stopped: after the test, whether it was stopped before its end, in any of the processes.
         evaluated: after the test, positions of the images that were evaluated, over all processes.
+        skipped: after the test, positions of the images that could not be decoded, over all processes, and why.
     """
 
     _transfer: OverlappedTransfer | None = None
@@ -97,6 +101,7 @@ class Classification(pl.LightningModule):
         self.num_images = num_images
         self.stopped = False
         self.evaluated: Sequence[int] = range(num_images)
+        self.skipped: dict[int, str] = {}
         self._unfinished = unfinished
 
     def on_test_start(self) -> None:
@@ -113,8 +118,10 @@ class Classification(pl.LightningModule):
 
     def _start(self, tables: Sequence[ImageRecords]) -> None:
         """Fill in what is finished already."""
+        self.skipped = {}
         if self._unfinished is not None:
             self._unfinished.start(tables)
+            self.skipped |= self._unfinished.skipped
 
     def _leave_if_asked(self) -> None:
         """End the loop, which goes on to its end of the epoch then."""
@@ -123,27 +130,36 @@ class Classification(pl.LightningModule):
             raise StopIteration
 
     def _keep(self, batch_idx: int, indices: torch.Tensor) -> None:
-        """Take note of a batch."""
+        """Take note of a batch, and of the images that are missing in it."""
+        loader = self.trainer.test_dataloaders
+        skipped = loader.skipped[batch_idx] if isinstance(loader, ImageLoader) and loader.skipped else {}
+        self.skipped |= skipped
         if self._unfinished is not None:
-            self._unfinished.add(batch_idx, indices)
+            self._unfinished.add(batch_idx, indices, skipped)
 
-    def _agree_on_stop(self, tables: Sequence[ImageRecords]) -> None:
-        """Let all processes know whether any was stopped; nobody waits for a stopped one in vain, as all come here."""
-        if self._unfinished is None:
-            return
-        stopped = torch.tensor(float(self.stopped), device=self.device)
-        self.stopped = bool(self.trainer.strategy.reduce(stopped, reduce_op="sum"))
+    def _agree(self, tables: Sequence[ImageRecords]) -> None:
+        """Let all processes know whether any was stopped, and what each skipped.
+
+        Nobody waits for a stopped one in vain, as all come here.
+        """
+        if self._unfinished is not None:
+            stopped = torch.tensor(float(self.stopped), device=self.device)
+            self.stopped = bool(self.trainer.strategy.reduce(stopped, reduce_op="sum"))
+            if self.stopped:
+                self._unfinished.save()
+        if self.trainer.world_size > 1:
+            parts: list[dict[int, str]] = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self.skipped)
+            self.skipped = {index: reason for part in parts for index, reason in part.items()}
         for table in tables:
-            table.partial = self.stopped
-        if self.stopped:
-            self._unfinished.save()
+            table.partial, table.skipped = self.stopped, sorted(self.skipped)
 
     def _records_of(self, table: ImageRecords) -> Records | None:
-        """The table over all processes; None where they were stopped before the first image."""
+        """The table over all processes; None where it is empty since they were stopped, or skipped every image."""
         try:
             records = table.compute()
         except UserError:
-            if not self.stopped:
+            if not self.stopped and not self.skipped:
                 raise
             records = None
         self.evaluated = table.evaluated.nonzero()[:, 0].tolist()
@@ -169,8 +185,8 @@ class ImageClassification(Classification):
         stopped, evaluated: see `Classification`.
         records: after the test, what was kept of every image that was evaluated (on every process); None where there
             is none.
-        seconds: duration of the test loop, the first batch left out where there are more (it warms up), and those that
-            were finished before.
+        seconds: duration of the test loop, the first batch with images left out where there are more (it warms up),
+            and those that were finished before.
         images_per_second: forward passes of all processes and draws over that duration.
     """
 
@@ -209,11 +225,13 @@ class ImageClassification(Classification):
         """Evaluate a batch (images, targets, indices) under every draw."""
         self._leave_if_asked()
         images, targets, indices = batch
-        self._draws.step(images, targets, indices)
-        self._images_seen += len(images) * len(self._draws.seeds)
-        if batch_idx == 0:
-            self._first_batch_ended = seconds_now(self.device)
-            self._images_of_first_batch = self._images_seen
+        if len(images):
+            is_first = self._images_seen == 0
+            self._draws.step(images, targets, indices)
+            self._images_seen += len(images) * len(self._draws.seeds)
+            if is_first:
+                self._first_batch_ended = seconds_now(self.device)
+                self._images_of_first_batch = self._images_seen
         self._keep(batch_idx, indices)
 
     def progress_so_far(self) -> str:
@@ -225,7 +243,7 @@ class ImageClassification(Classification):
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""
         ended = seconds_now(self.device)
-        self._agree_on_stop([self.image_records])
+        self._agree([self.image_records])
         start, seen = self._clock_started, self._images_seen
         if seen > self._images_of_first_batch:
             start, seen = self._first_batch_ended, seen - self._images_of_first_batch
@@ -233,7 +251,7 @@ class ImageClassification(Classification):
         rate = torch.tensor(seen / self.seconds if seen else 0.0, device=self.device)
         self.images_per_second = float(self.trainer.strategy.reduce(rate, reduce_op="sum"))
         self.records = self._records_of(self.image_records)
-        if self.stopped:  # figures of a part are for no logger
+        if self.stopped or self.records is None:  # figures of a part are for no logger
             return
         figures = summarise(self.records)
         self.log_dict({f"test/{name}": figures[name] for name in ("top1", "top5", "loss")}, sync_dist=True)
@@ -293,13 +311,15 @@ class SeveralClassifications(Classification):
         """Evaluate a batch (images, targets, indices) with every classifier under every draw."""
         self._leave_if_asked()
         images, targets, indices = batch
-        times = self._first if batch_idx == 0 else self._rest
-        for name, draws in self.draws.items():
-            with self._guard(name), times[name].measure():
-                draws.step(images, targets, indices)
-        self._images_seen += len(images)
-        if batch_idx == 0:
-            self._images_of_first_batch = len(images)
+        if len(images):
+            is_first = self._images_seen == 0
+            times = self._first if is_first else self._rest
+            for name, draws in self.draws.items():
+                with self._guard(name), times[name].measure():
+                    draws.step(images, targets, indices)
+            self._images_seen += len(images)
+            if is_first:
+                self._images_of_first_batch = len(images)
         self._keep(batch_idx, indices)
 
     def progress_so_far(self) -> str:
@@ -312,7 +332,7 @@ class SeveralClassifications(Classification):
     def on_test_epoch_end(self) -> None:
         """Gather the records of all processes, and the throughput."""
         self.seconds = seconds_now(self.device) - self._clock_started
-        self._agree_on_stop(self._tables())
+        self._agree(self._tables())
         seen, times = self._images_seen - self._images_of_first_batch, self._rest
         if seen == 0:
             seen, times = self._images_seen, self._first

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.datamodules.layouts.base import listing
 from src.datamodules.synthetic import SyntheticDataModule
 from src.evaluation.comparison import OnePass, compare_runs, print_comparison, write_comparison
 from src.evaluation.results import (
@@ -31,6 +32,7 @@ from src.evaluation.results import (
     Results,
     read_results,
     results_table,
+    skipped_info,
     summarise,
     write_predictions,
     write_results,
@@ -130,7 +132,9 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results | None, Mun
         num_classes=config.model.num_classes,
         seeds=seeds,
         redraw=redraw,
-        make_forward=functools.partial(_make_forward, fast=fast, compile_form=config.eval.compile),
+        make_forward=functools.partial(
+            _make_forward, fast=fast, compile_form=config.eval.compile, batch_size=_full_batch(trainer, datamodule)
+        ),
         unfinished=unfinished,
     )
     logger.info(
@@ -147,7 +151,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results | None, Mun
         results = None
         if task.records is not None:
             results = Results(
-                **provenance,
+                **_with_skipped(provenance, datamodule, task),
                 images_per_second=task.images_per_second,
                 peak_memory_mib=peak_memory_mib(trainer),
                 seconds=task.seconds,
@@ -164,6 +168,7 @@ def _evaluate(config: DictConfig, trainer: Trainer) -> tuple[Results | None, Mun
                     write_results(output_dir, results)
                 Console().print(results_table(results, results.published))
                 logger.info("Results: %s", output_dir / RESULTS_FILE)
+            _tell_skipped(datamodule, task)
             _tell_stop(config, task)
     if interrupted.is_set():
         raise KeyboardInterrupt
@@ -178,7 +183,7 @@ def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Res
 
     datamodule = _build_datamodule(config)
     checkpoint, contents = _read_checkpoint(config)
-    make_forward = _SharedForms(fast, config.eval.compile)
+    make_forward = _SharedForms(fast, config.eval.compile, _full_batch(trainer, datamodule))
     draws: dict[str, Draws] = {}
     for run in config.runs:
         name = run.model.t2tattn1_cfg.name
@@ -217,7 +222,7 @@ def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Res
             None
             if task.records[name] is None
             else Results(
-                **provenance,
+                **_with_skipped(provenance, datamodule, task),
                 images_per_second=task.images_per_second[name],
                 peak_memory_mib=None,  # that of the pass says nothing of one attention
                 seconds=task.device_seconds[name],
@@ -238,6 +243,7 @@ def _evaluate_attentions(config: DictConfig, trainer: Trainer) -> tuple[list[Res
             if None not in results:
                 with _removing(unfinished, task):
                     _write_attentions(config, results, task, _paths_of(datamodule, task), loggers, one_pass)
+            _tell_skipped(datamodule, task)
             _tell_stop(config, task)
     if interrupted.is_set():
         raise KeyboardInterrupt
@@ -296,7 +302,7 @@ def _test(
     """Go over the images, to their end or until asked to stop.
 
     Raises:
-        UserError: see `explained`; one of several processes broke off, see below.
+        UserError: see `explained`; one of several processes broke off, see below; no image can be decoded.
         KeyboardInterrupt: after a second Ctrl-C.
         SystemExit: a SIGTERM to all processes ended those that decode, and so the loop; what is finished is saved.
     """
@@ -314,12 +320,51 @@ def _test(
             raise UserError(message) from error
         logger.warning("%s", message)
         raise SystemExit(1) from error
+    if not task.stopped and len(task.skipped) == task.num_images:
+        unfinished.remove()
+        raise UserError(
+            f"None of the {task.num_images} images of {datamodule.test_dataset.root} can be decoded: "
+            f"{_described(_skipped_names(datamodule, task))}. Give others, or fetch these again; python "
+            "scripts/check_imagenet.py DIR --decode tells what is wrong with each."
+        )
 
 
 def _paths_of(datamodule: ImageFolderDataModule | SyntheticDataModule, task: Classification) -> list[str | Path]:
     """Names of the images that were evaluated."""
     paths = datamodule.test_dataset.paths
     return [paths[index] for index in task.evaluated]
+
+
+def _skipped_names(
+    datamodule: ImageFolderDataModule | SyntheticDataModule, task: Classification
+) -> dict[str | Path, str]:
+    """Names of the images that were left out, and why."""
+    paths = datamodule.test_dataset.paths
+    return {paths[index]: reason for index, reason in sorted(task.skipped.items())}
+
+
+def _with_skipped(
+    provenance: dict[str, Any], datamodule: ImageFolderDataModule | SyntheticDataModule, task: Classification
+) -> dict[str, Any]:
+    """Where the figures come from, once it is known which images they are not of."""
+    if getattr(datamodule, "on_error", "raise") == "raise":
+        return provenance
+    data = {**provenance["data"], "num_images": task.num_images - len(task.skipped)}
+    return {**provenance, "data": data, "skipped": skipped_info(_skipped_names(datamodule, task))}
+
+
+def _tell_skipped(datamodule: ImageFolderDataModule | SyntheticDataModule, task: Classification) -> None:
+    if task.skipped:
+        logger.warning(
+            "%s of %s images of %s cannot be decoded and were left out (datamodule.on_error=skip), see %s: %s",
+            *(f"{len(task.skipped):,}", f"{task.num_images:,}", datamodule.test_dataset.root, RESULTS_FILE),
+            _described(_skipped_names(datamodule, task)),
+        )
+
+
+def _described(skipped: dict[str | Path, str]) -> str:
+    """The first few of them in words."""
+    return listing(f"{name} ({reason})" for name, reason in skipped.items())
 
 
 @contextmanager
@@ -360,7 +405,7 @@ def _unfinished(
     """What is finished of the evaluation in the folder, for the data module to leave out.
 
     Raises:
-        UserError: that is another evaluation.
+        UserError: that is another evaluation, or one that left out images which are errors now.
     """
     dataset, first = datamodule.test_dataset, provenances[0]
     loading = ("interpolation", "crop_pct", "mean", "std", "num_distinct")
@@ -376,7 +421,7 @@ def _unfinished(
         **of_attentions,
         "checkpoint.sha256": first["checkpoint"]["sha256"],
         "data.split": first["data"]["split"],
-        "data.num_images": first["data"]["num_images"],
+        "data.num_images": len(dataset),
         "data.names.sha256": names_digest(dataset.paths, dataset.targets),
         "model.num_classes": first["data"]["num_classes"],
         **{name: first[name] for name in ("image_size", "precision")},
@@ -389,6 +434,13 @@ def _unfinished(
     unfinished = UnfinishedEvaluation(
         config.paths.output_dir, description, circumstances, trainer.global_rank, config.eval.save_seconds
     )
+    if unfinished.skipped and getattr(datamodule, "on_error", "raise") == "raise":
+        skipped = {dataset.paths[index]: reason for index, reason in unfinished.skipped.items()}
+        raise UserError(
+            f"{config.paths.output_dir} holds an unfinished evaluation that left out {len(skipped)} images, which "
+            f"could not be decoded: {_described(skipped)}. Give datamodule.on_error=skip to go on with it, or choose "
+            "another hydra.run.dir."
+        )
     if unfinished.num_saved:
         logger.info("Going on with the evaluation in %s.", config.paths.output_dir)
         load_all = datamodule.test_dataloader
@@ -449,17 +501,25 @@ def _provenance(
     }
 
 
-def _make_forward(model: nn.Module, fast: bool, compile_form: bool) -> Forward:
+def _full_batch(trainer: Trainer, datamodule: ImageFolderDataModule | SyntheticDataModule) -> int | None:
+    """Images of a full batch where any batch, the first one too, may lack some; None where the first one is full."""
+    if getattr(datamodule, "on_error", "raise") == "raise":
+        return None
+    return min(datamodule.batch_size, -(-len(datamodule.test_dataset) // trainer.world_size))
+
+
+def _make_forward(model: nn.Module, fast: bool, compile_form: bool, batch_size: int | None = None) -> Forward:
     """What is evaluated in place of a model that is on its device and in its dtype."""
-    return _runner(inference_form(model) if fast else model, model, compile_form)
+    return _runner(inference_form(model) if fast else model, model, compile_form, batch_size)
 
 
 class _SharedForms:
     """`_make_forward` for models that share their modules but for the token attentions: so do their inference forms."""
 
-    def __init__(self, fast: bool, compile_form: bool) -> None:
+    def __init__(self, fast: bool, compile_form: bool, batch_size: int | None = None) -> None:
         self._fast = fast
         self._compile_form = compile_form
+        self._batch_size = batch_size
         self._first: nn.Module | None = None
 
     def __call__(self, model: T2TViT) -> Forward:
@@ -469,16 +529,30 @@ class _SharedForms:
         elif self._fast:
             # folded once more than is needed, and let go of here: never more than two copies
             share_modules(form, self._first, model.token_attentions)
-        return _runner(form, model, self._compile_form)
+        return _runner(form, model, self._compile_form, self._batch_size)
 
 
-def _runner(form: nn.Module, model: nn.Module, compile_form: bool) -> Forward:
+class _FilledForward(PaddedForward):
+    """A `PaddedForward` whose first batch may be smaller than those that follow.
+
+    Args:
+        function: see `PaddedForward`.
+        batch_size: what every batch is filled up to.
+    """
+
+    def __init__(self, function: Forward, batch_size: int) -> None:
+        super().__init__(function)
+        self._batch_size = batch_size
+
+
+def _runner(form: nn.Module, model: nn.Module, compile_form: bool, batch_size: int | None) -> Forward:
     """A form of a model, compiled and recorded where that is asked for or pays."""
     on_cuda = next(model.parameters()).device.type == "cuda"
     if not compile_form and (form is model or not on_cuda):
         return form
     forward = compiled(form) if compile_form else form
-    return PaddedForward(CudaGraphForward(forward) if on_cuda else forward)
+    forward = CudaGraphForward(forward) if on_cuda else forward
+    return PaddedForward(forward) if batch_size is None else _FilledForward(forward, batch_size)
 
 
 def _check_options(config: DictConfig) -> None:

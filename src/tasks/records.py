@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,13 @@ class ImageRecords(Metric):
 
     Attributes:
         partial: whether images may be missing; `compute` then leaves them out.
+        skipped: rows of the images, over all processes, that could not be decoded: these have to be missing.
         evaluated: (N,) bool on the CPU, which images are in the table over all processes; set by `compute`.
     """
 
     full_state_update = False
     partial = False
+    skipped: Collection[int] = ()
     evaluated: torch.Tensor | None = None
 
     def __init__(
@@ -96,17 +98,19 @@ class ImageRecords(Metric):
         """Top-1 accuracy in percent over the rows of this process, draws taken together; on the device, to be read."""
         filled = self.count > 0
         hits = filled & (self.top5_classes[..., 0] == self.targets)
-        return 100 * hits.sum() / filled.sum()
+        return 100 * hits.sum() / filled.sum().clamp(min=1)
 
     def compute(self) -> Records:
-        """The table over all processes; with `partial`, of the images that are in it.
+        """The table over all processes, without the images skipped; with `partial`, of the images that are in it.
 
         Raises:
-            RuntimeError: an image was not counted exactly once for each draw.
+            RuntimeError: an image was not counted exactly once for each draw, or one that was skipped was counted.
             UserError: there are no images.
         """
-        evaluated = (self.count > 0).all(0) if self.partial else torch.ones_like(self.count[0], dtype=torch.bool)
-        wrong = (self.count != 1).any(0) & evaluated
+        expected = torch.ones_like(self.count[0], dtype=torch.bool)
+        expected[list(self.skipped)] = False
+        evaluated = (self.count > 0).all(0) if self.partial else expected
+        wrong = (self.count != 1).any(0) & evaluated | (self.count != 0).any(0) & ~expected
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise RuntimeError(

@@ -63,7 +63,7 @@ COMPARED = (
         f"datamodule.{name}"
         for name in (
             *("batch_size", "image_size", "num_classes", "interpolation", "crop_pct", "mean", "std", "test_split"),
-            *("train_split", "holdout", "passes_per_epoch", "on_device", "seed", "augmentation"),
+            *("train_split", "holdout", "passes_per_epoch", "shuffle_shards", "on_device", "seed", "augmentation"),
         )
     ),
 )

@@ -55,6 +55,8 @@ class UnfinishedEvaluation:
 
     Attributes:
         num_saved: number of batches on the disk.
+        skipped: images of the batches on the disk that could not be decoded, by position, and why; after `rest_of`,
+            those of the batches left out.
 
     Raises:
         UserError: the folder holds an unfinished evaluation of another description.
@@ -74,16 +76,22 @@ class UnfinishedEvaluation:
         self._path = self.folder / f"process-{rank}.records"
         self._save_seconds = save_seconds
         self._asked_to_stop = threading.Event()
-        self._skipped_images = 0  # those of the batches left out
-        self._skipped = 0
+        self._left_out = 0  # batches
+        self._finished = torch.empty(0, dtype=torch.int64)  # positions of their images
         self._tables: list[ImageRecords] = []
         # those of the batches since the last save, and of how many batches
         self._indices: list[torch.Tensor] = []
+        self._skipped_since: dict[int, str] = {}
         self._can_save = True
         for path in sorted(self.folder.glob("process-*.records")):
             self._check_description(path)
         self._end = 0  # of what counts in the file
         self._saved = self._read_batches()
+        self.skipped = {
+            int(index): str(reason)
+            for part in self._saved
+            for index, reason in zip(part.pop("skipped", ()), part.pop("reasons", ()), strict=True)
+        }
         self.num_saved = sum(int(part.pop("batches")) for part in self._saved)
 
     # Going on
@@ -94,14 +102,19 @@ class UnfinishedEvaluation:
         Args:
             loader: batches of this process, the same in each evaluation of the same description.
         """
-        self._skipped = max(0, min(self.num_saved, len(loader) - _BATCHES_LEFT))
-        if self._skipped == 0:
-            return loader
-        if loader.batch_sampler is None:  # an item is a batch
-            self._skipped_images = sum(len(loader.dataset[index][-1]) for index in range(self._skipped))
-            return DataLoader(loader.dataset, batch_size=None, sampler=range(self._skipped, len(loader)))
-        self._skipped_images = self._skipped * loader.batch_size
-        loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[self._skipped_images :]
+        self._left_out = max(0, min(self.num_saved, len(loader) - _BATCHES_LEFT))
+        if self._left_out == 0:
+            pass
+        elif loader.batch_sampler is None:  # an item is a batch
+            self._finished = torch.cat([loader.dataset[index][-1] for index in range(self._left_out)])
+            loader = DataLoader(loader.dataset, batch_size=None, sampler=range(self._left_out, len(loader)))
+        else:
+            positions, end = list(loader.batch_sampler.sampler), self._left_out * loader.batch_size
+            self._finished = torch.tensor(positions[:end])
+            loader.batch_sampler.sampler = positions[end:]
+        # an image of the others is tried once more, and may have been repaired
+        finished = set(self._finished.tolist())
+        self.skipped = {index: reason for index, reason in self.skipped.items() if index in finished}
         return loader
 
     def start(self, tables: Sequence[ImageRecords]) -> None:
@@ -111,9 +124,10 @@ class UnfinishedEvaluation:
             tables: what is kept of every image, on the device; saved from, from here on.
         """
         self._tables = list(tables)
-        if self._skipped:
+        if self._left_out:
             saved = {name: np.concatenate([part[name] for part in self._saved]) for name in self._saved[0]}
-            saved = {name: torch.from_numpy(rows[: self._skipped_images]) for name, rows in saved.items()}
+            finished = np.isin(saved["indices"], self._finished.numpy())
+            saved = {name: torch.from_numpy(rows[finished]) for name, rows in saved.items()}
             for number, table in enumerate(self._tables):
                 prefix = f"{number}."
                 contents = {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
@@ -126,16 +140,18 @@ class UnfinishedEvaluation:
 
     # Saving
 
-    def add(self, batch_idx: int, indices: torch.Tensor) -> None:
+    def add(self, batch_idx: int, indices: torch.Tensor, skipped: Mapping[int, str] | None = None) -> None:
         """Take note of a batch that the device was asked for; waits for it only where it is time to save.
 
         Args:
             batch_idx: number of the batch, those left out not counted.
             indices: (B,) positions of its images.
+            skipped: positions of those that could not be decoded and are not in it, and why.
         """
         # the last ones before may be evaluated once more
-        if self._skipped + batch_idx >= self.num_saved + len(self._indices):
+        if self._left_out + batch_idx >= self.num_saved + len(self._indices):
             self._indices.append(indices)
+            self._skipped_since |= skipped or {}
         if time.monotonic() - self._last_save >= self._save_seconds:
             self.save()
 
@@ -148,6 +164,9 @@ class UnfinishedEvaluation:
         arrays = {"batches": np.int64(len(self._indices)), "indices": indices.cpu().numpy()}
         for number, table in enumerate(self._tables):
             arrays |= {f"{number}.{name}": rows.cpu().numpy() for name, rows in table.contents(indices).items()}
+        if self._skipped_since:
+            arrays["skipped"] = np.array(list(self._skipped_since), np.int64)
+            arrays["reasons"] = np.array(list(self._skipped_since.values()), np.str_)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         content = _record(buffer.getvalue())
@@ -169,6 +188,7 @@ class UnfinishedEvaluation:
             self._end += len(content)
             self.num_saved += len(self._indices)
             self._indices.clear()
+            self._skipped_since.clear()
 
     def remove(self) -> None:
         """Remove the files of all processes, once what they are for is done."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from timm.data import ImageNetInfo
 
 from src.utils.errors import UserError
@@ -178,6 +180,16 @@ class Listing:
     def location(self, position: int) -> tuple[Path, tuple[int, ...]]:
         """The file that holds the image at `position` of `names`, and numbers that tell where in it."""
         raise NotImplementedError
+
+    def shards(self) -> NDArray[np.int64] | None:
+        """Number (len,) of the shard that holds each image, counted in the order of files; None without shards.
+
+        A shard is read from its beginning to its end at the speed of the disk: an archive, or a part of a file.
+        """
+        return None
+
+    def keep_shards(self, number: int) -> None:
+        """Be ready to read from so many shards in turns: what a process keeps of them, it keeps of that many."""
 
     def read(self, position: int) -> bytes:
         """The bytes of the image at `position` of `names`, still encoded.

@@ -1,7 +1,8 @@
 """Parquet files as Hugging Face stores images: `data/validation-00000-of-00014.parquet` with `image.bytes` and `label`.
 
 Parquet is read by row groups, of which a process keeps one. That suits evaluation, which goes through the images in
-order; training in random order reads a whole row group for each image.
+order; training in random order reads a whole row group for each image, unless `datamodule.shuffle_shards` mixes the
+images of a few row groups at a time, which are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from src.datamodules.layouts.base import Found, Listing, Place, check_complete, files_matching, series
 from src.datamodules.layouts.csv_file import parse_labels
@@ -98,12 +100,13 @@ class ParquetListing(Listing):
         self._files = list(files)
         self._groups = groups
         self._ends = np.cumsum(groups[:, 2])
+        self._num_kept = 1
         self._forget()
 
     def _forget(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._kept: tuple[int, Any] | None = None  # row group, its images
+        self._kept: dict[int, Any] = {}  # row group to its images, the last one read at the end
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_process", "_lock", "_kept")}
@@ -129,7 +132,7 @@ class ParquetListing(Listing):
         return f"row {before + row} of {self._files[file]}"
 
     def read(self, position: int) -> bytes:
-        """The bytes of the image at `position`; its row group is kept for those that follow.
+        """The bytes of the image at `position`; its row group is kept for those that follow, see `keep_shards`.
 
         Raises:
             UserError: the file is damaged or has no bytes here.
@@ -137,17 +140,27 @@ class ParquetListing(Listing):
         group, row = self._find(position)
         if self._process != os.getpid():  # a lock that a thread held during the fork would never be given back
             self._forget()
-        kept = self._kept
-        if kept is None or kept[0] != group:
+        images = self._kept.get(group)  # without the lock: a dictionary is whole at any time
+        if images is None:
             with self._lock:
-                kept = self._kept
-                if kept is None or kept[0] != group:
+                images = self._kept.get(group)
+                if images is None:
+                    while len(self._kept) >= self._num_kept:
+                        del self._kept[next(iter(self._kept))]
                     file, number, _ = (int(value) for value in self._groups[group])
-                    kept = self._kept = (group, _read_group(self._files[file], number))
-        data = kept[1][row].as_py()
+                    images = self._kept[group] = _read_group(self._files[file], number)
+        data = images[row].as_py()
         if data is None:
             raise UserError(f"{self.place(position)} has no bytes of an image, maybe only its path. {_REMEDY}")
         return data
+
+    def shards(self) -> NDArray[np.int64]:
+        """Number of the row group that holds each image."""
+        return np.repeat(np.arange(len(self._groups)), self._groups[:, 2])
+
+    def keep_shards(self, number: int) -> None:
+        """Keep so many row groups in each process that reads."""
+        self._num_kept = number
 
     def _find(self, position: int) -> tuple[int, int]:
         """Row group of an image, and its row there."""

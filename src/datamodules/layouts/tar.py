@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from numpy.typing import NDArray
 
 from src.datamodules.layouts.archives import Member, members
 from src.datamodules.layouts.base import Found, Listing, Place, files_matching, imagenet_synsets
@@ -90,6 +91,10 @@ class Archives(Listing):
         """The archive with the image at `position`; its first byte there and its bytes."""
         place = int(self._offset[position]), int(self._size[position])
         return self._files[self._file[position]], place
+
+    def shards(self) -> NDArray[np.int64]:
+        """Number of the archive that holds each image."""
+        return self._file.astype(np.int64)
 
 
 def open_layout(found: Found, place: Place, num_classes: int) -> Archives:
