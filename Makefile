@@ -28,7 +28,7 @@ $(STAMP): requirements.txt $(CONSTRAINTS)
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check .

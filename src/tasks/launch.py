@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from munch import Munch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer
@@ -23,6 +29,7 @@ from pytorch_lightning.strategies import ParallelStrategy
 
 from src.tasks.build import build, build_group
 from src.tasks.checkpoints import stop_on_interrupt
+from src.tasks.peers import barrier, find_launch, in_slurm
 from src.tasks.processes import run_processes
 from src.utils.errors import UserError, check_whole_number
 
@@ -64,6 +71,8 @@ def launch(work: Work, config: DictConfig, finishes_on_sigterm: bool = False) ->
     """
     quiet_libraries()
     trainer = build_trainer(config)
+    # none begins to write while another still checks what the folder holds
+    barrier("checked")
     if number := _processes_to_start(trainer):
         # interpolations may ask Hydra, which the processes do not have
         content = OmegaConf.to_container(config, resolve=True)
@@ -100,22 +109,48 @@ def build_trainer(config: DictConfig) -> Trainer:
     """Build the trainer with its loggers and callbacks.
 
     Raises:
-        UserError: an option that does not fit, or a strategy whose processes would not be ours.
+        UserError: an option that does not fit, a strategy whose processes would not be ours, or another number of
+            devices than torchrun or SLURM started processes for.
     """
     strategy = str(config.trainer.strategy)
     if any(word in strategy for word in ("spawn", "fork", "notebook")):
         raise UserError(
             f"trainer.strategy={strategy} is not supported. Leave trainer.strategy=auto: each device has its process."
         )
+    environment = _environment(config.trainer)
+    plugins = config.trainer.get("plugins") or []
     callbacks = build_group(config.callbacks, "callbacks")
     return build(
         config.trainer,
         "trainer",
+        **({} if environment is None else {"plugins": [*(build(x, "trainer.plugins") for x in plugins), environment]}),
         logger=build_group(config.logger, "logger") or False,
         callbacks=callbacks,
         # otherwise Lightning adds its own
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+
+
+def _environment(trainer: DictConfig) -> ClusterEnvironment | None:
+    """How the trainer's processes were started, where Lightning would not find out by itself.
+
+    Raises:
+        UserError: torchrun or SLURM started another number of processes than the options say.
+    """
+    launch = find_launch()
+    if launch is None:
+        # a single task of SLURM's may well have several devices, each of which gets its process here
+        return LightningEnvironment() if in_slurm() else None
+    devices, num_nodes = str(trainer.devices), trainer.num_nodes
+    if (devices.isdigit() and int(devices) != launch.per_node) or num_nodes != launch.num_nodes:
+        raise UserError(
+            f"{launch.launcher} started {launch.world_size} process(es), {launch.per_node} on each of "
+            f"{launch.num_nodes} machine(s), but trainer.devices={devices} and trainer.num_nodes={num_nodes}. Give "
+            f"trainer.devices={launch.per_node} trainer.num_nodes={launch.num_nodes}, or trainer="
+            f"{launch.launcher.lower()}, which takes them from there."
+        )
+    # not to be put into the queue again by Lightning: what it would go on from is not ours
+    return SLURMEnvironment(auto_requeue=False) if launch.launcher == "SLURM" else TorchElasticEnvironment()
 
 
 @contextmanager
