@@ -42,12 +42,30 @@ def precision_of_products(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+@triton.jit
+def follow(OVERLAP: tl.constexpr, FIRST: tl.constexpr):
+    """Start of a kernel: let the next one be launched, and wait for the one before, unless this is the first.
+
+    With OVERLAP, programmatic dependent launch (Hopper and later): the next kernel's programs are brought up while
+    the last ones of this kernel still run.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not FIRST:
+            tl.extra.cuda.gdc_wait()
+
+
 @functools.cache
 def overlaps_launches(device: torch.device) -> bool:
     """Whether kernels can be brought up while the ones before them end: Hopper GPUs and later, Triton 3.4 or newer."""
     if device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """Options of the launch of a kernel that calls `follow`, not as the first."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps_launches(device) else {"OVERLAP": False}
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager:

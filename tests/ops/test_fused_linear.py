@@ -351,6 +351,96 @@ def test_no_statistics_of_parts_of_unequal_size():
     )
 
 
+@pytest.fixture
+def persistent_runs(monkeypatch):
+    """The persistent kernel, also where there is no Hopper GPU and for small maps; sizes of the maps that it took."""
+    persistent = pytest.importorskip("src.ops.fused_linear.persistent", reason="needs Triton 3.4")
+    kernel_module = pytest.importorskip("src.ops.fused_linear.triton")
+    if DEVICE == "cuda" and not persistent._has_copy_engine(torch.device(DEVICE)):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(persistent, "_has_copy_engine", lambda device: True)
+    for name, value in {"MIN_ROWS": 16, "ROWS": 64, "COLUMNS": 64, "INNER": 32}.items():
+        monkeypatch.setattr(persistent, name, value)
+    sizes = []
+
+    def launch(x, weight, *arguments):
+        ran = persistent.launch_persistent(x, weight, *arguments)
+        sizes.extend([(len(x), x.shape[1], len(weight))] * ran)
+        return ran
+
+    monkeypatch.setattr(kernel_module, "launch_persistent", launch)
+    return sizes
+
+
+PERSISTENT_DTYPES = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # of which Triton's interpreter has no more
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", PERSISTENT_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 97, 96), 128, gelu=True),  # more tiles than programs, the last one of 2 rows
+        Case((2, 97, 96), 128, normalise=False, residual=(2, 97, 128)),
+        Case((60, 64), 192, bias=False, residual=(60, 192)),
+        Case((64, 32), 64, normalise=False, bias=False),
+    ],
+    ids=str,
+)
+def test_the_persistent_kernel_equals_the_specification(case, dtype, persistent_runs):
+    weights = Weights(case, dtype)
+    x = (torch.randn(case.shape) + 0.5).to(DEVICE, dtype)
+    residual = None if case.residual is None else torch.randn(case.residual).to(DEVICE, dtype)
+    out = torch.full((*case.shape[:-1], case.out_features), float("nan"), dtype=dtype, device=DEVICE)
+    fused_linear(x, weights.folded(), residual, out, backend="triton")
+    assert persistent_runs == [(x.numel() // x.shape[-1], x.shape[-1], case.out_features)]
+    assert_close("out", weights.specification(x, residual), out, TOLERANCE[dtype])
+
+
+@needs_triton
+def test_statistics_of_the_persistent_kernel_are_those_of_the_rows(persistent_runs):
+    first = Weights(Case((2, 70, 64), 128, normalise=False, residual=(2, 70, 128)), torch.float16)
+    second = Weights(Case((2, 70, 128), 64), torch.float16)
+    x, residual = (torch.randn(2, 70, size).to(DEVICE, torch.float16) for size in (64, 128))
+    residual[0, 0] = 2.6 + 4e-3 * torch.randn(128, device=DEVICE)  # a nearly flat row
+    residual[1, :, :32] += 30  # the halves of a tile differ
+    x[0, 0] = 0
+    y, statistics = fused_linear_with_statistics(x, first.folded(), residual, "triton")
+    assert statistics.shape == (2, 2, 140)
+    parts = y.double().view(140, 2, 64)
+    means = parts.mean(2)
+    squares = (parts - means[..., None]).square().sum(2)
+    assert_close("means", means.T, statistics[:, 0], 1e-6)
+    assert_close("squares", squares.T, statistics[:, 1], 1e-6)
+    out = fused_linear(y, second.folded(), backend="triton", statistics=statistics)
+    assert_close("out of what is handed on", second.specification(y), out, 2e-3)
+    assert len(persistent_runs) == 2
+
+
+@needs_triton
+def test_what_the_copy_engine_cannot_reach_goes_to_the_other_kernel(persistent_runs):
+    case = Case((40, 64), 128, residual=(40, 128))
+    weights = Weights(case, torch.float16)
+    wide = torch.randn(40, 200, device=DEVICE).half()
+    residual, narrow = torch.randn(40, 128, device=DEVICE).half(), torch.randn(1, 128, device=DEVICE).half()
+    for x, added, runs in (
+        (wide[:, 8:72], residual, 1),
+        (wide[:, 1:65], residual, 0),  # begins at no multiple of 16 bytes
+        (wide[:, 8:72], narrow, 0),  # a table that is repeated
+        (torch.randn(40, 65, device=DEVICE).half()[:, :64], residual, 0),  # nor do the rows
+    ):
+        persistent_runs.clear()
+        out = fused_linear(x, weights.folded(), added, backend="triton")
+        assert len(persistent_runs) == runs
+        assert_close("out", weights.specification(x, added), out, TOLERANCE[torch.float16])
+    folded = weights.folded()
+    persistent_runs.clear()
+    with torch.no_grad():
+        for x, weight in ((torch.randn(40, 64), folded), (torch.randn(15, 64).half(), folded)):
+            fused_linear(x.to(DEVICE), weight.to(x.dtype), backend="triton")
+    assert persistent_runs == []
+
+
 @needs_triton
 def test_compiles_as_one_graph():
     from src.ops.fused_linear.triton import Tiles

@@ -23,7 +23,6 @@ import triton.language as tl
 from src.ops.fused.pairs import PARTS_AT_A_TIME, marked_item
 from src.ops.fused.parts import (
     FLOOR,
-    follow,
     group_offset,
     half_norms,
     in_window,
@@ -35,6 +34,7 @@ from src.ops.fused.parts import (
     normalised,
     store_rows,
 )
+from src.ops.triton_functions import follow
 
 # Largest exponent of the factor that turns products of normalised features into weights. Beyond it the product itself
 # has left float32.

@@ -14,7 +14,6 @@ import triton.language as tl
 from src.ops.fused.parts import (
     FAR,
     FLOOR,
-    follow,
     group_offset,
     half_norms,
     in_window,
@@ -24,6 +23,7 @@ from src.ops.fused.parts import (
     no,
     store_rows,
 )
+from src.ops.triton_functions import follow
 
 # Normalisers past this have overflowed, or nearly.
 LARGEST = tl.constexpr(1e33)

@@ -23,7 +23,7 @@ from src.ops.fused.forward import attention_kernel
 from src.ops.fused.pairs import causal_kernel, marked_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
 from src.ops.fused.tiles import Tiles, tiles_for
-from src.ops.triton_functions import device_of, overlaps_launches, precision_of_products
+from src.ops.triton_functions import device_of, overlapped, precision_of_products
 from src.ops.windows import window_bounds
 
 LOG2E = math.log2(math.e)
@@ -118,9 +118,8 @@ class _Plan:
         }
         self.log_m = math.log2(features)
         # how kernels follow one another: all but the first take `overlapped`
-        self.overlaps = overlaps_launches(self.device)
-        self.first = {"OVERLAP": self.overlaps}
-        self.overlapped = {"OVERLAP": True, "launch_pdl": True} if self.overlaps else self.first
+        self.overlapped = overlapped(self.device)
+        self.first = {"OVERLAP": self.overlapped["OVERLAP"]}
         self.scales = (math.sqrt(scale) * LOG2E, 0.5 * scale * LOG2E, scale * LOG2E)
         # both passes walk in the same chunks, so that the backward's sums fit the forward's
         self.key_chunk, self.key_chunks = self._chunks(self.num_keys)

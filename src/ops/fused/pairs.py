@@ -14,7 +14,6 @@ import triton.language as tl
 
 from src.ops.fused.parts import (
     FLOOR,
-    follow,
     group_offset,
     half_norms,
     in_window,
@@ -24,6 +23,7 @@ from src.ops.fused.parts import (
     normalised,
     store_rows,
 )
+from src.ops.triton_functions import follow
 
 # Parts of a tile that are read side by side when they are brought together.
 PARTS_AT_A_TIME = tl.constexpr(8)

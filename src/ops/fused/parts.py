@@ -19,19 +19,6 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def follow(OVERLAP: tl.constexpr, FIRST: tl.constexpr):
-    """Start of a kernel: let the next one be launched, and wait for the one before, unless this is the first.
-
-    With OVERLAP, programmatic dependent launch (Hopper and later): the next kernel's programs are brought up while
-    the last ones of this kernel still run.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        if not FIRST:
-            tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def group_offset(group, heads, stride_batch, stride_head):
     """Offset of the first row of sequence `group = batch * H + head`, in 64 bits."""
     return (group // heads).to(tl.int64) * stride_batch + (group % heads).to(tl.int64) * stride_head

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from src.ops.fused.parts import FLOOR, follow, group_offset, half_norms, load_projection, load_rows, log_features
+from src.ops.fused.parts import FLOOR, group_offset, half_norms, load_projection, load_rows, log_features
+from src.ops.triton_functions import follow
 
 # Entries of the list of marked tiles that a program clears at a time.
 CLEARED = tl.constexpr(128)

@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 
 from src.ops.fused_linear.folded import FoldedLinear
+from src.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
 from src.ops.fused_linear.patches import Patches
-from src.ops.triton_functions import device_of, gelu, precision_of_products
+from src.ops.triton_functions import device_of, follow, overlapped, precision_of_products
 from src.utils.errors import UserError
+
+try:
+    from src.ops.fused_linear.persistent import launch_persistent
+except ImportError:  # Triton before 3.4 has no tensor descriptors on the host
+
+    def launch_persistent(*arguments) -> bool:
+        """Do nothing, and say so."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Tiles:
     columns: int
     inner: int
     parts: int = 1
-    group: int = 8
+    group: int = 1
     warps: int = 4
     stages: int = 3
 
@@ -49,13 +58,13 @@ class Tiles:
 
 # Half precision, by (K, N), K counted without padding.
 _TILES_HALF: dict[tuple[int, int], Tiles] = {
-    (147, 192): Tiles(128, 64, 32, parts=3, group=1, warps=8, stages=3),
-    (576, 192): Tiles(128, 64, 64, parts=3, group=1, warps=8, stages=3),
-    (576, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+    (147, 192): Tiles(128, 64, 32, parts=3, warps=4, stages=3),
+    (576, 192): Tiles(128, 64, 32, parts=3, warps=4, stages=3),
+    (576, 384): Tiles(128, 64, 32, parts=3, warps=8, stages=3),
     # two halves: the registers of one epilogue fewer, and two programs fit a multiprocessor of an H100
     (384, 1152): Tiles(128, 64, 64, parts=2, group=8, warps=8, stages=3),
-    (384, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
-    (1152, 384): Tiles(128, 128, 64, group=8, warps=8, stages=3),
+    (384, 384): Tiles(128, 128, 64, warps=8, stages=3),
+    (1152, 384): Tiles(128, 128, 64, warps=8, stages=3),
 }
 # Values of x that a program of the statistics holds at a time.
 _STATISTICS_BLOCK = 4096
@@ -84,7 +93,8 @@ def _finish(
     sums_ptr,
     residual_ptrs,
     out_ptrs,
-    statistics_ptrs,
+    statistics_ptr,
+    row,
     rows_exist,
     num_rows,
     first_column,
@@ -100,47 +110,17 @@ def _finish(
     """What follows the product, and the store of a tile, with the statistics of its rows."""
     column = first_column + tl.arange(0, COLUMNS)
     exists = column < OUT_FEATURES
-    y = product
-    if NORMALISE:
-        sums = tl.load(sums_ptr + column, mask=exists, other=0.0).to(tl.float32)
-        y = (y - mean[:, None] * sums[None, :]) * reciprocal_deviation[:, None]
-    if BIAS:
-        y = y + tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        y = gelu(y, EXACT)
+    y = after_product(
+        product, mean, reciprocal_deviation, bias_ptr, sums_ptr, column, exists, NORMALISE, BIAS, GELU, EXACT
+    )
     stored = rows_exist[:, None] & exists[None, :]
     if RESIDUAL:
         y = y + tl.load(residual_ptrs[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
     y = y.to(out_ptrs.dtype.element_ty)
     tl.store(out_ptrs[:, None] + column[None, :], y, mask=stored)
     if STATISTICS:
-        # of what is stored: the LayerNorm behind it reads no more than that
-        y = y.to(tl.float32)
-        mean = tl.sum(y, 1) * (1.0 / COLUMNS)
-        centred = y - mean[:, None]
-        statistics_ptrs += 2 * (first_column // COLUMNS) * num_rows
-        tl.store(statistics_ptrs, mean, mask=rows_exist)
-        tl.store(statistics_ptrs + num_rows, tl.sum(centred * centred, 1), mask=rows_exist)
-
-
-@triton.jit
-def _row_statistics(statistics_ptr, row, num_rows, eps, COUNT: tl.constexpr, PARTIALS: tl.constexpr):
-    """Mean and reciprocal deviation of rows of COUNT values, from those of PARTIALS equal parts of each row.
-
-    Parts are merged as in Chan, Golub and LeVeque (1979): about the mean of all, never by a difference of squares.
-    """
-    mean = tl.load(statistics_ptr + row)
-    for part in tl.static_range(1, PARTIALS):
-        mean += tl.load(statistics_ptr + 2 * part * num_rows + row)
-    mean *= 1.0 / PARTIALS
-    squares = tl.load(statistics_ptr + num_rows + row)
-    if PARTIALS > 1:
-        for part in tl.static_range(PARTIALS):
-            if part > 0:
-                squares += tl.load(statistics_ptr + (2 * part + 1) * num_rows + row)
-            difference = tl.load(statistics_ptr + 2 * part * num_rows + row) - mean
-            squares += difference * difference * (COUNT // PARTIALS)
-    return mean, 1.0 / tl.sqrt(squares * (1.0 / COUNT) + eps)
+        mean, squares = moments(y, COLUMNS)
+        store_moments(statistics_ptr, first_column // COLUMNS, row, rows_exist, num_rows, mean, squares)
 
 
 @triton.jit
@@ -202,6 +182,7 @@ def _row_statistics_kernel(
     PADDING: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Of ROWS rows; names as in `_fused_linear_kernel`, BLOCK is a power of two of at least SEGMENT.
 
@@ -209,6 +190,7 @@ def _row_statistics_kernel(
     of patches are read once, relative to the value in the middle of the patch: that a value of the patch is itself no
     further from the mean than the square root of their number times the deviation bounds what is lost.
     """
+    follow(OVERLAP, False)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
     row = tl.minimum(row, num_rows - 1)
@@ -283,6 +265,7 @@ def _fused_linear_kernel(
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of ROWS x (PARTS * COLUMNS) outputs.
 
@@ -290,6 +273,7 @@ def _fused_linear_kernel(
     is row r % rows_per_sample of sample r // rows_per_sample. SEGMENT values of x lie together, LENGTH is the same
     padded in the weights; SEGMENTS of them make the inner dimension.
     """
+    follow(OVERLAP, False)
     # GROUP tiles of rows by all tiles of columns, then the next GROUP
     program = tl.program_id(0)
     row_tiles = tl.cdiv(num_rows, ROWS)
@@ -365,9 +349,8 @@ def _fused_linear_kernel(
     mean = tl.zeros((ROWS,), tl.float32)
     reciprocal_deviation = mean
     if NORMALISE:
-        mean, reciprocal_deviation = _row_statistics(statistics_ptr, row, num_rows, eps, SEGMENTS * SEGMENT, PARTIALS)
+        mean, reciprocal_deviation = row_statistics(statistics_ptr, row, num_rows, eps, SEGMENTS * SEGMENT, PARTIALS)
     out_ptrs = out_ptr + sample.to(tl.int64) * out_sample_stride + row_of_sample.to(tl.int64) * out_row_stride
-    out_statistics_ptrs = out_statistics_ptr + row
     residual_ptrs = out_ptrs
     if RESIDUAL:
         residual_ptrs = (
@@ -383,7 +366,8 @@ def _fused_linear_kernel(
         sums_ptr,
         residual_ptrs,
         out_ptrs,
-        out_statistics_ptrs,
+        out_statistics_ptr,
+        row,
         rows_exist,
         num_rows,
         first_column,
@@ -405,7 +389,8 @@ def _fused_linear_kernel(
             sums_ptr,
             residual_ptrs,
             out_ptrs,
-            out_statistics_ptrs,
+            out_statistics_ptr,
+            row,
             rows_exist,
             num_rows,
             first_column + COLUMNS,
@@ -427,7 +412,8 @@ def _fused_linear_kernel(
             sums_ptr,
             residual_ptrs,
             out_ptrs,
-            out_statistics_ptrs,
+            out_statistics_ptr,
+            row,
             rows_exist,
             num_rows,
             first_column + 2 * COLUMNS,
@@ -495,22 +481,11 @@ def _launch(
         if x.stride(-1) != 1:
             x = x.contiguous()
         x_stride = x.stride(0)
-    written = _as_samples(out)
-    if written is None:
-        written = torch.empty(out.shape, dtype=out.dtype, device=out.device).view(-1, *out.shape[-2:])
-    added = written
-    if residual is not None:
-        added = _as_samples(residual)
-        if added is None:
-            added = _as_samples(residual.contiguous())
-    if tiles is None:
-        tiles = default_tiles(num_rows, segments * segment, out_features, x.dtype)
     if not normalise:
         statistics = None
     if out_statistics is not None and out_statistics.numel() == 0:
         out_statistics = None
-    grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(out_features, tiles.columns * tiles.parts),)
-    layout = (num_rows, written.shape[1], x_stride, height, line, grid_width)
+    layout = (num_rows, out.shape[-2], x_stride, height, line, grid_width)
     constants = {
         "SEGMENTS": segments,
         "SEGMENT": segment,
@@ -525,8 +500,22 @@ def _launch(
             block = max(16, triton.next_power_of_2(segment))
             rows = max(1, _STATISTICS_BLOCK // block)
             _row_statistics_kernel[(triton.cdiv(num_rows, rows),)](
-                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows
+                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows, **overlapped(x.device)
             )
+        tensors = (x, weight, bias, sums, residual, statistics, out, out_statistics)
+        if tiles is None and not patches and launch_persistent(*tensors, eps, gelu_follows):
+            return
+        written = _as_samples(out)
+        if written is None:
+            written = torch.empty(out.shape, dtype=out.dtype, device=out.device).view(-1, *out.shape[-2:])
+        added = written
+        if residual is not None:
+            added = _as_samples(residual)
+            if added is None:
+                added = _as_samples(residual.contiguous())
+        if tiles is None:
+            tiles = default_tiles(num_rows, segments * segment, out_features, x.dtype)
+        grid = (triton.cdiv(num_rows, tiles.rows) * triton.cdiv(out_features, tiles.columns * tiles.parts),)
         _fused_linear_kernel[grid](
             x,
             weight,
@@ -560,6 +549,7 @@ def _launch(
             STAGES=tiles.stages,
             PRECISION=precision_of_products(x.dtype),
             num_warps=tiles.warps,
+            **overlapped(x.device),
         )
     if written.data_ptr() != out.data_ptr():
         out.copy_(written.view(out.shape))

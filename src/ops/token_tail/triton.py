@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from src.ops.token_tail.folded import FoldedTail
-from src.ops.triton_functions import device_of, gelu, precision_of_products
+from src.ops.triton_functions import device_of, follow, gelu, overlapped, precision_of_products
 from src.utils.errors import UserError
 
 
@@ -78,8 +78,10 @@ def _token_tail_kernel(
     REPEATS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """REPEATS tiles of ROWS rows; the weights (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN) stay."""
+    follow(OVERLAP, False)
     d = tl.arange(0, WIDTH_BLOCK)
     f = tl.arange(0, HIDDEN_BLOCK)
     d_exists = d < WIDTH
@@ -149,6 +151,7 @@ def _launch(
             STAGES=tiles.stages,
             PRECISION=precision_of_products(out.dtype),
             num_warps=tiles.warps,
+            **overlapped(out.device),
         )
     return out
 
