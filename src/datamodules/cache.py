@@ -34,7 +34,8 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +60,8 @@ _CHECKSUM = np.dtype("<u4")
 # Images that a worker decodes at a time, and bytes that are flushed at a time: what an interruption may cost.
 _BATCH_SIZE = 32
 CHUNK_BYTES = 64 << 20
+# Images of a batch that a thread reads at a time.
+_PART_SIZE = 32
 # How long the other processes of a machine let its first one begin, and how often a lock is tried.
 _FIRST_SECONDS = 5.0
 _POLL_SECONDS = 0.2
@@ -558,27 +561,17 @@ class CachedImages(Dataset):
                 raise UserError(f"{folder / name} cannot be read ({error.strerror}). {self._remedy}") from error
             if size != expected:
                 raise UserError(f"{folder / name} has {size:,} bytes instead of {expected:,}. {self._remedy}")
-        self._checked = torch.zeros(shape[0], dtype=torch.bool)
-        self._open()
+        self._checked = np.zeros(shape[0], bool)
+        try:
+            self._images = np.memmap(folder / IMAGES_FILE, np.uint8, "r", shape=shape)
+            self._checksums = np.fromfile(folder / CHECKSUMS_FILE, _CHECKSUM)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} cannot be read ({error}). {self._remedy}") from error
+        self._there = self._checksums != _checksum_of_hole(int(np.prod(shape[1:])))
 
     @property
     def _remedy(self) -> str:
         return f"Delete the folder {self.folder}: the images are decoded once more then."
-
-    def _open(self) -> None:
-        try:
-            self._images = np.memmap(self.folder / IMAGES_FILE, np.uint8, "r", shape=self.shape)
-            self._checksums = np.fromfile(self.folder / CHECKSUMS_FILE, _CHECKSUM)
-            self._there = torch.from_numpy(self._checksums != _checksum_of_hole(int(np.prod(self.shape[1:]))))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder} cannot be read ({error}). {self._remedy}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_images", "_checksums", "_there")}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -607,69 +600,131 @@ class CachedImages(Dataset):
             ImageError: an image is not there and cannot be decoded.
             UserError: an image was altered; each is checked when it is first read.
         """
-        positions = torch.as_tensor(indices, dtype=torch.int64)
-        images = torch.empty(len(positions), *self.shape[1:], dtype=torch.uint8)
+        return _Reading(self, indices).finish(skipped)
+
+    def read(self, positions: np.ndarray, images: np.ndarray) -> dict[int, ImageError]:
+        """Copy images; several threads may do so at a time.
+
+        Args:
+            positions: (B,) positions in [0, N), each read by one thread alone.
+            images: (B, 3, size, size) uint8, written here.
+
+        Returns:
+            Positions of the images that are not there and cannot be decoded, and why.
+
+        Raises:
+            UserError: an image was altered; each is checked when it is first read.
+        """
         # "raise", the default, would copy once more; positions are those of a sampler
-        np.take(self._images, positions.numpy(), axis=0, out=images.numpy(), mode="clip")
-        for row in (~self._checked[positions]).nonzero().flatten().tolist():
+        np.take(self._images, positions, axis=0, out=images, mode="clip")
+        lacking = {}
+        for row in np.flatnonzero(~self._checked[positions]).tolist():
             index = int(positions[row])
             if not self._there[index]:
                 try:
-                    images[row] = torch.as_tensor(self._dataset[index][0])
+                    images[row] = self._dataset[index][0]
                 except ImageError as error:
-                    if skipped is None:
-                        raise
-                    skipped[index] = error.reason
-            elif zlib.crc32(images[row].numpy()) != self._checksums[index]:
+                    # words alone, see `ImageDataset`
+                    lacking[index] = ImageError(str(error), error.reason)
+            elif zlib.crc32(images[row]) != self._checksums[index]:
                 raise UserError(f"{self.folder / IMAGES_FILE} is damaged at {self.paths[index]}. {self._remedy}")
         self._checked[positions] = self._there[positions]
-        if skipped:
-            intact = torch.tensor([index not in skipped for index in positions.tolist()])
+        return lacking
+
+    def targets(self, positions: torch.Tensor) -> torch.Tensor:
+        """Classes (B,) of the images at positions (B,)."""
+        return self._targets[positions]
+
+
+class _Reading:
+    """A batch of a cache that is being read: in parts, by the threads of a pool, or here and now.
+
+    Args:
+        source: the cache's images.
+        indices: (B,) positions in [0, N).
+        pool: threads; None reads in this one.
+        pin_memory: have the images in page-locked memory, from which they travel to a device while it computes.
+    """
+
+    def __init__(
+        self,
+        source: CachedImages,
+        indices: Sequence[int],
+        pool: ThreadPoolExecutor | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._source = source
+        self._positions = torch.as_tensor(indices, dtype=torch.int64)
+        self._images = torch.empty(
+            len(self._positions), *source.shape[1:], dtype=torch.uint8, pin_memory=pin_memory and len(indices) > 0
+        )
+        positions, images = self._positions.numpy(), self._images.numpy()
+        if pool is None:
+            self._lacking = [source.read(positions, images)]
+        else:
+            parts = [slice(begin, begin + _PART_SIZE) for begin in range(0, len(positions), _PART_SIZE)]
+            self._parts = [pool.submit(source.read, positions[part], images[part]) for part in parts]
+            self._lacking = None
+
+    def finish(self, skipped: dict[int, str] | None) -> list[torch.Tensor]:
+        """The batch once it has been read; arguments, result and errors as those of `CachedImages.batch`."""
+        parts = [part.result() for part in self._parts] if self._lacking is None else self._lacking
+        lacking = {index: error for part in parts for index, error in part.items()}
+        images, positions = self._images, self._positions
+        if lacking:
+            if skipped is None:
+                raise next(iter(lacking.values()))
+            skipped |= {index: error.reason for index, error in lacking.items()}
+            intact = torch.tensor([index not in lacking for index in positions.tolist()])
             images, positions = images[intact], positions[intact]
             if len(positions) == 0:
                 return empty_batch()
-        return [images, self._targets[positions], positions]
-
-
-class _Batches(Dataset):
-    """What torch's loader asks for whole batches; a `UserError` is returned in place of one.
-
-    Args:
-        images: the images.
-        skip: leave images that cannot be decoded out; what is returned is then the batch and those, see `ImageLoader`.
-    """
-
-    def __init__(self, images: CachedImages, skip: bool) -> None:
-        self.images = images
-        self.skip = skip
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return self.images[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        skipped: dict[int, str] = {}
-        try:
-            return (self.images.batch(indices, skipped), skipped) if self.skip else self.images.batch(indices)
-        except UserError as error:
-            return error
-
-
-def _as_they_are(batch: Any) -> Any:
-    return batch
+        return [images, self._source.targets(positions), positions]
 
 
 class CachedLoader(ImageLoader):
-    """An `ImageLoader` of a cache's images: the same batches, each in one piece.
+    """An `ImageLoader` of a cache's images: the same batches, each in one piece, read by threads of this process.
+
+    To copy a batch takes less time than to hand it from one process to another, and threads copy and check at once.
 
     Args:
         images: the images.
         skip: see `ImageLoader`.
-        **options: those of `torch.utils.data.DataLoader`, except `collate_fn`.
+        num_threads: threads that read ahead; 0 reads in the thread that asks.
+        **options: those of `torch.utils.data.DataLoader`, except `collate_fn` and `num_workers`.
     """
 
-    def __init__(self, images: CachedImages, skip: bool = False, **options: Any) -> None:
-        DataLoader.__init__(self, _Batches(images, skip), collate_fn=_as_they_are, **options)
+    def __init__(self, images: CachedImages, skip: bool = False, num_threads: int = 0, **options: Any) -> None:
+        DataLoader.__init__(self, images, **options)
+        self.num_threads = num_threads
         self._start_skipping(skip)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        """Yield images (B, 3, size, size), targets (B,) int64 and positions in the dataset (B,) int64."""
+        self.skipped = []
+        pin_memory = self.pin_memory and torch.cuda.is_available()
+        if self.num_threads == 0:
+            for indices in self.batch_sampler:
+                yield self._finish(_Reading(self.dataset, indices, None, pin_memory))
+            return
+        parts_of_batch = -(-self.batch_size // _PART_SIZE)
+        # so many batches ahead that each thread has a part and another one to go on with
+        ahead = 1 + -(-2 * self.num_threads // parts_of_batch)
+        readings: deque[_Reading] = deque()
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="cache")
+        try:
+            for indices in self.batch_sampler:
+                readings.append(_Reading(self.dataset, indices, pool, pin_memory))
+                if len(readings) > ahead:
+                    yield self._finish(readings.popleft())
+            while readings:
+                yield self._finish(readings.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _finish(self, reading: _Reading) -> list[torch.Tensor]:
+        skipped: dict[int, str] | None = {} if self._skip else None
+        batch = reading.finish(skipped)
+        if skipped is not None:
+            self.skipped.append(skipped)
+        return batch

@@ -91,8 +91,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         image_size: side of the model's input in pixels.
         num_classes: outputs of the model, see `class_index`.
         batch_size: images per batch and process.
-        num_workers: worker processes that decode images, per process; 0 decodes in the process itself, None takes
-            as many as the process has CPUs, at most 16.
+        num_workers: worker processes that decode images, per process, and threads that read those of a cache; 0
+            decodes and reads in the process itself, None takes as many as the process has CPUs, at most 16.
         interpolation: of the resize, one of bicubic, bilinear, box, hamming, lanczos, nearest.
         crop_pct: part of the resized shorter side that the crop keeps, in (0, 1].
         mean: per colour, of values in [0, 1], subtracted; default ImageNet's.
@@ -372,8 +372,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         }
         if self.cache_dir is None:
             return ImageLoader(images, num_workers=self.num_workers, **options)
-        # no workers: to copy a batch takes less time than to hand it from one process to another
-        return CachedLoader(self._cached(images), **options)
+        return CachedLoader(self._cached(images), num_threads=self.num_workers, **options)
 
     def _cached(self, images: ImageDataset) -> CachedImages:
         """Evaluation images out of the cache, which decodes them first where it has to."""

@@ -3,7 +3,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -187,9 +186,7 @@ def test_a_part_of_a_pass_and_single_images(data_dir):
     assert isinstance(loader, CachedLoader)
     loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[4:]  # as an evaluation that goes on does
     assert_same(list(loader), expected[2:])
-    images = pickle.loads(pickle.dumps(loader.dataset.images))
-    assert len(pickle.dumps(images)) < 10_000, "the images were pickled"
-    image, target, index = images[3]
+    image, target, index = loader.dataset[3]
     assert torch.equal(image, expected[1][0][1])
     assert (target, index) == (int(expected[1][1][1]), 3)
 
@@ -505,6 +502,53 @@ def test_a_damaged_entry_says_which_folder_to_delete(data_dir, file, damage):
         assert sorted(NAMES)[5] in message
     shutil.rmtree(path.parent)
     assert_same(batches(cached(data_dir)), batches(module(data_dir)))
+
+
+# ---- threads -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Several parts in a batch, the last one smaller, and read in no particular order."""
+    monkeypatch.setattr(cache_module, "_PART_SIZE", 2)
+    read = cache_module.CachedImages.read
+
+    def read_late(self, positions, images):
+        time.sleep(0.01 * (positions[0] % 3))
+        return read(self, positions, images)
+
+    monkeypatch.setattr(cache_module.CachedImages, "read", read_late)
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("cache")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_threads_keep_the_order(data_dir, small_parts, batch_size):
+    expected = batches(module(data_dir, batch_size=batch_size))
+    loader = cached(data_dir, batch_size=batch_size, num_workers=3).test_dataloader()
+    for _ in range(2):
+        assert_same(list(loader), expected)
+    assert not reading_threads()
+
+
+def test_threads_end_with_a_pass_that_is_left(data_dir, small_parts):
+    passing = iter(cached(data_dir, batch_size=3, num_workers=3).test_dataloader())
+    next(passing)
+    assert reading_threads()
+    passing.close()
+    assert not reading_threads()
+
+
+def test_an_error_of_a_thread_is_that_of_its_batch(data_dir, small_parts):
+    batches(cached(data_dir))
+    alter(entry(data_dir) / IMAGES_FILE, 7 * 3 * 16 * 16)
+    passing = iter(cached(data_dir, batch_size=3, num_workers=3).test_dataloader())
+    expected = batches(module(data_dir, batch_size=3))
+    assert_same([next(passing), next(passing)], expected[:2])
+    assert f"is damaged at {sorted(NAMES)[7]}." in message_of(lambda: next(passing))
+    assert not reading_threads()
 
 
 def test_each_image_is_checked_once(data_dir, monkeypatch):
