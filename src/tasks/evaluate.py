@@ -532,27 +532,13 @@ class _SharedForms:
         return _runner(form, model, self._compile_form, self._batch_size)
 
 
-class _FilledForward(PaddedForward):
-    """A `PaddedForward` whose first batch may be smaller than those that follow.
-
-    Args:
-        function: see `PaddedForward`.
-        batch_size: what every batch is filled up to.
-    """
-
-    def __init__(self, function: Forward, batch_size: int) -> None:
-        super().__init__(function)
-        self._batch_size = batch_size
-
-
 def _runner(form: nn.Module, model: nn.Module, compile_form: bool, batch_size: int | None) -> Forward:
     """A form of a model, compiled and recorded where that is asked for or pays."""
     on_cuda = next(model.parameters()).device.type == "cuda"
     if not compile_form and (form is model or not on_cuda):
         return form
     forward = compiled(form) if compile_form else form
-    forward = CudaGraphForward(forward) if on_cuda else forward
-    return PaddedForward(forward) if batch_size is None else _FilledForward(forward, batch_size)
+    return PaddedForward(CudaGraphForward(forward) if on_cuda else forward, batch_size)
 
 
 def _check_options(config: DictConfig) -> None:

@@ -18,15 +18,16 @@ WARM_UP_CALLS = 3
 
 
 class PaddedForward:
-    """Gives a function batches of one size, that of the first: a smaller one is filled up with zeros.
+    """Gives a function batches of one size: a smaller one is filled up with zeros.
 
     Args:
         function: from (B, ...) to (B, ...), image by image.
+        batch_size: that size; None takes that of the first batch.
     """
 
-    def __init__(self, function: Forward) -> None:
+    def __init__(self, function: Forward, batch_size: int | None = None) -> None:
         self._function = function
-        self._batch_size: int | None = None
+        self._batch_size = batch_size
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map (B, ...) to (B, ...)."""

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from src.evaluation.comparison import compare_runs, comparison_markdown
 from src.evaluation.results import read_predictions, read_results, results_table, skipped_info
 from src.tasks.classification import Draws
-from src.tasks.evaluate import _FilledForward, evaluate
+from src.tasks.evaluate import evaluate
 from src.tasks.processes import run_processes
 from src.tasks.records import ImageRecords
 from src.tasks.train import train
@@ -299,15 +299,6 @@ def test_a_row_that_was_skipped_has_to_be_missing():
     table.update(0, torch.tensor([0]), torch.randn(1, 5), torch.tensor([0]))
     with pytest.raises(RuntimeError, match="1 of 3 images were not counted exactly once, the first of them number 2"):
         table.compute()
-
-
-def test_the_first_batch_may_be_small():
-    shapes = []
-    forward = _FilledForward(lambda images: shapes.append(len(images)) or images, 4)
-    for number in (1, 4, 3):
-        images = torch.randn(number, 3)
-        assert torch.equal(forward(images), images)
-    assert shapes == [4, 4, 4]
 
 
 def test_names_that_are_not_utf_8_and_their_order():

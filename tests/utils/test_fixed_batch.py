@@ -35,6 +35,15 @@ def test_smaller_batches_are_filled_up_and_cut():
     assert function.shapes == [(3, 2)] * 4
 
 
+def test_the_first_batch_may_be_small():
+    shapes = []
+    forward = PaddedForward(lambda images: shapes.append(len(images)) or images, 4)
+    for number in (1, 4, 3):
+        images = torch.randn(number, 3)
+        assert torch.equal(forward(images), images)
+    assert shapes == [4, 4, 4]
+
+
 def test_a_larger_batch_is_passed_on():
     forward = PaddedForward(Doubling())
     forward(torch.randn(2, 2))
