@@ -99,8 +99,9 @@ EVALUATION_BATCHES = 4  # training batches that an evaluation takes at a time
 WARM_UP = 1 / 20  # of the training, in which the learning rate rises
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT = 1.0
-# what files have to agree in to be put together
-OWN_SETTINGS = ("tasks", "attentions", "threads")
+LEGEND_COLUMNS = 2
+# what files need not agree in to be put together; each training says how many steps it has got in its time
+OWN_SETTINGS = ("tasks", "attentions", "threads", "seconds")
 
 
 def positive_number(text: str) -> float:
@@ -788,7 +789,8 @@ def merge(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         name: list(dict.fromkeys(x for each in contents for x in each["settings"][name]))
         for name in ("tasks", "attentions")
     }
-    merged["settings"] = {**first["settings"], **unions}
+    limits = [each["settings"]["seconds"] for each in contents]
+    merged["settings"] = {**first["settings"], **unions, "seconds": None if None in limits else max(limits)}
     return merged
 
 
@@ -897,7 +899,9 @@ def draw(content: Mapping[str, Any]) -> Figure:
         content: of `Experiment.report` or `merge`.
     """
     tasks = list(content["tasks"])
-    figure = Figure(figsize=(5.6 * len(tasks), 4), facecolor="white", layout="constrained")
+    most = max(len(by_attention(content, task)) for task in tasks)
+    rows = -(-(most + 2) // LEGEND_COLUMNS)  # and the baselines
+    figure = Figure(figsize=(5.6 * len(tasks), 3.6 + 0.17 * rows), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
         draw_task(axes, content, task)
@@ -927,7 +931,8 @@ def draw_task(axes: Axes, content: Mapping[str, Any], task: str) -> None:
     unit = "" if task == "language" else " in %"
     axes.set(xlabel="step", ylabel=f"{METRICS[task]}{unit}, held out", title=TITLES[task])
     style(axes)
-    axes.legend(fontsize=7, frameon=False, labelcolor=INK, ncols=2)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.13)}  # below: curves are everywhere above
+    axes.legend(fontsize=7, frameon=False, labelcolor=INK, ncols=LEGEND_COLUMNS, **place)
 
 
 def measure(arguments: argparse.Namespace) -> int:

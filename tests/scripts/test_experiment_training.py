@@ -396,7 +396,7 @@ def test_an_interrupted_run_keeps_what_is_complete(tmp_path, capsys, monkeypatch
 def test_files_are_put_together(tmp_path, capsys):
     files = [str(tmp_path / f"{number}.json") for number in range(4)]
     for file, *options in (
-        (files[0], "--tasks=listops", "--attentions=full"),
+        (files[0], "--tasks=listops", "--attentions=full", "--seconds=300"),
         (files[1], "--tasks=listops,language", "--attentions=local,cluster"),
         (files[2], "--tasks=listops", "--attentions=smyrf", "--lr=0.1"),
     ):
@@ -411,6 +411,7 @@ def test_files_are_put_together(tmp_path, capsys):
     assert content["settings"]["attentions"] == ["full", "local", "cluster"]
     assert set(content["tasks"]) == {"listops", "language"}
     assert content["complete"] is True
+    assert content["settings"]["seconds"] is None  # the second had no limit
     for given, message in (
         ((files[0], files[2]), "lr is 0.001 in one file and 0.1 in another"),
         ((files[0], files[0]), "listops with full (seed 7) is in more than one file"),
