@@ -1,0 +1,44 @@
+"""Counts of marked tiles: by the criterion of the kernels, and from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from scripts import count_marked_tiles as counting
+from src.ops.fused import operator as fused_operator
+from tests.ops.test_fused_attention import adversarial, needs_interpreter
+
+
+@needs_interpreter
+def test_the_kernels_mark_the_same_tiles(monkeypatch):
+    monkeypatch.setattr(fused_operator, "CANCELLATION_LIMIT_FLOAT32", 4.0)
+    (query, key, value, rows), window = adversarial("cpu", torch.float32)
+    marked = fused_operator.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
+    ours = counting.marked_queries(query[:, 0].double(), key[:, 0].double(), rows.double(), window, 4.0)
+    tile = -(-query.shape[2] // marked.shape[1])
+    tile = 1 << (tile - 1).bit_length()
+    tiles = [bool(part.any()) for part in ours[0].split(tile)]
+    assert tiles == marked[0].bool().tolist()
+    assert True in tiles
+    assert False in tiles
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    arguments = ["--shapes", "3,64,5,2", "2,40,3,1", "--num-draws", "2", "--output", str(tmp_path / "marks.json")]
+    monkeypatch.setattr(counting, "CANCELLATION_LIMIT", 0.9)  # many are past it
+    assert counting.main([*arguments, "--tile", "16"]) == 0
+    content = json.loads((tmp_path / "marks.json").read_text())
+    assert [each["shape"] for each in content["results"]] == ["3,64,5,2"] * 2 + ["2,40,3,1"] * 2
+    assert all(0 < each["tiles"] <= each["queries"] for each in content["results"])
+    assert content["results"][0]["queries"] != content["results"][1]["queries"]
+    assert "of 384" in capsys.readouterr().out
+    monkeypatch.setattr(counting, "CANCELLATION_LIMIT", 1e9)  # none is
+    assert counting.main([*arguments, "--std", "0.5"]) == 0
+    assert "0 of 384" in capsys.readouterr().out
+    assert counting.main(["--shapes", "3,64"]) == 1
+    assert "'3,64' is not B,N,W,R" in capsys.readouterr().err
