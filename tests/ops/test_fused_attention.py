@@ -369,6 +369,23 @@ def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
     assert "it runs on CUDA devices" in unsupported(query, value)
 
 
+@pytest.mark.parametrize(("batch", "length"), [(1, 65536), (16, 12544), (128, 3136)])
+def test_memory_of_sums_and_marked_tiles(batch, length):
+    """Under 5 % of q, k, v and the output, at any time: the parts of the sums are gone before those of marked tiles."""
+    operator_module = pytest.importorskip("src.ops.fused.operator")
+    from src.ops.fused.tiles import DEFAULT, use_tiles
+
+    tensor = torch.empty(batch, 1, length, 64, dtype=torch.bfloat16, device="meta")
+    rows = torch.empty(12, 64, dtype=torch.bfloat16, device="meta")
+    with use_tiles(DEFAULT):
+        plan = operator_module._Plan(tensor, tensor, tensor, rows, None, 49, 0.125, True, False)
+    norms = batch * length * 4
+    sums = batch * plan.key_chunks * (64 * 32 + 2 * 32) * 4
+    marked = plan.items * plan.splits * operator_module.MARKED_ROWS * (64 + 2) * 4
+    assert 0 < plan.items
+    assert norms + max(sums, marked) < 0.05 * 4 * 2 * tensor.numel()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_memory_beyond_inputs_and_outputs(dtype):

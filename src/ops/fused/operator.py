@@ -34,7 +34,8 @@ CANCELLATION_LIMIT = 16.0
 CANCELLATION_LIMIT_FLOAT32 = 64.0
 # Columns of the sums that one program combines, and chunks that it reads side by side.
 COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
-# The same for many chunks.
+# The same for many chunks. More than so many take no more than this part of the memory of q, k, v and the output.
+CHUNKS_MEMORY = 1 / 32
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
 # Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do, at once.
 PAIRS_PROGRAMS = 528
@@ -130,11 +131,18 @@ class _Plan:
         rows = self.tiles.sum_rows
         tiles = -(-length // rows)
         wanted = max(1, self.tiles.sum_programs // self.groups)
+        chunk_bytes = self.sizes["BD"] * self.padded_features * torch.float32.itemsize
+        affordable = length * self._bytes_of_row() * CHUNKS_MEMORY / chunk_bytes
+        wanted = min(wanted, max(MANY_CHUNKS, int(affordable)))
         if self.is_causal:
             # pairs are taken within a chunk: longer chunks mean more of them
             wanted = max(wanted, -(-length // CAUSAL_CHUNK))
         per_chunk = min(tiles, max(MIN_CHUNK_TILES, -(-tiles // wanted)))
         return per_chunk * rows, -(-tiles // per_chunk)
+
+    def _bytes_of_row(self) -> int:
+        """Memory of a token in q, k, v and the output."""
+        return 2 * (self.width + self.value_width) * self.dtype.itemsize
 
     @property
     def marked_keys(self) -> int:
@@ -160,8 +168,8 @@ class _Plan:
         sizes = self.sizes
         width = max(sizes["BD"] + 2, sizes["BE"] + sizes["MP"])
         item = self.splits * MARKED_ROWS * width * torch.float32.itemsize
-        rows = self.groups * (self.length + self.num_keys) * self.dtype.itemsize
-        budget = rows * (self.width + self.value_width) * MARKED_MEMORY
+        rows = self.groups * (self.length + self.num_keys) / 2
+        budget = rows * self._bytes_of_row() * MARKED_MEMORY
         wanted = min(MARKED_ITEMS, max(2, int(budget // item)))
         return 1 << (wanted.bit_length() - 1)
 
