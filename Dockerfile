@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # docker build -t scatterbrain .
-# docker run --rm --gpus all -v /path/to/imagenet:/data:ro -v "$PWD/checkpoints:/app/checkpoints" -v "$PWD/logs:/app/logs" \
+# docker run --rm --gpus all --shm-size=8g -v /path/to/imagenet:/data:ro -v "$PWD/checkpoints:/app/checkpoints" -v "$PWD/logs:/app/logs" \
 #     scatterbrain experiment=imagenet-t2tvit-eval model/t2tattn_cfg=sblocal datamodule.data_dir=/data eval.ckpt=...
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 

@@ -43,7 +43,7 @@ from src.tasks.attentions import attention_configs, chosen_attentions, naming, s
 from src.tasks.build import attention_name, build, build_group, build_model, runs_inference_form
 from src.tasks.checkpoints import stop_on_interrupt
 from src.tasks.classification import Classification, Draws, ImageClassification, SeveralClassifications
-from src.tasks.launch import check_common_options, explained, launch
+from src.tasks.launch import WorkersLostError, check_common_options, explained, launch
 from src.tasks.provenance import (
     attention_memory_fraction,
     attention_options,
@@ -309,7 +309,7 @@ def _test(
     try:
         with explained(datamodule.batch_size, "eval.compile" if config.eval.compile else None):
             trainer.test(task, datamodule=datamodule, verbose=False)
-    except RuntimeError as error:
+    except (RuntimeError, WorkersLostError) as error:
         if not unfinished.asked_to_stop:
             raise
         unfinished.save()

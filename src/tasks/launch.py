@@ -37,8 +37,14 @@ logger = logging.getLogger(__name__)
 
 # What seed_everything takes, less room for the seeds of further draws.
 MAX_SEED = 2**31 - 1
+# What torch's loader says where a process of it has gone.
+_LOST_WORKER = "DataLoader worker"
 # What a mode does: its summary, which can be sent from process to process, and the objects it comes from.
 Work = Callable[[DictConfig, Trainer], tuple[Any, Munch]]
+
+
+class WorkersLostError(UserError):
+    """A process that loads images has ended before its time."""
 
 
 def check_common_options(config: DictConfig) -> None:
@@ -163,6 +169,7 @@ def explained(batch_size: int, compiled_by: str | None = None) -> Iterator[None]
 
     Raises:
         UserError: the device ran out of memory, or the compiler failed.
+        WorkersLostError: a process that loads images was killed, or ran out of memory.
         KeyboardInterrupt: after Ctrl-C.
     """
     try:
@@ -174,6 +181,8 @@ def explained(batch_size: int, compiled_by: str | None = None) -> Iterator[None]
     except torch.OutOfMemoryError as error:
         raise UserError(f"The device ran out of memory. Lower datamodule.batch_size (now {batch_size}).") from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and _LOST_WORKER in str(error):
+            raise WorkersLostError(_describe_lost_worker(str(error), batch_size)) from error
         origin = type(error).__module__
         if compiled_by is not None and origin.startswith(("torch._inductor", "torch._dynamo")):
             first_line = str(error).strip().splitlines()[0]
@@ -182,6 +191,16 @@ def explained(batch_size: int, compiled_by: str | None = None) -> Iterator[None]
                 "compiler."
             ) from error
         raise
+
+
+def _describe_lost_worker(message: str, batch_size: int) -> str:
+    told = (
+        f"A process that loads images ended before its work was done ({message.strip().splitlines()[0].rstrip('. ')})"
+    )
+    lower = f"Lower datamodule.num_workers or datamodule.batch_size (now {batch_size})"
+    if "shared memory" in message:
+        return f"{told}. {lower}, or give a container more shared memory: docker run --shm-size=8g."
+    return f"{told}, often for lack of memory. {lower}."
 
 
 def quiet_libraries() -> None:

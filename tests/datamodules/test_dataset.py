@@ -1,11 +1,13 @@
+import io
 import logging
 import os
 import random
 import weakref
 
 import pytest
+import timm.data
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from src.datamodules.dataset import ImageLoader
@@ -213,6 +215,40 @@ def test_any_mode_and_format_is_decoded_to_rgb(tmp_path, name, format, mode):
     image, _, _ = dataset(tmp_path, 1)[0]
     assert image.shape == (3, 16, 20)
     assert torch.equal(image, pil_to_tensor(Image.open(tmp_path / "a" / name).convert("RGB")))
+
+
+def test_rotations_that_a_camera_noted_are_ignored(tmp_path):
+    """As in timm, and so in the published evaluation."""
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(io.BytesIO(encoded())) as image:
+        image.save(tmp_path / "a" / "1.jpg", exif=exif)
+    image, _, _ = dataset(tmp_path, 1)[0]
+    assert image.shape == (3, 16, 20)
+    assert torch.equal(image, pil_to_tensor(timm_image(tmp_path / "a" / "1.jpg")))
+
+
+def timm_image(path):
+    reader = timm.data.ImageDataset(str(path.parents[1]))
+    return next(image for image, _ in reader)
+
+
+def test_an_absurdly_large_image_is_named(tmp_path, monkeypatch):
+    write_images(tmp_path, "a/1.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of 320
+    message = message_of(dataset(tmp_path, 1).__getitem__, 0)
+    assert message.startswith(
+        f"Cannot decode the image {tmp_path / 'a' / '1.png'}: Image size (320 pixels) exceeds limit"
+    )
+
+
+def test_names_that_are_not_ascii(tmp_path):
+    names = ["ä/夜.jpg", "ä/a b,c.jpg", os.fsdecode(b"\xff/1.jpg")]
+    write_images(tmp_path, *names)
+    data = dataset(tmp_path, 2)
+    assert sorted(data.paths) == sorted(names)
+    assert all(data[index][0].shape == (3, 16, 20) for index in range(3))
 
 
 BROKEN = {

@@ -892,14 +892,52 @@ def test_damaged_images_are_named_with_what_holds_them(tmp_path, monkeypatch, co
         message_of(module.test_dataset.decode, position)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(240))
 def test_fuzz(tmp_path, seed):
-    """Whatever is damaged: all eight images are decoded, or one error tells what is wrong."""
+    """Whatever is damaged: all eight images are decoded, or one error tells what is wrong; none is lost in silence."""
     generator = random.Random(seed)
-    layout = [files.original_tar, files.shards, files.tars_of_classes, files.flat][seed % 4]
+    layouts = [files.original_tar, files.shards, files.tars_of_classes, files.flat] + [files.parquet] * (
+        pyarrow is not None
+    )
+    layout = layouts[seed % len(layouts)]
     split = "train" if layout is files.tars_of_classes else generator.choice(["val", "train"])
     layout(tmp_path, split)
-    path = generator.choice(sorted(p for p in tmp_path.rglob("*") if p.suffix in (".tar", ".JPEG", ".mat", ".txt")))
+    suffixes = (".tar", ".JPEG", ".mat", ".txt", ".parquet")
+    path = generator.choice(sorted(p for p in tmp_path.rglob("*") if p.suffix in suffixes))
+    damage_at_random(path, generator)
+    try:
+        listing = listing_of(tmp_path, split)
+        images = [ImageDataset(listing, pil_to_tensor).decode(index) for index in range(len(listing))]
+    except UserError as error:
+        told = str(error)
+    else:
+        assert len(images) == 8
+        assert_right_labels(listing, path)
+        return
+    assert str(tmp_path) in told
+    assert "\n" not in told
+
+    # with images left out, every one that is listed is counted once: evaluated, or skipped with a reason
+    try:
+        listing = listing_of(tmp_path, split)
+        loader = ImageLoader(ImageDataset(listing, pil_to_tensor), batch_size=1, skip=True)
+        evaluated = [int(index) for _, _, indices in loader for index in indices]
+    except UserError as error:
+        told = str(error)
+        # not one image but what holds it
+        evaluated = None
+    if evaluated is None:
+        assert str(tmp_path) in told
+        return
+    assert len(listing) == 8
+    assert_right_labels(listing, path)
+    skipped = {index: reason for lacking in loader.skipped for index, reason in lacking.items()}
+    assert skipped
+    assert all(skipped.values())
+    assert sorted([*evaluated, *skipped]) == list(range(8))
+
+
+def damage_at_random(path, generator):
     data = bytearray(path.read_bytes())
     kind = generator.choice(["bytes", "cut", "zeros", "hole", "noise"])
     at, length = generator.randrange(len(data)), generator.randint(1, 1500)
@@ -914,17 +952,12 @@ def test_fuzz(tmp_path, seed):
         size = len(data[at : at + length])
         data[at : at + length] = bytes(size) if kind == "zeros" else generator.randbytes(size)
     path.write_bytes(data)
-    try:
-        listing = listing_of(tmp_path, split)
-        images = [ImageDataset(listing, pil_to_tensor).decode(index) for index in range(len(listing))]
-    except UserError as error:
-        told = str(error)
-    else:
-        assert len(images) == 8
+
+
+def assert_right_labels(listing, damaged):
+    """The labels are those that were written, unless what was damaged are the labels themselves."""
+    if damaged.suffix != ".parquet":
         assert sorted(listing.targets) == sorted([*files.TARGETS.values()] * 2)
-        return
-    assert str(tmp_path) in told
-    assert "\n" not in told
 
 
 def test_sizes_in_headers_that_lead_astray(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import src.datamodules.dataset as dataset
 import src.tasks.launch as launch
 from src.evaluation.results import read_predictions
 from src.models.t2t_vit import T2TViT, create_t2t_vit
+from src.tasks.classification import Draws
 from src.tasks.evaluate import evaluate
 from src.utils.checkpoint import load_checkpoint
 from src.utils.errors import UserError
@@ -392,3 +395,42 @@ def test_a_compiled_model_on_cuda_sees_every_draw(evaluation, precision):
     tolerance = 1e-4 if precision == "32-true" else 3e-2
     np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=tolerance, atol=tolerance)
     assert not np.array_equal(compiled.task.records.losses[0], compiled.task.records.losses[1])
+
+
+def test_a_process_that_decodes_and_is_killed(evaluation, monkeypatch, tmp_path):
+    decode = dataset.ImageDataset.decode
+    parent = os.getpid()
+
+    def die(self, index):
+        if index == 3 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(self, index)
+
+    monkeypatch.setattr(dataset.ImageDataset, "decode", die)
+    with pytest.raises(UserError) as caught:
+        evaluate(evaluation("t2t_vit_7", datamodule__num_workers=1, datamodule__batch_size=2))
+    message = str(caught.value)
+    assert message.startswith("A process that loads images ended before its work was done (DataLoader worker (pid")
+    assert message.endswith("often for lack of memory. Lower datamodule.num_workers or datamodule.batch_size (now 2).")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_too_little_shared_memory(evaluation, monkeypatch):
+    def fail(self, *batch):
+        raise RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
+            "out of shared memory. Please try to raise your shared memory limit."
+        )
+
+    monkeypatch.setattr(Draws, "step", fail)
+    with pytest.raises(UserError, match="or give a container more shared memory: docker run --shm-size=8g"):
+        evaluate(evaluation("t2t_vit_7"))
+
+
+def test_other_errors_stay_as_they_are(evaluation, monkeypatch):
+    def fail(self, *batch):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Draws, "step", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        evaluate(evaluation("t2t_vit_7"))
