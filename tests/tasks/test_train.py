@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from src.tasks.training import ClassificationTraining
 from src.utils.checkpoint import load_checkpoint
 from src.utils.errors import UserError
 from src.utils.files import sha256_of_file
+from tests.datamodules import layout_files
 from tests.tasks.conftest import NUM_IMAGES, NUM_TRAINING_IMAGES, make_tiny
-from tests.tasks.process_functions import train_in_turn
+from tests.tasks.process_functions import images_of_training, train_in_turn
 from tests.tasks.setup import (
     CONFIG_DIR,
     IMAGE_SIZE,
@@ -573,6 +575,25 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
     last = at_once.history[-1]
     assert results.top1 == pytest.approx(last["val_top1"], rel=1e-6)
     assert results.loss == pytest.approx(last["val_loss"], rel=1e-6)
+
+
+def test_processes_share_the_shards_without_repeats(tmp_path):
+    """Three processes, each with an image a step: over three passes, every image comes three times, shard by shard."""
+    for split in ("train", "val"):
+        layout_files.shards(tmp_path / "data", split)
+    options = {"trainer__devices": 3, "datamodule__batch_size": 1, "datamodule__passes_per_epoch": 3}
+    options |= {"datamodule__shuffle_shards": 1, "train__epochs": 1, "model__num_classes": 1000}
+    options |= {"datamodule__augmentation__mixup_prob": 0, "scheduler__warmup_epochs": 0}  # of pairs of images
+    config = compose_config(training_overrides(tmp_path / "data", **options), tmp_path / "run")
+    parts = run_processes(images_of_training, 3, OmegaConf.to_container(config, resolve=True))
+    steps = [image for step in zip(*parts, strict=True) for image in step]
+    assert len(steps) == 3 * 8
+    for number in range(3):
+        one_pass = steps[8 * number : 8 * number + 8]
+        assert len(set(one_pass)) == 8
+        shards = [name.split("/")[0] for name, _ in one_pass]
+        assert len(set(shards)) == 1 + sum(a != b for a, b in pairwise(shards)) == 3
+    assert sorted({target for _, target in steps}) == sorted(layout_files.TARGETS.values())
 
 
 def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path, capfd):
