@@ -28,7 +28,7 @@ $(STAMP): requirements.txt $(CONSTRAINTS)
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
 lint: setup
 	$(BIN)/ruff check .
