@@ -689,7 +689,7 @@ def growth(bench: Bench) -> Iterator[dict[str, str | int | float]]:
 
 
 def rounds(item: Measurement) -> list[float]:
-    """Times to take the growth from: those of the device where known, or short sequences would show the host's."""
+    """Times for growth and figure: those of the device where known, or short sequences would show the host's."""
     return item.milliseconds_per_round if item.device_milliseconds is None else [item.device_milliseconds]
 
 
@@ -778,7 +778,7 @@ def colour(name: str) -> str:
 
 
 def plot(bench: Bench, path: str) -> None:
-    """Time against length, one panel for each pass.
+    """Time against length, one panel for each pass; the device's where that is known.
 
     Raises:
         UserError: the path cannot be written, or its suffix names no format.
@@ -801,10 +801,12 @@ def plot(bench: Bench, path: str) -> None:
                 # at the length that the sizes come from, the attention itself is the point
                 line += [x for x in rows if x.length == bench.growth_length and x.name == name.split(" as at ")[0]]
                 line.sort(key=lambda item: item.length)
-            values = [item.milliseconds for item in line]
+            values = [statistics.median(rounds(item)) for item in line]
             style = {"marker": marker, "linestyle": dashes, "color": colour(name)}
             axis.plot([item.length for item in line], values, label=name, **style)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel="milliseconds", title=attention_pass)
+        of_device = any(item.device_milliseconds is not None for item in rows)
+        unit = "milliseconds of the device" if of_device else "milliseconds"
+        axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=unit, title=attention_pass)
         axis.set_xticks(arguments.lengths, [str(length) for length in arguments.lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

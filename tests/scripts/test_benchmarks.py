@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +224,45 @@ def test_peers_compute_what_they_are_compared_with(name):
     options = {"local_context": 9} if name == "local" else {"local_context": 9, "nb_features": 12}
     ours = benchmark.create_attention(name, 70, 16, **options)(query, key, value)[0]
     torch.testing.assert_close(peer.function(query, key, value), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device_times", "drawn", "unit"),
+    [((None, None), [3.0, 5.0], "milliseconds"), ((0.5, 2.0), [0.5, 2.0], "milliseconds of the device")],
+)
+def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch, device_times, drawn, unit):
+    made = [
+        benchmark.Measurement(
+            *(
+                "full",
+                "attention",
+                length,
+                "forward",
+                0,
+                0,
+                {},
+                1.0,
+                0,
+                1,
+                slow,
+                slow,
+                1.0,
+                of_device,
+                [slow, slow, 9.0],
+            )
+        )
+        for length, slow, of_device in zip((64, 128), (3.0, 5.0), device_times, strict=True)
+    ]
+    arguments = SimpleNamespace(passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1)
+    bench = SimpleNamespace(
+        arguments=arguments, measurements=made, growth_length=64, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    figures = []
+    monkeypatch.setattr(benchmark, "save_figure", lambda figure, path: figures.append(figure))
+    benchmark.plot(bench, "times.png")
+    (axis,) = figures[0].axes
+    assert axis.get_lines()[0].get_ydata().tolist() == drawn
+    assert axis.get_ylabel() == unit
 
 
 def test_large_matrices_are_left_out_and_named(tmp_path, capsys):
