@@ -27,10 +27,13 @@ class ClassificationDataModule(pl.LightningDataModule):
 
     Attributes:
         normalise: from images in [0, 255] to what the model takes.
+        on_error: what an evaluation does about an image that cannot be decoded, `"raise"` or `"skip"`.
 
     Raises:
         UserError: a value that is not valid; the message names the option.
     """
+
+    on_error: str = "raise"
 
     def __init__(
         self,

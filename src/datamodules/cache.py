@@ -35,7 +35,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.datamodules.dataset import ImageDataset, ImageError, ImageLoader, empty_batch
 from src.utils.errors import UserError
-from src.utils.files import write_json
+from src.utils.files import name_for_json, write_json
 from src.utils.scripts import progress_display
 
 FORMAT = 1
@@ -244,20 +244,23 @@ class DecodedCache:
     def _check_holes(self, folder: Path) -> None:
         """Refuse holes, except for images that have come to be intact."""
         try:
-            checksums = np.fromfile(folder / CHECKSUMS_FILE, _CHECKSUM)
+            holes = self._holes(folder)
         except OSError:  # which is told where the entry is opened
             return
-        for position in np.flatnonzero(checksums == _checksum_of_hole(self.bytes_per_image)).tolist():
+        for position in holes:
             if position < len(self.dataset):
                 self.dataset.decode(position)
 
+    def _holes(self, folder: Path) -> list[int]:
+        """Positions of the images that are not there."""
+        checksums = np.fromfile(folder / CHECKSUMS_FILE, _CHECKSUM)
+        return np.flatnonzero(checksums == _checksum_of_hole(self.bytes_per_image)).tolist()
+
     def _tell_holes(self) -> None:
         """Add the names of the images that are not there to what the entry tells people."""
-        checksums = np.fromfile(self.unfinished / CHECKSUMS_FILE, _CHECKSUM)
-        holes = np.flatnonzero(checksums == _checksum_of_hole(self.bytes_per_image)).tolist()
+        holes = self._holes(self.unfinished)
         if holes:
-            # JSON has no bytes, which a name may hold
-            names = [os.fsencode(self.dataset.paths[hole]).decode(errors="backslashreplace") for hole in holes]
+            names = [name_for_json(self.dataset.paths[hole]) for hole in holes]
             write_json(self.unfinished / ENTRY_FILE, {**self.description, "not_decoded": names})
 
     def _check_space(self, done: int, console: Console) -> None:
@@ -637,12 +640,12 @@ class CachedImages(Dataset):
 
 
 class _Reading:
-    """A batch of a cache that is being read: in parts, by the threads of a pool, or here and now.
+    """A batch of a cache that is being read: in parts, by the threads of a pool, or by whoever finishes it.
 
     Args:
         source: the cache's images.
         indices: (B,) positions in [0, N).
-        pool: threads; None reads in this one.
+        pool: threads; None reads in `finish`.
         pin_memory: have the images in page-locked memory, from which they travel to a device while it computes.
     """
 
@@ -659,17 +662,17 @@ class _Reading:
             len(self._positions), *source.shape[1:], dtype=torch.uint8, pin_memory=pin_memory and len(indices) > 0
         )
         positions, images = self._positions.numpy(), self._images.numpy()
+        # what each part lacks, for `finish` to ask for
+        self._parts: list[Callable[[], dict[int, ImageError]]]
         if pool is None:
-            self._lacking = [source.read(positions, images)]
+            self._parts = [functools.partial(source.read, positions, images)]
         else:
             parts = [slice(begin, begin + _PART_SIZE) for begin in range(0, len(positions), _PART_SIZE)]
-            self._parts = [pool.submit(source.read, positions[part], images[part]) for part in parts]
-            self._lacking = None
+            self._parts = [pool.submit(source.read, positions[part], images[part]).result for part in parts]
 
     def finish(self, skipped: dict[int, str] | None) -> list[torch.Tensor]:
         """The batch once it has been read; arguments, result and errors as those of `CachedImages.batch`."""
-        parts = [part.result() for part in self._parts] if self._lacking is None else self._lacking
-        lacking = {index: error for part in parts for index, error in part.items()}
+        lacking = {index: error for part in self._parts for index, error in part().items()}
         images, positions = self._images, self._positions
         if lacking:
             if skipped is None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from src.evaluation.published import PublishedFigure, published_top1
 from src.utils.errors import UserError
-from src.utils.files import atomic_write, write_json
+from src.utils.files import atomic_write, name_for_json, write_json
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"
@@ -316,11 +316,7 @@ def skipped_info(skipped: Mapping[str | os.PathLike[str], str]) -> SkippedInfo:
         skipped: path relative to the split's folder, to the reason.
     """
     reasons = {PurePosixPath(Path(path).as_posix()): reason for path, reason in skipped.items()}
-    # JSON has no bytes: of a name that is not UTF-8, those that are not become \\x.. in it
-    images = {
-        os.fsencode(path).decode(errors="backslashreplace"): reasons[path]
-        for path in sorted(reasons, key=lambda path: path.parts)
-    }
+    images = {name_for_json(path): reasons[path] for path in sorted(reasons, key=lambda path: path.parts)}
     return SkippedInfo(number=len(images), images=images)
 
 

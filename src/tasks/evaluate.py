@@ -347,7 +347,7 @@ def _with_skipped(
     provenance: dict[str, Any], datamodule: ImageFolderDataModule | SyntheticDataModule, task: Classification
 ) -> dict[str, Any]:
     """Where the figures come from, once it is known which images they are not of."""
-    if getattr(datamodule, "on_error", "raise") == "raise":
+    if datamodule.on_error == "raise":
         return provenance
     data = {**provenance["data"], "num_images": task.num_images - len(task.skipped)}
     return {**provenance, "data": data, "skipped": skipped_info(_skipped_names(datamodule, task))}
@@ -434,7 +434,7 @@ def _unfinished(
     unfinished = UnfinishedEvaluation(
         config.paths.output_dir, description, circumstances, trainer.global_rank, config.eval.save_seconds
     )
-    if unfinished.skipped and getattr(datamodule, "on_error", "raise") == "raise":
+    if unfinished.skipped and datamodule.on_error == "raise":
         skipped = {dataset.paths[index]: reason for index, reason in unfinished.skipped.items()}
         raise UserError(
             f"{config.paths.output_dir} holds an unfinished evaluation that left out {len(skipped)} images, which "
@@ -503,7 +503,7 @@ def _provenance(
 
 def _full_batch(trainer: Trainer, datamodule: ImageFolderDataModule | SyntheticDataModule) -> int | None:
     """Images of a full batch where any batch, the first one too, may lack some; None where the first one is full."""
-    if getattr(datamodule, "on_error", "raise") == "raise":
+    if datamodule.on_error == "raise":
         return None
     return min(datamodule.batch_size, -(-len(datamodule.test_dataset) // trainer.world_size))
 

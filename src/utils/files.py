@@ -78,6 +78,11 @@ def atomic_write(
         raise
 
 
+def name_for_json(path: str | os.PathLike[str]) -> str:
+    r"""A file's name as text, which JSON is made of: bytes of it that are not UTF-8 become \x.. in it."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write one object as JSON, through `atomic_write`.
 
