@@ -68,6 +68,14 @@ def overlapped(device: torch.device) -> dict[str, bool]:
     return {"OVERLAP": True, "launch_pdl": True} if overlaps_launches(device) else {"OVERLAP": False}
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device, for kernels whose programs stay and go from one piece of work to the next."""
+    if device.type != "cuda":
+        return 3  # Triton's interpreter, for tests: programs that have several pieces, and not equally many
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def device_of(x: torch.Tensor) -> AbstractContextManager:
     """Context in which Triton launches on the device of `x`; nothing where that is the current one, or the CPU."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

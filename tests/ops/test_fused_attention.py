@@ -137,17 +137,18 @@ def test_on_gpu(name, case):
     compare(name, case, "cuda")
 
 
-def adversarial(device: str, dtype: torch.dtype, length: int = 100) -> tuple[list[torch.Tensor], int]:
-    """Queries and keys along a row of the features: their estimate exceeds the exact weight many times over."""
+def adversarial(device: str, dtype: torch.dtype, batch: int = 1, length: int = 100) -> tuple[list[torch.Tensor], int]:
+    """Queries and keys along rows of the features, in the last sequence: estimates far exceed the exact weights."""
     width, window = 16, 9
     rows = torch.randn(3, width)
     rows *= 6 / rows.norm(dim=1, keepdim=True)
-    query, key = torch.randn(2, 1, 1, length, width) * 0.3
+    query, key = torch.randn(2, batch, 1, length, width) * 0.3
     # where sqrt(s) (q + k) = w, the estimate is exp(|w|^2 / 2) times the exact weight
-    along = rows[0] / 2 * width**0.25
-    query[0, 0, 20:24] += along
-    key[0, 0, 20:24] += along
-    value = torch.randn(1, 1, length, width)
+    for row, first in ((0, 20), (1, 70)):
+        along = rows[row] / 2 * width**0.25
+        query[-1, 0, first : first + 4] += along
+        key[-1, 0, first : first + 4] += along
+    value = torch.randn(batch, 1, length, width)
     return [x.to(device, dtype) for x in (query, key, value, rows)], window
 
 
@@ -160,21 +161,25 @@ def adversarial(device: str, dtype: torch.dtype, length: int = 100) -> tuple[lis
         pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
-@pytest.mark.parametrize(("length", "items"), [(100, 64), (200, 64), (100, 1)], ids=["7 parts", "13 parts", "whole"])
-def test_windows_whose_estimates_outweigh_all_else(device, dtype, length, items, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "length", "parts"),
+    [(2, 100, 512), (1, 260, 512), (1, 100, 8), (1, 100, 2)],
+    ids=["7 parts", "17 parts", "parts of several steps", "whole"],
+)
+def test_windows_whose_estimates_outweigh_all_else(device, dtype, batch, length, parts, monkeypatch):
     operator_module = pytest.importorskip("src.ops.fused.operator")
     # float32 would bear more before it marks a tile
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT", 4.0)
     # several parts for the keys of a marked tile, in the second case more than are brought together at a time; or
-    # memory for the parts of one tile only, which is not enough
-    monkeypatch.setattr(operator_module, "MARKED_ITEMS", items)
-    for name in ("MARKED_SHARE", "MARKED_SHARE_OF_MANY", "MARKED_KEYS", "MARKED_KEYS_WIDE"):
+    # memory for so few that each part has several steps, or that there is one for each tile
+    monkeypatch.setattr(operator_module, "MARKED_PARTS", parts)
+    for name in ("MARKED_KEYS", "MARKED_KEYS_WIDE"):
         monkeypatch.setattr(operator_module, name, 16)
     monkeypatch.setattr(operator_module, "MARKED_MEMORY", 10.0)
-    (query, key, value, rows), window = adversarial(device, dtype, length)
+    (query, key, value, rows), window = adversarial(device, dtype, batch, length)
     marked = operator_module.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
-    assert 0 < int(marked.sum()) < marked.numel()
+    assert marked.sum(1).tolist() == [0] * (batch - 1) + [2]
 
     operator = OPERATORS["scatterbrain"]
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
@@ -381,8 +386,8 @@ def test_memory_of_sums_and_marked_tiles(batch, length):
         plan = operator_module._Plan(tensor, tensor, tensor, rows, None, 49, 0.125, True, False)
     norms = batch * length * 4
     sums = batch * plan.key_chunks * (64 * 32 + 2 * 32) * 4
-    marked = plan.items * plan.splits * operator_module.MARKED_ROWS * (64 + 2) * 4
-    assert plan.items > 0
+    marked = plan.num_parts * operator_module.MARKED_ROWS * (64 + 2) * 4
+    assert plan.num_parts > 1
     assert norms + max(sums, marked) < 0.05 * 4 * 2 * tensor.numel()
 
 

@@ -359,7 +359,7 @@ def persistent_runs(monkeypatch):
     if DEVICE == "cuda" and not persistent._has_copy_engine(torch.device(DEVICE)):
         pytest.skip("needs a Hopper GPU")
     monkeypatch.setattr(persistent, "_has_copy_engine", lambda device: True)
-    for name, value in {"MIN_ROWS": 16, "ROWS": 64, "COLUMNS": 64, "INNER": 32}.items():
+    for name, value in {"MIN_ROWS": 16, "ROWS": 64, "COLUMNS": 64, "INNER": 32, "PROGRAMS": 1}.items():
         monkeypatch.setattr(persistent, name, value)
     sizes = []
 

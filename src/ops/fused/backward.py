@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from src.ops.fused.pairs import PARTS_AT_A_TIME, marked_item
+from src.ops.fused.pairs import marked_item, splits_of_keys, sum_of_parts
 from src.ops.fused.parts import (
     FLOOR,
     group_offset,
@@ -329,13 +329,13 @@ def marked_query_gradient_kernel(
     normaliser_pointer,
     delta_pointer,
     marked_list_pointer,  # (1 + G tiles,) see `attention_kernel`
-    arrivals_pointer,  # (items,) zero before
-    dq_part_pointer,  # (items, SPLITS, BM, BE)
-    d_logs_part_pointer,  # (items, SPLITS, BM, MP)
+    arrivals_pointer,  # (parts / 2,) zero before
+    dq_part_pointer,  # (parts, BM, BE)
+    d_logs_part_pointer,  # (parts, BM, MP)
     heads,
     num_queries,
     num_keys,
-    items,
+    num_parts,
     q_batch,
     q_head,
     q_row,
@@ -367,7 +367,7 @@ def marked_query_gradient_kernel(
     RIGHT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     MARK_ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -378,7 +378,7 @@ def marked_query_gradient_kernel(
     follow(OVERLAP, False)
     subtiles: tl.constexpr = MARK_ROWS // BM
     num_items = tl.load(marked_list_pointer) * subtiles
-    splits = tl.where(num_items <= items, SPLITS, 1)
+    splits = splits_of_keys(num_items, num_parts, MAX_SPLITS)
     unit = tl.program_id(0)
     if unit >= num_items * splits:
         return
@@ -438,29 +438,14 @@ def marked_query_gradient_kernel(
         )
         last = splits == 1
         if splits > 1:
-            rows = (item * SPLITS + split) * BM + r
+            rows = unit * BM + r
             tl.store(dq_part_pointer + rows[:, None] * BE + e[None, :], dq)
             tl.store(d_logs_part_pointer + rows[:, None] * MP + f[None, :], d_logs)
             tl.debug_barrier()
             last = tl.atomic_add(arrivals_pointer + item, 1) == splits - 1
             if last:
-                dq = tl.zeros((BM, BE), tl.float32)
-                d_logs = tl.zeros((BM, MP), tl.float32)
-                start = 0
-                while start < SPLITS:
-                    s = start + tl.arange(0, PARTS_AT_A_TIME)
-                    exists = (s < SPLITS)[:, None, None]
-                    row = ((item * SPLITS + s)[:, None] * BM + r[None, :])[:, :, None]
-                    # `.cg`: what others wrote is not in this processor's own cache
-                    dq_parts = tl.load(
-                        dq_part_pointer + row * BE + e[None, None, :], mask=exists, other=0.0, cache_modifier=".cg"
-                    )
-                    dq += tl.sum(dq_parts, 0)
-                    d_logs_parts = tl.load(
-                        d_logs_part_pointer + row * MP + f[None, None, :], mask=exists, other=0.0, cache_modifier=".cg"
-                    )
-                    d_logs += tl.sum(d_logs_parts, 0)
-                    start += PARTS_AT_A_TIME
+                dq = sum_of_parts(dq_part_pointer, item * splits, splits, e, BM, BE)
+                d_logs = sum_of_parts(d_logs_part_pointer, item * splits, splits, f, BM, MP)
         if last:
             dq = gradient_of_log_features(
                 q,
@@ -561,7 +546,6 @@ def key_gradient_kernel(
     normaliser_pointer,
     delta_pointer,
     marked_pointer,
-    any_marked_pointer,
     heads,
     num_queries,
     num_keys,
@@ -762,7 +746,7 @@ def marked_key_gradient_kernel(
     normaliser_pointer,
     delta_pointer,
     marked_pointer,
-    any_marked_pointer,
+    marked_sequences_pointer,  # (1 + 2 G,) see `attention_kernel`
     heads,
     num_queries,
     num_keys,
@@ -808,31 +792,31 @@ def marked_key_gradient_kernel(
 ):
     """What marked queries add to the gradients of all keys, from pairs. Nearly always there are none."""
     follow(OVERLAP, False)
-    group = tl.program_id(1)
-    if tl.load(any_marked_pointer + group) == 0:
+    num_tiles = (num_keys + BN - 1) // BN
+    units = tl.load(marked_sequences_pointer) * num_tiles
+    unit = tl.program_id(0)
+    if unit >= units:
         return
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
     f = tl.arange(0, MP)
-    end = num_keys
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
-    q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
-    k_base = k_pointer + group_offset(group, heads, k_batch, k_head)
-    v_base = v_pointer + group_offset(group, heads, v_batch, v_head)
-    g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
-    dk_base = dk_pointer + group_offset(group, heads, dk_batch, dk_head)
-    dv_base = dv_pointer + group_offset(group, heads, dv_batch, dv_head)
-    row_base = group.to(tl.int64) * num_queries
     num_marks = (num_queries + MARK_ROWS - 1) // MARK_ROWS
-    num_tiles = (end + BN - 1) // BN
     projection = load_projection(projection_pointer, E, BE, R, M, MP)
-    tile = tl.program_id(0)
-    while tile < num_tiles:
+    while unit < units:
+        group = tl.load(marked_sequences_pointer + 1 + unit // num_tiles)
+        tile = unit % num_tiles
+        end = num_keys
+        if HAS_LENGTHS:
+            end = tl.minimum(tl.load(lengths_pointer + group // heads).to(tl.int32), num_keys)
+        q_base = q_pointer + group_offset(group, heads, q_batch, q_head)
+        g_base = g_pointer + group_offset(group, heads, g_batch, g_head)
+        dk_base = dk_pointer + group_offset(group, heads, dk_batch, dk_head)
+        dv_base = dv_pointer + group_offset(group, heads, dv_batch, dv_head)
+        row_base = group.to(tl.int64) * num_queries
         j = tile * BN + tl.arange(0, BN)
         exists = j < end
-        k = load_rows(k_base, j, exists, k_row, e, E, BE, True)
-        v = load_rows(v_base, j, exists, v_row, d, D, BD, True)
+        k = load_rows(k_pointer + group_offset(group, heads, k_batch, k_head), j, exists, k_row, e, E, BE, True)
+        v = load_rows(v_pointer + group_offset(group, heads, v_batch, v_head), j, exists, v_row, d, D, BD, True)
         logs = log_features(k, half_norms(k, half_scale), projection, slope, PRECISION)
         features, key_level = normalised(tl.where((f < M)[None, :], logs, FLOOR))
         dk = tl.zeros((BN, BE), tl.float32)
@@ -896,4 +880,4 @@ def marked_key_gradient_kernel(
         dv += load_rows(dv_base, j, exists, dv_row, d, D, BD, True).to(tl.float32)
         store_rows(dk_base, dk, j, exists, dk_row, e, E)
         store_rows(dv_base, dv, j, exists, dv_row, d, D)
-        tile += tl.num_programs(0)
+        unit += tl.num_programs(0)

@@ -109,7 +109,9 @@ def attention_kernel(
     norm_pointer,  # (G, S) `half_norms` of the keys, for a low-rank part with a window
     normaliser_pointer,  # (G, T) log normaliser of each query, with STATISTICS
     marked_pointer,  # (G, tiles) int8, 1 where digits were lost
-    any_marked_pointer,  # (G,) int32, 1 where a tile of the sequence is marked; zero before
+    # (1 + 2 G,) int32, sequences with a marked tile: their number, which, in any order, and of each sequence whether it
+    # has one; number and flags zero before
+    marked_sequences_pointer,
     marked_list_pointer,  # (1 + G tiles,) int32, number of marked tiles and which, in any order; zero before
     heads,
     num_queries,
@@ -294,4 +296,8 @@ def attention_kernel(
             tl.store(marked_list_pointer + 1 + place, group * num_tiles + tile, mask=mark > 0)
             any_mark = tl.maximum(any_mark, mark)
     if LOW_RANK and WINDOW_TILES > 0:
-        tl.atomic_max(any_marked_pointer + group, any_mark, mask=any_mark > 0)
+        sequences = tl.num_programs(1)
+        before = tl.atomic_max(marked_sequences_pointer + 1 + sequences + group, any_mark, mask=any_mark > 0)
+        first = (any_mark > 0) & (before == 0)
+        place = tl.atomic_add(marked_sequences_pointer, 1, mask=first)
+        tl.store(marked_sequences_pointer + 1 + place, group, mask=first)

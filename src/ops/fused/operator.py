@@ -23,7 +23,7 @@ from src.ops.fused.forward import attention_kernel
 from src.ops.fused.pairs import causal_kernel, marked_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
 from src.ops.fused.tiles import Tiles, tiles_for
-from src.ops.triton_functions import device_of, overlapped, precision_of_products
+from src.ops.triton_functions import device_of, multiprocessors, overlapped, precision_of_products
 from src.ops.windows import window_bounds
 
 LOG2E = math.log2(math.e)
@@ -37,15 +37,15 @@ COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 # The same for many chunks. More than so many take no more than this part of the memory of q, k, v and the output.
 CHUNKS_MEMORY = 1 / 32
 MANY_CHUNKS, COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS = 64, 2, 128
-# Programs of the kernels for marked tiles, over all sequences: nearly always they find nothing to do, at once.
-PAIRS_PROGRAMS = 528
+# Programs of the kernels for marked tiles on a multiprocessor, for queries and for keys: as many as there is room for.
+# Nearly always they find nothing to do, at once.
+MARKED_PROGRAMS, MARKED_KEY_PROGRAMS = 1, 2
 # Queries and keys of a step, and warps for marked tiles. Rows divide those of the marks.
 MARKED_ROWS, MARKED_KEYS, MARKED_WARPS = 16, 128, 8
-# The keys of a marked tile are split into parts of so many, each with a program, and into so many parts at most. To
-# bring more than 8 parts together takes longer than a second step in each.
-MARKED_SHARE, MARKED_SHARE_OF_MANY, MARKED_SPLITS = 128, 256, 64
-# Memory for the parts: this many tiles at most, and this part of the memory of q, k, v and the output.
-MARKED_ITEMS, MARKED_MEMORY = 64, 1 / 50
+# The keys of a marked tile are split into so many parts at most, each with a program, and not into less than a step.
+MARKED_SPLITS = 64
+# Parts of all marked tiles at most, and the most memory for them, of that of q, k, v and the output.
+MARKED_PARTS, MARKED_MEMORY = 512, 1 / 50
 # The same where a tile of many keys does not fit.
 MARKED_KEYS_WIDE = 32
 # Keys of a tile of their own gradient, and warps.
@@ -150,32 +150,25 @@ class _Plan:
         narrow = self.dtype.itemsize == 2 and max(self.width, self.value_width, self.padded_features) <= 64
         return MARKED_KEYS if narrow else MARKED_KEYS_WIDE
 
-    def pairs_programs(self, tiles: int) -> int:
-        """Programs of one sequence for the marked tiles of all."""
-        return min(tiles, max(1, PAIRS_PROGRAMS // self.groups))
-
     @property
     def splits(self) -> int:
-        """Parts that the keys of a marked tile are split into."""
-        share = MARKED_SHARE if self.num_keys <= 8 * MARKED_SHARE else MARKED_SHARE_OF_MANY
-        return min(MARKED_SPLITS, -(-self.num_keys // share))
+        """Parts that the keys of a marked tile are split into at most."""
+        return min(MARKED_SPLITS, -(-self.num_keys // self.marked_keys))
 
     @property
-    def items(self) -> int:
-        """Marked tiles of MARKED_ROWS queries that there is memory for, in parts: a power of two; 0 without marks."""
+    def num_parts(self) -> int:
+        """Parts of marked tiles, of MARKED_ROWS queries each, that there is memory for: a power of two, 0 for none."""
         if not self.marks:
             return 0
         sizes = self.sizes
-        width = max(sizes["BD"] + 2, sizes["BE"] + sizes["MP"])
-        item = self.splits * MARKED_ROWS * width * torch.float32.itemsize
+        part = MARKED_ROWS * max(sizes["BD"] + 2, sizes["BE"] + sizes["MP"]) * torch.float32.itemsize
         rows = self.groups * (self.length + self.num_keys) / 2
-        budget = rows * self._bytes_of_row() * MARKED_MEMORY
-        wanted = min(MARKED_ITEMS, max(2, int(budget // item)))
-        return 1 << (wanted.bit_length() - 1)
+        affordable = int(rows * self._bytes_of_row() * MARKED_MEMORY) // part
+        return 1 << (min(MARKED_PARTS, max(2, affordable)).bit_length() - 1)
 
     def arrivals(self) -> torch.Tensor:
-        """Memory in which the parts of each marked tile are counted."""
-        return self.empty(self.items, dtype=torch.int32)
+        """Memory in which the parts of each marked tile are counted; a tile that is split has two at least."""
+        return self.empty(self.num_parts // 2, dtype=torch.int32)
 
     def window_tiles(self, rows: int, others: int) -> int:
         """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
@@ -201,7 +194,7 @@ class _Plan:
         y: torch.Tensor,
         chunk: int,
         chunks: int,
-        any_marked: torch.Tensor,
+        marked_sequences: torch.Tensor,
         marked_list: torch.Tensor,
         arrivals: torch.Tensor,
         backward: dict[str, torch.Tensor] | None = None,
@@ -215,9 +208,9 @@ class _Plan:
             y: values, or gradients of the output.
             chunk: rows of a chunk.
             chunks: number of chunks.
-            any_marked: (G,), see the kernels.
+            marked_sequences: (1 + 2 G,), see the kernels.
             marked_list: (1 + G tiles,), see the kernels.
-            arrivals: (items,), see the kernels.
+            arrivals: (parts / 2,), see the kernels.
             backward: for queries, `out`, `normaliser`, `delta` (written), `marked`.
         """
         tiles, features, padded = self.tiles, self.padded_features, self.sizes["BD"]
@@ -248,7 +241,7 @@ class _Plan:
             backward["delta"] if queries else weight,
             norms,
             backward["marked"] if queries else weight,
-            any_marked,
+            marked_sequences,
             marked_list,
             arrivals,
             *parts,
@@ -270,7 +263,7 @@ class _Plan:
             LOG_M=self.log_m,
             MARKS=self.marks,
             MARK_ROWS=tiles.query_rows,
-            ITEMS=self.items,
+            ARRIVALS=arrivals.numel(),
             FINAL=final,
             PRECISION=self.precision,
             STAGES=tiles.sum_stages,
@@ -306,11 +299,11 @@ class _Plan:
         return -(-self.length // self.tiles.query_rows)
 
     def mark_memory(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Memory for marks (G, tiles), whether a sequence has any (G,), and the list of them (1 + G tiles,)."""
+        """Memory for marks (G, tiles), sequences with any (1 + 2 G,), and the list of marks (1 + G tiles,)."""
         tiles = self.groups * self.num_marks
         return (
             self.empty(self.groups, self.num_marks if self.marks else 0, dtype=torch.int8),
-            self.empty(self.groups, dtype=torch.int32),
+            self.empty(1 + 2 * self.groups if self.marks else 0, dtype=torch.int32),
             self.empty(1 + tiles if self.marks else 0, dtype=torch.int32),
         )
 
@@ -380,19 +373,19 @@ def run_forward(
 
     Returns:
         Output (B, H, T, D), and what the backward pass needs, empty without `statistics`: normalisers (G, T) in log2,
-        marks (G, tiles), whether a sequence has any (G,), their list (1 + G tiles,), sums over keys, log weights and
+        marks (G, tiles), sequences with any (1 + 2 G,), their list (1 + G tiles,), sums over keys, log weights and
         the keys' norms, see `src.ops.fused.sums`.
     """
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
     out = _like(query, plan.value_width)
     normaliser = plan.empty(groups, plan.length) if statistics else plan.empty(0)
-    marked, any_marked, marked_list = plan.mark_memory()  # zeroed by the sums, where they are wanted
+    marked, marked_sequences, marked_list = plan.mark_memory()  # zeroed by the sums, where they are wanted
     arrivals = plan.arrivals()
     mean, weight, norms = plan.empty(0), plan.empty(0), plan.empty(0)
     if plan.low_rank:
         mean, weight, _, norms = plan.sums(
-            key, value, plan.key_chunk, plan.key_chunks, any_marked, marked_list, arrivals
+            key, value, plan.key_chunk, plan.key_chunks, marked_sequences, marked_list, arrivals
         )
     tensors = (query, key, value, out, plan.projection, plan.key_lengths, mean, weight, norms, normaliser)
     strides = [x for tensor in (query, key, value, out) for x in tensor.stride()[:3]]
@@ -401,7 +394,7 @@ def run_forward(
         window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
         attention_kernel[(-(-tiles_in_all // tiles.query_tiles), groups)](
             *tensors,
-            *(marked, any_marked, marked_list),
+            *(marked, marked_sequences, marked_list),
             plan.heads,
             plan.length,
             plan.num_keys,
@@ -441,25 +434,25 @@ def run_forward(
             **plan.overlapped,
         )
     if plan.marks:
-        parts = (plan.items, plan.splits, MARKED_ROWS)
-        marked_kernel[(PAIRS_PROGRAMS,)](
+        parts = (plan.num_parts, MARKED_ROWS)
+        marked_kernel[(MARKED_PROGRAMS * multiprocessors(plan.device),)](
             *(query, key, value, out, plan.projection, plan.key_lengths, normaliser),
             *(marked_list, arrivals, plan.empty(*parts, plan.sizes["BD"]), plan.empty(2, *parts)),
-            *(plan.heads, plan.length, plan.num_keys, plan.items),
+            *(plan.heads, plan.length, plan.num_keys, plan.num_parts),
             *strides,
             *plan.scales,
             plan.log_m,
             **common,
             BM=MARKED_ROWS,
             BN=plan.marked_keys,
-            SPLITS=plan.splits,
+            MAX_SPLITS=plan.splits,
             MARK_ROWS=tiles.query_rows,
             num_warps=MARKED_WARPS,
             **plan.overlapped,
         )
     if not statistics:
         return out, *plan.no_statistics()
-    return out, normaliser, marked, any_marked, marked_list, mean, weight, norms
+    return out, normaliser, marked, marked_sequences, marked_list, mean, weight, norms
 
 
 fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_forward, mutates_args=())
@@ -490,7 +483,7 @@ def run_backward(
     out: torch.Tensor,
     normaliser: torch.Tensor,
     marked: torch.Tensor,
-    any_marked: torch.Tensor,
+    marked_sequences: torch.Tensor,
     marked_list: torch.Tensor,
     key_mean: torch.Tensor,
     key_weight: torch.Tensor,
@@ -509,7 +502,7 @@ def run_backward(
     if plan.low_rank:
         kept = {"out": out, "normaliser": normaliser, "delta": delta, "marked": marked}
         mean, weight, extra, norms = plan.sums(
-            query, gradient, plan.query_chunk, plan.query_chunks, any_marked, marked_list, arrivals, kept
+            query, gradient, plan.query_chunk, plan.query_chunks, marked_sequences, marked_list, arrivals, kept
         )
     else:
         delta_kernel[(-(-plan.length // 64), groups)](
@@ -549,25 +542,25 @@ def run_backward(
     )
     of_pairs = {name: value for name, value in common.items() if name not in ("IS_CAUSAL", "LOW_RANK")}
     if plan.marks:
-        parts = (plan.items, plan.splits, MARKED_ROWS)
-        marked_query_gradient_kernel[(PAIRS_PROGRAMS,)](
+        parts = (plan.num_parts, MARKED_ROWS)
+        marked_query_gradient_kernel[(MARKED_PROGRAMS * multiprocessors(plan.device),)](
             *of_queries,
             *(normaliser, delta, marked_list, arrivals),
             *(plan.empty(*parts, plan.sizes["BE"]), plan.empty(*parts, plan.padded_features)),
             *lengths,
-            plan.items,
+            plan.num_parts,
             *numbers,
             **of_pairs,
             BM=MARKED_ROWS,
             BN=plan.marked_keys,
-            SPLITS=plan.splits,
+            MAX_SPLITS=plan.splits,
             MARK_ROWS=tiles.query_rows,
             num_warps=MARKED_WARPS,
             **plan.overlapped,
         )
     key_tiles = -(-plan.num_keys // tiles.dk_rows)
     tensors = (query, key, value, gradient, d_key, d_value, plan.projection, plan.key_lengths)
-    statistics = (normaliser, delta, marked, any_marked)
+    statistics = (normaliser, delta, marked)
     numbers = (*strides, *d_key.stride()[:3], *d_value.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
     sizes = {
         "BN": tiles.dk_rows,
@@ -591,10 +584,10 @@ def run_backward(
         **plan.overlapped,
     )
     if plan.marks:
-        marked_tiles = -(-plan.num_keys // MARKED_KEY_ROWS)
-        marked_key_gradient_kernel[(plan.pairs_programs(marked_tiles), groups)](
+        marked_key_gradient_kernel[(MARKED_KEY_PROGRAMS * multiprocessors(plan.device),)](
             *tensors,
             *statistics,
+            marked_sequences,
             *lengths,
             *numbers,
             **of_pairs,
@@ -623,7 +616,7 @@ def _(
     out,
     normaliser,
     marked,
-    any_marked,
+    marked_sequences,
     marked_list,
     key_mean,
     key_weight,

@@ -4,7 +4,8 @@ Outside the window the weight of a pair is `sum_m a_m b_m`, its features each re
 subtracted. That takes a product for every pair, as full attention does, so it is kept for where it is needed.
 
 Marked tiles are few and each takes as long as a walk over all keys. So the keys are split over several programs for
-each tile; the last one to arrive brings their parts together, in order, so that results do not depend on who is last.
+each tile, the more the fewer tiles there are; the last one to arrive brings their parts together, in order, so that
+results do not depend on who is last.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from src.ops.fused.parts import (
 from src.ops.triton_functions import follow
 
 # Parts of a tile that are read side by side when they are brought together.
-PARTS_AT_A_TIME = tl.constexpr(8)
+PARTS_AT_A_TIME = tl.constexpr(16)
 
 
 @triton.jit
@@ -245,6 +246,47 @@ def marked_item(item, marked_list_pointer, num_marks, BM: tl.constexpr, MARK_ROW
 
 
 @triton.jit
+def splits_of_keys(num_items, num_parts, MAX_SPLITS: tl.constexpr):
+    """Parts that the keys of each marked tile are split into: as many as there is memory for, or 1, without any."""
+    return tl.maximum(tl.minimum(num_parts // tl.maximum(num_items, 1), MAX_SPLITS), 1)
+
+
+@triton.jit
+def sum_of_parts(
+    pointer,  # (parts, BM, WIDTH)
+    first,
+    splits,
+    columns,
+    BM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    levels_pointer=None,  # (parts, BM) what each part is relative to; None where all are to the same
+    level=None,
+):
+    """Sum of the parts from `first` on, in their order: (BM, WIDTH), relative to `level` where they have their own."""
+    r = tl.arange(0, BM)
+    sums = tl.zeros((BM, WIDTH), tl.float32)
+    start = 0
+    while start < splits:
+        # written out: a tile of three dimensions would be summed through shared memory
+        for step in tl.static_range(PARTS_AT_A_TIME):
+            rows = (first + start + step) * BM + r
+            exists = (r >= 0) & (start + step < splits)
+            # `.cg`: what others wrote is not in this processor's own cache
+            part = tl.load(
+                pointer + rows[:, None] * WIDTH + columns[None, :],
+                mask=exists[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            if levels_pointer is not None:
+                levels = tl.load(levels_pointer + rows, mask=exists, other=FLOOR, cache_modifier=".cg")
+                part *= tl.exp2(levels[:, None] - level[:, None])
+            sums += part
+        start += PARTS_AT_A_TIME
+    return sums
+
+
+@triton.jit
 def marked_kernel(
     q_pointer,
     k_pointer,
@@ -254,13 +296,13 @@ def marked_kernel(
     lengths_pointer,
     normaliser_pointer,  # (G, T) log normaliser of each query, with STATISTICS
     marked_list_pointer,  # (1 + G tiles,) see `attention_kernel`
-    arrivals_pointer,  # (items,) zero before
-    sums_pointer,  # (items, SPLITS, BM, BD) parts of the tiles
-    part_pointer,  # (2, items, SPLITS, BM) their normalisers, and what they are relative to
+    arrivals_pointer,  # (parts / 2,) zero before
+    sums_pointer,  # (parts, BM, BD) parts of the tiles, those of a tile one after another
+    part_pointer,  # (2, parts, BM) their normalisers, and what they are relative to
     heads,
     num_queries,
     num_keys,
-    items,
+    num_parts,
     q_batch,
     q_head,
     q_row,
@@ -288,7 +330,7 @@ def marked_kernel(
     RIGHT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     MARK_ROWS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -296,12 +338,12 @@ def marked_kernel(
     FEATURE_PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The marked tiles, from pairs. With more of them than there is memory for parts, each by a program of its own."""
+    """The marked tiles, from pairs."""
     follow(OVERLAP, False)
     subtiles: tl.constexpr = MARK_ROWS // BM
-    padded_splits: tl.constexpr = triton.next_power_of_2(SPLITS)
+    padded_splits: tl.constexpr = triton.next_power_of_2(MAX_SPLITS)
     num_items = tl.load(marked_list_pointer) * subtiles
-    splits = tl.where(num_items <= items, SPLITS, 1)
+    splits = splits_of_keys(num_items, num_parts, MAX_SPLITS)
     unit = tl.program_id(0)
     # nearly always: nothing to do
     if unit >= num_items * splits:
@@ -358,39 +400,23 @@ def marked_kernel(
         )
         last = splits == 1
         if splits > 1:
-            part = item * SPLITS + split
-            tl.store(sums_pointer + (part * BM + r)[:, None] * BD + d[None, :], sums)
-            tl.store(part_pointer + part * BM + r, normaliser)
-            tl.store(part_pointer + items * (SPLITS * BM) + part * BM + r, largest)
+            levels_pointer = part_pointer + num_parts * BM
+            rows = unit * BM + r
+            tl.store(sums_pointer + rows[:, None] * BD + d[None, :], sums)
+            tl.store(part_pointer + rows, normaliser)
+            tl.store(levels_pointer + rows, largest)
             # the parts of all threads are written before one of them says so
             tl.debug_barrier()
             last = tl.atomic_add(arrivals_pointer + item, 1) == splits - 1
             if last:
-                # `.cg`: what others wrote is not in this processor's own cache
                 every = tl.arange(0, padded_splits)
-                everywhere = (item * SPLITS + every)[:, None] * BM + r[None, :]
-                every_exists = (every < SPLITS)[:, None]
-                references = part_pointer + items * (SPLITS * BM)
-                every_level = tl.load(references + everywhere, mask=every_exists, other=FLOOR, cache_modifier=".cg")
-                every_part = tl.load(part_pointer + everywhere, mask=every_exists, other=0.0, cache_modifier=".cg")
-                largest = tl.max(every_level, 0)
-                normaliser = tl.sum(every_part * tl.exp2(every_level - largest[None, :]), 0)
-                sums = tl.zeros((BM, BD), tl.float32)
-                start = 0
-                while start < SPLITS:
-                    s = start + tl.arange(0, PARTS_AT_A_TIME)
-                    where = (item * SPLITS + s)[:, None] * BM + r[None, :]
-                    exists = (s < SPLITS)[:, None]
-                    levels = tl.load(references + where, mask=exists, other=FLOOR, cache_modifier=".cg")
-                    factors = tl.exp2(levels - largest[None, :])
-                    parts = tl.load(
-                        sums_pointer + where[:, :, None] * BD + d[None, None, :],
-                        mask=exists[:, :, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    sums += tl.sum(parts * factors[:, :, None], 0)
-                    start += PARTS_AT_A_TIME
+                exists = (every < splits)[:, None]
+                everywhere = (item * splits + every)[:, None] * BM + r[None, :]
+                levels = tl.load(levels_pointer + everywhere, mask=exists, other=FLOOR, cache_modifier=".cg")
+                parts = tl.load(part_pointer + everywhere, mask=exists, other=0.0, cache_modifier=".cg")
+                largest = tl.max(levels, 0)
+                normaliser = tl.sum(parts * tl.exp2(levels - largest[None, :]), 0)
+                sums = sum_of_parts(sums_pointer, item * splits, splits, d, BM, BD, levels_pointer, largest)
         if last:
             store_result(
                 i, valid, end, normaliser, sums, largest, out_base, out_row, normaliser_base, D, BD, STATISTICS

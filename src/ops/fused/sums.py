@@ -30,9 +30,9 @@ def feature_sums_kernel(
     delta_pointer,  # (G, N) with QUERIES: written here
     norm_pointer,  # (G, N) with NORMS, written here: `half_norms`, with QUERIES what their log features lie below q.w
     marked_pointer,  # (G, tiles of MARK_ROWS) with MARKS: tiles of queries left out
-    any_marked_pointer,  # (G,) without QUERIES: set to zero, for the attention kernel to come
-    marked_list_pointer,  # (1 + G tiles,) with MARKS, without QUERIES: the same
-    arrivals_pointer,  # (ITEMS,) set to zero, for the marked tiles
+    marked_sequences_pointer,  # (1 + 2 G,) with MARKS, without QUERIES: cleared, for the attention kernel to come
+    marked_list_pointer,  # (1 + G tiles,) the same
+    arrivals_pointer,  # (ARRIVALS,) set to zero, for the marked tiles
     mean_pointer,  # (G, chunks, BD, MP)
     weight_pointer,  # (G, chunks, MP)
     extra_pointer,  # (G, chunks, MP) with QUERIES: average of delta
@@ -68,7 +68,7 @@ def feature_sums_kernel(
     LOG_M: tl.constexpr,
     MARKS: tl.constexpr,
     MARK_ROWS: tl.constexpr,
-    ITEMS: tl.constexpr,
+    ARRIVALS: tl.constexpr,
     FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -92,16 +92,17 @@ def feature_sums_kernel(
     if QUERIES:
         out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
     else:
-        tl.store(any_marked_pointer + group, 0, mask=index == 0)
         if MARKS:
+            tl.store(marked_sequences_pointer + 1 + tl.num_programs(1) + group, 0, mask=index == 0)
+            tl.store(marked_sequences_pointer, 0, mask=(index == 0) & (group == 0))
             mark = index * CLEARED
             while mark < num_marks:
                 marks = mark + tl.arange(0, CLEARED)
                 tl.store(marked_list_pointer + 1 + group * num_marks + marks, 0, mask=marks < num_marks)
                 mark += tl.num_programs(0) * CLEARED
             tl.store(marked_list_pointer, 0, mask=(index == 0) & (group == 0))
-    if ITEMS > 0:
-        items = tl.arange(0, ITEMS)
+    if ARRIVALS > 0:
+        items = tl.arange(0, ARRIVALS)
         tl.store(arrivals_pointer + items, tl.zeros_like(items), mask=(items >= 0) & (index == 0) & (group == 0))
 
     projection = load_projection(projection_pointer, E, BE, R, M, MP)

@@ -9,15 +9,13 @@ Imported only where it runs: importing it needs Triton 3.4 or newer.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from src.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
-from src.ops.triton_functions import follow, overlapped
+from src.ops.triton_functions import follow, multiprocessors, overlapped
 
 # What was fastest on an H100 at 25,000 and 100,000 rows for every map of the backbone, among tiles of 64 to 256 rows
 # and 64 or 128 columns, 4 or 8 warps, 1 or 2 programs, 3 or 4 stages.
@@ -149,14 +147,6 @@ def _persistent_kernel(
             store_moments(out_statistics_ptr, part, row, rows_exist, num_rows, left_mean + 0.5 * distance, squares)
 
 
-@functools.cache
-def _programs(device: torch.device) -> int:
-    """Programs that a device runs at a time."""
-    if device.type != "cuda":
-        return 3  # Triton's interpreter, for tests: programs that have several tiles, and not equally many
-    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _has_copy_engine(device: torch.device) -> bool:
     """Whether the kernel was measured on such a device: a Hopper GPU."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
@@ -220,7 +210,8 @@ def launch_persistent(
     if x_rows is None or out_rows is None or residual_rows is None:
         return False
     halves = [ROWS, COLUMNS // 2]
-    grid = (min(_programs(x.device), triton.cdiv(num_rows, ROWS) * (out_features // COLUMNS)),)
+    programs = PROGRAMS * multiprocessors(x.device)
+    grid = (min(programs, triton.cdiv(num_rows, ROWS) * (out_features // COLUMNS)),)
     _persistent_kernel[grid](
         TensorDescriptor.from_tensor(x_rows, [ROWS, INNER]),
         TensorDescriptor.from_tensor(weight.view(out_features, in_features), [COLUMNS, INNER]),
