@@ -4,7 +4,8 @@ Machines are shared and noisy, so what counts are ratios: in each round every ca
 turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
 and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
 clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
-in rows of their own.
+in rows of their own. Where Scatterbrain's kernels have tiles of queries to compute from pairs, which depends on the
+inputs (src/ops/fused/README.md), their number is reported, and a draw of the inputs without any has a row of its own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted. CUDA: the caching
 allocator's peak. CPU: the peak of live bytes from PyTorch's allocator, as its profiler records every allocation and
@@ -28,7 +29,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch is imported: its profiler writes to stderr otherwise
@@ -43,7 +44,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
+from src.models.modules.attention.sblocal import SBLocalAttention
 from src.ops.features import log_softmax_features
+from src.ops.fused import choose_backend, count_marked_tiles
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
 from src.utils.files import write_json
@@ -83,6 +86,8 @@ CUDA_BACKENDS = {
 # Sizes that have a column of their own in the tables, and how those of the clusters are called there.
 WINDOW, FEATURES = "local_context", "nb_features"
 SYMBOLS = {"num_landmarks": "C", "num_query_landmarks": "Q", "num_exact": "X"}
+# Draws of the inputs in which one without a marked tile is looked for.
+OTHER_DRAWS = 20
 # A sample shorter than this says more about the clock than about the candidate; calls are repeated until it is passed.
 SHORTEST_SAMPLE_SECONDS = 2e-3
 # Of the tables where they are not shown on a terminal.
@@ -100,10 +105,14 @@ class Candidate:
 
     Attributes:
         name: its row in the tables.
-        kind: `attention` (ours), `growth` (ours, with the sizes of another length) or `peer`.
+        kind: `attention` (ours), `growth` (ours, with the sizes of another length), `draw` (one of these with other
+            inputs), `compiled` or `peer`.
         function: query (B, N, H, E), key and value likewise, to output (B, N, H, E).
         sizes: what its memory is spent on, by the names of the options; empty for full attention.
         memory_fraction: memory over that of full attention, by the published rule of counting.
+        module: of ours, None of others.
+        draw: which of the draws of inputs it takes.
+        marked_tiles: tiles of queries that its kernels compute from pairs; None where it has no such kernels.
     """
 
     name: str
@@ -111,6 +120,9 @@ class Candidate:
     function: Function
     sizes: dict[str, int] = field(default_factory=dict)
     memory_fraction: float = 1.0
+    module: torch.nn.Module | None = None
+    draw: int = 0
+    marked_tiles: int | None = None
 
     @property
     def window(self) -> int:
@@ -142,6 +154,8 @@ class Measurement:
     ratio_to_sdpa: float
     device_milliseconds: float | None
     milliseconds_per_round: list[float] = field(repr=False)
+    draw: int = 0
+    marked_tiles: int | None = None
 
 
 @dataclass(frozen=True)
@@ -397,10 +411,11 @@ class Bench:
         """Note that a candidate is left out, and why."""
         self.skipped.append({"name": name, "length": length, "pass": attention_pass, "reason": reason})
 
-    def inputs(self, length: int) -> Tensors:
+    def inputs(self, length: int, draw: int = 0) -> Tensors:
         """Normal query, key and value (B, N, H, E), the same in each run."""
         arguments = self.arguments
-        generator = torch.Generator().manual_seed(length)
+        # of a seed the generator takes 32 bits, so that the draw has to be among them
+        generator = torch.Generator().manual_seed(length + (draw << 24))
         shape = (self.batches[length], length, arguments.heads, arguments.dim)
         query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
         query, key = query * arguments.std, key * arguments.std
@@ -414,7 +429,20 @@ class Bench:
         share = min(1.0, module.memory_columns(length) / length)
         kind = "attention" if budget_length == length else "growth"
         label = name if kind == "attention" else f"{name} as at {budget_length}"
-        return Candidate(label, kind, module_function(module), module.sizes(), share)
+        return Candidate(label, kind, module_function(module), module.sizes(), share, module)
+
+    def with_other_draws(self, length: int, tensors: Tensors, candidates: list[Candidate]) -> Iterator[Candidate]:
+        """The candidates, their marked tiles counted; those that have some also with inputs for which none is."""
+        for item in candidates:
+            item.marked_tiles = count_marked(item.module, tensors)
+            yield item
+            if not item.marked_tiles:
+                continue
+            for draw in range(1, OTHER_DRAWS + 1):
+                if count_marked(item.module, self.inputs(length, draw)) == 0:
+                    name = f"{item.name}, none marked"
+                    yield replace(item, name=name, kind="draw", draw=draw, marked_tiles=0)
+                    break
 
     def candidates(self, length: int) -> list[Candidate]:
         """Everything that is timed at one length; SDPA, the baseline, comes first."""
@@ -494,7 +522,10 @@ class Bench:
                 work = functools.partial(compile_kernels, self.arguments)
                 compile_ahead(work, self.kernel_cases(), self.arguments.jobs, progress)
             for lengths in self.measured_together():
-                by_length = [(length, self.inputs(length), candidates[length]) for length in lengths]
+                by_length = []
+                for length in lengths:
+                    tensors = self.inputs(length)
+                    by_length.append((length, tensors, [*self.with_other_draws(length, tensors, candidates[length])]))
                 for attention_pass in self.arguments.passes:
                     self.measure(by_length, attention_pass, progress)
                     save()
@@ -527,7 +558,12 @@ class Bench:
     ) -> None:
         """Measure the candidates of some lengths in one pass."""
         entries = [
-            Entry(item, length, attention_pass, self.call(item, tensors, attention_pass))
+            Entry(
+                item,
+                length,
+                attention_pass,
+                self.call(item, self.inputs(length, item.draw) if item.draw else tensors, attention_pass),
+            )
             for length, tensors, candidates in by_length
             for item in candidates
             if self.fits(item, length, attention_pass)
@@ -593,7 +629,20 @@ class Bench:
                 median_ratio(entry.milliseconds, baselines[entry.length]),
                 entry.device_milliseconds,
                 entry.milliseconds,
+                entry.candidate.draw,
+                entry.candidate.marked_tiles,
             )
+
+
+def count_marked(module: torch.nn.Module | None, tensors: Tensors) -> int | None:
+    """Tiles that a module's kernels compute from pairs; None where it has none that do, or they do not run here."""
+    if not isinstance(module, SBLocalAttention):
+        return None
+    query, key, value = (x.transpose(1, 2) for x in tensors)
+    rows = module.projection_matrix
+    if choose_backend(module.backend, query, value, rows, cosh=True) != "triton":
+        return None
+    return count_marked_tiles(query, key, value, rows, module.local_context, scale=module.softmax_temp)
 
 
 def compile_kernels(arguments: argparse.Namespace, case: KernelCase) -> None:
@@ -709,6 +758,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
             if not rows:
                 continue  # it was not complete
             others = any(other_sizes(item.sizes) for item in rows)
+            marked = any(item.marked_tiles for item in rows)
             clustered = any(SYMBOLS.keys() & item.sizes for item in rows)
             clusters = ", C clusters of keys, Q of queries, X exact keys" if clustered else ""
             table = Table(
@@ -716,12 +766,14 @@ def result_tables(bench: Bench) -> Iterator[Table]:
                 f"{bench.batches[length]}, heads {arguments.heads}, width {arguments.dim}"
                 + ("" if arguments.std == 1 else f", std {arguments.std:g}"),
                 title_justify="left",
-                caption=f"W keys in the window, M features{clusters}; MiB: memory of one call, inputs not counted",
+                caption=f"W keys in the window, M features{clusters}; MiB: memory of one call, inputs not counted"
+                + ("; marked: tiles of queries that the kernels compute from pairs" if marked else ""),
                 caption_justify="left",
             )
             table.add_column("attention", no_wrap=True)
             sizes = ("W", "M", *(["others"] if others else []))
-            for header in (*sizes, "MiB", "ms", *(["device\nms"] if on_cuda else []), "time/\nSDPA", "MiB/\nSDPA"):
+            times = ("ms", *(["device\nms"] if on_cuda else []), "time/\nSDPA", "MiB/\nSDPA")
+            for header in (*sizes, *(["marked"] if marked else []), "MiB", *times):
                 table.add_column(header, justify="right", no_wrap=True)
             baseline = next(x for x in rows if x.name == BASELINE)
             kind = None
@@ -735,6 +787,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
                     str(item.window or "-"),
                     str(item.features or "-"),
                     *([other_sizes(item.sizes) or "-"] if others else []),
+                    *(["-" if item.marked_tiles is None else str(item.marked_tiles)] if marked else []),
                     figure(item.temporary_bytes / 2**20),
                     figure(item.milliseconds),
                     *([device_time] if on_cuda else []),
@@ -793,7 +846,7 @@ def plot(bench: Bench, path: str) -> None:
     panels, axes = plt.subplots(1, len(passes), figsize=(6 * len(passes), 5), squeeze=False, layout="constrained")
     styles = {"attention": ("o", "-"), "growth": ("^", "--"), "compiled": ("d", "-."), "peer": ("s", ":")}
     for axis, attention_pass in zip(axes[0], passes, strict=True):
-        rows = [item for item in bench.measurements if item.attention_pass == attention_pass]
+        rows = [x for x in bench.measurements if x.attention_pass == attention_pass and x.kind != "draw"]
         for name in dict.fromkeys(item.name for item in rows):
             line = [item for item in rows if item.name == name]
             marker, dashes = styles[line[0].kind]

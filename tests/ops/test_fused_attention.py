@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from src.ops.backends import is_interpreted
+from src.ops.fused import count_marked_tiles, unsupported
 from src.ops.fused import tiles as tiles_module
-from src.ops.fused import unsupported
 from src.ops.projection import draw_projection
 from src.utils.errors import UserError
 from tests.helpers import OPERATORS, assert_close, draw_inputs
@@ -180,6 +180,7 @@ def test_windows_whose_estimates_outweigh_all_else(device, dtype, batch, length,
     (query, key, value, rows), window = adversarial(device, dtype, batch, length)
     marked = operator_module.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
     assert marked.sum(1).tolist() == [0] * (batch - 1) + [2]
+    assert count_marked_tiles(query, key, value, rows, window) == 2
 
     operator = OPERATORS["scatterbrain"]
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]

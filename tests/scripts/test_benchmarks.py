@@ -265,6 +265,50 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch,
     assert axis.get_ylabel() == unit
 
 
+def test_inputs_without_marked_tiles_have_a_row_of_their_own(tmp_path, capsys, monkeypatch):
+    options = [*SMALL, "--attentions", "sblocal,local", "--passes", "forward", "--lengths", "64", "--repeats", "1"]
+    options += ["--no-peers", "--output", str(tmp_path / "times.json"), "--figure", str(tmp_path / "times.png")]
+    bench = benchmark.Bench(benchmark.build_parser().parse_args(options))
+    marks = {float(bench.inputs(64, draw)[0][0, 0, 0, 0]): count for draw, count in enumerate((2, 1, 0))}
+    assert len(marks) == 3, "each draw is another"
+    outputs = []
+
+    def count_marked(module, tensors):
+        return marks[float(tensors[0][0, 0, 0, 0])] if "nb_features" in module_sizes(module) else None
+
+    def module_sizes(module):
+        return {} if module is None else module.sizes()
+
+    genuine = benchmark.Bench.call
+    monkeypatch.setattr(benchmark, "count_marked", count_marked)
+    monkeypatch.setattr(
+        benchmark.Bench, "call", lambda *arguments: outputs.append(arguments[1:3]) or genuine(*arguments)
+    )
+    assert benchmark.main(options) == 0
+    times = read(tmp_path / "times.json")
+    found = {row["name"]: (row["draw"], row["marked_tiles"], row["kind"]) for row in times["results"]}
+    assert found == {
+        "SDPA": (0, None, "peer"),
+        "sblocal": (0, 2, "attention"),
+        "sblocal, none marked": (2, 0, "draw"),
+        "local": (0, None, "attention"),
+    }
+    inputs = {candidate.name: tensors for candidate, tensors in outputs}
+    assert torch.equal(inputs["sblocal, none marked"][0], bench.inputs(64, 2)[0])
+    assert "marked: tiles of queries that the kernels compute from pairs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_tiles_are_counted_where_the_kernels_run():
+    bench = benchmark.Bench(benchmark.build_parser().parse_args([*SMALL, "--lengths", "64"]))
+    modules = [bench.attention(name, 64, 64).module for name in ("sblocal", "local")]
+    assert [benchmark.count_marked(module, bench.inputs(64)) for module in (*modules, None)] == [None] * 3
+    pytest.importorskip("triton")
+    modules[0].backend = "triton"
+    assert benchmark.count_marked(modules[0], bench.inputs(64)) == 0
+    sharp = [20 * x for x in bench.inputs(64)]
+    assert benchmark.count_marked(modules[0], sharp) > 0
+
+
 def test_large_matrices_are_left_out_and_named(tmp_path, capsys):
     options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--attentions", "full"]
     output = tmp_path / "times.json"

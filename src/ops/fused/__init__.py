@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from src.ops.backends import no_kernels
-from src.ops.inputs import resolve_backend
+from src.ops.inputs import check_inputs, check_window, default_scale, resolve_backend
 from src.utils.errors import UserError
 
 # Widths of heads and numbers of features past which tiles no longer fit a multiprocessor.
@@ -116,10 +116,59 @@ def attention(
     """
     from src.ops.fused.operator import attend
 
+    tensors = _as_the_kernels_read(query, key, value, projection, key_lengths)
+    statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return attend(*tensors, window, scale, cosh, is_causal, eps, statistics)
+
+
+@torch.no_grad()
+def count_marked_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    key_lengths: torch.Tensor | None = None,
+) -> int:
+    """Tiles of queries that the fused Scatterbrain kernels compute from pairs, which takes longer, see README.md.
+
+    Args:
+        query: (B, H, T, E), where the kernels run.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: rows (R, E); each is taken with both signs.
+        window: width W >= 1.
+        scale: softmax scale; None is E ** -0.5.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+
+    Raises:
+        UserError: the kernels do not run here, or not for such inputs.
+    """
+    check_inputs(query, key, value, key_lengths, projection)
+    check_window(window)
+    choose_backend("triton", query, value, projection, True)
+    from src.ops.fused.operator import run_forward
+    from src.ops.triton_functions import device_of
+
+    tensors = _as_the_kernels_read(query, key, value, projection, key_lengths)
+    with device_of(query):
+        marked = run_forward(*tensors, window, default_scale(query, scale), True, False, 0.0, True)[2]
+    return int(marked.sum())
+
+
+def _as_the_kernels_read(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The tensors with rows that are contiguous, on one device, the projection in the dtype of the queries."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if projection is not None:
         projection = projection.detach().to(query.dtype).contiguous()
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
-    statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return attend(query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics)
+    return query, key, value, projection, key_lengths
