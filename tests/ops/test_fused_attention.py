@@ -212,6 +212,34 @@ def test_weights_past_the_range_of_a_float_are_computed_from_pairs():
     assert_close("out", operator.naive(query, key, value, rows, 3)[0], out, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        pytest.param("cpu", torch.float32, marks=needs_interpreter),
+        pytest.param("cpu", torch.float16, marks=needs_interpreter),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("name", ["performer", "scatterbrain"])
+def test_rows_far_above_those_that_come_first(name, which, device, dtype):
+    # relative to the features of the first tile, those that follow exceed float32
+    length = 50 if device == "cpu" else 300
+    *tensors, rows = (x.to(device, dtype) for x in draw_inputs(1, 1, length, dtype=torch.float32, rows=3))
+    tensors[which][:, :, : length // 3 + 1] *= 20
+    operator = OPERATORS[name]
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = operator(*leaves, rows, 7, backend="triton")
+    out.square().sum().backward()
+    exact = [x.double().requires_grad_() for x in tensors]
+    expected = operator.naive(*exact, rows.double(), 7)[0]
+    expected.square().sum().backward()
+    assert_close("out", expected, out, TOLERANCE[dtype])
+    for leaf, reference in zip(leaves, exact, strict=True):
+        # logits of 60 are known to a few roundings of theirs only
+        assert_close("gradient", reference.grad, leaf.grad, 4 * GRADIENT_TOLERANCE[dtype])
+
+
 @needs_interpreter
 @pytest.mark.parametrize("name", NAMES)
 def test_slices_of_a_fused_qkv_are_read_where_they_are(name):

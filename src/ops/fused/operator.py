@@ -32,6 +32,8 @@ LOG2E = math.log2(math.e)
 # trained T2T-ViT no tile is, on normal random queries and keys of width 64 hardly any.
 CANCELLATION_LIMIT = 16.0
 CANCELLATION_LIMIT_FLOAT32 = 64.0
+# More features than this take a running maximum in the sums: without it their weights would not fit the registers.
+ONLINE_FEATURES = 128
 # Columns of the sums that one program combines, and chunks that it reads side by side.
 COMBINE_COLUMNS, COMBINE_CHUNKS = 4, 32
 # The same for many chunks. More than so many take no more than this part of the memory of q, k, v and the output.
@@ -267,6 +269,7 @@ class _Plan:
             FINAL=final,
             PRECISION=self.precision,
             STAGES=tiles.sum_stages,
+            ONLINE=self.dtype == torch.float16 or features > ONLINE_FEATURES,
             num_warps=tiles.sum_warps,
             **self.first,
         )

@@ -10,11 +10,160 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from src.ops.fused.parts import FLOOR, group_offset, half_norms, load_projection, load_rows, log_features
+from src.ops.fused.parts import FLOOR, group_offset, half_norms, load_projection, load_rows, log_features, no
 from src.ops.triton_functions import follow
 
 # Entries of the list of marked tiles that a program clears at a time.
 CLEARED = tl.constexpr(128)
+# Sums of factors past this are taken again: the sums of values may have overflowed.
+LARGEST = tl.constexpr(1e15)
+
+
+@triton.jit
+def logs_of_rows(
+    rows,
+    valid,
+    x_base,
+    x_row,
+    shift_base,
+    marked_base,
+    projection,
+    slope,
+    half_scale,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    EVEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    LOG_M: tl.constexpr,
+    MARKS: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Log features of some rows, FLOOR for those that are left out; what they lie below x.w; which are counted."""
+    x = load_rows(x_base, rows, valid, x_row, tl.arange(0, BE), E, BE, not EVEN)
+    norms = half_norms(x, half_scale)
+    counted = valid
+    if QUERIES:
+        norms += tl.load(shift_base + rows, mask=valid, other=0.0) + LOG_M
+        if MARKS:
+            marked = tl.load(marked_base + rows // MARK_ROWS, mask=valid, other=0)
+            counted = counted & (marked == 0)
+    logs = log_features(x, norms, projection, slope, PRECISION)
+    if QUERIES:
+        logs = tl.where(counted[:, None] & (tl.arange(0, MP) < M)[None, :], logs, FLOOR)
+    elif not EVEN:
+        logs = tl.where(counted[:, None], logs, FLOOR)
+    return logs, norms, counted
+
+
+@triton.jit
+def sums_of_chunk(
+    start,
+    end,
+    tiles,
+    largest,
+    x_base,
+    y_base,
+    out_base,
+    shift_base,
+    delta_base,
+    norm_base,
+    marked_base,
+    x_row,
+    y_row,
+    out_row,
+    projection,
+    slope,
+    half_scale,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    EVEN: tl.constexpr,
+    QUERIES: tl.constexpr,
+    NORMS: tl.constexpr,
+    LOG_M: tl.constexpr,
+    MARKS: tl.constexpr,
+    MARK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONLINE: tl.constexpr,
+):
+    """Sums of factors times y, of factors and of factors times delta, relative to 2^largest.
+
+    ONLINE: relative to a running maximum, which is returned. Without it they are relative to `largest`, and threads
+    have nothing to exchange but at the end.
+    """
+    d = tl.arange(0, BD)
+    sums = tl.zeros((BD, MP), tl.float32)
+    if ONLINE:
+        weight = tl.zeros((MP,), tl.float32)
+        extra = tl.zeros((MP,), tl.float32)
+    else:
+        weight = tl.zeros((BN, MP), tl.float32)
+        extra = tl.zeros((BN, MP) if QUERIES else (MP,), tl.float32)
+    # two stages at least: with one, Triton's pipeliner gave wrong results
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        rows = start + tile * BN + tl.arange(0, BN)
+        valid = rows < end
+        y = load_rows(y_base, rows, valid, y_row, d, D, BD, not EVEN)
+        logs, norms, counted = logs_of_rows(
+            rows,
+            valid,
+            x_base,
+            x_row,
+            shift_base,
+            marked_base,
+            projection,
+            slope,
+            half_scale,
+            E,
+            BE,
+            M,
+            MP,
+            EVEN,
+            QUERIES,
+            LOG_M,
+            MARKS,
+            MARK_ROWS,
+            PRECISION,
+        )
+        if NORMS:
+            tl.store(norm_base + rows, norms, mask=valid)
+        if QUERIES:
+            out = load_rows(out_base, rows, valid, out_row, d, D, BD, not EVEN)
+            delta = tl.sum(out.to(tl.float32) * y.to(tl.float32), 1)
+            tl.store(delta_base + rows, delta, mask=valid)
+        if ONLINE:
+            new_largest = tl.maximum(largest, tl.max(logs, 0))
+            decay = tl.exp2(largest - new_largest)
+            largest = new_largest
+            sums *= decay[None, :]
+        factors = tl.exp2(logs - largest[None, :])
+        if QUERIES or not EVEN:
+            factors = tl.where(counted[:, None], factors, 0.0)
+        factors = factors.to(y.dtype)
+        sums = tl.dot(tl.trans(y), factors, sums, input_precision=PRECISION)
+        # of the rounded factors, so that averages are exact averages
+        wide = factors.to(tl.float32)
+        if ONLINE:
+            weight = weight * decay + tl.sum(wide, 0)
+            if QUERIES:
+                extra = extra * decay + tl.sum(wide * delta[:, None], 0)
+        else:
+            weight += wide
+            if QUERIES:
+                extra += wide * delta[:, None]
+    if not ONLINE:
+        weight = tl.sum(weight, 0)
+        if QUERIES:
+            extra = tl.sum(extra, 0)
+    return sums, weight, extra, largest
 
 
 # `tiles` is not specialised: with a single tile known at compile time there is no loop, and Triton 3.6 then let the
@@ -72,13 +221,17 @@ def feature_sums_kernel(
     FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    ONLINE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One chunk of rows of one sequence. FINAL: there is one chunk, and its averages are the result."""
+    """One chunk of rows of one sequence. FINAL: there is one chunk, and its averages are the result.
+
+    ONLINE: factors are relative to a running maximum; without it only where there is no other way. Float16 has not the
+    range.
+    """
     follow(OVERLAP, True)
     index = tl.program_id(0)
     group = tl.program_id(1)
-    e = tl.arange(0, BE)
     d = tl.arange(0, BD)
     f = tl.arange(0, MP)
     x_base = x_pointer + group_offset(group, heads, x_batch, x_head)
@@ -89,64 +242,125 @@ def feature_sums_kernel(
     start = index * chunk
     end = tl.minimum(start + chunk, end)
     row_base = group.to(tl.int64) * length
-    if QUERIES:
-        out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
-    else:
-        if MARKS:
-            tl.store(marked_sequences_pointer + 1 + tl.num_programs(1) + group, 0, mask=index == 0)
-            tl.store(marked_sequences_pointer, 0, mask=(index == 0) & (group == 0))
-            mark = index * CLEARED
-            while mark < num_marks:
-                marks = mark + tl.arange(0, CLEARED)
-                tl.store(marked_list_pointer + 1 + group * num_marks + marks, 0, mask=marks < num_marks)
-                mark += tl.num_programs(0) * CLEARED
-            tl.store(marked_list_pointer, 0, mask=(index == 0) & (group == 0))
+    out_base = out_pointer + group_offset(group, heads, out_batch, out_head)
+    if not QUERIES and MARKS:
+        tl.store(marked_sequences_pointer + 1 + tl.num_programs(1) + group, 0, mask=index == 0)
+        tl.store(marked_sequences_pointer, 0, mask=(index == 0) & (group == 0))
+        mark = index * CLEARED
+        while mark < num_marks:
+            marks = mark + tl.arange(0, CLEARED)
+            tl.store(marked_list_pointer + 1 + group * num_marks + marks, 0, mask=marks < num_marks)
+            mark += tl.num_programs(0) * CLEARED
+        tl.store(marked_list_pointer, 0, mask=(index == 0) & (group == 0))
     if ARRIVALS > 0:
         items = tl.arange(0, ARRIVALS)
         tl.store(arrivals_pointer + items, tl.zeros_like(items), mask=(items >= 0) & (index == 0) & (group == 0))
 
     projection = load_projection(projection_pointer, E, BE, R, M, MP)
-    sums = tl.zeros((BD, MP), tl.float32)
-    weight = tl.zeros((MP,), tl.float32)
-    extra = tl.zeros((MP,), tl.float32)
-    largest = tl.full((MP,), FLOOR, tl.float32)
-    # two stages at least: with one, Triton's pipeliner gave wrong results
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        rows = start + tile * BN + tl.arange(0, BN)
-        valid = rows < end
-        x = load_rows(x_base, rows, valid, x_row, e, E, BE, not EVEN)
-        y = load_rows(y_base, rows, valid, y_row, d, D, BD, not EVEN)
-        norms = half_norms(x, half_scale)
-        counted = valid
-        if QUERIES:
-            out = load_rows(out_base, rows, valid, out_row, d, D, BD, not EVEN)
-            delta = tl.sum(out.to(tl.float32) * y.to(tl.float32), 1)
-            tl.store(delta_pointer + row_base + rows, delta, mask=valid)
-            shift = tl.load(shift_pointer + row_base + rows, mask=valid, other=0.0)
-            if MARKS:
-                marked = tl.load(marked_pointer + group * num_marks + rows // MARK_ROWS, mask=valid, other=0)
-                counted = counted & (marked == 0)
-            norms += shift + LOG_M
-        if NORMS:
-            tl.store(norm_pointer + row_base + rows, norms, mask=valid)
-        logs = log_features(x, norms, projection, slope, PRECISION)
-        if QUERIES:
-            logs = tl.where(counted[:, None] & (f < M)[None, :], logs, FLOOR)
-        elif not EVEN:
-            logs = tl.where(counted[:, None], logs, FLOOR)
-        new_largest = tl.maximum(largest, tl.max(logs, 0))
-        factors = tl.exp2(logs - new_largest[None, :])
-        if QUERIES or not EVEN:
-            factors = tl.where(counted[:, None], factors, 0.0)
-        decay = tl.exp2(largest - new_largest)
-        factors = factors.to(y.dtype)
-        sums = tl.dot(tl.trans(y), factors, sums * decay[None, :], input_precision=PRECISION)
-        # of the rounded factors, so that averages are exact averages
-        wide = factors.to(tl.float32)
-        weight = weight * decay + tl.sum(wide, 0)
-        if QUERIES:
-            extra = extra * decay + tl.sum(wide * delta[:, None], 0)
-        largest = new_largest
+    shift_base = shift_pointer + row_base
+    marked_base = marked_pointer + group * num_marks
+    if not ONLINE:
+        # factors relative to the largest of the first tile, which nearly always is near enough the largest of all
+        rows = start + tl.arange(0, BN)
+        logs, _, _ = logs_of_rows(
+            rows,
+            rows < end,
+            x_base,
+            x_row,
+            shift_base,
+            marked_base,
+            projection,
+            slope,
+            half_scale,
+            E,
+            BE,
+            M,
+            MP,
+            EVEN,
+            QUERIES,
+            LOG_M,
+            MARKS,
+            MARK_ROWS,
+            PRECISION,
+        )
+        sums, weight, extra, largest = sums_of_chunk(
+            start,
+            end,
+            tiles,
+            tl.max(logs, 0),
+            x_base,
+            y_base,
+            out_base,
+            shift_base,
+            delta_pointer + row_base,
+            norm_pointer + row_base,
+            marked_base,
+            x_row,
+            y_row,
+            out_row,
+            projection,
+            slope,
+            half_scale,
+            E,
+            BE,
+            D,
+            BD,
+            M,
+            MP,
+            BN,
+            EVEN,
+            QUERIES,
+            NORMS,
+            LOG_M,
+            MARKS,
+            MARK_ROWS,
+            PRECISION,
+            STAGES,
+            False,
+        )
+        again = tl.max(no(weight < LARGEST).to(tl.int32), 0) > 0
+    else:
+        again = True
+        sums = tl.zeros((BD, MP), tl.float32)
+        weight = tl.zeros((MP,), tl.float32)
+        extra = tl.zeros((MP,), tl.float32)
+        largest = tl.full((MP,), FLOOR, tl.float32)
+    if again:
+        sums, weight, extra, largest = sums_of_chunk(
+            start,
+            end,
+            tiles,
+            tl.full((MP,), FLOOR, tl.float32),
+            x_base,
+            y_base,
+            out_base,
+            shift_base,
+            delta_pointer + row_base,
+            norm_pointer + row_base,
+            marked_base,
+            x_row,
+            y_row,
+            out_row,
+            projection,
+            slope,
+            half_scale,
+            E,
+            BE,
+            D,
+            BD,
+            M,
+            MP,
+            BN,
+            EVEN,
+            QUERIES,
+            NORMS,
+            LOG_M,
+            MARKS,
+            MARK_ROWS,
+            PRECISION,
+            STAGES,
+            True,
+        )
 
     slot = group * tl.num_programs(0) + index
     mean_base = mean_pointer + slot.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]
