@@ -18,8 +18,8 @@ from src.ops.fused.parts import (
     half_norms,
     in_window,
     load_projection,
+    load_projection_rows,
     load_rows,
-    log_features,
     no,
     store_rows,
 )
@@ -30,6 +30,28 @@ LARGEST = tl.constexpr(1e33)
 # Tiles of a window that are written out one after another, so that the loop over tiles of queries around them is
 # pipelined; with more, their keys would not fit the shared memory, and they are looped over.
 UNROLLED = tl.constexpr(3)
+# Features up to which those of the window's keys are computed with the keys as columns, so that the keys are the same
+# operand as in their product with the queries. It takes a second copy of the projection, for which many features leave
+# no room in shared memory.
+KEYS_AS_COLUMNS = tl.constexpr(32)
+
+
+@triton.jit
+def sums_of_rows(x):
+    """Sums (rows,) of a tile that is rounded already, in float32."""
+    if x.dtype == tl.float32:
+        sums = tl.sum(x, 1)
+    else:
+        # by the matrix units: each sum 16 times, in place of conversions and many additions
+        sums = tl.sum(tl.dot(x, tl.full((x.shape[1], 16), 1.0, x.dtype)), 1) * (1 / 16)
+    return sums
+
+
+@triton.jit
+def within_threads(x):
+    """Sums (rows, 4) of those columns of x that a product leaves with the same thread: there is nothing to exchange."""
+    rows: tl.constexpr = x.shape[0]
+    return tl.sum(tl.sum(tl.reshape(x, (rows, x.shape[1] // 8, 4, 2)), 3), 1)
 
 
 @triton.jit
@@ -39,7 +61,7 @@ def window_tile(
     q,
     features,
     reference,
-    weight,
+    key_start,
     projection,
     normaliser,
     sums,
@@ -62,6 +84,7 @@ def window_tile(
     LOW_RANK: tl.constexpr,
     ONLINE: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEYS_ARE_COLUMNS: tl.constexpr,
 ):
     """Add what the window's keys among j give to the queries i: new normaliser, sums and reference of the queries."""
     e = tl.arange(0, BE)
@@ -76,8 +99,13 @@ def window_tile(
         inside = inside & (j[None, :] <= i[:, None])
     if LOW_RANK:
         norms = tl.load(norm_base + j, mask=exists, other=0.0)
-        key_logs = log_features(k, norms, projection, slope, PRECISION) - weight[None, :]
-        estimate = tl.dot(features, tl.trans(tl.exp2(key_logs).to(q.dtype)), input_precision=PRECISION)
+        if KEYS_ARE_COLUMNS:
+            key_logs = tl.dot(projection, tl.trans(k), key_start, input_precision=PRECISION) * slope - norms[None, :]
+            factors = tl.exp2(key_logs).to(q.dtype)
+        else:
+            key_logs = tl.dot(k, projection, key_start, input_precision=PRECISION) * slope - norms[:, None]
+            factors = tl.trans(tl.exp2(key_logs).to(q.dtype))
+        estimate = tl.dot(features, factors, input_precision=PRECISION)
     if ONLINE:
         exact = tl.where(inside, exact, FLOOR)
         new_largest = tl.maximum(largest, tl.max(exact, 1))
@@ -86,12 +114,12 @@ def window_tile(
         if LOW_RANK:
             weights -= estimate * tl.exp2(reference - new_largest)[:, None]
         weights = tl.where(inside, weights, 0.0)
-        normaliser = normaliser * decay + tl.sum(weights, 1)
+        normaliser = normaliser * decay[:, None] + within_threads(weights)
         sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
         largest = new_largest
     else:
         weights = tl.where(inside, tl.exp2(exact - reference[:, None]) - estimate, 0.0)
-        normaliser += tl.sum(weights, 1)
+        normaliser += within_threads(weights)
         sums = tl.dot(weights.to(v.dtype), v, sums, input_precision=PRECISION)
     return normaliser, sums, largest
 
@@ -183,6 +211,14 @@ def attention_kernel(
         projection = load_projection(projection_pointer, E, BE, R, M, MP)
         mean = tl.trans(tl.load(mean_pointer + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]))
         weight = tl.load(weight_pointer + group * MP + f)
+        # products with the rows of the projection start from here, which leaves out an addition for each
+        query_start = (tl.where(f < M, weight - log_m, FLOOR) / slope)[None, :].broadcast_to(BM, MP)
+        if MP <= KEYS_AS_COLUMNS:
+            key_start = (-weight / slope)[:, None].broadcast_to(MP, BN)
+            rows = load_projection_rows(projection_pointer, E, BE, R, M, MP)
+        else:
+            key_start = (-weight / slope)[None, :].broadcast_to(BN, MP)
+            rows = projection
 
     any_mark = 0
     for step in tl.range(0, TILES, num_stages=STAGES):
@@ -191,24 +227,25 @@ def attention_kernel(
         valid = i < num_queries
         q = load_rows(q_base, i, valid, q_row, e, E, BE, not EVEN)
         if LOW_RANK:
-            logs = log_features(q, half_norms(q, half_scale), projection, slope, PRECISION) + (weight - log_m)[None, :]
-            logs = tl.where((f < M)[None, :], logs, FLOOR)
-            reference = tl.maximum(tl.max(logs, 1), FLOOR)
+            products = tl.dot(q, projection, query_start, input_precision=PRECISION)
+            largest_log = tl.maximum(tl.max(products, 1) * slope, FLOOR)
+            reference = largest_log - half_norms(q, half_scale)
             # from here on in units of 2^reference; the largest feature is 1, so `total` is at least that
-            features = tl.exp2(logs - reference[:, None]).to(q.dtype)
-            total = tl.sum(features.to(tl.float32), 1)
+            features = tl.exp2(products * slope - largest_log[:, None]).to(q.dtype)
+            total = sums_of_rows(features)
             sums = tl.dot(features, mean, input_precision=PRECISION)
-            normaliser = total
             largest = reference
         else:
             # there are no features: anything in their place
-            projection = i
-            weight = i
+            rows = i
+            key_start = i
+            total = tl.zeros((BM,), tl.float32)
             features = i
             reference = i
             sums = tl.zeros((BM, BD), tl.float32)
-            normaliser = tl.zeros((BM,), tl.float32)
             largest = tl.full((BM,), FLOOR, tl.float32)
+        # added up for each row at the end: within the loop that would be exchanges between threads in each step
+        normaliser = tl.zeros((BM, 4), tl.float32)
         if WINDOW_TILES <= UNROLLED:
             for part in tl.static_range(WINDOW_TILES):
                 normaliser, sums, largest = window_tile(
@@ -217,8 +254,8 @@ def attention_kernel(
                     q,
                     features,
                     reference,
-                    weight,
-                    projection,
+                    key_start,
+                    rows,
                     normaliser,
                     sums,
                     largest,
@@ -240,6 +277,7 @@ def attention_kernel(
                     LOW_RANK,
                     ONLINE,
                     PRECISION,
+                    MP <= KEYS_AS_COLUMNS,
                 )
         else:
             for part in tl.range(0, WINDOW_TILES, num_stages=2):
@@ -249,8 +287,8 @@ def attention_kernel(
                     q,
                     features,
                     reference,
-                    weight,
-                    projection,
+                    key_start,
+                    rows,
                     normaliser,
                     sums,
                     largest,
@@ -272,15 +310,19 @@ def attention_kernel(
                     LOW_RANK,
                     ONLINE,
                     PRECISION,
+                    MP <= KEYS_AS_COLUMNS,
                 )
 
         first = tl.zeros_like(i) if LOW_RANK else tl.maximum(i - LEFT, 0)
         blind = first >= end
+        # the sums over all keys, in the units that the window's weights are in by now
+        total = total * tl.exp2(reference - largest) if LOW_RANK else total
+        normaliser = total + tl.sum(normaliser, 1)
         divisor = normaliser
         if HAS_EPS:
             divisor += eps * tl.exp2(-largest)
-        # 0 / 1 in place of 0 / 0 for queries that see no key
-        out = tl.where(blind[:, None], 0.0, sums / tl.where(blind, 1.0, divisor)[:, None])
+        # a reciprocal for each row: divisions of all elements would be a tenth of the kernel
+        out = sums * tl.where(blind, 0.0, 1.0 / divisor)[:, None]
         store_rows(out_base, out, i, valid, out_row, d, D)
         if STATISTICS:
             # a large normaliser stands for no key: every weight relative to it is zero
@@ -288,7 +330,7 @@ def attention_kernel(
             tl.store(normaliser_pointer + group.to(tl.int64) * num_queries + i, log_normaliser, mask=valid)
         if LOW_RANK and WINDOW_TILES > 0:
             # also true for a sum that came out negative, infinite or nan
-            kept = (total * tl.exp2(reference - largest) <= LIMIT * normaliser) & (normaliser < LARGEST)
+            kept = (total <= LIMIT * normaliser) & (normaliser < LARGEST)
             lost = valid & no(kept | blind)
             mark = tl.max(lost.to(tl.int32), 0)
             tl.store(marked_pointer + group * num_tiles + tile, mark.to(tl.int8), mask=tile < num_tiles)

@@ -110,6 +110,8 @@ TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = [
         ),
     ),
     (1 << 30, 16, 16, 2, None, replace(DEFAULT, query_rows=16, dk_registers=168)),
+    # three warps to a part of a multiprocessor in place of two
+    (1 << 30, 64, 32, 2, None, replace(DEFAULT, query_registers=168)),
 ]
 
 _override: Tiles | None = None
