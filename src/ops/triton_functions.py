@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
@@ -74,6 +75,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # Triton's interpreter, for tests: programs that have several pieces, and not equally many
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def as_numbers(settings: Any) -> tuple[int, ...]:
+    """A dataclass of integers as operators take it; PyTorch 2.6 cannot trace `dataclasses.astuple`."""
+    return tuple(getattr(settings, name) for name in settings.__dataclass_fields__)
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager:

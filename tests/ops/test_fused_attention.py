@@ -15,10 +15,14 @@ from src.ops.projection import draw_projection
 from src.utils.errors import UserError
 from tests.helpers import OPERATORS, assert_close, draw_inputs
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 NAMES = ("local", "performer", "scatterbrain")
-needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="the kernels are compiled for the GPU here")
+# the interpreter of Triton 3.2 (PyTorch 2.6) ignores masks of one element, and then writes where it should not
+needs_interpreter = pytest.mark.skipif(
+    not is_interpreted() or triton.__version__.startswith("3.2."),
+    reason="the kernels are compiled for the GPU here, or Triton's interpreter is too old for them",
+)
 # RMS against float64. float32: rounding of logits up to 10 and sums of up to 300 terms; gradients take two such steps.
 # Half precision: each weight and feature is rounded once, 2^-11 or 2^-8 at most, and so is the result.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import triton.language as tl
 from src.ops.fused_linear.folded import FoldedLinear
 from src.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
 from src.ops.fused_linear.patches import Patches
-from src.ops.triton_functions import device_of, follow, overlapped, precision_of_products
+from src.ops.triton_functions import as_numbers, device_of, follow, overlapped, precision_of_products
 from src.utils.errors import UserError
 
 try:
@@ -684,7 +683,7 @@ def triton_fused_linear(
     settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches)
     inputs = (x, folded.weight, folded.bias, folded.sums, residual, statistics)
     if torch.compiler.is_compiling():
-        tiles = () if folded.tiles is None else dataclasses.astuple(folded.tiles)
+        tiles = () if folded.tiles is None else as_numbers(folded.tiles)
         if out is not None:
             torch.ops.scatterbrain.fused_linear_out(*inputs, out, *settings, tiles)
             return out, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from src.ops.token_tail.folded import FoldedTail
-from src.ops.triton_functions import device_of, follow, gelu, overlapped, precision_of_products
+from src.ops.triton_functions import as_numbers, device_of, follow, gelu, overlapped, precision_of_products
 from src.utils.errors import UserError
 
 
@@ -187,7 +186,7 @@ def triton_token_tail(attended: torch.Tensor, value: torch.Tensor, folded: Folde
     """Arguments as in `token_tail`."""
     arguments = (attended, value, folded.projection, folded.first, folded.second, folded.biases, folded.eps)
     if torch.compiler.is_compiling():
-        tiles = () if folded.tiles is None else dataclasses.astuple(folded.tiles)
+        tiles = () if folded.tiles is None else as_numbers(folded.tiles)
         return torch.ops.scatterbrain.token_tail(*arguments, tiles)
     # PyTorch's dispatcher would cost as much as the launch itself
     return _launch(*arguments, folded.tiles)
