@@ -304,20 +304,6 @@ def test_tiles_are_counted_where_the_kernels_run():
     assert [benchmark.count_marked(module, bench.inputs(64)) for module in (*modules, None)] == [None] * 3
 
 
-def test_tiles_that_the_kernels_mark_are_counted():
-    pytest.importorskip("triton")
-    from tests.ops.test_fused_attention import needs_interpreter
-
-    if needs_interpreter.args[0]:
-        pytest.skip(needs_interpreter.kwargs["reason"])
-    bench = benchmark.Bench(benchmark.build_parser().parse_args([*SMALL, "--lengths", "64"]))
-    module = bench.attention("sblocal", 64, 64).module
-    module.backend = "triton"
-    assert benchmark.count_marked(module, bench.inputs(64)) == 0
-    sharp = [20 * x for x in bench.inputs(64)]
-    assert benchmark.count_marked(module, sharp) > 0
-
-
 def test_large_matrices_are_left_out_and_named(tmp_path, capsys):
     options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--attentions", "full"]
     output = tmp_path / "times.json"

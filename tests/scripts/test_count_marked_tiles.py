@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from scripts import benchmark_attention as benchmark
 from scripts import count_marked_tiles as counting
 from src.ops.fused import operator as fused_operator
 from tests.ops.test_fused_attention import adversarial, needs_interpreter
@@ -26,6 +27,17 @@ def test_the_kernels_mark_the_same_tiles(monkeypatch):
     assert tiles == marked[0].bool().tolist()
     assert True in tiles
     assert False in tiles
+
+
+@needs_interpreter
+def test_the_benchmark_counts_what_the_kernels_mark():
+    options = ["--device", "cpu", "--dim", "16", "--batch", "2", "--lengths", "64"]
+    bench = benchmark.Bench(benchmark.build_parser().parse_args(options))
+    module = bench.attention("sblocal", 64, 64).module
+    module.backend = "triton"
+    assert benchmark.count_marked(module, bench.inputs(64)) == 0
+    sharp = [20 * x for x in bench.inputs(64)]
+    assert benchmark.count_marked(module, sharp) > 0
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
