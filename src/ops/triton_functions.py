@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -75,6 +76,60 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3  # Triton's interpreter, for tests: programs that have several pieces, and not equally many
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def safe_warps(warps: int, *tensors: torch.Tensor) -> int:
+    """Warps for a kernel that multiplies rows of these tensors: `warps`, or 2 where a group of 4 would be miscompiled.
+
+    Four warps multiply tiles of 64 rows by Hopper's asynchronous warp-group products. Their operands come through one
+    shared buffer, not a pipelined one, where rows are not read 16 bytes at a time; and for such loops the assembler
+    ptxas before CUDA 12.9, which Triton brings along up to 3.6 at least, computes the addresses of an operand from a
+    register that holds another one's. Two warps multiply by other instructions.
+
+    Args:
+        warps: warps of the tile settings.
+        tensors: what the kernel reads by rows, (..., N, E) with a contiguous last dimension.
+    """
+    if warps % 4 or all(is_read_in_vectors(x) for x in tensors) or not has_old_assembler(tensors[0].device):
+        return warps
+    return 2
+
+
+def is_read_in_vectors(x: torch.Tensor) -> bool:
+    """Whether Triton reads rows (..., N, E) 16 bytes at a time: by what it knows of pointers, strides and the mask."""
+    return (
+        x.data_ptr() % 16 == 0
+        and x.shape[-1] * x.element_size() % 16 == 0
+        and all(stride % 16 == 0 for stride in row_strides(x))
+    )
+
+
+def row_strides(*tensors: torch.Tensor) -> list[int]:
+    """Strides of batch, head and row of tensors (B, H, N, E), one after another; 0 for a dimension of one element.
+
+    PyTorch leaves the stride of such a dimension to chance, and Triton would conclude from it how rows are aligned.
+    """
+    return [
+        stride if size > 1 else 0 for x in tensors for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ]
+
+
+@functools.cache
+def has_old_assembler(device: torch.device) -> bool:
+    """Whether kernels for this device are assembled by a ptxas before CUDA 12.9's; also where that is not known."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    try:
+        try:
+            version = triton.knobs.nvidia.ptxas.version
+        except AttributeError:  # Triton 3.3 and older
+            from triton.backends.nvidia.compiler import _path_to_binary
+
+            version = _path_to_binary("ptxas")[1]
+        release = re.search(r"(\d+)\.(\d+)", version)
+    except (ImportError, AttributeError, RuntimeError, TypeError):
+        return True
+    return release is None or tuple(map(int, release.groups())) < (12, 9)
 
 
 def as_numbers(settings: Any) -> tuple[int, ...]:

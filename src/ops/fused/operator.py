@@ -23,7 +23,14 @@ from src.ops.fused.forward import attention_kernel
 from src.ops.fused.pairs import causal_kernel, marked_kernel
 from src.ops.fused.sums import combine_kernel, feature_sums_kernel, running_sums_kernel
 from src.ops.fused.tiles import Tiles, tiles_for
-from src.ops.triton_functions import device_of, multiprocessors, overlapped, precision_of_products
+from src.ops.triton_functions import (
+    device_of,
+    multiprocessors,
+    overlapped,
+    precision_of_products,
+    row_strides,
+    safe_warps,
+)
 from src.ops.windows import window_bounds
 
 LOG2E = math.log2(math.e)
@@ -252,9 +259,7 @@ class _Plan:
             self.num_marks,
             chunk,
             chunk // tiles.sum_rows,
-            *x.stride()[:3],
-            *y.stride()[:3],
-            *out.stride()[:3],
+            *row_strides(x, y, out),
             *self.scales[:2],
             **self.sizes,
             BN=tiles.sum_rows,
@@ -270,7 +275,7 @@ class _Plan:
             PRECISION=self.precision,
             STAGES=tiles.sum_stages,
             ONLINE=self.dtype == torch.float16 or features > ONLINE_FEATURES,
-            num_warps=tiles.sum_warps,
+            num_warps=safe_warps(tiles.sum_warps, x, y, out),
             **self.first,
         )
         if final:
@@ -391,7 +396,7 @@ def run_forward(
             key, value, plan.key_chunk, plan.key_chunks, marked_sequences, marked_list, arrivals
         )
     tensors = (query, key, value, out, plan.projection, plan.key_lengths, mean, weight, norms, normaliser)
-    strides = [x for tensor in (query, key, value, out) for x in tensor.stride()[:3]]
+    strides = row_strides(query, key, value, out)
     tiles_in_all = -(-plan.length // tiles.query_rows)
     if not (plan.low_rank and is_causal):
         window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
@@ -433,7 +438,7 @@ def run_forward(
             **common,
             BM=tiles.causal_rows,
             BN=tiles.causal_keys,
-            num_warps=tiles.causal_warps,
+            num_warps=safe_warps(tiles.causal_warps, query, key, value),
             **plan.overlapped,
         )
     if plan.marks:
@@ -514,8 +519,7 @@ def run_backward(
             delta,
             plan.heads,
             plan.length,
-            *out.stride()[:3],
-            *gradient.stride()[:3],
+            *row_strides(out, gradient),
             D=plan.sizes["D"],
             BD=plan.sizes["BD"],
             BM=64,
@@ -523,11 +527,11 @@ def run_backward(
         )
     d_query, d_key, d_value = _like(query, plan.width), _like(key, plan.width), _like(value, plan.value_width)
     common = {**plan.common(), "LOW_RANK": plan.low_rank, "FEATURE_PRECISION": plan.feature_precision}
-    strides = [x for tensor in (query, key, value, gradient) for x in tensor.stride()[:3]]
+    strides = row_strides(query, key, value, gradient)
     query_tiles = -(-plan.length // tiles.dq_rows)
     of_queries = (query, key, value, gradient, d_query, plan.projection, plan.key_lengths)
     lengths = (plan.heads, plan.length, plan.num_keys)
-    numbers = (*strides, *d_query.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
+    numbers = (*strides, *row_strides(d_query), *plan.scales, plan.log_m, 1 / LOG2E)
     query_gradient_kernel[(query_tiles, groups)](
         *of_queries,
         *(key_mean, key_weight, key_norms, normaliser, delta),
@@ -564,7 +568,7 @@ def run_backward(
     key_tiles = -(-plan.num_keys // tiles.dk_rows)
     tensors = (query, key, value, gradient, d_key, d_value, plan.projection, plan.key_lengths)
     statistics = (normaliser, delta, marked)
-    numbers = (*strides, *d_key.stride()[:3], *d_value.stride()[:3], *plan.scales, plan.log_m, 1 / LOG2E)
+    numbers = (*strides, *row_strides(d_key, d_value), *plan.scales, plan.log_m, 1 / LOG2E)
     sizes = {
         "BN": tiles.dk_rows,
         "BM": tiles.dk_queries,
@@ -597,7 +601,7 @@ def run_backward(
             BN=MARKED_KEY_ROWS,
             BM=MARKED_ROWS,
             MARK_ROWS=tiles.query_rows,
-            num_warps=MARKED_KEY_WARPS,
+            num_warps=safe_warps(MARKED_KEY_WARPS, query, key, value, gradient),
             **plan.overlapped,
         )
     return d_query, d_key, d_value
