@@ -1,6 +1,6 @@
 """Entry point: `python run.py experiment=imagenet-t2tvit-eval ...`; `python run.py --help` explains itself.
 
-Or `torchrun --nproc_per_node=N run.py ...`, or `srun python run.py ...` in a job of SLURM: see `src.tasks.peers`.
+Or `torchrun --nproc_per_node=N run.py ...`, or `srun python run.py ...` in a job of SLURM: see `src.distributed.ranks`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from src.tasks import peers
+from scatterbrain.errors import UserError, did_you_mean
+from src.distributed import ranks
 from src.utils.cli import report, run_cli
-from src.utils.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent
 _failures: list[UserError] = []
@@ -36,9 +36,9 @@ def main(config: DictConfig) -> None:
     if remote:
         sys.argv[:] = ["run.py", *job.overrides.task]  # for the results, in place of the launcher's own command
     try:
-        with peers.joined() as processes:
+        with ranks.joined() as processes:
             config.paths.output_dir = processes.agree("output_dir", config.paths.output_dir)
-            error_file = Path(config.paths.output_dir, peers.ERROR_FILE)
+            error_file = Path(config.paths.output_dir, ranks.ERROR_FILE)
             if processes.rank == 0:
                 error_file.unlink(missing_ok=True)
             try:
@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
                 _failures.append(error)
                 if remote:
                     error_file.write_text(str(error))
-            except peers.PeerFailed:  # which has told
+            except ranks.PeerFailed:  # which has told
                 if not remote:
                     raise
             except Exception as error:
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
                     traceback.print_exc()
                     error_file.write_text(f"{type(error).__name__}: {error}; the traceback is in the job's log")
                 raise
-    except peers.PeersMissingError as error:
+    except ranks.PeersMissingError as error:
         report(error)
         _failures.append(error)
 
@@ -76,22 +76,22 @@ def _run_task(config: DictConfig) -> None:
 def run(argv: list[str]) -> int:
     """Run the command line `argv` (the program's name first) and return its exit status, see `run_cli`."""
     _failures.clear()
-    peers.FailedJobs.messages = ()
+    ranks.FailedJobs.messages = ()
     argv[1:] = _with_options_of_attentions(argv[1:])
-    if peers.find_launch() is None:
+    if ranks.find_launch() is None:
         status = _run_command(argv)
     else:
         try:
-            with peers.joined() as processes:
-                argv[1:] += peers.silent_options(processes)
+            with ranks.joined() as processes:
+                argv[1:] += ranks.silent_options(processes)
                 status = _run_command(argv, processes)
         except UserError as error:
             report(error)
             return 1
-    return 1 if _failures or peers.FailedJobs.messages else status
+    return 1 if _failures or ranks.FailedJobs.messages else status
 
 
-def _run_command(argv: list[str], processes: peers.Peers | None = None) -> int:
+def _run_command(argv: list[str], processes: ranks.Peers | None = None) -> int:
     """`run_cli` of `main`, one of several `processes` where there are such."""
 
     def call_main() -> None:

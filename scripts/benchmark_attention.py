@@ -5,7 +5,7 @@ turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDP
 and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
 clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
 in rows of their own. Where Scatterbrain's kernels have tiles of queries to compute from pairs, which depends on the
-inputs (src/ops/fused/README.md), their number is reported, and a draw of the inputs without any has a row of its own.
+inputs (README.md of the kernels), their number is reported, and a draw of the inputs without any has a row of its own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted. CUDA: the caching
 allocator's peak. CPU: the peak of live bytes from PyTorch's allocator, as its profiler records every allocation and
@@ -43,12 +43,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
-from src.models.modules.attention.sblocal import SBLocalAttention
-from src.ops.features import log_softmax_features
-from src.ops.fused import choose_backend, count_marked_tiles
-from src.ops.projection import draw_projection
-from src.utils.errors import UserError
+from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
+from scatterbrain.attention.sblocal import SBLocalAttention
+from scatterbrain.errors import UserError
+from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.scatterbrain.triton import choose_backend, count_marked_tiles
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

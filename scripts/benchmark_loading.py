@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.errors import UserError
 from src.datamodules.augmentation import INTERPOLATIONS
 from src.datamodules.cache import DecodedCache
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.layouts.base import imagenet_synsets, scan_folder
-from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.scripts import (

@@ -47,13 +47,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS, COMPARED
+from scatterbrain.errors import UserError
 from scripts.make_random_checkpoint import make_checkpoint
 from src.models.inference import inference_form
-from src.models.modules.attention import ATTENTIONS, COMPARED
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.build import check_swappable
-from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.fixed_batch import CudaGraphForward, compiled
 from src.utils.machine import machine_info

@@ -36,12 +36,12 @@ from timm.data import RealLabelsImagenet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.errors import UserError
 from src.datamodules.dataset import load_rgb
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.layouts import FORMATS, Listing, Place, find_layouts
 from src.datamodules.layouts.base import imagenet_synsets, listing
 from src.datamodules.layouts.labels import synset_in_name
-from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.machine import usable_cpus
 from src.utils.scripts import Parser, check_writable, first_line, positive, progress_display, run_tool, say

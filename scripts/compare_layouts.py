@@ -39,14 +39,14 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS
+from scatterbrain.errors import UserError
 from scripts.measure_approximation import spread
 from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
 from src.datamodules.layouts.class_folders import ClassFolders
 from src.evaluation.results import Predictions, read_predictions
-from src.models.modules.attention import ATTENTIONS
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
-from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -1,7 +1,7 @@
 """How often the fused kernels compute a tile of queries from pairs, on normal queries and keys.
 
 Where the window's random-feature estimates of a query outweigh everything else, their difference to the exact weights
-has lost its digits, and the kernels compute the tile of such a query again, pair by pair (src/ops/fused/README.md).
+has lost its digits, and the kernels compute the tile of such a query again, pair by pair (README.md of the kernels).
 That is right but takes time, so that a draw of the inputs with such a tile is slower than one without. Here they are
 counted in float64 by the kernels' own criterion, one draw of queries, keys and features after another; no GPU is
 needed.
@@ -23,11 +23,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.common.windows import window_bounds
+from scatterbrain.ops.scatterbrain.triton.operator import CANCELLATION_LIMIT
 from scripts.tune_attention import SHAPES, Shape, parse_shape
-from src.ops.features import log_softmax_features
-from src.ops.fused.operator import CANCELLATION_LIMIT
-from src.ops.projection import draw_projection
-from src.ops.windows import window_bounds
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import Parser, check_writable, fraction, positive, run_tool
@@ -45,7 +45,7 @@ def marked_queries(
         key: (B, N, E) float64.
         projection: rows (R, E) float64, each taken with both signs.
         window: width W.
-        limit: see `src.ops.fused.operator.CANCELLATION_LIMIT`.
+        limit: see `scatterbrain.ops.scatterbrain.triton.operator.CANCELLATION_LIMIT`.
 
     Returns:
         (B, N) bool.

@@ -5,7 +5,7 @@ memory budgets and draws of what is random. Every photograph runs through it: to
 photographs whose first prediction is that of full attention. Some photographs, spread evenly, give the relative
 Frobenius error of the output of each stage, on the queries, keys and values of the network with full attention, so
 that stage 2 is not judged on what stage 1 has left. Memory is what the attention really takes by the rule of
-`src.ops.budget`; block-sparse attentions and Reformer take more than their budget.
+`scatterbrain.ops.common.budget`; block-sparse attentions and Reformer take more than their budget.
 
 Ctrl-C and SIGTERM end the run with the configurations that are complete by then. --output is written after each
 attention, with "complete": false until all are done. On CUDA, --jobs processes first fill Triton's cache on disk.
@@ -40,15 +40,17 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.budget import budget_columns
 from scripts.experiment_regimes import COLOURS, FAINT, INK, mean_and_deviation, positive_numbers, style
 from scripts.measure_approximation import open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
+from src.distributed.launch import MAX_SEED
 from src.models.inference import inference_form
-from src.models.modules.attention import ATTENTIONS, attention_memory, create_attention
-from src.models.modules.attention.base import AttentionModule
 from src.models.modules.tokens_to_token import STAGE_DIMS, TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.ops.budget import budget_columns
 from src.tasks.approximation import (
     StageInputs,
     capture_stage_inputs,
@@ -56,9 +58,7 @@ from src.tasks.approximation import (
     load_model,
     relative_error,
 )
-from src.tasks.launch import MAX_SEED
 from src.tasks.provenance import attention_memory_fraction, package_versions
-from src.utils.errors import UserError, check_whole_number
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.scripts import (

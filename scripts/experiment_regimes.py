@@ -2,7 +2,7 @@
 
 Synthetic queries, keys and values at many softmax scales s = beta / sqrt(E): a small beta (a high temperature) gives
 every key the same weight, a large one gives a single key all of it. For each, the relative Frobenius error of the
-matrix of weights and of the output against full attention, at equal memory (`src.ops.budget`), is set against the
+matrix of weights and of the output against full attention, at equal memory (`ops.common.budget`), is set against the
 entropy of full attention. Chen et al., "Scatterbrain", NeurIPS 2021, section 3, is the claim: sparse and low-rank
 attention err in different regimes, and together they err less in all.
 
@@ -34,16 +34,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import attention_memory, create_attention
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.budget import budget_columns, features_for, keys_for
+from scatterbrain.ops.common.dense import dense_logits, naive_support_attention
+from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.common.projection import draw_projection
+from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.models.modules.attention import attention_memory, create_attention
-from src.ops.budget import budget_columns, features_for, keys_for
-from src.ops.features import log_softmax_features
-from src.ops.naive import dense_logits, naive_support_attention
-from src.ops.projection import draw_projection
 from src.tasks.approximation import ONE_HOT, StageInputs, effective_keys, relative_error
-from src.tasks.launch import MAX_SEED
 from src.tasks.provenance import package_versions
-from src.utils.errors import UserError, check_whole_number
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -33,11 +33,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS
+from scatterbrain.errors import UserError
 from scripts.benchmark_attention import BASELINE, colour, other_sizes
 from scripts.experiment_regimes import FAINT, INK, style
 from src.evaluation.results import read_json
-from src.models.modules.attention import ATTENTIONS
-from src.utils.errors import UserError
 from src.utils.scripts import Parser, check_figure, comma_separated, console_for_tables, positive, run_tool, save_figure
 from src.utils.scripts import figure as digits
 

@@ -49,6 +49,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.budget import budget_columns
 from scripts.experiment_regimes import FAINT, INK, style
 from scripts.listops import (
     CLASS,
@@ -59,12 +62,9 @@ from scripts.listops import (
     first_operator_accuracy,
     majority_accuracy,
 )
+from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.models.modules.attention import ATTENTIONS, attention_memory, create_attention
-from src.ops.budget import budget_columns
-from src.tasks.launch import MAX_SEED
 from src.tasks.provenance import package_versions, seconds_now
-from src.utils.errors import UserError, check_whole_number
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.utils.errors import UserError, check_whole_number
+from scatterbrain.errors import UserError, check_whole_number
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 # padding, digits, operators with their opening bracket, closing bracket, and a token for networks to answer at

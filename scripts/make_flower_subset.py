@@ -23,9 +23,9 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.dataset import load_rgb
 from src.datamodules.layouts.base import scan_folder
-from src.utils.errors import UserError, check_whole_number
 from src.utils.scripts import Parser, run_tool, say
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.errors import UserError
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.checkpoint import read_checkpoint, save_checkpoint
-from src.utils.errors import UserError
 from src.utils.files import sha256_of_file
 from src.utils.named_tensors import named_weights, official_shapes
 from src.utils.scripts import Parser, run_tool, say

@@ -34,10 +34,12 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS, attention_memory
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.models.modules.attention import ATTENTIONS, attention_memory
-from src.models.modules.attention.base import AttentionModule
+from src.distributed.launch import MAX_SEED
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
@@ -53,9 +55,7 @@ from src.tasks.approximation import (
     load_model,
     relative_errors,
 )
-from src.tasks.launch import MAX_SEED
 from src.tasks.provenance import package_versions
-from src.utils.errors import UserError, check_whole_number
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -21,9 +21,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
+from scatterbrain.errors import UserError
 from scripts.benchmark_attention import DTYPES
-from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
-from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -31,12 +31,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.windows import window_bounds
 from scripts.measure_approximation import approximation_parser, open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
+from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.models.modules.attention.base import AttentionModule
 from src.models.t2t_vit import T2TViT
-from src.ops.windows import window_bounds
 from src.tasks.approximation import (
     attention_weights,
     capture_stage_inputs,
@@ -45,8 +47,6 @@ from src.tasks.approximation import (
     load_model,
     relative_error,
 )
-from src.tasks.launch import MAX_SEED
-from src.utils.errors import UserError, check_whole_number
 from src.utils.files import atomic_write
 from src.utils.scripts import Parser, check_writable, choose_device, run_tool
 

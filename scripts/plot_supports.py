@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.ops.block_sparse import block_layout, layout_support
-from src.ops.neighbourhoods import neighbourhood_shape, neighbourhood_support
-from src.ops.windows import window_mask
-from src.tasks.launch import MAX_SEED
-from src.utils.errors import UserError, check_whole_number
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.windows import window_mask
+from scatterbrain.ops.sparse.block_sparse import block_layout, layout_support
+from scatterbrain.ops.sparse.window2d import neighbourhood_shape, neighbourhood_support
+from src.distributed.launch import MAX_SEED
 from src.utils.scripts import FIGURE_SUFFIXES, Parser, check_writable, positive, run_tool, save_figure, say
 
 INK, FAINT = "#22262e", "#6b7280"

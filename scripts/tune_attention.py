@@ -1,4 +1,4 @@
-"""Measure the tile settings of the fused attention kernels on this GPU, and print rows for `src/ops/fused/tiles.py`.
+"""Measure the tile settings of the fused attention kernels on this GPU, and print rows for their `tiles.py`.
 
 Groups of settings that do not influence one another are searched one after another: the sums over keys and queries,
 the queries of the forward pass, the gradients. A group's candidates are the settings around the best one so far, and
@@ -38,12 +38,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from scatterbrain.errors import UserError
+from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
+from scatterbrain.ops.scatterbrain.triton import attention, unsupported
+from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
 from scripts.benchmark_attention import DTYPES, PASSES, graph_milliseconds
-from src.ops.fused import attention, unsupported
-from src.ops.fused.tiles import Tiles, tiles_for, use_tiles
-from src.ops.projection import draw_projection
-from src.ops.scatterbrain import naive_scatterbrain_attention
-from src.utils.errors import UserError
 from src.utils.files import write_json
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.scripts import (
@@ -674,7 +674,7 @@ def settings_text(tiles: Tiles) -> str:
 
 
 def table_rows(found: dict[Shape, Tiles], itemsize: int, device_class: int) -> list[str]:
-    """Lines for `TABLE` of `src/ops/fused/tiles.py`, whose first row that fits is taken.
+    """Lines for `TABLE` of `scatterbrain/ops/scatterbrain/triton/tiles.py`, whose first row that fits is taken.
 
     Args:
         found: the best tiles of each shape.
@@ -766,7 +766,13 @@ def report(console: Console, searches: dict[Shape, Search], rows: Sequence[str])
                     say(line)
                 if group.name in search.unfinished:
                     say("The budget ended before all candidates had their turn.")
-    say("\n".join(("Rows for TABLE of src/ops/fused/tiles.py:", *rows) if rows else ("Nothing was measured.",)))
+    say(
+        "\n".join(
+            ("Rows for TABLE of scatterbrain/ops/scatterbrain/triton/tiles.py:", *rows)
+            if rows
+            else ("Nothing was measured.",)
+        )
+    )
 
 
 def parse_shape(text: str) -> Shape:

@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src.ops.full import full_attention, naive_full_attention
-from src.ops.local import local_attention, naive_local_attention
-from src.ops.performer import naive_performer_attention, performer_attention
-from src.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
+from scatterbrain.ops.full import full_attention, naive_full_attention
+from scatterbrain.ops.local import local_attention, naive_local_attention
+from scatterbrain.ops.performer import naive_performer_attention, performer_attention
+from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 

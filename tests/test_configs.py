@@ -11,12 +11,12 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from src.models.modules.attention import ATTENTIONS
+from scatterbrain.attention import ATTENTIONS
+from scatterbrain.errors import UserError
+from src.distributed.launch import build_trainer
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.tasks.build import attention_name, build, build_group, build_model
-from src.tasks.launch import build_trainer
-from src.utils.errors import UserError
-from tests.tasks.setup import CONFIG_DIR, EXPERIMENT, TRAINING_EXPERIMENT, compose_config
+from tests.src.tasks.setup import CONFIG_DIR, EXPERIMENT, TRAINING_EXPERIMENT, compose_config
 
 TRANSFORMER_VARIANTS = [name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer"]
 LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"}

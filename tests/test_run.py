@@ -20,8 +20,8 @@ import run
 import src.datamodules.dataset as dataset
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
-from tests.tasks.conftest import make_shallow, make_tiny
-from tests.tasks.setup import (
+from tests.src.tasks.conftest import make_shallow, make_tiny
+from tests.src.tasks.setup import (
     assert_same_evaluation,
     compose_config,
     make_checkpoint,

@@ -16,9 +16,9 @@ from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 
+from scatterbrain.errors import UserError, did_you_mean, is_number
 from src.datamodules.device_augmentation import DeviceAugmentation
 from src.datamodules.normalise import Normalise
-from src.utils.errors import UserError, did_you_mean, is_number
 
 # What torchvision's resize takes on PIL images.
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")

@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.normalise import Normalise
-from src.utils.errors import UserError, check_whole_number
 
 
 class ClassificationDataModule(pl.LightningDataModule):

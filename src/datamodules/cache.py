@@ -49,8 +49,8 @@ import torchvision
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
+from scatterbrain.errors import UserError
 from src.datamodules.dataset import ImageDataset, ImageError, ImageLoader, empty_batch
-from src.utils.errors import UserError
 from src.utils.files import name_for_json, write_json
 from src.utils.scripts import progress_display
 

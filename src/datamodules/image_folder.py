@@ -30,6 +30,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import Dataset
 
+from scatterbrain.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
 from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
 from src.datamodules.base import ClassificationDataModule
 from src.datamodules.cache import CachedImages, CachedLoader, DecodedCache
@@ -39,7 +40,6 @@ from src.datamodules.layouts import Listing, Place, check_format, open_split, se
 from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
 from src.datamodules.layouts.class_folders import ClassFolders
 from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
-from src.utils.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
 from src.utils.machine import usable_cpus
 
 # Those of datamodule.augmentation: the others are options of the data module itself.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from src.utils.errors import UserError
+from scatterbrain.errors import UserError
 
 
 def derive_seed(*numbers: int) -> int:

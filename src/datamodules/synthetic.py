@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.base import ClassificationDataModule
-from src.utils.errors import UserError, check_whole_number
 
 NAME = "synthetic"
 

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scatterbrain.errors import UserError
 from src.evaluation.published import PublishedFigure
 from src.evaluation.results import (
     RESULTS_FILE,
@@ -39,7 +40,6 @@ from src.evaluation.results import (
     read_predictions,
     read_results,
 )
-from src.utils.errors import UserError
 from src.utils.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)

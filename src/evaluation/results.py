@@ -17,8 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 
+from scatterbrain.errors import UserError
 from src.evaluation.published import PublishedFigure, published_top1
-from src.utils.errors import UserError
 from src.utils.files import atomic_write, name_for_json, write_json
 
 RESULTS_FILE = "results.json"

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scatterbrain.errors import UserError
+from scatterbrain.ops.performer import performer_attention
 from src.models.modules.token_stage import TokenPerformer, TokenTransformer
 from src.models.modules.tokens_to_token import SOFT_SPLITS
 from src.models.modules.transformer_block import Block
+from src.models.ops.fused_linear import FoldedLinear, Patches, fused_linear, fused_linear_with_statistics
+from src.models.ops.token_tail import FoldedTail, token_tail
 from src.models.t2t_vit import T2TViT
-from src.ops.fused_linear import FoldedLinear, Patches, fused_linear, fused_linear_with_statistics
-from src.ops.performer import performer_attention
-from src.ops.token_tail import FoldedTail, token_tail
-from src.utils.errors import UserError
 
 # The token stages work on so many pixels at a time on a CPU, 4 images of 224 pixels: their tensors, 2.4 MB an image,
 # then are memory that the allocator has at hand, where those of 16 images are mapped and cleared for each operation.
@@ -35,7 +35,7 @@ def inference_form(model: T2TViT, backend: str = "auto") -> InferenceT2TViT:
 
     Args:
         model: the model, in eval mode, on its final device and in its final dtype.
-        backend: form of the fused operators: `torch`, `triton` or `auto` (`src.ops.backends`). The attention modules
+        backend: form of the fused operators: `torch`, `triton` or `auto` (`ops.common.backends`). The attention modules
             have their own.
 
     Returns:

@@ -18,7 +18,8 @@ from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import nn
 
-from src.models.modules.attention import create_attention
+from scatterbrain.attention import create_attention
+from scatterbrain.errors import UserError, did_you_mean
 from src.models.modules.token_stage import TokenPerformer, TokenTransformer
 from src.models.modules.tokens_to_token import (
     STAGE_DIMS,
@@ -28,7 +29,6 @@ from src.models.modules.tokens_to_token import (
     stage_lengths,
 )
 from src.models.modules.transformer_block import Block
-from src.utils.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from src.models.modules.attention import create_attention
-from src.models.modules.attention.base import AttentionModule
-from src.models.modules.attention.full import FullAttention
+from scatterbrain.attention import create_attention
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.full import FullAttention
+from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.ops.common.dense import dense_logits
+from scatterbrain.ops.common.inputs import accumulation_dtype, default_scale
+from scatterbrain.ops.full import full_attention
 from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed
-from src.ops.full import full_attention
-from src.ops.inputs import accumulation_dtype, default_scale
-from src.ops.naive import dense_logits
 from src.utils.checkpoint import load_checkpoint, read_checkpoint
-from src.utils.errors import UserError, did_you_mean
 
 LAYERS = ("stages", "backbone", "all")
 # One of the one-hot values, see `StageInputs.with_identity_values`: a power of two, and nothing beside the values.

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from src.utils.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
+from scatterbrain.errors import UserError
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, get_variant
-from src.utils.errors import UserError
 
 
 def build(config: DictConfig, group: str, **objects: Any) -> Any:

@@ -20,10 +20,10 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from scatterbrain.errors import UserError, is_number
 from src.evaluation.training import best_epoch
 from src.tasks.training import CHECKPOINT_KEY
 from src.utils.checkpoint import save_checkpoint
-from src.utils.errors import UserError, is_number
 from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from scatterbrain.errors import UserError
 from src.datamodules.dataset import ImageLoader
 from src.evaluation.results import Records, summarise
 from src.tasks.device_time import DeviceTime
@@ -17,7 +18,6 @@ from src.tasks.provenance import seconds_now
 from src.tasks.records import ImageRecords
 from src.tasks.transfer import OverlappedTransfer
 from src.tasks.unfinished import UnfinishedEvaluation
-from src.utils.errors import UserError
 
 MakeForward = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 

@@ -23,9 +23,11 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from torch import nn
 
+from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.layouts.base import listing
 from src.datamodules.synthetic import SyntheticDataModule
+from src.distributed.launch import WorkersLostError, check_common_options, explained, launch
 from src.evaluation.comparison import OnePass, compare_runs, print_comparison, write_comparison
 from src.evaluation.results import (
     RESULTS_FILE,
@@ -43,7 +45,6 @@ from src.tasks.attentions import attention_configs, chosen_attentions, naming, s
 from src.tasks.build import attention_name, build, build_group, build_model, runs_inference_form
 from src.tasks.checkpoints import stop_on_interrupt
 from src.tasks.classification import Classification, Draws, ImageClassification, SeveralClassifications
-from src.tasks.launch import WorkersLostError, check_common_options, explained, launch
 from src.tasks.provenance import (
     attention_memory_fraction,
     attention_options,
@@ -55,7 +56,6 @@ from src.tasks.provenance import (
 )
 from src.tasks.unfinished import UnfinishedEvaluation, names_digest, unfinished_folder
 from src.utils.checkpoint import CheckpointContents, holds_random_features, load_contents, read_checkpoint
-from src.utils.errors import UserError, check_switch, check_whole_number, is_number
 from src.utils.files import sha256_of_file
 from src.utils.fixed_batch import CudaGraphForward, Forward, PaddedForward, compiled
 

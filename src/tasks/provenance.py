@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Trainer
 
-from src.models.modules.attention import attention_memory
+from scatterbrain.attention import attention_memory
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.utils.machine import processor_name

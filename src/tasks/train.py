@@ -18,7 +18,10 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 
+from scatterbrain.attention import ATTENTIONS, create_attention
+from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.distributed.launch import check_common_options, explained, launch
 from src.evaluation.training import (
     TRAINING_FILE,
     TrainingSummary,
@@ -27,7 +30,6 @@ from src.evaluation.training import (
     typical_rate,
     write_training,
 )
-from src.models.modules.attention import ATTENTIONS, create_attention
 from src.tasks.build import attention_name, build, build_later, build_model
 from src.tasks.checkpoints import (
     BEST_CHECKPOINT,
@@ -38,7 +40,6 @@ from src.tasks.checkpoints import (
     stop_on_interrupt,
 )
 from src.tasks.differences import differences
-from src.tasks.launch import check_common_options, explained, launch
 from src.tasks.provenance import (
     command_line,
     device_name,
@@ -48,7 +49,6 @@ from src.tasks.provenance import (
 )
 from src.tasks.training import CHECKPOINT_KEY, ClassificationTraining
 from src.utils.checkpoint import load_checkpoint
-from src.utils.errors import UserError, check_switch, check_whole_number, is_number
 from src.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from scatterbrain.errors import UserError
 from src.tasks.provenance import seconds_now
-from src.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from scatterbrain.errors import UserError
 from src.tasks.differences import differences
 from src.tasks.records import ImageRecords
-from src.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

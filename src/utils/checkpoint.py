@@ -26,9 +26,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from scatterbrain.errors import UserError
 from src.models.modules.tokens_to_token import TOTAL_STRIDE
 from src.models.t2t_vit import T2T_VIT_VARIANTS, resize_position_table
-from src.utils.errors import UserError
 from src.utils.files import atomic_write, sha256_of_file
 
 logger = logging.getLogger(__name__)

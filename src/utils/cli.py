@@ -11,7 +11,7 @@ from collections.abc import Callable
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from src.utils.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 # Whether the user asked for tracebacks; `run_cli` sets it, since it must change the variable for Hydra.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from src.utils.errors import UserError
+from scatterbrain.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 

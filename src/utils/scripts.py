@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from src.utils.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError, did_you_mean
 from src.utils.files import atomic_write, write_json
 from src.utils.machine import usable_cpus
 from src.utils.parallel import run_in_processes

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scatterbrain.ops.full import naive_full_attention
+from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scripts import measure_approximation, plot_attention_maps
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.ops.full import naive_full_attention
-from src.ops.scatterbrain import naive_scatterbrain_attention
 from src.tasks.approximation import (
     attention_weights,
     capture_inputs,
@@ -28,7 +28,7 @@ from src.tasks.approximation import (
     relative_errors,
 )
 from src.utils.files import sha256_of_file
-from tests.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
+from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
 VARIANT = "t2t_vit_t_7"
 NUM_IMAGES = 7

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts import benchmark_loading as benchmark
-from tests.datamodules.setup import write_images
+from tests.src.datamodules.setup import write_images
 
 SMALL = ["--image-size", "16", "--batch-size", "2", "--num-workers", "1"]
 NAMES = [f"val/{'ab'[number % 2]}/{number}.jpg" for number in range(5)]

@@ -11,8 +11,8 @@ import statistics
 import pytest
 import torch
 
+from scatterbrain.attention import ATTENTIONS
 from scripts import benchmark_model as benchmark
-from src.models.modules.attention import ATTENTIONS
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.helpers import assert_close
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
+from scatterbrain.attention import COMPARED
 from scripts import benchmark_training as benchmark
-from src.models.modules.attention import COMPARED
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.timing import in_turn
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.models.modules.attention import ATTENTIONS, COMPARED, create_attention
 from src.utils import scripts
 from src.utils.files import write_json
 from src.utils.parallel import run_in_processes

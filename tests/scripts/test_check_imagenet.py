@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from scripts import check_imagenet
-from tests.datamodules import layout_files as files
-from tests.datamodules.setup import encoded
+from tests.src.datamodules import layout_files as files
+from tests.src.datamodules.setup import encoded
 
 try:
     import pyarrow

@@ -15,7 +15,7 @@ from PIL import Image
 from scripts import compare_layouts as comparing
 from src.evaluation.results import Predictions
 from src.models.t2t_vit import T2T_VIT_VARIANTS
-from tests.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
+from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
 VARIANT = "t2t_vit_t_7"
 NUM_IMAGES = 11

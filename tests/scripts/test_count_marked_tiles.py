@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from scatterbrain.ops.scatterbrain.triton import operator as fused_operator
 from scripts import benchmark_attention as benchmark
 from scripts import count_marked_tiles as counting
-from src.ops.fused import operator as fused_operator
-from tests.ops.test_fused_attention import adversarial, needs_interpreter
+from tests.scatterbrain.ops.test_fused_attention import adversarial, needs_interpreter
 
 
 @needs_interpreter

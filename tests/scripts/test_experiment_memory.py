@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from scatterbrain.attention import ATTENTIONS
+from scatterbrain.errors import UserError
 from scripts import experiment_memory as memory
-from src.models.modules.attention import ATTENTIONS
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.approximation import capture_stage_inputs, load_model
-from src.utils.errors import UserError
-from tests.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
+from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
 NUM_IMAGES = 12
 SEED = 7
@@ -262,7 +262,7 @@ def test_kernels_are_compiled_for_the_batches_there_will_be(folder, monkeypatch)
     work = pickle.loads(pickle.dumps(work))
     shapes = []
     monkeypatch.setattr(
-        "src.models.modules.attention.local.local_attention",
+        "scatterbrain.attention.local.local_attention",
         lambda query, *_, **__: shapes.append(query.shape) or query,
     )
     work(("local", 1 / 4))

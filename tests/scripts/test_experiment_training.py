@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from scatterbrain.errors import UserError
 from scripts import experiment_training as training
 from scripts import listops
-from src.utils.errors import UserError
 
 CPU = torch.device("cpu")
 LENGTH = 32

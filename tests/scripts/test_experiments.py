@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from scatterbrain.attention import create_attention
+from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
+from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.common.windows import window_mask
 from scripts import experiment_regimes as regimes
 from scripts import experiment_residual as residual
-from src.models.modules.attention import create_attention
-from src.ops.naive import dense_logits, dense_low_rank_logits
-from src.ops.projection import draw_projection
-from src.ops.windows import window_mask
 from src.tasks.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
-from tests.tasks.setup import make_checkpoint, make_images
+from tests.src.tasks.setup import make_checkpoint, make_images
 
 LENGTH, WIDTH = 64, 8
 MEMORY = 1 / 4

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scatterbrain.ops.common.windows import window_mask
+from scatterbrain.ops.sparse.block_sparse import block_layout
+from scatterbrain.ops.sparse.window2d import neighbourhood_mask
 from scripts import plot_supports
-from src.ops.block_sparse import block_layout
-from src.ops.neighbourhoods import neighbourhood_mask
-from src.ops.windows import window_mask
 
 
 def test_draws_every_support(tmp_path, monkeypatch, capsys):

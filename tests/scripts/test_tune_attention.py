@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from scatterbrain.ops.common.backends import is_interpreted
+from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
 from scripts import tune_attention as tune
-from src.ops.backends import is_interpreted
-from src.ops.fused.tiles import Tiles
 
 SUMS, *_ = tune.GROUPS
 SHAPE = tune.Shape(2, 96, 5, 3)
@@ -271,7 +271,7 @@ def test_rows_can_be_pasted():
 
 @pytest.mark.parametrize(("rows", "padded"), [(1, 16), (3, 16), (8, 16), (9, 32), (12, 32), (24, 64)])
 def test_features_are_padded_as_in_the_kernels(rows, padded):
-    from src.ops.fused.operator import _padded
+    from scatterbrain.ops.scatterbrain.triton.operator import _padded
 
     assert tune.Shape(1, 1, 1, rows).padded_features == _padded(2 * rows) == padded
 

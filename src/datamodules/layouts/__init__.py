@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 from types import ModuleType
 
+from scatterbrain.errors import UserError, did_you_mean
 from src.datamodules.layouts import class_folders, csv_file, flat, parquet, tar, webdataset
 from src.datamodules.layouts.base import Found, Listing, Place, listing, pattern, scan_folder
-from src.utils.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import is_hidden
-from src.utils.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_OPEN = 32  # descriptors kept by a process

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from timm.data import ImageNetInfo
 
-from src.utils.errors import UserError
+from scatterbrain.errors import UserError
 
 # Kaggle's tree, below which the splits lie.
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")

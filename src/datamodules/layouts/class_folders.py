@@ -6,9 +6,9 @@ import logging
 import os
 from pathlib import Path
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import FileListing, Found, Place, class_index, imagenet_synsets, listing, scan_folder
 from src.datamodules.layouts.labels import is_validation_image, synset_in_name
-from src.utils.errors import UserError
 
 # The name of the datasets' module: whoever listens to it hears of what is left out.
 logger = logging.getLogger("src.datamodules.dataset")

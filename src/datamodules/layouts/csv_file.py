@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import FileListing, Found, Place, files_matching
-from src.utils.errors import UserError
 
 FORMAT = "csv"
 LOOKED_FOR = "{split}.csv of paths and labels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import FileListing, Found, Place, listing, scan_folder
 from src.datamodules.layouts.labels import (
     DEVKIT,
@@ -15,7 +16,6 @@ from src.datamodules.layouts.labels import (
     label_sources,
     synset_in_name,
 )
-from src.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import KAGGLE_FOLDERS, Place, imagenet_synsets, listing
 from src.datamodules.layouts.matlab import MatlabError, read_structure
-from src.utils.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 KAGGLE_SOLUTION = "LOC_val_solution.csv"

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import Found, Listing, Place, check_complete, files_matching, series
 from src.datamodules.layouts.csv_file import parse_labels
-from src.utils.errors import UserError
 
 FORMAT = "parquet"
 LOOKED_FOR = "{split}*.parquet, data/{split}*.parquet or {folder}/*.parquet"

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from scatterbrain.errors import UserError
 from src.datamodules.layouts.archives import Member, members
 from src.datamodules.layouts.base import Found, Place, check_complete, files_matching, listing, series
 from src.datamodules.layouts.csv_file import parse_labels
 from src.datamodules.layouts.tar import Archives, class_archives, holds_samples
-from src.utils.errors import UserError
 
 FORMAT = "webdataset"
 LOOKED_FOR = "*{split}*.tar or {folder}/*.tar with .jpg and .cls"

@@ -13,7 +13,7 @@ from einops import rearrange
 from timm.layers import Mlp
 from torch import nn
 
-from src.ops.performer import performer_attention
+from scatterbrain.ops.performer import performer_attention
 
 
 class TokenTransformer(nn.Module):

@@ -1,18 +1,5 @@
-"""Full softmax attention: `softmax(s Q K^T) V`, O(T S) time; memory O(T + S) in PyTorch's fused kernels."""
+"""`FullAttention` at its first address; it lives in `scatterbrain.attention.full`."""
 
-from __future__ import annotations
+from scatterbrain.attention.full import FullAttention
 
-import torch
-
-from src.models.modules.attention.base import AttentionModule
-from src.ops.full import full_attention, naive_full_attention
-
-
-class FullAttention(AttentionModule):
-    """Softmax attention over all keys; arguments as in `AttentionModule`."""
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        return full_attention(query, key, value, **options)
-
-    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        return naive_full_attention(query, key, value, **options)[1]
+__all__ = ["FullAttention"]

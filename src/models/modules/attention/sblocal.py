@@ -1,86 +1,17 @@
-"""Scatterbrain attention: exact in a local window, low-rank outside it.
+"""Scatterbrain attention with a local window: `SBLocalAttention`.
 
-    A(i, j) = exp(s q_i.k_j)          inside the window of W keys
-              phi(q_i).phi(k_j)       outside it, with M random features
+    A(i, j) = exp(s q_i.k_j)       for the W keys around query i: the sparse part, exact
+              phi(q_i).phi(k_j)    for all others: the low-rank part, M positive random features, unbiased
     out_i   = sum_j A(i, j) v_j / sum_j A(i, j)
 
-Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, algorithm 1; the low-rank part is
-Performer's (ICLR 2021) in its cosh form, two features for each row of `projection_matrix`. O(T (W + M)) time; the
-estimate of A stays unbiased, and its largest entries, near the diagonal, are exact.
+O(N (W + M)) time and memory in place of O(N^2), and no training. Its parts:
+
+- the maths and the dense specification: `scatterbrain/ops/scatterbrain/README.md` and `naive.py`
+- linear time: `blocked.py` in the same folder (PyTorch), `triton/` (fused CUDA kernels, forward and backward)
+- random features: `scatterbrain/ops/common/features.py`; their projection: `projection.py`
+- the `nn.Module`: `scatterbrain/attention/sblocal.py`; where it enters T2T-ViT: `src/models/modules/token_stage.py`
 """
 
-from __future__ import annotations
+from scatterbrain.attention.sblocal import SBLocalAttention
 
-import torch
-
-from src.models.modules.attention.base import RandomFeatureAttention, even_features
-from src.ops.inputs import check_window
-from src.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
-
-
-class SBLocalAttention(RandomFeatureAttention):
-    """Local window plus random features.
-
-    Args:
-        local_context: width W >= 1 of the window in keys.
-        dim_heads: width E of queries and keys.
-        nb_features: number of features M, even: each of the M / 2 rows is taken with both signs. None is E log E.
-        softmax_temp: softmax scale; None is E ** -0.5.
-        causal: hide the keys j > i.
-        seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
-        attention_dropout: probability of dropping an attention weight in training, see `src.ops.blocked`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
-
-    Raises:
-        UserError: a value out of range.
-    """
-
-    def __init__(
-        self,
-        local_context: int,
-        dim_heads: int,
-        nb_features: int | None = None,
-        softmax_temp: float | None = None,
-        causal: bool = False,
-        seed: int = 0,
-        row_norm: str = "chi",
-        attention_dropout: float = 0.0,
-        backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
-    ) -> None:
-        check_window(local_context)
-        rows = even_features(dim_heads, nb_features) // 2
-        super().__init__(
-            dim_heads,
-            rows,
-            softmax_temp,
-            causal,
-            seed,
-            row_norm,
-            attention_dropout,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
-        self.local_context = local_context
-
-    def sizes(self) -> dict[str, int]:
-        """The window and the number of features."""
-        return {"local_context": self.local_context, "nb_features": 2 * self.projection_matrix.shape[0]}
-
-    def memory_columns(self, num_keys: int) -> float:
-        """The window's keys, and two columns for each feature."""
-        return self.local_context + 4 * self.projection_matrix.shape[0]
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        return scatterbrain_attention(query, key, value, self.projection_matrix, self.local_context, **options)
-
-    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        naive = naive_scatterbrain_attention
-        return naive(query, key, value, self.projection_matrix, self.local_context, **options)[1]
+__all__ = ["SBLocalAttention"]

@@ -1,0 +1,189 @@
+"""The attentions by name, and the factory that fits one to a sequence length."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.blocksparse import BlockSparseAttention, SBBlockSparseAttention
+from scatterbrain.attention.cluster import (
+    SUMMARY_SIZE,
+    ClusterAttention,
+    PairedClusterAttention,
+    SBClusterAttention,
+)
+from scatterbrain.attention.combination import (
+    CombinationLocalPerformerAttention,
+    CombinationSmyrfPerformerAttention,
+)
+from scatterbrain.attention.full import FullAttention
+from scatterbrain.attention.local import LocalAttention
+from scatterbrain.attention.local2d import Local2dAttention, SBLocal2dAttention
+from scatterbrain.attention.performer import PerformerAttention
+from scatterbrain.attention.reformer import ReformerAttention
+from scatterbrain.attention.sblocal import SBLocalAttention
+from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
+from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.ops.common.budget import block_for, budget_columns, features_for, keys_for
+from scatterbrain.ops.sparse.lsh import num_reformer_buckets
+
+__all__ = ["ATTENTIONS", "COMPARED", "attention_memory", "create_attention"]
+
+# Those of the paper's table on T2T-ViT: what the tools compare where nothing else is asked for.
+COMPARED = ("full", "local", "performer", "sblocal")
+# What the published configurations have: hashes, and blocks of a sliding window or of a local group.
+NUM_HASHES = 2
+NUM_WINDOW_BLOCKS = 3
+# Part of what paired clusters see that are exact keys: more errs more on the token stages of T2T-ViT.
+EXACT_SHARE = 1 / 8
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """How an attention is built and what it spends its memory on.
+
+    Attributes:
+        module: its class.
+        fit: from (columns of the attention matrix that may be spent, sequence length, options that are given) to the
+            options of the module that are sizes; None where the attention has no budget.
+        fixed: options that the name stands for.
+    """
+
+    module: type[AttentionModule]
+    fit: Callable[[float, int, Mapping[str, Any]], dict[str, int]] | None = None
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+
+Options = Mapping[str, Any]
+
+
+def _cluster(columns: float, options: Options) -> dict[str, int]:
+    return {"cluster_size": keys_for(columns / options.get("num_hashes", NUM_HASHES))}
+
+
+def _buckets(columns: float, length: int, options: Options) -> dict[str, int]:
+    # as published: the chunk that is looked back to is not counted
+    bucket_size = options.get("bucket_size", keys_for(columns / options.get("num_hashes", NUM_HASHES)))
+    return {"bucket_size": bucket_size, "num_buckets": num_reformer_buckets(length, bucket_size)}
+
+
+def _block(columns: float, _: int, options: Options) -> dict[str, int]:
+    return {"block": block_for(columns, options.get("num_window_blocks", NUM_WINDOW_BLOCKS))}
+
+
+def _block_and_features(columns: float, length: int, options: Options) -> dict[str, int]:
+    # as published: as many features as a block has tokens, on top
+    block = options.get("block", _block(columns, length, options)["block"])
+    return {"block": block, "nb_features": block}
+
+
+def _paired_clusters(columns: float, length: int, exact_share: float) -> dict[str, int]:
+    # so many that the summaries cost no more than the columns
+    queries = keys_for(min(columns / 5, length / SUMMARY_SIZE))
+    # a key cluster, or an exact key, costs a column and a summary for each cluster of queries
+    seen = keys_for((columns - queries) / (1 + queries * SUMMARY_SIZE / length))
+    num_exact = int(seen * exact_share)
+    sizes = {"num_landmarks": seen - num_exact, "num_query_landmarks": queries}
+    return sizes | ({"num_exact": num_exact} if exact_share else {})
+
+
+# One entry for each config of configs/model/t2tattn_cfg.
+ATTENTIONS: dict[str, AttentionKind] = {
+    "full": AttentionKind(FullAttention),
+    "local": AttentionKind(LocalAttention, lambda c, *_: {"local_context": keys_for(c)}),
+    "performer": AttentionKind(PerformerAttention, lambda c, *_: {"nb_features": features_for(c)}),
+    "sblocal": AttentionKind(
+        SBLocalAttention, lambda c, *_: {"local_context": keys_for(c / 2), "nb_features": features_for(c / 2, 2)}
+    ),
+    "smyrf": AttentionKind(SmyrfAttention, lambda c, _, options: _cluster(c, options)),
+    "sbsmyrf": AttentionKind(
+        SBSmyrfAttention,
+        lambda c, _, options: {**_cluster(c / 2, options), "nb_features": features_for(c / 2, 2)},
+    ),
+    "reformer": AttentionKind(ReformerAttention, _buckets),
+    "linear-attention-performer": AttentionKind(PerformerAttention, lambda c, *_: {"nb_features": features_for(c)}),
+    "combination-local-performer": AttentionKind(
+        CombinationLocalPerformerAttention,
+        lambda c, *_: {"local_context": keys_for(c / 2), "nb_features": features_for(c / 2)},
+    ),
+    "combination-smyrf-performer": AttentionKind(
+        CombinationSmyrfPerformerAttention,
+        lambda c, _, options: {**_cluster(c / 2, options), "nb_features": features_for(c / 2)},
+    ),
+    **{
+        f"bs-{layout}": AttentionKind(BlockSparseAttention, _block, {"layout": layout})
+        for layout in ("bigbird", "longformer", "openai")
+    },
+    **{
+        f"sbbs-{layout}": AttentionKind(SBBlockSparseAttention, _block_and_features, {"layout": layout})
+        for layout in ("bigbird", "longformer", "openai")
+    },
+    "cluster": AttentionKind(ClusterAttention, lambda c, *_: {"num_landmarks": keys_for(c)}),
+    "sbcluster": AttentionKind(
+        SBClusterAttention, lambda c, *_: {"local_context": keys_for(c / 2), "num_landmarks": keys_for(c / 2)}
+    ),
+    "pairedcluster": AttentionKind(PairedClusterAttention, lambda c, length, _: _paired_clusters(c, length, 0)),
+    "sbpairedcluster": AttentionKind(
+        PairedClusterAttention, lambda c, length, _: _paired_clusters(c, length, EXACT_SHARE)
+    ),
+    "local2d": AttentionKind(Local2dAttention, lambda c, *_: {"num_neighbours": keys_for(c)}),
+    "sblocal2d": AttentionKind(
+        SBLocal2dAttention, lambda c, *_: {"num_neighbours": keys_for(c / 2), "nb_features": features_for(c / 2, 2)}
+    ),
+}
+
+
+def create_attention(
+    config_name: str,
+    sequence_length: int,
+    dim_heads: int = 64,
+    softmax_temp: float | None = None,
+    memory_fraction: float = 1 / 32,
+    seed: int = 0,
+    **options,
+) -> AttentionModule:
+    """Build an attention whose window and features fit a memory budget.
+
+    Args:
+        config_name: one of `ATTENTIONS`.
+        sequence_length: number of keys S that the budget is counted for.
+        dim_heads: width E of queries and keys.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        memory_fraction: memory over that of the full attention matrix; see `scatterbrain.ops.common.budget`.
+        seed: seed of the random features, where there are any.
+        **options: options of the module; those that are sizes override the budget. None is the default.
+
+    Returns:
+        Module `(query, key, value, key_lengths=None, need_weights=False) -> (out, weights or None)`.
+
+    Raises:
+        UserError: unknown name or option (near names are suggested), or a value out of range.
+    """
+    if config_name not in ATTENTIONS:
+        raise UserError(f"Unknown attention '{config_name}'. {did_you_mean(config_name, ATTENTIONS)}")
+    kind = ATTENTIONS[config_name]
+    parameters = inspect.signature(kind.module).parameters
+    known = set(parameters) - set(kind.fixed)
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in known:
+            raise UserError(f"Attention '{config_name}' has no option '{name}'. {did_you_mean(name, known)}")
+
+    arguments = {"softmax_temp": softmax_temp, "dim_heads": dim_heads, "seed": seed} | options
+    for name, value in arguments.items():
+        wanted = parameters[name].annotation if name in parameters else ""
+        if wanted in ("int", "int | None") and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f"{name}={value!r} of attention '{config_name}' has to be an integer.")
+    if kind.fit is not None:
+        columns = budget_columns(sequence_length, memory_fraction)
+        arguments = kind.fit(columns, sequence_length, options) | arguments
+    arguments = {name: value for name, value in arguments.items() if name in known}
+    return kind.module(**arguments, **kind.fixed)
+
+
+def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
+    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`."""
+    return min(1.0, attention.memory_columns(sequence_length) / sequence_length)

@@ -1,0 +1,202 @@
+"""Attention to landmarks, alone and with exact weights: keys enter as the means of their clusters.
+
+    A(i, j) = exp(s q_i.k_j)                       for W exact keys
+              exp(s q_i.c_b(j))                    for the others, c_b the mean of the cluster b(j) of key j
+              exp(s p_a.k_j) exp(s (q_i - p_a).c_ab(j))     or this, where queries are clustered too: p_a the mean of
+                                                   cluster a of the query, c_ab that of cluster b as p_a weights it
+
+Scatterbrain's combination (Chen et al., NeurIPS 2021, algorithm 1) with a low-rank part that is made from the data in
+place of a random one; see `scatterbrain.ops.clusters`. Linear in time and memory, and nothing is random.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.attention.base import AttentionModule, refuse_causal
+from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import (
+    assign_key_clusters,
+    assign_query_clusters,
+    landmark_attention,
+    naive_landmark_attention,
+    naive_paired_landmark_attention,
+    paired_landmark_attention,
+)
+from scatterbrain.ops.common.inputs import check_window
+
+
+class ClusterAttention(AttentionModule):
+    """Every key is its cluster's mean.
+
+    Args:
+        num_landmarks: number of clusters M.
+        num_steps: steps of k-means.
+        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        attention_dropout: probability of dropping a cluster's weight in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    local_context = 0
+
+    def __init__(
+        self,
+        num_landmarks: int,
+        num_steps: int = 4,
+        value_weight: float = 0.0,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(softmax_temp, causal, attention_dropout, backend)
+        refuse_causal(self, causal)
+        if num_landmarks < 1 or num_steps < 0 or not value_weight >= 0:
+            raise UserError(
+                f"num_landmarks={num_landmarks} has to be at least 1, num_steps={num_steps} and "
+                f"value_weight={value_weight} at least 0."
+            )
+        self.num_landmarks, self.num_steps, self.value_weight = num_landmarks, num_steps, value_weight
+
+    def sizes(self) -> dict[str, int]:
+        """The number of clusters."""
+        return {"num_landmarks": self.num_landmarks}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """The window's keys, and a column for each landmark."""
+        return self.local_context + self.num_landmarks
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        return landmark_attention(
+            *(query, key, value, self.num_landmarks, self.local_context),
+            num_steps=self.num_steps,
+            value_weight=self.value_weight,
+            **options,
+        )
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        scale, key_lengths = options["scale"], options["key_lengths"]
+        assignment = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
+        return naive_landmark_attention(query, key, value, assignment, self.local_context, scale, key_lengths)[1]
+
+
+class SBClusterAttention(ClusterAttention):
+    """Exact in a local window, cluster means outside it.
+
+    Args:
+        local_context: width W >= 1 of the window in keys.
+        num_landmarks: number of clusters M.
+        num_steps: steps of k-means.
+        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        attention_dropout: probability of dropping a weight in training, see `scatterbrain.ops.scatterbrain.blocked`.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        local_context: int,
+        num_landmarks: int,
+        num_steps: int = 4,
+        value_weight: float = 0.0,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        check_window(local_context)
+        super().__init__(num_landmarks, num_steps, value_weight, softmax_temp, causal, attention_dropout, backend)
+        self.local_context = local_context
+
+    def sizes(self) -> dict[str, int]:
+        """The window and the number of clusters."""
+        return {"local_context": self.local_context, "num_landmarks": self.num_landmarks}
+
+
+class PairedClusterAttention(AttentionModule):
+    """Queries and keys are clustered, and a cluster of queries has its own summary of every cluster of keys.
+
+    Args:
+        num_landmarks: number of key clusters M.
+        num_query_landmarks: number of query clusters Q.
+        num_exact: number of keys W that a query cluster weights exactly, those that its mean weights most.
+        num_steps: steps of k-means.
+        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        attention_dropout: probability of dropping the weight of a summary or of an exact key in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+
+    `key_lengths` are taken for the lengths of the queries as well, where there are as many.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        num_landmarks: int,
+        num_query_landmarks: int,
+        num_exact: int = 0,
+        num_steps: int = 4,
+        value_weight: float = 1.0,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(softmax_temp, causal, attention_dropout, backend)
+        refuse_causal(self, causal)
+        if min(num_landmarks, num_query_landmarks) < 1 or min(num_exact, num_steps) < 0 or not value_weight >= 0:
+            raise UserError(
+                f"num_landmarks={num_landmarks} and num_query_landmarks={num_query_landmarks} have to be at least 1, "
+                f"num_exact={num_exact}, num_steps={num_steps} and value_weight={value_weight} at least 0."
+            )
+        self.num_landmarks, self.num_query_landmarks, self.num_exact = num_landmarks, num_query_landmarks, num_exact
+        self.num_steps, self.value_weight = num_steps, value_weight
+
+    def sizes(self) -> dict[str, int]:
+        """Numbers of clusters, and of exact keys where there are any."""
+        sizes = {"num_landmarks": self.num_landmarks, "num_query_landmarks": self.num_query_landmarks}
+        return sizes | ({"num_exact": self.num_exact} if self.num_exact else {})
+
+    def memory_columns(self, num_keys: int) -> float:
+        """A column for each landmark, of keys and of queries, and exact key; and the summaries, for heads 64 wide."""
+        summaries = self.num_query_landmarks * (self.num_landmarks + self.num_exact) * SUMMARY_SIZE / num_keys
+        return self.num_landmarks + self.num_query_landmarks + self.num_exact + summaries
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        return paired_landmark_attention(
+            *(query, key, value, self.num_landmarks, self.num_query_landmarks, self.num_exact),
+            query_lengths=_query_lengths(query, key, options["key_lengths"]),
+            num_steps=self.num_steps,
+            value_weight=self.value_weight,
+            **options,
+        )
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        scale, key_lengths = options["scale"], options["key_lengths"]
+        query_lengths = _query_lengths(query, key, key_lengths)
+        keys = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
+        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, query_lengths)
+        return naive_paired_landmark_attention(
+            query, key, value, keys, queries, self.num_exact, scale, key_lengths, query_lengths
+        )[1]
+
+
+# Numbers of a summary: a mean key, a mean value, and a mass, of heads 64 wide.
+SUMMARY_SIZE = 2 * 64 + 1
+
+
+def _query_lengths(query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor | None:
+    """Of self-attention: padding should move no landmark."""
+    return key_lengths if query.shape[2] == key.shape[2] else None

@@ -1,0 +1,160 @@
+"""Average of two attentions: the paper's baseline for putting sparse and low-rank together without correction.
+
+    out = (out_sparse + out_low_rank) / 2
+
+Each part is normalised on its own, so the pairs that the sparse part has exactly count twice, and what it lacks counts
+half: what Scatterbrain's one normalisation over exact and estimated weights avoids.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.local import LocalAttention
+from scatterbrain.attention.performer import PerformerAttention
+from scatterbrain.attention.smyrf import SmyrfAttention
+
+
+class CombinationAttention(AttentionModule):
+    """Average of the outputs, and of the weights, of several attentions.
+
+    Args:
+        parts: the attentions, with one softmax scale and one causality.
+    """
+
+    def __init__(self, *parts: AttentionModule) -> None:
+        super().__init__(parts[0].softmax_temp, parts[0].causal)
+        self.parts = nn.ModuleList(parts)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_lengths: torch.Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend; see `AttentionModule`."""
+        outputs, weights = zip(
+            *(part(query, key, value, key_lengths, need_weights) for part in self.parts), strict=True
+        )
+        mean = sum(weights) / len(weights) if need_weights else None
+        return sum(outputs) / len(outputs), mean
+
+    def sizes(self) -> dict[str, int]:
+        """Those of all parts."""
+        return {name: size for part in self.parts for name, size in part.sizes().items()}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """Sum over the parts."""
+        return sum(part.memory_columns(num_keys) for part in self.parts)
+
+    def redraw_projection(self, seed: int) -> None:
+        """Draw what is random in the parts again, in place, from `seed`."""
+        for part in self.parts:
+            if hasattr(part, "redraw_projection"):
+                part.redraw_projection(seed)
+
+
+class CombinationLocalPerformerAttention(CombinationAttention):
+    """Average of local attention and Performer.
+
+    Args:
+        local_context: width of the window in keys.
+        dim_heads: width E of queries and keys.
+        nb_features: number of features M; None is E log E.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: hide the keys j > i.
+        seed: seed of the rows.
+        row_norm: length of the rows, see `draw_projection`.
+        backend: form of the operators: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        local_context: int,
+        dim_heads: int,
+        nb_features: int | None = None,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        seed: int = 0,
+        row_norm: str = "chi",
+        backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
+    ) -> None:
+        super().__init__(
+            LocalAttention(local_context, softmax_temp, causal, backend=backend),
+            PerformerAttention(
+                dim_heads,
+                nb_features,
+                softmax_temp,
+                causal,
+                seed,
+                row_norm,
+                backend=backend,
+                centre=centre,
+                balance=balance,
+                coupling=coupling,
+            ),
+        )
+
+
+class CombinationSmyrfPerformerAttention(CombinationAttention):
+    """Average of SMYRF and Performer.
+
+    Args:
+        cluster_size: number of keys of a cluster.
+        dim_heads: width E of queries and keys.
+        nb_features: number of features M; None is E log E.
+        num_hashes: number of hashes.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        seed: seed of rows and hashes.
+        row_norm: length of the rows, see `draw_projection`.
+        backend: form of the operators: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        cluster_size: int,
+        dim_heads: int,
+        nb_features: int | None = None,
+        num_hashes: int = 2,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        seed: int = 0,
+        row_norm: str = "chi",
+        backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
+    ) -> None:
+        super().__init__(
+            SmyrfAttention(cluster_size, dim_heads, num_hashes, softmax_temp, causal, seed, backend=backend),
+            PerformerAttention(
+                dim_heads,
+                nb_features,
+                softmax_temp,
+                causal,
+                seed,
+                row_norm,
+                backend=backend,
+                centre=centre,
+                balance=balance,
+                coupling=coupling,
+            ),
+        )

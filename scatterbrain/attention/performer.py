@@ -1,0 +1,75 @@
+"""Performer attention: `phi(Q) (phi(K)^T V)` with M positive random features, O((T + S) M) time and memory.
+
+Choromanski et al., "Rethinking Attention with Performers", ICLR 2021; features as in `ops.common.features`, one for
+each row of `projection_matrix`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.attention.base import RandomFeatureAttention, default_num_features
+from scatterbrain.ops.performer import naive_performer_attention, performer_attention
+
+
+class PerformerAttention(RandomFeatureAttention):
+    """Attention with random features in place of the softmax kernel.
+
+    Args:
+        dim_heads: width E of queries and keys.
+        nb_features: number of features M; None is E log E.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: hide the keys j > i.
+        seed: seed of the rows.
+        row_norm: length of the rows, see `draw_projection`.
+        attention_dropout: probability of dropping a key's feature in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        dim_heads: int,
+        nb_features: int | None = None,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        seed: int = 0,
+        row_norm: str = "chi",
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
+    ) -> None:
+        nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
+        super().__init__(
+            dim_heads,
+            nb_features,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            attention_dropout,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """The number of features."""
+        return {"nb_features": self.projection_matrix.shape[0]}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """Two columns for each feature."""
+        return 2 * self.projection_matrix.shape[0]
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        return performer_attention(query, key, value, self.projection_matrix, **options)
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        return naive_performer_attention(query, key, value, self.projection_matrix, **options)[1]

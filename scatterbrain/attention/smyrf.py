@@ -1,0 +1,142 @@
+"""SMYRF attention, alone and with random features: exact between queries and keys of one hash cluster.
+
+Daras et al., "SMYRF: Efficient Attention using Asymmetric Clustering", NeurIPS 2020; its combination with random
+features is the paper's Scatterbrain over a data-dependent support. O(T C n) time for n hashes and clusters of C keys,
+beside the sorting. Clusters are of equal size, and of queries as many as of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.attention.sparse import SparseAttention, SparseLowRankAttention, SupportSource
+from scatterbrain.errors import check_whole_number
+from scatterbrain.ops.sparse.lsh import draw_smyrf_rows, smyrf_support
+from scatterbrain.ops.sparse.supports import Support
+
+# Rows of the hash and of the features come from one seed; this keeps them apart.
+HASH_SEED_OFFSET = 1_000_003
+
+
+class SmyrfClusters(SupportSource):
+    """Pairs of queries and keys that share a cluster in one of the hashes.
+
+    Args:
+        cluster_size: number of keys C of a cluster.
+        dim_heads: width E of queries and keys.
+        num_hashes: number of hashes n.
+        seed: seed of the hashes' rows, which the buffer `projection_matrix` (n, E + 2) holds.
+    """
+
+    projection_matrix: torch.Tensor
+
+    def __init__(self, cluster_size: int, dim_heads: int, num_hashes: int = 2, seed: int = 0) -> None:
+        super().__init__()
+        check_whole_number("cluster_size", cluster_size, 1)
+        self.cluster_size, self.num_hashes, self.dim_heads = cluster_size, num_hashes, dim_heads
+        rows = draw_smyrf_rows(num_hashes, dim_heads, seed + HASH_SEED_OFFSET)
+        self.register_buffer("projection_matrix", rows)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
+        """The clusters of these queries and keys."""
+        return smyrf_support(query, key, self.projection_matrix, self.cluster_size, key_lengths)
+
+    def sizes(self) -> dict[str, int]:
+        """Cluster size and number of hashes."""
+        return {"cluster_size": self.cluster_size, "num_hashes": self.num_hashes}
+
+    def columns(self, num_keys: int) -> float:
+        """One cluster for each hash."""
+        return self.cluster_size * self.num_hashes
+
+    @torch.no_grad()
+    def redraw(self, seed: int) -> None:
+        """Draw the hashes again."""
+        self.projection_matrix.copy_(draw_smyrf_rows(self.num_hashes, self.dim_heads, seed + HASH_SEED_OFFSET))
+
+
+class SmyrfAttention(SparseAttention):
+    """Softmax attention within the clusters of an asymmetric hash.
+
+    Args:
+        cluster_size: number of keys of a cluster.
+        dim_heads: width E of queries and keys.
+        num_hashes: number of hashes; a pair that shares a cluster in several counts once.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        seed: seed of the hashes.
+        attention_dropout: probability of dropping an attention weight in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        cluster_size: int,
+        dim_heads: int,
+        num_hashes: int = 2,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        seed: int = 0,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        source = SmyrfClusters(cluster_size, dim_heads, num_hashes, seed)
+        super().__init__(source, softmax_temp, causal, attention_dropout, backend)
+
+    def redraw_projection(self, seed: int) -> None:
+        """Draw the hashes again, in place, from `seed`."""
+        self.source.redraw(seed)
+
+
+class SBSmyrfAttention(SparseLowRankAttention):
+    """Scatterbrain over the clusters of an asymmetric hash.
+
+    Args:
+        cluster_size: number of keys of a cluster.
+        dim_heads: width E of queries and keys.
+        nb_features: number of features M, even; None is E log E.
+        num_hashes: number of hashes.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        seed: seed of rows and hashes.
+        row_norm: length of the rows, see `draw_projection`.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        cluster_size: int,
+        dim_heads: int,
+        nb_features: int | None = None,
+        num_hashes: int = 2,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        seed: int = 0,
+        row_norm: str = "chi",
+        backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
+    ) -> None:
+        source = SmyrfClusters(cluster_size, dim_heads, num_hashes, seed)
+        super().__init__(
+            source,
+            dim_heads,
+            nb_features,
+            softmax_temp,
+            causal,
+            seed,
+            row_norm,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )

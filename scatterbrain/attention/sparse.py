@@ -1,0 +1,204 @@
+"""Attention that is exact on a sparse support, alone or with random features outside it.
+
+    A(i, j) = exp(s q_i.k_j)          on the support
+              phi(q_i).phi(k_j)       outside it, with M random features; 0 without them
+    out_i   = sum_j A(i, j) v_j / sum_j A(i, j)
+
+The supports are `ops.sparse.supports`; the combination is Scatterbrain's (Chen et al., NeurIPS 2021, section 4) for any
+of them: sub-classes differ in their support and in nothing else. Both masked softmax (`SparseAttention`) and
+Scatterbrain (`SparseLowRankAttention`) come in a form linear in time and memory, by `scatterbrain.ops.sparse.tiled`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from scatterbrain.attention.base import AttentionModule, RandomFeatureAttention, even_features, refuse_causal
+from scatterbrain.ops.common.dense import dense_low_rank_logits, naive_support_attention
+from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.common.inputs import accumulation_dtype, check_inputs, default_scale, resolve_backend
+from scatterbrain.ops.sparse.supports import Support
+from scatterbrain.ops.sparse.tiled import LogFeatures, support_attention
+
+
+class SupportSource(nn.Module):
+    """Where the support of an attention comes from: a hash of queries and keys, a layout, a neighbourhood.
+
+    Attributes:
+        can_be_causal: whether it means anything to hide the keys j > i.
+    """
+
+    can_be_causal = False
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
+        """Support for query (B, H, T, E) and key (B, H, S, E), of B * H sequences or of one that all share."""
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names of their options."""
+        raise NotImplementedError
+
+    def columns(self, num_keys: int) -> float:
+        """Keys that a query sees, on average: columns of the attention matrix, of `num_keys`."""
+        raise NotImplementedError
+
+    def redraw(self, seed: int) -> None:
+        """Draw what is random again, in place, from `seed`."""
+
+
+class FixedSupport(SupportSource):
+    """A support that depends on the lengths alone; kept for those that were met. Sub-classes give `make`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple[int, int, torch.device], Support] = {}
+
+    def make(self, num_queries: int, num_keys: int) -> Support:
+        """The support for these lengths, on any device."""
+        raise NotImplementedError
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
+        """The support for the lengths of these queries and keys."""
+        place = (query.shape[2], key.shape[2], query.device)
+        if place not in self._kept:
+            self._kept[place] = self.make(*place[:2]).to(query.device)
+        return self._kept[place]
+
+
+class SparseAttention(AttentionModule):
+    """Softmax attention over the pairs of a support.
+
+    Args:
+        source: of the support.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: hide the keys j > i.
+        attention_dropout: probability of dropping an attention weight in training.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+
+    Raises:
+        UserError: a value out of range; `causal` with a support that has no order.
+    """
+
+    source: SupportSource
+
+    def __init__(
+        self,
+        source: SupportSource,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(softmax_temp, causal, attention_dropout, backend)
+        refuse_causal(self, causal and not source.can_be_causal)
+        self.source = source
+
+    def sizes(self) -> dict[str, int]:
+        """Those of the support."""
+        return self.source.sizes()
+
+    def memory_columns(self, num_keys: int) -> float:
+        """Keys of a query."""
+        return self.source.columns(num_keys)
+
+    def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures | None:
+        return None
+
+    def _low_rank_logits(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor | None:
+        return None
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        check_inputs(query, key, value, options["key_lengths"])
+        backend = resolve_backend(options.pop("backend"))
+        options["scale"] = scale = default_scale(query, options["scale"])
+        if backend == "naive":
+            del options["dropout_p"]
+            return self._naive(query, key, value, **options)[0].to(query.dtype)
+        support = self.source(query, key, options["key_lengths"])
+        features = self._log_features(query, key, scale)
+        return support_attention(query, key, value, support, log_features=features, **options)
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        return self._naive(query, key, value, **options)[1]
+
+    def _naive(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        support = self.source(query, key, options["key_lengths"]).dense(query.shape[2], key.shape[2])
+        return naive_support_attention(
+            query, key, value, support, scale, self._low_rank_logits(query, key, scale), **options
+        )
+
+
+class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
+    """Scatterbrain over any support: exact on it, cosh random features outside it.
+
+    Args:
+        source: of the support.
+        dim_heads: width E of queries and keys.
+        nb_features: number of features M, even: each of the M / 2 rows is taken with both signs. None is E log E.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false: the low-rank sums run over all keys.
+        seed: seed of the rows and of the support's randomness.
+        row_norm: length of the rows, see `draw_projection`.
+        backend: form of the operator: `naive`, `torch` or `auto`.
+        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        source: SupportSource,
+        dim_heads: int,
+        nb_features: int | None = None,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        seed: int = 0,
+        row_norm: str = "chi",
+        backend: str = "auto",
+        *,
+        centre: str = "none",
+        balance: bool = False,
+        coupling: str = "orthogonal",
+    ) -> None:
+        rows = even_features(dim_heads, nb_features) // 2
+        RandomFeatureAttention.__init__(
+            self,
+            dim_heads,
+            rows,
+            softmax_temp,
+            False,
+            seed,
+            row_norm,
+            0.0,
+            backend,
+            centre=centre,
+            balance=balance,
+            coupling=coupling,
+        )
+        refuse_causal(self, causal)
+        self.source = source
+
+    def sizes(self) -> dict[str, int]:
+        """Those of the support, and the number of features."""
+        return {**self.source.sizes(), "nb_features": 2 * self.projection_matrix.shape[0]}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """Keys of a query, and two columns for each feature."""
+        return self.source.columns(num_keys) + 4 * self.projection_matrix.shape[0]
+
+    def redraw_projection(self, seed: int) -> None:
+        """Draw the rows, and what is random in the support, again, in place, from `seed`."""
+        super().redraw_projection(seed)
+        self.source.redraw(seed)
+
+    def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures:
+        dtype = accumulation_dtype(query.dtype)
+        rows = self.projection_matrix
+        return tuple(log_softmax_features(x.to(dtype), rows, scale, cosh=True) for x in (query, key))
+
+    def _low_rank_logits(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+        return dense_low_rank_logits(query, key, self.projection_matrix, scale, cosh=True)

@@ -1,0 +1,17 @@
+"""Landmark attention: a low-rank part made from the data, by clusters of keys and of queries. See README.md."""
+
+from scatterbrain.ops.clusters.kmeans import assign_clusters, assign_key_clusters, assign_query_clusters
+from scatterbrain.ops.clusters.landmark import landmark_attention, log_landmark_features
+from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_paired_landmark_attention
+from scatterbrain.ops.clusters.paired import paired_landmark_attention
+
+__all__ = [
+    "assign_clusters",
+    "assign_key_clusters",
+    "assign_query_clusters",
+    "landmark_attention",
+    "log_landmark_features",
+    "naive_landmark_attention",
+    "naive_paired_landmark_attention",
+    "paired_landmark_attention",
+]

@@ -1,0 +1,118 @@
+"""Landmark attention: exact weights in a local window, the means of key clusters outside it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
+from scatterbrain.ops.clusters.naive import naive_landmark_attention
+from scatterbrain.ops.common.inputs import (
+    accumulation_dtype,
+    check_dropout,
+    check_inputs,
+    default_scale,
+    resolve_backend,
+)
+from scatterbrain.ops.common.windows import window_bounds
+from scatterbrain.ops.scatterbrain.blocked import blocked_attention
+
+
+def landmark_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    window: int = 0,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    num_steps: int = 4,
+    value_weight: float = 0.0,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Weights exp(s q.k) inside a local window and exp(s q.c) outside it, c the mean of the key's cluster.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        num_landmarks: number of key clusters M.
+        window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
+        scale: softmax scale s; None is E ** -0.5.
+        is_causal: not possible, see Raises.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        num_steps: steps of Lloyd's algorithm, see `assign_clusters`.
+        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        dropout_p: probability of dropping a weight (not in the naive form), see `ops.scatterbrain.blocked`.
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`, which is `torch`.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+
+    Raises:
+        UserError: causal, or shapes, dtypes or options that do not fit.
+    """
+    check_inputs(query, key, value, key_lengths)
+    check_dropout(dropout_p)
+    window_bounds(window)
+    refuse_causal(is_causal)
+    scale = default_scale(query, scale)
+    backend = resolve_backend(backend)
+    assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+    if backend == "naive":
+        return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        log_features = log_landmark_features(query, key, assignment, num_landmarks, scale)
+    # What `blocked_attention` asks of features holds for any width: s q.c is the mean of the logits of a cluster, so it
+    # is the logarithm of a weight outside the window, or no larger than that of an exact weight inside it.
+    return blocked_attention(
+        query,
+        key,
+        value,
+        window,
+        scale=scale,
+        log_features=log_features,
+        key_lengths=key_lengths,
+        dropout_p=dropout_p,
+    )
+
+
+def log_landmark_features(
+    query: torch.Tensor, key: torch.Tensor, assignment: torch.Tensor, num_clusters: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logarithms of the features phi(q)_b = exp(s q.c_b) and phi(k_j) = one-hot of b(j).
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        assignment: clusters of the keys (B, H, S), -1 for none.
+        num_clusters: number of clusters M.
+        scale: softmax scale s.
+
+    Returns:
+        (B, H, T, M), differentiable in query and key, and (B, H, S, M), 0 for the cluster of a key and -inf elsewhere.
+        In float32, or float64 for float64 inputs.
+    """
+    dtype = accumulation_dtype(query.dtype)
+    log_key = query.new_full((*assignment.shape, num_clusters), -math.inf, dtype=dtype)
+    log_key.masked_fill_(assignment.unsqueeze(-1) == torch.arange(num_clusters, device=key.device), 0.0)
+    means = cluster_means(key.to(dtype), assignment, num_clusters)
+    return query.to(dtype) @ (means * scale).transpose(-2, -1), log_key
+
+
+def refuse_causal(is_causal: bool) -> None:
+    """Refuse causal masking, which means over all keys do not allow.
+
+    Raises:
+        UserError: `is_causal`.
+    """
+    if is_causal:
+        raise UserError(
+            "Landmark attention has no causal form: landmarks are means over all keys, so that later keys would have "
+            "an influence on earlier queries. Choose a local window or random features (local, performer, sblocal)."
+        )

@@ -1,0 +1,186 @@
+r"""Positive random features of the softmax kernel, in log space.
+
+For rows w ~ N(0, I), `E[exp(w.x - |x|^2 / 2) exp(w.y - |y|^2 / 2)] = exp(x.y)` (Choromanski et al., "Rethinking
+Attention with Performers", ICLR 2021, lemma 1). With x = sqrt(s) q and y = sqrt(s) k, M features estimate the
+softmax kernel exp(s q.k) without bias:
+
+    phi(x)_m = exp(sqrt(s) w_m.x - s |x|^2 / 2) / sqrt(M)
+
+The cosh form (ibid., lemma 1, "hyperbolic") takes each row with both signs, so R rows give M = 2 R features and
+less variance. The features are returned as logarithms: they span hundreds of orders of magnitude, and whoever
+sums them has to subtract a maximum first.
+
+The variance of the estimate grows as exp(s |q + k|^2): for a row w ~ N(0, I), relative to the square of what it
+estimates,
+
+    E[(phi(q).phi(k))^2] / exp(2 s q.k) = exp(s |q + k|^2)
+
+and softmax attention leaves freedom to make |q + k| small (`centre_and_balance`). It is the same for k - c, since
+exp(-s q.c) is a factor of the query that the normaliser takes away, and for M q and M^-T k.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask
+
+CENTRES = ("none", "keys", "both")
+
+
+def num_features(projection: torch.Tensor, cosh: bool) -> int:
+    """Number of features M that the rows of `projection` (R, E) give."""
+    return projection.shape[0] * (2 if cosh else 1)
+
+
+def log_softmax_features(x: torch.Tensor, projection: torch.Tensor, scale: float, cosh: bool) -> torch.Tensor:
+    """Logarithm of the positive random features of queries or keys.
+
+    Args:
+        x: queries or keys (..., N, E).
+        projection: rows (R, E).
+        scale: softmax scale s.
+        cosh: take each row with both signs.
+
+    Returns:
+        (..., N, M) with M = R, or 2 R with `cosh`, in the dtype of `x`. `1 / sqrt(M)` is included.
+    """
+    rows = projection.to(x.dtype) * math.sqrt(scale)
+    if cosh:
+        rows = torch.cat([rows, -rows])
+    # log(1 / sqrt(M)) joins the norm so that no further pass over the features is needed
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() * (scale / 2)
+    return (x @ rows.transpose(-2, -1)).sub_(norm + math.log(len(rows)) / 2)
+
+
+def check_centre(centre: str) -> None:
+    """Check that `centre` is one of `CENTRES`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if centre not in CENTRES:
+        raise UserError(f"centre='{centre}' is unknown. {did_you_mean(centre, CENTRES)}")
+
+
+def centre_and_balance(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    centre: str = "none",
+    balance: bool = False,
+    key_lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of the same softmax attention whose random features vary less.
+
+    With means over the tokens of a sequence,
+
+        q' = M^T q        k' = M^-1 k - c        c = M^-1 mean(k) + M^T mean(q), or the first term, or 0
+        q'.k' = q.k - q'.c
+
+    The last term is the same for all keys of a query, so softmax attention does not change; the estimate of exp(s q.k)
+    stays unbiased up to that factor of the query, which exact weights beside it share.
+
+    Centring: of all c, the one of `both` makes the mean of |q' + k'|^2 over all pairs smallest. To centre queries is
+    to shift the keys: in exp(s q.k) = exp(s (q - m).k) exp(s m.k), m = mean(q), let the last factor weigh the keys;
+    features and weight together then are those of the keys k - m, up to a factor of the query and a constant.
+
+    Balancing: M M^T is the matrix P with P C_q P = C_k, C the second moments of what centring leaves, which makes that
+    mean smallest among all matrices. It is from the family of dense exponential features (Likhosherstov et al.,
+    "FAVOR#: Sharp Attention Kernel Approximations via New Classes of Positive Random Features", 2023), without their
+    further parameters. M is P's Cholesky factor, and a constant for autograd: the estimate is unbiased for any M.
+    The means are differentiated through.
+
+    Statistics are taken over the keys j < key_lengths[b], and, where there are as many queries as keys, over the
+    queries i < key_lengths[b], else over all queries.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        centre: `none`, `keys` or `both`.
+        balance: choose M; else it is 1.
+        key_lengths: (B,) integers, None for all keys.
+
+    Returns:
+        Queries and keys of the same shapes and dtypes; as they are, where nothing is done to them.
+
+    Raises:
+        UserError: unknown `centre`.
+    """
+    check_centre(centre)
+    if centre == "none" and not balance:
+        return query, key
+    dtype = query.dtype
+    query_lengths = key_lengths if query.shape[2] == key.shape[2] else None
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = (x.to(accumulation_dtype(dtype)) for x in (query, key))
+        key_mean = torch.zeros_like(k[:, :, :1]) if centre == "none" else _visible_mean(k, key_lengths)
+        query_mean = _visible_mean(q, query_lengths) if centre == "both" else torch.zeros_like(q[:, :, :1])
+        k = k - key_mean
+        if balance:
+            moments = _second_moment(q - query_mean, query_lengths), _second_moment(k, key_lengths)
+            matrix, inverse = (x.to(q.dtype) for x in balancing(*moments))
+            q, k, query_mean = q @ matrix, k @ inverse, query_mean @ matrix
+        k = k - query_mean
+        return q.to(dtype) if balance else query, k.to(dtype)
+
+
+# Added to second moments, over the mean of their diagonals: directions that few tokens, or none, have.
+RIDGE = 1e-3
+
+
+@torch.no_grad()
+def balancing(query_moment: torch.Tensor, key_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices that bring queries and keys to one second moment and leave their products as they are.
+
+    With C_q = L L^T and L^T C_k L = U D U^T, the solution of P C_q P = C_k is P = L^-T U D^(1/2) U^T L^-1; it makes
+    tr(P C_q) + tr(P^-1 C_k) smallest.
+
+    Args:
+        query_moment: C_q (..., E, E), mean of q q^T.
+        key_moment: C_k (..., E, E), mean of k k^T.
+
+    Returns:
+        M and M^-T, (..., E, E) float64, for rows: q M and k M^-T. `RIDGE` makes them finite for any moments; they are
+        1 where a moment is zero or not finite.
+    """
+    moments = [query_moment.double(), key_moment.double()]
+    identity = torch.eye(query_moment.shape[-1], dtype=torch.float64, device=query_moment.device)
+    sizes = [x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] for x in moments]
+    usable = (sizes[0] > 0) & (sizes[1] > 0) & torch.isfinite(sizes[0] + sizes[1])
+    sizes = [torch.where(usable, size, 1.0) for size in sizes]
+    query_moment, key_moment = (
+        torch.where(usable, x / size + RIDGE * identity, identity) for x, size in zip(moments, sizes, strict=True)
+    )
+    lower = torch.linalg.cholesky(query_moment)
+    values, vectors = torch.linalg.eigh(lower.transpose(-2, -1) @ key_moment @ lower)
+    half = torch.linalg.solve_triangular(lower.transpose(-2, -1), vectors, upper=True)
+    product = (half * values.clamp_min(RIDGE**2).sqrt().unsqueeze(-2)) @ half.transpose(-2, -1)
+    # unique, unlike U: the same features on every machine
+    matrix = torch.linalg.cholesky(product)
+    inverse = torch.linalg.solve_triangular(matrix, identity.expand_as(matrix), upper=False).transpose(-2, -1)
+    size = (sizes[1] / sizes[0]) ** 0.25
+    return matrix * size, inverse / size
+
+
+def _second_moment(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Mean of x x^T over the tokens of x (B, H, N, E) below `lengths` (B,): (B, H, E, E)."""
+    x = x.detach()
+    if lengths is None:
+        return x.transpose(-2, -1) @ x / x.shape[2]
+    x = x.masked_fill(~length_mask(lengths, x.shape[2])[:, None, :, None], 0.0)
+    return x.transpose(-2, -1) @ x / _count(x, lengths)
+
+
+def _visible_mean(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Mean of x (B, H, N, E) over the tokens below `lengths` (B,): (B, H, 1, E), zero over none."""
+    if lengths is None:
+        return x.mean(2, keepdim=True)
+    hidden = ~length_mask(lengths, x.shape[2])[:, None, :, None]
+    return x.masked_fill(hidden, 0.0).sum(2, keepdim=True) / _count(x, lengths)
+
+
+def _count(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return lengths.clamp(1, x.shape[2]).to(x.dtype)[:, None, None, None]

@@ -1,0 +1,48 @@
+"""Full softmax attention."""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, resolve_backend
+from scatterbrain.ops.full.naive import naive_full_attention
+from scatterbrain.ops.full.sdpa import sdpa_full_attention
+
+__all__ = ["full_attention", "naive_full_attention"]
+
+
+def full_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Softmax attention over all keys.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        scale: softmax scale; None is E ** -0.5.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        dropout_p: probability of dropping a weight (not in the naive form).
+        backend: `naive` (dense, float64), `torch` (scaled_dot_product_attention) or `auto`.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+
+    Raises:
+        UserError: shapes, dtypes or options that do not fit.
+    """
+    check_inputs(query, key, value, key_lengths)
+    check_dropout(dropout_p)
+    scale = default_scale(query, scale)
+    if resolve_backend(backend) == "naive":
+        return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)
+    return sdpa_full_attention(query, key, value, scale, is_causal, key_lengths, dropout_p)

@@ -1,0 +1,37 @@
+"""Full attention through PyTorch's fused kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from scatterbrain.ops.common.inputs import length_mask
+
+
+def sdpa_full_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Arguments as in `full_attention`. No (T, S) mask is built: causality is the kernel's, padding a (B, S) mask."""
+
+    def attend(is_causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+        # without autocast: the output has the dtype of the inputs, as for the other operators
+        with torch.autocast(query.device.type, enabled=False):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
+            )
+
+    if key_lengths is None:
+        return attend(is_causal)
+    # one key at least, so that no kernel meets an empty row; those rows are zeroed below
+    out = attend(False, length_mask(key_lengths.clamp_min(1), key.shape[2])[:, None, None, :])
+    if is_causal:
+        # a query before the end of its sample sees no padding anyway, one behind it sees the whole sample
+        before_end = length_mask(key_lengths, query.shape[2])[:, None, :, None]
+        out = torch.where(before_end, attend(True), out)
+    return out.masked_fill((key_lengths < 1)[:, None, None, None], 0.0)

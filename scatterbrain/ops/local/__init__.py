@@ -1,0 +1,57 @@
+"""Softmax attention inside a local window."""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
+from scatterbrain.ops.local.naive import naive_local_attention
+from scatterbrain.ops.scatterbrain import triton as fused
+from scatterbrain.ops.scatterbrain.blocked import blocked_attention
+
+__all__ = ["local_attention", "naive_local_attention"]
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Softmax attention over the keys `-(W // 2) <= j - i < (W + 1) // 2`.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        window: width W >= 1 in keys.
+        scale: softmax scale; None is E ** -0.5.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        dropout_p: probability of dropping a weight (not in the naive form).
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused kernels for CUDA, see
+            `scatterbrain.ops.scatterbrain.triton`) or `auto`: `triton` where it runs and is fast, else `torch`.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+
+    Raises:
+        UserError: shapes, dtypes or options that do not fit.
+    """
+    check_inputs(query, key, value, key_lengths)
+    check_window(window)
+    check_dropout(dropout_p)
+    scale = default_scale(query, scale)
+    backend = fused.choose_backend(backend, query, value, dropout_p=dropout_p)
+    if backend == "naive":
+        return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)
+    options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}
+    if backend == "triton":
+        return fused.attention(query, key, value, window, **options)
+    return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)

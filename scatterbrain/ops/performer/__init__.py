@@ -1,0 +1,66 @@
+"""Performer: attention with positive random features in place of the softmax kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.performer.linear import linear_performer_attention
+from scatterbrain.ops.performer.naive import naive_performer_attention
+from scatterbrain.ops.scatterbrain import triton as fused
+from scatterbrain.ops.scatterbrain.blocked import blocked_attention
+
+__all__ = ["naive_performer_attention", "performer_attention"]
+
+
+def performer_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention with the weights `phi(q).phi(k) / (sum_j phi(q).phi(k_j) + eps)`.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: rows (M, E) of the random features, see `scatterbrain.ops.common.features`.
+        scale: softmax scale; None is E ** -0.5.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        dropout_p: probability of dropping a key's feature from the sum of the values (not in the naive form).
+        eps: added to the normaliser, not causal only; 0 but for the published T2T-ViT's own Performer stages.
+        backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused kernels for CUDA, see
+            `scatterbrain.ops.scatterbrain.triton`) or `auto`: `triton` where it runs and is fast, else `torch`.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+
+    Raises:
+        UserError: shapes, dtypes or options that do not fit.
+    """
+    check_inputs(query, key, value, key_lengths, projection)
+    check_dropout(dropout_p)
+    scale = default_scale(query, scale)
+    if eps < 0 or (eps > 0 and is_causal):
+        raise UserError(f"eps={eps} has to be at least 0, and 0 with is_causal.")
+    backend = fused.choose_backend(backend, query, value, projection, dropout_p=dropout_p)
+    if backend == "naive":
+        out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
+        return out.to(query.dtype)
+    # Scatterbrain with an empty window
+    options = {"scale": scale, "projection": projection, "is_causal": is_causal, "key_lengths": key_lengths}
+    if backend == "triton":
+        return fused.attention(query, key, value, 0, eps=eps, **options)
+    if is_causal:
+        return blocked_attention(query, key, value, 0, dropout_p=dropout_p, **options)
+    return linear_performer_attention(query, key, value, projection, scale, key_lengths, dropout_p, eps)

@@ -1,0 +1,55 @@
+"""Performer attention in linear time: `phi(Q) (phi(K)^T V)`, in log space."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask
+from scatterbrain.ops.scatterbrain.blocked import FLOOR
+
+
+def linear_performer_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    scale: float,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Arguments as in `performer_attention`.
+
+    The features of the keys are taken relative to their maximum over the keys, one for each feature; that maximum
+    then joins the features of the queries. So each feature's sum lies between 1 and S, and the largest product of a
+    query is 1: nothing overflows, and nothing that matters underflows.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = query.dtype
+        query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
+        log_key = log_softmax_features(key, projection, scale, cosh=False)
+        log_query = log_softmax_features(query, projection, scale, cosh=False)
+        if key_lengths is not None:
+            hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None]
+            log_key = log_key.masked_fill(hidden, -math.inf)
+        key_max = log_key.detach().amax(2, keepdim=True).clamp_min(FLOOR)
+        key_features = (log_key - key_max).exp()
+        log_query = log_query + key_max
+        query_max = log_query.detach().amax(-1, keepdim=True)
+        query_features = (log_query - query_max).exp()
+
+        normaliser = query_features @ key_features.sum(2).unsqueeze(-1)
+        if eps > 0:
+            # on the scale of the stabilised features; inf where eps outweighs every key, and the output is then 0
+            normaliser = normaliser + eps * (-query_max).exp()
+        if key_lengths is not None:
+            # 0 / 1 in place of 0 / 0 for a sample without keys: zero, and so are the gradients
+            normaliser = normaliser.masked_fill((key_lengths < 1)[:, None, None, None], 1.0)
+        if dropout_p > 0:
+            key_features = F.dropout(key_features, dropout_p)
+        out = query_features @ (key_features.transpose(-2, -1) @ value) / normaliser
+        return out.to(dtype)

@@ -1,0 +1,483 @@
+"""Window and low-rank attention by blocks of queries, in plain PyTorch: linear in time and memory.
+
+Queries are cut into blocks of C. A block meets the keys in three parts (W = window, `reach` = W // 2):
+
+    keys    ...........|<------------ stretch, L keys ------------>|..........
+            prefix     start of the block - reach                             suffix
+
+- in the *stretch*, C + W - 1 keys rounded up to whole blocks, every pair (i, j) is formed: exp(s q.k) inside the
+  window, phi(q).phi(k) outside it;
+- *prefix* and *suffix* enter only through their sums of phi(k) and phi(k) v^T, one (M, D) matrix for each block.
+
+Nothing is subtracted: taking the window's features off a sum over all keys (as the published implementation does)
+cancels catastrophically where few keys dominate. The (C, L) tiles live in slices of bounded size, so neither an
+N x N matrix nor an N x W x E gather ever exists. Statistics, exponentials and sums are float32, or float64 for
+float64 inputs; maxima are constants for autograd (they cancel in the normalised result).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask, tile_budget
+from scatterbrain.ops.common.windows import window_bounds
+
+# Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
+FLOOR = -1e30
+
+# The reference that a query's exponentials are taken from may lie this far below the largest bound of its features.
+# Why it is needed: the bound of the low-rank part also covers keys inside the window, where exp(s q.k) replaces
+# phi(q).phi(k). A feature exceeds the exact weight by at most exp(|w|^2 / 2), w its row: exp(32) is typical at
+# E = 64. With 60 of slack to the reference and 87 down to float32's smallest number, the weights of a window survive
+# |w|^2 up to 294.
+REFERENCE_SLACK = 60.0
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How (B, H, N, width) tensors are cut into blocks.
+
+    All G = B * H sequences lie behind one another as rows, `num_blocks` blocks of `block` rows each. Keys lie `reach`
+    rows further back than queries: the stretch of block b then is the key blocks b to b + side, and the stretches of
+    all blocks are one strided view and no copies. Every sequence ends in `side` blocks without queries, so no stretch
+    that matters runs into the next one.
+    """
+
+    groups: int
+    length: int
+    num_keys: int
+    window: int
+    block: int
+    side: int
+    num_blocks: int
+    slice_size: int
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, window: int) -> _Layout:
+        span = max(window - 1, 0)
+        # Blocks as long as the window's span waste the least: the stretch is twice as long as the block. Past 64 the
+        # tiles leave the cache, under 16 the products are too small.
+        side = -(-span // 64)
+        block = 64 if side == 0 else max(16, -(-span // (side * 8)) * 8)
+        batch, heads, length, _ = query.shape
+        num_keys = key.shape[2]
+        query_blocks, key_blocks = -(-length // block), -(-(num_keys + window_bounds(window)[0]) // block)
+        slice_size = max(1, tile_budget(query) // (block * block * (1 + side)))
+        num_blocks = max(query_blocks + side, key_blocks)
+        return cls(batch * heads, length, num_keys, window, block, side, num_blocks, slice_size)
+
+    @property
+    def stretch(self) -> int:
+        return self.block * (1 + self.side)
+
+    @property
+    def reach(self) -> int:
+        return window_bounds(self.window)[0]
+
+    def rows(self, x: torch.Tensor, offset: int, fill: float | None = 0.0, with_ones: bool = False) -> torch.Tensor:
+        """Lay (B, H, N, width) out as rows (G * num_blocks * C, width).
+
+        Between sequences stands `fill`, or for None the nearest row of the sequence. `with_ones` adds a column of ones
+        to the sequences.
+        """
+        batch, heads, length, width = x.shape
+        rows = x.new_empty(batch, heads, self.num_blocks * self.block, width + with_ones)
+        end = offset + length
+        rows[:, :, offset:end, :width] = x
+        if with_ones:
+            rows[:, :, offset:end, width] = 1.0
+        rows[:, :, :offset] = x[:, :, :1].detach() if fill is None else fill
+        rows[:, :, end:] = x[:, :, -1:].detach() if fill is None else fill
+        return rows.view(-1, width + with_ones)
+
+    def blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as blocks (G * num_blocks, C, width), a view."""
+        return rows.view(-1, self.block, rows.shape[-1])
+
+    def by_group(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as (G, num_blocks * C, width), a view."""
+        return rows.view(self.groups, -1, rows.shape[-1])
+
+    def slices_of_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut blocks into slices of bounded size, the last `side` blocks left out: their stretch would not be whole.
+
+        All at once: the gradient of `x[a:b]` would be as large as `x` for every slice, quadratic altogether.
+        """
+        return blocks[: len(blocks) - self.side].split(self.slice_size)
+
+    def slices_of_stretches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Stretches of the same slices, transposed: (slice, width, L) each, views."""
+        return rows.unfold(0, self.stretch, self.block).split(self.slice_size)
+
+    def restore(self, outputs: list[torch.Tensor], batch: int) -> torch.Tensor:
+        """Slices of blocks (slice, C, D) as (B, H, T, D)."""
+        left_out = outputs[0].new_zeros(self.side, *outputs[0].shape[1:])
+        x = torch.cat([*outputs, left_out])
+        return x.view(batch, -1, self.num_blocks * self.block, x.shape[-1])[:, :, : self.length]
+
+
+@dataclass(frozen=True)
+class _TileMasks:
+    """What the C x L tile of a block looks like, the same for all blocks.
+
+    Attributes:
+        in_window: boolean (C, L).
+        outside_window: the rest of it, 0 or 1 in the dtype of the weights.
+        hidden: boolean (C, L), the keys that causality hides; None without it.
+    """
+
+    in_window: torch.Tensor
+    outside_window: torch.Tensor
+    hidden: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layout: _Layout, like: torch.Tensor, is_causal: bool) -> _TileMasks:
+        # position of key column l relative to query row c is l - reach - c
+        row = torch.arange(layout.block, device=like.device)[:, None]
+        distance = torch.arange(layout.stretch, device=like.device) - row
+        in_window = (distance >= 0) & (distance < layout.window)
+        return cls(in_window, (~in_window).to(like.dtype), distance > layout.reach if is_causal else None)
+
+    def window_bias(self) -> torch.Tensor:
+        """0 for the visible keys of the window, -inf elsewhere: (C, L)."""
+        visible = self.in_window if self.hidden is None else self.in_window & ~self.hidden
+        return torch.zeros_like(self.outside_window).masked_fill(~visible, -math.inf)
+
+
+def blocked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    *,
+    scale: float,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    log_features: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Exact weights inside a window, weights phi(q).phi(k) of positive features outside it.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        window: width W in keys, see `scatterbrain.ops.common.windows`; 0 for no window.
+        scale: softmax scale s.
+        projection: rows (R, E) of random features; without them and `log_features` there is no low-rank part.
+        cosh: take each row with both signs.
+        log_features: in place of `projection`, logarithms of any positive features of queries (B, H, T, M), finite, and
+            of keys (B, H, S, M), -inf for zero. Not causal, a query's largest product of a feature and the largest
+            such feature of any key may exceed its largest weight by no more than exp(`REFERENCE_SLACK`).
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        dropout_p: probability of dropping a weight. The weights of prefix and suffix are dropped by key and
+            feature, the same for all queries of a head: they never exist one by one.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        return _blocked(
+            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p
+        )
+
+
+def _blocked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    scale: float,
+    projection: torch.Tensor | None,
+    cosh: bool,
+    log_features: tuple[torch.Tensor, torch.Tensor] | None,
+    is_causal: bool,
+    key_lengths: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    layout = _Layout.of(query, key, window)
+    dtype, batch = query.dtype, query.shape[0]
+    query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
+    masks = _TileMasks.of(layout, query, is_causal)
+
+    # 0 for a key that exists, -inf for padding
+    key_bias = key.new_zeros(batch, query.shape[1], layout.num_keys, 1)
+    if key_lengths is not None:
+        hidden = ~length_mask(key_lengths, layout.num_keys)[:, None, :, None]
+        key_bias = key_bias.masked_fill(hidden, -math.inf)
+    query_rows = layout.rows(query, 0)
+    # Beyond either end the nearest key is repeated, see `needs_bias`.
+    key_rows = layout.rows(key, layout.reach, fill=None)
+    bias_rows = layout.rows(key_bias, layout.reach, fill=-math.inf)
+    # The column of ones turns the normaliser into one more column of each product with the values. It is zero where
+    # there is no key.
+    value_rows = layout.rows(value, layout.reach, with_ones=True)
+
+    low_rank = None
+    if projection is not None:
+        form = _PerKeyReference if is_causal or query.shape[-1] > _MAX_WIDTH_OF_SHARED_REFERENCE else _SharedReference
+        log_query = log_softmax_features(query_rows, projection, scale, cosh)
+        log_key = log_softmax_features(key_rows, projection, scale, cosh).add_(bias_rows)
+        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
+    elif log_features is not None:
+        # Any width: what may exceed a weight is bounded by the caller.
+        form = _PerKeyReference if is_causal else _SharedReference
+        log_query, log_key = (x.to(query.dtype) for x in log_features)
+        log_query = layout.rows(log_query, 0)
+        log_key = layout.rows(log_key, layout.reach).add_(bias_rows)
+        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
+
+    query_slices = layout.slices_of_blocks(layout.blocks(query_rows))
+    key_slices = layout.slices_of_stretches(key_rows)
+    bias_slices = layout.slices_of_stretches(bias_rows)
+    value_slices = layout.slices_of_stretches(value_rows)
+    blind_slices = layout.slices_of_blocks(_blind_queries(layout, query.device, key_lengths, low_rank is not None))
+    window_bias = masks.window_bias()
+    # Not where all keys exist that a window holds but for those beyond the ends: a window that runs over an end holds
+    # the last key too, so its copies do not move the reference, and their values and ones are zero.
+    needs_bias = key_lengths is not None or layout.length > layout.num_keys
+
+    outputs = []
+    for index, query_slice in enumerate(query_slices):
+        logits = None
+        if window:
+            logits = torch.baddbmm(window_bias, query_slice, key_slices[index], alpha=scale)
+            if needs_bias:
+                logits.add_(bias_slices[index])
+        if low_rank is None:
+            reference = logits.detach().amax(-1, keepdim=True).clamp_min_(FLOOR)
+            weights = logits.sub_(reference).exp_()
+            outside = None
+        else:
+            weights, outside = low_rank(index, logits)
+        values = value_slices[index].transpose(1, 2)
+        if dropout_p > 0:
+            # what is dropped still counts in the normaliser
+            kept = torch.bmm(F.dropout(weights, dropout_p), values)
+            kept = kept if outside is None else kept + outside
+        sums = torch.bmm(weights, values) if outside is None else outside.baddbmm_(weights, values)
+        # 0 / 1 in place of 0 / 0 for queries that see no key: the output is zero, and so are the gradients
+        normaliser = sums[..., -1:].masked_fill(blind_slices[index], 1.0)
+        outputs.append((kept if dropout_p > 0 else sums)[..., :-1] / normaliser)
+    return layout.restore(outputs, batch).to(dtype)
+
+
+def _blind_queries(
+    layout: _Layout, device: torch.device, key_lengths: torch.Tensor | None, has_low_rank: bool
+) -> torch.Tensor:
+    """Queries that see no key, and rows of padding: boolean (G * num_blocks, C, 1).
+
+    They are told from the masks, not from a zero normaliser: a normaliser that vanishes for any other reason should
+    show as nan, not pass as a result.
+    """
+    position = torch.arange(layout.num_blocks * layout.block, device=device)
+    first = torch.zeros_like(position) if has_low_rank else (position - layout.reach).clamp_min_(0)
+    if key_lengths is None:
+        lengths = torch.full((layout.groups, 1), layout.num_keys, device=device)
+    else:
+        lengths = key_lengths.repeat_interleave(layout.groups // len(key_lengths))[:, None]
+    blind = (first >= lengths) | (position >= layout.length)
+    return blind.view(-1, layout.block, 1)
+
+
+# Rows w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width |w|^2 stays under the 294 of REFERENCE_SLACK.
+_MAX_WIDTH_OF_SHARED_REFERENCE = 128
+
+
+class _SharedReference:
+    """Low-rank part with one reference for each feature: the maximum over all keys of the sequence.
+
+    One product then gives the low-rank weights of a tile, without a logarithm. Safe without causal masking only: a
+    hidden key with a far larger feature would push everything visible below the smallest float.
+
+    Args:
+        layout: the cut into blocks.
+        masks: what a tile looks like.
+        log_query: rows of log features (rows, M).
+        log_key: the same of the keys, -inf where there is no key.
+        value_blocks: values and ones (G * num_blocks, C, D + 1).
+        dropout_p: probability of dropping a key's feature from the sums of the values.
+    """
+
+    def __init__(
+        self,
+        layout: _Layout,
+        masks: _TileMasks,
+        log_query: torch.Tensor,
+        log_key: torch.Tensor,
+        value_blocks: torch.Tensor,
+        dropout_p: float,
+    ) -> None:
+        self.masks = masks
+        num_features = log_key.shape[-1]
+        # first over rows num_blocks apart, then over what remains: long inner dimensions make it ten times faster
+        reference = log_key.detach().view(layout.groups, layout.block, -1, num_features).amax(1)
+        reference = reference.amax(1, keepdim=True).clamp_min_(FLOOR)  # (G, 1, M)
+        # in place where autograd allows it: fresh memory costs more than the arithmetic
+        key_rows = layout.by_group(log_key).sub_(reference).exp_().view(-1, num_features)
+        query_rows = layout.by_group(log_query).add_(reference).view(-1, num_features)
+        self.keys = layout.slices_of_stretches(key_rows)
+        self.log_queries = layout.slices_of_blocks(layout.blocks(query_rows))
+        sums = _block_sums(layout, layout.blocks(key_rows), value_blocks, dropout_p)
+        self.sums = layout.slices_of_blocks(_outside(layout, sums).flatten(0, 1))
+
+    def __call__(self, index: int, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of a slice of tiles, and the sums over everything outside them."""
+        log_query = self.log_queries[index]
+        reference = log_query.detach().amax(-1, keepdim=True)
+        if logits is not None:
+            reference = torch.maximum(logits.detach().amax(-1, keepdim=True), reference - REFERENCE_SLACK)
+        query = (log_query - reference).exp()
+        weights = torch.bmm(query, self.keys[index])
+        if logits is not None:
+            # exact weights are zero outside the window: a product and a sum choose, 8 times faster than torch.where
+            weights.mul_(self.masks.outside_window).add_(logits.sub_(reference).exp_())
+        return weights, torch.bmm(query, self.sums[index])
+
+
+class _PerKeyReference:
+    """Low-rank part with a reference for each key, each query, and each feature of a prefix.
+
+    The weights of a tile are formed as logarithms, so that no key, visible or hidden, can push another below the
+    smallest float. The products of features behind them are float64, whose e^-708 leaves room for queries and keys
+    that favour different features. Costs a logarithm for each pair; used where `_SharedReference` is not safe, and
+    takes the same arguments.
+    """
+
+    def __init__(
+        self,
+        layout: _Layout,
+        masks: _TileMasks,
+        log_query: torch.Tensor,
+        log_key: torch.Tensor,
+        value_blocks: torch.Tensor,
+        dropout_p: float,
+    ) -> None:
+        self.masks = masks
+        key_blocks = layout.blocks(log_key)
+        block_max = key_blocks.detach().amax(1).clamp_min_(FLOOR)  # (G * num_blocks, M)
+        state = _block_sums(layout, (key_blocks - block_max.unsqueeze(1)).exp(), value_blocks, dropout_p)
+        reference, state = _log_space_outside(layout, layout.by_group(block_max), state, masks.hidden is not None)
+        self.sums = layout.slices_of_blocks(state.flatten(0, 1))
+        log_query_blocks = layout.blocks(log_query)
+        self.log_queries_outside = layout.slices_of_blocks(log_query_blocks + reference.flatten(0, 1).unsqueeze(1))
+
+        query_max = log_query_blocks.detach().amax(-1, keepdim=True)
+        self.query_max = layout.slices_of_blocks(query_max)
+        self.queries = layout.slices_of_blocks((log_query_blocks - query_max).double().exp())
+        key_max = log_key.detach().amax(-1, keepdim=True)
+        self.key_max = layout.slices_of_stretches(key_max)
+        self.keys = layout.slices_of_stretches((log_key - key_max.clamp_min(FLOOR)).double().exp())
+
+    def __call__(self, index: int, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of a slice of tiles, and the sums over everything outside them."""
+        products = torch.bmm(self.queries[index], self.keys[index])
+        # the clamp keeps the gradient of hidden keys' logarithms finite; their weight is exp(-inf) all the same
+        log_products = products.clamp_min(torch.finfo(products.dtype).tiny).log()
+        log_weights = log_products.to(self.query_max[index].dtype) + (self.query_max[index] + self.key_max[index])
+        if self.masks.hidden is not None:
+            log_weights = log_weights.masked_fill(self.masks.hidden, -math.inf)
+        if logits is not None:
+            log_weights = torch.where(self.masks.in_window, logits, log_weights)
+        log_query = self.log_queries_outside[index]
+        reference = torch.maximum(
+            log_weights.detach().amax(-1, keepdim=True), log_query.detach().amax(-1, keepdim=True)
+        ).clamp_min_(FLOOR)
+        query = (log_query - reference).exp()
+        weights = (log_weights - reference).exp()
+        return weights, torch.bmm(query, self.sums[index])
+
+
+def _block_sums(
+    layout: _Layout, key_features: torch.Tensor, value_blocks: torch.Tensor, dropout_p: float
+) -> torch.Tensor:
+    """Sums of phi(k) (v, 1)^T over each block of keys, (G, num_blocks, M, D + 1)."""
+    sums = torch.bmm(key_features.transpose(1, 2), value_blocks)
+    if dropout_p > 0:
+        dropped = torch.bmm(F.dropout(key_features, dropout_p).transpose(1, 2), value_blocks[..., :-1])
+        sums = torch.cat([dropped, sums[..., -1:]], dim=-1)
+    return sums.view(layout.groups, layout.num_blocks, *sums.shape[1:])
+
+
+# Up to so many blocks, the sums over all others are one product; past it, running sums in groups of so many blocks.
+_MAX_BLOCKS_OF_ONE_PRODUCT = 128
+_RUNNING_SUM_GROUP = 16
+
+
+def _outside(layout: _Layout, sums: torch.Tensor) -> torch.Tensor:
+    """Sum over prefix and suffix of each block: all key blocks but b to b + side. (G, num_blocks, M, D) to the same."""
+    flat, side = sums.flatten(2), layout.side
+    if layout.num_blocks <= _MAX_BLOCKS_OF_ONE_PRODUCT:
+        ones = sums.new_ones(layout.num_blocks, layout.num_blocks)
+        return ((ones.tril(-1) + ones.triu(1 + side)) @ flat).view_as(sums)
+    # the suffix of block b is what comes after block b + side
+    suffix = _running_sum(flat, after=True)[:, side:]
+    return (_running_sum(flat) + F.pad(suffix, (0, 0, 0, side))).view_as(sums)
+
+
+def _running_sum(x: torch.Tensor, after: bool = False) -> torch.Tensor:
+    """Sum over what comes before (or `after`) each entry of dimension 1: (G, n, width) to the same.
+
+    By products with triangles of ones, in groups: PyTorch's cumsum is slow but along the last dimension.
+    """
+    groups, length, width = x.shape
+    size = min(length, _RUNNING_SUM_GROUP)
+    ones = x.new_ones(size, size)
+    triangle = ones.triu(1) if after else ones.tril(-1)
+    if length == size:
+        return triangle @ x
+    count = -(-length // size)
+    x = F.pad(x, (0, 0, 0, count * size - length)).view(groups, count, size, width)
+    carry = _running_sum(x.sum(2), after)
+    return torch.baddbmm(
+        carry.reshape(-1, 1, width), triangle.expand(groups * count, size, size), x.view(-1, size, width)
+    ).view(groups, -1, width)[:, :length]
+
+
+def _log_space_outside(
+    layout: _Layout, log_max: torch.Tensor, state: torch.Tensor, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_outside` for sums that are relative to a maximum of their own.
+
+    Args:
+        layout: the cut into blocks.
+        log_max: (G, num_blocks, M), the logarithm that block b's sums are relative to.
+        state: (G, num_blocks, M, D), the sums.
+        is_causal: prefix only.
+
+    Returns:
+        Reference (G, num_blocks, M) and sums relative to it (G, num_blocks, M, D).
+    """
+    reference, prefix = _exclusive_running_sum(log_max, state)
+    beyond = 1 + layout.side
+    if is_causal or layout.num_blocks <= beyond:
+        return reference, prefix
+    # the suffix of block b is the exclusive running sum, from the back, at block b + side
+    suffix_max, suffix = (x.flip(1) for x in _exclusive_running_sum(log_max.flip(1), state.flip(1)))
+    shift = layout.side
+    suffix_max = F.pad(suffix_max[:, shift:], (0, 0, 0, shift), value=FLOOR)
+    suffix = F.pad(suffix[:, shift:], (0, 0, 0, 0, 0, shift))
+    joint = torch.maximum(reference, suffix_max)
+    both = prefix * (reference - joint).exp().unsqueeze(-1) + suffix * (suffix_max - joint).exp().unsqueeze(-1)
+    return joint, both
+
+
+def _exclusive_running_sum(log_max: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Running sum over the blocks before each block, relative to the running maximum."""
+    running_max = torch.cummax(log_max, dim=1).values
+    # unbound at once: the gradient of `scaled[:, block]` would be as large as `scaled` for every block
+    scaled = (state * (log_max - running_max).exp().unsqueeze(-1)).unbind(1)
+    decay = (running_max[:, :-1] - running_max[:, 1:]).exp().unsqueeze(-1).unbind(1)
+    sums = [torch.zeros_like(scaled[0]), scaled[0]]
+    for block in range(1, len(scaled) - 1):
+        sums.append(torch.addcmul(scaled[block], sums[-1], decay[block - 1]))
+    floor = torch.full_like(log_max[:, :1], FLOOR)
+    return torch.cat([floor, running_max[:, :-1]], dim=1), torch.stack(sums[: len(scaled)], dim=1)

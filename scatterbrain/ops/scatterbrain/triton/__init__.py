@@ -1,0 +1,174 @@
+"""Fused attention for CUDA: window, random features, or both, forward and backward. See README.md."""
+
+from __future__ import annotations
+
+import torch
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.common.backends import no_kernels
+from scatterbrain.ops.common.inputs import check_inputs, check_window, default_scale, resolve_backend
+
+# Widths of heads and numbers of features past which tiles no longer fit a multiprocessor.
+MAX_WIDTH = 128
+MAX_FEATURES = 256
+
+
+def unsupported(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """Why the fused kernels cannot run a call; None where they can.
+
+    Args:
+        query: (B, H, T, E).
+        value: (B, H, S, D).
+        projection: rows (R, E) or None.
+        cosh: each row gives two features.
+        dropout_p: probability of dropping a weight.
+    """
+    reason = no_kernels(query)
+    if reason is not None:
+        return reason
+    width = max(query.shape[3], value.shape[3])
+    if width > MAX_WIDTH:
+        return f"it takes heads of a width up to {MAX_WIDTH}, and these have {width}"
+    if projection is not None:
+        features = projection.shape[0] * (2 if cosh else 1)
+        if features > MAX_FEATURES:
+            return f"it takes up to {MAX_FEATURES} random features, and these are {features}"
+        if projection.requires_grad and torch.is_grad_enabled():
+            return "it has no gradient for the projection"
+    if dropout_p > 0:
+        return "it has no dropout"
+    return None
+
+
+def choose_backend(
+    backend: str,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    dropout_p: float = 0.0,
+) -> str:
+    """The form that `backend` selects: `auto` takes the fused kernels where they run and are fast.
+
+    Args:
+        backend: `naive`, `torch`, `triton` or `auto`.
+        query: (B, H, T, E).
+        value: (B, H, S, D).
+        projection: rows (R, E) or None.
+        cosh: each row gives two features.
+        dropout_p: probability of dropping a weight.
+
+    Raises:
+        UserError: `triton` where it cannot run.
+    """
+    reason = unsupported(query, value, projection, cosh, dropout_p)
+    if backend == "triton" and reason is not None:
+        raise UserError(f"backend='triton' cannot run this: {reason}. Choose 'torch', or 'auto' for what fits.")
+    if backend == "auto":
+        return "triton" if query.is_cuda and reason is None and not _spills(query, value, projection, cosh) else "torch"
+    return resolve_backend(backend, ("naive", "torch", "triton"))
+
+
+def _spills(query: torch.Tensor, value: torch.Tensor, projection: torch.Tensor | None, cosh: bool) -> bool:
+    """Whether the tiles exceed the registers by far: wide ones of float32 in full precision, without matrix units."""
+    if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return False
+    features = 0 if projection is None else projection.shape[0] * (2 if cosh else 1)
+    return max(query.shape[3], value.shape[3], features) > 64
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    *,
+    scale: float,
+    projection: torch.Tensor | None = None,
+    cosh: bool = False,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Exact weights inside a window, random-feature weights outside it, by fused kernels.
+
+    Args:
+        query: (B, H, T, E); slices of a fused qkv are read where they are.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        window: width W; 0 for no window.
+        scale: softmax scale.
+        projection: rows (R, E); brought to the dtype of query. None leaves out the low-rank part.
+        cosh: take each row with both signs.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        eps: added to the normaliser; without window and causality only.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`, the heads of a token beside one another in memory; zero for a query that
+        sees no key.
+    """
+    from scatterbrain.ops.scatterbrain.triton.operator import attend
+
+    tensors = _as_the_kernels_read(query, key, value, projection, key_lengths)
+    statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return attend(*tensors, window, scale, cosh, is_causal, eps, statistics)
+
+
+@torch.no_grad()
+def count_marked_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    key_lengths: torch.Tensor | None = None,
+) -> int:
+    """Tiles of queries that the fused Scatterbrain kernels compute from pairs, which takes longer, see README.md.
+
+    Args:
+        query: (B, H, T, E), where the kernels run.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: rows (R, E); each is taken with both signs.
+        window: width W >= 1.
+        scale: softmax scale; None is E ** -0.5.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+
+    Raises:
+        UserError: the kernels do not run here, or not for such inputs.
+    """
+    check_inputs(query, key, value, key_lengths, projection)
+    check_window(window)
+    choose_backend("triton", query, value, projection, True)
+    from scatterbrain.ops.common.triton_functions import device_of
+    from scatterbrain.ops.scatterbrain.triton.operator import run_forward
+
+    tensors = _as_the_kernels_read(query, key, value, projection, key_lengths)
+    with device_of(query):
+        marked = run_forward(*tensors, window, default_scale(query, scale), True, False, 0.0, True)[2]
+    return int(marked.sum())
+
+
+def _as_the_kernels_read(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The tensors with rows that are contiguous, on one device, the projection in the dtype of the queries."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if projection is not None:
+        projection = projection.detach().to(query.dtype).contiguous()
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(query.device).contiguous()
+    return query, key, value, projection, key_lengths

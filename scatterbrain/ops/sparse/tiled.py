@@ -1,0 +1,309 @@
+"""Attention over a sparse support, alone or with a low-rank estimate outside it, in plain PyTorch.
+
+    A(i, j) = exp(s q_i.k_j)          on the support (`scatterbrain.ops.sparse.supports`)
+              phi(q_i).phi(k_j)       outside it, or 0 without a low-rank part
+
+Tiles of queries and keys are gathered and multiplied; each round of the support leaves, for every query, a maximum, a
+sum and an average of values, which are merged in log space. The low-rank part is summed over all keys, and the pairs
+of the support are taken off again: support and features cost O(T L) and O((T + S) M), L the keys of a query.
+
+That difference loses its digits where the estimates on the support outweigh everything else. Such rows, those whose
+sum over all keys exceeds their normaliser `CANCELLATION_LIMIT` times, are computed again by pairs, without a
+difference. Statistics, exponentials and sums are float32, or float64 for float64 inputs; maxima are constants for
+autograd (they cancel in the normalised result).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.common.inputs import accumulation_dtype, gather_rows, length_mask, tile_budget
+from scatterbrain.ops.scatterbrain.blocked import FLOOR, REFERENCE_SLACK
+from scatterbrain.ops.sparse.supports import Round, Support
+
+# A relative error of so many roundings is let pass before a row is computed by pairs.
+CANCELLATION_LIMIT = 64.0
+
+LogFeatures = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """Low-rank part with one reference for each feature, the maximum over all keys, and one for each query.
+
+    Attributes:
+        query: (G, T, M) exp(log feature + feature's reference - query's reference), at most 1.
+        key: (G, S, M) exp(log feature - feature's reference), at most 1, zero for hidden keys.
+        reference: (G, T, 1) of the queries.
+        sums: (G, M, D + 1) sums of key features times values and ones.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    reference: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def of(cls, log_query: torch.Tensor, log_key: torch.Tensor, value_and_one: torch.Tensor) -> _LowRank:
+        feature_reference = log_key.detach().amax(1, keepdim=True).clamp_min(FLOOR)
+        key = (log_key - feature_reference).exp()
+        log_query = log_query + feature_reference
+        reference = log_query.detach().amax(-1, keepdim=True)
+        return cls((log_query - reference).exp(), key, reference, key.transpose(1, 2) @ value_and_one)
+
+
+def support_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    support: Support,
+    *,
+    scale: float,
+    log_features: LogFeatures | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Exact weights on a support, low-rank weights outside it.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        support: pairs that are exact; its indices are of G = B * H sequences, or of one that all share.
+        scale: softmax scale s.
+        log_features: logarithms of the features of queries (B, H, T, M) and keys (B, H, S, M); None leaves out the
+            low-rank part.
+        is_causal: hide the keys j > i; without a low-rank part only.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        dropout_p: probability of dropping a weight; without a low-rank part only.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+
+    Raises:
+        UserError: causal masking or dropout together with a low-rank part.
+    """
+    if log_features is not None and (is_causal or dropout_p > 0):
+        which = "causal masking" if is_causal else "attention dropout"
+        raise UserError(
+            f"A low-rank part around this sparse support has no {which}: its sums run over all keys. Use sblocal."
+        )
+    with torch.autocast(query.device.type, enabled=False):
+        batch, heads, length, _ = query.shape
+        dtype = accumulation_dtype(query.dtype)
+        q, k, v = (x.to(dtype).flatten(0, 1) for x in (query, key, value))
+        hidden = None
+        if key_lengths is not None:
+            hidden = ~length_mask(key_lengths, key.shape[2]).repeat_interleave(heads, 0)
+        v = torch.cat([v, v.new_ones(*v.shape[:2], 1)], -1)
+        low_rank = None
+        if log_features is not None:
+            log_query, log_key = (x.to(dtype).flatten(0, 1) for x in log_features)
+            if hidden is not None:
+                log_key = log_key.masked_fill(hidden.unsqueeze(-1), -math.inf)
+            low_rank = _LowRank.of(log_query, log_key, v)
+        parts = [_round(q, k, v, each, scale, low_rank, is_causal, hidden, dropout_p) for each in support.rounds]
+        out, lost = _merge(parts, low_rank)
+        if low_rank is not None and lost.any():
+            rows = _by_pairs(q, k, v, support, scale, (log_query, log_key), hidden, lost)
+            out = out.masked_scatter(lost.unsqueeze(-1), rows)
+        return out.view(batch, heads, length, -1).to(query.dtype)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a round leaves of each query.
+
+    Attributes:
+        maximum: (G, T, 1) largest exact logit, FLOOR where there is no key.
+        exact: (G, T, D + 1) sums of exact weights, relative to it, times values and ones.
+        estimate: (G, T, D + 1) the same of the estimates, relative to the low-rank reference; None without them.
+    """
+
+    maximum: torch.Tensor
+    exact: torch.Tensor
+    estimate: torch.Tensor | None
+
+
+def _round(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    each: Round,
+    scale: float,
+    low_rank: _LowRank | None,
+    is_causal: bool,
+    hidden: torch.Tensor | None,
+    dropout_p: float,
+) -> _Part:
+    """One round over all sequences; query (G, T, E), key (G, S, E), value (G, S, D + 1), hidden (G, S)."""
+    groups, length, _ = query.shape
+    tile, columns = each.query_index.shape[-1], each.key_index.shape[-1]
+    pairs = _visible_pairs(each, is_causal, hidden).flatten(0, 1)
+    slice_size = max(1, tile_budget(query) // (tile * columns))
+
+    # gathered at once, then cut: the gradient of a gather is as large as what it gathers from
+    def cut(x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _gather(x, index).split(slice_size)
+
+    tensors = [cut(query * scale, each.query_index), cut(key, each.key_index), cut(value, each.key_index)]
+    if low_rank is not None:
+        tensors += [cut(low_rank.query, each.query_index), cut(low_rank.key, each.key_index)]
+    outputs = []
+    start = 0
+    for q, k, v, *features in zip(*tensors, strict=True):
+        # what all sequences share is there once
+        here = pairs[torch.arange(start, start + len(q), device=pairs.device) % len(pairs)]
+        start += len(q)
+        logits = torch.bmm(q, k.transpose(1, 2)).masked_fill(~here, -math.inf)
+        maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
+        weights = (logits - maximum).exp()
+        exact = torch.bmm(F.dropout(weights, dropout_p), v)
+        if dropout_p > 0:
+            exact = torch.cat([exact[..., :-1], weights.sum(-1, keepdim=True)], -1)
+        output = [maximum, exact]
+        if features:
+            estimate = torch.bmm(features[0], features[1].transpose(1, 2)).masked_fill(~here, 0.0)
+            output.append(torch.bmm(estimate, v))
+        outputs.append(output)
+    place = _place(each.query_index, length).expand(groups, -1)
+    maximum, exact, *estimate = (
+        torch.cat(parts).view(groups, -1, parts[0].shape[-1]) for parts in zip(*outputs, strict=True)
+    )
+    return _Part(
+        _back(maximum, place, FLOOR), _back(exact, place, 0.0), _back(estimate[0], place, 0.0) if estimate else None
+    )
+
+
+def _visible_pairs(each: Round, is_causal: bool, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Boolean (G or 1, n, C, L): the pairs of a round that may be seen."""
+    pairs = each.pairs()
+    if is_causal:
+        pairs = pairs & (each.key_index.unsqueeze(-2) <= each.query_index.unsqueeze(-1))
+    if hidden is not None:
+        index = each.key_index.expand(len(hidden), -1, -1)
+        of_tiles = hidden.gather(1, index.flatten(1).clamp_min(0)).view_as(index)
+        pairs = pairs & ~of_tiles.unsqueeze(-2)
+    return pairs
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of x (G, N, width) at `index` (G or 1, n, C) as (G * n, C, width); any row where the index is -1."""
+    rows = gather_rows(x, index.clamp_min(0).flatten(1).expand(len(x), -1))
+    return rows.view(-1, index.shape[-1], x.shape[-1])
+
+
+def _place(query_index: torch.Tensor, length: int) -> torch.Tensor:
+    """Where the rows of a round hold each query: (G or 1, T); one past the last row for a query in no tile."""
+    flat = query_index.flatten(1)
+    rows = flat.shape[1]
+    place = torch.full((len(flat), length + 1), rows, dtype=torch.int64, device=flat.device)
+    positions = torch.arange(rows, device=flat.device).expand_as(flat)
+    # positions -1 go to a place of their own, behind all queries
+    return place.scatter(1, torch.where(flat < 0, length, flat), positions)[:, :length]
+
+
+def _back(rows: torch.Tensor, place: torch.Tensor, missing: float) -> torch.Tensor:
+    """Rows (G, n * C, width) of a round in the order of the queries, (G, T, width)."""
+    return gather_rows(F.pad(rows, (0, 0, 0, 1), value=missing), place)
+
+
+def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (G, T, D), and for which queries (G, T) the difference has lost its digits."""
+    reference = torch.stack([part.maximum for part in parts]).amax(0)
+    if low_rank is not None:
+        # the bound of the features covers the support too, where exact weights take the place of estimates
+        reference = torch.maximum(reference, low_rank.reference - REFERENCE_SLACK)
+    reference = reference.clamp_min(FLOOR)
+    total = sum(part.exact * (part.maximum - reference).exp() for part in parts)
+    if low_rank is None:
+        normaliser = total[..., -1:]
+        lost = torch.zeros_like(normaliser, dtype=torch.bool)
+        blind = normaliser <= 0
+    else:
+        unit = (low_rank.reference - reference).exp()
+        over_all = torch.bmm(low_rank.query, low_rank.sums)
+        total = total + unit * (over_all - sum(part.estimate for part in parts))
+        normaliser = total[..., -1:]
+        blind = low_rank.sums[:, None, :, -1].sum(-1, keepdim=True) <= 0
+        # also true for a normaliser that came out negative or nan
+        kept = unit * over_all[..., -1:] <= CANCELLATION_LIMIT * normaliser
+        lost = ~(kept & (normaliser > 0)) & ~blind
+    unusable = blind | lost
+    out = total[..., :-1] / normaliser.masked_fill(unusable, 1.0)
+    return out.masked_fill(unusable, 0.0), lost.squeeze(-1)
+
+
+def _by_pairs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    support: Support,
+    scale: float,
+    log_features: LogFeatures,
+    hidden: torch.Tensor | None,
+    lost: torch.Tensor,
+) -> torch.Tensor:
+    """Outputs of the `lost` queries (G, T), all pairs of them formed: (lost, D), in the order of `lost`.
+
+    Products of features are float64, each side relative to its own maximum: weights may then differ by any factor.
+    """
+    log_query, log_key = log_features
+    num_keys = key.shape[1]
+    counts = lost.sum(1)
+    groups = counts.nonzero().squeeze(1)
+    counts = counts[groups]
+    # the same number for each sequence: padded by rows that are not lost, and dropped at the end
+    most = int(counts.max())
+    rows = lost[groups].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    is_lost = torch.arange(most, device=rows.device) < counts[:, None]
+    num_groups = max(1, tile_budget(query) // (most * num_keys))
+    num_rows = max(1, tile_budget(query) // num_keys)
+    outputs = []
+    for some, of_groups in zip(groups.split(num_groups), rows.split(num_groups), strict=True):
+        key_maximum = log_key[some].detach().amax(-1, keepdim=True)
+        key_factors = (log_key[some] - key_maximum.clamp_min(FLOOR)).double().exp().transpose(1, 2)
+        keys, values = key[some].transpose(1, 2), value[some][..., :-1]
+        queries, log_queries = query[some] * scale, log_query[some]
+        of_rows = []
+        for index in of_groups.split(num_rows, 1):
+            features = gather_rows(log_queries, index)
+            maximum = features.detach().amax(-1, keepdim=True)
+            products = (features - maximum).double().exp() @ key_factors
+            # the clamp keeps the gradient of a product of zero finite
+            logits = products.clamp_min(torch.finfo(products.dtype).tiny).log().to(query.dtype)
+            logits = logits + maximum + key_maximum.transpose(1, 2)
+            exact = gather_rows(queries, index) @ keys
+            logits = torch.where(_rows_of_support(support, some, index, query.shape[1], num_keys), exact, logits)
+            if hidden is not None:
+                logits = logits.masked_fill(hidden[some].unsqueeze(1), -math.inf)
+            of_rows.append(logits.softmax(-1) @ values)
+        outputs.append(torch.cat(of_rows, 1))
+    return torch.cat(outputs)[is_lost]
+
+
+def _rows_of_support(
+    support: Support, groups: torch.Tensor, rows: torch.Tensor, num_queries: int, num_keys: int
+) -> torch.Tensor:
+    """Boolean (g, r, S): the support's pairs of the queries `rows` (g, r) of the sequences `groups` (g,)."""
+    mask = torch.zeros(*rows.shape, num_keys + 1, dtype=torch.bool, device=rows.device)
+    for each in support.rounds:
+        of_queries, of_keys, pairs = each.query_index, each.key_index, each.pairs()
+        tiles, size = of_queries.shape[1:]
+        in_queries, in_keys, in_pairs = (
+            groups.clamp_max(len(x) - 1).unsqueeze(1) for x in (of_queries, of_keys, pairs)
+        )
+        place = _place(of_queries, num_queries)[in_queries, rows]
+        there = place < tiles * size
+        place = place.clamp_max(tiles * size - 1)
+        tile, row = place // size, place % size
+        seen = pairs[in_pairs, tile, row] & there.unsqueeze(-1)
+        # what is left out goes to a column behind all keys
+        mask.scatter_(2, torch.where(seen, of_keys[in_keys, tile], num_keys), True)
+    return mask[..., :num_keys]

@@ -1,0 +1,5 @@
+"""`scatterbrain_attention` at its first address; it lives in `scatterbrain.ops.scatterbrain`."""
+
+from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
+
+__all__ = ["naive_scatterbrain_attention", "scatterbrain_attention"]

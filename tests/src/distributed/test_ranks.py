@@ -1,0 +1,369 @@
+"""Processes that torchrun or SLURM started: one result, one voice, one end; and jobs that a launcher of Hydra's ran."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import run
+from scatterbrain.errors import UserError
+from src.distributed import ranks
+from src.distributed.ranks import FailedJobs, Launch, find_launch
+from tests.src.tasks.setup import (
+    assert_same_evaluation,
+    compose_config,
+    make_checkpoint,
+    make_images,
+    overrides,
+)
+
+ROOT = Path(__file__).parents[3]
+# of torchrun and SLURM, in the environment that the tests run in
+FOREIGN = re.compile("SLURM_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+NUM_IMAGES = 9
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in filter(FOREIGN.match, list(os.environ)):
+        monkeypatch.delenv(name)
+
+
+# How a process was started
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch"),
+    [
+        ({}, None),
+        (TORCHRUN, Launch("torchrun", 3, 4, 2)),
+        (SLURM, Launch("SLURM", 1, 4, 2)),
+        (SLURM | TORCHRUN, Launch("torchrun", 3, 4, 2)),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),
+    ],
+    ids=["alone", "torchrun", "srun", "srun torchrun", "one task", "interactive"],
+)
+def test_how_a_process_was_started(monkeypatch, variables, launch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_launch() == launch
+    if launch is not None:
+        assert launch.per_node == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({name: value for name, value in TORCHRUN.items() if name != "RANK"}, "The variable RANK is not set."),
+        (SLURM | {"SLURM_PROCID": "first"}, "'first'"),
+    ],
+)
+def test_variables_that_are_no_good(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        find_launch()
+
+
+def test_machines_with_different_numbers_of_processes():
+    with pytest.raises(UserError, match=r"torchrun started 3 processes on 2 machines\. Start the same number on each"):
+        _ = Launch("torchrun", 0, 3, 2).per_node
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["trainer.devices=1"], "trainer.devices=4 trainer.num_nodes=1, or trainer=slurm,"),
+        (["trainer.devices=4", "trainer.num_nodes=2"], "trainer.devices=4 trainer.num_nodes=1, or trainer=slurm,"),
+    ],
+)
+def test_another_number_of_devices(monkeypatch, tmp_path, options, advice):
+    from src.distributed.launch import build_trainer
+
+    for name, value in (SLURM | {"SLURM_NNODES": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"SLURM started 4 process.*{re.escape(advice)}"):
+        build_trainer(compose_config(["trainer.accelerator=cpu", *options], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("torchrun", {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}),
+        ("slurm", {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "3"}),
+    ],
+)
+def test_trainers_take_their_sizes_from_the_launcher(monkeypatch, name, variables):
+    trainer = compose_config([f"trainer={name}"]).trainer
+    assert (trainer.devices, trainer.num_nodes) == (1, 1)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    trainer = compose_config([f"trainer={name}"]).trainer
+    assert (trainer.devices, trainer.num_nodes) == (2, 3)
+
+
+# Meeting, failing and leaving
+
+PROGRAM = """
+import os, signal, sys, time
+from src.distributed import ranks
+from src.utils.cli import report
+from scatterbrain.errors import UserError
+
+kind = sys.argv[1]
+ranks.GRACE_SECONDS, ranks.ARRIVAL_SECONDS = 0.5, 1.5 if kind == "missing" else 60.0
+
+
+def work(processes):
+    processes.barrier("begun")
+    print(processes.agree("folder", f"/{processes.rank}"), flush=True)
+    if kind == "failure" and processes.rank == 1:
+        raise UserError("image 7 is damaged.")
+    if kind == "bug":
+        if processes.rank == 1:
+            time.sleep(0.5)
+            raise UserError("image 7 is damaged.")
+        raise RuntimeError("Connection closed by peer")  # of which process 1 knows why
+    if kind == "killed" and processes.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "late" and processes.rank == 1:
+        time.sleep(1)
+        raise UserError("image 8 is damaged.")
+    if kind in ("failure", "killed"):
+        processes.barrier("never")
+
+
+try:
+    with ranks.joined() as processes:
+        try:
+            processes.call(lambda: work(processes))
+        except UserError as error:
+            report(error)
+            raise SystemExit(1)
+except UserError as error:
+    report(error)
+    raise SystemExit(1)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def slurm_tasks(command: list[str], number: int, started: int | None = None) -> list[subprocess.Popen]:
+    """The processes of `srun --ntasks=number command`, or the first `started` of them."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                **{"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"},
+                **{"SLURM_NTASKS": str(number), "SLURM_NTASKS_PER_NODE": str(number), "SLURM_NNODES": "1"},
+                **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+                "PYTHONPATH": str(ROOT),
+            },
+        )
+        for rank in range(number if started is None else started)
+    ]
+
+
+def ends_of(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
+    """Exit statuses, outputs and what each said on stderr about errors."""
+    ends = [process.communicate(timeout=120) for process in processes]
+    errors = ["".join(re.findall(r"^Error.*\n", errors, re.MULTILINE)) for _, errors in ends]
+    return [process.returncode for process in processes], [output for output, _ in ends], errors
+
+
+def run_program(kind: str, number: int = 2, **options: int) -> tuple[list[int], list[str], list[str]]:
+    return ends_of(slurm_tasks([sys.executable, "-c", PROGRAM, kind], number, **options))
+
+
+def test_a_failure_is_told_once_and_ends_all():
+    begin = time.monotonic()
+    statuses, outputs, errors = run_program("failure")
+    assert (statuses, errors) == ([1, 1], ["", "Error: image 7 is damaged.\n"])
+    assert outputs == ["/0\n", "/0\n"]  # all agree with the first
+    assert time.monotonic() - begin < 60  # nobody waits for those that have gone
+
+
+def test_who_has_finished_hears_of_a_failure():
+    assert run_program("late")[::2] == ([1, 1], ["", "Error: image 8 is damaged.\n"])
+
+
+def test_the_process_that_knows_why_tells():
+    assert run_program("bug")[::2] == ([1, 1], ["", "Error: image 7 is damaged.\n"])
+
+
+def test_the_first_process_is_killed():
+    statuses, _, errors = run_program("killed")
+    assert statuses == [-signal.SIGKILL, 1]
+    assert errors[0] == ""
+    assert errors[1].startswith("Error: Process 0 ended before its work was done, often for lack of memory. Lower")
+
+
+def test_a_process_that_never_comes():
+    statuses, _, errors = run_program("missing", started=1)
+    assert (statuses, len(errors)) == ([1], 1)
+    assert errors[0].startswith("Error: 1 of 2 processes have come after 2 s. Start all of them")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_images(folder / "data", NUM_IMAGES)
+    make_checkpoint(folder / "weights.pth", "t2t_vit_7")
+    return folder
+
+
+def options_of(inputs: Path, **changes: object) -> list[str]:
+    return overrides(inputs / "data", inputs / "weights.pth", "t2t_vit_7", datamodule__batch_size=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs) -> Path:
+    """The evaluation of a single process."""
+    command = [sys.executable, "run.py", *options_of(inputs, hydra__run__dir=inputs / "alone")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return inputs / "alone"
+
+
+def assert_that_of_one_process(folder: Path, alone: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    expected = json.loads((alone / "results.json").read_text())
+    for name in ("device", "images_per_second", "seconds", "command"):
+        del results[name], expected[name]
+    assert results == expected
+    assert (folder / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
+
+
+def test_torchrun(inputs, alone, tmp_path):
+    end = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone"),
+            *("run.py", "trainer=torchrun", *options_of(inputs, hydra__run__dir=tmp_path / "run")),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert end.returncode == 0, end.stderr
+    assert end.stdout.count("9 images of val") == 1
+    assert_that_of_one_process(tmp_path / "run", alone)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["device"].startswith("4 x cpu")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *(".hydra", "csv", "predictions.csv", "results.json", "run.log"),
+    ]
+
+
+def test_slurm(inputs, alone, tmp_path):
+    command = [sys.executable, "run.py", "trainer=slurm", *options_of(inputs, hydra__run__dir=tmp_path / "run")]
+    statuses, outputs, errors = ends_of(slurm_tasks(command, 3))
+    assert (statuses, errors) == ([0] * 3, [""] * 3)
+    assert "9 images of val" in outputs[0]
+    assert outputs[1:] == ["", ""]
+    assert_that_of_one_process(tmp_path / "run", alone)
+
+
+def test_a_mistake_is_told_once(inputs, tmp_path):
+    command = [sys.executable, "run.py", "trainer=slurm", *options_of(inputs, eval__ckpt=tmp_path / "no.pth")]
+    statuses, _, errors = ends_of(slurm_tasks([*command, f"hydra.run.dir={tmp_path / 'run'}"], 2))
+    assert statuses == [1, 1]
+    assert "".join(errors).count("Error") == 1
+    assert f"Checkpoint {tmp_path / 'no.pth'} does not exist." in "".join(errors)
+
+
+def test_a_multirun_of_several_processes_is_refused(inputs, tmp_path):
+    command = [sys.executable, "run.py", "-m", "trainer=slurm", *options_of(inputs)]
+    statuses, _, errors = ends_of(slurm_tasks([*command, f"hydra.sweep.dir={tmp_path / 'sweep'}"], 2))
+    assert statuses == [1, 1]
+    assert "".join(errors).startswith("Error: A multirun cannot be one of several processes that a launcher started.")
+    assert "".join(errors).count("Error") == 1
+
+
+# Jobs that a launcher of Hydra's ran
+
+
+def test_what_jobs_failed_of_is_told(tmp_path, capsys):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / ranks.ERROR_FILE).write_text("Checkpoint x does not exist.\n")
+    callback, config = FailedJobs(), OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    callback.on_multirun_end(config)
+    assert capsys.readouterr().err == f"Error in {tmp_path / '1'}: Checkpoint x does not exist.\n"
+    assert len(FailedJobs.messages) == 1
+    (tmp_path / "1" / ranks.ERROR_FILE).unlink()
+    callback.on_multirun_end(config)
+    assert FailedJobs.messages == ()
+
+
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None
+    if importlib.util.find_spec("hydra_plugins")
+    else True,
+    reason="hydra-submitit-launcher is not installed (an option)",
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is not None, reason="hydra-submitit-launcher is installed")
+def test_without_the_launcher_of_slurm(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOG_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", "hydra/launcher=slurm", *options_of(inputs)])
+    assert run.run(sys.argv) == 1
+    assert "pip install hydra-submitit-launcher" in capsys.readouterr().err
+
+
+@needs_submitit
+def test_jobs_of_a_sweep(inputs, alone, tmp_path):
+    """One that works and one that fails, each run by submitit in a process of its own."""
+    command = [
+        *(sys.executable, "run.py", "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"),
+        *(f"hydra.sweep.dir={tmp_path / 'sweep'}", *options_of(inputs, model__image_size="32,100")),
+    ]
+    end = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert end.returncode == 1
+    (error,) = re.findall(r"^Error.*", end.stderr, re.MULTILINE)
+    assert error.startswith(f"Error in {tmp_path / 'sweep' / '1'}: ")
+    assert "image_size=100" in error
+    assert_same_evaluation(tmp_path / "sweep" / "0", alone)
+    assert (tmp_path / "sweep" / "comparison.json").exists()
+
+
+@needs_submitit
+def test_the_jobs_of_slurm_have_a_task_for_each_device():
+    from hydra import compose, initialize_config_dir
+
+    from tests.src.tasks.setup import CONFIG_DIR
+
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        options = ["hydra/launcher=slurm", "trainer=slurm", "trainer.devices=8", "trainer.num_nodes=2"]
+        launcher = compose("config", options, return_hydra_config=True).hydra.launcher
+        assert launcher._target_.endswith("SlurmLauncher")
+        assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 8, 8)

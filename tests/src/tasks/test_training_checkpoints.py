@@ -1,0 +1,362 @@
+"""A training that is stopped, in whatever way, and goes on: as if nothing had happened, or not at all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import src.tasks.training as training_module
+from scatterbrain.errors import UserError
+from src.models.t2t_vit import create_t2t_vit
+from src.tasks.checkpoints import stop_on_interrupt
+from src.tasks.train import train
+from src.tasks.training import ClassificationTraining
+from tests.src.distributed.process_functions import train_until_killed
+from tests.src.tasks.conftest import NUM_TRAINING_IMAGES
+from tests.src.tasks.setup import (
+    IMAGE_SIZE,
+    NUM_CLASSES,
+    TRAINING_VARIANT,
+    assert_same_training,
+    make_checkpoint,
+    read_last,
+    stop_at,
+    watch,
+    without_times,
+)
+
+BATCHES = NUM_TRAINING_IMAGES // 4
+SEED = 42
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Going on exactly
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "stops"),
+    [
+        # two updates an epoch, of two batches and of one
+        (
+            {"model___t2tattn_cfg": "sblocal", "trainer__accumulate_grad_batches": 2, "train__redraw_steps": 2},
+            6,
+            (2, 3, 5),
+        ),
+        (
+            {
+                "model___t2tattn_cfg": "performer",
+                "train__redraw_steps": 5,
+                "train__epochs": 4,
+                "scheduler__step_on_epochs": "false",
+                "trainer__check_val_every_n_epoch": 2,
+            },
+            4 * BATCHES,
+            (3, 6, 8),
+        ),
+    ],
+    ids=["accumulated", "by_update"],
+)
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(
+    training, training_data, monkeypatch, tmp_path, options, total, stops
+):
+    options = {"model__drop_rate": 0.1, **options}
+    at_once, _ = train(training("at_once", **options))
+    assert (at_once.updates, at_once.complete) == (total, True)
+
+    (tmp_path / "moved").symlink_to(training_data)
+    stopped, _ = train(training("stopped", **options, train__resume="true", train__max_time="00:00:00"))
+    assert (stopped.updates, stopped.complete) == (1, False)
+    for number, update in enumerate(stops):
+        changes = {"data": tmp_path / "moved", "datamodule__num_workers": number % 2, "train__resume": "true"}
+        with monkeypatch.context() as patch:
+            stop_at(patch, update)
+            stopped, _ = train(training("stopped", **options, **changes))
+        assert (stopped.updates, stopped.complete) == (update, False)
+    finished, _ = train(training("stopped", **options, train__resume="true"))
+    assert (finished.updates, finished.complete) == (total, True)
+
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_same_training(read_last(tmp_path / "at_once", name), read_last(tmp_path / "stopped", name))
+    assert without_times(at_once.history) == without_times(finished.history)
+    losses = {entry["train_loss"] for entry in at_once.history}
+    assert len(losses) == len(at_once.history)  # or equal histories would say little
+
+    # drawn before the first update that follows
+    model = create_t2t_vit(TRAINING_VARIANT, options["model___t2tattn_cfg"], IMAGE_SIZE, NUM_CLASSES)
+    model.redraw_projections(SEED + (total - 1) // options["train__redraw_steps"])
+    rows = {key: rows for key, rows in model.state_dict().items() if key.endswith("projection_matrix")}
+    last = read_last(tmp_path / "at_once")
+    for state in (last["state_dict"], last["current_model_state"]):
+        assert len(rows) == 2
+        for key, drawn in rows.items():
+            assert torch.equal(state[f"model.{key}"], drawn)
+
+
+def test_seconds_are_those_of_the_whole_epoch(training, monkeypatch):
+    now = [0.0]
+    step = ClassificationTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        now[0] += 10
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(training_module, "seconds_now", lambda device: now[0])
+    monkeypatch.setattr(ClassificationTraining, "training_step", training_step)
+    with monkeypatch.context() as patch:
+        stop_at(patch, BATCHES + 2)
+        train(training())
+    now[0] += 1000  # until somebody comes back
+    summary, _ = train(training(train__resume="true"))
+    assert [entry["seconds"] for entry in summary.history] == 3 * [10 * BATCHES]
+    assert [entry["images_per_second"] for entry in summary.history] == 3 * [0.4]
+    assert (summary.seconds, summary.images_per_second) == (30 * BATCHES, 0.4)
+
+
+def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
+    train(training("at_once"))
+    config = training("killed", callbacks__last__minutes_between=1e-9)
+    contents = OmegaConf.to_container(config, resolve=True)
+    # each update is saved, the first epoch's last one by two callbacks
+    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(contents, BATCHES + 3))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    assert len(list(checkpoints.glob(".*.tmp"))) == 1
+    assert read_last(tmp_path / "killed")["global_step"] == BATCHES + 1
+    train(training("killed", train__resume="true"))
+    assert_same_training(read_last(tmp_path / "at_once"), read_last(tmp_path / "killed"))
+
+
+def test_in_another_folder_the_best_checkpoint_comes_along(training, monkeypatch, tmp_path, recwarn):
+    watch(monkeypatch, 20.0, 10.0, 30.0)
+    for update, folder in ((BATCHES + 1, "first"), (2 * BATCHES + 1, "second"), (None, "third")):
+        previous = {"second": "first", "third": "second"}.get(folder)
+        changes = {} if previous is None else {"train__resume": tmp_path / previous / "checkpoints" / "last.ckpt"}
+        before = previous and contents_of(tmp_path / previous)
+        with monkeypatch.context() as patch:
+            if update is not None:
+                stop_at(patch, update)
+            summary, _ = train(training(folder, **changes))
+        assert summary.best == ({"epoch": 3, "top1": 30.0} if folder == "third" else {"epoch": 1, "top1": 20.0})
+        assert summary.checkpoints["best"] == str(tmp_path / folder / "checkpoints" / "best.ckpt")
+        assert len(read_last(tmp_path / folder, "best.ckpt")["training"]["history"]) == summary.best["epoch"]
+        if previous:
+            assert contents_of(tmp_path / previous) == before
+    assert not [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
+def test_a_finished_training_is_left_as_it_is(training, monkeypatch, tmp_path):
+    first, _ = train(training(logger="csv"))
+    before = contents_of(tmp_path / "run")
+    assert {"training.json", "training.png", "checkpoints/last.ckpt", "csv/metrics.csv"} <= before.keys()
+    monkeypatch.setattr("sys.argv", ["another", "command"])
+    again, objects = train(training(logger="csv", train__resume="true"))
+    assert contents_of(tmp_path / "run") == before
+    assert (again.complete, again.updates, again.history) == (True, first.updates, first.history)
+    averaged = read_last(tmp_path / "run")["state_dict"]
+    assert torch.equal(objects.model.head.weight, averaged["model.head.weight"])
+
+
+def test_figures_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, BATCHES + 1)
+        train(training(logger="csv"))
+    first = (tmp_path / "run" / "csv" / "metrics.csv").read_text()
+    assert "val/top1" in first
+    train(training(logger="csv", train__resume="true"))
+    assert (tmp_path / "run" / "csv" / f"metrics_to_{BATCHES + 1}.csv").read_text() == first
+    assert "val/top1" in (tmp_path / "run" / "csv" / "metrics.csv").read_text()
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_update_in_hand(training, monkeypatch, tmp_path, number):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, number)
+        # the signal comes in the first of the update's two batches
+        config = training(trainer__accumulate_grad_batches=2)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
+        else:
+            train(config)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert read_last(tmp_path / "run")["global_step"] == 3
+    content = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (content["complete"], content["updates"], len(content["history"])) == (False, 3, 1)
+
+
+def test_a_signal_in_the_last_update_stops_nothing(training, monkeypatch, tmp_path):
+    stop_at(monkeypatch, 3 * BATCHES)
+    summary, _ = train(training())
+    assert (summary.complete, summary.updates) == (True, 3 * BATCHES)
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["complete"]
+
+
+def test_the_message_says_how_to_go_on(training, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(training(train__max_time="00:00:00"))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"stopped after 1 updates because its time is up. The same command with train.resume={last}" in caplog.text
+
+
+def test_two_interrupts_stop_at_once(training, monkeypatch, tmp_path):
+    step = ClassificationTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == BATCHES + 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTraining, "training_step", training_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(training())
+    assert read_last(tmp_path / "run")["global_step"] == BATCHES
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_interrupt_is_one():
+    asked = []
+    with stop_on_interrupt(lambda: asked.append(True)) as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert (asked, interrupted.is_set()) == ([True], True)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_is_none_of_the_workers_business():
+    with stop_on_interrupt(lambda: os._exit(3)) as interrupted:
+        process = multiprocessing.get_context("fork").Process(target=signal.raise_signal, args=(signal.SIGINT,))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        assert not interrupted.is_set()
+
+
+def test_handlers_are_left_alone_where_they_cannot_be_set():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def work():
+        with stop_on_interrupt(lambda: None):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [before, signal.SIG_IGN]
+
+
+# What is refused
+
+
+def test_a_folder_that_holds_a_training(training, tmp_path):
+    train(training(train__max_time="00:00:00"))
+    before = contents_of(tmp_path / "run")
+    for resume in ("false", tmp_path / "other.ckpt"):
+        with pytest.raises(UserError, match=r"run holds a training already. train.resume=true goes on .*hydra.run.dir"):
+            train(training(train__resume=resume))
+    assert contents_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 3}, ["seed=42 (now 3)"]),
+        ({"model__drop_path_rate": 0.3}, ["model.drop_path_rate=0.1 (now 0.3)"]),
+        ({"model__t2tattn1_cfg__nb_features": 4}, ["model.t2tattn1_cfg.nb_features=None (now 4)"]),
+        (
+            {"model___t2tattn_cfg": "local"},
+            ["t2tattn1_cfg.name=sblocal (now local)", "t2tattn1_cfg.row_norm=chi (now None"],
+        ),
+        (
+            {"optimizer__lr": 0.1, "optimizer__opt": "sgd"},
+            ["optimizer.lr=0.01 (now 0.1)", "optimizer.opt=adamw (now sgd)"],
+        ),
+        ({"scheduler__min_lr": 0}, ["scheduler.min_lr=1e-05 (now 0)"]),
+        ({"train__epochs": 4}, ["train.epochs=3 (now 4)"]),
+        ({"train__ema_decay": "null"}, ["train.ema_decay=0.5 (now None)"]),
+        ({"train__redraw_steps": 2}, ["train.redraw_steps=None (now 2)"]),
+        ({"trainer__accumulate_grad_batches": 2}, ["trainer.accumulate_grad_batches=1 (now 2)"]),
+        ({"trainer__precision": "bf16-mixed"}, ["trainer.precision=32-true (now bf16-mixed)"]),
+        ({"datamodule__batch_size": 2}, ["datamodule.batch_size=4 (now 2)"]),
+        ({"datamodule__holdout": 0.5}, ["datamodule.holdout=0.0 (now 0.5)"]),
+        ({"datamodule__augmentation__scale": "[0.5,1]"}, ["datamodule.augmentation.scale=[0.08, 1.0] (now [0.5, 1])"]),
+        (
+            {"datamodule__on_device": "true", "datamodule__augmentation__auto_augment": "null"},
+            ["datamodule.on_device=False (now True)", "auto_augment=rand-m9-mstd0.5-inc1 (now None)"],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_other_options_than_before(training, stopped_training, tmp_path, changes, told):
+    resume = stopped_training / "checkpoints" / "last.ckpt"
+    options = {"model___t2tattn_cfg": "sblocal", "train__resume": resume, **changes}
+    with pytest.raises(UserError) as caught:
+        train(training(**options))
+    message = str(caught.value)
+    assert message.startswith(f"{resume} was trained with ")
+    assert message.endswith(f"Give the same options to go on; or begin anew from its weights with train.ckpt={resume}.")
+    for part in told:
+        assert part in message
+    # options that follow from the seed, and those of the second stage, are told as well
+    others = 2 if changes.keys() & {"seed", "model___t2tattn_cfg"} else 0
+    assert message.count("(now") == len(told) + others
+    assert not contents_of(tmp_path / "run")
+
+
+class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("missing.ckpt", "There is no checkpoint .*missing.ckpt. Give train.resume the file last.ckpt"),
+        (".", "There is no checkpoint"),
+        ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Go on from another one, or begin anew"),
+        ("cut.ckpt", "cut.ckpt is damaged"),
+        ("text.ckpt", "text.ckpt .* is no checkpoint"),
+        ("list.ckpt", "list.ckpt is no checkpoint of a training"),
+        ("weights.pth", "weights.pth is no checkpoint of a training .*give train.ckpt=.*weights.pth"),
+        ("code.ckpt", "code.ckpt holds code, which was not run"),
+    ],
+)
+def test_a_file_that_cannot_be_gone_on_from(training, stopped_training, tmp_path, name, fault):
+    config = training(train__resume=tmp_path / name)
+    whole = (stopped_training / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.ckpt").write_text("not a checkpoint at all")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    make_checkpoint(tmp_path / "weights.pth", TRAINING_VARIANT)
+    torch.save({"loops": {}, "optimizer_states": [], "training": Malicious(tmp_path / "ran")}, tmp_path / "code.ckpt")
+    with pytest.raises(UserError, match=fault) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
