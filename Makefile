@@ -1,6 +1,6 @@
 # make setup   the environment in .venv           make test   the tests
 # make demo    the main job on photographs        make lint   ruff
-# make notebooks   the experiments, run anew
+# make notebooks   the experiments, run anew       make docs    the documentation as a site
 #
 # PYTHON=python3.12 chooses the interpreter. CONSTRAINTS= (empty) takes the newest versions that requirements.txt
 # admits, in place of the tested ones.
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo notebooks clean
+.PHONY: help setup test lint format demo notebooks docs clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -62,6 +62,24 @@ $(DEMO_CHECKPOINT): checkpoints/demo/t2t_vit_t_7_flowers.pth.tar | setup
 notebooks: setup
 	$(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
 
+# The site has the repository's pages and what they link to, under the same paths: see mkdocs.yml.
+DOCS := build/docs
+DOCS_STAMP := $(VENV)/.docs-installed
+
+docs: $(DOCS_STAMP)
+	rm -rf $(DOCS)
+	mkdir -p $(DOCS)/source
+	git ls-files -z -- '*.md' '*.png' '*.ipynb' 'configs/*.yaml' 'docs/*.json' 'checkpoints/*.json' LICENSE CITATION.cff \
+		| tar --null -cf - -T - | tar -xf - -C $(DOCS)/source
+	$(BIN)/zensical build --clean --strict
+	@echo "Open $(DOCS)/site/index.html, or serve it: python -m http.server -d $(DOCS)/site"
+
+# Only what the site needs: docstrings are read, not imported, so PyTorch is not installed here.
+$(DOCS_STAMP): docs/requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf demo .pytest_cache .ruff_cache
+	rm -rf demo build .cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
