@@ -69,7 +69,7 @@ DOCS_STAMP := $(VENV)/.docs-installed
 docs: $(DOCS_STAMP)
 	rm -rf $(DOCS)
 	mkdir -p $(DOCS)/source
-	git ls-files -z -- '*.md' '*.png' '*.ipynb' 'configs/*.yaml' 'docs/*.json' 'checkpoints/*.json' LICENSE CITATION.cff \
+	git ls-files -z -- '*.md' '*.png' '*.ipynb' 'configs/*.yaml' 'docs/*.json' 'docs/*.css' 'checkpoints/*.json' LICENSE CITATION.cff \
 		| tar --null -cf - -T - | tar -xf - -C $(DOCS)/source
 	$(BIN)/zensical build --clean --strict
 	@echo "Open $(DOCS)/site/index.html, or serve it: python -m http.server -d $(DOCS)/site"
