@@ -15,14 +15,14 @@ ENV VIRTUAL_ENV=/opt/venv \
     PYTHONUNBUFFERED=1
 
 WORKDIR /app
-# the requirements alone first: they change less often than the code
+# dependencies first: their layer stays cached while only the code changes
 COPY requirements.txt constraints.txt ./
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 COPY . .
 
-# files that a run writes into mounted folders should not belong to root
+# not root: a run writes its files into mounted folders as this user
 RUN useradd --create-home --uid 10001 scatterbrain \
     && mkdir -p logs \
     && chown -R 10001 logs checkpoints

@@ -174,3 +174,12 @@ def test_the_version_is_the_same_everywhere():
     version = scatterbrain.__version__
     assert re.search(rf"^version: {re.escape(version)}$", read("CITATION.cff"), re.MULTILINE)
     assert f"## [{version}]" in read("CHANGELOG.md")
+
+
+def test_the_reference_lists_every_public_name():
+    import scatterbrain
+
+    listed = re.findall(r"^::: scatterbrain\.(\w+)$|^ +- (\w+)$", read("docs/api.md"), re.MULTILINE)
+    public = {name for name in scatterbrain.__all__ if not name.startswith("__")}
+    missing = public - {name for names in listed for name in names} - {"ATTENTIONS"}
+    assert not missing, f"docs/api.md leaves out {sorted(missing)}"
