@@ -51,7 +51,7 @@ demo: setup $(DEMO_CHECKPOINT)
 	$(BIN)/python scripts/plot_attention_maps.py --checkpoint $(DEMO_CHECKPOINT) --data-dir data/flowers \
 		--attentions $(ATTENTIONS) --output $(DEMO_RUN)/attention_maps.png
 	@echo
-	@echo "Look at $(DEMO_RUN)/comparison.png and $(DEMO_RUN)/attention_maps.png; README.md explains them."
+	@echo "Look at $(DEMO_RUN)/comparison.png and $(DEMO_RUN)/attention_maps.png; docs/demo.md explains them."
 
 $(DEMO_CHECKPOINT): checkpoints/demo/t2t_vit_t_7_flowers.pth.tar | setup
 	mkdir -p demo

@@ -141,6 +141,17 @@ def test_commands_name_scripts_and_options_that_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    blocks = [body for _, language, body in FENCE.findall(read(page)) if language in ("", "sh")]
+    code = [line.strip() for body in blocks for line in body.splitlines()] + INLINE_CODE.findall(
+        FENCE.sub("", read(page))
+    )
+    named = {match.group(1) for text in code for match in re.finditer(r"(?:^|&& )make ([a-z]+)\b", text)}
+    assert named <= targets, f"{page}: the Makefile has no target {', '.join(sorted(named - targets))}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_overrides_name_choices_and_keys_that_exist(page):
     for key, value in overrides(page):
         group = ROOT / "configs" / key
