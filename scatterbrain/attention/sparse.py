@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from scatterbrain.attention.base import AttentionModule, RandomFeatureAttention, even_features, refuse_causal
-from scatterbrain.ops.common.dense import dense_low_rank_logits, naive_support_attention
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import accumulation_dtype, check_inputs, default_scale, resolve_backend
+from scatterbrain.ops.common.inputs import check_inputs, default_scale
+from scatterbrain.ops.common.numerics import accumulation_dtype
+from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Support
 from scatterbrain.ops.sparse.tiled import LogFeatures, support_attention
 
@@ -110,7 +113,7 @@ class SparseAttention(AttentionModule):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         check_inputs(query, key, value, options["key_lengths"])
-        backend = resolve_backend(options.pop("backend"))
+        backend = choose_backend(options.pop("backend"))
         options["scale"] = scale = default_scale(query, options["scale"])
         if backend == "naive":
             del options["dropout_p"]

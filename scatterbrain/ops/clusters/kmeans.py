@@ -7,7 +7,8 @@ import math
 import torch
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import accumulation_dtype, gather_rows, length_mask, tile_budget
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import accumulation_dtype, gather_rows, tile_budget
 
 
 def assign_clusters(

@@ -9,13 +9,9 @@ import torch
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
-from scatterbrain.ops.common.inputs import (
-    accumulation_dtype,
-    check_dropout,
-    check_inputs,
-    default_scale,
-    resolve_backend,
-)
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
@@ -62,7 +58,7 @@ def landmark_attention(
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
-    backend = resolve_backend(backend)
+    backend = choose_backend(backend)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)

@@ -12,16 +12,9 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_clusters, cluster_means, valid_points
 from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
-from scatterbrain.ops.common.inputs import (
-    accumulation_dtype,
-    check_dropout,
-    check_inputs,
-    default_scale,
-    gather_rows,
-    resolve_backend,
-    tile_budget,
-)
-from scatterbrain.ops.scatterbrain.blocked import FLOOR
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, gather_rows, tile_budget
 
 
 def paired_landmark_attention(
@@ -80,7 +73,7 @@ def paired_landmark_attention(
     if isinstance(num_exact, bool) or not isinstance(num_exact, int) or num_exact < 0:
         raise UserError(f"num_exact={num_exact!r} is not a number of keys; give an integer of at least 0.")
     scale = default_scale(query, scale)
-    backend = resolve_backend(backend)
+    backend = choose_backend(backend)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
     if backend == "naive":

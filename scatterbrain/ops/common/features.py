@@ -26,7 +26,8 @@ import math
 import torch
 
 from scatterbrain.errors import UserError, did_you_mean
-from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import accumulation_dtype
 
 CENTRES = ("none", "keys", "both")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.windows import window_bounds
 
 
@@ -95,35 +95,6 @@ def visible_keys(
 def length_mask(key_lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
     """Boolean (B, S), true for the keys j < key_lengths[b]."""
     return torch.arange(num_keys, device=key_lengths.device) < key_lengths[:, None]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and sums: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def tile_budget(x: torch.Tensor) -> int:
-    """Numbers that the tiles worked on at a time may have: a CPU's cache, while a GPU wants few launches."""
-    return 1 << 18 if x.device.type == "cpu" else 1 << 26
-
-
-def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of (G, N, ...) at (G, n) positions: (G, n, ...), many times faster than `gather` with expanded indices."""
-    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
-
-
-def resolve_backend(backend: str, available: tuple[str, ...] = ("naive", "torch")) -> str:
-    """The form of an operator that `backend` selects; `auto` is the fastest one there is.
-
-    Raises:
-        UserError: unknown backend, with those there are.
-    """
-    if backend == "auto":
-        return available[-1]
-    if backend not in available:
-        raise UserError(f"backend='{backend}' is not available here. {did_you_mean(backend, ('auto', *available))}")
-    return backend
 
 
 def check_dropout(dropout_p: float) -> None:

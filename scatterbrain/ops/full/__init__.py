@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, resolve_backend
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
 from scatterbrain.ops.full.naive import naive_full_attention
 from scatterbrain.ops.full.sdpa import sdpa_full_attention
 
@@ -43,6 +44,6 @@ def full_attention(
     check_inputs(query, key, value, key_lengths)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    if resolve_backend(backend) == "naive":
+    if choose_backend(backend) == "naive":
         return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)
     return sdpa_full_attention(query, key, value, scale, is_causal, key_lengths, dropout_p)

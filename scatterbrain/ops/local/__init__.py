@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
 from scatterbrain.ops.local.naive import naive_local_attention
 from scatterbrain.ops.scatterbrain import triton as fused
@@ -48,7 +49,12 @@ def local_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = fused.choose_backend(backend, query, value, dropout_p=dropout_p)
+    backend = choose_backend(
+        backend,
+        PYTORCH_AND_TRITON,
+        unsupported=fused.unsupported(query, value, dropout_p=dropout_p),
+        prefer_kernels=fused.is_fast(query, value),
+    )
     if backend == "naive":
         return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)
     options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
 from scatterbrain.ops.performer.linear import linear_performer_attention
 from scatterbrain.ops.performer.naive import naive_performer_attention
@@ -53,7 +54,12 @@ def performer_attention(
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
         raise UserError(f"eps={eps} has to be at least 0, and 0 with is_causal.")
-    backend = fused.choose_backend(backend, query, value, projection, dropout_p=dropout_p)
+    backend = choose_backend(
+        backend,
+        PYTORCH_AND_TRITON,
+        unsupported=fused.unsupported(query, value, projection, dropout_p=dropout_p),
+        prefer_kernels=fused.is_fast(query, value, projection),
+    )
     if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
         return out.to(query.dtype)

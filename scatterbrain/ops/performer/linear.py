@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask
-from scatterbrain.ops.scatterbrain.blocked import FLOOR
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype
 
 
 def linear_performer_attention(

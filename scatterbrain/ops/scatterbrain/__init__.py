@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
+from scatterbrain.ops.scatterbrain import triton as fused
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 from scatterbrain.ops.scatterbrain.naive import naive_scatterbrain_attention
-from scatterbrain.ops.scatterbrain.triton import attention as fused_attention
-from scatterbrain.ops.scatterbrain.triton import choose_backend
 
 __all__ = ["naive_scatterbrain_attention", "scatterbrain_attention"]
 
@@ -54,7 +54,12 @@ def scatterbrain_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend, query, value, projection, True, dropout_p)
+    backend = choose_backend(
+        backend,
+        PYTORCH_AND_TRITON,
+        unsupported=fused.unsupported(query, value, projection, cosh=True, dropout_p=dropout_p),
+        prefer_kernels=fused.is_fast(query, value, projection, cosh=True),
+    )
     if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
         return out.to(query.dtype)
@@ -66,5 +71,5 @@ def scatterbrain_attention(
         "key_lengths": key_lengths,
     }
     if backend == "triton":
-        return fused_attention(query, key, value, window, **options)
+        return fused.attention(query, key, value, window, **options)
     return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)

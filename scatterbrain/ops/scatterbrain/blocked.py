@@ -24,18 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask, tile_budget
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
-
-# Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
-FLOOR = -1e30
-
-# The reference that a query's exponentials are taken from may lie this far below the largest bound of its features.
-# Why it is needed: the bound of the low-rank part also covers keys inside the window, where exp(s q.k) replaces
-# phi(q).phi(k). A feature exceeds the exact weight by at most exp(|w|^2 / 2), w its row: exp(32) is typical at
-# E = 64. With 60 of slack to the reference and 87 down to float32's smallest number, the weights of a window survive
-# |w|^2 up to 294.
-REFERENCE_SLACK = 60.0
 
 
 @dataclass(frozen=True)
@@ -175,7 +166,7 @@ def blocked_attention(
         cosh: take each row with both signs.
         log_features: in place of `projection`, logarithms of any positive features of queries (B, H, T, M), finite, and
             of keys (B, H, S, M), -inf for zero. Not causal, a query's largest product of a feature and the largest
-            such feature of any key may exceed its largest weight by no more than exp(`REFERENCE_SLACK`).
+            such feature of any key may exceed its largest weight by no more than exp(`MAXIMUM_SLACK`).
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a weight. The weights of prefix and suffix are dropped by key and
@@ -288,7 +279,7 @@ def _blind_queries(
     return blind.view(-1, layout.block, 1)
 
 
-# Rows w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width |w|^2 stays under the 294 of REFERENCE_SLACK.
+# Rows w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width |w|^2 stays under the 294 of MAXIMUM_SLACK.
 _MAX_WIDTH_OF_SHARED_REFERENCE = 128
 
 
@@ -334,7 +325,7 @@ class _SharedReference:
         log_query = self.log_queries[index]
         reference = log_query.detach().amax(-1, keepdim=True)
         if logits is not None:
-            reference = torch.maximum(logits.detach().amax(-1, keepdim=True), reference - REFERENCE_SLACK)
+            reference = torch.maximum(logits.detach().amax(-1, keepdim=True), reference - MAXIMUM_SLACK)
         query = (log_query - reference).exp()
         weights = torch.bmm(query, self.keys[index])
         if logits is not None:

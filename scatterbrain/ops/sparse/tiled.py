@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import accumulation_dtype, gather_rows, length_mask, tile_budget
-from scatterbrain.ops.scatterbrain.blocked import FLOOR, REFERENCE_SLACK
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, gather_rows, tile_budget
 from scatterbrain.ops.sparse.supports import Round, Support
 
 # A relative error of so many roundings is let pass before a row is computed by pairs.
@@ -219,7 +219,7 @@ def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor,
     reference = torch.stack([part.maximum for part in parts]).amax(0)
     if low_rank is not None:
         # the bound of the features covers the support too, where exact weights take the place of estimates
-        reference = torch.maximum(reference, low_rank.reference - REFERENCE_SLACK)
+        reference = torch.maximum(reference, low_rank.reference - MAXIMUM_SLACK)
     reference = reference.clamp_min(FLOOR)
     total = sum(part.exact * (part.maximum - reference).exp() for part in parts)
     if low_rank is None:

@@ -7,8 +7,9 @@ import torch
 
 import scatterbrain.ops.sparse.tiled as tiled
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.dense import dense_low_rank_logits, naive_support_attention
+from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Round, Support
 from scatterbrain.ops.sparse.tiled import support_attention
 from tests.helpers import assert_close
