@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scatterbrain.attention.base import AttentionModule
-from scatterbrain.attention.blocksparse import BlockSparseAttention, SBBlockSparseAttention
+from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import (
     SUMMARY_SIZE,
     ClusterAttention,
@@ -23,6 +22,7 @@ from scatterbrain.attention.full import FullAttention
 from scatterbrain.attention.local import LocalAttention
 from scatterbrain.attention.local2d import Local2dAttention, SBLocal2dAttention
 from scatterbrain.attention.performer import PerformerAttention
+from scatterbrain.attention.random_features import option_parameters
 from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
@@ -30,7 +30,7 @@ from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.ops.common.budget import block_for, budget_columns, features_for, keys_for
 from scatterbrain.ops.sparse.lsh import num_reformer_buckets
 
-__all__ = ["ATTENTIONS", "COMPARED", "attention_memory", "create_attention"]
+__all__ = ["ATTENTIONS", "COMPARED", "attention_memory", "create_attention", "option_parameters"]
 
 # Those of the paper's table on T2T-ViT: what the tools compare where nothing else is asked for.
 COMPARED = ("full", "local", "performer", "sblocal")
@@ -165,7 +165,7 @@ def create_attention(
     if config_name not in ATTENTIONS:
         raise UserError(f"Unknown attention '{config_name}'. {did_you_mean(config_name, ATTENTIONS)}")
     kind = ATTENTIONS[config_name]
-    parameters = inspect.signature(kind.module).parameters
+    parameters = option_parameters(kind.module)
     known = set(parameters) - set(kind.fixed)
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:

@@ -68,9 +68,8 @@ class CombinationLocalPerformerAttention(CombinationAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
         backend: form of the operators: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -84,12 +83,8 @@ class CombinationLocalPerformerAttention(CombinationAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         super().__init__(
             LocalAttention(local_context, softmax_temp, causal, backend=backend),
@@ -99,11 +94,8 @@ class CombinationLocalPerformerAttention(CombinationAttention):
                 softmax_temp,
                 causal,
                 seed,
-                row_norm,
                 backend=backend,
-                centre=centre,
-                balance=balance,
-                coupling=coupling,
+                **features,
             ),
         )
 
@@ -119,9 +111,8 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         seed: seed of rows and hashes.
-        row_norm: length of the rows, see `draw_projection`.
         backend: form of the operators: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -136,12 +127,8 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         super().__init__(
             SmyrfAttention(cluster_size, dim_heads, num_hashes, softmax_temp, causal, seed, backend=backend),
@@ -151,10 +138,7 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
                 softmax_temp,
                 causal,
                 seed,
-                row_norm,
                 backend=backend,
-                centre=centre,
-                balance=balance,
-                coupling=coupling,
+                **features,
             ),
         )

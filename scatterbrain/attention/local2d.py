@@ -86,9 +86,8 @@ class SBLocal2dAttention(SparseLowRankAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range; later, tokens that are no such image.
@@ -103,12 +102,8 @@ class SBLocal2dAttention(SparseLowRankAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         source = Neighbourhood(num_neighbours, image_width)
         super().__init__(
@@ -118,9 +113,6 @@ class SBLocal2dAttention(SparseLowRankAttention):
             softmax_temp,
             causal,
             seed,
-            row_norm,
             backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
+            **features,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.attention.base import RandomFeatureAttention, default_num_features
+from scatterbrain.attention.random_features import RandomFeatureAttention, default_num_features
 from scatterbrain.ops.performer import naive_performer_attention, performer_attention
 
 
@@ -21,10 +21,9 @@ class PerformerAttention(RandomFeatureAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
         attention_dropout: probability of dropping a key's feature in training.
         backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -37,13 +36,9 @@ class PerformerAttention(RandomFeatureAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         attention_dropout: float = 0.0,
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
         super().__init__(
@@ -52,12 +47,9 @@ class PerformerAttention(RandomFeatureAttention):
             softmax_temp,
             causal,
             seed,
-            row_norm,
             attention_dropout,
             backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
+            **features,
         )
 
     def sizes(self) -> dict[str, int]:

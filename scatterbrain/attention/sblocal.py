@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.attention.base import RandomFeatureAttention, even_features
+from scatterbrain.attention.random_features import RandomFeatureAttention, even_features
 from scatterbrain.ops.common.inputs import check_window
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
 
@@ -28,10 +28,9 @@ class SBLocalAttention(RandomFeatureAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
         attention_dropout: probability of dropping an attention weight in training, see `ops.scatterbrain.blocked`.
         backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -45,13 +44,9 @@ class SBLocalAttention(RandomFeatureAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         attention_dropout: float = 0.0,
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         check_window(local_context)
         rows = even_features(dim_heads, nb_features) // 2
@@ -61,12 +56,9 @@ class SBLocalAttention(RandomFeatureAttention):
             softmax_temp,
             causal,
             seed,
-            row_norm,
             attention_dropout,
             backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
+            **features,
         )
         self.local_context = local_context
 

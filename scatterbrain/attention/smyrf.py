@@ -102,9 +102,8 @@ class SBSmyrfAttention(SparseLowRankAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         seed: seed of rows and hashes.
-        row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -119,12 +118,8 @@ class SBSmyrfAttention(SparseLowRankAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         source = SmyrfClusters(cluster_size, dim_heads, num_hashes, seed)
         super().__init__(
@@ -134,9 +129,6 @@ class SBSmyrfAttention(SparseLowRankAttention):
             softmax_temp,
             causal,
             seed,
-            row_norm,
             backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
+            **features,
         )

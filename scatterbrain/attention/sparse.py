@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scatterbrain.attention.base import AttentionModule, RandomFeatureAttention, even_features, refuse_causal
+from scatterbrain.attention.base import AttentionModule, refuse_causal
+from scatterbrain.attention.random_features import RandomFeatureAttention, even_features
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
@@ -144,9 +145,8 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false: the low-rank sums run over all keys.
         seed: seed of the rows and of the support's randomness.
-        row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -160,12 +160,8 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         rows = even_features(dim_heads, nb_features) // 2
         RandomFeatureAttention.__init__(
@@ -175,12 +171,9 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
             softmax_temp,
             False,
             seed,
-            row_norm,
             0.0,
             backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
+            **features,
         )
         refuse_causal(self, causal)
         self.source = source

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from scatterbrain.attention import create_attention
-from scatterbrain.attention.blocksparse import BlockLayout
+from scatterbrain.attention.block_sparse import BlockLayout
+from scatterbrain.attention.local import LocalAttention
 from scatterbrain.attention.local2d import Neighbourhood
 from scatterbrain.attention.performer import PerformerAttention
+from scatterbrain.attention.random_features import RandomFeatureOptions, option_parameters
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SmyrfClusters
 from scatterbrain.attention.sparse import SparseLowRankAttention
@@ -222,6 +224,28 @@ def test_unknown_values_are_refused(name, options, message):
         BUILD[name](**options)
 
 
+@pytest.mark.parametrize("name", BUILD)
+def test_unknown_options_are_refused_with_a_suggestion(name):
+    with pytest.raises(UserError, match=r"Attention has no option 'couplng'. Did you mean 'coupling'"):
+        BUILD[name](couplng="simplex")
+    with pytest.raises(UserError, match=r"Did you mean .*'nb_features'"):
+        BUILD[name](nb_featres=4)
+
+
+def test_options_of_the_constructor_and_of_the_features_are_one_list():
+    own = option_parameters(PerformerAttention)
+    assert list(own) == [
+        *("dim_heads", "nb_features", "softmax_temp", "causal", "seed", "attention_dropout", "backend"),
+        *("row_norm", "centre", "balance", "coupling"),
+    ]
+    assert {name: own[name].default for name in ("seed", "row_norm", "balance")} == {
+        "seed": 0,
+        "row_norm": "chi",
+        "balance": False,
+    }
+    assert "coupling" not in option_parameters(LocalAttention)
+
+
 def test_shapes_are_refused_before_statistics_are_taken():
     query, key, value = draw()
     with pytest.raises(UserError, match="key"):
@@ -231,7 +255,7 @@ def test_shapes_are_refused_before_statistics_are_taken():
 @pytest.mark.parametrize("name", ["performer", "sblocal"])
 def test_options_come_through_the_factory(name):
     module = create_attention(name, 784, centre="both", balance=True, coupling="simplex")
-    assert (module.centre, module.balance, module.coupling) == ("both", True, "simplex")
+    assert module.features == RandomFeatureOptions("chi", "both", True, "simplex")
 
 
 @pytest.mark.parametrize(("stage", "scale"), [(1, 147**-0.5), (2, 576**-0.5)])

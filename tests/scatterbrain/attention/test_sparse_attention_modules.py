@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scatterbrain.attention.blocksparse import BlockSparseAttention, SBBlockSparseAttention
+from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
 from scatterbrain.attention.combination import (
     CombinationLocalPerformerAttention,

@@ -91,9 +91,8 @@ class SBBlockSparseAttention(SparseLowRankAttention):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         seed: seed of the rows and of BigBird's random blocks.
-        row_norm: length of the rows, see `draw_projection`.
         backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: unknown layout, or a value out of range.
@@ -109,12 +108,8 @@ class SBBlockSparseAttention(SparseLowRankAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         source = BlockLayout(layout, block, seed, **_window_option(layout, num_window_blocks))
         super().__init__(
@@ -124,11 +119,8 @@ class SBBlockSparseAttention(SparseLowRankAttention):
             softmax_temp,
             causal,
             seed,
-            row_norm,
             backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
+            **features,
         )
 
 
