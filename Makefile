@@ -1,6 +1,6 @@
 # make setup   the environment in .venv           make test   the tests
 # make demo    the main job on photographs        make lint   ruff
-# make notebooks   the experiments, run anew
+# make notebooks   the experiments, run anew   make wheel  the library as a package, in dist/
 #
 # PYTHON=python3.12 chooses the interpreter. CONSTRAINTS= (empty) takes the newest versions that requirements.txt
 # admits, in place of the tested ones.
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo notebooks clean
+.PHONY: help setup test lint format demo notebooks wheel clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -62,6 +62,15 @@ $(DEMO_CHECKPOINT): checkpoints/demo/t2t_vit_t_7_flowers.pth.tar | setup
 notebooks: setup
 	$(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
 
+# The library alone, built from a copy: setuptools would leave a folder build/ whose old files get into the next wheel.
+wheel: setup
+	rm -rf dist/build && mkdir -p dist/build
+	cp -R scatterbrain pyproject.toml README.md LICENSE dist/build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation \
+		--wheel-dir dist dist/build
+	rm -rf dist/build
+	@ls dist/*.whl
+
 clean:
-	rm -rf demo .pytest_cache .ruff_cache
+	rm -rf demo dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

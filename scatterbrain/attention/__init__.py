@@ -185,5 +185,13 @@ def create_attention(
 
 
 def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
-    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`."""
+    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`.
+
+    Args:
+        attention: the module.
+        sequence_length: number of keys S.
+
+    Returns:
+        Fraction in (0, 1].
+    """
     return min(1.0, attention.memory_columns(sequence_length) / sequence_length)

@@ -79,7 +79,20 @@ def assign_key_clusters(
 def assign_query_clusters(
     query: torch.Tensor, num_clusters: int, num_steps: int = 4, query_lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Clusters of queries: as `assign_clusters`, but queries of the padding go to the nearest cluster, not to none."""
+    """Clusters of queries: as `assign_clusters`, but queries of the padding go to the nearest cluster, not to none.
+
+    Args:
+        query: (B, H, T, E).
+        num_clusters: number of clusters Q.
+        num_steps: steps of Lloyd's algorithm.
+        query_lengths: (B,) integers; queries from there on move no centroid. None for all.
+
+    Returns:
+        (B, H, T) int64, a cluster in [0, Q).
+
+    Raises:
+        UserError: fewer than one cluster, or a negative number of steps.
+    """
     return nearest_centroids(query, num_clusters, num_steps, query_lengths)
 
 
