@@ -10,16 +10,16 @@ from scatterbrain.ops.common.inputs import check_dropout, default_scale
 
 
 class AttentionModule(nn.Module):
-    """Base of the attention modules.
+    """Base of the attention modules: `(query, key, value, key_lengths, need_weights) -> (out, weights or None)`.
 
-    Sub-classes give `_attend` (the fast operator) and `_weights` (the dense weights, for inspection), both over
-    (B, H, length, width) tensors.
+    Sub-classes implement `_attend` (the operator) and `_weights` (the dense weights, for inspection), both over
+    (B, H, length, width) tensors, and `sizes` and `memory_columns`.
 
     Args:
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive` (dense, float64), `torch`, `triton` where the operator has kernels, or `auto`.
 
     Raises:
         UserError: a value out of range.
@@ -49,14 +49,14 @@ class AttentionModule(nn.Module):
         key_lengths: torch.Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Output of the attention, and its weights where they are requested.
 
         Args:
             query: (B, T, H, E).
             key: (B, S, H, E).
             value: (B, S, H, D).
             key_lengths: (B,) integers, number of keys of each sample; the rest is padding. None for all.
-            need_weights: also return the weights of the dense form, without dropout. Takes O(T S) memory.
+            need_weights: also return the dense weights, without dropout. Takes O(T S) memory.
 
         Returns:
             Output (B, T, H, D), and weights (B, H, T, S) or None. A query that sees no key gives zero.
@@ -78,7 +78,7 @@ class AttentionModule(nn.Module):
     def _prepare(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys that the attention is taken of, fast and dense."""
+        """Queries and keys that both the operator and the dense weights are computed from."""
         return query, key
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
@@ -93,16 +93,24 @@ class AttentionModule(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in {**self.sizes(), **options}.items())
 
     def sizes(self) -> dict[str, int]:
-        """Sizes that the memory is spent on, by the names of their options; empty for full attention."""
+        """Sizes that the memory budget determines, by the names of their options; empty for full attention."""
         return {}
 
     def memory_columns(self, num_keys: int) -> float:
-        """Memory in columns of the attention matrix; full attention has `num_keys`; see `ops.common.budget`."""
+        """Memory in columns of the attention matrix, of which full attention has `num_keys`; see `ops.common.budget`.
+
+        Args:
+            num_keys: number of keys S.
+        """
         return float(num_keys)
 
 
 def refuse_causal(attention: AttentionModule, refused: bool) -> None:
-    """Raise where an attention that looks at all keys at once should hide some of them.
+    """Check that an attention that depends on all keys at once is not causal.
+
+    Args:
+        attention: the module, for the message.
+        refused: whether causal masking was requested and is not possible.
 
     Raises:
         UserError: `refused` is true.

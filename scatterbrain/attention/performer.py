@@ -1,7 +1,7 @@
 """Performer attention: `phi(Q) (phi(K)^T V)` with M positive random features, O((T + S) M) time and memory.
 
 Choromanski et al., "Rethinking Attention with Performers", ICLR 2021; features as in `ops.common.features`, one for
-each row of `projection_matrix`.
+each random projection in `projection_matrix`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class PerformerAttention(RandomFeatureAttention):
         nb_features: number of features M; None is E log E.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
-        seed: seed of the rows.
+        seed: seed of the random projections.
         attention_dropout: probability of dropping a key's feature in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch`, `triton` or `auto`, see the operator.
         **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
@@ -41,16 +41,7 @@ class PerformerAttention(RandomFeatureAttention):
         **features: str | bool,
     ) -> None:
         nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
-        super().__init__(
-            dim_heads,
-            nb_features,
-            softmax_temp,
-            causal,
-            seed,
-            attention_dropout,
-            backend,
-            **features,
-        )
+        super().__init__(dim_heads, nb_features, softmax_temp, causal, seed, attention_dropout, backend, **features)
 
     def sizes(self) -> dict[str, int]:
         """The number of features."""

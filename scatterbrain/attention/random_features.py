@@ -137,7 +137,7 @@ def even_features(dim_heads: int, nb_features: int | None) -> int:
     nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
     if nb_features < 2 or nb_features % 2:
         raise UserError(
-            f"nb_features={nb_features} has to be an even number of at least 2: each row gives two features."
+            f"nb_features={nb_features} has to be an even number of at least 2: each random projection gives two."
         )
     return nb_features
 

@@ -1,11 +1,11 @@
-"""Scatterbrain attention: exact in a local window, low-rank outside it.
+"""Scatterbrain attention: exact in a local window, a low-rank estimate outside it.
 
     A(i, j) = exp(s q_i.k_j)          inside the window of W keys
               phi(q_i).phi(k_j)       outside it, with M random features
     out_i   = sum_j A(i, j) v_j / sum_j A(i, j)
 
 Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, algorithm 1; the low-rank part is
-Performer's (ICLR 2021) in its cosh form, two features for each row of `projection_matrix`. O(T (W + M)) time; the
+Performer's (ICLR 2021) with both signs of each random projection in `projection_matrix`. O(T (W + M)) time; the
 estimate of A stays unbiased, and its largest entries, near the diagonal, are exact.
 """
 
@@ -19,17 +19,17 @@ from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterb
 
 
 class SBLocalAttention(RandomFeatureAttention):
-    """Local window plus random features.
+    """Scatterbrain with a local window: softmax weights inside it, random features outside it.
 
     Args:
         local_context: width W >= 1 of the window in keys.
         dim_heads: width E of queries and keys.
-        nb_features: number of features M, even: each of the M / 2 rows is taken with both signs. None is E log E.
+        nb_features: number of features M, even: both signs of M / 2 random projections. None is E log E.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
-        seed: seed of the rows.
+        seed: seed of the random projections.
         attention_dropout: probability of dropping an attention weight in training, see `ops.scatterbrain.blocked`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch`, `triton` or `auto`, see the operator.
         **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
@@ -50,16 +50,7 @@ class SBLocalAttention(RandomFeatureAttention):
     ) -> None:
         check_window(local_context)
         rows = even_features(dim_heads, nb_features) // 2
-        super().__init__(
-            dim_heads,
-            rows,
-            softmax_temp,
-            causal,
-            seed,
-            attention_dropout,
-            backend,
-            **features,
-        )
+        super().__init__(dim_heads, rows, softmax_temp, causal, seed, attention_dropout, backend, **features)
         self.local_context = local_context
 
     def sizes(self) -> dict[str, int]:

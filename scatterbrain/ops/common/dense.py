@@ -1,4 +1,4 @@
-"""Dense float64 forms that the operators' specifications are written in. They define, they are not fast."""
+"""Dense float64 parts of attention, for specifications and for measuring errors; clear, not fast."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from scatterbrain.ops.common.features import log_softmax_features
 
 
 def dense_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """`s q.k` in float64: (B, H, T, E) and (B, H, S, E) to (B, H, T, S)."""
+    """Logits s q.k (B, H, T, S) of queries (B, H, T, E) and keys (B, H, S, E), float64."""
     return scale * query.double() @ key.double().transpose(-2, -1)
 
 
 def dense_low_rank_logits(
     query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor, scale: float, cosh: bool
 ) -> torch.Tensor:
-    """`log(phi(q).phi(k))` in float64: (B, H, T, E) and (B, H, S, E) to (B, H, T, S)."""
+    """Logarithms of phi(q).phi(k) (B, H, T, S) for queries (B, H, T, E) and keys (B, H, S, E), float64."""
     log_query = log_softmax_features(query.double(), projection.double(), scale, cosh)
     log_key = log_softmax_features(key.double(), projection.double(), scale, cosh)
-    # a sum over features, one at a time: (B, H, T, S, M) would not fit
+    # one feature at a time: (B, H, T, S, M) would not fit
     logits = query.new_full((), -math.inf, dtype=torch.float64)
     for feature in range(log_query.shape[-1]):
         logits = torch.logaddexp(logits, log_query[..., feature, None] + log_key[..., None, :, feature])
@@ -30,13 +30,13 @@ def dense_low_rank_logits(
 def dense_attention(
     logits: torch.Tensor, visible: torch.Tensor, value: torch.Tensor, eps: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `A / (sum A + eps)` with A = exp(logits) where visible, 0 elsewhere, and their average of the values.
+    """Output and weights `A / (sum A + eps)` of attention with A = exp(logits) where visible and 0 elsewhere.
 
     Args:
         logits: (B, H, T, S) float64.
         visible: boolean mask that broadcasts to it.
         value: (B, H, S, D).
-        eps: added to each normaliser.
+        eps: added to the normalisers.
 
     Returns:
         Output (B, H, T, D) and weights (B, H, T, S), float64; zero for a query that sees no key.

@@ -1,4 +1,4 @@
-"""What every attention operator checks of its arguments, and the masks they share."""
+"""Checks of the operators' arguments, and the masks that they share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_inputs(
         key: (B, H, S, E).
         value: (B, H, S, D).
         key_lengths: (B,) integers, None for all keys.
-        projection: (R, E) rows of the random features.
+        projection: random projections (R, E), None for an operator without.
 
     Raises:
         UserError: names the argument, what it has to be and what it is.
@@ -54,13 +54,13 @@ def check_inputs(
         )
     if projection is not None and (projection.dim() != 2 or projection.shape[1] != width or not len(projection)):
         raise UserError(
-            f"projection has to be (rows, {width}), one row for each random feature and the width of query, got "
+            f"projection has to be (rows, {width}), one row for each random projection and the width of query, got "
             f"{tuple(projection.shape)}."
         )
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:
-    """The softmax scale: `scale`, or E ** -0.5 where None is given."""
+    """Softmax scale: `scale`, or E ** -0.5 for None."""
     if scale is None:
         return query.shape[-1] ** -0.5
     if not scale > 0:
@@ -71,7 +71,7 @@ def default_scale(query: torch.Tensor, scale: float | None) -> float:
 def visible_keys(
     query: torch.Tensor, key: torch.Tensor, is_causal: bool, key_lengths: torch.Tensor | None
 ) -> torch.Tensor:
-    """Dense mask of the keys a query may see, whatever the attention.
+    """Dense mask of the keys that causality and padding leave visible.
 
     Args:
         query: (B, H, T, E).

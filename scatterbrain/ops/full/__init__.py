@@ -1,4 +1,4 @@
-"""Full softmax attention."""
+"""Full attention: softmax over all keys, `softmax(s Q K^T) V`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def full_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Softmax attention over all keys.
+    """Output (B, H, T, D) of softmax attention over all keys.
 
     Args:
         query: (B, H, T, E).
@@ -32,8 +32,8 @@ def full_attention(
         scale: softmax scale; None is E ** -0.5.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a weight (not in the naive form).
-        backend: `naive` (dense, float64), `torch` (scaled_dot_product_attention) or `auto`.
+        dropout_p: probability of dropping a weight (ignored by `naive`).
+        backend: `naive` (dense, float64), `torch` (scaled_dot_product_attention), or `auto`, which is `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.

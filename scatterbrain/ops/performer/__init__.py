@@ -28,20 +28,20 @@ def performer_attention(
     eps: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention with the weights `phi(q).phi(k) / (sum_j phi(q).phi(k_j) + eps)`.
+    """Output (B, H, T, D) of attention with the weights `phi(q).phi(k) / (sum_j phi(q).phi(k_j) + eps)`.
 
     Args:
         query: (B, H, T, E).
         key: (B, H, S, E).
         value: (B, H, S, D).
-        projection: rows (M, E) of the random features, see `scatterbrain.ops.common.features`.
+        projection: random projections (M, E), see `scatterbrain.draw_projection`.
         scale: softmax scale; None is E ** -0.5.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a key's feature from the sum of the values (not in the naive form).
-        eps: added to the normaliser, not causal only; 0 but for the published T2T-ViT's own Performer stages.
-        backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused kernels for CUDA, see
-            `scatterbrain.ops.scatterbrain.triton`) or `auto`: `triton` where it runs and is fast, else `torch`.
+        dropout_p: probability of dropping a key's feature from the sum of the values (ignored by `naive`).
+        eps: added to the normaliser, not with `is_causal`; 1e-8 in the Performer stages of the published T2T-ViT.
+        backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.scatterbrain.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.

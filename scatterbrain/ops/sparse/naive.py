@@ -18,7 +18,9 @@ def naive_support_attention(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact weights on a sparse support, and outside it those of a low-rank part, or none.
+    """Output (B, H, T, D) and weights (B, H, T, S) of attention over a sparse support, both float64.
+
+    Weights outside the support are those of a low-rank part, or zero without one.
 
     Args:
         query: (B, H, T, E).
@@ -26,12 +28,9 @@ def naive_support_attention(
         value: (B, H, S, D).
         support: boolean (B * H or 1, T, S).
         scale: softmax scale s.
-        low_rank_logits: logarithms of the low-rank weights (B, H, T, S).
+        low_rank_logits: logarithms of the low-rank weights (B, H, T, S); None for no low-rank part.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-
-    Returns:
-        Output (B, H, T, D) and weights (B, H, T, S), float64.
     """
     batch, heads = query.shape[:2]
     support = support.expand(batch * heads, -1, -1).unflatten(0, (batch, heads))

@@ -281,7 +281,7 @@ def test_a_combination_is_the_average_of_its_parts():
         (lambda: PairedClusterAttention(4, 0), "num_query_landmarks=0 have to be at least 1"),
         (lambda: ReformerAttention(4, 16, 8)(*draw("smyrf")), "of one shape"),
         (lambda: Local2dAttention(9)(*draw("smyrf")), "the tokens of one image"),
-        (lambda: Local2dAttention(9, image_width=5)(*draw("local2d")), "36 tokens are no image of lines of 5"),
+        (lambda: Local2dAttention(9, image_width=5)(*draw("local2d")), "36 tokens are no image with rows of 5"),
         (lambda: Local2dAttention(9)(*(x[:, :35] for x in draw("local2d"))), "35 tokens are no image"),
     ],
 )

@@ -366,7 +366,7 @@ def test_options_change_the_result():
 def test_errors_name_what_is_wrong():
     query, key, value, _ = draw_inputs(length=20)
     for function, sizes in ((landmark_attention, (4,)), (paired_landmark_attention, (4, 4))):
-        with pytest.raises(UserError, match="no causal form"):
+        with pytest.raises(UserError, match="cannot be causal"):
             function(query, key, value, *sizes, is_causal=True)
         for option, match in (
             ({"num_steps": -1}, "num_steps=-1"),
