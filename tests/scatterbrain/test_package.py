@@ -112,9 +112,7 @@ class Refuse:
 
 before = set(sys.modules)
 sys.meta_path.insert(0, Refuse())
-start = time.perf_counter()
 import scatterbrain
-print(time.perf_counter() - start)
 new = {{name.split(".")[0] for name in set(sys.modules) - before}} - {{"scatterbrain", "torch"}}
 print(sorted(new - set(sys.stdlib_module_names)))
 for name in scatterbrain.ATTENTIONS:
@@ -123,19 +121,24 @@ for name in scatterbrain.ATTENTIONS:
     assert out.shape == (1, 64, 2, 8)
 print(sorted(name for name in ("src", "triton") if name in sys.modules))
 """
+# of this process alone, since others may keep the processors busy
+TIME = "import time, torch; start = time.process_time(); import scatterbrain; print(time.process_time() - start)"
 REFUSED = {
     *("src", "scripts", "tests", "hydra", "omegaconf", "pytorch_lightning", "lightning", "torchmetrics", "timm"),
     *("torchvision", "transformers", "einops", "munch", "rich", "matplotlib", "PIL", "safetensors", "pyarrow", "numpy"),
 }
 
 
-def test_the_library_imports_torch_alone_and_fast():
-    """In processes of their own; the time is the shortest of at most three, beyond that of torch."""
+def test_the_library_imports_torch_alone():
+    out = run(sys.executable, "-c", IMPORT.format(refused=sorted(REFUSED)), cwd=ROOT).splitlines()
+    assert out == ["[]", "[]"], "modules beside the standard library and torch"
+
+
+def test_the_import_is_fast():
+    """Under 50 ms beyond that of torch, in the fastest of at most five processes."""
     seconds = []
-    while not seconds or (min(seconds) >= 0.05 and len(seconds) < 3):
-        out = run(sys.executable, "-c", IMPORT.format(refused=sorted(REFUSED)), cwd=ROOT).splitlines()
-        seconds.append(float(out[0]))
-        assert out[1:] == ["[]", "[]"], "modules beside the standard library and torch"
+    while not seconds or (min(seconds) >= 0.05 and len(seconds) < 5):
+        seconds.append(float(run(sys.executable, "-c", TIME, cwd=ROOT)))
     assert min(seconds) < 0.05
 
 
