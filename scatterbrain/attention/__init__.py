@@ -30,7 +30,7 @@ from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.ops.common.budget import block_for, budget_columns, features_for, keys_for
 from scatterbrain.ops.sparse.lsh import num_reformer_buckets
 
-__all__ = ["ATTENTIONS", "COMPARED", "attention_memory", "create_attention", "option_parameters"]
+__all__ = ["ATTENTIONS", "COMPARED", "AttentionKind", "attention_memory", "create_attention", "option_parameters"]
 
 # The attentions of the paper's table on T2T-ViT: what the tools compare by default.
 COMPARED = ("full", "local", "performer", "sblocal")
