@@ -1,4 +1,4 @@
-"""Options that lower the variance of random features: every attention that has them, fast form and definition."""
+"""Options that lower the variance of random features, in every attention that has them, against the definition."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from src.tasks.approximation import relative_error
 from tests.helpers import assert_close
 
 LENGTH, WIDTH, SCALE = 36, 16, 0.25
-# float32 forms of one result; the difference of sums around a support may amplify roundings up to 64 times
+# float32 evaluations of one result; the difference of sums around a support may amplify roundings up to 64 times
 ROUNDING, ROUNDING_OF_DIFFERENCES = 1e-5, 1e-4
 
 BUILD = {
@@ -58,7 +58,7 @@ def rounding(name: str) -> float:
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("lengths", [None, [36, 11], [0, 36]])
-def test_fast_form_and_weights_agree(name, options, lengths):
+def test_output_and_dense_weights_agree(name, options, lengths):
     tensors = draw()
     key_lengths = None if lengths is None else torch.tensor(lengths)
     module = BUILD[name](**options)
@@ -74,7 +74,7 @@ def test_fast_form_and_weights_agree(name, options, lengths):
 @pytest.mark.parametrize("centre", ["none", "keys", "both"])
 @pytest.mark.parametrize("lengths", [None, [36, 11]])
 def test_weights_are_the_definition(name, centre, lengths):
-    """Written out for one query at a time, in the form with centred queries and a weight for each key."""
+    """Against loops over queries, with centred queries and a weight for each key."""
     query, key, value = draw(dtype=torch.float64)
     key_lengths = None if lengths is None else torch.tensor(lengths)
     module = BUILD[name](centre=centre).double()
@@ -113,7 +113,7 @@ def test_every_option_changes_the_estimate(name, options):
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_the_defaults_are_what_there_was(name):
+def test_the_defaults_are_plain_random_features(name):
     tensors = draw()
     module = BUILD[name](centre="none", balance=False, coupling="orthogonal")
     rows = module.projection_matrix
@@ -167,7 +167,7 @@ def test_extreme_logits(name, options):
 
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("options", STATISTICS)
-def test_gradients_are_those_of_the_naive_form(name, options):
+def test_gradients_are_those_of_the_naive_backend(name, options):
     def gradients(backend: str) -> list[torch.Tensor]:
         torch.manual_seed(5)
         tensors = [x.requires_grad_() for x in draw(dtype=torch.float64)]
@@ -191,7 +191,7 @@ def test_bfloat16(name, options):
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_redrawn_rows_keep_their_coupling(name):
+def test_redrawn_projections_keep_their_coupling(name):
     module = BUILD[name](coupling="simplex")
     module.redraw_projection(8)
     rows = module.projection_matrix
@@ -279,5 +279,5 @@ def test_errors_on_a_trained_network_fall(golden, name, options, stage, scale):
         return relative_error(output(module, *tensors), full).mean().item()
 
     gains = torch.tensor([error(seed) - error(seed, **options) for seed in range(8)])
-    # means of 50 draws: 0.02 to 0.09, with deviations of 0.01 to 0.07
+    # means over 50 seeds: 0.02 to 0.09, with standard deviations of 0.01 to 0.07
     assert gains.mean() > 0

@@ -1,4 +1,4 @@
-"""Attention modules over sparse supports and clusters, with and without a low-rank part: what all of them promise."""
+"""Attention modules over sparse supports and clusters, with and without a low-rank part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scatterbrain.ops.common.dense import dense_attention, dense_logits, dense_l
 from tests.helpers import assert_close
 
 LENGTH = 36
-# float32 forms of one result
+# float32 evaluations of one result
 ROUNDING = 1e-5
 # the difference of sums around a support may amplify roundings up to 64 times
 ROUNDING_OF_DIFFERENCES = 1e-4
@@ -285,6 +285,6 @@ def test_a_combination_is_the_average_of_its_parts():
         (lambda: Local2dAttention(9)(*(x[:, :35] for x in draw("local2d"))), "35 tokens are no image"),
     ],
 )
-def test_what_does_not_fit_is_refused(build, message):
+def test_arguments_that_do_not_fit_are_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()

@@ -1,4 +1,4 @@
-"""Landmark attention: clusters, features, both fast forms against their specifications, and what they may not do."""
+"""Landmark attention: clusters, features, both operators against their specifications, and refused arguments."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lengths_of(lengths):
 
 
 def landmark_pair(window, num_landmarks, lengths, **options):
-    """Fast form and specification of the form with a window, as functions of query, key and value."""
+    """`landmark_attention` and its specification, as functions of query, key and value."""
 
     def fast(query, key, value):
         return landmark_attention(query, key, value, num_landmarks, window, key_lengths=lengths, **options)
@@ -357,7 +357,7 @@ def test_options_change_the_result():
         torch.manual_seed(0)
         dropped = torch.stack([function(dropout_p=0.3) for _ in range(400)])
         assert (dropped[0] - function()).abs().max() > 1e-3
-        # 400 draws: 1 / 20 of the deviation of one
+        # 400 samples: 1 / 20 of the standard deviation of one
         assert_close("mean under dropout", function(), dropped.mean(0), 0.1)
     assert (paired() - paired(query_lengths=torch.tensor([60, 20]))).abs().max() > 1e-3
     assert (paired() - paired(num_exact=3)).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Supports of SMYRF and Reformer against definitions in plain loops, and what every support has to keep."""
+"""Supports of SMYRF and Reformer against definitions in plain loops, and invariants of every support."""
 
 from __future__ import annotations
 

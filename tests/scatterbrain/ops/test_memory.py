@@ -1,4 +1,4 @@
-"""Memory of the fast forms: no (N, N) and no (N, W, E) tensor, forward or backward, and growth linear in N."""
+"""Memory of the fast implementations: no (N, N) or (N, W, E) tensor, forward or backward, and linear growth in N."""
 
 from __future__ import annotations
 
