@@ -25,26 +25,3 @@ def dense_low_rank_logits(
     for feature in range(log_query.shape[-1]):
         logits = torch.logaddexp(logits, log_query[..., feature, None] + log_key[..., None, :, feature])
     return logits
-
-
-def dense_attention(
-    logits: torch.Tensor, visible: torch.Tensor, value: torch.Tensor, eps: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and weights `A / (sum A + eps)` of attention with A = exp(logits) where visible and 0 elsewhere.
-
-    Args:
-        logits: (B, H, T, S) float64.
-        visible: boolean mask that broadcasts to it.
-        value: (B, H, S, D).
-        eps: added to the normalisers.
-
-    Returns:
-        Output (B, H, T, D) and weights (B, H, T, S), float64; zero for a query that sees no key.
-    """
-    logits = logits.masked_fill(~visible, -math.inf)
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    if eps > 0:
-        normaliser = torch.logaddexp(normaliser, normaliser.new_tensor(math.log(eps)))
-    blind = ~visible.any(-1, keepdim=True)
-    weights = (logits - normaliser.masked_fill(blind, 0.0)).exp()
-    return weights @ value.double(), weights

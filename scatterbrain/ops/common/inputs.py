@@ -68,30 +68,6 @@ def default_scale(query: torch.Tensor, scale: float | None) -> float:
     return scale
 
 
-def visible_keys(
-    query: torch.Tensor, key: torch.Tensor, is_causal: bool, key_lengths: torch.Tensor | None
-) -> torch.Tensor:
-    """Dense mask of the keys that causality and padding leave visible.
-
-    Args:
-        query: (B, H, T, E).
-        key: (B, H, S, E).
-        is_causal: hide the keys j > i. Position 0 of queries and keys is the same, also where T and S differ (as
-            in `torch.nn.functional.scaled_dot_product_attention`).
-        key_lengths: (B,); hide the keys j >= key_lengths[b].
-
-    Returns:
-        Boolean (B or 1, 1, T, S), true where the key is visible.
-    """
-    length, num_keys = query.shape[2], key.shape[2]
-    visible = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=query.device)
-    if is_causal:
-        visible = visible.tril()
-    if key_lengths is not None:
-        visible = visible & length_mask(key_lengths, num_keys)[:, None, None, :]
-    return visible
-
-
 def length_mask(key_lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
     """Boolean (B, S), true for the keys j < key_lengths[b]."""
     return torch.arange(num_keys, device=key_lengths.device) < key_lengths[:, None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+import math
 
-from scatterbrain.ops.common.dense import dense_attention, dense_logits
-from scatterbrain.ops.common.inputs import visible_keys
+import torch
 
 
 def naive_support_attention(
@@ -32,10 +31,17 @@ def naive_support_attention(
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
     """
-    batch, heads = query.shape[:2]
-    support = support.expand(batch * heads, -1, -1).unflatten(0, (batch, heads))
-    visible = visible_keys(query, key, is_causal, key_lengths)
-    logits = dense_logits(query, key, scale)
+    query, key, value = (x.double() for x in (query, key, value))
+    i = torch.arange(query.shape[2], device=query.device)[:, None]
+    j = torch.arange(key.shape[2], device=query.device)
+    visible = (j <= i) if is_causal else torch.ones(len(i), len(j), dtype=torch.bool, device=query.device)  # [T, S]
+    if key_lengths is not None:
+        visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
+    support = support.expand(len(query) * query.shape[1], -1, -1).unflatten(0, query.shape[:2])  # [B, H, T, S]
+    logits = scale * query @ key.transpose(-2, -1)
     if low_rank_logits is None:
-        return dense_attention(logits, visible & support, value)
-    return dense_attention(torch.where(support, logits, low_rank_logits), visible, value)
+        visible = visible & support
+    else:
+        logits = torch.where(support, logits, low_rank_logits)
+    weights = logits.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0.0)
+    return weights @ value, weights

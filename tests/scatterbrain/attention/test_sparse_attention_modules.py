@@ -17,8 +17,8 @@ from scatterbrain.attention.performer import PerformerAttention
 from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.dense import dense_attention, dense_logits, dense_low_rank_logits
-from tests.helpers import assert_close
+from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
+from tests.helpers import assert_close, dense_attention
 
 LENGTH = 36
 # float32 evaluations of one result

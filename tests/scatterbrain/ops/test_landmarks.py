@@ -19,9 +19,8 @@ from scatterbrain.ops.clusters import (
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
-from scatterbrain.ops.common.dense import dense_attention
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
-from tests.helpers import TensorRecorder, assert_close, draw_inputs
+from tests.helpers import TensorRecorder, assert_close, dense_attention, draw_inputs
 
 # float64 against float64: sums of up to 300 terms, exponentials of logits up to 80
 DOUBLE = 1e-11
