@@ -53,7 +53,7 @@ def assert_close(name: str, reference: torch.Tensor, result: torch.Tensor, ratio
 def dense_attention(
     logits: torch.Tensor, visible: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D) and weights (B, H, T, S) of a softmax over visible keys, float64; zero where there are none."""
+    """Output (B, H, T, D) and weights (B, H, T, S) of a softmax over visible keys, float64; zero over none."""
     weights = logits.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0.0)
     return weights @ value.double(), weights
 

@@ -59,10 +59,12 @@ def is_fast(
         projection: random projections (R, E) or None.
         cosh: each random projection gives two features.
     """
+    if not query.is_cuda:
+        return False
     if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
-        return query.is_cuda
+        return True
     features = 0 if projection is None else projection.shape[0] * (2 if cosh else 1)
-    return query.is_cuda and max(query.shape[3], value.shape[3], features) <= 64
+    return max(query.shape[3], value.shape[3], features) <= 64
 
 
 def attention(
