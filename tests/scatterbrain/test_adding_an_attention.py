@@ -25,6 +25,9 @@ BLOCKS = dict(
 CONFIG = "configs/model/t2tattn_cfg/pooled.yaml"
 MODULE = "scatterbrain/attention/pooled.py"
 USE = """
+import sys
+
+import pytest
 import torch
 from scatterbrain import UserError, create_attention
 from scatterbrain.attention import attention_memory
@@ -39,6 +42,7 @@ for options in ({"num_group": 3}, {"causal": True}, {"num_groups": 0}):
         create_attention("pooled", 40, **options)
     except UserError as error:
         print(error)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests"]))
 """
 
 
@@ -56,24 +60,19 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def run(checkout: Path, *arguments: str) -> str:
+def test_the_example_is_an_attention_and_passes_its_own_test(checkout):
+    """In one process, whose working directory and path are the copy."""
+    script = BLOCKS["registration"] + USE
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    command = [sys.executable, *arguments]
-    process = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=checkout, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
-def test_the_example_passes_its_own_test(checkout):
-    assert "12 passed" in run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
-
-
-def test_the_example_is_an_attention(checkout):
-    messages = run(checkout, "-c", BLOCKS["registration"] + USE).splitlines()
-    assert len(messages) == 3
+    messages = process.stdout.splitlines()
     assert "Did you mean 'num_groups'" in messages[0]
     assert "cannot be causal" in messages[1]
     assert "num_groups=0" in messages[2]
+    assert "12 passed" in messages[-1]
 
 
 def test_the_config_of_the_example_has_the_options_of_the_module():
