@@ -1,6 +1,7 @@
 # make setup   the environment in .venv           make test   the tests
 # make demo    the main job on photographs        make lint   ruff
 # make notebooks   the experiments, run anew       make docs    the documentation as a site
+# make wheel   the library as a package, in dist/
 #
 # PYTHON=python3.12 chooses the interpreter. CONSTRAINTS= (empty) takes the newest versions that requirements.txt
 # admits, in place of the tested ones.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo notebooks docs clean
+.PHONY: help setup test lint format demo notebooks docs wheel clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -80,6 +81,15 @@ $(DOCS_STAMP): docs/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+# The library alone, built from a copy: setuptools would leave a folder build/ whose old files get into the next wheel.
+wheel: setup
+	rm -rf dist/build && mkdir -p dist/build
+	cp -R scatterbrain pyproject.toml README.md LICENSE dist/build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation \
+		--wheel-dir dist dist/build
+	rm -rf dist/build
+	@ls dist/*.whl
+
 clean:
-	rm -rf demo build .cache .pytest_cache .ruff_cache
+	rm -rf demo build dist .cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

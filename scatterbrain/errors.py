@@ -1,7 +1,7 @@
-"""The one exception that means "the input is wrong", and the words it is told in.
+"""The exception for wrong input, and checks that raise it.
 
-Everything a user can get wrong (a path, a checkpoint, an option, a tensor's shape) is raised as `UserError`.
-Entry points print its message on stderr and exit with status 1; a traceback is left for our own mistakes.
+What a user can get wrong (a path, a checkpoint, an option, a tensor's shape) raises `UserError`. Entry points print its
+message on stderr and exit with status 1; a traceback means a bug.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: the message names the culprit and the remedy, in that order."""
+    """Wrong input: the message names the culprit and the remedy, in that order."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Hint for a misspelt name.
+    """Suggestion of near names for a misspelt one.
 
     Args:
-        name: what was given.
-        known: the names that would have been accepted.
+        name: the name that was given.
+        known: the names that are accepted.
 
     Returns:
         `"Did you mean 'a' or 'b'?"` where near names exist, `"Choose one of: ..."` otherwise.
@@ -33,35 +33,35 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float; True and False are none."""
+    """Whether a value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_switch(option: str, value: Any) -> None:
-    """Refuse anything but true and false.
+    """Check that an option is true or false.
 
     Args:
-        option: its name on the command line, for the message.
-        value: what was given.
+        option: its name, for the message.
+        value: its value.
 
     Raises:
-        UserError: the value is another.
+        UserError: it is not.
     """
     if not isinstance(value, bool):
         raise UserError(f"{option}={value!r} is not valid. Give true or false.")
 
 
 def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """Refuse anything but a whole number in [minimum, maximum].
+    """Check that an option is a whole number in [minimum, maximum].
 
     Args:
-        option: its name on the command line, for the message.
-        value: what was given.
+        option: its name, for the message.
+        value: its value.
         minimum: smallest value.
         maximum: largest value; None is no limit.
 
     Raises:
-        UserError: the value is another.
+        UserError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum or value > (maximum or value):
         limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"

@@ -46,9 +46,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
-from scatterbrain.ops.scatterbrain.triton import choose_backend, count_marked_tiles
+from scatterbrain.ops.scatterbrain.triton import count_marked_tiles, is_fast, unsupported
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
@@ -640,7 +641,13 @@ def count_marked(module: torch.nn.Module | None, tensors: Tensors) -> int | None
         return None
     query, key, value = (x.transpose(1, 2) for x in tensors)
     rows = module.projection_matrix
-    if choose_backend(module.backend, query, value, rows, cosh=True) != "triton":
+    chosen = choose_backend(
+        module.backend,
+        PYTORCH_AND_TRITON,
+        unsupported=unsupported(query, value, rows, cosh=True),
+        prefer_kernels=is_fast(query, value, rows, cosh=True),
+    )
+    if chosen != "triton":
         return None
     return count_marked_tiles(query, key, value, rows, module.local_context, scale=module.softmax_temp)
 

@@ -37,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scatterbrain.attention import attention_memory, create_attention
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns, features_for, keys_for
-from scatterbrain.ops.common.dense import dense_logits, naive_support_attention
+from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.sparse.naive import naive_support_attention
 from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
 from src.tasks.approximation import ONE_HOT, StageInputs, effective_keys, relative_error

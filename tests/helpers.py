@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,14 @@ def assert_close(name: str, reference: torch.Tensor, result: torch.Tensor, ratio
         assert bad == 0, f"{name}: {bad} of {tensor.numel()} elements of the {which} are nan or infinite"
     got = rms_ratio(reference, result)
     assert got <= ratio, f"{name}: RMS ratio {got:.3e} exceeds {ratio:.3e}"
+
+
+def dense_attention(
+    logits: torch.Tensor, visible: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, T, D) and weights (B, H, T, S) of a softmax over visible keys, float64; zero over none."""
+    weights = logits.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0.0)
+    return weights @ value.double(), weights
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scatterbrain.attention.base import AttentionModule
-from scatterbrain.attention.blocksparse import BlockSparseAttention, SBBlockSparseAttention
+from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import (
     SUMMARY_SIZE,
     ClusterAttention,
@@ -23,6 +22,7 @@ from scatterbrain.attention.full import FullAttention
 from scatterbrain.attention.local import LocalAttention
 from scatterbrain.attention.local2d import Local2dAttention, SBLocal2dAttention
 from scatterbrain.attention.performer import PerformerAttention
+from scatterbrain.attention.random_features import option_parameters
 from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
@@ -30,26 +30,26 @@ from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.ops.common.budget import block_for, budget_columns, features_for, keys_for
 from scatterbrain.ops.sparse.lsh import num_reformer_buckets
 
-__all__ = ["ATTENTIONS", "COMPARED", "attention_memory", "create_attention"]
+__all__ = ["ATTENTIONS", "COMPARED", "AttentionKind", "attention_memory", "create_attention", "option_parameters"]
 
-# Those of the paper's table on T2T-ViT: what the tools compare where nothing else is asked for.
+# The attentions of the paper's table on T2T-ViT: what the tools compare by default.
 COMPARED = ("full", "local", "performer", "sblocal")
-# What the published configurations have: hashes, and blocks of a sliding window or of a local group.
+# Defaults of the published configurations: hashes, and blocks of a sliding window or of a local group.
 NUM_HASHES = 2
 NUM_WINDOW_BLOCKS = 3
-# Part of what paired clusters see that are exact keys: more errs more on the token stages of T2T-ViT.
+# Share of exact keys in what a query cluster of paired clusters sees: more increases the error on T2T-ViT.
 EXACT_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """How an attention is built and what it spends its memory on.
+    """Registry entry of an attention: its module, and how a memory budget determines its sizes.
 
     Attributes:
-        module: its class.
-        fit: from (columns of the attention matrix that may be spent, sequence length, options that are given) to the
-            options of the module that are sizes; None where the attention has no budget.
-        fixed: options that the name stands for.
+        module: class of the attention.
+        fit: function from (budget in columns of the attention matrix, sequence length, options given by the user) to
+            the sizes, by the names of their options; None for an attention without a budget.
+        fixed: options that the name implies.
     """
 
     module: type[AttentionModule]
@@ -65,7 +65,7 @@ def _cluster(columns: float, options: Options) -> dict[str, int]:
 
 
 def _buckets(columns: float, length: int, options: Options) -> dict[str, int]:
-    # as published: the chunk that is looked back to is not counted
+    # as published: the budget does not count the chunk before
     bucket_size = options.get("bucket_size", keys_for(columns / options.get("num_hashes", NUM_HASHES)))
     return {"bucket_size": bucket_size, "num_buckets": num_reformer_buckets(length, bucket_size)}
 
@@ -75,15 +75,15 @@ def _block(columns: float, _: int, options: Options) -> dict[str, int]:
 
 
 def _block_and_features(columns: float, length: int, options: Options) -> dict[str, int]:
-    # as published: as many features as a block has tokens, on top
+    # as published: as many features as a block has tokens, in addition to the budget
     block = options.get("block", _block(columns, length, options)["block"])
     return {"block": block, "nb_features": block}
 
 
 def _paired_clusters(columns: float, length: int, exact_share: float) -> dict[str, int]:
-    # so many that the summaries cost no more than the columns
+    # a number of query clusters whose summaries cost no more than the columns
     queries = keys_for(min(columns / 5, length / SUMMARY_SIZE))
-    # a key cluster, or an exact key, costs a column and a summary for each cluster of queries
+    # a key cluster or an exact key costs a column, and a summary for each query cluster
     seen = keys_for((columns - queries) / (1 + queries * SUMMARY_SIZE / length))
     num_exact = int(seen * exact_share)
     sizes = {"num_landmarks": seen - num_exact, "num_query_landmarks": queries}
@@ -145,16 +145,16 @@ def create_attention(
     seed: int = 0,
     **options,
 ) -> AttentionModule:
-    """Build an attention whose window and features fit a memory budget.
+    """Attention module whose sizes (window, features, clusters) fit a memory budget.
 
     Args:
         config_name: one of `ATTENTIONS`.
-        sequence_length: number of keys S that the budget is counted for.
+        sequence_length: number of keys S that the budget refers to.
         dim_heads: width E of queries and keys.
         softmax_temp: softmax scale; None is E ** -0.5.
         memory_fraction: memory over that of the full attention matrix; see `scatterbrain.ops.common.budget`.
         seed: seed of the random features, where there are any.
-        **options: options of the module; those that are sizes override the budget. None is the default.
+        **options: options of the module, see its class; sizes override the budget. None selects the default.
 
     Returns:
         Module `(query, key, value, key_lengths=None, need_weights=False) -> (out, weights or None)`.
@@ -165,7 +165,7 @@ def create_attention(
     if config_name not in ATTENTIONS:
         raise UserError(f"Unknown attention '{config_name}'. {did_you_mean(config_name, ATTENTIONS)}")
     kind = ATTENTIONS[config_name]
-    parameters = inspect.signature(kind.module).parameters
+    parameters = option_parameters(kind.module)
     known = set(parameters) - set(kind.fixed)
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
@@ -185,5 +185,13 @@ def create_attention(
 
 
 def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
-    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`."""
+    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`.
+
+    Args:
+        attention: the module.
+        sequence_length: number of keys S.
+
+    Returns:
+        Fraction in (0, 1].
+    """
     return min(1.0, attention.memory_columns(sequence_length) / sequence_length)

@@ -1,12 +1,13 @@
-"""Attention to landmarks, alone and with exact weights: keys enter as the means of their clusters.
+"""Landmark attention, alone and with exact weights: keys are represented by the means of their clusters.
 
-    A(i, j) = exp(s q_i.k_j)                       for W exact keys
-              exp(s q_i.c_b(j))                    for the others, c_b the mean of the cluster b(j) of key j
-              exp(s p_a.k_j) exp(s (q_i - p_a).c_ab(j))     or this, where queries are clustered too: p_a the mean of
-                                                   cluster a of the query, c_ab that of cluster b as p_a weights it
+    A(i, j) = exp(s q_i.k_j)                          for W exact keys
+              exp(s q_i.c_b)                          for the others, c_b the mean of cluster b = b(j) of key j
+              exp(s p_a.k_j) exp(s (q_i - p_a).c_ab)  or this, where queries are clustered too: p_a is the mean of
+                                                      cluster a = a(i) of query i, and c_ab the mean of the keys of
+                                                      cluster b weighted by exp(s p_a.k)
 
-Scatterbrain's combination (Chen et al., NeurIPS 2021, algorithm 1) with a low-rank part that is made from the data in
-place of a random one; see `scatterbrain.ops.clusters`. Linear in time and memory, and nothing is random.
+Scatterbrain's combination (Chen et al., NeurIPS 2021, algorithm 1) with a low-rank part computed from the data in
+place of a random one; see `scatterbrain.ops.clusters`. Linear in time and memory, and deterministic.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from scatterbrain.ops.common.inputs import check_window
 
 
 class ClusterAttention(AttentionModule):
-    """Every key is its cluster's mean.
+    """Attention in which every key is replaced by the mean of its cluster.
 
     Args:
         num_landmarks: number of clusters M.
-        num_steps: steps of k-means.
-        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        num_steps: iterations of k-means.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         attention_dropout: probability of dropping a cluster's weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range.
@@ -86,17 +87,17 @@ class ClusterAttention(AttentionModule):
 
 
 class SBClusterAttention(ClusterAttention):
-    """Exact in a local window, cluster means outside it.
+    """Attention that is exact in a local window and takes cluster means outside it.
 
     Args:
         local_context: width W >= 1 of the window in keys.
         num_landmarks: number of clusters M.
-        num_steps: steps of k-means.
-        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        num_steps: iterations of k-means.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         attention_dropout: probability of dropping a weight in training, see `scatterbrain.ops.scatterbrain.blocked`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range.
@@ -123,20 +124,20 @@ class SBClusterAttention(ClusterAttention):
 
 
 class PairedClusterAttention(AttentionModule):
-    """Queries and keys are clustered, and a cluster of queries has its own summary of every cluster of keys.
+    """Attention of clustered queries and keys: each query cluster has its own summary of every key cluster.
 
     Args:
         num_landmarks: number of key clusters M.
         num_query_landmarks: number of query clusters Q.
-        num_exact: number of keys W that a query cluster weights exactly, those that its mean weights most.
-        num_steps: steps of k-means.
-        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
+        num_exact: number of keys W that a query cluster weights exactly, those of the largest weight for its mean.
+        num_steps: iterations of k-means.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         attention_dropout: probability of dropping the weight of a summary or of an exact key in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
-    `key_lengths` are taken for the lengths of the queries as well, where there are as many.
+    `key_lengths` are the lengths of the queries as well, where there are as many queries as keys.
 
     Raises:
         UserError: a value out of range.
@@ -170,7 +171,7 @@ class PairedClusterAttention(AttentionModule):
         return sizes | ({"num_exact": self.num_exact} if self.num_exact else {})
 
     def memory_columns(self, num_keys: int) -> float:
-        """A column for each landmark, of keys and of queries, and exact key; and the summaries, for heads 64 wide."""
+        """A column for each key cluster, query cluster and exact key, and the summaries, for heads of width 64."""
         summaries = self.num_query_landmarks * (self.num_landmarks + self.num_exact) * SUMMARY_SIZE / num_keys
         return self.num_landmarks + self.num_query_landmarks + self.num_exact + summaries
 
@@ -193,10 +194,10 @@ class PairedClusterAttention(AttentionModule):
         )[1]
 
 
-# Numbers of a summary: a mean key, a mean value, and a mass, of heads 64 wide.
+# Elements of a summary: a mean key, a mean value and a mass, for heads of width 64.
 SUMMARY_SIZE = 2 * 64 + 1
 
 
 def _query_lengths(query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor | None:
-    """Of self-attention: padding should move no landmark."""
+    """Lengths of the queries of self-attention, whose padding must not move a centroid; None for cross-attention."""
     return key_lengths if query.shape[2] == key.shape[2] else None

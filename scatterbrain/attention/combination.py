@@ -2,8 +2,8 @@
 
     out = (out_sparse + out_low_rank) / 2
 
-Each part is normalised on its own, so the pairs that the sparse part has exactly count twice, and what it lacks counts
-half: what Scatterbrain's one normalisation over exact and estimated weights avoids.
+Each part is normalised on its own: pairs of the sparse support count twice, all others half. Scatterbrain's single
+normalisation over exact and estimated weights avoids this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class CombinationAttention(AttentionModule):
     """Average of the outputs, and of the weights, of several attentions.
 
     Args:
-        parts: the attentions, with one softmax scale and one causality.
+        *parts: the attentions, with one softmax scale and all causal or none.
     """
 
     def __init__(self, *parts: AttentionModule) -> None:
@@ -36,7 +36,7 @@ class CombinationAttention(AttentionModule):
         key_lengths: torch.Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend; see `AttentionModule`."""
+        """Means of the outputs and of the weights of the parts; arguments as in `AttentionModule.forward`."""
         outputs, weights = zip(
             *(part(query, key, value, key_lengths, need_weights) for part in self.parts), strict=True
         )
@@ -52,7 +52,11 @@ class CombinationAttention(AttentionModule):
         return sum(part.memory_columns(num_keys) for part in self.parts)
 
     def redraw_projection(self, seed: int) -> None:
-        """Draw what is random in the parts again, in place, from `seed`."""
+        """Draw the random projections and hashes of the parts again, in place.
+
+        Args:
+            seed: any integer.
+        """
         for part in self.parts:
             if hasattr(part, "redraw_projection"):
                 part.redraw_projection(seed)
@@ -67,10 +71,9 @@ class CombinationLocalPerformerAttention(CombinationAttention):
         nb_features: number of features M; None is E log E.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
-        seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
-        backend: form of the operators: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        seed: seed of the random projections.
+        backend: `naive`, `torch` or `auto`, see the operators.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -84,27 +87,12 @@ class CombinationLocalPerformerAttention(CombinationAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         super().__init__(
             LocalAttention(local_context, softmax_temp, causal, backend=backend),
-            PerformerAttention(
-                dim_heads,
-                nb_features,
-                softmax_temp,
-                causal,
-                seed,
-                row_norm,
-                backend=backend,
-                centre=centre,
-                balance=balance,
-                coupling=coupling,
-            ),
+            PerformerAttention(dim_heads, nb_features, softmax_temp, causal, seed, backend=backend, **features),
         )
 
 
@@ -118,10 +106,9 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
         num_hashes: number of hashes.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
-        seed: seed of rows and hashes.
-        row_norm: length of the rows, see `draw_projection`.
-        backend: form of the operators: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        seed: seed of the random projections and of the hashes.
+        backend: `naive`, `torch` or `auto`, see the operators.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -136,25 +123,10 @@ class CombinationSmyrfPerformerAttention(CombinationAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         super().__init__(
             SmyrfAttention(cluster_size, dim_heads, num_hashes, softmax_temp, causal, seed, backend=backend),
-            PerformerAttention(
-                dim_heads,
-                nb_features,
-                softmax_temp,
-                causal,
-                seed,
-                row_norm,
-                backend=backend,
-                centre=centre,
-                balance=balance,
-                coupling=coupling,
-            ),
+            PerformerAttention(dim_heads, nb_features, softmax_temp, causal, seed, backend=backend, **features),
         )

@@ -1,4 +1,4 @@
-"""Local attention: softmax over a window of W keys, O(T W) time, O(T) memory beyond the weights of a tile."""
+"""Local attention: softmax over a window of W keys, O(T W) time, O(T) memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LocalAttention(AttentionModule):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch`, `triton` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range.

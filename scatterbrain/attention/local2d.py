@@ -1,7 +1,7 @@
-"""Local attention and Scatterbrain in the plane: tokens are an image, and a window is a rectangle of it.
+"""Local attention and Scatterbrain with two-dimensional windows: tokens are an image in raster order.
 
-A row of W tokens in raster order is a strip of the image; the W nearest tokens are a rectangle around the query. At
-the border of the image it is cut off. Tokens have to be an image: by default a square one.
+W consecutive tokens are a strip of the image; the W nearest tokens are a rectangle around the query, cut off at the
+border of the image. By default the image is square.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from scatterbrain.ops.sparse.window2d import neighbourhood_shape, neighbourhood_
 
 
 class Neighbourhood(FixedSupport):
-    """Rectangles around the queries.
+    """Support of rectangles around the queries.
 
     Args:
-        num_neighbours: keys W of a query at most; the rectangle is the nearest to a square with so many.
-        image_width: tokens of a line of the image; None for a square image.
+        num_neighbours: largest number of keys W of a query; the rectangle is the one nearest to a square.
+        image_width: tokens of a row of the image; None for a square image.
     """
 
     def __init__(self, num_neighbours: int, image_width: int | None = None) -> None:
@@ -28,23 +28,23 @@ class Neighbourhood(FixedSupport):
         self.shape = neighbourhood_shape(num_neighbours)
 
     def make(self, num_queries: int, num_keys: int) -> Support:
-        """The rectangles of an image of so many tokens."""
+        """The rectangles of an image with this number of tokens."""
         if num_keys != num_queries:
             raise UserError(
-                f"Queries ({num_queries}) and keys ({num_keys}) have to be the tokens of one image for a window in the "
-                "plane."
+                f"Queries ({num_queries}) and keys ({num_keys}) have to be the tokens of one image for a "
+                "two-dimensional window."
             )
         width = math.isqrt(num_keys) if self.image_width is None else self.image_width
         if num_keys % width or (self.image_width is None and width * width != num_keys):
-            raise UserError(f"{num_keys} tokens are no image of lines of {width}: give image_width, tokens of a line.")
+            raise UserError(f"{num_keys} tokens are no image with rows of {width}: give image_width, tokens of a row.")
         return neighbourhood_support(num_keys // width, width, self.shape)
 
     def sizes(self) -> dict[str, int]:
-        """Keys of a query, borders aside."""
+        """Number of keys of a query, away from the border."""
         return {"num_neighbours": self.shape[0] * self.shape[1]}
 
     def columns(self, num_keys: int) -> float:
-        """Keys of a query, borders aside."""
+        """Number of keys of a query, away from the border."""
         return self.shape[0] * self.shape[1]
 
 
@@ -52,15 +52,15 @@ class Local2dAttention(SparseAttention):
     """Softmax attention inside a rectangle around the query.
 
     Args:
-        num_neighbours: keys W of a query at most.
-        image_width: tokens of a line of the image; None for a square image.
+        num_neighbours: largest number of keys W of a query.
+        image_width: tokens of a row of the image; None for a square image.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
-        UserError: a value out of range; later, tokens that are no such image.
+        UserError: a value out of range; in the call, tokens that are no such image.
     """
 
     def __init__(
@@ -76,22 +76,21 @@ class Local2dAttention(SparseAttention):
 
 
 class SBLocal2dAttention(SparseLowRankAttention):
-    """Scatterbrain over a rectangle around the query.
+    """Scatterbrain with a rectangle around the query as its sparse support.
 
     Args:
-        num_neighbours: keys W of a query at most.
+        num_neighbours: largest number of keys W of a query.
         dim_heads: width E of queries and keys.
         nb_features: number of features M, even; None is E log E.
-        image_width: tokens of a line of the image; None for a square image.
+        image_width: tokens of a row of the image; None for a square image.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
-        seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        seed: seed of the random projections.
+        backend: `naive`, `torch` or `auto`, see the operator.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
-        UserError: a value out of range; later, tokens that are no such image.
+        UserError: a value out of range; in the call, tokens that are no such image.
     """
 
     def __init__(
@@ -103,24 +102,8 @@ class SBLocal2dAttention(SparseLowRankAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         source = Neighbourhood(num_neighbours, image_width)
-        super().__init__(
-            source,
-            dim_heads,
-            nb_features,
-            softmax_temp,
-            causal,
-            seed,
-            row_norm,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
+        super().__init__(source, dim_heads, nb_features, softmax_temp, causal, seed, backend, **features)

@@ -1,14 +1,14 @@
 """Performer attention: `phi(Q) (phi(K)^T V)` with M positive random features, O((T + S) M) time and memory.
 
 Choromanski et al., "Rethinking Attention with Performers", ICLR 2021; features as in `ops.common.features`, one for
-each row of `projection_matrix`.
+each random projection in `projection_matrix`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from scatterbrain.attention.base import RandomFeatureAttention, default_num_features
+from scatterbrain.attention.random_features import RandomFeatureAttention, default_num_features
 from scatterbrain.ops.performer import naive_performer_attention, performer_attention
 
 
@@ -20,11 +20,10 @@ class PerformerAttention(RandomFeatureAttention):
         nb_features: number of features M; None is E log E.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
-        seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
+        seed: seed of the random projections.
         attention_dropout: probability of dropping a key's feature in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        backend: `naive`, `torch`, `triton` or `auto`, see the operator.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -37,28 +36,12 @@ class PerformerAttention(RandomFeatureAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         attention_dropout: float = 0.0,
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
-        super().__init__(
-            dim_heads,
-            nb_features,
-            softmax_temp,
-            causal,
-            seed,
-            row_norm,
-            attention_dropout,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
+        super().__init__(dim_heads, nb_features, softmax_temp, causal, seed, attention_dropout, backend, **features)
 
     def sizes(self) -> dict[str, int]:
         """The number of features."""

@@ -1,9 +1,9 @@
-"""Reformer attention: exact between tokens of one bucket of an angular hash, and of the chunk before it.
+"""Reformer attention: exact between tokens of one chunk of an angular hash, and of the chunk before it.
 
 Kitaev et al., "Reformer: The Efficient Transformer", ICLR 2020. Reformer shares queries and keys: its keys are the
-queries at unit length, and a token attends to itself only where there is nothing else. A network that was trained with
-keys of its own loses them in this (`shared_qk=True`, as it is published and was evaluated in the paper's comparison);
-`shared_qk=False` hashes queries and keys both, and attends to the keys.
+queries at unit length, and a token attends to itself only where it sees no other. So `shared_qk=True`, as published and
+as evaluated in the paper's comparison, ignores the keys of a trained network; `shared_qk=False` hashes queries and keys
+both, and attends to the keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scatterbrain.ops.sparse.supports import Support
 
 
 class ReformerBuckets(SupportSource):
-    """Pairs whose tokens lie in the same chunk of a sort by bucket, or in neighbouring ones.
+    """Support of the pairs whose tokens, sorted by bucket, lie in one chunk or in neighbouring ones.
 
     Args:
         bucket_size: number of tokens of a chunk.
@@ -60,7 +60,7 @@ class ReformerBuckets(SupportSource):
         return Support(tuple(rounds))
 
     def sizes(self) -> dict[str, int]:
-        """Size of a chunk and number of hashes."""
+        """Chunk size and number of hashes."""
         return {"bucket_size": self.bucket_size, "num_hashes": self.num_hashes}
 
     def columns(self, num_keys: int) -> float:
@@ -69,7 +69,11 @@ class ReformerBuckets(SupportSource):
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
-        """Draw the rotations again."""
+        """Draw the rotations again, in place.
+
+        Args:
+            seed: any integer.
+        """
         self.projection_matrix.copy_(self._draw(seed))
 
 
@@ -79,14 +83,14 @@ class ReformerAttention(SparseAttention):
     Args:
         bucket_size: number of tokens of a chunk.
         dim_heads: width E of queries and keys.
-        num_buckets: number of buckets of a hash, even; the length over `bucket_size` makes them as large as chunks.
+        num_buckets: number of buckets of a hash, even; S / bucket_size makes buckets as large as chunks.
         num_hashes: number of hashes; a pair that is close in several counts once.
-        shared_qk: the keys are the queries at unit length, and `key` is not looked at.
+        shared_qk: the keys are the queries at unit length, and `key` is ignored.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         seed: seed of the rotations.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range.
@@ -110,7 +114,11 @@ class ReformerAttention(SparseAttention):
         self.shared_qk = shared_qk
 
     def redraw_projection(self, seed: int) -> None:
-        """Draw the rotations again, in place, from `seed`."""
+        """Draw the rotations again, in place.
+
+        Args:
+            seed: any integer.
+        """
         self.source.redraw(seed)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:

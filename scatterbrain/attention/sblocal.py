@@ -1,11 +1,11 @@
-"""Scatterbrain attention: exact in a local window, low-rank outside it.
+"""Scatterbrain attention: exact in a local window, a low-rank estimate outside it.
 
     A(i, j) = exp(s q_i.k_j)          inside the window of W keys
               phi(q_i).phi(k_j)       outside it, with M random features
     out_i   = sum_j A(i, j) v_j / sum_j A(i, j)
 
 Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, algorithm 1; the low-rank part is
-Performer's (ICLR 2021) in its cosh form, two features for each row of `projection_matrix`. O(T (W + M)) time; the
+Performer's (ICLR 2021) with both signs of each random projection in `projection_matrix`. O(T (W + M)) time; the
 estimate of A stays unbiased, and its largest entries, near the diagonal, are exact.
 """
 
@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.attention.base import RandomFeatureAttention, even_features
+from scatterbrain.attention.random_features import RandomFeatureAttention, even_features
 from scatterbrain.ops.common.inputs import check_window
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
 
 
 class SBLocalAttention(RandomFeatureAttention):
-    """Local window plus random features.
+    """Scatterbrain with a local window: softmax weights inside it, random features outside it.
 
     Args:
         local_context: width W >= 1 of the window in keys.
         dim_heads: width E of queries and keys.
-        nb_features: number of features M, even: each of the M / 2 rows is taken with both signs. None is E log E.
+        nb_features: number of features M, even: both signs of M / 2 random projections. None is E log E.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
-        seed: seed of the rows.
-        row_norm: length of the rows, see `draw_projection`.
+        seed: seed of the random projections.
         attention_dropout: probability of dropping an attention weight in training, see `ops.scatterbrain.blocked`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        backend: `naive`, `torch`, `triton` or `auto`, see the operator.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -45,29 +44,13 @@ class SBLocalAttention(RandomFeatureAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         attention_dropout: float = 0.0,
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         check_window(local_context)
         rows = even_features(dim_heads, nb_features) // 2
-        super().__init__(
-            dim_heads,
-            rows,
-            softmax_temp,
-            causal,
-            seed,
-            row_norm,
-            attention_dropout,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
+        super().__init__(dim_heads, rows, softmax_temp, causal, seed, attention_dropout, backend, **features)
         self.local_context = local_context
 
     def sizes(self) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """SMYRF attention, alone and with random features: exact between queries and keys of one hash cluster.
 
 Daras et al., "SMYRF: Efficient Attention using Asymmetric Clustering", NeurIPS 2020; its combination with random
-features is the paper's Scatterbrain over a data-dependent support. O(T C n) time for n hashes and clusters of C keys,
-beside the sorting. Clusters are of equal size, and of queries as many as of keys.
+features is the paper's Scatterbrain with a data-dependent support. O(T C n) time for n hashes and clusters of C keys,
+and a sort for each hash. Clusters are of equal size; there are as many clusters of queries as of keys.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import torch
 
 from scatterbrain.attention.sparse import SparseAttention, SparseLowRankAttention, SupportSource
 from scatterbrain.errors import check_whole_number
-from scatterbrain.ops.sparse.lsh import draw_smyrf_rows, smyrf_support
+from scatterbrain.ops.sparse.lsh import draw_smyrf_projection, smyrf_support
 from scatterbrain.ops.sparse.supports import Support
 
-# Rows of the hash and of the features come from one seed; this keeps them apart.
+# One seed draws both hashes and features; the offset makes them independent.
 HASH_SEED_OFFSET = 1_000_003
 
 
 class SmyrfClusters(SupportSource):
-    """Pairs of queries and keys that share a cluster in one of the hashes.
+    """Support of the pairs of a query and a key that share a cluster in at least one hash.
 
     Args:
         cluster_size: number of keys C of a cluster.
         dim_heads: width E of queries and keys.
         num_hashes: number of hashes n.
-        seed: seed of the hashes' rows, which the buffer `projection_matrix` (n, E + 2) holds.
+        seed: seed of the hashes, whose random projections are the buffer `projection_matrix` (n, E + 2).
     """
 
     projection_matrix: torch.Tensor
@@ -34,7 +34,7 @@ class SmyrfClusters(SupportSource):
         super().__init__()
         check_whole_number("cluster_size", cluster_size, 1)
         self.cluster_size, self.num_hashes, self.dim_heads = cluster_size, num_hashes, dim_heads
-        rows = draw_smyrf_rows(num_hashes, dim_heads, seed + HASH_SEED_OFFSET)
+        rows = draw_smyrf_projection(num_hashes, dim_heads, seed + HASH_SEED_OFFSET)
         self.register_buffer("projection_matrix", rows)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
@@ -51,12 +51,16 @@ class SmyrfClusters(SupportSource):
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
-        """Draw the hashes again."""
-        self.projection_matrix.copy_(draw_smyrf_rows(self.num_hashes, self.dim_heads, seed + HASH_SEED_OFFSET))
+        """Draw the hashes again, in place.
+
+        Args:
+            seed: any integer.
+        """
+        self.projection_matrix.copy_(draw_smyrf_projection(self.num_hashes, self.dim_heads, seed + HASH_SEED_OFFSET))
 
 
 class SmyrfAttention(SparseAttention):
-    """Softmax attention within the clusters of an asymmetric hash.
+    """Softmax attention within the clusters of asymmetric hashes.
 
     Args:
         cluster_size: number of keys of a cluster.
@@ -66,7 +70,7 @@ class SmyrfAttention(SparseAttention):
         causal: has to be false.
         seed: seed of the hashes.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range.
@@ -87,12 +91,16 @@ class SmyrfAttention(SparseAttention):
         super().__init__(source, softmax_temp, causal, attention_dropout, backend)
 
     def redraw_projection(self, seed: int) -> None:
-        """Draw the hashes again, in place, from `seed`."""
+        """Draw the hashes again, in place.
+
+        Args:
+            seed: any integer.
+        """
         self.source.redraw(seed)
 
 
 class SBSmyrfAttention(SparseLowRankAttention):
-    """Scatterbrain over the clusters of an asymmetric hash.
+    """Scatterbrain with the clusters of asymmetric hashes as its sparse support.
 
     Args:
         cluster_size: number of keys of a cluster.
@@ -101,10 +109,9 @@ class SBSmyrfAttention(SparseLowRankAttention):
         num_hashes: number of hashes.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
-        seed: seed of rows and hashes.
-        row_norm: length of the rows, see `draw_projection`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        seed: seed of the random projections and of the hashes.
+        backend: `naive`, `torch` or `auto`, see the operator.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -119,24 +126,8 @@ class SBSmyrfAttention(SparseLowRankAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         source = SmyrfClusters(cluster_size, dim_heads, num_hashes, seed)
-        super().__init__(
-            source,
-            dim_heads,
-            nb_features,
-            softmax_temp,
-            causal,
-            seed,
-            row_norm,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
+        super().__init__(source, dim_heads, nb_features, softmax_temp, causal, seed, backend, **features)

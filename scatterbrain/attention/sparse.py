@@ -4,9 +4,9 @@
               phi(q_i).phi(k_j)       outside it, with M random features; 0 without them
     out_i   = sum_j A(i, j) v_j / sum_j A(i, j)
 
-The supports are `ops.sparse.supports`; the combination is Scatterbrain's (Chen et al., NeurIPS 2021, section 4) for any
-of them: sub-classes differ in their support and in nothing else. Both masked softmax (`SparseAttention`) and
-Scatterbrain (`SparseLowRankAttention`) come in a form linear in time and memory, by `scatterbrain.ops.sparse.tiled`.
+Supports are those of `ops.sparse.supports`; the combination is Scatterbrain's (Chen et al., NeurIPS 2021, section 4).
+Sub-classes of `SparseAttention` (masked softmax) and `SparseLowRankAttention` (Scatterbrain) differ only in their
+support. Both are linear in time and memory, see `scatterbrain.ops.sparse.tiled`.
 """
 
 from __future__ import annotations
@@ -14,45 +14,49 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scatterbrain.attention.base import AttentionModule, RandomFeatureAttention, even_features, refuse_causal
-from scatterbrain.ops.common.dense import dense_low_rank_logits, naive_support_attention
+from scatterbrain.attention.base import AttentionModule, refuse_causal
+from scatterbrain.attention.random_features import RandomFeatureAttention, even_features
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import accumulation_dtype, check_inputs, default_scale, resolve_backend
+from scatterbrain.ops.common.inputs import check_inputs, default_scale
+from scatterbrain.ops.common.numerics import accumulation_dtype
+from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Support
 from scatterbrain.ops.sparse.tiled import LogFeatures, support_attention
 
 
 class SupportSource(nn.Module):
-    """Where the support of an attention comes from: a hash of queries and keys, a layout, a neighbourhood.
+    """Base of the modules that compute the support of an attention: from a hash, a layout, a neighbourhood.
 
     Attributes:
-        can_be_causal: whether it means anything to hide the keys j > i.
+        can_be_causal: whether hiding the keys j > i is defined for this support.
     """
 
     can_be_causal = False
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
-        """Support for query (B, H, T, E) and key (B, H, S, E), of B * H sequences or of one that all share."""
+        """Support of the B * H sequences of query (B, H, T, E) and key (B, H, S, E), or one that all share."""
         raise NotImplementedError
 
     def sizes(self) -> dict[str, int]:
-        """Sizes by the names of their options."""
+        """Sizes that the memory budget determines, by the names of their options."""
         raise NotImplementedError
 
     def columns(self, num_keys: int) -> float:
-        """Keys that a query sees, on average: columns of the attention matrix, of `num_keys`."""
+        """Mean number of keys that a query sees: columns of the attention matrix, of `num_keys`."""
         raise NotImplementedError
 
     def redraw(self, seed: int) -> None:
-        """Draw what is random again, in place, from `seed`."""
+        """Draw what is random in the support again, in place; nothing where nothing is."""
 
 
 class FixedSupport(SupportSource):
-    """A support that depends on the lengths alone; kept for those that were met. Sub-classes give `make`."""
+    """Base of the supports that depend on the lengths alone: cached, one for each pair of lengths and device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[tuple[int, int, torch.device], Support] = {}
+        self._cache: dict[tuple[int, int, torch.device], Support] = {}
 
     def make(self, num_queries: int, num_keys: int) -> Support:
         """The support for these lengths, on any device."""
@@ -61,20 +65,20 @@ class FixedSupport(SupportSource):
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The support for the lengths of these queries and keys."""
         place = (query.shape[2], key.shape[2], query.device)
-        if place not in self._kept:
-            self._kept[place] = self.make(*place[:2]).to(query.device)
-        return self._kept[place]
+        if place not in self._cache:
+            self._cache[place] = self.make(*place[:2]).to(query.device)
+        return self._cache[place]
 
 
 class SparseAttention(AttentionModule):
     """Softmax attention over the pairs of a support.
 
     Args:
-        source: of the support.
+        source: module that computes the support.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range; `causal` with a support that has no order.
@@ -95,11 +99,11 @@ class SparseAttention(AttentionModule):
         self.source = source
 
     def sizes(self) -> dict[str, int]:
-        """Those of the support."""
+        """Sizes of the support."""
         return self.source.sizes()
 
     def memory_columns(self, num_keys: int) -> float:
-        """Keys of a query."""
+        """Mean number of keys that a query sees."""
         return self.source.columns(num_keys)
 
     def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures | None:
@@ -110,7 +114,7 @@ class SparseAttention(AttentionModule):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         check_inputs(query, key, value, options["key_lengths"])
-        backend = resolve_backend(options.pop("backend"))
+        backend = choose_backend(options.pop("backend"))
         options["scale"] = scale = default_scale(query, options["scale"])
         if backend == "naive":
             del options["dropout_p"]
@@ -132,18 +136,17 @@ class SparseAttention(AttentionModule):
 
 
 class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
-    """Scatterbrain over any support: exact on it, cosh random features outside it.
+    """Scatterbrain with any sparse support: exact weights on it, random features outside it.
 
     Args:
-        source: of the support.
+        source: module that computes the support.
         dim_heads: width E of queries and keys.
-        nb_features: number of features M, even: each of the M / 2 rows is taken with both signs. None is E log E.
+        nb_features: number of features M, even: both signs of M / 2 random projections. None is E log E.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false: the low-rank sums run over all keys.
-        seed: seed of the rows and of the support's randomness.
-        row_norm: length of the rows, see `draw_projection`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        seed: seed of the random projections and of the support.
+        backend: `naive`, `torch` or `auto`, see the operator.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: a value out of range.
@@ -157,41 +160,28 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         rows = even_features(dim_heads, nb_features) // 2
-        RandomFeatureAttention.__init__(
-            self,
-            dim_heads,
-            rows,
-            softmax_temp,
-            False,
-            seed,
-            row_norm,
-            0.0,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
+        RandomFeatureAttention.__init__(self, dim_heads, rows, softmax_temp, False, seed, 0.0, backend, **features)
         refuse_causal(self, causal)
         self.source = source
 
     def sizes(self) -> dict[str, int]:
-        """Those of the support, and the number of features."""
+        """Sizes of the support, and the number of features."""
         return {**self.source.sizes(), "nb_features": 2 * self.projection_matrix.shape[0]}
 
     def memory_columns(self, num_keys: int) -> float:
-        """Keys of a query, and two columns for each feature."""
+        """Mean number of keys that a query sees, and two columns for each feature."""
         return self.source.columns(num_keys) + 4 * self.projection_matrix.shape[0]
 
     def redraw_projection(self, seed: int) -> None:
-        """Draw the rows, and what is random in the support, again, in place, from `seed`."""
+        """Draw the random projections, and what is random in the support, again, in place.
+
+        Args:
+            seed: any integer.
+        """
         super().redraw_projection(seed)
         self.source.redraw(seed)
 

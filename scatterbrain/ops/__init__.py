@@ -1,0 +1,1 @@
+"""Operators: functions from tensors to tensors, one folder each. See README.md."""

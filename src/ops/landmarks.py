@@ -1,4 +1,4 @@
-"""Landmark attention at its first address; it lives in `scatterbrain.ops.clusters`."""
+"""Landmark attention, re-exported from `scatterbrain.ops.clusters`."""
 
 from scatterbrain.ops.clusters import (
     assign_clusters,

@@ -1,4 +1,4 @@
-"""`draw_projection` at its first address; it lives in `scatterbrain.ops.common.projection`."""
+"""`draw_projection`, re-exported from `scatterbrain.ops.common.projection`."""
 
 from scatterbrain.ops.common.projection import draw_projection
 

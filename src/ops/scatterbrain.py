@@ -1,4 +1,4 @@
-"""`scatterbrain_attention` at its first address; it lives in `scatterbrain.ops.scatterbrain`."""
+"""`scatterbrain_attention`, re-exported from `scatterbrain.ops.scatterbrain`."""
 
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
 

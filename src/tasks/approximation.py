@@ -21,7 +21,8 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.attention.full import FullAttention
 from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.ops.common.dense import dense_logits
-from scatterbrain.ops.common.inputs import accumulation_dtype, default_scale
+from scatterbrain.ops.common.inputs import default_scale
+from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.full import full_attention
 from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed

@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 
-from scatterbrain.attention import ATTENTIONS, create_attention
+from scatterbrain.attention import ATTENTIONS, create_attention, option_parameters
 from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.distributed.launch import check_common_options, explained, launch
@@ -391,7 +391,7 @@ def _is_changed(name: str, value: Any, stage: Mapping[str, Any]) -> bool:
     """Whether an option of a stage's attention is not the default."""
     defaults = {
         **inspect.signature(create_attention).parameters,
-        **inspect.signature(ATTENTIONS[stage["name"]].module).parameters,
+        **option_parameters(ATTENTIONS[stage["name"]].module),
     }
     return name != "name" and value is not None and (name not in defaults or value != defaults[name].default)
 

@@ -1,4 +1,4 @@
-"""Landmark attention: a low-rank part made from the data, by clusters of keys and of queries. See README.md."""
+"""Landmark attention: a low-rank part computed from the data, by clusters of keys and of queries. See README.md."""
 
 from scatterbrain.ops.clusters.kmeans import assign_clusters, assign_key_clusters, assign_query_clusters
 from scatterbrain.ops.clusters.landmark import landmark_attention, log_landmark_features

@@ -9,13 +9,9 @@ import torch
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
-from scatterbrain.ops.common.inputs import (
-    accumulation_dtype,
-    check_dropout,
-    check_inputs,
-    default_scale,
-    resolve_backend,
-)
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
@@ -35,7 +31,9 @@ def landmark_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Weights exp(s q.k) inside a local window and exp(s q.c) outside it, c the mean of the key's cluster.
+    """Output (B, H, T, D) of attention with weights exp(s q.k) in a local window and exp(s q.c_b) outside it.
+
+    c_b is the mean of the cluster b of the key; README.md in this folder states the maths.
 
     Args:
         query: (B, H, T, E).
@@ -44,11 +42,12 @@ def landmark_attention(
         num_landmarks: number of key clusters M.
         window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
         scale: softmax scale s; None is E ** -0.5.
-        is_causal: not possible, see Raises.
+        is_causal: has to be false.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        num_steps: steps of Lloyd's algorithm, see `assign_clusters`.
-        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
-        dropout_p: probability of dropping a weight (not in the naive form), see `ops.scatterbrain.blocked`.
+        num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+        dropout_p: probability of dropping a weight (ignored by `naive`), see
+            `scatterbrain.ops.scatterbrain.blocked.blocked_attention`.
         backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`, which is `torch`.
 
     Returns:
@@ -62,14 +61,14 @@ def landmark_attention(
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
-    backend = resolve_backend(backend)
+    backend = choose_backend(backend)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
         log_features = log_landmark_features(query, key, assignment, num_landmarks, scale)
-    # What `blocked_attention` asks of features holds for any width: s q.c is the mean of the logits of a cluster, so it
-    # is the logarithm of a weight outside the window, or no larger than that of an exact weight inside it.
+    # The bound that `blocked_attention` requires of features holds for any width: s q.c_b is the mean of a cluster's
+    # logits, so it is the logarithm of a weight outside the window, or at most that of an exact weight inside it.
     return blocked_attention(
         query,
         key,
@@ -85,7 +84,7 @@ def landmark_attention(
 def log_landmark_features(
     query: torch.Tensor, key: torch.Tensor, assignment: torch.Tensor, num_clusters: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logarithms of the features phi(q)_b = exp(s q.c_b) and phi(k_j) = one-hot of b(j).
+    """Logarithms of the features phi(q)_b = exp(s q.c_b) of queries and phi(k_j) = one-hot of b(j) of keys.
 
     Args:
         query: (B, H, T, E).
@@ -106,13 +105,13 @@ def log_landmark_features(
 
 
 def refuse_causal(is_causal: bool) -> None:
-    """Refuse causal masking, which means over all keys do not allow.
+    """Check that landmark attention is not causal: its landmarks are means over all keys.
 
     Raises:
-        UserError: `is_causal`.
+        UserError: it is.
     """
     if is_causal:
         raise UserError(
-            "Landmark attention has no causal form: landmarks are means over all keys, so that later keys would have "
-            "an influence on earlier queries. Choose a local window or random features (local, performer, sblocal)."
+            "Landmark attention cannot be causal: landmarks are means over all keys, so later keys would influence "
+            "earlier queries. Choose a local window or random features (local, performer, sblocal)."
         )

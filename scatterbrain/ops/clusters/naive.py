@@ -1,15 +1,10 @@
-"""Specifications of landmark attention, dense and in float64, for clusters that are given."""
+"""Specifications of landmark attention for given clusters, dense and in float64; README.md states the maths."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-
-from scatterbrain.ops.clusters.kmeans import valid_points
-from scatterbrain.ops.common.dense import dense_attention, dense_logits
-from scatterbrain.ops.common.inputs import visible_keys
-from scatterbrain.ops.common.windows import window_mask
 
 
 def naive_landmark_attention(
@@ -21,23 +16,29 @@ def naive_landmark_attention(
     scale: float,
     key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float64 form of `landmark_attention` for clusters (B, H, S) that are given.
+    """Output (B, H, T, D) and attention weights (B, H, T, S) of landmark attention, both float64.
 
-    Returns:
-        Output (B, H, T, D) and weights (B, H, T, S), float64.
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        assignment: cluster of each key (B, H, S), -1 for none.
+        window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
+        scale: softmax scale s.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
     """
-    key = key.double()
-    means = torch.zeros_like(key)  # of the cluster of each key
+    query, key, value = (x.double() for x in (query, key, value))
+    i = torch.arange(query.shape[2], device=query.device)[:, None]
+    j = torch.arange(key.shape[2], device=query.device)
+    in_window = (-(window // 2) <= j - i) & (j - i < (window + 1) // 2)  # [T, S]
+    centroids = torch.zeros_like(key)  # c_b(j) of every key j
     for cluster in range(int(assignment.max()) + 1):
-        members = (assignment == cluster).unsqueeze(-1)
+        members = (assignment == cluster).unsqueeze(-1)  # [B, H, S, 1]
         mean = (key * members).sum(2, keepdim=True) / members.sum(2, keepdim=True).clamp_min(1)
-        means = torch.where(members, mean, means)
-    logits = torch.where(
-        window_mask(query.shape[2], key.shape[2], window, query.device),
-        dense_logits(query, key, scale),
-        dense_logits(query, means, scale),
-    )
-    return dense_attention(logits, visible_keys(query, key, False, key_lengths), value)
+        centroids = torch.where(members, mean, centroids)
+    exact = scale * query @ key.transpose(-2, -1)
+    low_rank = scale * query @ centroids.transpose(-2, -1)
+    return _attend(torch.where(in_window, exact, low_rank), value, _visible(key, key_lengths))
 
 
 def naive_paired_landmark_attention(
@@ -51,29 +52,48 @@ def naive_paired_landmark_attention(
     key_lengths: torch.Tensor | None = None,
     query_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float64 form of `paired_landmark_attention` for clusters (B, H, S) and (B, H, T) that are given.
+    """Output (B, H, T, D) and attention weights (B, H, T, S) of paired landmark attention, both float64.
 
-    Returns:
-        Output (B, H, T, D) and weights (B, H, T, S), float64.
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        key_assignment: cluster of each key (B, H, S), -1 for none.
+        query_assignment: cluster of each query (B, H, T).
+        num_exact: number of keys W, those of the largest p_a.k, that each query cluster weights exactly.
+        scale: softmax scale s.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+        query_lengths: (B,) integers; queries i >= query_lengths[b] do not enter the means p_a. None for all.
     """
-    query, key = query.double(), key.double()
-    visible = visible_keys(query, key, False, key_lengths)
-    counted = valid_points(query, query_lengths)
-    exact = dense_logits(query, key, scale)
+    query, key, value = (x.double() for x in (query, key, value))
+    visible = _visible(key, key_lengths)  # [B or 1, 1, 1, S]
+    counted = _visible(query, query_lengths).squeeze(2)  # [B or 1, 1, T]
+    exact = scale * query @ key.transpose(-2, -1)
     logits = torch.zeros_like(exact)
-    for group in range(int(query_assignment.max()) + 1):
-        members = (query_assignment == group) & counted
-        mean = (query * members.unsqueeze(-1)).sum(2, keepdim=True) / members.sum(2)[..., None, None].clamp_min(1)
-        seen = dense_logits(mean, key, scale).masked_fill(~visible[:, :, :1], -math.inf)  # (B, H, 1, S)
-        chosen = torch.zeros_like(seen, dtype=torch.bool)
+    for a in range(int(query_assignment.max()) + 1):
+        members = ((query_assignment == a) & counted).unsqueeze(-1)  # [B, H, T, 1]
+        p = (query * members).sum(2, keepdim=True) / members.sum(2, keepdim=True).clamp_min(1)  # [B, H, 1, E]
+        p_logits = (scale * p @ key.transpose(-2, -1)).masked_fill(~visible, -math.inf)  # s p_a.k_j, [B, H, 1, S]
+        is_exact = torch.zeros_like(p_logits, dtype=torch.bool)
         if num_exact:
-            chosen.scatter_(-1, seen.detach().topk(min(num_exact, key.shape[2])).indices, True)
-        of_group = torch.where(chosen, exact, 0.0)
-        for cluster in range(int(key_assignment.max()) + 1):
-            keys = (key_assignment == cluster).unsqueeze(2) & ~chosen
-            # a finite stand-in where a cluster has no key: nothing of it is used
-            weights = seen.masked_fill(~keys, -1e300).softmax(-1)
-            tilted = dense_logits(query - mean, weights @ key, scale) + seen
-            of_group = torch.where(keys, tilted, of_group)
-        logits = torch.where((query_assignment == group).unsqueeze(-1), of_group, logits)
-    return dense_attention(logits, visible, value)
+            is_exact.scatter_(-1, p_logits.detach().topk(min(num_exact, key.shape[2])).indices, True)
+        of_cluster = torch.where(is_exact, exact, 0.0)
+        for b in range(int(key_assignment.max()) + 1):
+            keys = (key_assignment == b).unsqueeze(2) & ~is_exact  # [B, H, 1, S]
+            # c_ab; a finite stand-in for -inf, since a cluster may have no key: its mean is then not used
+            c = p_logits.masked_fill(~keys, -1e300).softmax(-1) @ key  # [B, H, 1, E]
+            of_cluster = torch.where(keys, p_logits + scale * (query - p) @ c.transpose(-2, -1), of_cluster)
+        logits = torch.where((query_assignment == a).unsqueeze(-1), of_cluster, logits)
+    return _attend(logits, value, visible)
+
+
+def _visible(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Boolean (B or 1, 1, 1, N), true for the tokens of x (B, H, N, E) below `lengths` (B,)."""
+    n = torch.arange(x.shape[2], device=x.device).view(1, 1, 1, -1)
+    return torch.ones_like(n, dtype=torch.bool) if lengths is None else n < lengths.view(-1, 1, 1, 1)
+
+
+def _attend(logits: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and weights of the softmax over visible keys; zero, not nan, for a query that sees none."""
+    weights = logits.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~visible, 0.0)
+    return weights @ value, weights

@@ -12,16 +12,9 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_clusters, cluster_means, valid_points
 from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
-from scatterbrain.ops.common.inputs import (
-    accumulation_dtype,
-    check_dropout,
-    check_inputs,
-    default_scale,
-    gather_rows,
-    resolve_backend,
-    tile_budget,
-)
-from scatterbrain.ops.scatterbrain.blocked import FLOOR
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, gather_rows, tile_budget
 
 
 def paired_landmark_attention(
@@ -41,10 +34,11 @@ def paired_landmark_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Weights exp(s p.k) exp(s (q - p).c), p the mean of the query's cluster and c that of the key's as p sees it.
+    """Output (B, H, T, D) of attention with the weights exp(s p_a.k) exp(s (q - p_a).c_ab).
 
-    The keys that a query cluster weights most can be taken out of the clusters, with exact weights. O((T + S) (M + Q +
-    W) (E + D)) time.
+    p_a is the mean of the cluster a of the query, and c_ab the mean of the keys of cluster b weighted by exp(s p_a.k);
+    README.md in this folder states the maths. The keys of the largest weight for p_a can be exempted from clustering,
+    with exact weights. O((T + S) (M + Q + W) (E + D)) time.
 
     Args:
         query: (B, H, T, E).
@@ -52,15 +46,15 @@ def paired_landmark_attention(
         value: (B, H, S, D).
         num_landmarks: number of key clusters M.
         num_query_landmarks: number of query clusters Q.
-        num_exact: number of keys W, those of the largest p.k, that each query cluster weights exactly.
+        num_exact: number of keys W, those of the largest p_a.k, that each query cluster weights exactly.
         scale: softmax scale s; None is E ** -0.5.
-        is_causal: not possible, see Raises.
+        is_causal: has to be false.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        query_lengths: (B,) integers; queries from there on are attended for, but move no landmark. Give it where the
-            rest is padding, which otherwise has an influence on the other queries. None for all.
-        num_steps: steps of Lloyd's algorithm, see `assign_clusters`.
-        value_weight: weight of the values where keys are clustered, see `assign_key_clusters`.
-        dropout_p: probability of dropping the weight of a summary or exact key for a query (not in the naive form).
+        query_lengths: (B,) integers; queries i >= query_lengths[b] move no centroid, so that padding does not influence
+            other queries. None for all.
+        num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+        dropout_p: probability of dropping the weight of a summary or exact key for a query (ignored by `naive`).
         backend: `naive` (dense, float64), `torch` (by tiles, linear in T) or `auto`, which is `torch`.
 
     Returns:
@@ -80,7 +74,7 @@ def paired_landmark_attention(
     if isinstance(num_exact, bool) or not isinstance(num_exact, int) or num_exact < 0:
         raise UserError(f"num_exact={num_exact!r} is not a number of keys; give an integer of at least 0.")
     scale = default_scale(query, scale)
-    backend = resolve_backend(backend)
+    backend = choose_backend(backend)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
     if backend == "naive":
@@ -94,11 +88,11 @@ def paired_landmark_attention(
         means = cluster_means(query.to(dtype), query_labels.masked_fill(~centred, -1), num_query_landmarks)
         flat = [x.to(dtype).flatten(0, 1) for x in (query, key, value, means)]
         flat += [key_labels.flatten(0, 1), query_labels.flatten(0, 1)]
-        # sequences one after another while the tiles of one fill a CPU's cache; a GPU takes many at once
+        # as many sequences at a time as the budget of tiles allows
         columns = num_landmarks + num_query_landmarks + num_exact
         largest = max(
             max(query.shape[2], key.shape[2]) * columns,
-            # no more than four tiles for each cluster of keys, by the size of tiles
+            # at most four tiles for each cluster of keys, by the size of tiles
             4 * num_landmarks * num_query_landmarks * (key.shape[3] + value.shape[3]),
         )
         size = max(1, tile_budget(query) // largest)
@@ -119,9 +113,9 @@ def _paired(
     scale: float,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Paired landmarks over (G, N, width) sequences with `means` (G, Q, E) of the queries. Returns (G, T, D)."""
+    """Output (G, T, D) of paired landmarks over (G, N, width) sequences with `means` (G, Q, E) of the queries."""
     hidden = (key_labels < 0).unsqueeze(-1)
-    # hidden keys and values may be anything, and 0 * inf is nan
+    # hidden keys and values may hold any value, and 0 * inf is nan
     key, value = (x.masked_fill(hidden, 0.0) for x in (key, value))
     seen = (key @ (scale * means).transpose(1, 2)).masked_fill(hidden, -math.inf)  # (G, S, Q)
     exact = None
@@ -137,10 +131,10 @@ def _paired(
 
     tiles = _Tiles.of(query_labels, means.shape[1])
     centre, log_mass, mean_value = (gather_rows(x, tiles.owner) for x in summaries)
-    deviation = (tiles.take(query) - gather_rows(means, tiles.owner).unsqueeze(2)) * scale
-    logits = deviation @ centre.transpose(2, 3) + log_mass.transpose(2, 3)  # (G, n, C, M + W)
-    reference = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
-    weights = (logits - reference).exp()
+    offset = (tiles.take(query) - gather_rows(means, tiles.owner).unsqueeze(2)) * scale
+    logits = offset @ centre.transpose(2, 3) + log_mass.transpose(2, 3)  # (G, n, C, M + W)
+    maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
+    weights = (logits - maximum).exp()
     blind = hidden.all(1)[:, None, None]
     normaliser = weights.sum(-1, keepdim=True).masked_fill(blind, 1.0)
     if dropout_p > 0:
@@ -151,17 +145,17 @@ def _paired(
 def _summaries(
     seen: torch.Tensor, key: torch.Tensor, value: torch.Tensor, labels: torch.Tensor, num_landmarks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each query cluster sees of each key cluster.
+    """Summary of each key cluster for each query cluster.
 
     Args:
-        seen: logarithms of the weights (G, S, Q), -inf for keys that are left out.
+        seen: logits s p_a.k_j (G, S, Q), -inf for hidden and for exact keys.
         key: (G, S, E).
         value: (G, S, D).
         labels: clusters (G, S), -1 for none.
         num_landmarks: number of clusters M.
 
     Returns:
-        Mean key (G, Q, M, E), logarithm of the sum of weights (G, Q, M, 1), mean value (G, Q, M, D).
+        Mean keys c_ab (G, Q, M, E), logarithms of the sums of weights (G, Q, M, 1), mean values (G, Q, M, D).
     """
     tiles = _Tiles.of(labels, num_landmarks)
     groups, num_groups, width = len(key), seen.shape[2], key.shape[2]
@@ -169,17 +163,17 @@ def _summaries(
 
     owner = (tiles.owner + torch.arange(groups, device=key.device)[:, None] * num_landmarks).flatten()
     tile_max = tile_seen.detach().amax(2).flatten(0, 1)  # (G n, Q)
-    reference = tile_max.new_full((groups * num_landmarks, num_groups), FLOOR)
-    reference = reference.scatter_reduce(0, owner.unsqueeze(1).expand_as(tile_max), tile_max, "amax")
-    weights = (tile_seen.flatten(0, 1) - reference[owner].unsqueeze(1)).exp()
+    maximum = tile_max.new_full((groups * num_landmarks, num_groups), FLOOR)
+    maximum = maximum.scatter_reduce(0, owner.unsqueeze(1).expand_as(tile_max), tile_max, "amax")
+    weights = (tile_seen.flatten(0, 1) - maximum[owner].unsqueeze(1)).exp()
     rows = tiles.take(torch.cat([key, value, torch.ones_like(key[..., :1])], dim=-1)).flatten(0, 1)
     sums = torch.bmm(weights.transpose(1, 2), rows)  # (G n, Q, E + D + 1)
     sums = sums.new_zeros(groups * num_landmarks, *sums.shape[1:]).index_add(0, owner, sums)
 
     mass = sums[..., -1:]
-    # The largest weight of a sum is 1. A cluster without keys keeps its reference FLOOR, which is as good as -inf.
+    # The largest weight of a sum is 1. An empty cluster keeps FLOOR as its maximum, in effect -inf.
     mass = mass.masked_fill(mass == 0, 1.0)
-    log_mass = reference.unsqueeze(-1) + mass.log()
+    log_mass = maximum.unsqueeze(-1) + mass.log()
     mean = sums[..., :-1] / mass
     mean, log_mass = (x.unflatten(0, (groups, num_landmarks)).transpose(1, 2) for x in (mean, log_mass))
     return mean[..., :width], log_mass, mean[..., width:]
@@ -191,8 +185,8 @@ class _Tiles:
 
     Attributes:
         index: (G, n, C) positions of the points; -1 for none.
-        owner: (G, n) the cluster of a tile; any for a tile without points.
-        slot: (G, N) where a point lies among the n C places; 0 for a point of no cluster.
+        owner: (G, n) cluster of each tile; any for a tile without points.
+        slot: (G, N) place of each point among the n C places; 0 for a point of no cluster.
     """
 
     index: torch.Tensor
@@ -202,9 +196,9 @@ class _Tiles:
     @classmethod
     def of(cls, labels: torch.Tensor, num_clusters: int) -> _Tiles:
         groups, length = labels.shape
-        # half a cluster: the last tiles, on average half empty, then waste little
+        # half a cluster, so that the last tile of each, on average half empty, is small
         size = min(64, max(8, length // (2 * num_clusters) // 8 * 8))
-        # so many at most, whatever the clusters: a number that depends on data would stop a GPU
+        # an upper bound for all clusterings: a number that depends on the data would synchronise the GPU
         num_tiles = length // size + min(num_clusters, length)
         labels = labels.where(labels >= 0, num_clusters)
         counts = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=labels.device)
@@ -216,7 +210,7 @@ class _Tiles:
         first_slot[:, -1] = num_tiles * size
         labels, order = labels.sort(dim=1, stable=True)
         rank = torch.arange(length, device=labels.device) - (counts.cumsum(1) - counts).gather(1, labels)
-        # points of no cluster share one last place, which is dropped
+        # points of no cluster share an extra last place, which is dropped
         slot = (first_slot.gather(1, labels) + rank).clamp_max(num_tiles * size)
         index = torch.full((groups, num_tiles * size + 1), -1, device=labels.device).scatter(1, slot, order)
         tile = torch.arange(num_tiles, device=labels.device).expand(groups, -1).contiguous()
@@ -225,13 +219,13 @@ class _Tiles:
         return cls(index[:, :-1].reshape(groups, num_tiles, size), owner, slot)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of (G, N, F) as tiles (G, n, C, F); any row for no point."""
+        """Tiles (G, n, C, F) of the rows of (G, N, F); any row for no point."""
         return gather_rows(x, self.index.flatten(1).clamp_min(0)).view(*self.index.shape, x.shape[-1])
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """0 where there is a point, -inf for none: (G, n, C, 1)."""
+        """Bias (G, n, C, 1) of the logits: 0 where there is a point, -inf for none."""
         return torch.zeros_like(self.index, dtype=dtype).masked_fill_(self.index < 0, -math.inf).unsqueeze(-1)
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
-        """Tiles (G, n, C, F) as rows (G, N, F)."""
+        """Rows (G, N, F) of the tiles (G, n, C, F)."""
         return gather_rows(x.flatten(1, 2), self.slot)

@@ -1,4 +1,4 @@
-"""Which form of an operator runs: Triton kernels on CUDA where triton is installed, plain PyTorch elsewhere."""
+"""Backends of the operators: Triton kernels on CUDA where triton is installed, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 
 import torch
 
-from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import resolve_backend
+from scatterbrain.errors import UserError, did_you_mean
 
+# Backends of an operator without and with kernels of its own.
+PYTORCH = ("naive", "torch")
+PYTORCH_AND_TRITON = ("naive", "torch", "triton")
 # what the kernels are compiled for; float64 runs in plain PyTorch
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# looked up once: the compiler follows neither a search for packages nor the environment
+# looked up once: torch.compile traces neither a search for packages nor the environment
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -38,20 +40,39 @@ def no_kernels(x: torch.Tensor) -> str | None:
     return None
 
 
-def choose_backend(backend: str, x: torch.Tensor) -> str:
-    """The form that `backend` selects for the tensor `x`: `auto` is `triton` on CUDA and `torch` elsewhere.
+def choose_backend(
+    backend: str,
+    offered: tuple[str, ...] = PYTORCH,
+    *,
+    unsupported: str | None = None,
+    prefer_kernels: bool = False,
+) -> str:
+    """The backend that runs: `naive`, `torch` or `triton`.
+
+    Args:
+        backend: what the caller chose, one of `offered` or `auto`.
+        offered: backends of the operator, `PYTORCH` or `PYTORCH_AND_TRITON`.
+        unsupported: why the operator's kernels cannot run this call; None where they can.
+        prefer_kernels: whether `auto` takes the kernels where they can run; else it takes `torch`.
 
     Raises:
-        UserError: unknown backend, or one that does not run here, with those that do.
+        UserError: unknown backend (near names are suggested), or `triton` where the kernels cannot run.
     """
-    available = ["naive", "torch"]
-    if no_kernels(x) is None and (x.is_cuda or backend == "triton"):
-        available.append("triton")
-    return resolve_backend(backend, tuple(available))
+    if backend == "auto":
+        return "triton" if "triton" in offered and unsupported is None and prefer_kernels else "torch"
+    if backend not in offered:
+        raise UserError(f"backend='{backend}' is not available here. {did_you_mean(backend, ('auto', *offered))}")
+    if backend == "triton" and unsupported is not None:
+        raise UserError(f"backend='triton' cannot run this: {unsupported}. Choose 'torch', or 'auto' for what fits.")
+    return backend
 
 
 def check_inference_only(operator: str, *tensors: torch.Tensor | None) -> None:
-    """Refuse to be recorded by autograd.
+    """Check that autograd does not record a call of an operator without gradients.
+
+    Args:
+        operator: its name, for the message.
+        *tensors: its tensor arguments.
 
     Raises:
         UserError: gradients are recorded, and one of the tensors takes part in them.

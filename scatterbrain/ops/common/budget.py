@@ -1,10 +1,10 @@
-"""From (sequence length, fraction of the attention matrix's memory) to the sizes of an attention.
+"""Sizes of an attention from the sequence length and a fraction of the attention matrix's memory.
 
-The unit is one column of the attention matrix, S of which make full attention. A key that a query sees costs one
-column, so a window costs its width, and clusters their size for every hash. A random feature costs two columns, one for
-queries and one for keys; a landmark costs one, since a key belongs to one landmark. So at S = 3136 and a fraction of
-1/32 a window may have 98 keys, or a Performer 49 features, or Scatterbrain 49 keys and 24 features, or two hashes have
-clusters of 49 keys: 98 = 2 * 49 = 49 + 2 * 24 + 1.
+The unit is one column of the attention matrix; full attention has S. A key that a query sees costs one column, so a
+window costs its width, and each hash the size of its clusters. A random feature costs two columns, one for queries and
+one for keys; a landmark costs one, since a key belongs to one landmark. At S = 3136 and a fraction of 1/32 the budget
+is 98 columns: a window of 98 keys, a Performer with 49 features, Scatterbrain with 49 keys and 24 features, or two
+hashes with clusters of 49 keys.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from scatterbrain.errors import UserError
 
 
 def budget_columns(sequence_length: int, memory_fraction: float) -> float:
-    """Columns of the attention matrix that may be spent.
+    """Budget in columns of the attention matrix.
 
     Args:
         sequence_length: number of keys S.
-        memory_fraction: memory over that of full attention, in (0, 1].
+        memory_fraction: memory relative to full attention, in (0, 1].
 
     Raises:
         UserError: a value out of range.
@@ -30,17 +30,17 @@ def budget_columns(sequence_length: int, memory_fraction: float) -> float:
 
 
 def keys_for(columns: float) -> int:
-    """Keys, or landmarks, that so many columns pay for, rounded down: at least one."""
+    """Number of keys, or landmarks, that fit the budget, at least 1."""
     return max(1, int(columns))
 
 
 def features_for(columns: float, multiple: int = 1) -> int:
-    """Random features that so many columns pay for, rounded down to a multiple: at least one multiple."""
+    """Number of random features that fit the budget, a multiple of `multiple` and at least that."""
     return max(1, int(columns / 2) // multiple) * multiple
 
 
 def block_for(columns: float, num_blocks: int, smallest: int = 16) -> int:
-    """Tokens of a block, a power of two of at least `smallest`, of which `num_blocks` fit into so many columns."""
+    """Tokens of a block, the largest power of two such that `num_blocks` blocks fit the budget, at least `smallest`."""
     block = smallest
     while 2 * block * num_blocks <= columns:
         block *= 2

@@ -1,22 +1,21 @@
 r"""Positive random features of the softmax kernel, in log space.
 
-For rows w ~ N(0, I), `E[exp(w.x - |x|^2 / 2) exp(w.y - |y|^2 / 2)] = exp(x.y)` (Choromanski et al., "Rethinking
-Attention with Performers", ICLR 2021, lemma 1). With x = sqrt(s) q and y = sqrt(s) k, M features estimate the
-softmax kernel exp(s q.k) without bias:
+For random projections w ~ N(0, I), `E[exp(w.x - |x|^2 / 2) exp(w.y - |y|^2 / 2)] = exp(x.y)` (Choromanski et al.,
+"Rethinking Attention with Performers", ICLR 2021, lemma 1). With x = sqrt(s) q and y = sqrt(s) k, M features estimate
+the softmax kernel exp(s q.k) without bias:
 
     phi(x)_m = exp(sqrt(s) w_m.x - s |x|^2 / 2) / sqrt(M)
 
-The cosh form (ibid., lemma 1, "hyperbolic") takes each row with both signs, so R rows give M = 2 R features and
-less variance. The features are returned as logarithms: they span hundreds of orders of magnitude, and whoever
-sums them has to subtract a maximum first.
+The hyperbolic (cosh) features (ibid., lemma 1) take each random projection with both signs: R projections give M = 2 R
+features, with less variance. Features are returned as logarithms: they span hundreds of orders of magnitude, so a
+maximum is subtracted before they are summed.
 
-The variance of the estimate grows as exp(s |q + k|^2): for a row w ~ N(0, I), relative to the square of what it
-estimates,
+The variance of the estimate grows as exp(s |q + k|^2): for one w ~ N(0, I), relative to the square of the kernel,
 
     E[(phi(q).phi(k))^2] / exp(2 s q.k) = exp(s |q + k|^2)
 
-and softmax attention leaves freedom to make |q + k| small (`centre_and_balance`). It is the same for k - c, since
-exp(-s q.c) is a factor of the query that the normaliser takes away, and for M q and M^-T k.
+and |q + k| can be made small without changing softmax attention (`centre_and_balance`): the attention is the same for
+keys k - c, since exp(-s q.c) is a factor of the query that cancels in the normalised result, and for M q and M^-T k.
 """
 
 from __future__ import annotations
@@ -26,24 +25,25 @@ import math
 import torch
 
 from scatterbrain.errors import UserError, did_you_mean
-from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import accumulation_dtype
 
 CENTRES = ("none", "keys", "both")
 
 
 def num_features(projection: torch.Tensor, cosh: bool) -> int:
-    """Number of features M that the rows of `projection` (R, E) give."""
+    """Number of features M of the random projections (R, E): R, or 2 R with `cosh`."""
     return projection.shape[0] * (2 if cosh else 1)
 
 
 def log_softmax_features(x: torch.Tensor, projection: torch.Tensor, scale: float, cosh: bool) -> torch.Tensor:
-    """Logarithm of the positive random features of queries or keys.
+    """Logarithms of the positive random features of queries or keys.
 
     Args:
         x: queries or keys (..., N, E).
-        projection: rows (R, E).
+        projection: random projections (R, E).
         scale: softmax scale s.
-        cosh: take each row with both signs.
+        cosh: take each random projection with both signs.
 
     Returns:
         (..., N, M) with M = R, or 2 R with `cosh`, in the dtype of `x`. `1 / sqrt(M)` is included.
@@ -51,7 +51,7 @@ def log_softmax_features(x: torch.Tensor, projection: torch.Tensor, scale: float
     rows = projection.to(x.dtype) * math.sqrt(scale)
     if cosh:
         rows = torch.cat([rows, -rows])
-    # log(1 / sqrt(M)) joins the norm so that no further pass over the features is needed
+    # log(1 / sqrt(M)) is added to the norm: one pass less over the features
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() * (scale / 2)
     return (x @ rows.transpose(-2, -1)).sub_(norm + math.log(len(rows)) / 2)
 
@@ -73,7 +73,7 @@ def centre_and_balance(
     balance: bool = False,
     key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of the same softmax attention whose random features vary less.
+    """Queries and keys of the same softmax attention whose random features have less variance.
 
     With means over the tokens of a sequence,
 
@@ -81,17 +81,17 @@ def centre_and_balance(
         q'.k' = q.k - q'.c
 
     The last term is the same for all keys of a query, so softmax attention does not change; the estimate of exp(s q.k)
-    stays unbiased up to that factor of the query, which exact weights beside it share.
+    stays unbiased up to that factor of the query, which the exact weights share.
 
-    Centring: of all c, the one of `both` makes the mean of |q' + k'|^2 over all pairs smallest. To centre queries is
-    to shift the keys: in exp(s q.k) = exp(s (q - m).k) exp(s m.k), m = mean(q), let the last factor weigh the keys;
-    features and weight together then are those of the keys k - m, up to a factor of the query and a constant.
+    Centring: the c of `both` minimises the mean of |q' + k'|^2 over all pairs. Centring the queries shifts the keys:
+    in exp(s q.k) = exp(s (q - m).k) exp(s m.k), m = mean(q), the last factor is a weight of the key; features and
+    weight together are the features of the keys k - m, up to a factor of the query and a constant.
 
-    Balancing: M M^T is the matrix P with P C_q P = C_k, C the second moments of what centring leaves, which makes that
-    mean smallest among all matrices. It is from the family of dense exponential features (Likhosherstov et al.,
+    Balancing: M M^T is the matrix P with P C_q P = C_k, C the second moments after centring, which minimises that mean
+    among all matrices. It belongs to the dense exponential features (Likhosherstov et al.,
     "FAVOR#: Sharp Attention Kernel Approximations via New Classes of Positive Random Features", 2023), without their
     further parameters. M is P's Cholesky factor, and a constant for autograd: the estimate is unbiased for any M.
-    The means are differentiated through.
+    Gradients flow through the means.
 
     Statistics are taken over the keys j < key_lengths[b], and, where there are as many queries as keys, over the
     queries i < key_lengths[b], else over all queries.
@@ -100,11 +100,11 @@ def centre_and_balance(
         query: (B, H, T, E).
         key: (B, H, S, E).
         centre: `none`, `keys` or `both`.
-        balance: choose M; else it is 1.
+        balance: compute M; without it, M is the identity.
         key_lengths: (B,) integers, None for all keys.
 
     Returns:
-        Queries and keys of the same shapes and dtypes; as they are, where nothing is done to them.
+        Queries and keys of the same shapes and dtypes.
 
     Raises:
         UserError: unknown `centre`.
@@ -127,24 +127,24 @@ def centre_and_balance(
         return q.to(dtype) if balance else query, k.to(dtype)
 
 
-# Added to second moments, over the mean of their diagonals: directions that few tokens, or none, have.
+# Added to second moments, relative to the mean of their diagonals, for directions in which few tokens vary, or none.
 RIDGE = 1e-3
 
 
 @torch.no_grad()
 def balancing(query_moment: torch.Tensor, key_moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices that bring queries and keys to one second moment and leave their products as they are.
+    """Matrices that give queries and keys the same second moment and preserve their products.
 
-    With C_q = L L^T and L^T C_k L = U D U^T, the solution of P C_q P = C_k is P = L^-T U D^(1/2) U^T L^-1; it makes
-    tr(P C_q) + tr(P^-1 C_k) smallest.
+    With C_q = L L^T and L^T C_k L = U D U^T, the solution of P C_q P = C_k is P = L^-T U D^(1/2) U^T L^-1; it minimises
+    tr(P C_q) + tr(P^-1 C_k).
 
     Args:
         query_moment: C_q (..., E, E), mean of q q^T.
         key_moment: C_k (..., E, E), mean of k k^T.
 
     Returns:
-        M and M^-T, (..., E, E) float64, for rows: q M and k M^-T. `RIDGE` makes them finite for any moments; they are
-        1 where a moment is zero or not finite.
+        M and M^-T, (..., E, E) float64, for row vectors: q M and k M^-T. `RIDGE` makes them finite for any moments;
+        they are the identity where a moment is zero or not finite.
     """
     moments = [query_moment.double(), key_moment.double()]
     identity = torch.eye(query_moment.shape[-1], dtype=torch.float64, device=query_moment.device)
@@ -158,7 +158,7 @@ def balancing(query_moment: torch.Tensor, key_moment: torch.Tensor) -> tuple[tor
     values, vectors = torch.linalg.eigh(lower.transpose(-2, -1) @ key_moment @ lower)
     half = torch.linalg.solve_triangular(lower.transpose(-2, -1), vectors, upper=True)
     product = (half * values.clamp_min(RIDGE**2).sqrt().unsqueeze(-2)) @ half.transpose(-2, -1)
-    # unique, unlike U: the same features on every machine
+    # the Cholesky factor is unique, unlike U: the same features on every machine
     matrix = torch.linalg.cholesky(product)
     inverse = torch.linalg.solve_triangular(matrix, identity.expand_as(matrix), upper=False).transpose(-2, -1)
     size = (sizes[1] / sizes[0]) ** 0.25

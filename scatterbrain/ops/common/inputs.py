@@ -1,10 +1,10 @@
-"""What every attention operator checks of its arguments, and the masks they share."""
+"""Checks of the operators' arguments, and the masks that they share."""
 
 from __future__ import annotations
 
 import torch
 
-from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.windows import window_bounds
 
 
@@ -22,7 +22,7 @@ def check_inputs(
         key: (B, H, S, E).
         value: (B, H, S, D).
         key_lengths: (B,) integers, None for all keys.
-        projection: (R, E) rows of the random features.
+        projection: random projections (R, E), None for an operator without.
 
     Raises:
         UserError: names the argument, what it has to be and what it is.
@@ -54,13 +54,13 @@ def check_inputs(
         )
     if projection is not None and (projection.dim() != 2 or projection.shape[1] != width or not len(projection)):
         raise UserError(
-            f"projection has to be (rows, {width}), one row for each random feature and the width of query, got "
+            f"projection has to be (rows, {width}), one row for each random projection and the width of query, got "
             f"{tuple(projection.shape)}."
         )
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:
-    """The softmax scale: `scale`, or E ** -0.5 where None is given."""
+    """Softmax scale: `scale`, or E ** -0.5 for None."""
     if scale is None:
         return query.shape[-1] ** -0.5
     if not scale > 0:
@@ -68,62 +68,9 @@ def default_scale(query: torch.Tensor, scale: float | None) -> float:
     return scale
 
 
-def visible_keys(
-    query: torch.Tensor, key: torch.Tensor, is_causal: bool, key_lengths: torch.Tensor | None
-) -> torch.Tensor:
-    """Dense mask of the keys a query may see, whatever the attention.
-
-    Args:
-        query: (B, H, T, E).
-        key: (B, H, S, E).
-        is_causal: hide the keys j > i. Position 0 of queries and keys is the same, also where T and S differ (as
-            in `torch.nn.functional.scaled_dot_product_attention`).
-        key_lengths: (B,); hide the keys j >= key_lengths[b].
-
-    Returns:
-        Boolean (B or 1, 1, T, S), true where the key is visible.
-    """
-    length, num_keys = query.shape[2], key.shape[2]
-    visible = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=query.device)
-    if is_causal:
-        visible = visible.tril()
-    if key_lengths is not None:
-        visible = visible & length_mask(key_lengths, num_keys)[:, None, None, :]
-    return visible
-
-
 def length_mask(key_lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
     """Boolean (B, S), true for the keys j < key_lengths[b]."""
     return torch.arange(num_keys, device=key_lengths.device) < key_lengths[:, None]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics and sums: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def tile_budget(x: torch.Tensor) -> int:
-    """Numbers that the tiles worked on at a time may have: a CPU's cache, while a GPU wants few launches."""
-    return 1 << 18 if x.device.type == "cpu" else 1 << 26
-
-
-def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of (G, N, ...) at (G, n) positions: (G, n, ...), many times faster than `gather` with expanded indices."""
-    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
-
-
-def resolve_backend(backend: str, available: tuple[str, ...] = ("naive", "torch")) -> str:
-    """The form of an operator that `backend` selects; `auto` is the fastest one there is.
-
-    Raises:
-        UserError: unknown backend, with those there are.
-    """
-    if backend == "auto":
-        return available[-1]
-    if backend not in available:
-        raise UserError(f"backend='{backend}' is not available here. {did_you_mean(backend, ('auto', *available))}")
-    return backend
 
 
 def check_dropout(dropout_p: float) -> None:

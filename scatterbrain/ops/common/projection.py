@@ -1,4 +1,4 @@
-"""Rows of the random features, and how they depend on one another, drawn from an explicit seed."""
+"""Random projections of the random features, drawn from an explicit seed."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def check_coupling(coupling: str) -> None:
 def draw_projection(
     num_rows: int, dim: int, seed: int, *, row_norm: str = "chi", coupling: str = "orthogonal"
 ) -> torch.Tensor:
-    """Draw the rows of a random feature map.
+    """Random projections (num_rows, dim) of a random feature map.
 
-    The direction of each row alone is uniform on the sphere, whatever the coupling, so the estimate is unbiased; its
-    variance falls where the rows of a block of `dim` avoid one another.
+    The direction of each projection is uniform on the sphere, whatever the coupling, so the estimate is unbiased. Its
+    variance falls with larger angles between the projections of a block of `dim`.
 
     Args:
-        num_rows: number of rows R.
+        num_rows: number of random projections R.
         dim: width E of queries and keys.
-        seed: any integer; the rows are a function of the arguments alone, on every machine.
-        row_norm: length of the rows. `chi`: that of a standard normal vector (chi-distributed), for which the
-            estimate is unbiased. `sqrt_dim`: sqrt(E) for every row, with less variance and a small bias.
-        coupling: directions of the rows of a block of `dim`. `orthogonal`: at right angles (Choromanski et al., ICLR
-            2021, section 2.3). `simplex`: from the centre to the corners of a regular simplex, at the largest angles
-            that so many rows can have, arccos(-1 / (n - 1)) for n rows (Reid et al., "Simplex random features", ICML
-            2023, section 3). `independent`: normal vectors. Blocks are independent of one another.
+        seed: any integer; the result is a function of the arguments alone, on every machine.
+        row_norm: lengths of the projections. `chi`: that of a standard normal vector (chi-distributed), for which the
+            estimate is unbiased. `sqrt_dim`: sqrt(E) for all, with less variance and a small bias.
+        coupling: directions of the projections of a block of `dim`. `orthogonal`: at right angles (Choromanski et al.,
+            ICLR 2021, section 2.3). `simplex`: from the centre to the corners of a regular simplex, the largest equal
+            angles of n vectors, arccos(-1 / (n - 1)) (Reid et al., "Simplex random features", ICML 2023, section 3).
+            `independent`: normal vectors. Blocks are independent of one another.
 
     Returns:
         (num_rows, dim) float32, on the CPU.
@@ -67,7 +67,7 @@ def draw_projection(
 
 def _orthonormal(num_rows: int, dim: int, generator: torch.Generator) -> torch.Tensor:
     """The first rows of a Haar-distributed orthogonal matrix, (num_rows, dim) float64."""
-    # float64: the sign fix and the orthogonality to 1e-15 make the rounded float32 rows the same everywhere
+    # float64: the sign fix and the orthogonality to 1e-15 make the rounded float32 values the same everywhere
     normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
     # the sign of R's diagonal is LAPACK's choice; fixing it makes Q Haar-distributed (Mezzadri, 2007)

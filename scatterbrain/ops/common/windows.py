@@ -1,4 +1,4 @@
-"""Local windows: one definition for every operator.
+"""Local windows, defined once for all operators.
 
 A window of width W lets query i see the keys j with `-(W // 2) <= j - i < (W + 1) // 2`: W keys, itself among
 them, and for even W one more to the left than to the right.
@@ -12,7 +12,7 @@ from scatterbrain.errors import UserError
 
 
 def window_bounds(window: int) -> tuple[int, int]:
-    """Reach of a window to the left and to the right.
+    """Extent of a window to the left and to the right.
 
     Args:
         window: width W >= 0 in keys; 0 is the empty window.

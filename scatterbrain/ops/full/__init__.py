@@ -1,10 +1,11 @@
-"""Full softmax attention."""
+"""Full attention: softmax over all keys, `softmax(s Q K^T) V`."""
 
 from __future__ import annotations
 
 import torch
 
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, resolve_backend
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
 from scatterbrain.ops.full.naive import naive_full_attention
 from scatterbrain.ops.full.sdpa import sdpa_full_attention
 
@@ -22,7 +23,7 @@ def full_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Softmax attention over all keys.
+    """Output (B, H, T, D) of softmax attention over all keys.
 
     Args:
         query: (B, H, T, E).
@@ -31,8 +32,8 @@ def full_attention(
         scale: softmax scale; None is E ** -0.5.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a weight (not in the naive form).
-        backend: `naive` (dense, float64), `torch` (scaled_dot_product_attention) or `auto`.
+        dropout_p: probability of dropping a weight (ignored by `naive`).
+        backend: `naive` (dense, float64), `torch` (scaled_dot_product_attention), or `auto`, which is `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -43,6 +44,6 @@ def full_attention(
     check_inputs(query, key, value, key_lengths)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    if resolve_backend(backend) == "naive":
+    if choose_backend(backend) == "naive":
         return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)
     return sdpa_full_attention(query, key, value, scale, is_causal, key_lengths, dropout_p)

@@ -1,11 +1,10 @@
-"""Specification of full attention."""
+"""Specification of full attention, dense and in float64."""
 
 from __future__ import annotations
 
-import torch
+import math
 
-from scatterbrain.ops.common.dense import dense_attention, dense_logits
-from scatterbrain.ops.common.inputs import visible_keys
+import torch
 
 
 def naive_full_attention(
@@ -16,6 +15,22 @@ def naive_full_attention(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float64 form; arguments as in `full_attention`. Returns output (B, H, T, D) and weights (B, H, T, S)."""
-    visible = visible_keys(query, key, is_causal, key_lengths)
-    return dense_attention(dense_logits(query, key, scale), visible, value)
+    """Output (B, H, T, D) and attention weights (B, H, T, S) of softmax attention, both float64.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        scale: softmax scale s.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+    """
+    query, key, value = (x.double() for x in (query, key, value))
+    i = torch.arange(query.shape[2], device=query.device)[:, None]
+    j = torch.arange(key.shape[2], device=query.device)
+    visible = (j <= i) if is_causal else torch.ones(len(i), len(j), dtype=torch.bool, device=query.device)  # [T, S]
+    if key_lengths is not None:
+        visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
+    logits = (scale * query @ key.transpose(-2, -1)).masked_fill(~visible, -math.inf)
+    weights = logits.softmax(-1).masked_fill(~visible, 0.0)  # zero, not nan, for a query that sees no key
+    return weights @ value, weights

@@ -17,10 +17,13 @@ def sdpa_full_attention(
     key_lengths: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Arguments as in `full_attention`. No (T, S) mask is built: causality is the kernel's, padding a (B, S) mask."""
+    """Output (B, H, T, D) of full attention; arguments as in `full_attention`.
+
+    No (T, S) mask is built: causality is an option of the kernel, padding a (B, S) mask.
+    """
 
     def attend(is_causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
-        # without autocast: the output has the dtype of the inputs, as for the other operators
+        # without autocast: the output has the dtype of the inputs, as that of the other operators
         with torch.autocast(query.device.type, enabled=False):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
@@ -28,10 +31,10 @@ def sdpa_full_attention(
 
     if key_lengths is None:
         return attend(is_causal)
-    # one key at least, so that no kernel meets an empty row; those rows are zeroed below
+    # at least one key, since kernels differ on rows without any; those rows are set to zero below
     out = attend(False, length_mask(key_lengths.clamp_min(1), key.shape[2])[:, None, None, :])
     if is_causal:
-        # a query before the end of its sample sees no padding anyway, one behind it sees the whole sample
+        # a query before the end of its sample sees no padding, and one behind it the whole sample
         before_end = length_mask(key_lengths, query.shape[2])[:, None, :, None]
         out = torch.where(before_end, attend(True), out)
     return out.masked_fill((key_lengths < 1)[:, None, None, None], 0.0)

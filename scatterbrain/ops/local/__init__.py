@@ -1,9 +1,10 @@
-"""Softmax attention inside a local window."""
+"""Local attention: softmax over a window of W keys around each query."""
 
 from __future__ import annotations
 
 import torch
 
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
 from scatterbrain.ops.local.naive import naive_local_attention
 from scatterbrain.ops.scatterbrain import triton as fused
@@ -24,7 +25,7 @@ def local_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Softmax attention over the keys `-(W // 2) <= j - i < (W + 1) // 2`.
+    """Output (B, H, T, D) of softmax attention over the keys `-(W // 2) <= j - i < (W + 1) // 2`.
 
     Args:
         query: (B, H, T, E).
@@ -34,9 +35,9 @@ def local_attention(
         scale: softmax scale; None is E ** -0.5.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a weight (not in the naive form).
-        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused kernels for CUDA, see
-            `scatterbrain.ops.scatterbrain.triton`) or `auto`: `triton` where it runs and is fast, else `torch`.
+        dropout_p: probability of dropping a weight (ignored by `naive`).
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.scatterbrain.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -48,7 +49,12 @@ def local_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = fused.choose_backend(backend, query, value, dropout_p=dropout_p)
+    backend = choose_backend(
+        backend,
+        PYTORCH_AND_TRITON,
+        unsupported=fused.unsupported(query, value, dropout_p=dropout_p),
+        prefer_kernels=fused.is_fast(query, value),
+    )
     if backend == "naive":
         return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)
     options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
 from scatterbrain.ops.performer.linear import linear_performer_attention
 from scatterbrain.ops.performer.naive import naive_performer_attention
@@ -27,20 +28,20 @@ def performer_attention(
     eps: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention with the weights `phi(q).phi(k) / (sum_j phi(q).phi(k_j) + eps)`.
+    """Output (B, H, T, D) of attention with the weights `phi(q).phi(k) / (sum_j phi(q).phi(k_j) + eps)`.
 
     Args:
         query: (B, H, T, E).
         key: (B, H, S, E).
         value: (B, H, S, D).
-        projection: rows (M, E) of the random features, see `scatterbrain.ops.common.features`.
+        projection: random projections (M, E), see `scatterbrain.draw_projection`.
         scale: softmax scale; None is E ** -0.5.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a key's feature from the sum of the values (not in the naive form).
-        eps: added to the normaliser, not causal only; 0 but for the published T2T-ViT's own Performer stages.
-        backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused kernels for CUDA, see
-            `scatterbrain.ops.scatterbrain.triton`) or `auto`: `triton` where it runs and is fast, else `torch`.
+        dropout_p: probability of dropping a key's feature from the sum of the values (ignored by `naive`).
+        eps: added to the normaliser, not with `is_causal`; 1e-8 in the Performer stages of the published T2T-ViT.
+        backend: `naive` (dense, float64), `torch` (linear in T and S), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.scatterbrain.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -53,7 +54,12 @@ def performer_attention(
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
         raise UserError(f"eps={eps} has to be at least 0, and 0 with is_causal.")
-    backend = fused.choose_backend(backend, query, value, projection, dropout_p=dropout_p)
+    backend = choose_backend(
+        backend,
+        PYTORCH_AND_TRITON,
+        unsupported=fused.unsupported(query, value, projection, dropout_p=dropout_p),
+        prefer_kernels=fused.is_fast(query, value, projection),
+    )
     if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
         return out.to(query.dtype)

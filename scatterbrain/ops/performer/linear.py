@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask
-from scatterbrain.ops.scatterbrain.blocked import FLOOR
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype
 
 
 def linear_performer_attention(
@@ -22,11 +22,11 @@ def linear_performer_attention(
     dropout_p: float = 0.0,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Arguments as in `performer_attention`.
+    """Output (B, H, T, D) of Performer attention in O((T + S) M); arguments as in `performer_attention`.
 
-    The features of the keys are taken relative to their maximum over the keys, one for each feature; that maximum
-    then joins the features of the queries. So each feature's sum lies between 1 and S, and the largest product of a
-    query is 1: nothing overflows, and nothing that matters underflows.
+    Each feature of the keys is divided by its maximum over the keys, and the same feature of the queries multiplied by
+    it. Each feature's sum then lies between 1 and S, and the largest product of a query is 1: nothing overflows, and
+    only negligible weights underflow.
     """
     with torch.autocast(query.device.type, enabled=False):
         dtype = query.dtype
@@ -44,7 +44,7 @@ def linear_performer_attention(
 
         normaliser = query_features @ key_features.sum(2).unsqueeze(-1)
         if eps > 0:
-            # on the scale of the stabilised features; inf where eps outweighs every key, and the output is then 0
+            # relative to the same maxima; inf where eps outweighs every key, and the output is then 0
             normaliser = normaliser + eps * (-query_max).exp()
         if key_lengths is not None:
             # 0 / 1 in place of 0 / 0 for a sample without keys: zero, and so are the gradients

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
+from scatterbrain.ops.scatterbrain import triton as fused
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 from scatterbrain.ops.scatterbrain.naive import naive_scatterbrain_attention
-from scatterbrain.ops.scatterbrain.triton import attention as fused_attention
-from scatterbrain.ops.scatterbrain.triton import choose_backend
 
 __all__ = ["naive_scatterbrain_attention", "scatterbrain_attention"]
 
@@ -26,23 +26,26 @@ def scatterbrain_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention with weights exp(s q.k) inside a local window and phi(q).phi(k) outside it, normalised together.
+    """Output (B, H, T, D) of attention with weights exp(s q.k) in a local window and phi(q).phi(k) outside it.
 
-    Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, algorithm 1, with a local
-    window as the sparse support and Performer's cosh features as the low-rank part. See README.md in this folder.
+    Both are normalised together: Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021,
+    algorithm 1, with a local window as the sparse support and Performer's hyperbolic features as the low-rank part.
+    `naive.py` is the specification, README.md in this folder says how it is computed.
 
     Args:
         query: (B, H, T, E).
         key: (B, H, S, E).
         value: (B, H, S, D).
-        projection: rows (R, E) of the random features; each is taken with both signs, M = 2 R.
+        projection: random projections (R, E), see `scatterbrain.draw_projection`; each is taken with both signs, so the
+            number of features is M = 2 R.
         window: width W >= 1 of the window `-(W // 2) <= j - i < (W + 1) // 2`.
         scale: softmax scale s; None is E ** -0.5.
         is_causal: hide the keys j > i, inside and outside the window.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a weight (not in the naive form), see `ops.scatterbrain.blocked`.
-        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused kernels for CUDA, see
-            `scatterbrain.ops.scatterbrain.triton`) or `auto`: `triton` where it runs and is fast, else `torch`.
+        dropout_p: probability of dropping a weight (ignored by `naive`), see
+            `scatterbrain.ops.scatterbrain.blocked.blocked_attention`.
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.scatterbrain.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -54,7 +57,12 @@ def scatterbrain_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend, query, value, projection, True, dropout_p)
+    backend = choose_backend(
+        backend,
+        PYTORCH_AND_TRITON,
+        unsupported=fused.unsupported(query, value, projection, cosh=True, dropout_p=dropout_p),
+        prefer_kernels=fused.is_fast(query, value, projection, cosh=True),
+    )
     if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
         return out.to(query.dtype)
@@ -66,5 +74,5 @@ def scatterbrain_attention(
         "key_lengths": key_lengths,
     }
     if backend == "triton":
-        return fused_attention(query, key, value, window, **options)
+        return fused.attention(query, key, value, window, **options)
     return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)

@@ -1,17 +1,17 @@
 """Window and low-rank attention by blocks of queries, in plain PyTorch: linear in time and memory.
 
-Queries are cut into blocks of C. A block meets the keys in three parts (W = window, `reach` = W // 2):
+Queries are cut into blocks of C. For each block the keys have three parts (W = window, `reach` = W // 2):
 
     keys    ...........|<------------ stretch, L keys ------------>|..........
             prefix     start of the block - reach                             suffix
 
-- in the *stretch*, C + W - 1 keys rounded up to whole blocks, every pair (i, j) is formed: exp(s q.k) inside the
-  window, phi(q).phi(k) outside it;
+- for the *stretch*, C + W - 1 keys rounded up to whole blocks, the weights of all pairs (i, j) are computed: exp(s q.k)
+  inside the window, phi(q).phi(k) outside it;
 - *prefix* and *suffix* enter only through their sums of phi(k) and phi(k) v^T, one (M, D) matrix for each block.
 
-Nothing is subtracted: taking the window's features off a sum over all keys (as the published implementation does)
-cancels catastrophically where few keys dominate. The (C, L) tiles live in slices of bounded size, so neither an
-N x N matrix nor an N x W x E gather ever exists. Statistics, exponentials and sums are float32, or float64 for
+Nothing is subtracted: subtracting the window's features from a sum over all keys (as the published implementation
+does) cancels catastrophically where few keys dominate. The (C, L) tiles are computed in slices of bounded size, so
+neither a T x S matrix nor a T x W x E gather exists. Statistics, exponentials and sums are float32, or float64 for
 float64 inputs; maxima are constants for autograd (they cancel in the normalised result).
 """
 
@@ -24,28 +24,19 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import accumulation_dtype, length_mask, tile_budget
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
-
-# Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
-FLOOR = -1e30
-
-# The reference that a query's exponentials are taken from may lie this far below the largest bound of its features.
-# Why it is needed: the bound of the low-rank part also covers keys inside the window, where exp(s q.k) replaces
-# phi(q).phi(k). A feature exceeds the exact weight by at most exp(|w|^2 / 2), w its row: exp(32) is typical at
-# E = 64. With 60 of slack to the reference and 87 down to float32's smallest number, the weights of a window survive
-# |w|^2 up to 294.
-REFERENCE_SLACK = 60.0
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How (B, H, N, width) tensors are cut into blocks.
+    """Cut of (B, H, N, width) tensors into blocks.
 
-    All G = B * H sequences lie behind one another as rows, `num_blocks` blocks of `block` rows each. Keys lie `reach`
-    rows further back than queries: the stretch of block b then is the key blocks b to b + side, and the stretches of
-    all blocks are one strided view and no copies. Every sequence ends in `side` blocks without queries, so no stretch
-    that matters runs into the next one.
+    The G = B * H sequences are concatenated as rows, `num_blocks` blocks of `block` rows each. Keys are shifted back by
+    `reach` rows against the queries, so the stretch of block b is the key blocks b to b + side, and the stretches of
+    all blocks are one strided view, without copies. Every sequence ends in `side` blocks without queries, so that no
+    stretch that is used reaches into the next sequence.
     """
 
     groups: int
@@ -60,8 +51,8 @@ class _Layout:
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, window: int) -> _Layout:
         span = max(window - 1, 0)
-        # Blocks as long as the window's span waste the least: the stretch is twice as long as the block. Past 64 the
-        # tiles leave the cache, under 16 the products are too small.
+        # Blocks as long as the window's span compute the fewest unused pairs: the stretch is twice the block. Above 64
+        # the tiles exceed the cache, below 16 the products are too small.
         side = -(-span // 64)
         block = 64 if side == 0 else max(16, -(-span // (side * 8)) * 8)
         batch, heads, length, _ = query.shape
@@ -80,10 +71,10 @@ class _Layout:
         return window_bounds(self.window)[0]
 
     def rows(self, x: torch.Tensor, offset: int, fill: float | None = 0.0, with_ones: bool = False) -> torch.Tensor:
-        """Lay (B, H, N, width) out as rows (G * num_blocks * C, width).
+        """Rows (G * num_blocks * C, width) of a tensor (B, H, N, width).
 
-        Between sequences stands `fill`, or for None the nearest row of the sequence. `with_ones` adds a column of ones
-        to the sequences.
+        Between sequences the rows are `fill`, or for None the nearest row of the sequence. `with_ones` appends a column
+        of ones to the sequences.
         """
         batch, heads, length, width = x.shape
         rows = x.new_empty(batch, heads, self.num_blocks * self.block, width + with_ones)
@@ -104,18 +95,18 @@ class _Layout:
         return rows.view(self.groups, -1, rows.shape[-1])
 
     def slices_of_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Cut blocks into slices of bounded size, the last `side` blocks left out: their stretch would not be whole.
+        """Slices of bounded size of the blocks, without the last `side` blocks, whose stretch would be incomplete.
 
-        All at once: the gradient of `x[a:b]` would be as large as `x` for every slice, quadratic altogether.
+        One split: the gradient of every `x[a:b]` would be as large as `x`, quadratic in total.
         """
         return blocks[: len(blocks) - self.side].split(self.slice_size)
 
     def slices_of_stretches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Stretches of the same slices, transposed: (slice, width, L) each, views."""
+        """Stretches of the same slices, transposed: views (slice, width, L)."""
         return rows.unfold(0, self.stretch, self.block).split(self.slice_size)
 
     def restore(self, outputs: list[torch.Tensor], batch: int) -> torch.Tensor:
-        """Slices of blocks (slice, C, D) as (B, H, T, D)."""
+        """Output (B, H, T, D) of slices of blocks (slice, C, D)."""
         left_out = outputs[0].new_zeros(self.side, *outputs[0].shape[1:])
         x = torch.cat([*outputs, left_out])
         return x.view(batch, -1, self.num_blocks * self.block, x.shape[-1])[:, :, : self.length]
@@ -123,11 +114,11 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _TileMasks:
-    """What the C x L tile of a block looks like, the same for all blocks.
+    """Masks of the C x L tile of a block, the same for all blocks.
 
     Attributes:
         in_window: boolean (C, L).
-        outside_window: the rest of it, 0 or 1 in the dtype of the weights.
+        outside_window: its complement, 0 or 1 in the dtype of the weights.
         hidden: boolean (C, L), the keys that causality hides; None without it.
     """
 
@@ -163,7 +154,7 @@ def blocked_attention(
     key_lengths: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Exact weights inside a window, weights phi(q).phi(k) of positive features outside it.
+    """Output (B, H, T, D) of attention with exact weights in a window and weights phi(q).phi(k) outside it.
 
     Args:
         query: (B, H, T, E).
@@ -171,15 +162,15 @@ def blocked_attention(
         value: (B, H, S, D).
         window: width W in keys, see `scatterbrain.ops.common.windows`; 0 for no window.
         scale: softmax scale s.
-        projection: rows (R, E) of random features; without them and `log_features` there is no low-rank part.
-        cosh: take each row with both signs.
+        projection: random projections (R, E); without it and `log_features` there is no low-rank part.
+        cosh: take each random projection with both signs.
         log_features: in place of `projection`, logarithms of any positive features of queries (B, H, T, M), finite, and
-            of keys (B, H, S, M), -inf for zero. Not causal, a query's largest product of a feature and the largest
-            such feature of any key may exceed its largest weight by no more than exp(`REFERENCE_SLACK`).
+            of keys (B, H, S, M), -inf for zero. Without causality, the largest product of a query's feature and the
+            maximum of that feature over all keys may exceed the query's largest weight by at most exp(`MAXIMUM_SLACK`).
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
-        dropout_p: probability of dropping a weight. The weights of prefix and suffix are dropped by key and
-            feature, the same for all queries of a head: they never exist one by one.
+        dropout_p: probability of dropping a weight. In prefix and suffix, whose weights are never formed, pairs of key
+            and feature are dropped, the same for all queries of a head.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -208,7 +199,7 @@ def _blocked(
     query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
     masks = _TileMasks.of(layout, query, is_causal)
 
-    # 0 for a key that exists, -inf for padding
+    # 0 for visible keys, -inf for padding
     key_bias = key.new_zeros(batch, query.shape[1], layout.num_keys, 1)
     if key_lengths is not None:
         hidden = ~length_mask(key_lengths, layout.num_keys)[:, None, :, None]
@@ -217,23 +208,25 @@ def _blocked(
     # Beyond either end the nearest key is repeated, see `needs_bias`.
     key_rows = layout.rows(key, layout.reach, fill=None)
     bias_rows = layout.rows(key_bias, layout.reach, fill=-math.inf)
-    # The column of ones turns the normaliser into one more column of each product with the values. It is zero where
-    # there is no key.
+    # The column of ones makes the normaliser one more column of each product with the values. It is zero where there is
+    # no key.
     value_rows = layout.rows(value, layout.reach, with_ones=True)
 
     low_rank = None
     if projection is not None:
-        form = _PerKeyReference if is_causal or query.shape[-1] > _MAX_WIDTH_OF_SHARED_REFERENCE else _SharedReference
+        low_rank_class = (
+            _PerKeyMaximum if is_causal or query.shape[-1] > _MAX_WIDTH_OF_SHARED_MAXIMUM else _SharedMaximum
+        )
         log_query = log_softmax_features(query_rows, projection, scale, cosh)
         log_key = log_softmax_features(key_rows, projection, scale, cosh).add_(bias_rows)
-        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
+        low_rank = low_rank_class(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
     elif log_features is not None:
-        # Any width: what may exceed a weight is bounded by the caller.
-        form = _PerKeyReference if is_causal else _SharedReference
+        # of any width: the caller bounds by how much features may exceed a weight
+        low_rank_class = _PerKeyMaximum if is_causal else _SharedMaximum
         log_query, log_key = (x.to(query.dtype) for x in log_features)
         log_query = layout.rows(log_query, 0)
         log_key = layout.rows(log_key, layout.reach).add_(bias_rows)
-        low_rank = form(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
+        low_rank = low_rank_class(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
 
     query_slices = layout.slices_of_blocks(layout.blocks(query_rows))
     key_slices = layout.slices_of_stretches(key_rows)
@@ -241,8 +234,8 @@ def _blocked(
     value_slices = layout.slices_of_stretches(value_rows)
     blind_slices = layout.slices_of_blocks(_blind_queries(layout, query.device, key_lengths, low_rank is not None))
     window_bias = masks.window_bias()
-    # Not where all keys exist that a window holds but for those beyond the ends: a window that runs over an end holds
-    # the last key too, so its copies do not move the reference, and their values and ones are zero.
+    # Not needed where a window holds no padding, other than keys beyond the ends: such a window holds the last key too,
+    # so copies of it do not change the maximum, and their values and ones are zero.
     needs_bias = key_lengths is not None or layout.length > layout.num_keys
 
     outputs = []
@@ -253,14 +246,14 @@ def _blocked(
             if needs_bias:
                 logits.add_(bias_slices[index])
         if low_rank is None:
-            reference = logits.detach().amax(-1, keepdim=True).clamp_min_(FLOOR)
-            weights = logits.sub_(reference).exp_()
+            maximum = logits.detach().amax(-1, keepdim=True).clamp_min_(FLOOR)
+            weights = logits.sub_(maximum).exp_()
             outside = None
         else:
             weights, outside = low_rank(index, logits)
         values = value_slices[index].transpose(1, 2)
         if dropout_p > 0:
-            # what is dropped still counts in the normaliser
+            # dropped weights still count in the normaliser
             kept = torch.bmm(F.dropout(weights, dropout_p), values)
             kept = kept if outside is None else kept + outside
         sums = torch.bmm(weights, values) if outside is None else outside.baddbmm_(weights, values)
@@ -273,10 +266,10 @@ def _blocked(
 def _blind_queries(
     layout: _Layout, device: torch.device, key_lengths: torch.Tensor | None, has_low_rank: bool
 ) -> torch.Tensor:
-    """Queries that see no key, and rows of padding: boolean (G * num_blocks, C, 1).
+    """Boolean (G * num_blocks, C, 1), true for queries that see no key and for rows between sequences.
 
-    They are told from the masks, not from a zero normaliser: a normaliser that vanishes for any other reason should
-    show as nan, not pass as a result.
+    Computed from the masks, not from a zero normaliser: a normaliser that is zero for any other reason should give nan,
+    not a result.
     """
     position = torch.arange(layout.num_blocks * layout.block, device=device)
     first = torch.zeros_like(position) if has_low_rank else (position - layout.reach).clamp_min_(0)
@@ -288,19 +281,19 @@ def _blind_queries(
     return blind.view(-1, layout.block, 1)
 
 
-# Rows w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width |w|^2 stays under the 294 of REFERENCE_SLACK.
-_MAX_WIDTH_OF_SHARED_REFERENCE = 128
+# Random projections w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width below the 294 of MAXIMUM_SLACK.
+_MAX_WIDTH_OF_SHARED_MAXIMUM = 128
 
 
-class _SharedReference:
-    """Low-rank part with one reference for each feature: the maximum over all keys of the sequence.
+class _SharedMaximum:
+    """Low-rank part with one maximum for each feature, that over all keys of the sequence.
 
-    One product then gives the low-rank weights of a tile, without a logarithm. Safe without causal masking only: a
-    hidden key with a far larger feature would push everything visible below the smallest float.
+    One product then gives the low-rank weights of a tile, without a logarithm. Not with causal masking: relative to a
+    hidden key with a far larger feature, all visible keys would underflow.
 
     Args:
         layout: the cut into blocks.
-        masks: what a tile looks like.
+        masks: masks of a tile.
         log_query: rows of log features (rows, M).
         log_key: the same of the keys, -inf where there is no key.
         value_blocks: values and ones (G * num_blocks, C, D + 1).
@@ -319,11 +312,11 @@ class _SharedReference:
         self.masks = masks
         num_features = log_key.shape[-1]
         # first over rows num_blocks apart, then over what remains: long inner dimensions make it ten times faster
-        reference = log_key.detach().view(layout.groups, layout.block, -1, num_features).amax(1)
-        reference = reference.amax(1, keepdim=True).clamp_min_(FLOOR)  # (G, 1, M)
-        # in place where autograd allows it: fresh memory costs more than the arithmetic
-        key_rows = layout.by_group(log_key).sub_(reference).exp_().view(-1, num_features)
-        query_rows = layout.by_group(log_query).add_(reference).view(-1, num_features)
+        maximum = log_key.detach().view(layout.groups, layout.block, -1, num_features).amax(1)
+        maximum = maximum.amax(1, keepdim=True).clamp_min_(FLOOR)  # (G, 1, M)
+        # in place where autograd allows it: allocation costs more than the arithmetic
+        key_rows = layout.by_group(log_key).sub_(maximum).exp_().view(-1, num_features)
+        query_rows = layout.by_group(log_query).add_(maximum).view(-1, num_features)
         self.keys = layout.slices_of_stretches(key_rows)
         self.log_queries = layout.slices_of_blocks(layout.blocks(query_rows))
         sums = _block_sums(layout, layout.blocks(key_rows), value_blocks, dropout_p)
@@ -332,24 +325,23 @@ class _SharedReference:
     def __call__(self, index: int, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights of a slice of tiles, and the sums over everything outside them."""
         log_query = self.log_queries[index]
-        reference = log_query.detach().amax(-1, keepdim=True)
+        maximum = log_query.detach().amax(-1, keepdim=True)
         if logits is not None:
-            reference = torch.maximum(logits.detach().amax(-1, keepdim=True), reference - REFERENCE_SLACK)
-        query = (log_query - reference).exp()
+            maximum = torch.maximum(logits.detach().amax(-1, keepdim=True), maximum - MAXIMUM_SLACK)
+        query = (log_query - maximum).exp()
         weights = torch.bmm(query, self.keys[index])
         if logits is not None:
-            # exact weights are zero outside the window: a product and a sum choose, 8 times faster than torch.where
-            weights.mul_(self.masks.outside_window).add_(logits.sub_(reference).exp_())
+            # exact weights are zero outside the window: a product and a sum select, 8 times faster than torch.where
+            weights.mul_(self.masks.outside_window).add_(logits.sub_(maximum).exp_())
         return weights, torch.bmm(query, self.sums[index])
 
 
-class _PerKeyReference:
-    """Low-rank part with a reference for each key, each query, and each feature of a prefix.
+class _PerKeyMaximum:
+    """Low-rank part with a maximum for each key, each query, and each feature of a prefix.
 
-    The weights of a tile are formed as logarithms, so that no key, visible or hidden, can push another below the
-    smallest float. The products of features behind them are float64, whose e^-708 leaves room for queries and keys
-    that favour different features. Costs a logarithm for each pair; used where `_SharedReference` is not safe, and
-    takes the same arguments.
+    The weights of a tile are computed as logarithms, so that no key, visible or hidden, makes another underflow. The
+    products of features are float64, whose range down to e^-708 covers queries and keys with different large features.
+    Costs a logarithm for each pair; used where `_SharedMaximum` is not safe, with the same arguments.
     """
 
     def __init__(
@@ -365,10 +357,10 @@ class _PerKeyReference:
         key_blocks = layout.blocks(log_key)
         block_max = key_blocks.detach().amax(1).clamp_min_(FLOOR)  # (G * num_blocks, M)
         state = _block_sums(layout, (key_blocks - block_max.unsqueeze(1)).exp(), value_blocks, dropout_p)
-        reference, state = _log_space_outside(layout, layout.by_group(block_max), state, masks.hidden is not None)
+        maximum, state = _log_space_outside(layout, layout.by_group(block_max), state, masks.hidden is not None)
         self.sums = layout.slices_of_blocks(state.flatten(0, 1))
         log_query_blocks = layout.blocks(log_query)
-        self.log_queries_outside = layout.slices_of_blocks(log_query_blocks + reference.flatten(0, 1).unsqueeze(1))
+        self.log_queries_outside = layout.slices_of_blocks(log_query_blocks + maximum.flatten(0, 1).unsqueeze(1))
 
         query_max = log_query_blocks.detach().amax(-1, keepdim=True)
         self.query_max = layout.slices_of_blocks(query_max)
@@ -388,11 +380,11 @@ class _PerKeyReference:
         if logits is not None:
             log_weights = torch.where(self.masks.in_window, logits, log_weights)
         log_query = self.log_queries_outside[index]
-        reference = torch.maximum(
+        maximum = torch.maximum(
             log_weights.detach().amax(-1, keepdim=True), log_query.detach().amax(-1, keepdim=True)
         ).clamp_min_(FLOOR)
-        query = (log_query - reference).exp()
-        weights = (log_weights - reference).exp()
+        query = (log_query - maximum).exp()
+        weights = (log_weights - maximum).exp()
         return weights, torch.bmm(query, self.sums[index])
 
 
@@ -407,13 +399,13 @@ def _block_sums(
     return sums.view(layout.groups, layout.num_blocks, *sums.shape[1:])
 
 
-# Up to so many blocks, the sums over all others are one product; past it, running sums in groups of so many blocks.
+# Up to this number of blocks, the sums over all others are one product; above it, running sums in groups.
 _MAX_BLOCKS_OF_ONE_PRODUCT = 128
 _RUNNING_SUM_GROUP = 16
 
 
 def _outside(layout: _Layout, sums: torch.Tensor) -> torch.Tensor:
-    """Sum over prefix and suffix of each block: all key blocks but b to b + side. (G, num_blocks, M, D) to the same."""
+    """Sums (G, num_blocks, M, D) over prefix and suffix of each block: all key blocks but b to b + side."""
     flat, side = sums.flatten(2), layout.side
     if layout.num_blocks <= _MAX_BLOCKS_OF_ONE_PRODUCT:
         ones = sums.new_ones(layout.num_blocks, layout.num_blocks)
@@ -424,9 +416,9 @@ def _outside(layout: _Layout, sums: torch.Tensor) -> torch.Tensor:
 
 
 def _running_sum(x: torch.Tensor, after: bool = False) -> torch.Tensor:
-    """Sum over what comes before (or `after`) each entry of dimension 1: (G, n, width) to the same.
+    """Sums (G, n, width) over the entries of dimension 1 before, or `after`, each entry.
 
-    By products with triangles of ones, in groups: PyTorch's cumsum is slow but along the last dimension.
+    By products with triangular matrices of ones, in groups: PyTorch's cumsum is fast along the last dimension only.
     """
     groups, length, width = x.shape
     size = min(length, _RUNNING_SUM_GROUP)
@@ -445,33 +437,33 @@ def _running_sum(x: torch.Tensor, after: bool = False) -> torch.Tensor:
 def _log_space_outside(
     layout: _Layout, log_max: torch.Tensor, state: torch.Tensor, is_causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_outside` for sums that are relative to a maximum of their own.
+    """Sums as in `_outside`, for block sums relative to maxima of their own.
 
     Args:
         layout: the cut into blocks.
-        log_max: (G, num_blocks, M), the logarithm that block b's sums are relative to.
+        log_max: (G, num_blocks, M), logarithm of the maximum that the sums of block b are relative to.
         state: (G, num_blocks, M, D), the sums.
         is_causal: prefix only.
 
     Returns:
-        Reference (G, num_blocks, M) and sums relative to it (G, num_blocks, M, D).
+        Logarithms of the maxima (G, num_blocks, M) and sums relative to them (G, num_blocks, M, D).
     """
-    reference, prefix = _exclusive_running_sum(log_max, state)
+    maximum, prefix = _exclusive_running_sum(log_max, state)
     beyond = 1 + layout.side
     if is_causal or layout.num_blocks <= beyond:
-        return reference, prefix
+        return maximum, prefix
     # the suffix of block b is the exclusive running sum, from the back, at block b + side
     suffix_max, suffix = (x.flip(1) for x in _exclusive_running_sum(log_max.flip(1), state.flip(1)))
     shift = layout.side
     suffix_max = F.pad(suffix_max[:, shift:], (0, 0, 0, shift), value=FLOOR)
     suffix = F.pad(suffix[:, shift:], (0, 0, 0, 0, 0, shift))
-    joint = torch.maximum(reference, suffix_max)
-    both = prefix * (reference - joint).exp().unsqueeze(-1) + suffix * (suffix_max - joint).exp().unsqueeze(-1)
+    joint = torch.maximum(maximum, suffix_max)
+    both = prefix * (maximum - joint).exp().unsqueeze(-1) + suffix * (suffix_max - joint).exp().unsqueeze(-1)
     return joint, both
 
 
 def _exclusive_running_sum(log_max: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Running sum over the blocks before each block, relative to the running maximum."""
+    """Running maxima and running sums, relative to them, over the blocks before each block."""
     running_max = torch.cummax(log_max, dim=1).values
     # unbound at once: the gradient of `scaled[:, block]` would be as large as `scaled` for every block
     scaled = (state * (log_max - running_max).exp().unsqueeze(-1)).unbind(1)

@@ -1,12 +1,17 @@
-"""Specification of Scatterbrain attention with a local window."""
+"""Specification of Scatterbrain attention with a local window: all of its maths, dense and in float64.
+
+    A(i, j) = exp(s q_i.k_j)          inside the window of W keys
+              phi(q_i).phi(k_j)       outside it, with M = 2 R positive random features
+    out_i   = sum_j A(i, j) v_j / sum_j A(i, j)
+
+Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, algorithm 1.
+"""
 
 from __future__ import annotations
 
-import torch
+import math
 
-from scatterbrain.ops.common.dense import dense_attention, dense_logits, dense_low_rank_logits
-from scatterbrain.ops.common.inputs import visible_keys
-from scatterbrain.ops.common.windows import window_mask
+import torch
 
 
 def naive_scatterbrain_attention(
@@ -19,11 +24,36 @@ def naive_scatterbrain_attention(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float64 form; arguments as in `scatterbrain_attention`. Returns output and weights (B, H, T, S)."""
-    visible = visible_keys(query, key, is_causal, key_lengths)
-    logits = torch.where(
-        window_mask(query.shape[2], key.shape[2], window, query.device),
-        dense_logits(query, key, scale),
-        dense_low_rank_logits(query, key, projection, scale, cosh=True),
+    """Output (B, H, T, D) and attention weights (B, H, T, S) of Scatterbrain attention, both float64.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: random projections (R, E).
+        window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`.
+        scale: softmax scale s.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+    """
+    query, key, value, projection = (x.double() for x in (query, key, value, projection))
+    i = torch.arange(query.shape[2], device=query.device)[:, None]
+    j = torch.arange(key.shape[2], device=query.device)
+    in_window = (-(window // 2) <= j - i) & (j - i < (window + 1) // 2)  # [T, S]
+    visible = (j <= i) if is_causal else torch.ones_like(in_window)
+    if key_lengths is not None:
+        visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
+
+    # phi(x) = exp(+-sqrt(s) w.x - s |x|^2 / 2) / sqrt(M), here its logarithm: features span hundreds of decades
+    signed = math.sqrt(scale) * torch.cat([projection, -projection])  # [M, E]
+    log_query, log_key = (  # [B, H, T, M] and [B, H, S, M]
+        x @ signed.T - scale / 2 * x.square().sum(-1, keepdim=True) - math.log(len(signed)) / 2 for x in (query, key)
     )
-    return dense_attention(logits, visible, value)
+    low_rank = torch.full_like(query[..., :1], -math.inf)  # log(phi(q).phi(k)), [B, H, T, S] from the first sum on
+    for m in range(len(signed)):
+        low_rank = torch.logaddexp(low_rank, log_query[..., m, None] + log_key[..., None, :, m])
+    exact = scale * query @ key.transpose(-2, -1)  # log(exp(s q.k)), [B, H, T, S]
+
+    logits = torch.where(in_window, exact, low_rank).masked_fill(~visible, -math.inf)
+    weights = logits.softmax(-1).masked_fill(~visible, 0.0)  # zero, not nan, for a query that sees no key
+    return weights @ value, weights

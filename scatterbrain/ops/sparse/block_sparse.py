@@ -1,8 +1,8 @@
-"""Block-sparse supports: layouts say which blocks of queries see which blocks of keys.
+"""Block-sparse supports: a layout is a boolean matrix of which blocks of queries see which blocks of keys.
 
-A block is a run of `block` tokens, the last one what is left. A layout is a boolean matrix over blocks; a pair of
-tokens is in the support where the pair of their blocks is in the layout. Block 0 of queries and keys is the same, also
-where their numbers differ. None of the layouts is causal by itself: hidden keys are left out by the operator.
+A block is `block` consecutive tokens; the last one may be shorter. A pair of tokens is in the support where the pair of
+their blocks is in the layout. Block 0 of queries and keys is the same, also where T and S differ. No layout is causal
+by itself: the operator masks hidden keys.
 
 The layouts are those of:
 
@@ -22,29 +22,29 @@ import torch
 from scatterbrain.errors import UserError, check_whole_number, did_you_mean
 from scatterbrain.ops.sparse.supports import Round, Support
 
-# Rows of a layout are split into two rounds where that saves at least this part of the pairs computed.
+# A round is split into two where that saves at least this fraction of the computed pairs.
 LEAST_SAVING = 0.1
 
 
 def block_layout(name: str, num_blocks_query: int, num_blocks_key: int, seed: int = 0, **options: int) -> torch.Tensor:
-    """Layout by name.
+    """Layout, boolean (blocks of queries, blocks of keys), by name.
 
     Args:
         name: one of `LAYOUTS`.
         num_blocks_query: number of blocks of queries, at least 1.
         num_blocks_key: number of blocks of keys, at least 1.
-        seed: of BigBird's random blocks; the others have none. The layout is a function of the arguments alone.
-        **options: of the layout, whole numbers; blocks past the last one are none.
+        seed: seed of BigBird's random blocks; the other layouts ignore it.
+        **options: options of the layout, integers; blocks beyond the last one are ignored.
 
             `longformer`: `num_sliding_blocks` (3, odd): each block sees itself and (number - 1) / 2 blocks on either
             side. Block 0 is global: every block sees it, and it sees every block.
 
             `bigbird`: `num_sliding_blocks` (3, odd) as above; the first `num_global_blocks` (1) are global;
-            `num_random_blocks` (1): so many different blocks for each block of queries, drawn from all blocks, so some
-            may be seen anyway.
+            `num_random_blocks` (1): number of distinct random blocks for each block of queries, drawn from all blocks,
+            including those of the window.
 
-            `openai`: `num_local_blocks` (3): groups of so many blocks in a row see each other. The last block of each
-            group is seen by every block; where the last group is shorter, this is its last block.
+            `openai`: `num_local_blocks` (3): blocks within a group of this many consecutive blocks see each other. The
+            last block of each group, also of a shorter last one, is seen by every block.
 
     Returns:
         Boolean (num_blocks_query, num_blocks_key), on the CPU.
@@ -91,7 +91,7 @@ def _openai(rows: int, columns: int, seed: int, *, num_local_blocks: int = 3) ->
 
 
 def _sliding(rows: int, columns: int, number: int) -> torch.Tensor:
-    """Blocks at most (number - 1) / 2 away."""
+    """Layout of the blocks at a distance of at most (number - 1) / 2."""
     if number % 2 == 0:
         raise UserError(
             f"num_sliding_blocks={number} has to be odd: the block itself, and as many on either side. "
@@ -101,7 +101,7 @@ def _sliding(rows: int, columns: int, number: int) -> torch.Tensor:
 
 
 def _global(rows: int, columns: int, number: int) -> torch.Tensor:
-    """The first blocks, as rows and as columns."""
+    """Layout in which the first blocks see every block and are seen by every block."""
     return (torch.arange(rows)[:, None] < number) | (torch.arange(columns) < number)
 
 
@@ -113,11 +113,11 @@ LAYOUTS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def layout_support(layout: torch.Tensor, block: int, num_queries: int, num_keys: int) -> Support:
-    """The pairs of tokens of a layout: a tile for each block of queries that sees any.
+    """Support of a layout: a tile for each block of queries that sees any block.
 
-    The keys of the tiles of a round are padded to one number, and a global block sees many times more keys than others.
-    So blocks that see about as many keys share a round, see `_split`: with Longformer there is one round for the global
-    block, and one for the rest.
+    The tiles of a round are padded to the same number of keys, and a global block sees many more keys than others. So
+    blocks that see similar numbers of keys share a round, see `_split`: Longformer has one round for the global block
+    and one for the rest.
 
     Args:
         layout: boolean, one row for each block of queries and one column for each block of keys.
@@ -144,7 +144,7 @@ def layout_support(layout: torch.Tensor, block: int, num_queries: int, num_keys:
     rounds = []
     for chosen in rows.split(_split(counts[counts > 0].tolist())):
         seen = layout[chosen]
-        # blocks that are seen first, both kinds in ascending order
+        # visible blocks first, both kinds in ascending order
         columns = (~seen).byte().argsort(dim=1, stable=True)[:, : int(seen.sum(1).max())]
         columns = columns.masked_fill(~seen.gather(1, columns), -1)
         rounds.append(Round(_tokens(chosen[:, None], block, num_queries), _tokens(columns, block, num_keys)))
@@ -152,10 +152,10 @@ def layout_support(layout: torch.Tensor, block: int, num_queries: int, num_keys:
 
 
 def _split(counts: list[int]) -> list[int]:
-    """Sizes of the rounds for rows with so many blocks, in descending order.
+    """Sizes of the rounds, given the number of visible blocks of each row in descending order.
 
-    A round of n rows computes n times its largest number. It is cut in two where that saves most, as long as the saving
-    is `LEAST_SAVING` of it: what the padding costs less than that is not worth another pass.
+    A round of n rows computes n times its largest number. It is cut where that saves most, if the saving is at least
+    the fraction `LEAST_SAVING`: less is not worth another round.
     """
     if not counts:
         return []
@@ -167,13 +167,13 @@ def _split(counts: list[int]) -> list[int]:
 
 
 def _tokens(blocks: torch.Tensor, block: int, length: int) -> torch.Tensor:
-    """Positions (1, n, number * block) of the tokens of blocks (n, number), of which -1 are none."""
+    """Positions (1, n, number * block) of the tokens of blocks (n, number); -1 for none."""
     tokens = blocks.unsqueeze(-1) * block + torch.arange(block, device=blocks.device)
     return tokens.masked_fill((tokens < 0) | (tokens >= length), -1).flatten(1).unsqueeze(0)
 
 
 def keys_per_query(layout: torch.Tensor, block: int, num_keys: int) -> float:
-    """Mean number of keys that a query sees, each row of the layout counted alike.
+    """Mean number of keys that a query sees, with the same weight for each row of the layout.
 
     Args:
         layout: boolean (blocks of queries, blocks of keys).

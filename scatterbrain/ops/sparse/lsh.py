@@ -1,20 +1,19 @@
-"""Supports of locality-sensitive hashing: queries attend to the keys that a random hash puts near them.
+"""Supports of locality-sensitive hashing: queries attend to the keys with similar hashes.
 
 Both attentions here sort queries and keys by a hash, cut both sorted lists into the same number n of equal clusters,
 and let the queries of a cluster see the keys of the cluster of the same number; each hash function is one round:
 
 - SMYRF: Daras, Kitaev, Odena, Dimakis, "SMYRF: Efficient Attention using Asymmetric Clustering", NeurIPS 2020. The
-  hash is a projection on a random line.
+  hash is a random projection to one dimension.
 - Reformer: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020. The hash is the nearest of a
   set of random directions; a cluster also sees the cluster before it.
 
-The list of N things is cut at the ranks `c N // n`, so that clusters differ by one at most. A sample's padding is in no
-cluster: its visible keys alone are cut into n. Where it has fewer of them than n, neighbouring clusters share a key,
-so a query is without a key only in a sample without keys.
+A list of N tokens is cut at the ranks `c N // n`, so cluster sizes differ by at most one. Padding is in no cluster.
+With fewer visible keys than n, neighbouring clusters share a key: a query has no key only in a sample without keys.
 
-A pair that several hashes find is in the support once, in the round of the first: a key's rank under an earlier hash
-and the range of ranks that a query saw tell the later rounds which pairs to leave out. Time and memory are O(T L) for
-each pair of rounds, with L the keys of a tile; no T x S mask is built.
+A pair that several hashes find is in the support once, in the round of the first: later rounds exclude it, given the
+ranks of the keys under an earlier hash and the range of ranks that each query saw. Time and memory are O(T L) for each
+pair of rounds, with L the keys of a tile; no T x S mask is built.
 
 Shapes: B batch, H heads, G = B * H, T queries, S keys, E width, n clusters of C queries and L keys.
 """
@@ -30,13 +29,13 @@ from scatterbrain.ops.common.inputs import check_inputs, length_mask
 from scatterbrain.ops.sparse.supports import Round, Support
 
 
-def draw_smyrf_rows(num_hashes: int, dim: int, seed: int) -> torch.Tensor:
-    """Draw the random lines of SMYRF's hashes.
+def draw_smyrf_projection(num_hashes: int, dim: int, seed: int) -> torch.Tensor:
+    """Random projections of SMYRF's hashes, (num_hashes, dim + 2).
 
     Args:
         num_hashes: number of hash functions, each one round of attention.
-        dim: width E of queries and keys; the transform that makes their norms equal adds two.
-        seed: any integer; the rows are a function of the arguments alone.
+        dim: width E of queries and keys; the transform that makes their norms equal adds two coordinates.
+        seed: any integer; the result is a function of the arguments alone.
 
     Returns:
         (num_hashes, dim + 2) float32 standard normal, on the CPU. The last two columns belong to the coordinates that
@@ -51,13 +50,13 @@ def draw_smyrf_rows(num_hashes: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def draw_reformer_rotations(num_hashes: int, dim: int, num_buckets: int, seed: int) -> torch.Tensor:
-    """Draw the random directions of Reformer's hashes; each gives two buckets, one for either sign.
+    """Random directions of Reformer's hashes; each gives two buckets, one for either sign.
 
     Args:
         num_hashes: number of hash functions, each one round of attention.
         dim: width E of queries and keys.
         num_buckets: number of buckets, even; see `num_reformer_buckets`.
-        seed: any integer; the rotations are a function of the arguments alone.
+        seed: any integer; the result is a function of the arguments alone.
 
     Returns:
         (num_hashes, dim, num_buckets / 2) float32 standard normal, on the CPU.
@@ -74,7 +73,7 @@ def draw_reformer_rotations(num_hashes: int, dim: int, num_buckets: int, seed: i
 
 
 def num_reformer_buckets(num_keys: int, bucket_size: int) -> int:
-    """Number of buckets that hold about `bucket_size` keys each: the even number nearest to S / bucket_size.
+    """Number of buckets of about `bucket_size` keys: the even number nearest to S / bucket_size.
 
     Args:
         num_keys: number of keys S.
@@ -95,25 +94,25 @@ def num_reformer_buckets(num_keys: int, bucket_size: int) -> int:
 def smyrf_support(
     query: torch.Tensor,
     key: torch.Tensor,
-    rows: torch.Tensor,
+    projection: torch.Tensor,
     cluster_size: int,
     key_lengths: torch.Tensor | None = None,
 ) -> Support:
-    """Support of SMYRF: clusters of queries and keys that are near each other on random lines.
+    """Support of SMYRF: clusters of queries and keys with similar random projections.
 
     The paper's asymmetric transform (XBOX+ in its code) gives all queries and keys the same norm and keeps their inner
     products, so that the nearest keys are those of the largest inner product:
 
         F(q) = (q, 0, sqrt(MQ^2 + MK^2 - |q|^2)),    G(k) = (k, sqrt(MQ^2 + MK^2 - |k|^2), 0)
 
-    with MQ and MK the largest norms of the sequence. The hash of E2LSH is the projection on a normal row; its random
-    offset and its width are left out, as neither changes an order. The published code counts a pair once for each
-    hash that finds it; here it counts once.
+    with MQ and MK the largest norms of the sequence. The hash of E2LSH is a normal random projection; its random offset
+    and its width are omitted, as neither changes the order. The published code counts a pair once for each hash that
+    finds it; here it counts once.
 
     Args:
         query: (B, H, T, E); without gradient, and hashed in float32 whatever the dtype.
         key: (B, H, S, E), likewise.
-        rows: (num_hashes, E + 2), see `draw_smyrf_rows`; one round for each.
+        projection: (num_hashes, E + 2), see `draw_smyrf_projection`; one round for each.
         cluster_size: keys of a cluster. The number of clusters is n = ceil(S / cluster_size), of queries as of keys.
         key_lengths: (B,); keys j >= key_lengths[b] are in no cluster. None for all. The visible keys of each sample
             are shared by all n clusters.
@@ -128,22 +127,22 @@ def smyrf_support(
     check_inputs(query, key, key, key_lengths)
     check_whole_number("cluster_size", cluster_size, 1)
     width = query.shape[-1]
-    if rows.dim() != 2 or rows.shape[1] != width + 2 or not len(rows):
+    if projection.dim() != 2 or projection.shape[1] != width + 2 or not len(projection):
         raise UserError(
-            f"rows has to be (num_hashes, {width + 2}), the width of query and two more, got {tuple(rows.shape)}; "
-            f"draw it with dim={width}."
+            f"projection has to be (num_hashes, {width + 2}), the width of query and two more, got "
+            f"{tuple(projection.shape)}; draw it with dim={width}."
         )
     query, key = _flat_single(query), _flat_single(key)
     lengths, padding = _lengths_and_padding(key, key_lengths)
     query_norms, key_norms = (torch.linalg.vector_norm(x, dim=-1).square() for x in (query, key))
-    # what lies in the padding must not change the clusters
+    # padding must not change the clusters
     key_norms = key_norms.masked_fill(padding, 0.0)
     largest = query_norms.amax(-1, keepdim=True) + key_norms.amax(-1, keepdim=True)
     query_added, key_added = (largest - query_norms).sqrt(), (largest - key_norms).sqrt()
 
     orders = []
     with torch.autocast(query.device.type, enabled=False):
-        for row in rows.float():
+        for row in projection.float():
             query_hash = query @ row[:-2] + query_added * row[-1]
             key_hash = key @ row[:-2] + key_added * row[-2]
             key_hash = key_hash.masked_fill(padding, torch.inf)
@@ -166,10 +165,10 @@ def reformer_support(
     a chunk see the keys of the chunk of the same number and of the chunk before it, the first of those of the last.
 
     Reformer has one tensor for queries and keys: its keys are the queries at unit length. Pass those as `key` for the
-    published attention. With keys of their own, a chunk of queries and the chunk of keys of its number hold different
-    buckets where the buckets are filled differently. So pairs of different buckets are kept, as the published code
-    does by default although the paper leaves them out: otherwise about three queries in ten of a trained vision
-    transformer would be left without any key. A query sees itself like any other key.
+    published attention. With separate keys, a chunk of queries and the chunk of keys of the same number may hold
+    different buckets, since bucket sizes differ. So pairs of different buckets are kept, as the published code does by
+    default although the paper excludes them: otherwise about three queries in ten of a trained vision transformer
+    would have no key. A query sees itself like any other key.
 
     Args:
         query: (B, H, T, E); without gradient, and hashed in float32 whatever the dtype.
@@ -213,7 +212,7 @@ def _draw_normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def _flat_single(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, E) of any dtype to (G, N, E) float32."""
+    """Tensor (B, H, N, E) of any dtype as (G, N, E) float32."""
     return x.flatten(0, 1).float()
 
 
@@ -235,10 +234,10 @@ def _angular_bucket(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _SeenRanks:
-    """What a round leaves behind for later ones: ranks of the keys, and the range of ranks that each query saw.
+    """Pairs of an earlier round: ranks of the keys, and the range of ranks that each query saw.
 
     Attributes:
-        rank: (G, S) int32 place of each key in the order of the hash.
+        rank: (G, S) int32 rank of each key in the order of the hash.
         start: (G, T) int32 first rank that a query saw; below 0 where the range begins at the end of the order.
         count: (G, T) int32 number of ranks, 0 to the number of visible keys.
         lengths: (G, 1) int32 number of visible keys, at least 1.
@@ -250,7 +249,7 @@ class _SeenRanks:
     lengths: torch.Tensor
 
     def hold(self, query_index: torch.Tensor, key_index: torch.Tensor) -> torch.Tensor:
-        """Whether the round held the pairs of tiles (G, n, C) and (G, n, L): boolean (G, n, C, L)."""
+        """Boolean (G, n, C, L), true for the pairs of tiles (G, n, C) and (G, n, L) that the round holds."""
         rank = _gather(self.rank, key_index.clamp_min(0)).unsqueeze(-2)
         start = _gather(self.start, query_index.clamp_min(0)).unsqueeze(-1)
         count = _gather(self.count, query_index.clamp_min(0)).unsqueeze(-1)
@@ -271,7 +270,7 @@ def _inverse(order: torch.Tensor) -> torch.Tensor:
 def _clustered_support(
     orders: list[tuple[torch.Tensor, torch.Tensor]], cluster_size: int, lengths: torch.Tensor, look_back: int
 ) -> Support:
-    """Cut sorted queries and keys into clusters.
+    """Support of clusters of sorted queries and keys.
 
     Args:
         orders: for each hash, the positions of queries (G, T) and keys (G, S) in its order, padding last.
@@ -288,7 +287,7 @@ def _clustered_support(
     query_count = (cluster + 1) * num_queries // num_clusters - query_start
     key_start = (cluster - look_back) * lengths // num_clusters
     key_stop = (cluster + 1) * lengths // num_clusters
-    # a cluster that the cuts leave without a key shares that of a neighbour
+    # an empty cluster shares the key of a neighbour
     key_stop = torch.maximum(key_stop, cluster * lengths // num_clusters + 1)
     key_count = torch.minimum(key_stop - key_start, lengths)
 
@@ -296,7 +295,7 @@ def _clustered_support(
     key_ranks = _tile_ranks(key_start, key_count, min(num_keys, -(-(1 + look_back) * num_keys // num_clusters)))
     divisor = lengths.clamp_min(1)
     key_ranks = (key_ranks[0] % divisor.unsqueeze(-1), key_ranks[1])
-    # what the query of each rank sees, (G, T)
+    # ranks of keys that the query of each rank sees, (G, T)
     cluster_of_rank = cluster[0].repeat_interleave(query_count[0], output_size=num_queries)
     seen_start, seen_count = (x[:, cluster_of_rank].int() for x in (key_start, key_count))
 

@@ -1,11 +1,11 @@
-"""Sparse supports: which pairs (query, key) an attention computes exactly, cut into dense tiles.
+"""Sparse supports: the pairs (query, key) that an attention computes exactly, as dense tiles.
 
-Windows, clusters of a hash, and blocks of a layout all are sets of pairs. They are written down as *rounds*: a round
-cuts the queries into tiles, and gives each tile its keys. Every pair of a tile is in the support, less those that the
-tile's mask leaves out. A pair is in the support once: where several rounds hold it, the masks of all but one leave it
-out. `ops.sparse.tiled` computes attention over such a support; `Support.dense` is the definition it is tested against.
+Windows, clusters of a hash and blocks of a layout are sets of pairs. They are stored as *rounds*: a round partitions
+queries into tiles and lists the keys of each tile. The support holds every pair of a tile that its mask does not
+exclude. A pair counts once: where several rounds contain it, the masks of all but one exclude it. `ops.sparse.tiled`
+computes attention over a support; `Support.dense` is the definition it is tested against.
 
-Shapes: G = B * H sequences (1 where all are cut alike), n tiles of C queries and L keys.
+Shapes: G = B * H sequences (1 where all have the same tiles), n tiles of C queries and L keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Round:
     Attributes:
         query_index: (G or 1, n, C) int64 positions of the queries; -1 for none.
         key_index: (G or 1, n, L) int64 positions of the keys; -1 for none. No key twice in a tile.
-        mask: boolean, broadcasts to (G or 1, n, C, L): false for pairs that are left out; None leaves out none.
+        mask: boolean, broadcasts to (G or 1, n, C, L): false for excluded pairs; None excludes none.
     """
 
     query_index: torch.Tensor
@@ -30,23 +30,23 @@ class Round:
     mask: torch.Tensor | None = None
 
     def pairs(self) -> torch.Tensor:
-        """Boolean (G or 1, n, C, L): the pairs of each tile that exist and are not left out."""
+        """Boolean (G or 1, n, C, L), true for the pairs of each tile that exist and are not excluded."""
         pairs = (self.query_index >= 0).unsqueeze(-1) & (self.key_index >= 0).unsqueeze(-2)
         return pairs if self.mask is None else pairs & self.mask
 
 
 @dataclass(frozen=True)
 class Support:
-    """A set of pairs.
+    """A set of pairs of queries and keys.
 
     Attributes:
-        rounds: that it is the union of; no pair is in two of them.
+        rounds: the rounds whose union it is; no pair is in two of them.
     """
 
     rounds: tuple[Round, ...]
 
     def to(self, device: torch.device) -> Support:
-        """The same on another device."""
+        """The same support on another device."""
         return Support(
             tuple(
                 Round(*(None if x is None else x.to(device) for x in (each.query_index, each.key_index, each.mask)))
@@ -55,7 +55,7 @@ class Support:
         )
 
     def multiplicity(self, num_queries: int, num_keys: int) -> torch.Tensor:
-        """In how many tiles each pair is: (G or 1, T, S) int64, 0 or 1 for a valid support."""
+        """Number of tiles that hold each pair: (G or 1, T, S) int64, 0 or 1 for a valid support."""
         total = torch.zeros(1, num_queries, num_keys, dtype=torch.int64)
         for each in self.rounds:
             pairs = each.pairs()
@@ -69,5 +69,5 @@ class Support:
         return total
 
     def dense(self, num_queries: int, num_keys: int) -> torch.Tensor:
-        """Boolean mask of the pairs: (G or 1, T, S)."""
+        """Boolean mask (G or 1, T, S) of the pairs."""
         return self.multiplicity(num_queries, num_keys) > 0

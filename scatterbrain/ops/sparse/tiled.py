@@ -3,14 +3,14 @@
     A(i, j) = exp(s q_i.k_j)          on the support (`scatterbrain.ops.sparse.supports`)
               phi(q_i).phi(k_j)       outside it, or 0 without a low-rank part
 
-Tiles of queries and keys are gathered and multiplied; each round of the support leaves, for every query, a maximum, a
-sum and an average of values, which are merged in log space. The low-rank part is summed over all keys, and the pairs
-of the support are taken off again: support and features cost O(T L) and O((T + S) M), L the keys of a query.
+Tiles of queries and keys are gathered and multiplied; each round of the support gives, for every query, a maximum and
+sums relative to it, which are merged in log space. The low-rank part is summed over all keys, and its share on the
+support subtracted: support and features cost O(T L) and O((T + S) M), L the number of keys of a query.
 
-That difference loses its digits where the estimates on the support outweigh everything else. Such rows, those whose
-sum over all keys exceeds their normaliser `CANCELLATION_LIMIT` times, are computed again by pairs, without a
-difference. Statistics, exponentials and sums are float32, or float64 for float64 inputs; maxima are constants for
-autograd (they cancel in the normalised result).
+The subtraction cancels where the estimates on the support dominate. Queries whose sum over all keys exceeds their
+normaliser more than `CANCELLATION_LIMIT` times are recomputed pair by pair, without subtraction. Statistics,
+exponentials and sums are float32, or float64 for float64 inputs; maxima are constants for autograd (they cancel in the
+normalised result).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import accumulation_dtype, gather_rows, length_mask, tile_budget
-from scatterbrain.ops.scatterbrain.blocked import FLOOR, REFERENCE_SLACK
+from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, gather_rows, tile_budget
 from scatterbrain.ops.sparse.supports import Round, Support
 
-# A relative error of so many roundings is let pass before a row is computed by pairs.
+# Largest amplification of rounding errors by the subtraction before a query is recomputed pair by pair.
 CANCELLATION_LIMIT = 64.0
 
 LogFeatures = tuple[torch.Tensor, torch.Tensor]
@@ -34,27 +34,27 @@ LogFeatures = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class _LowRank:
-    """Low-rank part with one reference for each feature, the maximum over all keys, and one for each query.
+    """Low-rank part, relative to one maximum for each feature, over all keys, and one for each query.
 
     Attributes:
-        query: (G, T, M) exp(log feature + feature's reference - query's reference), at most 1.
-        key: (G, S, M) exp(log feature - feature's reference), at most 1, zero for hidden keys.
-        reference: (G, T, 1) of the queries.
+        query: (G, T, M) exp(log feature + feature's maximum - query's maximum), at most 1.
+        key: (G, S, M) exp(log feature - feature's maximum), at most 1, zero for hidden keys.
+        maximum: (G, T, 1) of the queries.
         sums: (G, M, D + 1) sums of key features times values and ones.
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    reference: torch.Tensor
+    maximum: torch.Tensor
     sums: torch.Tensor
 
     @classmethod
     def of(cls, log_query: torch.Tensor, log_key: torch.Tensor, value_and_one: torch.Tensor) -> _LowRank:
-        feature_reference = log_key.detach().amax(1, keepdim=True).clamp_min(FLOOR)
-        key = (log_key - feature_reference).exp()
-        log_query = log_query + feature_reference
-        reference = log_query.detach().amax(-1, keepdim=True)
-        return cls((log_query - reference).exp(), key, reference, key.transpose(1, 2) @ value_and_one)
+        feature_maximum = log_key.detach().amax(1, keepdim=True).clamp_min(FLOOR)
+        key = (log_key - feature_maximum).exp()
+        log_query = log_query + feature_maximum
+        maximum = log_query.detach().amax(-1, keepdim=True)
+        return cls((log_query - maximum).exp(), key, maximum, key.transpose(1, 2) @ value_and_one)
 
 
 def support_attention(
@@ -69,15 +69,15 @@ def support_attention(
     key_lengths: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Exact weights on a support, low-rank weights outside it.
+    """Output (B, H, T, D) of attention with exact weights on a support and low-rank weights outside it.
 
     Args:
         query: (B, H, T, E).
         key: (B, H, S, E).
         value: (B, H, S, D).
-        support: pairs that are exact; its indices are of G = B * H sequences, or of one that all share.
+        support: exact pairs, of G = B * H sequences, or of one that all share.
         scale: softmax scale s.
-        log_features: logarithms of the features of queries (B, H, T, M) and keys (B, H, S, M); None leaves out the
+        log_features: logarithms of the features of queries (B, H, T, M) and keys (B, H, S, M); None for no
             low-rank part.
         is_causal: hide the keys j > i; without a low-rank part only.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
@@ -109,21 +109,21 @@ def support_attention(
                 log_key = log_key.masked_fill(hidden.unsqueeze(-1), -math.inf)
             low_rank = _LowRank.of(log_query, log_key, v)
         parts = [_round(q, k, v, each, scale, low_rank, is_causal, hidden, dropout_p) for each in support.rounds]
-        out, lost = _merge(parts, low_rank)
-        if low_rank is not None and lost.any():
-            rows = _by_pairs(q, k, v, support, scale, (log_query, log_key), hidden, lost)
-            out = out.masked_scatter(lost.unsqueeze(-1), rows)
+        out, cancelled = _merge(parts, low_rank)
+        if low_rank is not None and cancelled.any():
+            rows = _by_pairs(q, k, v, support, scale, (log_query, log_key), hidden, cancelled)
+            out = out.masked_scatter(cancelled.unsqueeze(-1), rows)
         return out.view(batch, heads, length, -1).to(query.dtype)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a round leaves of each query.
+    """Sums of one round for each query.
 
     Attributes:
         maximum: (G, T, 1) largest exact logit, FLOOR where there is no key.
         exact: (G, T, D + 1) sums of exact weights, relative to it, times values and ones.
-        estimate: (G, T, D + 1) the same of the estimates, relative to the low-rank reference; None without them.
+        estimate: (G, T, D + 1) the same of the estimates, relative to the low-rank maximum; None without them.
     """
 
     maximum: torch.Tensor
@@ -142,13 +142,13 @@ def _round(
     hidden: torch.Tensor | None,
     dropout_p: float,
 ) -> _Part:
-    """One round over all sequences; query (G, T, E), key (G, S, E), value (G, S, D + 1), hidden (G, S)."""
+    """Sums of one round over all sequences; query (G, T, E), key (G, S, E), value (G, S, D + 1), hidden (G, S)."""
     groups, length, _ = query.shape
     tile, columns = each.query_index.shape[-1], each.key_index.shape[-1]
     pairs = _visible_pairs(each, is_causal, hidden).flatten(0, 1)
     slice_size = max(1, tile_budget(query) // (tile * columns))
 
-    # gathered at once, then cut: the gradient of a gather is as large as what it gathers from
+    # one gather, then slices: the gradient of a gather is as large as its source
     def cut(x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return _gather(x, index).split(slice_size)
 
@@ -158,7 +158,7 @@ def _round(
     outputs = []
     start = 0
     for q, k, v, *features in zip(*tensors, strict=True):
-        # what all sequences share is there once
+        # tiles that all sequences share are stored once
         here = pairs[torch.arange(start, start + len(q), device=pairs.device) % len(pairs)]
         start += len(q)
         logits = torch.bmm(q, k.transpose(1, 2)).masked_fill(~here, -math.inf)
@@ -182,7 +182,7 @@ def _round(
 
 
 def _visible_pairs(each: Round, is_causal: bool, hidden: torch.Tensor | None) -> torch.Tensor:
-    """Boolean (G or 1, n, C, L): the pairs of a round that may be seen."""
+    """Boolean (G or 1, n, C, L), true for the visible pairs of a round."""
     pairs = each.pairs()
     if is_causal:
         pairs = pairs & (each.key_index.unsqueeze(-2) <= each.query_index.unsqueeze(-1))
@@ -200,44 +200,44 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _place(query_index: torch.Tensor, length: int) -> torch.Tensor:
-    """Where the rows of a round hold each query: (G or 1, T); one past the last row for a query in no tile."""
+    """Row of each query in a round: (G or 1, T); one past the last row for a query in no tile."""
     flat = query_index.flatten(1)
     rows = flat.shape[1]
     place = torch.full((len(flat), length + 1), rows, dtype=torch.int64, device=flat.device)
     positions = torch.arange(rows, device=flat.device).expand_as(flat)
-    # positions -1 go to a place of their own, behind all queries
+    # positions -1 go to an extra place after all queries
     return place.scatter(1, torch.where(flat < 0, length, flat), positions)[:, :length]
 
 
 def _back(rows: torch.Tensor, place: torch.Tensor, missing: float) -> torch.Tensor:
-    """Rows (G, n * C, width) of a round in the order of the queries, (G, T, width)."""
+    """Rows (G, T, width) in the order of the queries, of the rows (G, n * C, width) of a round."""
     return gather_rows(F.pad(rows, (0, 0, 0, 1), value=missing), place)
 
 
 def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (G, T, D), and for which queries (G, T) the difference has lost its digits."""
-    reference = torch.stack([part.maximum for part in parts]).amax(0)
+    """Output (G, T, D), and boolean (G, T), true for the queries whose subtraction cancels."""
+    maximum = torch.stack([part.maximum for part in parts]).amax(0)
     if low_rank is not None:
-        # the bound of the features covers the support too, where exact weights take the place of estimates
-        reference = torch.maximum(reference, low_rank.reference - REFERENCE_SLACK)
-    reference = reference.clamp_min(FLOOR)
-    total = sum(part.exact * (part.maximum - reference).exp() for part in parts)
+        # the bound of the features includes the support, where exact weights replace the estimates
+        maximum = torch.maximum(maximum, low_rank.maximum - MAXIMUM_SLACK)
+    maximum = maximum.clamp_min(FLOOR)
+    total = sum(part.exact * (part.maximum - maximum).exp() for part in parts)
     if low_rank is None:
         normaliser = total[..., -1:]
-        lost = torch.zeros_like(normaliser, dtype=torch.bool)
+        cancelled = torch.zeros_like(normaliser, dtype=torch.bool)
         blind = normaliser <= 0
     else:
-        unit = (low_rank.reference - reference).exp()
+        unit = (low_rank.maximum - maximum).exp()
         over_all = torch.bmm(low_rank.query, low_rank.sums)
         total = total + unit * (over_all - sum(part.estimate for part in parts))
         normaliser = total[..., -1:]
         blind = low_rank.sums[:, None, :, -1].sum(-1, keepdim=True) <= 0
         # also true for a normaliser that came out negative or nan
         kept = unit * over_all[..., -1:] <= CANCELLATION_LIMIT * normaliser
-        lost = ~(kept & (normaliser > 0)) & ~blind
-    unusable = blind | lost
+        cancelled = ~(kept & (normaliser > 0)) & ~blind
+    unusable = blind | cancelled
     out = total[..., :-1] / normaliser.masked_fill(unusable, 1.0)
-    return out.masked_fill(unusable, 0.0), lost.squeeze(-1)
+    return out.masked_fill(unusable, 0.0), cancelled.squeeze(-1)
 
 
 def _by_pairs(
@@ -248,21 +248,21 @@ def _by_pairs(
     scale: float,
     log_features: LogFeatures,
     hidden: torch.Tensor | None,
-    lost: torch.Tensor,
+    cancelled: torch.Tensor,
 ) -> torch.Tensor:
-    """Outputs of the `lost` queries (G, T), all pairs of them formed: (lost, D), in the order of `lost`.
+    """Outputs of the `cancelled` queries (G, T), all pairs of them formed: (cancelled, D), in the order of `cancelled`.
 
     Products of features are float64, each side relative to its own maximum: weights may then differ by any factor.
     """
     log_query, log_key = log_features
     num_keys = key.shape[1]
-    counts = lost.sum(1)
+    counts = cancelled.sum(1)
     groups = counts.nonzero().squeeze(1)
     counts = counts[groups]
-    # the same number for each sequence: padded by rows that are not lost, and dropped at the end
+    # the same number for each sequence: padded by rows that are not cancelled, and dropped at the end
     most = int(counts.max())
-    rows = lost[groups].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    is_lost = torch.arange(most, device=rows.device) < counts[:, None]
+    rows = cancelled[groups].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    is_cancelled = torch.arange(most, device=rows.device) < counts[:, None]
     num_groups = max(1, tile_budget(query) // (most * num_keys))
     num_rows = max(1, tile_budget(query) // num_keys)
     outputs = []
@@ -285,7 +285,7 @@ def _by_pairs(
                 logits = logits.masked_fill(hidden[some].unsqueeze(1), -math.inf)
             of_rows.append(logits.softmax(-1) @ values)
         outputs.append(torch.cat(of_rows, 1))
-    return torch.cat(outputs)[is_lost]
+    return torch.cat(outputs)[is_cancelled]
 
 
 def _rows_of_support(

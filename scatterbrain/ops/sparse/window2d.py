@@ -1,8 +1,8 @@
-"""Windows in the plane: tokens are an image in raster order, and a query sees a rectangle of it.
+"""Two-dimensional windows: tokens are an image in raster order, and a query sees a rectangle of it.
 
-The query in line y and column x sees the keys in line y + dy and column x + dx with `-(h // 2) <= dy < (h + 1) // 2`
-and the same for columns: the interval of `ops.common.windows` along either axis. At the border of the image the
-rectangle is cut off.
+The query in row y and column x sees the keys in row y + dy and column x + dx with `-(h // 2) <= dy < (h + 1) // 2`
+and the same for columns: the interval of `ops.common.windows` along both axes. The border of the image cuts the
+rectangle off.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.sparse.supports import Round, Support
 
-# Gathering a key for a tile counts as so many of the tile's pairs. That chooses patches near the fastest on a CPU:
-# squares of 4 to 8 tokens for 7 x 7 keys, of 2 to 5 tokens for 3 x 4 keys.
+# Cost of gathering a key for a tile, in pairs of the tile. It gives patches near the fastest on a CPU: squares of 4 to
+# 8 tokens for 7 x 7 keys, of 2 to 5 tokens for 3 x 4 keys.
 GATHER_COST = 32
 # Longest side of a patch of queries.
 LONGEST_PATCH = 32
 
 
 def neighbourhood_shape(num_keys: int) -> tuple[int, int]:
-    """The rectangle, nearest to a square, with at most so many keys.
+    """Height and width of the rectangle of at most `num_keys` keys that is nearest to a square.
 
-    Of those whose sides differ by at most 2, the one with the largest area; the second side is the longer one. So 49
-    gives 7 x 7, 12 gives 3 x 4, 24 gives 4 x 6, and 98 gives 9 x 10.
+    The one of the largest area with h <= w <= h + 2: 49 gives 7 x 7, 12 gives 3 x 4, 24 gives 4 x 6, 98 gives 9 x 10.
 
     Args:
         num_keys: at least 1.
@@ -47,13 +46,13 @@ def neighbourhood_shape(num_keys: int) -> tuple[int, int]:
 def neighbourhood_mask(
     height: int, width: int, shape: tuple[int, int], device: torch.device | None = None
 ) -> torch.Tensor:
-    """Dense (N, N) boolean mask of an image of N = height * width tokens, the definition.
+    """Dense (N, N) boolean mask of the windows of an image of N = height * width tokens: the definition.
 
     Args:
-        height: lines of the image.
-        width: tokens of a line.
+        height: rows of the image.
+        width: tokens of a row.
         shape: height and width of the rectangle.
-        device: where to.
+        device: device of the mask.
 
     Raises:
         UserError: a size that is not a whole number of at least 1.
@@ -68,14 +67,14 @@ def neighbourhood_mask(
 
 
 def neighbourhood_support(height: int, width: int, shape: tuple[int, int]) -> Support:
-    """The pairs of `neighbourhood_mask` as one round: patches of queries, each with the keys around it.
+    """Support of `neighbourhood_mask` in one round: patches of queries, each with the keys around it.
 
-    Queries that are neighbours share most of their keys. The keys of a patch are the patch, grown by the reach of the
-    rectangle; one mask for all patches leaves out those too far from a query.
+    Neighbouring queries share most of their keys. The keys of a patch are the patch, extended by the rectangle; one
+    mask for all patches excludes those too far from a query.
 
     Args:
-        height: lines of the image.
-        width: tokens of a line.
+        height: rows of the image.
+        width: tokens of a row.
         shape: height and width of the rectangle.
 
     Returns:
@@ -110,10 +109,10 @@ def _check_sizes(height: int, width: int, shape: tuple[int, int]) -> None:
 
 
 def _choose_patch(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the patches of queries that cost least.
+    """Height and width of the patches of queries with the lowest cost.
 
-    Small patches gather a key many times, large ones compute many pairs that the mask leaves out: C * L pairs and
-    L gathered keys for each of n patches, in units of a pair, padding included.
+    Small patches gather a key many times, large ones compute many excluded pairs. The cost of n patches is that of
+    their C * L pairs and L gathered keys, padding included.
     """
 
     def cost(patch: tuple[int, int]) -> int:
@@ -125,23 +124,23 @@ def _choose_patch(height: int, width: int, shape: tuple[int, int]) -> tuple[int,
 
 
 def _key_offsets(length: int, window: int, patch: int) -> range:
-    """Keys of a patch along one axis, counted from its first query: less those that lie outside for all patches."""
+    """Offsets of a patch's keys from its first query along one axis, less those outside the image for all patches."""
     left, right = window_bounds(window)
     last_start = (length - 1) // patch * patch
     return range(-min(left, last_start), min(patch + right - 1, length))
 
 
 def _count(length: int, window: int, patch: int) -> tuple[int, int]:
-    """Numbers of patches, and of keys of each, along one axis."""
+    """Number of patches, and of keys of each, along one axis."""
     return -(-length // patch), len(_key_offsets(length, window, patch))
 
 
 def _cut(length: int, window: int, patch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One axis of the image, cut into patches.
+    """Patches along one axis of the image.
 
     Returns:
-        Positions of queries (n, patch) and of keys (n, k), negative for none, and which of a patch are near each other
-        (patch, k), the same for all patches.
+        Positions of queries (n, patch) and of keys (n, k), negative for none, and boolean (patch, k), true for the
+        pairs of a patch in the window, the same for all patches.
     """
     left, right = window_bounds(window)
     starts = torch.arange(0, length, patch)[:, None]
@@ -153,7 +152,7 @@ def _cut(length: int, window: int, patch: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _raster(lines: torch.Tensor, columns: torch.Tensor, width: int) -> torch.Tensor:
-    """Tokens (1, n * m, p * q) in lines (n, p) and columns (m, q); -1 where either is negative."""
+    """Tokens (1, n * m, p * q) in rows (n, p) and columns (m, q); -1 where either is negative."""
     lines, columns = lines[:, None, :, None], columns[None, :, None, :]
     tokens = (lines * width + columns).masked_fill((lines < 0) | (columns < 0), -1)
     return tokens.flatten(2, 3).flatten(0, 1)[None]

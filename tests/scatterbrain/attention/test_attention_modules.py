@@ -16,7 +16,7 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.common.projection import draw_projection
 from tests.helpers import OPERATORS, assert_close
 
-# float32 forms of one result
+# float32 evaluations of one result
 ROUNDING = 5e-6
 
 BUILD = {
@@ -193,7 +193,7 @@ def test_default_number_of_features_is_e_log_e():
 
 
 @pytest.mark.parametrize("name", WITH_FEATURES)
-def test_rows_are_a_buffer_that_can_be_overwritten(name):
+def test_projection_is_a_buffer_that_can_be_overwritten(name):
     tensors = draw()
     module = BUILD[name](seed=3)
     rows = 10 if name == "performer" else 5

@@ -1,11 +1,11 @@
-"""Attention modules over sparse supports and clusters, with and without a low-rank part: what all of them promise."""
+"""Attention modules over sparse supports and clusters, with and without a low-rank part."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from scatterbrain.attention.blocksparse import BlockSparseAttention, SBBlockSparseAttention
+from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
 from scatterbrain.attention.combination import (
     CombinationLocalPerformerAttention,
@@ -17,11 +17,11 @@ from scatterbrain.attention.performer import PerformerAttention
 from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.dense import dense_attention, dense_logits, dense_low_rank_logits
-from tests.helpers import assert_close
+from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
+from tests.helpers import assert_close, dense_attention
 
 LENGTH = 36
-# float32 forms of one result
+# float32 evaluations of one result
 ROUNDING = 1e-5
 # the difference of sums around a support may amplify roundings up to 64 times
 ROUNDING_OF_DIFFERENCES = 1e-4
@@ -281,10 +281,10 @@ def test_a_combination_is_the_average_of_its_parts():
         (lambda: PairedClusterAttention(4, 0), "num_query_landmarks=0 have to be at least 1"),
         (lambda: ReformerAttention(4, 16, 8)(*draw("smyrf")), "of one shape"),
         (lambda: Local2dAttention(9)(*draw("smyrf")), "the tokens of one image"),
-        (lambda: Local2dAttention(9, image_width=5)(*draw("local2d")), "36 tokens are no image of lines of 5"),
+        (lambda: Local2dAttention(9, image_width=5)(*draw("local2d")), "36 tokens are no image with rows of 5"),
         (lambda: Local2dAttention(9)(*(x[:, :35] for x in draw("local2d"))), "35 tokens are no image"),
     ],
 )
-def test_what_does_not_fit_is_refused(build, message):
+def test_arguments_that_do_not_fit_are_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()

@@ -1,4 +1,4 @@
-"""Fast forms against the specifications: outputs and all gradients, over shapes, windows and masks."""
+"""Fast implementations against the specifications: outputs and all gradients, over shapes, windows and masks."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def test_without_window(name, case):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [3, 40])
-def test_wide_heads_take_the_reference_of_each_key(window, is_causal):
-    # widths past 128 leave the form that shares one reference over all keys
+def test_wide_heads_take_a_maximum_for_each_key(window, is_causal):
+    # above a width of 128, one maximum over all keys is not safe
     compare(OPERATORS["scatterbrain"], Case(150, 170, width=144, window=window, is_causal=is_causal, lengths=(170, 90)))
 
 

@@ -52,7 +52,7 @@ def test_layout_is_the_definition(name, options, rows, columns):
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 @pytest.mark.parametrize(("sliding", "num_global", "random"), [(3, 1, 1), (1, 2, 3), (5, 0, 2), (3, 1, 0), (3, 1, 50)])
-def test_bigbird_adds_at_most_so_many_blocks_to_window_and_global(rows, columns, sliding, num_global, random):
+def test_bigbird_adds_at_most_num_random_blocks_to_window_and_global(rows, columns, sliding, num_global, random):
     options = {"num_sliding_blocks": sliding, "num_global_blocks": num_global}
     layout = block_layout("bigbird", rows, columns, num_random_blocks=random, **options)
     for i in range(rows):

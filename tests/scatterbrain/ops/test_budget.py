@@ -1,4 +1,4 @@
-"""From memory to sizes: the published numbers, and the rule behind them."""
+"""Sizes from a memory budget: the published numbers, and the rule behind them."""
 
 from __future__ import annotations
 

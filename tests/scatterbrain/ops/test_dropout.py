@@ -10,19 +10,19 @@ from tests.helpers import OPERATORS, draw_inputs, operators_and_windows
 
 @pytest.mark.parametrize(("name", "window"), operators_and_windows(3, 20))
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_mean_over_draws_is_the_result_without(name, window, is_causal):
-    draws = 4000
-    # one batch entry for each draw; 150 positions make several blocks, so that sums over blocks are dropped, too
+def test_mean_over_samples_is_the_result_without_dropout(name, window, is_causal):
+    num_samples = 4000
+    # one batch entry for each sample; 150 positions make several blocks, so that sums over blocks are dropped, too
     query, key, value, projection = draw_inputs(1, 1, 150 if name == "scatterbrain" else 24, width=4, rows=3)
     options = {"is_causal": is_causal}
     expected = OPERATORS[name](query, key, value, projection, window, **options)
     many = [x.expand(100, -1, -1, -1) for x in (query, key, value)]
     total = squares = 0.0
-    for _ in range(draws // 100):
+    for _ in range(num_samples // 100):
         outs = OPERATORS[name](*many, projection, window, dropout_p=0.3, **options)
         total, squares = total + outs.sum(0), squares + outs.square().sum(0)
-    mean = total / draws
-    standard_error = ((squares / draws - mean.square()).clamp_min(0) / draws).sqrt()
+    mean = total / num_samples
+    standard_error = ((squares / num_samples - mean.square()).clamp_min(0) / num_samples).sqrt()
     assert standard_error.min() > 0
     # five and a half standard errors for the largest of 96 to 600 elements
     assert ((mean - expected[0]).abs() / standard_error).max() < 5.5

@@ -28,12 +28,12 @@ def estimate(x: torch.Tensor, y: torch.Tensor, projection: torch.Tensor, cosh: b
     return log_x.exp() @ log_y.exp().T
 
 
-def relative_errors(num_rows: int, cosh: bool, draws: int, **options: str) -> torch.Tensor:
-    """Relative errors of the kernel estimate, (draws, N, N)."""
+def relative_errors(num_rows: int, cosh: bool, num_seeds: int, **options: str) -> torch.Tensor:
+    """Relative errors of the kernel estimate, (num_seeds, N, N)."""
     x, y = draw_points(), draw_points()
     exact = (SCALE * x @ y.T).exp()
     estimates = torch.stack(
-        [estimate(x, y, draw_projection(num_rows, WIDTH, seed, **options), cosh) for seed in range(draws)]
+        [estimate(x, y, draw_projection(num_rows, WIDTH, seed, **options), cosh) for seed in range(num_seeds)]
     )
     return estimates / exact - 1
 
@@ -61,31 +61,31 @@ def test_formula(cosh):
 @pytest.mark.parametrize("cosh", [False, True])
 @pytest.mark.parametrize("coupling", ["orthogonal", "simplex", "independent"])
 def test_unbiased(num_rows, cosh, coupling):
-    draws = 2000
-    errors = relative_errors(num_rows, cosh, draws, coupling=coupling)
-    standard_error = errors.std(0) / math.sqrt(draws)
+    num_seeds = 2000
+    errors = relative_errors(num_rows, cosh, num_seeds, coupling=coupling)
+    standard_error = errors.std(0) / math.sqrt(num_seeds)
     # five standard errors for the largest of 36 pairs
     assert (errors.mean(0).abs() / standard_error).max() < 5
 
 
-def test_sqrt_dim_rows_are_biased():
-    # the documented price of rows of one length: the test above has the power to see a bias
-    draws = 2000
-    errors = relative_errors(8, False, draws, row_norm="sqrt_dim")
-    standard_error = errors.std(0) / math.sqrt(draws)
+def test_sqrt_dim_projections_are_biased():
+    # the documented bias of projections of one length, which the test above would detect
+    num_seeds = 2000
+    errors = relative_errors(8, False, num_seeds, row_norm="sqrt_dim")
+    standard_error = errors.std(0) / math.sqrt(num_seeds)
     assert (errors.mean(0).abs() / standard_error).max() > 5
 
 
 def test_error_falls_with_the_number_of_features():
-    # rows of whole orthogonal blocks: the mean square error falls in proportion to their number
+    # projections in whole orthogonal blocks: the mean square error falls in proportion to their number
     errors = [relative_errors(num_rows, False, 500).square().mean().item() for num_rows in (8, 32, 128)]
     for more, less in itertools.pairwise(errors):
-        # a quarter, and a half more for the spread of 500 heavy-tailed draws
+        # a quarter, and a half more for the spread of 500 heavy-tailed samples
         assert less < 1.5 * more / 4
 
 
 @pytest.mark.parametrize("num_rows", [2, 8])
-def test_cosh_has_less_variance_at_the_same_number_of_rows_and_features(num_rows):
+def test_cosh_has_less_variance_at_the_same_number_of_projections_and_features(num_rows):
     plain = relative_errors(num_rows, False, 500).square().mean()
     plain_as_many_features = relative_errors(2 * num_rows, False, 500).square().mean()
     cosh = relative_errors(num_rows, True, 500).square().mean()
@@ -93,7 +93,7 @@ def test_cosh_has_less_variance_at_the_same_number_of_rows_and_features(num_rows
     assert cosh < plain_as_many_features
 
 
-def test_the_more_rows_avoid_one_another_the_less_variance():
+def test_larger_angles_between_projections_give_less_variance():
     errors = [
         relative_errors(WIDTH, False, 1000, coupling=coupling).square().mean()
         for coupling in ("simplex", "orthogonal", "independent")
@@ -277,7 +277,7 @@ def test_the_matrix_is_a_constant():
         assert_close("gradient", pull @ factor.transpose(-2, -1), gradient, 1e-12)
 
 
-def test_nothing_asked_nothing_done():
+def test_without_options_queries_and_keys_are_unchanged():
     query, key = draw_off_centre()
     assert all(x is y for x, y in zip(centre_and_balance(query, key), (query, key), strict=True))
     assert centre_and_balance(query, key, "both")[0] is query

@@ -1,4 +1,4 @@
-"""What the operators refuse, and in which words."""
+"""Arguments that the operators refuse, and their messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def call(name: str, replace: dict[int, torch.Tensor] | None = None, window: obje
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_accepts_what_the_cases_below_spoil(name):
+def test_accepts_the_inputs_that_the_cases_below_change(name):
     assert call(name, key_lengths=torch.tensor([7, 2])).shape == (2, 2, 6, 5)
 
 
@@ -54,7 +54,7 @@ def test_refuses_lengths_that_are_not_one_integer_for_each_sample(name, lengths)
 
 @pytest.mark.parametrize("name", ["performer", "scatterbrain"])
 @pytest.mark.parametrize("projection", [torch.randn(3, 5), torch.randn(4), torch.randn(0, 4)])
-def test_refuses_rows_that_do_not_fit(name, projection):
+def test_refuses_projections_that_do_not_fit(name, projection):
     with pytest.raises(UserError, match=r"projection has to be \(rows, 4\)"):
         call(name, {PROJECTION: projection})
 

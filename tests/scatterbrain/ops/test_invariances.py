@@ -1,4 +1,4 @@
-"""What a result must not depend on: strides, autocast, the rest of the batch, how the work is cut."""
+"""Results do not depend on strides, autocast, the rest of the batch, or the sizes of slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Landmark attention: clusters, features, both fast forms against their specifications, and what they may not do."""
+"""Landmark attention: clusters, features, both operators against their specifications, and refused arguments."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from scatterbrain.ops.clusters import (
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
-from scatterbrain.ops.common.dense import dense_attention
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
-from tests.helpers import TensorRecorder, assert_close, draw_inputs
+from tests.helpers import TensorRecorder, assert_close, dense_attention, draw_inputs
 
 # float64 against float64: sums of up to 300 terms, exponentials of logits up to 80
 DOUBLE = 1e-11
@@ -48,7 +47,7 @@ def lengths_of(lengths):
 
 
 def landmark_pair(window, num_landmarks, lengths, **options):
-    """Fast form and specification of the form with a window, as functions of query, key and value."""
+    """`landmark_attention` and its specification, as functions of query, key and value."""
 
     def fast(query, key, value):
         return landmark_attention(query, key, value, num_landmarks, window, key_lengths=lengths, **options)
@@ -357,7 +356,7 @@ def test_options_change_the_result():
         torch.manual_seed(0)
         dropped = torch.stack([function(dropout_p=0.3) for _ in range(400)])
         assert (dropped[0] - function()).abs().max() > 1e-3
-        # 400 draws: 1 / 20 of the deviation of one
+        # 400 samples: 1 / 20 of the standard deviation of one
         assert_close("mean under dropout", function(), dropped.mean(0), 0.1)
     assert (paired() - paired(query_lengths=torch.tensor([60, 20]))).abs().max() > 1e-3
     assert (paired() - paired(num_exact=3)).abs().max() > 1e-3
@@ -366,7 +365,7 @@ def test_options_change_the_result():
 def test_errors_name_what_is_wrong():
     query, key, value, _ = draw_inputs(length=20)
     for function, sizes in ((landmark_attention, (4,)), (paired_landmark_attention, (4, 4))):
-        with pytest.raises(UserError, match="no causal form"):
+        with pytest.raises(UserError, match="cannot be causal"):
             function(query, key, value, *sizes, is_causal=True)
         for option, match in (
             ({"num_steps": -1}, "num_steps=-1"),

@@ -1,4 +1,4 @@
-"""Supports of SMYRF and Reformer against definitions in plain loops, and what every support has to keep."""
+"""Supports of SMYRF and Reformer against definitions in plain loops, and invariants of every support."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from scatterbrain.errors import UserError
 from scatterbrain.ops.sparse.lsh import (
     draw_reformer_rotations,
-    draw_smyrf_rows,
+    draw_smyrf_projection,
     num_reformer_buckets,
     reformer_support,
     smyrf_support,
@@ -69,7 +69,7 @@ KINDS = ["smyrf", "reformer"]
 
 def draw_hash(kind: str, case: Case, seed: int = 0) -> torch.Tensor:
     if kind == "smyrf":
-        return draw_smyrf_rows(case.hashes, case.width, seed)
+        return draw_smyrf_projection(case.hashes, case.width, seed)
     buckets = num_reformer_buckets(case.num_keys, case.size)
     return draw_reformer_rotations(case.hashes, case.width, buckets, seed)
 
@@ -293,7 +293,7 @@ def test_is_a_function_of_the_seed(kind):
 
 def test_what_is_drawn_is_standard_normal():
     for drawn, shape in (
-        (draw_smyrf_rows(40, 98, 3), (40, 100)),
+        (draw_smyrf_projection(40, 98, 3), (40, 100)),
         (draw_reformer_rotations(2, 100, 40, 3), (2, 100, 20)),
     ):
         assert drawn.shape == shape
@@ -347,8 +347,8 @@ def test_number_of_buckets_is_the_nearest_even_one(num_keys, bucket_size, expect
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: draw_smyrf_rows(0, 4, 0), "num_hashes=0"),
-        (lambda: draw_smyrf_rows(2, 0, 0), "dim=0"),
+        (lambda: draw_smyrf_projection(0, 4, 0), "num_hashes=0"),
+        (lambda: draw_smyrf_projection(2, 0, 0), "dim=0"),
         (lambda: draw_reformer_rotations(0, 4, 4, 0), "num_hashes=0"),
         (lambda: draw_reformer_rotations(2, 0, 4, 0), "dim=0"),
         (lambda: draw_reformer_rotations(2, 4, 0, 0), "num_buckets=0"),

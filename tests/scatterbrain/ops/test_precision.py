@@ -1,4 +1,4 @@
-"""Numerics: extreme logits, half precision, and hidden keys that must not be felt."""
+"""Numerics: extreme logits, half precision, and hidden keys without influence."""
 
 from __future__ import annotations
 

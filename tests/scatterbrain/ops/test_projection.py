@@ -1,4 +1,4 @@
-"""Rows of the random features: orthogonality, lengths, and what they are a function of."""
+"""Random projections: orthogonality, lengths, and reproducibility from the seed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.common.projection import draw_projection
 from tests.helpers import assert_close
 
-# float32 rows of unit length: products are off by a few roundings of 6e-8
+# float32 vectors of unit length: products are off by a few roundings of 6e-8
 ORTHOGONAL = 1e-6
 
 
 @pytest.mark.parametrize("row_norm", ["chi", "sqrt_dim"])
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 17, 40])
-def test_rows_are_orthogonal_within_blocks(num_rows, row_norm):
+def test_projections_are_orthogonal_within_blocks(num_rows, row_norm):
     rows = draw_projection(num_rows, 16, seed=3, row_norm=row_norm)
     assert rows.shape == (num_rows, 16)
     assert rows.dtype == torch.float32
@@ -30,7 +30,7 @@ def test_blocks_are_independent_of_one_another():
     assert (first @ second.T).abs().max() > 0.1
 
 
-def test_lengths_of_chi_rows_are_those_of_normal_vectors():
+def test_lengths_of_chi_projections_are_those_of_normal_vectors():
     rows = torch.cat([draw_projection(64, 16, seed) for seed in range(64)]).double()
     squares = rows.square().sum(1)
     count = len(squares)
@@ -41,9 +41,9 @@ def test_lengths_of_chi_rows_are_those_of_normal_vectors():
     assert abs(squares.var().item() - 32) < 4 * math.sqrt((fourth - 32**2) / count)
 
 
-def test_lengths_of_sqrt_dim_rows():
+def test_lengths_of_sqrt_dim_projections():
     rows = draw_projection(40, 12, seed=0, row_norm="sqrt_dim").double()
-    # float32 rows of length sqrt(12): the sum of twelve squares is off by a few roundings of 6e-8
+    # float32 vectors of length sqrt(12): the sum of twelve squares is off by a few roundings of 6e-8
     torch.testing.assert_close(
         rows.norm(dim=1), torch.full((40,), math.sqrt(12), dtype=torch.float64), rtol=2e-7, atol=0
     )
@@ -65,11 +65,11 @@ def test_signs_of_coordinates_are_balanced():
     assert (shares - 0.5).abs().max() < 5 * 0.5 / math.sqrt(400)
 
 
-def test_same_seed_same_rows():
+def test_same_seed_same_projections():
     assert torch.equal(draw_projection(20, 16, seed=7), draw_projection(20, 16, seed=7))
 
 
-def test_other_seed_other_rows():
+def test_other_seed_other_projections():
     first, second = draw_projection(20, 16, seed=7), draw_projection(20, 16, seed=8)
     assert (first - second).abs().min() > 0
 
@@ -84,7 +84,7 @@ def test_independent_of_the_global_generator_and_leaves_it_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rows_are_the_same_on_every_machine():
+def test_projections_are_the_same_on_every_machine():
     # of the first release of this code; a change here changes every seeded result
     expected = torch.tensor(
         [
@@ -103,14 +103,14 @@ def test_refuses_empty_projections(num_rows, dim):
         draw_projection(num_rows, dim, seed=0)
 
 
-def test_refuses_an_unknown_length_of_rows():
+def test_refuses_an_unknown_row_norm():
     with pytest.raises(UserError, match=r"'ch' is unknown.*'chi'"):
         draw_projection(5, 16, seed=0, row_norm="ch")
 
 
 @pytest.mark.parametrize("row_norm", ["chi", "sqrt_dim"])
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 17, 40])
-def test_rows_of_a_block_are_the_corners_of_a_simplex(num_rows, row_norm):
+def test_projections_of_a_block_are_the_corners_of_a_simplex(num_rows, row_norm):
     rows = draw_projection(num_rows, 16, seed=3, row_norm=row_norm, coupling="simplex")
     for block in torch.nn.functional.normalize(rows.double()).split(16):
         count = len(block)
@@ -120,7 +120,7 @@ def test_rows_of_a_block_are_the_corners_of_a_simplex(num_rows, row_norm):
 
 
 @pytest.mark.parametrize("coupling", ["simplex", "independent"])
-def test_coupled_rows_are_isotropic(coupling):
+def test_coupled_projections_are_isotropic(coupling):
     rows = torch.stack([draw_projection(16, 16, seed, coupling=coupling) for seed in range(1024)]).double()
     # any one row of a block, the last one of the simplex as well
     for row in (rows[:, 0], rows[:, 15]):

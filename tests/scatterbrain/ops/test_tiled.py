@@ -7,8 +7,9 @@ import torch
 
 import scatterbrain.ops.sparse.tiled as tiled
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.dense import dense_low_rank_logits, naive_support_attention
+from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
+from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Round, Support
 from scatterbrain.ops.sparse.tiled import support_attention
 from tests.helpers import assert_close
@@ -137,7 +138,7 @@ def adversarial():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_rows_whose_difference_loses_its_digits_are_computed_by_pairs(dtype, monkeypatch):
+def test_queries_whose_subtraction_cancels_are_recomputed_by_pairs(dtype, monkeypatch):
     rows, tensors, support = adversarial()
     tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
@@ -164,7 +165,7 @@ def test_rows_whose_difference_loses_its_digits_are_computed_by_pairs(dtype, mon
 
 
 @pytest.mark.parametrize("budget", [20, 100, 10**6])
-def test_rows_by_pairs_of_some_sequences_in_slices(budget, monkeypatch):
+def test_queries_recomputed_by_pairs_in_slices(budget, monkeypatch):
     rows, tensors, support = adversarial()
     tensors = [x.detach().clone() for x in tensors]
     for x in tensors[:2]:
@@ -184,7 +185,7 @@ def test_dropout_is_unbiased_and_of_the_exact_weights():
     out = support_attention(*tensors, support, scale=SCALE)
     dropped = torch.stack([support_attention(*tensors, support, scale=SCALE, dropout_p=0.5) for _ in range(4000)])
     assert not torch.equal(dropped[0], dropped[1])
-    # the mean of 4000 draws, each with a deviation of about its size
+    # the mean of 4000 samples, each with a standard deviation of about its size
     assert_close("mean", out, dropped.mean(0), 0.05)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.errors import UserError
-from scatterbrain.ops.common.backends import no_kernels
-from scatterbrain.ops.common.inputs import check_inputs, check_window, default_scale, resolve_backend
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend, no_kernels
+from scatterbrain.ops.common.inputs import check_inputs, check_window, default_scale
 
 # Widths of heads and numbers of features past which tiles no longer fit a multiprocessor.
 MAX_WIDTH = 128
@@ -46,41 +45,26 @@ def unsupported(
     return None
 
 
-def choose_backend(
-    backend: str,
-    query: torch.Tensor,
-    value: torch.Tensor,
-    projection: torch.Tensor | None = None,
-    cosh: bool = False,
-    dropout_p: float = 0.0,
-) -> str:
-    """The form that `backend` selects: `auto` takes the fused kernels where they run and are fast.
+def is_fast(
+    query: torch.Tensor, value: torch.Tensor, projection: torch.Tensor | None = None, cosh: bool = False
+) -> bool:
+    """Whether `backend="auto"` should take the fused kernels, where they can run.
+
+    Not in the interpreter, and not where the tiles exceed the registers by far: wide ones of float32 in full precision,
+    without tensor cores.
 
     Args:
-        backend: `naive`, `torch`, `triton` or `auto`.
         query: (B, H, T, E).
         value: (B, H, S, D).
-        projection: rows (R, E) or None.
-        cosh: each row gives two features.
-        dropout_p: probability of dropping a weight.
-
-    Raises:
-        UserError: `triton` where it cannot run.
+        projection: random projections (R, E) or None.
+        cosh: each random projection gives two features.
     """
-    reason = unsupported(query, value, projection, cosh, dropout_p)
-    if backend == "triton" and reason is not None:
-        raise UserError(f"backend='triton' cannot run this: {reason}. Choose 'torch', or 'auto' for what fits.")
-    if backend == "auto":
-        return "triton" if query.is_cuda and reason is None and not _spills(query, value, projection, cosh) else "torch"
-    return resolve_backend(backend, ("naive", "torch", "triton"))
-
-
-def _spills(query: torch.Tensor, value: torch.Tensor, projection: torch.Tensor | None, cosh: bool) -> bool:
-    """Whether the tiles exceed the registers by far: wide ones of float32 in full precision, without matrix units."""
-    if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+    if not query.is_cuda:
         return False
+    if query.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return True
     features = 0 if projection is None else projection.shape[0] * (2 if cosh else 1)
-    return max(query.shape[3], value.shape[3], features) > 64
+    return max(query.shape[3], value.shape[3], features) <= 64
 
 
 def attention(
@@ -148,7 +132,7 @@ def count_marked_tiles(
     """
     check_inputs(query, key, value, key_lengths, projection)
     check_window(window)
-    choose_backend("triton", query, value, projection, True)
+    choose_backend("triton", PYTORCH_AND_TRITON, unsupported=unsupported(query, value, projection, cosh=True))
     from scatterbrain.ops.common.triton_functions import device_of
     from scatterbrain.ops.scatterbrain.triton.operator import run_forward
 

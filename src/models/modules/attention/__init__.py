@@ -1,4 +1,4 @@
-"""The attentions at their first address; they live in `scatterbrain.attention`."""
+"""The attentions, re-exported from `scatterbrain.attention`."""
 
 from scatterbrain.attention import ATTENTIONS, COMPARED, attention_memory, create_attention
 

@@ -1,4 +1,4 @@
-"""`FullAttention` at its first address; it lives in `scatterbrain.attention.full`."""
+"""`FullAttention`, re-exported from `scatterbrain.attention.full`."""
 
 from scatterbrain.attention.full import FullAttention
 

@@ -1,4 +1,4 @@
-"""`LocalAttention` at its first address; it lives in `scatterbrain.attention.local`."""
+"""`LocalAttention`, re-exported from `scatterbrain.attention.local`."""
 
 from scatterbrain.attention.local import LocalAttention
 

@@ -1,4 +1,4 @@
-"""`PerformerAttention` at its first address; it lives in `scatterbrain.attention.performer`."""
+"""`PerformerAttention`, re-exported from `scatterbrain.attention.performer`."""
 
 from scatterbrain.attention.performer import PerformerAttention
 

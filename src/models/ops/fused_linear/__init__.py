@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.backends import check_inference_only, choose_backend
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, check_inference_only, choose_backend, no_kernels
 from src.models.ops.fused_linear.folded import FoldedLinear
 from src.models.ops.fused_linear.naive import naive_fused_linear
 from src.models.ops.fused_linear.patches import Patches
@@ -97,7 +97,7 @@ def _fused_linear(
             "fused_linear_with_statistics returned with x, or None."
         )
 
-    chosen = choose_backend(backend, x)
+    chosen = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=no_kernels(x), prefer_kernels=x.is_cuda)
     if chosen == "triton" and backend == "auto" and x.dtype == torch.float32 and folded.patches is None:
         chosen = "torch"  # cuBLAS is faster than Triton without tensor cores; over patches it would lay them out
     if chosen == "triton":

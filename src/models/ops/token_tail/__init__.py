@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.backends import check_inference_only, choose_backend
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, check_inference_only, choose_backend, no_kernels
 from src.models.ops.token_tail.folded import FoldedTail
 from src.models.ops.token_tail.naive import naive_token_tail
 from src.models.ops.token_tail.plain import plain_token_tail
@@ -40,7 +40,9 @@ def token_tail(attended: torch.Tensor, value: torch.Tensor, folded: FoldedTail, 
                 f"{name} is {tensor.dtype} on {tensor.device} and the weights are {folded.projection.dtype} on "
                 f"{folded.projection.device}; convert the input, or fold the weights again after moving the model."
             )
-    chosen = choose_backend(backend, attended)
+    chosen = choose_backend(
+        backend, PYTORCH_AND_TRITON, unsupported=no_kernels(attended), prefer_kernels=attended.is_cuda
+    )
     if chosen == "triton":
         from src.models.ops.token_tail.triton import triton_token_tail
 

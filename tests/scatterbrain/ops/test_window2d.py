@@ -1,4 +1,4 @@
-"""Neighbourhoods in the plane against the definition, token by token."""
+"""Two-dimensional windows against the definition, token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-sparse attention, alone and with random features: exact between blocks of tokens that a layout pairs.
+"""Block-sparse attention, alone and with random features: exact between the pairs of blocks of a layout.
 
 The layouts are those of Longformer (Beltagy et al., 2020), BigBird (Zaheer et al., NeurIPS 2020) and of the fixed
 pattern of sparse transformers (Child et al., 2019); see `scatterbrain.ops.sparse.block_sparse`.
@@ -14,7 +14,7 @@ from scatterbrain.ops.sparse.supports import Support
 
 
 class BlockLayout(FixedSupport):
-    """Pairs of blocks.
+    """Support of a block layout.
 
     Args:
         layout: `longformer`, `bigbird` or `openai`.
@@ -28,14 +28,14 @@ class BlockLayout(FixedSupport):
     def __init__(self, layout: str, block: int, seed: int = 0, **options: int) -> None:
         super().__init__()
         self.layout, self.block, self.seed, self.options = layout, block, seed, options
-        self._layout(block, block)  # complains now of what does not fit
+        self._layout(block, block)  # refuse now what does not fit
 
     def _layout(self, num_queries: int, num_keys: int) -> torch.Tensor:
         blocks = (-(-length // self.block) for length in (num_queries, num_keys))
         return block_layout(self.layout, *blocks, seed=self.seed, **self.options)
 
     def make(self, num_queries: int, num_keys: int) -> Support:
-        """The layout for these lengths."""
+        """The support of the layout for these lengths."""
         return layout_support(self._layout(num_queries, num_keys), self.block, num_queries, num_keys)
 
     def sizes(self) -> dict[str, int]:
@@ -48,7 +48,7 @@ class BlockLayout(FixedSupport):
 
 
 class BlockSparseAttention(SparseAttention):
-    """Softmax attention between paired blocks.
+    """Softmax attention between the pairs of blocks of a layout.
 
     Args:
         layout: `longformer`, `bigbird` or `openai`.
@@ -56,9 +56,9 @@ class BlockSparseAttention(SparseAttention):
         num_window_blocks: blocks of the sliding window, odd; with `openai` blocks of a local group.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
-        seed: seed of BigBird's random blocks; they are part of the layout, and not drawn again.
+        seed: seed of BigBird's random blocks; they are part of the layout, and not redrawn.
         attention_dropout: probability of dropping an attention weight in training.
-        backend: form of the operator: `naive`, `torch` or `auto`.
+        backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: unknown layout, or a value out of range.
@@ -80,7 +80,7 @@ class BlockSparseAttention(SparseAttention):
 
 
 class SBBlockSparseAttention(SparseLowRankAttention):
-    """Scatterbrain over paired blocks.
+    """Scatterbrain with the pairs of blocks of a layout as its sparse support.
 
     Args:
         layout: `longformer`, `bigbird` or `openai`.
@@ -90,10 +90,9 @@ class SBBlockSparseAttention(SparseLowRankAttention):
         num_window_blocks: blocks of the sliding window, odd; with `openai` blocks of a local group.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
-        seed: seed of the rows and of BigBird's random blocks.
-        row_norm: length of the rows, see `draw_projection`.
-        backend: form of the operator: `naive`, `torch` or `auto`.
-        centre, balance, coupling: less variance of the features, see `RandomFeatureAttention`.
+        seed: seed of the random projections and of BigBird's random blocks.
+        backend: `naive`, `torch` or `auto`, see the operator.
+        **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
         UserError: unknown layout, or a value out of range.
@@ -109,27 +108,11 @@ class SBBlockSparseAttention(SparseLowRankAttention):
         softmax_temp: float | None = None,
         causal: bool = False,
         seed: int = 0,
-        row_norm: str = "chi",
         backend: str = "auto",
-        *,
-        centre: str = "none",
-        balance: bool = False,
-        coupling: str = "orthogonal",
+        **features: str | bool,
     ) -> None:
         source = BlockLayout(layout, block, seed, **_window_option(layout, num_window_blocks))
-        super().__init__(
-            source,
-            dim_heads,
-            nb_features,
-            softmax_temp,
-            causal,
-            seed,
-            row_norm,
-            backend,
-            centre=centre,
-            balance=balance,
-            coupling=coupling,
-        )
+        super().__init__(source, dim_heads, nb_features, softmax_temp, causal, seed, backend, **features)
 
 
 def _window_option(layout: str, num_window_blocks: int) -> dict[str, int]:

@@ -1,0 +1,31 @@
+"""Numbers and small routines that the PyTorch implementations share."""
+
+from __future__ import annotations
+
+import torch
+
+# Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
+FLOOR = -1e30
+
+# How far the maximum that a query's exponents are taken relative to may lie below the largest bound of its features.
+# Why it is needed: the bound of the low-rank part also covers keys inside the window, where exp(s q.k) replaces
+# phi(q).phi(k). A feature exceeds the exact weight by at most exp(|w|^2 / 2), w its random projection: exp(32) is
+# typical at E = 64. With 60 of slack and the 87 down to float32's smallest number, the weights of a window survive
+# |w|^2 up to 294.
+MAXIMUM_SLACK = 60.0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics and sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tile_budget(x: torch.Tensor) -> int:
+    """Number of elements of the tiles that are computed at a time: a CPU's cache; on a GPU, few kernel launches."""
+    return 1 << 18 if x.device.type == "cpu" else 1 << 26
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of (G, N, ...) at (G, n) positions: (G, n, ...), many times faster than `gather` with expanded indices."""
+    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
