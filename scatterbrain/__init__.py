@@ -10,61 +10,28 @@ Functions take (B, H, length, width) as `torch.nn.functional.scaled_dot_product_
 `create_attention` sizes to a memory budget, take (B, length, H, width). Needs torch alone.
 """
 
-from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
-from scatterbrain.attention.base import AttentionModule
-from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
-from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
-from scatterbrain.attention.combination import (
-    CombinationLocalPerformerAttention,
-    CombinationSmyrfPerformerAttention,
-)
-from scatterbrain.attention.full import FullAttention
-from scatterbrain.attention.local import LocalAttention
-from scatterbrain.attention.local2d import Local2dAttention, SBLocal2dAttention
-from scatterbrain.attention.performer import PerformerAttention
-from scatterbrain.attention.random_features import RandomFeatureOptions
-from scatterbrain.attention.reformer import ReformerAttention
-from scatterbrain.attention.sblocal import SBLocalAttention
-from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
-from scatterbrain.errors import UserError
-from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
-from scatterbrain.ops.common.projection import draw_projection
-from scatterbrain.ops.full import full_attention
-from scatterbrain.ops.local import local_attention
-from scatterbrain.ops.performer import performer_attention
-from scatterbrain.ops.scatterbrain import scatterbrain_attention
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scatterbrain._exports import *  # noqa: F403
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "ATTENTIONS",
-    "AttentionModule",
-    "BlockSparseAttention",
-    "ClusterAttention",
-    "CombinationLocalPerformerAttention",
-    "CombinationSmyrfPerformerAttention",
-    "FullAttention",
-    "Local2dAttention",
-    "LocalAttention",
-    "PairedClusterAttention",
-    "PerformerAttention",
-    "RandomFeatureOptions",
-    "ReformerAttention",
-    "SBBlockSparseAttention",
-    "SBClusterAttention",
-    "SBLocal2dAttention",
-    "SBLocalAttention",
-    "SBSmyrfAttention",
-    "SmyrfAttention",
-    "UserError",
-    "__version__",
-    "attention_memory",
-    "create_attention",
-    "draw_projection",
-    "full_attention",
-    "landmark_attention",
-    "local_attention",
-    "paired_landmark_attention",
-    "performer_attention",
-    "scatterbrain_attention",
-]
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use: programs that need `scatterbrain.errors` alone start without torch."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    exports = importlib.import_module("scatterbrain._exports")
+    if name == "__all__":
+        return sorted([*exports.__all__, "__version__"])
+    if name not in exports.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(exports, name)
+
+
+def __dir__() -> list[str]:
+    return __getattr__("__all__")

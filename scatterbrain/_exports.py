@@ -1,0 +1,57 @@
+"""The public names of `scatterbrain`, which `__init__.py` gives out; importing them imports torch."""
+
+from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
+from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
+from scatterbrain.attention.combination import (
+    CombinationLocalPerformerAttention,
+    CombinationSmyrfPerformerAttention,
+)
+from scatterbrain.attention.full import FullAttention
+from scatterbrain.attention.local import LocalAttention
+from scatterbrain.attention.local2d import Local2dAttention, SBLocal2dAttention
+from scatterbrain.attention.performer import PerformerAttention
+from scatterbrain.attention.random_features import RandomFeatureOptions
+from scatterbrain.attention.reformer import ReformerAttention
+from scatterbrain.attention.sblocal import SBLocalAttention
+from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
+from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
+from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.full import full_attention
+from scatterbrain.ops.local import local_attention
+from scatterbrain.ops.performer import performer_attention
+from scatterbrain.ops.scatterbrain import scatterbrain_attention
+
+__all__ = [
+    "ATTENTIONS",
+    "AttentionModule",
+    "BlockSparseAttention",
+    "ClusterAttention",
+    "CombinationLocalPerformerAttention",
+    "CombinationSmyrfPerformerAttention",
+    "FullAttention",
+    "Local2dAttention",
+    "LocalAttention",
+    "PairedClusterAttention",
+    "PerformerAttention",
+    "RandomFeatureOptions",
+    "ReformerAttention",
+    "SBBlockSparseAttention",
+    "SBClusterAttention",
+    "SBLocal2dAttention",
+    "SBLocalAttention",
+    "SBSmyrfAttention",
+    "SmyrfAttention",
+    "UserError",
+    "attention_memory",
+    "create_attention",
+    "draw_projection",
+    "full_attention",
+    "landmark_attention",
+    "local_attention",
+    "paired_landmark_attention",
+    "performer_attention",
+    "scatterbrain_attention",
+]
