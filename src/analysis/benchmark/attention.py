@@ -1,0 +1,409 @@
+"""The attention benchmark: what is timed at each length, in which order, and what is kept of it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from scatterbrain.attention import create_attention
+from scatterbrain.attention.sblocal import SBLocalAttention
+from scatterbrain.errors import UserError
+from scatterbrain.ops.scatterbrain.triton import choose_backend
+from scatterbrain.ops.scatterbrain.triton import count_marked_tiles as count_fallback_tiles
+from src.analysis.benchmark import attention_report
+from src.analysis.benchmark.baselines import (
+    BASELINE,
+    QUADRATIC_MEMORY,
+    Function,
+    fast_transformers_baselines,
+    heads_first,
+    pytorch_baselines,
+)
+from src.analysis.benchmark.report import DTYPES, header
+from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
+from src.utils.scripts import choose_device, compile_ahead, first_line, progress_display
+
+# Sizes that have a column of their own in the tables.
+WINDOW, FEATURES = "local_context", "nb_features"
+# Seeds of the inputs among which one without a fallback tile is looked for.
+OTHER_SEEDS = 20
+# A sample shorter than this says more about the clock than about the candidate: calls are repeated until it is passed.
+SHORTEST_SAMPLE_SECONDS = 2e-3
+# Softmax written out is left out where its N x N matrices take more than this.
+MATRICES_GIB = 2.0
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Candidate:
+    """One implementation at one length.
+
+    Attributes:
+        name: its row in the tables.
+        kind: `attention` (ours), `growth` (ours, with the sizes of another length), `seed` (one of these with other
+            inputs) or `baseline`.
+        function: query (B, N, H, E), key and value likewise, to output (B, N, H, E).
+        sizes: what its memory is spent on, by the names of the options; empty for full attention.
+        memory_fraction: memory over that of full attention, by the published rule of counting.
+        module: of ours, None of others.
+        seed: of its inputs.
+        fallback_tiles: tiles of queries that its kernels recompute exactly because the subtraction cancels; None where
+            it has no such kernels.
+    """
+
+    name: str
+    kind: str
+    function: Function
+    sizes: dict[str, int] = field(default_factory=dict)
+    memory_fraction: float = 1.0
+    module: torch.nn.Module | None = None
+    seed: int = 0
+    fallback_tiles: int | None = None
+
+    @property
+    def window(self) -> int:
+        """Number of keys in the window, 0 for none."""
+        return self.sizes.get(WINDOW, 0)
+
+    @property
+    def features(self) -> int:
+        """Number of random features, 0 for none."""
+        return self.sizes.get(FEATURES, 0)
+
+
+@dataclass
+class Entry:
+    """A candidate at one length in one pass, while it is measured."""
+
+    candidate: Candidate
+    length: int
+    attention_pass: str
+    call: Callable[[], object]
+    calls_per_sample: int = 1
+    temporary_bytes: int = 0
+    device_milliseconds: float | None = None
+    milliseconds: list[float] = field(default_factory=list)
+
+    def row(self, baseline: Sequence[float]) -> dict[str, Any]:
+        """Results for JSON; times are those of one call.
+
+        Args:
+            baseline: milliseconds of `BASELINE` in the same rounds.
+        """
+        candidate = self.candidate
+        return {
+            "name": candidate.name,
+            "kind": candidate.kind,
+            "length": self.length,
+            "pass": self.attention_pass,
+            "window": candidate.window,
+            "features": candidate.features,
+            "sizes": candidate.sizes,
+            "memory_fraction": candidate.memory_fraction,
+            "temporary_bytes": self.temporary_bytes,
+            "milliseconds": statistics.median(self.milliseconds),
+            "milliseconds_min": min(self.milliseconds),
+            "ratio_to_sdpa": median_ratio(self.milliseconds, baseline),
+            "device_milliseconds": self.device_milliseconds,
+            "milliseconds_per_round": self.milliseconds,
+            "seed": candidate.seed,
+            "fallback_tiles": candidate.fallback_tiles,
+        }
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A call that compiles kernels of ours: an attention at a length, with the sizes of another, in one pass."""
+
+    attention: str
+    length: int
+    budget_length: int
+    attention_pass: str
+
+
+class AttentionBench:
+    """One run of the benchmark.
+
+    Args:
+        arguments: options of `scripts/benchmark_attention.py`.
+
+    Raises:
+        UserError: the device is absent, or batches and lengths do not match.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = choose_device(arguments.device)
+        self.dtype = DTYPES[arguments.dtype]
+        self.growth_length = arguments.growth_length or arguments.lengths[len(arguments.lengths) // 2]
+        batches = arguments.batch * len(arguments.lengths) if len(arguments.batch) == 1 else arguments.batch
+        if len(batches) != len(arguments.lengths):
+            raise UserError(
+                f"--batch has {len(batches)} numbers and there are {len(arguments.lengths)} lengths. Give one, or one "
+                "for each length."
+            )
+        self.batches = dict(zip(arguments.lengths, batches, strict=True))
+        self.skipped: list[dict[str, str | int]] = []
+        self.results: list[dict[str, Any]] = []
+
+    def skip(self, name: str, length: int, reason: str, attention_pass: str = "all") -> None:
+        """Note that a candidate is left out, and why."""
+        self.skipped.append({"name": name, "length": length, "pass": attention_pass, "reason": reason})
+
+    # Candidates -------------------------------------------------------------------------------------------------------
+
+    def inputs(self, length: int, seed: int = 0) -> Tensors:
+        """Normal query, key and value (B, N, H, E), the same in each run."""
+        arguments = self.arguments
+        # the generator takes 32 bits of a seed: both numbers have to be among them
+        generator = torch.Generator().manual_seed(length + (seed << 24))
+        shape = (self.batches[length], length, arguments.heads, arguments.dim)
+        query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+        return tuple(x.to(self.device, self.dtype) for x in (query * arguments.std, key * arguments.std, value))
+
+    def attention(self, name: str, length: int, budget_length: int) -> Candidate:
+        """One of our attentions, with the sizes that fit `budget_length`."""
+        arguments = self.arguments
+        module = create_attention(name, budget_length, arguments.dim, memory_fraction=arguments.memory_fraction)
+        module.to(self.device).eval()
+        share = min(1.0, module.memory_columns(length) / length)
+        kind = "attention" if budget_length == length else "growth"
+        label = name if kind == "attention" else f"{name} as at {budget_length}"
+        return Candidate(label, kind, lambda *tensors: module(*tensors)[0], module.sizes(), share, module)
+
+    def candidates(self, length: int) -> list[Candidate]:
+        """Everything that is timed at one length; the baseline that all times are divided by comes first."""
+        arguments = self.arguments
+        ours = [self.attention(name, length, length) for name in arguments.attentions]
+        if arguments.growth_only and length != self.growth_length:
+            ours = [item for item in ours if not item.sizes]
+        found = [Candidate(BASELINE, "baseline", heads_first(F.scaled_dot_product_attention))]
+        if not arguments.no_peers:
+            baselines = pytorch_baselines(self.device)
+            found += [Candidate(name, "baseline", function) for name, function in baselines.items()]
+            found += self.fast_transformers(length, ours)
+        found += ours
+        if length != self.growth_length:
+            grown = [self.attention(name, length, self.growth_length) for name in arguments.attentions]
+            found += [item for item in grown if item.sizes]
+        return found
+
+    def fast_transformers(self, length: int, ours: Iterable[Candidate]) -> list[Candidate]:
+        """Its counterparts of our attentions, none where they cannot run."""
+        arguments = self.arguments
+        reason = f"it knows float32 only, not {arguments.dtype}"
+        if self.dtype == torch.float32:
+            shape = (self.batches[length], length, arguments.heads, arguments.dim)
+            sizes = {item.name: item.sizes for item in ours}
+            try:
+                found = fast_transformers_baselines(
+                    shape, self.device, {item.name: (item.window, item.features) for item in ours}
+                )
+                return [Candidate(label, "baseline", call, sizes[name]) for name, (label, call) in found.items()]
+            except ImportError:
+                reason = "pytorch-fast-transformers is not installed"
+            except RuntimeError as error:
+                reason = str(error)
+        self.skip("fast-transformers", length, reason)
+        return []
+
+    def with_other_seeds(self, length: int, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """The candidates, fallback tiles counted; those that have some also with inputs for which there are none."""
+        tensors = self.inputs(length)
+        for item in candidates:
+            item.fallback_tiles = fallback_tiles(item.module, tensors)
+            yield item
+            if not item.fallback_tiles:
+                continue
+            for seed in range(1, OTHER_SEEDS + 1):
+                if fallback_tiles(item.module, self.inputs(length, seed)) == 0:
+                    name = f"{item.name}, no fallback"
+                    yield replace(item, name=name, kind="seed", seed=seed, fallback_tiles=0)
+                    break
+
+    def call(self, candidate: Candidate, tensors: Tensors, attention_pass: str) -> Callable[[], object]:
+        """One call of a candidate, without arguments."""
+        if attention_pass == "forward":
+
+            def forward() -> torch.Tensor:
+                with torch.inference_mode():
+                    return candidate.function(*tensors)
+
+            return forward
+        leaves = tuple(x.detach().requires_grad_() for x in tensors)
+        gradient = torch.ones_like(tensors[2])
+
+        def training() -> tuple[torch.Tensor, ...]:
+            # Reformer shares queries and keys: its keys have no gradient
+            return torch.autograd.grad(candidate.function(*leaves), leaves, gradient, allow_unused=True)
+
+        return training
+
+    def fits(self, candidate: Candidate, length: int, attention_pass: str) -> bool:
+        """Whether a candidate's N x N matrices keep to `MATRICES_GIB`; notes it where they do not."""
+        if candidate.name not in QUADRATIC_MEMORY:
+            return True
+        matrices = 2 if attention_pass == "forward" else 4
+        size = matrices * self.batches[length] * self.arguments.heads * length**2 * self.dtype.itemsize / 2**30
+        if size <= MATRICES_GIB:
+            return True
+        self.skip(candidate.name, length, f"its N x N matrices take {size:.1f} GiB", attention_pass)
+        return False
+
+    def kernel_cases(self) -> list[KernelCase]:
+        """All calls of ours."""
+        arguments = self.arguments
+        return [
+            KernelCase(name, length, budget_length, attention_pass)
+            for length in arguments.lengths
+            for attention_pass in arguments.passes
+            for budget_length in dict.fromkeys((*([] if arguments.growth_only else [length]), self.growth_length))
+            for name in arguments.attentions
+        ]
+
+    # Measurement ------------------------------------------------------------------------------------------------------
+
+    def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
+        """Measure everything; `save` is called whenever lengths are complete in a pass."""
+        # before anything takes time: sizes that do not fit are found here
+        candidates = {length: self.candidates(length) for length in self.arguments.lengths}
+        with progress_display(console) as progress:
+            if self.device.type == "cuda" and self.arguments.jobs > 1:
+                work = functools.partial(compile_kernels, self.arguments)
+                compile_ahead(work, self.kernel_cases(), self.arguments.jobs, progress)
+            for lengths in self.measured_together():
+                counted = {length: [*self.with_other_seeds(length, candidates[length])] for length in lengths}
+                for attention_pass in self.arguments.passes:
+                    self.measure(counted, attention_pass, progress)
+                    save()
+
+    def measured_together(self) -> list[tuple[int, ...]]:
+        """The lengths, in groups that share their rounds.
+
+        On CUDA each length is measured on its own, since the growth there is that of graph replays; on the CPU the
+        growth is taken within rounds.
+        """
+        lengths = self.arguments.lengths
+        return [(length,) for length in lengths] if self.device.type == "cuda" else [lengths]
+
+    def measure(self, candidates: dict[int, list[Candidate]], attention_pass: str, progress: Progress) -> None:
+        """Measure the candidates of some lengths in one pass."""
+        entries = [
+            Entry(item, length, attention_pass, self.call(item, self.inputs(length, item.seed), attention_pass))
+            for length, items in candidates.items()
+            for item in items
+            if self.fits(item, length, attention_pass)
+        ]
+        repeats = self.arguments.repeats
+        task = progress.add_task(attention_pass, total=len(entries) * (repeats + 1))
+
+        def show(text: str, entry: Entry) -> None:
+            where = f"{entry.attention_pass}, N = {entry.length}: {text}{entry.candidate.name}"
+            progress.update(task, advance=1, description=where)
+
+        running = []
+        for entry in entries:
+            show("warming up ", entry)
+            running += [entry] if self.warm_up(entry) else []
+        progress.update(task, total=len(entries) + len(running) * repeats)
+        for entry in in_turn(running, repeats):
+            show("", entry)
+            entry.milliseconds.append(1e3 * seconds_per_call(entry.call, entry.calls_per_sample, self.device))
+        # all rows at once, whenever an interrupt comes
+        self.results += list(self.summarise(running))
+        progress.remove_task(task)
+
+    def warm_up(self, entry: Entry) -> bool:
+        """First calls, memory, and the device's time on CUDA; whether the candidate runs at all."""
+        item, call = entry.candidate, entry.call
+        on_cuda = self.device.type == "cuda"
+        try:
+            with warnings.catch_warnings():
+                # SDPA warns of each reason why a kernel does not fit; the error that follows says what matters
+                warnings.simplefilter("ignore")
+                for _ in range(3 if on_cuda else 1):
+                    call()
+        except RuntimeError as error:
+            # a kernel that does not take these tensors, no memory: the others can still be measured
+            if item.kind == "attention" or item.name == BASELINE:
+                raise UserError(f"{item.name} fails at N = {entry.length} ({first_line(error)}).") from error
+            self.skip(item.name, entry.length, first_line(error), entry.attention_pass)
+            return False
+        entry.calls_per_sample = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / seconds_per_call(call, 1, self.device)))
+        entry.temporary_bytes = peak_bytes(call, self.device)
+        if on_cuda:
+            entry.device_milliseconds = graph_milliseconds(call, self.arguments.repeats)
+        return True
+
+    def summarise(self, entries: list[Entry]) -> Iterator[dict[str, Any]]:
+        """Medians and ratios of one pass."""
+        baselines = {entry.length: entry.milliseconds for entry in entries if entry.candidate.name == BASELINE}
+        for entry in entries:
+            yield entry.row(baselines[entry.length])
+
+    # Output -----------------------------------------------------------------------------------------------------------
+
+    def missing(self) -> str:
+        """Lengths that are not complete, by pass."""
+        complete = {(row["pass"], row["length"]) for row in self.results}
+        parts = []
+        for name in self.arguments.passes:
+            lengths = [str(length) for length in self.arguments.lengths if (name, length) not in complete]
+            parts += [f"{name} at N = {', '.join(lengths)}"] if lengths else []
+        return "; ".join(parts)
+
+    def tables(self) -> Iterator[Table]:
+        """One table for each length and pass, and the one of growth."""
+        return attention_report.result_tables(self)
+
+    def left_out(self) -> Iterable[str]:
+        """Why candidates are left out."""
+        return dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in self.skipped)
+
+    def report(self) -> dict[str, Any]:
+        """What is complete, for JSON."""
+        return {
+            "complete": not self.missing(),
+            **header(self.arguments, self.device, growth_length=self.growth_length),
+            "results": self.results,
+            "growth": list(attention_report.growth(self)),
+            "skipped": self.skipped,
+        }
+
+    def plot(self, path: str) -> None:
+        """Draw time against length."""
+        attention_report.plot(self, path)
+
+
+def fallback_tiles(module: torch.nn.Module | None, tensors: Tensors) -> int | None:
+    """Tiles that a module's kernels recompute exactly; None where it has no such kernels, or they do not run here."""
+    if not isinstance(module, SBLocalAttention):
+        return None
+    query, key, value = (x.transpose(1, 2) for x in tensors)
+    projection = module.projection_matrix
+    if choose_backend(module.backend, query, value, projection, cosh=True) != "triton":
+        return None
+    return count_fallback_tiles(query, key, value, projection, module.local_context, scale=module.softmax_temp)
+
+
+def compile_kernels(arguments: argparse.Namespace, case: KernelCase) -> None:
+    """Compile the kernels of one case, by a call of it.
+
+    Its batch is the one that is timed: into how many chunks the kernels cut a sequence follows from batch and heads.
+    """
+    bench = AttentionBench(arguments)
+    candidate = bench.attention(case.attention, case.length, case.budget_length)
+    bench.call(candidate, bench.inputs(case.length), case.attention_pass)()
