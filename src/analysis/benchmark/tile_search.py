@@ -5,46 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
-from src.analysis.benchmark.report import PASSES
 from src.analysis.benchmark.timing import in_turn
 
-# Smallest and largest value of each setting. Matrix products take 16 rows at least.
-LIMITS = {
-    "sum_rows": (16, 256),
-    "sum_programs": (64, 4096),
-    "sum_warps": (2, 8),
-    "sum_stages": (2, 4),
-    "query_rows": (16, 128),
-    "key_rows": (16, 128),
-    "query_tiles": (1, 16),
-    "query_warps": (1, 8),
-    "query_stages": (2, 4),
-    "query_registers": (96, 255),
-    "dq_rows": (16, 32),
-    "dq_keys": (16, 128),
-    "dq_warps": (1, 8),
-    "dq_stages": (2, 4),
-    "dq_registers": (96, 255),
-    "dk_rows": (16, 32),
-    "dk_queries": (16, 128),
-    "dk_warps": (1, 8),
-    "dk_stages": (2, 4),
-    "dk_registers": (96, 255),
+# Settings with their smallest and largest values (matrix products take 16 rows at least), in groups that are searched
+# together, since they influence one another and nothing else.
+GROUPS: dict[str, dict[str, tuple[int, int]]] = {
+    "sums": {"sum_rows": (16, 256), "sum_programs": (64, 4096), "sum_warps": (2, 8), "sum_stages": (2, 4)},
+    "queries": {
+        **{"query_rows": (16, 128), "key_rows": (16, 128), "query_tiles": (1, 16)},
+        **{"query_warps": (1, 8), "query_stages": (2, 4), "query_registers": (96, 255)},
+    },
+    "query gradient": {
+        **{"dq_rows": (16, 32), "dq_keys": (16, 128)},
+        **{"dq_warps": (1, 8), "dq_stages": (2, 4), "dq_registers": (96, 255)},
+    },
+    "key gradients": {
+        **{"dk_rows": (16, 32), "dk_queries": (16, 128)},
+        **{"dk_warps": (1, 8), "dk_stages": (2, 4), "dk_registers": (96, 255)},
+    },
 }
-# Settings that are searched together, since they influence one another and nothing else, and the passes they matter to.
-GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "sums": (("sum_rows", "sum_programs", "sum_warps", "sum_stages"), PASSES),
-    "queries": (
-        ("query_rows", "key_rows", "query_tiles", "query_warps", "query_stages", "query_registers"),
-        PASSES,
-    ),
-    "query gradient": (("dq_rows", "dq_keys", "dq_warps", "dq_stages", "dq_registers"), ("training",)),
-    "key gradients": (("dk_rows", "dk_queries", "dk_warps", "dk_stages", "dk_registers"), ("training",)),
-}
+LIMITS = {name: limits for group in GROUPS.values() for name, limits in group.items()}
 # Registers that let two, three and four warps share a part of an SM, and None: what the compiler takes.
 REGISTERS = (None, 128, 168, 232)
 # A candidate differs from the best so far in this many settings at most: the search moves on to what is further away.
@@ -55,25 +39,12 @@ FINALISTS, FINAL_ROUNDS = 5, 5
 MIN_GAIN = 0.01
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the first run of a candidate showed.
-
-    Attributes:
-        reason: why it is left out; None where it may be timed.
-        errors: RMS of the difference from the specification over the RMS of the result, by tensor.
-    """
-
-    reason: str | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-
-
 @dataclass
 class Trial:
-    """A candidate, the verdict on it, and times of a call in milliseconds by pass; none where it was left out."""
+    """A candidate and its times in milliseconds by pass, or the reason why it is left out."""
 
     tiles: Tiles
-    verdict: Verdict
+    reason: str | None = None
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -82,6 +53,11 @@ class Trial:
         if not self.milliseconds:
             return math.inf
         return statistics.geometric_mean(statistics.median(times) for times in self.milliseconds.values())
+
+
+def passes_of(group: str, passes: Sequence[str]) -> tuple[str, ...]:
+    """Those of some passes that a group matters to."""
+    return tuple(name for name in passes if name == "training" or not group.endswith(("gradient", "gradients")))
 
 
 def values_around(name: str, present: int | None) -> tuple[int | None, ...]:
@@ -93,7 +69,7 @@ def values_around(name: str, present: int | None) -> tuple[int | None, ...]:
     return (present, *(value for value in near if low <= value <= high))
 
 
-def candidates_around(tiles: Tiles, fields: Sequence[str]) -> list[Tiles]:
+def candidates_around(tiles: Tiles, fields: Collection[str]) -> list[Tiles]:
     """The grid around `tiles` in some settings, nearest first, `tiles` itself before all others."""
     grid = itertools.product(*(values_around(name, getattr(tiles, name)) for name in fields))
     candidates = [replace(tiles, **dict(zip(fields, values, strict=True))) for values in grid]
@@ -123,7 +99,7 @@ class Search:
     Args:
         start: the present settings.
         passes: that are timed.
-        check: compiles and runs candidates in some passes, where they can do no harm.
+        check: runs candidates in some passes, where they can do no harm; why each is left out, None where it is not.
         measure: milliseconds of a call of a candidate in a pass; None where it cannot be timed.
     """
 
@@ -131,11 +107,11 @@ class Search:
         self,
         start: Tiles,
         passes: Sequence[str],
-        check: Callable[[Sequence[Tiles], tuple[str, ...]], Mapping[Tiles, Verdict]],
+        check: Callable[[Sequence[Tiles], tuple[str, ...]], Mapping[Tiles, str | None]],
         measure: Callable[[Tiles, str], float | None],
     ) -> None:
         self.best = start
-        self.passes = tuple(passes)
+        self.passes = passes
         self.check = check
         self.measure = measure
         self.trials: dict[str, dict[Tiles, Trial]] = {}
@@ -150,14 +126,13 @@ class Search:
         """Search one of `GROUPS` until nothing near is faster; its best is where the next group starts."""
         trials = self.trials[name] = {}
         self.present[name] = self.best
-        fields, passes = GROUPS[name]
-        passes = tuple(each for each in passes if each in self.passes)
+        passes = passes_of(name, self.passes)
         for _ in range(MAX_MOVES):
-            new = [tiles for tiles in candidates_around(self.best, fields) if tiles not in trials]
-            for tiles, verdict in self.check(new, passes).items():
-                trials[tiles] = Trial(tiles, verdict)
+            new = [tiles for tiles in candidates_around(self.best, GROUPS[name]) if tiles not in trials]
+            for tiles, reason in self.check(new, passes).items():
+                trials[tiles] = Trial(tiles, reason)
                 # what failed elsewhere is never run here: a fault of the device would end everything
-                if verdict.reason is None:
+                if reason is None:
                     self.time(trials[tiles], passes)
             before, self.best = self.best, self.choose(trials, passes)
             if self.best == before:
@@ -167,8 +142,7 @@ class Search:
         """Time a candidate once in each pass."""
         times = {name: self.measure(trial.tiles, name) for name in passes}
         if None in times.values():
-            trial.verdict = replace(trial.verdict, reason="it cannot be captured in a CUDA graph")
-            trial.milliseconds = {}
+            trial.reason, trial.milliseconds = "it cannot be captured in a CUDA graph", {}
             return
         for name, value in times.items():
             trial.milliseconds.setdefault(name, []).append(value)

@@ -7,7 +7,6 @@ import faulthandler
 import functools
 import itertools
 import os
-import pickle
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
 from src.analysis.benchmark.report import cell, machine_line, make_table, print_report
-from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, Verdict, ranking, ratio_to_present
+from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, passes_of, ranking, ratio_to_present
 from src.analysis.benchmark.timing import graph_milliseconds
 from src.utils.parallel import run_in_processes
 from src.utils.scripts import figure, first_line, positive, progress_display, until_stopped
@@ -153,27 +152,28 @@ class Workload:
 
         return training
 
-    def check(self, tiles: Tiles, passes: Sequence[str]) -> Verdict:
-        """Run a candidate: at the full shape, which compiles what will be timed, and on a slice that is compared.
+    def check(self, tiles: Tiles, passes: Sequence[str]) -> str | None:
+        """Run a candidate at the full shape, which compiles what will be timed, and on a slice that is compared.
+
+        Returns:
+            What is wrong with its results, None where nothing is.
 
         Raises:
             Exception: whatever the compiler or the device raise.
         """
-        errors: dict[str, float] = {}
         for attention_pass in passes:
             for length in dict.fromkeys((self.shape.length, self.shape.checked_length)):
                 with use_tiles(tiles):
                     results = self.call(length, attention_pass)()
                 if not all(bool(x.isfinite().all()) for x in results):
-                    return Verdict(f"wrong: {attention_pass} gives values that are not finite", errors)
+                    return f"wrong: {attention_pass} gives values that are not finite"
             for name, result in zip(RESULTS, results, strict=False):
                 expected, result = self.expected[name].double(), result[self.shape.checked_sequences].double().cpu()
                 error = ((result - expected).norm() / expected.norm()).item()
-                errors[f"{attention_pass}: {name}"] = error
                 tolerance = (TOLERANCE if name == "out" else GRADIENT_TOLERANCE)[self.dtype]
                 if not error <= tolerance:
-                    return Verdict(f"wrong: {attention_pass}, {name}: {error:.2g} is above {tolerance:.2g}", errors)
-        return Verdict(None, errors)
+                    return f"wrong: {attention_pass}, {name}: {error:.2g} is above {tolerance:.2g}"
+        return None
 
     def milliseconds(self, tiles: Tiles, attention_pass: str) -> float | None:
         """Device time of a call of a candidate, None where it cannot be captured in a CUDA graph."""
@@ -185,7 +185,7 @@ class Workload:
 
 # Candidates in other processes ----------------------------------------------------------------------------------------
 
-Check = Callable[[Tiles, tuple[str, ...]], Verdict]
+Check = Callable[[Tiles, tuple[str, ...]], str | None]
 
 
 def device_works() -> bool:
@@ -199,17 +199,17 @@ def device_works() -> bool:
 
 
 def check_one(check: Check, passes: tuple[str, ...], seconds: float, case: tuple[Tiles, Path]) -> None:
-    """Write the verdict on a candidate to a file; end the process where the candidate hangs or breaks its device."""
+    """Write to a file why a candidate is left out; end the process where it hangs or breaks the device."""
     tiles, path = case
-    path.write_bytes(pickle.dumps(Verdict(f"its process ended, or it took more than {seconds:g} s")))
+    path.write_text(f"its process ended, or it took more than {seconds:g} s", encoding="utf-8")
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         faulthandler.dump_traceback_later(seconds, exit=True, file=nothing)
         try:
-            verdict = check(tiles, passes)
+            reason = check(tiles, passes) or ""
         except Exception as error:  # whatever the compiler or the device raise
-            verdict = Verdict(f"{type(error).__name__}: {first_line(error)}")
+            reason = f"{type(error).__name__}: {first_line(error)}"
         faulthandler.cancel_dump_traceback_later()
-    path.write_bytes(pickle.dumps(verdict))
+    path.write_text(reason, encoding="utf-8")
     if not device_works():
         os._exit(1)
 
@@ -221,11 +221,11 @@ def check_all(
     passes: tuple[str, ...],
     seconds: float = CANDIDATE_SECONDS,
     method: str = "spawn",
-) -> dict[Tiles, Verdict]:
-    """Verdicts on candidates, which run in other processes where they can do no harm.
+) -> dict[Tiles, str | None]:
+    """Why candidates are left out, which run in other processes where they can do no harm; None for the others.
 
     Args:
-        check: gives the verdict on a candidate in some passes; can be pickled.
+        check: of one candidate in some passes; can be pickled.
         jobs: number of processes.
         candidates: to compile and check.
         passes: that they are run in.
@@ -235,13 +235,11 @@ def check_all(
     with tempfile.TemporaryDirectory() as folder:
         cases = [(tiles, Path(folder, str(number))) for number, tiles in enumerate(candidates)]
         waiting, before = cases, None
-        # as long as there is progress: processes that ended are replaced
-        while waiting and waiting != before:
-            work = functools.partial(check_one, check, passes, seconds)
-            run_in_processes(work, waiting, jobs, method=method)
+        while waiting != before:  # as long as there is progress: processes that ended are replaced
+            run_in_processes(functools.partial(check_one, check, passes, seconds), waiting, jobs, method=method)
             before, waiting = waiting, [case for case in waiting if not case[1].exists()]
-        lost = pickle.dumps(Verdict("no process could check it"))
-        return {tiles: pickle.loads(path.read_bytes() if path.exists() else lost) for tiles, path in cases}
+        lost = "no process could check it"
+        return {x: (path.read_text(encoding="utf-8") or None) if path.exists() else lost for x, path in cases}
 
 
 # Output ---------------------------------------------------------------------------------------------------------------
@@ -273,8 +271,7 @@ def table_rows(found: Mapping[Shape, Tiles], itemsize: int, device_class: int) -
 
 def result_table(shape: Shape, group: str, search: Search) -> Table:
     """The best of a group and the present settings; what was left out stands below."""
-    names, passes = GROUPS[group]
-    passes = [name for name in passes if name in search.passes]
+    names, passes = GROUPS[group], passes_of(group, search.passes)
     trials = search.trials[group]
     present = trials.get(search.present[group])
     ranked = ranking(trials)
@@ -296,7 +293,7 @@ def result_table(shape: Shape, group: str, search: Search) -> Table:
 
 def left_out(trials: Mapping[Tiles, Trial]) -> list[str]:
     """Why candidates were left out, and how many."""
-    reasons = Counter(trial.verdict.reason for trial in trials.values() if trial.verdict.reason is not None)
+    reasons = Counter(trial.reason for trial in trials.values() if trial.reason is not None)
     return [f"left out {number}: {reason}" for reason, number in reasons.most_common()]
 
 
@@ -337,7 +334,7 @@ def tune(shapes: Sequence[Shape], dtype: torch.dtype, passes: Sequence[str], job
     check_shapes(shapes, dtype, device)
     # before anything runs: after a fault the device answers nothing
     machine, device_class = machine_line(device), torch.cuda.get_device_capability(device)[0]
-    groups = [name for name, (_, group_passes) in GROUPS.items() if set(group_passes) & set(passes)]
+    groups = [name for name in GROUPS if passes_of(name, passes)]
     searches: dict[Shape, Search] = {}
     broken_off = ["interrupted"]
 
