@@ -25,8 +25,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.benchmark.report import make_parser, run_until_stopped
-from src.utils.scripts import Parser, check_figure, check_writable, positive, positive_list, positive_sequence, run_tool
+from src.analysis.benchmark.report import make_parser
+from src.analysis.tools import (
+    Parser,
+    check_figure,
+    check_writable,
+    positive,
+    positive_list,
+    positive_sequence,
+    run_tool,
+)
 
 
 def build_parser() -> Parser:
@@ -47,7 +55,7 @@ def build_parser() -> Parser:
 def benchmark(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     check_figure(arguments.figure)
-    return run_until_stopped(AttentionBench(arguments))
+    return AttentionBench(arguments).main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -21,10 +21,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.loading import TIMM_NORMALISED, make_candidates, measure
-from src.analysis.benchmark.report import header, machine_line, make_parser, make_table, print_report
-from src.analysis.rows import write_rows
+from src.analysis.benchmark.report import header, machine_line, make_parser, print_report
+from src.analysis.records import write_rows
+from src.analysis.tools import Parser, check_writable, figure, new_table, positive, run_tool
 from src.utils.machine import usable_cpus
-from src.utils.scripts import Parser, check_writable, figure, positive, run_tool
 
 
 def build_parser() -> Parser:
@@ -45,17 +45,17 @@ def benchmark(arguments: argparse.Namespace) -> None:
         candidates, seconds = make_candidates(arguments, Path(arguments.cache_dir or folder))
         rows = measure(candidates, arguments.rounds)
     title = f"Loading {rows[0]['num_images']:,} images at {arguments.image_size} px: batch {arguments.batch_size}, "
-    cells = ((row["loader"], figure(row["images_per_second"]), f"{row['ratio_to_timm']:.2f}") for row in rows)
-    columns = ("images/s", "ratio to timm")
-    table = make_table(f"{title}{arguments.num_workers} workers", "loader", columns, cells)
+    columns = ("loader", "images/s", "ratio to timm")
+    table = new_table(f"{title}{arguments.num_workers} workers", columns, columns[:1])
+    for row in rows:
+        table.add_row(row["loader"], figure(row["images_per_second"]), f"{row['ratio_to_timm']:.2f}")
     made = "" if seconds is None else f" Making the cache took {figure(seconds)} s."
     note = f"Median of {arguments.rounds} rounds, the loaders in turn; bytes but for '{TIMM_NORMALISED}'.{made}"
     device = torch.device("cpu")
-    print_report([table], (note, machine_line(device)))
+    print_report([table], note, machine_line(device))
     if arguments.output is not None:
-        content = header(arguments, device)
-        del content["settings"]["data_dir"], content["settings"]["cache_dir"]
-        write_rows(arguments.output, {**content, "cache_seconds": seconds, "results": rows})
+        content = {**header(arguments, device, "data_dir", "cache_dir"), "cache_seconds": seconds, "results": rows}
+        write_rows(arguments.output, content)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.benchmark.model import ModelBench
 from src.analysis.benchmark.networks import KINDS, PRECISIONS
-from src.analysis.benchmark.report import make_parser, run_until_stopped
-from src.utils.scripts import Parser, check_figure, check_writable, comma_separated, positive_list, run_tool
+from src.analysis.benchmark.report import make_parser
+from src.analysis.tools import Parser, check_figure, check_writable, comma_separated, positive_list, run_tool
 
 
 def build_parser() -> Parser:
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
 def benchmark(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     check_figure(arguments.figure)
-    return run_until_stopped(ModelBench(arguments))
+    return ModelBench(arguments).main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

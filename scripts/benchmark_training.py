@@ -17,13 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from rich.console import Console
-
 from src.analysis.benchmark.report import header, machine_line, make_parser, print_report
 from src.analysis.benchmark.training import PRECISIONS, TrainingBench
-from src.analysis.rows import write_rows
+from src.analysis.records import write_rows
+from src.analysis.tools import Parser, check_writable, positive, run_tool
 from src.distributed.launch import quiet_libraries
-from src.utils.scripts import Parser, check_writable, positive, run_tool
 
 
 def build_parser() -> Parser:
@@ -40,13 +38,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output)
     quiet_libraries()
     bench = TrainingBench(arguments)
-    bench.run(Console(stderr=True))
+    bench.run()
     note = (
         "A step is forward, cross-entropy, backward and AdamW's update, on images that are on the device. ms: median "
         f"of {arguments.rounds} rounds of {arguments.steps_per_round} steps, the attentions in turn; MiB: peak with "
         "that network alone on the device, on CUDA."
     )
-    print_report([bench.table()], (note, machine_line(bench.device)))
+    print_report([bench.table()], note, machine_line(bench.device))
     if arguments.output is not None:
         write_rows(arguments.output, {**header(arguments, bench.device), "results": bench.results()})
 
@@ -56,7 +54,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -17,16 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.fallback_tiles import CANCELLATION_LIMIT, count
-from src.analysis.benchmark.report import header, make_parser, make_table, print_report
+from src.analysis.benchmark.report import header, make_parser, print_report, shown
 from src.analysis.benchmark.tiles import SHAPES, WIDTH, Shape
-from src.analysis.rows import write_rows
-from src.utils.scripts import Parser, check_writable, positive, run_tool
+from src.analysis.records import write_rows
+from src.analysis.tools import Parser, check_writable, new_table, positive, run_tool
 
 
 def build_parser() -> Parser:
@@ -43,18 +41,18 @@ def count_all(arguments: argparse.Namespace) -> None:
     check_writable(arguments.output)
     rows = []
     cases = [(shape, seed) for shape in arguments.shapes for seed in range(arguments.num_seeds)]
-    for shape, seed in track(cases, "Counting", console=Console(stderr=True), transient=True):
+    for shape, seed in shown(cases, "Counting"):
         queries, tiles = count(shape, arguments.std, seed, arguments.tile)
         rows.append({"shape": str(shape), "seed": seed, "queries": queries, "tiles": tiles})
     title = f"normal queries and keys, standard deviation {arguments.std:g}, width {WIDTH}, bfloat16"
-    columns = ("seeds", "without a\nfallback tile", "fallback tiles of each seed", "queries that fall back")
-    table = make_table(title, "B,N,W,R", columns)
+    columns = ("B,N,W,R", "seeds", "without a\nfallback tile", "fallback tiles of each seed", "queries that fall back")
+    table = new_table(title, columns, columns[:1])
     for shape in arguments.shapes:
         found = [row for row in rows if row["shape"] == str(shape)]
         without, tiles = sum(row["tiles"] == 0 for row in found), " ".join(str(row["tiles"]) for row in found)
         queries = f"{sum(row['queries'] for row in found)} of {len(found) * shape.batch * shape.length:,}"
         table.add_row(str(shape), str(len(found)), str(without), tiles, queries)
-    print_report([table], ())
+    print_report([table])
     if arguments.output is not None:
         shapes = [str(shape) for shape in arguments.shapes]
         content = header(arguments, torch.device("cpu"), shapes=shapes, limit=CANCELLATION_LIMIT)
@@ -66,7 +64,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -15,13 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from rich.console import Console
-from rich.progress import track
-
 from src.analysis.benchmark.precision import TENSORS, UserError, measure
-from src.analysis.benchmark.report import DTYPES, header, make_parser, make_table, print_report
-from src.analysis.rows import write_rows
-from src.utils.scripts import Parser, check_writable, choose_device, comma_separated, fraction, positive, run_tool
+from src.analysis.benchmark.report import DTYPES, header, make_parser, print_report, shown
+from src.analysis.records import write_rows
+from src.analysis.tools import (
+    Parser,
+    check_writable,
+    choose_device,
+    comma_separated,
+    fraction,
+    new_table,
+    positive,
+    run_tool,
+)
 
 
 def build_parser() -> Parser:
@@ -43,8 +49,8 @@ def measure_all(arguments: argparse.Namespace) -> int:
     rows, tables = [], {}
     for dtype in arguments.dtypes:
         title = f"{dtype}: error against float64, largest absolute / relative L2"
-        tables[dtype] = make_table(title, "attention", ("inputs", *TENSORS))
-    for dtype, name, sharp in track(cases, "Measuring", console=Console(stderr=True), transient=True):
+        tables[dtype] = new_table(title, ("attention", "inputs", *TENSORS), ("attention", "inputs"))
+    for dtype, name, sharp in shown(cases, "Measuring"):
         found = measure(arguments, name, dtype, sharp, device)
         cells = (
             f"{row['non_finite']} not finite"
@@ -54,7 +60,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
         )
         tables[dtype].add_row(name, f"{found[0]['inputs']}, {found[0]['largest_logit']:.0f}", *cells)
         rows += found
-    print_report(tables.values(), ("inputs: with the largest |logit|; random projections in float32",))
+    print_report(tables.values(), "inputs: with the largest |logit|; random projections in float32")
     if arguments.output is not None:
         write_rows(arguments.output, {**header(arguments, device), "results": rows})
     bad = sorted({f"{row['attention']} in {row['dtype']}" for row in rows if row["non_finite"]})
@@ -68,7 +74,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.benchmark.report import DTYPES, make_parser
 from src.analysis.benchmark.tiles import SHAPES, Shape, tune
+from src.analysis.tools import Parser, positive, run_tool
 from src.utils.machine import usable_cpus
-from src.utils.scripts import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
@@ -49,7 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -7,7 +7,6 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from timm.optim import create_optimizer_v2
 
 from scatterbrain.attention import COMPARED
@@ -134,7 +133,7 @@ def test_number_of_steps(monkeypatch):
     genuine, steps = training.Candidate.step, []
     monkeypatch.setattr(training.Candidate, "step", lambda self, batch: (steps.append(self.name), genuine(self, batch)))
     bench = make_bench("--attentions", "local")
-    bench.run(Console(quiet=True))
+    bench.run()
     in_all = training.WARM_UP_STEPS + 3 * (1 + 2)
     assert {name: steps.count(name) for name in steps} == {"full": in_all, "local": in_all}
     for candidate in bench.candidates:

@@ -18,14 +18,15 @@ from rich.console import Console
 from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
+from src.analysis import tools
 from src.analysis.benchmark import attention, attention_report, baselines, report
 from src.analysis.benchmark import precision as precision_errors
 from src.analysis.benchmark.attention import AttentionBench
 from src.analysis.benchmark.timing import peak_bytes
-from src.analysis.rows import write_rows
+from src.analysis.records import write_rows
+from src.analysis.tools import until_stopped
 from src.evaluation.comparison import ATTENTION_COLOURS
 from src.utils.parallel import run_in_processes
-from src.utils.scripts import until_stopped
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]
 
@@ -250,7 +251,7 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch,
     bench = SimpleNamespace(arguments=arguments, results=made, growth_length=64, device=torch.device("cpu"))
     figures = []
     monkeypatch.setattr(attention_report, "save_figure", lambda figure, path: figures.append(figure))
-    attention_report.plot(bench, "times.png")
+    attention_report.AttentionReport.plot(bench, "times.png")
     (axis,) = figures[0].axes
     assert axis.get_lines()[0].get_ydata().tolist() == drawn
     assert axis.get_ylabel() == unit
@@ -399,7 +400,8 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
             raise OSError(28, "No space left on device")
         write_rows(path, content)
 
-    monkeypatch.setattr(report, "write_rows", write)
+    for module in (tools, report):  # while it runs, and at the end
+        monkeypatch.setattr(module, "write_rows", write)
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True

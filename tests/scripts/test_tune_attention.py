@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import is_interpreted
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
 from scripts import tune_attention as script
@@ -247,7 +248,7 @@ def test_features_are_padded_as_in_the_kernels(rows, padded):
 
 def test_tables_show_the_best_and_the_present(capsys):
     search = searched(make_search(lambda batch, *_: {x: "no" if x.sum_warps == 2 else None for x in batch}))
-    print_report([tune.result_table(SHAPE, "sums", search)], ())
+    print_report([tune.result_table(SHAPE, "sums", search)])
     text = capsys.readouterr().out
     timed = [trial for trial in search.trials["sums"].values() if trial.milliseconds]
     assert f"{SHAPE}: sums, {len(timed)} measured" in text
@@ -275,7 +276,7 @@ def test_shapes_are_four_numbers(text, capsys):
 
 
 def test_shapes_that_the_kernels_do_not_take_are_refused():
-    with pytest.raises(tune.UserError, match=r"--shapes 1,64,3,500: .* cannot run this"):
+    with pytest.raises(UserError, match=r"--shapes 1,64,3,500: .* cannot run this"):
         tune.check_shapes([tune.Shape(1, 64, 3, 500)], torch.bfloat16, torch.device("cpu"))
 
 

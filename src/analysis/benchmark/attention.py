@@ -9,20 +9,19 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from scatterbrain.attention import create_attention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
 from scatterbrain.ops.scatterbrain.triton import choose_backend
 from scatterbrain.ops.scatterbrain.triton import count_marked_tiles as count_fallback_tiles
-from src.analysis.benchmark import attention_report
+from src.analysis.benchmark.attention_report import AttentionReport
 from src.analysis.benchmark.baselines import (
     BASELINE,
     QUADRATIC_MEMORY,
@@ -31,9 +30,9 @@ from src.analysis.benchmark.baselines import (
     heads_first,
     pytorch_baselines,
 )
-from src.analysis.benchmark.report import DTYPES, header
+from src.analysis.benchmark.report import DTYPES, progress_display
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
-from src.utils.scripts import choose_device, compile_ahead, first_line, progress_display
+from src.analysis.tools import choose_device, compile_ahead, first_line
 
 # Sizes that have a column of their own in the tables.
 WINDOW, FEATURES = "local_context", "nb_features"
@@ -124,8 +123,7 @@ class Entry:
         }
 
 
-@dataclass(frozen=True)
-class KernelCase:
+class KernelCase(NamedTuple):
     """A call that compiles kernels of ours: an attention at a length, with the sizes of another, in one pass."""
 
     attention: str
@@ -134,7 +132,7 @@ class KernelCase:
     attention_pass: str
 
 
-class AttentionBench:
+class AttentionBench(AttentionReport):
     """One run of the benchmark.
 
     Args:
@@ -353,39 +351,6 @@ class AttentionBench:
         baselines = {entry.length: entry.milliseconds for entry in entries if entry.candidate.name == BASELINE}
         for entry in entries:
             yield entry.row(baselines[entry.length])
-
-    # Output -----------------------------------------------------------------------------------------------------------
-
-    def missing(self) -> str:
-        """Lengths that are not complete, by pass."""
-        complete = {(row["pass"], row["length"]) for row in self.results}
-        parts = []
-        for name in self.arguments.passes:
-            lengths = [str(length) for length in self.arguments.lengths if (name, length) not in complete]
-            parts += [f"{name} at N = {', '.join(lengths)}"] if lengths else []
-        return "; ".join(parts)
-
-    def tables(self) -> Iterator[Table]:
-        """One table for each length and pass, and the one of growth."""
-        return attention_report.result_tables(self)
-
-    def left_out(self) -> Iterable[str]:
-        """Why candidates are left out."""
-        return dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in self.skipped)
-
-    def report(self) -> dict[str, Any]:
-        """What is complete, for JSON."""
-        return {
-            "complete": not self.missing(),
-            **header(self.arguments, self.device, growth_length=self.growth_length),
-            "results": self.results,
-            "growth": list(attention_report.growth(self)),
-            "skipped": self.skipped,
-        }
-
-    def plot(self, path: str) -> None:
-        """Draw time against length."""
-        attention_report.plot(self, path)
 
 
 def fallback_tiles(module: torch.nn.Module | None, tensors: Tensors) -> int | None:

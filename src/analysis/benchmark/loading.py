@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from timm.data import ImageDataset as TimmImages
 from timm.data import create_loader
 from torch.utils.data import DataLoader
 
 from scatterbrain.errors import UserError
+from src.analysis.benchmark.report import shown
 from src.analysis.benchmark.timing import in_turn
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.layouts.base import imagenet_synsets, scan_folder
-from src.utils.scripts import progress_display
 
 TIMM, TIMM_NORMALISED, OURS, CACHED = "timm", "timm, normalised", "ours", "ours, cached"
 # A pass over few decoded images takes no time: so long are they passed over again, seconds.
@@ -92,12 +91,8 @@ def make_candidates(arguments: argparse.Namespace, cache_dir: Path) -> tuple[lis
 
 def measure(candidates: Sequence[Candidate], rounds: int) -> list[dict[str, Any]]:
     """Time the loaders in turn; a row for each, the first one being what the others are compared with."""
-    with progress_display(Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(candidates) * rounds)
-        for candidate in in_turn(candidates, rounds):
-            progress.update(task, description=candidate.name)
-            candidate.time_round()
-            progress.advance(task)
+    for candidate in shown(in_turn(candidates, rounds), "Timing", len(candidates) * rounds):
+        candidate.time_round()
     medians = [statistics.median(each.rates) for each in candidates]
     return [
         {

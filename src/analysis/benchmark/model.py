@@ -24,13 +24,13 @@ from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.networks import KINDS, Implementation, build, choose, compile_kernels
-from src.analysis.benchmark.report import cell, header, make_table
+from src.analysis.benchmark.report import Bench, cell, header, progress_display
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
+from src.analysis.tools import choose_device, compile_ahead, figure, first_line, new_table, save_figure
 from src.tasks.build import check_swappable
 from src.utils.checkpoint import save_checkpoint
 from src.utils.machine import machine_info
 from src.utils.named_tensors import named_weights, official_shapes
-from src.utils.scripts import choose_device, compile_ahead, figure, first_line, progress_display, save_figure
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WARM_UP_CALLS = 3
@@ -73,7 +73,7 @@ class Candidate:
         }
 
 
-class ModelBench:
+class ModelBench(Bench):
     """One run of the benchmark.
 
     Args:
@@ -289,25 +289,21 @@ class ModelBench:
         """The implementations at their best batch, and the evaluations."""
         arguments = self.arguments
         title = f"{arguments.variant}: {arguments.image_size} px, {arguments.precision} on {arguments.device}"
-        columns = ("batch", "images/s", "ms", "MiB", "times\npublished", "first\ncall s")
+        columns = ("implementation", "batch", "images/s", "ms", "MiB", "times\npublished", "first\ncall s")
         keys = ("images_per_second", "milliseconds", "peak_memory_mib", "speed_over_published", "first_call_seconds")
-        rows = ((x["name"], str(x["batch"]), *(cell(x[key], figure) for key in keys)) for x in self.best())
-        yield make_table(title, "implementation", columns, rows)
+        table = new_table(title, columns, columns[:1])
+        for row in self.best():
+            table.add_row(row["name"], str(row["batch"]), *(cell(row[key], figure) for key in keys))
+        yield table
         if self.end_to_end:
-            columns = ("batch", "images", "images/s", "network\nalone", "part of it", "MiB")
-            rows = (
-                (
-                    row["attention"],
-                    str(row["batch"]),
-                    f"{row['num_images']:,}",
-                    figure(row["images_per_second"]),
-                    figure(row["images_per_second_alone"]),
-                    f"{row['ratio_to_alone']:.3f}",
-                    cell(row["peak_memory_mib"], figure),
-                )
-                for row in self.end_to_end
-            )
-            yield make_table("Whole evaluations of images in memory", "attention", columns, rows)
+            columns = ("attention", "batch", "images", "images/s", "network\nalone", "part of it", "MiB")
+            table = new_table("Whole evaluations of images in memory", columns, columns[:1])
+            for row in self.end_to_end:
+                counts = (str(row["batch"]), f"{row['num_images']:,}")
+                rates = (figure(row["images_per_second"]), figure(row["images_per_second_alone"]))
+                ratio, memory = f"{row['ratio_to_alone']:.3f}", cell(row["peak_memory_mib"], figure)
+                table.add_row(row["attention"], *counts, *rates, ratio, memory)
+            yield table
 
     def report(self) -> dict[str, Any]:
         """What is complete, for JSON."""

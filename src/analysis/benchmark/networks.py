@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import nn
 
+from src.analysis.tools import choose_device
 from src.models.inference import inference_form
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.utils.fixed_batch import CudaGraphForward, compiled
-from src.utils.scripts import choose_device
 
 # As --forms names them; a peer is a network by others of about the same size.
 KINDS = ("published", "module", "inference", "peer")

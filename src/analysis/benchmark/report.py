@@ -1,106 +1,67 @@
-"""What the benchmarks share around their measurements: options, tables, files, and saving as a run goes."""
+"""What the benchmarks share around their measurements: options, the machine, and saving as a run proceeds."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 from scatterbrain.attention import ATTENTIONS, COMPARED
-from scatterbrain.errors import UserError
-from src.analysis.rows import write_rows
-from src.utils.machine import machine_info
-from src.utils.scripts import (
+from src.analysis.records import write_rows
+from src.analysis.tools import (
+    COMMON_OPTIONS,
     Parser,
     comma_separated,
     console_for_tables,
     default_jobs,
     fraction,
     positive,
+    saved_until_stopped,
     say,
-    until_stopped,
     without_paths,
 )
+from src.utils.machine import machine_info
 
+T = TypeVar("T")
 PASSES = ("forward", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Characters in a line of the tables where they are not shown on a terminal.
 TABLE_WIDTH = 132
 
+_NAMES = {"metavar": "NAMES", "help": "separated by commas (%(default)s)"}
+_STD = "standard deviation of the elements of queries and keys (%(default)s)"
+_JOBS = "processes that compile kernels ahead on CUDA, 1 for none (as many as usable CPUs, 8 at most)"
 # Options that several benchmarks have; each takes those it needs. Defaults are text, as a command line has them.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "attentions": {
-        "type": comma_separated(tuple(ATTENTIONS)),
-        "default": ",".join(COMPARED),
-        "metavar": "NAMES",
-        "help": "separated by commas (%(default)s)",
-    },
-    "passes": {
-        "type": comma_separated(PASSES),
-        "default": ",".join(PASSES),
-        "metavar": "NAMES",
-        "help": "forward (in inference mode), training (forward and backward) (%(default)s)",
-    },
-    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "(auto: CUDA where it is)"},
+OPTIONS: dict[str, dict[str, Any]] = COMMON_OPTIONS | {
+    "attentions": {"type": comma_separated(tuple(ATTENTIONS)), "default": ",".join(COMPARED), **_NAMES},
+    "passes": {"type": comma_separated(PASSES), "default": ",".join(PASSES), **_NAMES},
     "dtype": {"choices": tuple(DTYPES), "default": "float32", "help": "(%(default)s)"},
     "dim": {"type": positive, "default": "64", "metavar": "E", "help": "width of a head (%(default)s)"},
     "variant": {"default": "t2t_vit_t_14", "metavar": "NAME", "help": "one of t2t_vit_t_* (%(default)s)"},
     "image-size": {"type": positive, "default": "224", "metavar": "N", "help": "in pixels (%(default)s)"},
     "num-classes": {"type": positive, "default": "1000", "metavar": "N", "help": "(%(default)s)"},
-    "memory-fraction": {"type": fraction, "default": "1/32", "metavar": "F", "help": "memory budget (%(default)s)"},
-    "std": {
-        "type": fraction,
-        "default": "1",
-        "metavar": "S",
-        "help": "standard deviation of the elements of queries and keys (%(default)s)",
-    },
-    "threads": {"type": positive, "metavar": "T", "help": "CPU threads (PyTorch's choice)"},
+    "std": {"type": fraction, "default": "1", "metavar": "S", "help": _STD},
     "repeats": {"type": positive, "default": "15", "metavar": "R", "help": "rounds (%(default)s)"},
     "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
     "compile": {"action": "store_true", "help": "run through torch.compile"},
     "no-peers": {"action": "store_true", "help": "leave out the implementations of others"},
-    "jobs": {
-        "type": positive,
-        "default": default_jobs(),
-        "metavar": "J",
-        "help": "processes that compile kernels ahead on CUDA, 1 for none (as many as usable CPUs, 8 at most)",
-    },
-    "output": {"metavar": "FILE", "help": "write the results as JSON"},
-    "figure": {"metavar": "FILE", "help": "plot the results (.png, .pdf, .svg)"},
+    "jobs": {"type": positive, "default": default_jobs(), "metavar": "J", "help": _JOBS},
 }
 
 
 def make_parser(description: str | None, *options: str, **defaults: str) -> Parser:
-    """A parser with some of `OPTIONS`.
-
-    Args:
-        description: docstring of the script.
-        *options: names without dashes in front.
-        **defaults: of options for which this benchmark has others than `OPTIONS`.
-    """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=formatter, allow_abbrev=False)
+    """A parser with some of `OPTIONS`, of which a benchmark may have other defaults."""
+    parser = Parser(description)
     for name in options:
         parser.add_argument(f"--{name}", **OPTIONS[name])
     parser.set_defaults(**defaults)
     return parser
-
-
-def make_table(title: str, first: str, columns: Iterable[str], rows: Iterable[Sequence[str]] = ()) -> Table:
-    """A table with one column of names and columns of numbers."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def cell(value: float | None, shape: Callable[[float], str]) -> str:
@@ -108,15 +69,16 @@ def cell(value: float | None, shape: Callable[[float], str]) -> str:
     return "-" if value is None else shape(value)
 
 
-def header(arguments: argparse.Namespace, device: torch.device, **settings: Any) -> dict[str, Any]:
+def header(arguments: argparse.Namespace, device: torch.device, *without: str, **settings: Any) -> dict[str, Any]:
     """Machine and settings, which results are stored with.
 
     Args:
         arguments: the options; paths are left out.
         device: that was measured.
+        *without: other options that are left out.
         **settings: that replace or complete the options.
     """
-    settings = {**without_paths(arguments), "device": device.type, **settings}
+    settings = {**without_paths(arguments, *without), "device": device.type, **settings}
     return {"machine": machine_info(device), "settings": settings}
 
 
@@ -125,7 +87,7 @@ def machine_line(device: torch.device) -> str:
     return ", ".join(f"{name} {value}" for name, value in machine_info(device).items() if value is not None)
 
 
-def print_report(tables: Iterable[Table], lines: Iterable[str]) -> None:
+def print_report(tables: Iterable[Table], *lines: str) -> None:
     """Print tables, and lines below them."""
     console = console_for_tables(TABLE_WIDTH)
     for table in tables:
@@ -134,57 +96,45 @@ def print_report(tables: Iterable[Table], lines: Iterable[str]) -> None:
         say(line)
 
 
-class Bench(Protocol):
-    """A benchmark whose parts are complete one after another."""
+def shown(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a progress bar on stderr that is gone at the end."""
+    yield from track(items, description, total, console=Console(stderr=True), transient=True)
+
+
+def progress_display(console: Console) -> Progress:
+    """What is being measured, how far that is, and for how long it has been; gone at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+class Bench:
+    """A benchmark whose parts are complete one after another, and which may be stopped between them.
+
+    A subclass defines `run(console, save)`, which calls `save` whenever a part is complete, `missing()` (text on the
+    parts that are not, empty at the end), and of what is complete `tables()`, `left_out()` (lines on what could not be
+    measured), `report()` (for JSON) and `plot(path)`.
+    """
 
     arguments: argparse.Namespace
     device: torch.device
-    results: list[Any]
+    results: list[dict[str, Any]]
 
-    def run(self, console: Console, save: Callable[[], None]) -> None:
-        """Measure everything; `save` is called whenever a part is complete."""
+    def main(self) -> int:
+        """Exit status of the run, which ends with Ctrl-C or SIGTERM at the latest: 1 where something is missing."""
+        output = self.arguments.output
+        return saved_until_stopped(self.run, self.report, output, self.finish)
 
-    def missing(self) -> str:
-        """Parts that are not complete, empty at the end."""
-
-    def tables(self) -> Iterator[Table]:
-        """What is complete."""
-
-    def left_out(self) -> Iterable[str]:
-        """Why candidates are left out, a line each."""
-
-    def report(self) -> dict[str, Any]:
-        """What is complete, for JSON."""
-
-    def plot(self, path: str) -> None:
-        """Draw what is complete."""
-
-
-def run_until_stopped(bench: Bench) -> int:
-    """Run a benchmark to its end or until Ctrl-C or SIGTERM, print what is complete and write its files.
-
-    Returns:
-        Exit status: 1 where something is missing.
-    """
-    output, figure = bench.arguments.output, bench.arguments.figure
-
-    def save() -> None:
-        if output is not None:
-            with contextlib.suppress(UserError, OSError):  # the end of the run tries again, and reports it
-                write_rows(output, bench.report())
-
-    def finish() -> int:
-        if not bench.results:
+    def finish(self) -> int:
+        """Print what is complete and write the files; returns the exit status."""
+        if not self.results:
             print("Interrupted. Nothing was written.", file=sys.stderr)
             return 1
-        print_report(bench.tables(), (*bench.left_out(), machine_line(bench.device)))
-        if output is not None:
-            write_rows(output, bench.report())
-        if figure is not None:
-            bench.plot(figure)
-        missing = bench.missing()
+        print_report(self.tables(), *self.left_out(), machine_line(self.device))
+        if self.arguments.output is not None:
+            write_rows(self.arguments.output, self.report())
+        if self.arguments.figure is not None:
+            self.plot(self.arguments.figure)
+        missing = self.missing()
         if missing:
             print(f"Interrupted. Missing: {missing}.", file=sys.stderr)
         return 1 if missing else 0
-
-    return until_stopped(lambda: bench.run(Console(stderr=True), save), finish)

@@ -25,11 +25,11 @@ from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
-from src.analysis.benchmark.report import cell, machine_line, make_table, print_report
+from src.analysis.benchmark.report import cell, machine_line, print_report, progress_display
 from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, passes_of, ranking, ratio_to_present
 from src.analysis.benchmark.timing import graph_milliseconds
+from src.analysis.tools import figure, first_line, new_table, positive, until_stopped
 from src.utils.parallel import run_in_processes
-from src.utils.scripts import figure, first_line, positive, progress_display, until_stopped
 
 WIDTH = 64
 SCALE = WIDTH**-0.5
@@ -276,18 +276,16 @@ def result_table(shape: Shape, group: str, search: Search) -> Table:
     present = trials.get(search.present[group])
     ranked = ranking(trials)
     shown = ranked[:ROWS_SHOWN] + [trial for trial in ranked[ROWS_SHOWN:] if trial is present]
-
-    def cells(trial: Trial) -> tuple[str, ...]:
+    columns = [*(name.replace("_", "\n") for name in names), *(f"{name}\nms" for name in passes), "ratio", ""]
+    title = f"{shape}: {group}, {len(ranked)} measured"
+    table = new_table(title, columns, columns[-1:], caption="\n".join(left_out(trials)))
+    for trial in shown:
         # later groups change other settings
         chosen = all(getattr(trial.tiles, name) == getattr(search.best, name) for name in names)
         marks = ["present"] * (trial is present) + ["chosen"] * chosen
-        ratio = cell(ratio_to_present(trial, present), "{:.3f}".format)
         times = (figure(statistics.median(trial.milliseconds[name])) for name in passes)
-        return ", ".join(marks), *(str(getattr(trial.tiles, name)) for name in names), *times, ratio
-
-    columns = (*(name.replace("_", "\n") for name in names), *(f"{name}\nms" for name in passes), "ratio")
-    table = make_table(f"{shape}: {group}, {len(ranked)} measured", "", columns, map(cells, shown))
-    table.caption = "\n".join(left_out(trials))
+        ratio = cell(ratio_to_present(trial, present), "{:.3f}".format)
+        table.add_row(*(str(getattr(trial.tiles, name)) for name in names), *times, ratio, ", ".join(marks))
     return table
 
 
@@ -357,7 +355,7 @@ def tune(shapes: Sequence[Shape], dtype: torch.dtype, passes: Sequence[str], job
         rows = table_rows(found, dtype.itemsize, device_class)
         head = "Rows for TABLE of scatterbrain/ops/scatterbrain/triton/tiles.py:" if rows else "Nothing was measured."
         tables = [result_table(shape, name, search) for shape, search in searches.items() for name in search.trials]
-        print_report(tables, (head, *rows, machine))
+        print_report(tables, head, *rows, machine)
         for reason in broken_off:
             print(f"Error: {reason}.", file=sys.stderr)
         return len(broken_off)

@@ -12,17 +12,16 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
-from src.analysis.benchmark.report import cell, make_table
+from src.analysis.benchmark.report import cell, shown
 from src.analysis.benchmark.timing import in_turn, seconds_per_call
+from src.analysis.tools import choose_device, figure, first_line, new_table
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.build import check_swappable
 from src.tasks.provenance import attention_options
 from src.tasks.training import ClassificationTraining
-from src.utils.scripts import choose_device, figure, first_line, progress_display
 
 BASELINE = "full"
 PRECISIONS = ("bf16-mixed", "32")
@@ -120,22 +119,15 @@ class TrainingBench:
         except RuntimeError as error:
             raise UserError(f"--batch-size {batch_size}: not even the images fit. Lower it.") from error
 
-    def run(self, console: Console) -> None:
+    def run(self) -> None:
         """Measure everything."""
+        for candidate in shown(self.candidates, "Warming up"):
+            self.measure(candidate, self.warm_up)
+        running = [candidate for candidate in self.candidates if not candidate.out_of_memory]
         rounds = self.arguments.rounds
-        with progress_display(console) as progress:
-            task = progress.add_task("", total=len(self.candidates) * (1 + rounds))
-            for candidate in self.candidates:
-                progress.update(task, description=f"warming up {candidate.name}")
-                self.measure(candidate, self.warm_up)
-                progress.advance(task)
-            running = [candidate for candidate in self.candidates if not candidate.out_of_memory]
-            progress.update(task, total=len(self.candidates) + len(running) * rounds)
-            for candidate in in_turn(running, rounds):
-                progress.update(task, description=candidate.name)
-                if not candidate.out_of_memory:
-                    self.measure(candidate, self.time_round)
-                progress.advance(task)
+        for candidate in shown(in_turn(running, rounds), "Timing", len(running) * rounds):
+            if not candidate.out_of_memory:
+                self.measure(candidate, self.time_round)
 
     def measure(self, candidate: Candidate, work: Callable[[Candidate], None]) -> None:
         """Do `work(candidate)` on the device; where its memory is too small, note it.
@@ -208,12 +200,9 @@ class TrainingBench:
         }
         if arguments.compile:
             shapes["compile s"] = ("compile_seconds", figure)
-        table = make_table(
-            f"Training step of {arguments.variant}: {arguments.image_size} px, batch {arguments.batch_size}, "
-            f"{arguments.precision} on {self.device.type}{', compiled' if arguments.compile else ''}",
-            "attention",
-            shapes,
-        )
+        title = f"Training step of {arguments.variant}: {arguments.image_size} px, batch {arguments.batch_size}, "
+        title += f"{arguments.precision} on {self.device.type}{', compiled' if arguments.compile else ''}"
+        table = new_table(title, ["attention", *shapes], ["attention"])
         for row in self.results():
             cells = [cell(row[key], shape) for key, shape in shapes.values()]
             table.add_row(row["attention"], "out of memory" if row["out_of_memory"] else cells[0], *cells[1:])
