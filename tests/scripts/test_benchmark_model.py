@@ -10,7 +10,6 @@ import statistics
 
 import pytest
 import torch
-from rich.console import Console
 
 from scatterbrain.attention import ATTENTIONS
 from scripts import benchmark_model as benchmark
@@ -354,14 +353,14 @@ def test_nothing_is_written_where_nothing_is_complete(number, monkeypatch, tmp_p
 @pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
 def test_kernels_of_each_form_are_compiled_ahead(device, jobs, compiles, monkeypatch):
     calls = []
-    monkeypatch.setattr(model, "compile_ahead", lambda *arguments: calls.append(arguments[:3]))
-    monkeypatch.setattr(ModelBench, "measure", lambda bench, *_: bench.results.append("measured"))
+    monkeypatch.setattr(model, "run_in_processes", lambda *arguments: calls.append(arguments[:3]))
+    monkeypatch.setattr(ModelBench, "measure", lambda *_: [dict.fromkeys(("name", "images_per_second"), 1)])
     monkeypatch.setattr(ModelBench, "free", lambda bench: None)
     options = ["--batches", "2,3", "--attentions", "local,sblocal", "--compile", "--jobs", str(jobs)]
     bench = ModelBench(parse(*options))
     bench.device = torch.device(device)
     bench.implementations = networks.choose(bench.arguments, bench.device)
-    bench.run(Console(quiet=True))
+    bench.run(None, lambda: None)
     assert len(calls) == compiles
     if not compiles:
         return

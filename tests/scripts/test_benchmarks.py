@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
@@ -247,8 +246,10 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch,
         }
         for length, slow, of_device in zip((64, 128), (3.0, 5.0), device_times, strict=True)
     ]
-    arguments = SimpleNamespace(passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1)
-    bench = SimpleNamespace(arguments=arguments, results=made, growth_length=64, device=torch.device("cpu"))
+    arguments = SimpleNamespace(
+        passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1, growth_length=64
+    )
+    bench = SimpleNamespace(arguments=arguments, results=made, device=torch.device("cpu"))
     figures = []
     monkeypatch.setattr(attention_report, "save_figure", lambda figure, path: figures.append(figure))
     attention_report.AttentionReport.plot(bench, "times.png")
@@ -319,17 +320,17 @@ INTERRUPTIBLE = [*SMALL, "--lengths", "32,64", "--attentions", "local", "--repea
 
 def stop_at(monkeypatch, measurement, number, folder):
     """Send a signal in the middle of a measurement; what is in the folder's file when each begins."""
-    genuine, contents = AttentionBench.summarise, []
+    genuine, contents = AttentionBench.measure, []
 
-    def summarise(bench, entries):
+    def measure(bench, candidates, attention_pass):
         output = folder / "times.json"
         contents.append(read(output) if output.exists() else None)
-        for row, result in enumerate(genuine(bench, entries)):
-            yield result
-            if row == 0 and len(contents) == measurement:
-                signal.raise_signal(number)
+        rows = genuine(bench, candidates, attention_pass)
+        if len(contents) == measurement:
+            signal.raise_signal(number)
+        return rows
 
-    monkeypatch.setattr(AttentionBench, "summarise", summarise)
+    monkeypatch.setattr(AttentionBench, "measure", measure)
     return contents
 
 
@@ -341,8 +342,8 @@ def measured(times):
 @pytest.mark.parametrize(
     ("groups", "measurement", "complete", "missing"),
     [
-        ([(32, 64)], 2, [(32, "forward"), (64, "forward")], "training at N = 32, 64"),
-        ([(32,), (64,)], 2, [(32, "forward")], "forward at N = 64; training at N = 32, 64"),
+        ([(32, 64)], 2, [(32, "forward"), (64, "forward")], "training at N = 32, training at N = 64"),
+        ([(32,), (64,)], 2, [(32, "forward")], "training at N = 32, forward at N = 64, training at N = 64"),
         ([(32,), (64,)], 4, [(32, "forward"), (32, "training"), (64, "forward")], "training at N = 64"),
     ],
 )
@@ -426,13 +427,13 @@ def test_on_cuda_each_length_is_measured_on_its_own():
 @pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
 def test_kernels_of_each_case_are_compiled_ahead(device, jobs, compiles, monkeypatch):
     calls = []
-    monkeypatch.setattr(attention, "compile_ahead", lambda *arguments: calls.append(arguments[:3]))
+    monkeypatch.setattr(attention, "run_in_processes", lambda *arguments: calls.append(arguments[:3]))
     monkeypatch.setattr(AttentionBench, "measured_together", lambda bench: [])
     options = [*INTERRUPTIBLE, "--attentions", "local,sblocal", "--jobs", str(jobs)]
     bench = AttentionBench(benchmark.build_parser().parse_args(options))
     bench.device = torch.device(device)
     monkeypatch.setattr(bench, "candidates", lambda length: [])
-    bench.run(Console(quiet=True))
+    bench.run(None, lambda: None)
     monkeypatch.undo()
     assert len(calls) == compiles
     if not compiles:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 
 from scatterbrain.attention import create_attention
 from scatterbrain.attention.sblocal import SBLocalAttention
@@ -30,9 +29,10 @@ from src.analysis.benchmark.baselines import (
     heads_first,
     pytorch_baselines,
 )
-from src.analysis.benchmark.report import DTYPES, progress_display
+from src.analysis.benchmark.report import DTYPES, shown
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
-from src.analysis.tools import choose_device, compile_ahead, first_line
+from src.analysis.tools import choose_device, first_line
+from src.utils.parallel import run_in_processes
 
 # Sizes that have a column of their own in the tables.
 WINDOW, FEATURES = "local_context", "nb_features"
@@ -143,19 +143,20 @@ class AttentionBench(AttentionReport):
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.device = choose_device(arguments.device)
-        self.dtype = DTYPES[arguments.dtype]
-        self.growth_length = arguments.growth_length or arguments.lengths[len(arguments.lengths) // 2]
-        batches = arguments.batch * len(arguments.lengths) if len(arguments.batch) == 1 else arguments.batch
-        if len(batches) != len(arguments.lengths):
+        lengths, batches = arguments.lengths, arguments.batch
+        if len(batches) not in (1, len(lengths)):
             raise UserError(
-                f"--batch has {len(batches)} numbers and there are {len(arguments.lengths)} lengths. Give one, or one "
-                "for each length."
+                f"--batch has {len(batches)} numbers and there are {len(lengths)} lengths. Give one, or one for each "
+                "length."
             )
-        self.batches = dict(zip(arguments.lengths, batches, strict=True))
-        self.skipped: list[dict[str, str | int]] = []
-        self.results: list[dict[str, Any]] = []
+        filled = {
+            "device": choose_device(arguments.device).type,
+            "growth_length": arguments.growth_length or lengths[len(lengths) // 2],
+        }
+        missing = (f"{name} at N = {length}" for length in lengths for name in arguments.passes)
+        super().__init__(argparse.Namespace(**(vars(arguments) | filled)), missing)
+        self.dtype = DTYPES[arguments.dtype]
+        self.batches = dict(zip(lengths, batches * len(lengths) if len(batches) == 1 else batches, strict=True))
 
     def skip(self, name: str, length: int, reason: str, attention_pass: str = "all") -> None:
         """Note that a candidate is left out, and why."""
@@ -186,7 +187,7 @@ class AttentionBench(AttentionReport):
         """Everything that is timed at one length; the baseline that all times are divided by comes first."""
         arguments = self.arguments
         ours = [self.attention(name, length, length) for name in arguments.attentions]
-        if arguments.growth_only and length != self.growth_length:
+        if arguments.growth_only and length != self.arguments.growth_length:
             ours = [item for item in ours if not item.sizes]
         found = [Candidate(BASELINE, "baseline", heads_first(F.scaled_dot_product_attention))]
         if not arguments.no_peers:
@@ -194,8 +195,8 @@ class AttentionBench(AttentionReport):
             found += [Candidate(name, "baseline", function) for name, function in baselines.items()]
             found += self.fast_transformers(length, ours)
         found += ours
-        if length != self.growth_length:
-            grown = [self.attention(name, length, self.growth_length) for name in arguments.attentions]
+        if length != self.arguments.growth_length:
+            grown = [self.attention(name, length, self.arguments.growth_length) for name in arguments.attentions]
             found += [item for item in grown if item.sizes]
         return found
 
@@ -268,25 +269,31 @@ class AttentionBench(AttentionReport):
             KernelCase(name, length, budget_length, attention_pass)
             for length in arguments.lengths
             for attention_pass in arguments.passes
-            for budget_length in dict.fromkeys((*([] if arguments.growth_only else [length]), self.growth_length))
+            for budget_length in dict.fromkeys(
+                (*([] if arguments.growth_only else [length]), self.arguments.growth_length)
+            )
             for name in arguments.attentions
         ]
 
     # Measurement ------------------------------------------------------------------------------------------------------
 
-    def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
+    def run(self, _: Console, save: Callable[[], None]) -> None:
         """Measure everything; `save` is called whenever lengths are complete in a pass."""
         # before anything takes time: sizes that do not fit are found here
         candidates = {length: self.candidates(length) for length in self.arguments.lengths}
-        with progress_display(console) as progress:
-            if self.device.type == "cuda" and self.arguments.jobs > 1:
-                work = functools.partial(compile_kernels, self.arguments)
-                compile_ahead(work, self.kernel_cases(), self.arguments.jobs, progress)
-            for lengths in self.measured_together():
-                counted = {length: [*self.with_other_seeds(length, candidates[length])] for length in lengths}
-                for attention_pass in self.arguments.passes:
-                    self.measure(counted, attention_pass, progress)
-                    save()
+        if self.device.type == "cuda" and self.arguments.jobs > 1:
+            run_in_processes(
+                functools.partial(compile_kernels, self.arguments), self.kernel_cases(), self.arguments.jobs
+            )
+        for lengths in self.measured_together():
+            counted = {length: [*self.with_other_seeds(length, candidates[length])] for length in lengths}
+            for attention_pass in self.arguments.passes:
+                rows = self.measure(counted, attention_pass)
+                # all rows at once, whenever an interrupt comes
+                self.results += rows
+                complete = [f"{attention_pass} at N = {length}" for length in lengths]
+                self.missing = [part for part in self.missing if part not in complete]
+                save()
 
     def measured_together(self) -> list[tuple[int, ...]]:
         """The lengths, in groups that share their rounds.
@@ -297,32 +304,21 @@ class AttentionBench(AttentionReport):
         lengths = self.arguments.lengths
         return [(length,) for length in lengths] if self.device.type == "cuda" else [lengths]
 
-    def measure(self, candidates: dict[int, list[Candidate]], attention_pass: str, progress: Progress) -> None:
-        """Measure the candidates of some lengths in one pass."""
+    def measure(self, candidates: dict[int, list[Candidate]], attention_pass: str) -> list[dict[str, Any]]:
+        """Rows of the candidates of some lengths in one pass."""
         entries = [
             Entry(item, length, attention_pass, self.call(item, self.inputs(length, item.seed), attention_pass))
             for length, items in candidates.items()
             for item in items
             if self.fits(item, length, attention_pass)
         ]
+        where = f"{attention_pass}, N = {', '.join(map(str, candidates))}"
+        running = [entry for entry in shown(entries, f"{where}: warming up") if self.warm_up(entry)]
         repeats = self.arguments.repeats
-        task = progress.add_task(attention_pass, total=len(entries) * (repeats + 1))
-
-        def show(text: str, entry: Entry) -> None:
-            where = f"{entry.attention_pass}, N = {entry.length}: {text}{entry.candidate.name}"
-            progress.update(task, advance=1, description=where)
-
-        running = []
-        for entry in entries:
-            show("warming up ", entry)
-            running += [entry] if self.warm_up(entry) else []
-        progress.update(task, total=len(entries) + len(running) * repeats)
-        for entry in in_turn(running, repeats):
-            show("", entry)
+        for entry in shown(in_turn(running, repeats), where, len(running) * repeats):
             entry.milliseconds.append(1e3 * seconds_per_call(entry.call, entry.calls_per_sample, self.device))
-        # all rows at once, whenever an interrupt comes
-        self.results += list(self.summarise(running))
-        progress.remove_task(task)
+        baselines = {entry.length: entry.milliseconds for entry in running if entry.candidate.name == BASELINE}
+        return [entry.row(baselines[entry.length]) for entry in running]
 
     def warm_up(self, entry: Entry) -> bool:
         """First calls, memory, and the device's time on CUDA; whether the candidate runs at all."""
@@ -345,12 +341,6 @@ class AttentionBench(AttentionReport):
         if on_cuda:
             entry.device_milliseconds = graph_milliseconds(call, self.arguments.repeats)
         return True
-
-    def summarise(self, entries: list[Entry]) -> Iterator[dict[str, Any]]:
-        """Medians and ratios of one pass."""
-        baselines = {entry.length: entry.milliseconds for entry in entries if entry.candidate.name == BASELINE}
-        for entry in entries:
-            yield entry.row(baselines[entry.length])
 
 
 def fallback_tiles(module: torch.nn.Module | None, tensors: Tensors) -> int | None:

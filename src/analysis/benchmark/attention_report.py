@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
 
 from src.analysis.benchmark.baselines import BASELINE, WRITTEN_OUT
-from src.analysis.benchmark.report import Bench, cell, header
+from src.analysis.benchmark.report import Bench, cell
 from src.analysis.benchmark.timing import median_ratio
 from src.analysis.tools import figure, new_table, save_figure
 
@@ -46,32 +46,12 @@ def colour(name: str) -> str:
 class AttentionReport(Bench):
     """What is printed, drawn and written of `results`, a row for each implementation, length and pass."""
 
+    place = ("length", "N =")
     batches: Mapping[int, int]
-    growth_length: int
-    skipped: list[dict[str, str | int]]
 
-    def missing(self) -> str:
-        """Lengths that are not complete, by pass."""
-        complete = {(row["pass"], row["length"]) for row in self.results}
-        parts = []
-        for name in self.arguments.passes:
-            lengths = [str(length) for length in self.arguments.lengths if (name, length) not in complete]
-            parts += [f"{name} at N = {', '.join(lengths)}"] if lengths else []
-        return "; ".join(parts)
-
-    def left_out(self) -> Iterable[str]:
-        """Why candidates are left out."""
-        return dict.fromkeys(f"{x['name']} left out at N = {x['length']}: {x['reason']}." for x in self.skipped)
-
-    def report(self) -> dict[str, Any]:
-        """What is complete, for JSON."""
-        return {
-            "complete": not self.missing(),
-            **header(self.arguments, self.device, growth_length=self.growth_length),
-            "results": self.results,
-            "growth": list(self.growth()),
-            "skipped": self.skipped,
-        }
+    def more(self) -> dict[str, Any]:
+        """Growth, for JSON."""
+        return {"growth": list(self.growth())}
 
     def growth(self) -> Iterator[dict[str, str | int | float]]:
         """Growth of the time from each length to the next, sizes kept where there are any."""
@@ -79,7 +59,9 @@ class AttentionReport(Bench):
         for attention_pass in self.arguments.passes:
             times: dict[str, dict[int, list[float]]] = {}
             for row in self.results:
-                at_home = row["kind"] == "attention" and (not row["sizes"] or row["length"] == self.growth_length)
+                at_home = row["kind"] == "attention" and (
+                    not row["sizes"] or row["length"] == self.arguments.growth_length
+                )
                 if row["pass"] == attention_pass and (at_home or row["kind"] == "growth" or row["name"] == BASELINE):
                     times.setdefault(row["name"].split(" as at ")[0], {})[row["length"]] = rounds(row)
             for name, by_length in times.items():
@@ -101,7 +83,7 @@ class AttentionReport(Bench):
                 yield self.pass_table(rows)
         steps = list(self.growth())
         if steps:
-            title = f"Growth of the time with N; sizes as at N = {self.growth_length}"
+            title = f"Growth of the time with N; sizes as at N = {self.arguments.growth_length}"
             columns = ("pass", "attention", "from N", "to N", "N grows by", "time grows by", "exponent")
             table = new_table(title, columns, columns[:2], caption="exponent: 1 is linear in N, 2 quadratic")
             for row in steps:
@@ -164,7 +146,7 @@ class AttentionReport(Bench):
                 if line[0]["kind"] == "growth":
                     # at the length that the sizes come from, the attention itself is the point
                     own = name.split(" as at ")[0]
-                    line += [row for row in rows if (row["length"], row["name"]) == (self.growth_length, own)]
+                    line += [row for row in rows if (row["length"], row["name"]) == (self.arguments.growth_length, own)]
                     line.sort(key=lambda row: row["length"])
                 values = [statistics.median(rounds(row)) for row in line]
                 style = {"marker": marker, "linestyle": dashes, "color": colour(name)}

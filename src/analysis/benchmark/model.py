@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.networks import KINDS, Implementation, build, choose, compile_kernels
-from src.analysis.benchmark.report import Bench, cell, header, progress_display
+from src.analysis.benchmark.report import Bench, cell, shown
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
-from src.analysis.tools import choose_device, compile_ahead, figure, first_line, new_table, save_figure
+from src.analysis.tools import choose_device, figure, first_line, new_table, save_figure
 from src.tasks.build import check_swappable
 from src.utils.checkpoint import save_checkpoint
 from src.utils.machine import machine_info
 from src.utils.named_tensors import named_weights, official_shapes
+from src.utils.parallel import run_in_processes
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WARM_UP_CALLS = 3
@@ -83,71 +84,66 @@ class ModelBench(Bench):
         UserError: a network cannot be built with the options.
     """
 
+    place = ("batch", "batch")
+
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = choose_device(arguments.device)
-        self.arguments = with_defaults(arguments, self.device)
-        self.implementations = choose(self.arguments, self.device)
+        device = choose_device(arguments.device)
+        arguments = with_defaults(arguments, device)
+        missing = [f"batch {batch}" for batch in arguments.batches]
+        if arguments.end_to_end:
+            missing += [f"evaluation {attention}" for attention in arguments.attentions]
+        super().__init__(arguments, missing)
+        self.implementations = choose(arguments, device)
         # before anything is measured: sizes that no network takes
         for attention in dict.fromkeys(each.attention for each in self.implementations):
-            Implementation("module", attention).network(self.arguments)
-        self.results: list[dict[str, Any]] = []
-        self.skipped: list[dict[str, str | int]] = []
+            Implementation("module", attention).network(arguments)
         self.end_to_end: list[dict[str, Any]] = []
-        # in the order in which they are measured
-        self.parts = [f"batch {batch}" for batch in self.arguments.batches]
-        if self.arguments.end_to_end:
-            self.parts += [f"evaluation {attention}" for attention in self.arguments.attentions]
 
-    def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
+    def run(self, _: Console, save: Callable[[], None]) -> None:
         """Measure everything; `save` is called whenever a batch or an evaluation is complete.
 
         Raises:
             UserError: nothing could be measured.
         """
         arguments = self.arguments
-        with progress_display(console) as progress, torch.inference_mode():
-            if self.device.type == "cuda" and arguments.jobs > 1:
-                # those that run Triton kernels of ours, each as it is when nothing compiles or records it
-                ours = (Implementation(each.kind, each.attention) for each in self.implementations if each.attention)
-                work = functools.partial(compile_kernels, arguments)
-                compile_ahead(work, list(dict.fromkeys(ours)), arguments.jobs, progress)
-            steps = len(self.implementations) * (1 + arguments.repeats) * len(arguments.batches)
-            task = progress.add_task("", total=steps)
-            for batch in arguments.batches:
-                self.measure(batch, lambda text: progress.update(task, description=text, advance=1))
-                self.parts.remove(f"batch {batch}")
-                if self.results:
-                    save()
-                if arguments.compile:
-                    torch._dynamo.reset()  # or it would keep what it has compiled, with the weights
-                self.free()
+        if self.device.type == "cuda" and arguments.jobs > 1:
+            # those that run Triton kernels of ours, each as it is when nothing compiles or records it
+            ours = (Implementation(each.kind, each.attention) for each in self.implementations if each.attention)
+            run_in_processes(functools.partial(compile_kernels, arguments), [*dict.fromkeys(ours)], arguments.jobs)
+        for batch in arguments.batches:
+            rows = self.measure(batch)
+            # all rows at once, whenever an interrupt comes
+            self.results += rows
+            self.missing.remove(f"batch {batch}")
+            if self.results:
+                save()
+            if arguments.compile:
+                torch._dynamo.reset()  # or it would keep what it has compiled, with the weights
+            self.free()
         if not self.results:
             first = self.skipped[0]
             raise UserError(f"Nothing could be measured. {first['name']} at batch {first['batch']}: {first['reason']}.")
         if arguments.end_to_end:
             self.run_end_to_end(save)
 
-    def measure(self, batch: int, show: Callable[[str], None]) -> None:
-        """Build and time every implementation at one batch."""
+    @torch.inference_mode()
+    def measure(self, batch: int) -> list[dict[str, Any]]:
+        """Rows of the implementations at one batch."""
         candidates = []
-        for each in self.implementations:
-            show(f"batch {batch}: preparing {each.name}")
+        for each in shown(self.implementations, f"batch {batch}: preparing"):
             candidate = self.attempt(lambda x=each: self.prepare(x, batch), each.name, batch)
             candidates += [] if candidate is None else [candidate]
         failed = set()
-        for candidate in in_turn(candidates, self.arguments.repeats):
+        repeats = self.arguments.repeats
+        for candidate in shown(in_turn(candidates, repeats), f"batch {batch}", len(candidates) * repeats):
             name = candidate.implementation.name
-            show(f"batch {batch}: {name}")
             if name not in failed:
                 seconds = self.attempt(lambda x=candidate: seconds_per_call(x.call, x.number, self.device), name, batch)
-                if seconds is None:
-                    failed.add(name)
-                else:
-                    candidate.milliseconds.append(1e3 * seconds)
+                candidate.milliseconds += [] if seconds is None else [1e3 * seconds]
+                failed |= {name} if seconds is None else set()
         candidates = [candidate for candidate in candidates if candidate.implementation.name not in failed]
         published = next((x.milliseconds for x in candidates if x.implementation == Implementation("published")), None)
-        # all rows at once, whenever an interrupt comes
-        self.results += [candidate.row(batch, published) for candidate in candidates]
+        return [candidate.row(batch, published) for candidate in candidates]
 
     def attempt(self, work: Callable[[], Any], name: str, batch: int) -> Any:
         """What `work` returns; None where it fails: the reason is noted, and the others can be measured."""
@@ -221,7 +217,7 @@ class ModelBench(Bench):
                     work = functools.partial(self.evaluate, alone, checkpoint, Path(folder, attention))
                     found = self.attempt(work, f"evaluation {attention}", alone["batch"])
                     self.end_to_end += [] if found is None else [found]
-                self.parts.remove(f"evaluation {attention}")
+                self.missing.remove(f"evaluation {attention}")
                 save()
                 self.free()
 
@@ -274,17 +270,6 @@ class ModelBench(Bench):
 
     # Output -----------------------------------------------------------------------------------------------------------
 
-    def missing(self) -> str:
-        """Batches and evaluations that are not complete."""
-        return ", ".join(self.parts)
-
-    def left_out(self) -> Iterable[str]:
-        """What failed and why, each reason once."""
-        batches: dict[tuple[Any, ...], list[str]] = {}
-        for skipped in self.skipped:
-            batches.setdefault((skipped["name"], skipped["reason"]), []).append(str(skipped["batch"]))
-        return [f"{name} left out at batch {', '.join(at)}: {reason}." for (name, reason), at in batches.items()]
-
     def tables(self) -> Iterator[Table]:
         """The implementations at their best batch, and the evaluations."""
         arguments = self.arguments
@@ -305,16 +290,9 @@ class ModelBench(Bench):
                 table.add_row(row["attention"], *counts, *rates, ratio, memory)
             yield table
 
-    def report(self) -> dict[str, Any]:
-        """What is complete, for JSON."""
-        return {
-            "complete": not self.parts,
-            **header(self.arguments, self.device),
-            "results": self.results,
-            "best_batch": {row["name"]: row["batch"] for row in self.best()},
-            "end_to_end": self.end_to_end,
-            "skipped": self.skipped,
-        }
+    def more(self) -> dict[str, Any]:
+        """Best batches and evaluations, for JSON."""
+        return {"best_batch": {row["name"]: row["batch"] for row in self.best()}, "end_to_end": self.end_to_end}
 
     def plot(self, path: str) -> None:
         """Draw bars of the images per second of each implementation at its best batch."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
+from rich.progress import track
 from rich.table import Table
 
 from scatterbrain.attention import ATTENTIONS, COMPARED
@@ -101,28 +101,46 @@ def shown(items: Iterable[T], description: str, total: int | None = None) -> Ite
     yield from track(items, description, total, console=Console(stderr=True), transient=True)
 
 
-def progress_display(console: Console) -> Progress:
-    """What is being measured, how far that is, and for how long it has been; gone at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
-
-
 class Bench:
-    """A benchmark whose parts are complete one after another, and which may be stopped between them.
+    """A benchmark that is saved whenever a part is complete, and may be stopped between parts.
 
-    A subclass defines `run(console, save)`, which calls `save` whenever a part is complete, `missing()` (text on the
-    parts that are not, empty at the end), and of what is complete `tables()`, `left_out()` (lines on what could not be
-    measured), `report()` (for JSON) and `plot(path)`.
+    Subclasses define `run(console, save)`, `tables()`, `plot(path)` and `more()`, which gives what the JSON has beside
+    `results`.
+
+    Attributes:
+        arguments: the options.
+        device: that is measured.
+        place: what tells the parts of `results` apart (key and words): the length or the batch.
+        results: rows, for JSON.
+        skipped: what could not be measured: name, place, reason.
+        missing: parts that are not complete, in the order in which they are measured.
     """
 
-    arguments: argparse.Namespace
-    device: torch.device
-    results: list[dict[str, Any]]
+    place: tuple[str, str]
+
+    def __init__(self, arguments: argparse.Namespace, missing: Iterable[str]) -> None:
+        self.arguments = arguments
+        self.device = torch.device(arguments.device)
+        self.results: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, Any]] = []
+        self.missing = list(missing)
 
     def main(self) -> int:
-        """Exit status of the run, which ends with Ctrl-C or SIGTERM at the latest: 1 where something is missing."""
-        output = self.arguments.output
-        return saved_until_stopped(self.run, self.report, output, self.finish)
+        """Run until done, or until Ctrl-C or SIGTERM; returns the exit status: 1 where something is missing."""
+        return saved_until_stopped(self.run, self.report, self.arguments.output, self.finish)
+
+    def report(self) -> dict[str, Any]:
+        """What is complete, for JSON."""
+        content = {"complete": not self.missing, **header(self.arguments, self.device), "results": self.results}
+        return {**content, **self.more(), "skipped": self.skipped}
+
+    def left_out(self) -> list[str]:
+        """What could not be measured and why, each reason once."""
+        key, words = self.place
+        places: dict[tuple[str, str], dict[str, None]] = {}
+        for item in self.skipped:
+            places.setdefault((item["name"], item["reason"]), {})[str(item[key])] = None
+        return [f"{name} left out at {words} {', '.join(at)}: {reason}." for (name, reason), at in places.items()]
 
     def finish(self) -> int:
         """Print what is complete and write the files; returns the exit status."""
@@ -134,7 +152,6 @@ class Bench:
             write_rows(self.arguments.output, self.report())
         if self.arguments.figure is not None:
             self.plot(self.arguments.figure)
-        missing = self.missing()
-        if missing:
-            print(f"Interrupted. Missing: {missing}.", file=sys.stderr)
-        return 1 if missing else 0
+        if self.missing:
+            print(f"Interrupted. Missing: {', '.join(self.missing)}.", file=sys.stderr)
+        return 1 if self.missing else 0

@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
@@ -25,7 +24,7 @@ from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
-from src.analysis.benchmark.report import cell, machine_line, print_report, progress_display
+from src.analysis.benchmark.report import cell, machine_line, print_report, shown
 from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, passes_of, ranking, ratio_to_present
 from src.analysis.benchmark.timing import graph_milliseconds
 from src.analysis.tools import figure, first_line, new_table, positive, until_stopped
@@ -275,11 +274,11 @@ def result_table(shape: Shape, group: str, search: Search) -> Table:
     trials = search.trials[group]
     present = trials.get(search.present[group])
     ranked = ranking(trials)
-    shown = ranked[:ROWS_SHOWN] + [trial for trial in ranked[ROWS_SHOWN:] if trial is present]
+    rows = ranked[:ROWS_SHOWN] + [trial for trial in ranked[ROWS_SHOWN:] if trial is present]
     columns = [*(name.replace("_", "\n") for name in names), *(f"{name}\nms" for name in passes), "ratio", ""]
     title = f"{shape}: {group}, {len(ranked)} measured"
     table = new_table(title, columns, columns[-1:], caption="\n".join(left_out(trials)))
-    for trial in shown:
+    for trial in rows:
         # later groups change other settings
         chosen = all(getattr(trial.tiles, name) == getattr(search.best, name) for name in names)
         marks = ["present"] * (trial is present) + ["chosen"] * chosen
@@ -337,18 +336,14 @@ def tune(shapes: Sequence[Shape], dtype: torch.dtype, passes: Sequence[str], job
     broken_off = ["interrupted"]
 
     def search_all() -> None:
-        with progress_display(Console(stderr=True)) as progress:
-            task = progress.add_task("", total=len(shapes) * len(groups))
-            try:
-                for shape, group in itertools.product(shapes, groups):
-                    progress.update(task, description=f"{shape}: {group}")
-                    if shape not in searches:
-                        searches[shape] = make_search(shape, dtype, passes, jobs)
-                    searches[shape].run_group(group)
-                    progress.advance(task)
-                broken_off.clear()
-            except RuntimeError as error:  # the device or its memory: what was measured before is kept
-                broken_off[0] = f"broken off at {shape}, {group}: {first_line(error)}"
+        try:
+            for shape, group in shown(list(itertools.product(shapes, groups)), "Searching"):
+                if shape not in searches:
+                    searches[shape] = make_search(shape, dtype, passes, jobs)
+                searches[shape].run_group(group)
+            broken_off.clear()
+        except RuntimeError as error:  # the device or its memory: what was measured before is kept
+            broken_off[0] = f"broken off at {shape}, {group}: {first_line(error)}"
 
     def finish() -> int:
         found = {shape: search.best for shape, search in searches.items() if search.measured}
