@@ -12,7 +12,7 @@ Memory is the peak of what one call allocates, its inputs not counted and its ou
 
 On CUDA each length is measured on its own, and "device ms" is the replay of a CUDA graph, without the host's part.
 Ctrl-C and SIGTERM end the run with what is complete by then: lengths on CUDA, passes on the CPU. --output is written
-after each of them, with "complete": false until all are done. On CUDA, --jobs processes first fill Triton's cache.
+after each of them, with "complete": false until all are done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from src.analysis.tools import (
 
 def build_parser() -> Parser:
     shared = ("attentions", "passes", "device", "dtype", "dim", "memory-fraction", "std", "threads", "repeats")
-    parser = make_parser(__doc__, *shared, "no-peers", "jobs", "output", "figure")
+    parser = make_parser(__doc__, *shared, "no-peers", "output", "figure")
     option = parser.add_argument
     option("--lengths", type=positive_list, default="784,3136,12544", metavar="N,...", help="(%(default)s)")
     batch = "of all lengths, or one of each length, from the shortest to the longest (%(default)s)"

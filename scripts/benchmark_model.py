@@ -15,7 +15,7 @@ what a CUDA graph keeps. It is counted on CUDA alone. --end-to-end adds whole ev
 images in memory.
 
 Ctrl-C and SIGTERM end the run with the batches and evaluations that are complete by then. --output is written after
-each of them, with "complete": false until all are done. On CUDA, --jobs processes first fill Triton's cache on disk.
+each of them, with "complete": false until all are done.
 
     python scripts/benchmark_model.py --variant t2t_vit_t_14 --attentions full,sblocal --compile
 """
@@ -37,7 +37,7 @@ from src.analysis.tools import Parser, check_figure, check_writable, comma_separ
 
 def build_parser() -> Parser:
     shared = ("variant", "attentions", "image-size", "num-classes", "memory-fraction", "device", "threads", "repeats")
-    parser = make_parser(__doc__, *shared, "compile", "no-peers", "jobs", "output", "figure", repeats="7")
+    parser = make_parser(__doc__, *shared, "compile", "no-peers", "output", "figure", repeats="7")
     option = parser.add_argument
     option("--forms", type=comma_separated(KINDS), default=",".join(KINDS), metavar="NAMES", help="(%(default)s)")
     batches = "the best one is reported (32,128,256,512 on CUDA, 8 on the CPU)"

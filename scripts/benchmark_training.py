@@ -26,7 +26,7 @@ from src.distributed.launch import quiet_libraries
 
 def build_parser() -> Parser:
     shared = ("variant", "attentions", "image-size", "num-classes", "memory-fraction", "device", "threads", "rounds")
-    parser = make_parser(__doc__, *shared, "compile", "output", variant="t2t_vit_t_7")
+    parser = make_parser(__doc__, *shared, "output", variant="t2t_vit_t_7")
     option = parser.add_argument
     option("--batch-size", type=positive, metavar="B", help="(256 on CUDA, 8 on the CPU)")
     option("--precision", choices=PRECISIONS, help="(bf16-mixed on CUDA, 32 on the CPU)")

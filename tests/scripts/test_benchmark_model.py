@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import signal
 import statistics
 
@@ -350,40 +349,13 @@ def test_nothing_is_written_where_nothing_is_complete(number, monkeypatch, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
-def test_kernels_of_each_form_are_compiled_ahead(device, jobs, compiles, monkeypatch):
-    calls = []
-    monkeypatch.setattr(model, "run_in_processes", lambda *arguments: calls.append(arguments[:3]))
-    monkeypatch.setattr(ModelBench, "measure", lambda *_: [dict.fromkeys(("name", "images_per_second"), 1)])
-    monkeypatch.setattr(ModelBench, "free", lambda bench: None)
-    options = ["--batches", "2,3", "--attentions", "local,sblocal", "--compile", "--jobs", str(jobs)]
-    bench = ModelBench(parse(*options))
-    bench.device = torch.device(device)
-    bench.implementations = networks.choose(bench.arguments, bench.device)
-    bench.run(None, lambda: None)
-    assert len(calls) == compiles
-    if not compiles:
-        return
-    ((work, forms, processes),) = calls
-    assert processes == jobs
-    assert forms == [Implementation(kind, name) for kind in ("module", "inference") for name in ("local", "sblocal")]
-    genuine, called = networks.build, []
-
-    def build(form, *arguments):
-        forward = genuine(form, *arguments)
-
-        def call(images):
-            last = images.is_contiguous(memory_format=torch.channels_last)
-            called.append((form.kind, form.attention, len(images), last))
-            return forward(images)
-
-        return call
-
-    monkeypatch.setattr(networks, "build", build)
-    work = pickle.loads(pickle.dumps(work))  # for another process
-    for form in forms:
-        work(form)
-    assert called == [(form.kind, form.attention, x, form.kind == "inference") for form in forms for x in (2, 3)]
+@torch.inference_mode()
+@pytest.mark.parametrize(("kind", "last"), [("module", False), ("inference", True)])
+def test_images_are_laid_out_as_evaluations_have_them(kind, last):
+    bench = ModelBench(parse("--forms", kind, "--attentions", "local"))
+    found = bench.implementations[0].images(3, bench.arguments, bench.device)
+    assert found.shape == (3, 3, 32, 32)
+    assert found.is_contiguous(memory_format=torch.channels_last) is last
 
 
 @pytest.mark.parametrize(
@@ -417,7 +389,6 @@ def test_the_evaluation_has_the_options_of_the_benchmark(options, expected, tmp_
         (["--forms", "publishd"], ["publishd", "published"]),
         (["--forms", "peer", "--no-peers"], ["--no-peers", "--forms"]),
         (["--batches", "2,0"], ["--batches", "'0'"]),
-        (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--image-size", "33"], ["image_size=33", "16"]),
         (["--num-classes", "-1"], ["--num-classes", "'-1'"]),
         (["--repeats", "x"], ["--repeats", "'x'"]),

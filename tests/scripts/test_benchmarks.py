@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import pickle
 import signal
 import subprocess
 import sys
@@ -131,8 +130,6 @@ def test_growth_only(tmp_path):
     assert names == {64: kept, 128: {"SDPA", "full", "local", "pairedcluster"}, 256: kept}
     grown = {(row["name"], row["to"]) for row in times["growth"]}
     assert grown == {(name, to) for name in ("SDPA", "full", "local", "pairedcluster") for to in (128, 256)}
-    bench = AttentionBench(benchmark.build_parser().parse_args([*SMALL, *options]))
-    assert {case.budget_length for case in bench.kernel_cases()} == {128}, "no other kernels are compiled"
 
 
 def test_growth_is_from_the_rows_with_constant_sizes(clustered):
@@ -424,54 +421,6 @@ def test_on_cuda_each_length_is_measured_on_its_own():
     assert bench.measured_together() == [(32,), (64,)]
 
 
-@pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
-def test_kernels_of_each_case_are_compiled_ahead(device, jobs, compiles, monkeypatch):
-    calls = []
-    monkeypatch.setattr(attention, "run_in_processes", lambda *arguments: calls.append(arguments[:3]))
-    monkeypatch.setattr(AttentionBench, "measured_together", lambda bench: [])
-    options = [*INTERRUPTIBLE, "--attentions", "local,sblocal", "--jobs", str(jobs)]
-    bench = AttentionBench(benchmark.build_parser().parse_args(options))
-    bench.device = torch.device(device)
-    monkeypatch.setattr(bench, "candidates", lambda length: [])
-    bench.run(None, lambda: None)
-    monkeypatch.undo()
-    assert len(calls) == compiles
-    if not compiles:
-        return
-    ((work, cases, processes),) = calls
-    assert processes == jobs
-    sizes = [(32, 32), (32, 64), (64, 64)]  # the growth is taken with those of 64
-    assert sorted((x.attention, x.length, x.budget_length, x.attention_pass) for x in cases) == sorted(
-        (name, *each, attention_pass)
-        for name in ("local", "sblocal")
-        for each in sizes
-        for attention_pass in report.PASSES
-    )
-    called = []
-    genuine = AttentionBench.call
-
-    def call(bench, candidate, tensors, attention_pass):
-        def counted():
-            called.append((candidate.name, candidate.window, tensors[0].shape, attention_pass))
-            return genuine(bench, candidate, tensors, attention_pass)()
-
-        return counted
-
-    monkeypatch.setattr(AttentionBench, "call", call)
-    work = pickle.loads(pickle.dumps(work))  # for another process
-    for case in cases:
-        work(case)
-    # all that is timed of ours, with the same sizes
-    bench.device = torch.device("cpu")
-    assert set(called) == {
-        (item.name, item.window, bench.inputs(length)[0].shape, attention_pass)
-        for length in (32, 64)
-        for item in bench.candidates(length)
-        for attention_pass in report.PASSES
-        if item.kind != "baseline"
-    }
-
-
 def test_processes_work_through_their_cases_whatever_happens_to_some(tmp_path):
     ignored = f"import signal; signal.getsignal(signal.SIGINT) == signal.SIG_IGN and open({str(tmp_path / '0')!r}, 'w')"
     cases = [ignored, "raise RuntimeError", "import os; os._exit(3)"]
@@ -505,7 +454,6 @@ def test_colours_are_those_of_all_figures():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--attentions", "sblocl"], ["sblocl", "sblocal"]),
         (["--passes", "backward"], ["backward", "forward, training"]),
         (["--lengths", "64,x"], ["--lengths", "'x'"]),

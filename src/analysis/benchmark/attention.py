@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,6 @@ from src.analysis.benchmark.baselines import (
 from src.analysis.benchmark.report import DTYPES, shown
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
 from src.analysis.tools import choose_device, first_line
-from src.utils.parallel import run_in_processes
 
 # Sizes that have a column of their own in the tables.
 WINDOW, FEATURES = "local_context", "nb_features"
@@ -121,15 +119,6 @@ class Entry:
             "seed": candidate.seed,
             "fallback_tiles": candidate.fallback_tiles,
         }
-
-
-class KernelCase(NamedTuple):
-    """A call that compiles kernels of ours: an attention at a length, with the sizes of another, in one pass."""
-
-    attention: str
-    length: int
-    budget_length: int
-    attention_pass: str
 
 
 class AttentionBench(AttentionReport):
@@ -262,29 +251,12 @@ class AttentionBench(AttentionReport):
         self.skip(candidate.name, length, f"its N x N matrices take {size:.1f} GiB", attention_pass)
         return False
 
-    def kernel_cases(self) -> list[KernelCase]:
-        """All calls of ours."""
-        arguments = self.arguments
-        return [
-            KernelCase(name, length, budget_length, attention_pass)
-            for length in arguments.lengths
-            for attention_pass in arguments.passes
-            for budget_length in dict.fromkeys(
-                (*([] if arguments.growth_only else [length]), self.arguments.growth_length)
-            )
-            for name in arguments.attentions
-        ]
-
     # Measurement ------------------------------------------------------------------------------------------------------
 
     def run(self, _: Console, save: Callable[[], None]) -> None:
         """Measure everything; `save` is called whenever lengths are complete in a pass."""
         # before anything takes time: sizes that do not fit are found here
         candidates = {length: self.candidates(length) for length in self.arguments.lengths}
-        if self.device.type == "cuda" and self.arguments.jobs > 1:
-            run_in_processes(
-                functools.partial(compile_kernels, self.arguments), self.kernel_cases(), self.arguments.jobs
-            )
         for lengths in self.measured_together():
             counted = {length: [*self.with_other_seeds(length, candidates[length])] for length in lengths}
             for attention_pass in self.arguments.passes:
@@ -352,13 +324,3 @@ def fallback_tiles(module: torch.nn.Module | None, tensors: Tensors) -> int | No
     if choose_backend(module.backend, query, value, projection, cosh=True) != "triton":
         return None
     return count_fallback_tiles(query, key, value, projection, module.local_context, scale=module.softmax_temp)
-
-
-def compile_kernels(arguments: argparse.Namespace, case: KernelCase) -> None:
-    """Compile the kernels of one case, by a call of it.
-
-    Its batch is the one that is timed: into how many chunks the kernels cut a sequence follows from batch and heads.
-    """
-    bench = AttentionBench(arguments)
-    candidate = bench.attention(case.attention, case.length, case.budget_length)
-    bench.call(candidate, bench.inputs(case.length), case.attention_pass)()

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
-from src.analysis.benchmark.networks import KINDS, Implementation, build, choose, compile_kernels
+from src.analysis.benchmark.networks import KINDS, Implementation, build, choose
 from src.analysis.benchmark.report import Bench, cell, shown
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
 from src.analysis.tools import choose_device, figure, first_line, new_table, save_figure
@@ -31,7 +31,6 @@ from src.tasks.build import check_swappable
 from src.utils.checkpoint import save_checkpoint
 from src.utils.machine import machine_info
 from src.utils.named_tensors import named_weights, official_shapes
-from src.utils.parallel import run_in_processes
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WARM_UP_CALLS = 3
@@ -106,10 +105,6 @@ class ModelBench(Bench):
             UserError: nothing could be measured.
         """
         arguments = self.arguments
-        if self.device.type == "cuda" and arguments.jobs > 1:
-            # those that run Triton kernels of ours, each as it is when nothing compiles or records it
-            ours = (Implementation(each.kind, each.attention) for each in self.implementations if each.attention)
-            run_in_processes(functools.partial(compile_kernels, arguments), [*dict.fromkeys(ours)], arguments.jobs)
         for batch in arguments.batches:
             rows = self.measure(batch)
             # all rows at once, whenever an interrupt comes

@@ -10,7 +10,6 @@ import timm
 import torch
 from torch import nn
 
-from src.analysis.tools import choose_device
 from src.models.inference import inference_form
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
@@ -158,12 +157,3 @@ def build(implementation: Implementation, arguments: argparse.Namespace, device:
             return call(images)
 
     return autocast_call
-
-
-def compile_kernels(arguments: argparse.Namespace, implementation: Implementation) -> None:
-    """Compile the kernels of an implementation, by a call at each batch: some of their sizes follow from it."""
-    device = choose_device(arguments.device)
-    forward = build(implementation, arguments, device)
-    with torch.inference_mode():
-        for batch in arguments.batches:
-            forward(implementation.images(batch, arguments, device))

@@ -19,7 +19,6 @@ from src.analysis.tools import (
     Parser,
     comma_separated,
     console_for_tables,
-    default_jobs,
     fraction,
     positive,
     saved_until_stopped,
@@ -36,7 +35,6 @@ TABLE_WIDTH = 132
 
 _NAMES = {"metavar": "NAMES", "help": "separated by commas (%(default)s)"}
 _STD = "standard deviation of the elements of queries and keys (%(default)s)"
-_JOBS = "processes that compile kernels ahead on CUDA, 1 for none (as many as usable CPUs, 8 at most)"
 # Options that several benchmarks have; each takes those it needs. Defaults are text, as a command line has them.
 OPTIONS: dict[str, dict[str, Any]] = COMMON_OPTIONS | {
     "attentions": {"type": comma_separated(tuple(ATTENTIONS)), "default": ",".join(COMPARED), **_NAMES},
@@ -51,7 +49,6 @@ OPTIONS: dict[str, dict[str, Any]] = COMMON_OPTIONS | {
     "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
     "compile": {"action": "store_true", "help": "run through torch.compile"},
     "no-peers": {"action": "store_true", "help": "leave out the implementations of others"},
-    "jobs": {"type": positive, "default": default_jobs(), "metavar": "J", "help": _JOBS},
 }
 
 

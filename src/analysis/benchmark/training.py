@@ -27,7 +27,7 @@ BASELINE = "full"
 PRECISIONS = ("bf16-mixed", "32")
 OPTIMIZER = Path(__file__).resolve().parents[3] / "configs" / "optimizer" / "adamw.yaml"
 SEED = 0
-# The first step compiles, where that is requested, and fills the optimizer; the libraries choose kernels meanwhile.
+# The first step fills the optimizer; the libraries choose kernels meanwhile.
 WARM_UP_STEPS = 3
 
 
@@ -54,12 +54,10 @@ class Candidate:
             num_classes,
             make_optimizer=hydra.utils.instantiate(OmegaConf.load(OPTIMIZER), _partial_=True),
             make_scheduler=lambda optimizer: None,
-            compile_model=arguments.compile,
         )
         self.task.on_fit_start()
         self.task.on_train_epoch_start()
         self.optimizer = self.task.configure_optimizers()["optimizer"]
-        self.compile_seconds: float | None = None
         self.out_of_memory = False
         self.milliseconds: list[float] = []
         self.peak_bytes = 0
@@ -140,15 +138,12 @@ class TrainingBench:
                 work(candidate)
         except torch.OutOfMemoryError:
             candidate.out_of_memory = True
-        except RuntimeError as error:  # torch.compile without a compiler, a kernel that the device lacks
+        except RuntimeError as error:  # such as a kernel that the device lacks
             raise UserError(f"{candidate.name} fails ({first_line(error)}).") from error
 
     def warm_up(self, candidate: Candidate) -> None:
-        """First steps, which compile where that is requested."""
-        seconds = seconds_per_call(lambda: candidate.step(self.batch), 1, self.device)
-        if self.arguments.compile:
-            candidate.compile_seconds = seconds
-        for _ in range(WARM_UP_STEPS - 1):
+        """First steps."""
+        for _ in range(WARM_UP_STEPS):
             candidate.step(self.batch)
 
     def time_round(self, candidate: Candidate) -> None:
@@ -183,7 +178,6 @@ class TrainingBench:
                     "time_ratio_to_full": ratio(milliseconds, full["milliseconds"]),
                     "peak_memory_mib": memory,
                     "memory_ratio_to_full": ratio(memory, full["peak_memory_mib"]),
-                    "compile_seconds": candidate.compile_seconds,
                 }
             )
         return rows
@@ -198,10 +192,8 @@ class TrainingBench:
             "MiB": ("peak_memory_mib", figure),
             "MiB/full": ("memory_ratio_to_full", "{:.3f}".format),
         }
-        if arguments.compile:
-            shapes["compile s"] = ("compile_seconds", figure)
         title = f"Training step of {arguments.variant}: {arguments.image_size} px, batch {arguments.batch_size}, "
-        title += f"{arguments.precision} on {self.device.type}{', compiled' if arguments.compile else ''}"
+        title += f"{arguments.precision} on {self.device.type}"
         table = new_table(title, ["attention", *shapes], ["attention"])
         for row in self.results():
             cells = [cell(row[key], shape) for key, shape in shapes.values()]
