@@ -14,7 +14,7 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import is_interpreted
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
 from scripts import tune_attention as script
-from src.analysis.benchmark import tile_search
+from src.analysis.benchmark import precision, tile_search
 from src.analysis.benchmark import tiles as tune
 from src.analysis.benchmark.report import PASSES, print_report
 
@@ -195,22 +195,22 @@ def test_processes_that_cannot_start_end_the_check():
 @pytest.mark.skipif(not is_interpreted(), reason="the kernels are compiled for the GPU here")
 def test_check_compares_with_the_specification():
     shape = tune.Shape(2, 40, 5, 3)
-    workload = tune.Workload(shape, torch.float32, "cpu", tune.specification(shape, torch.float32, "cpu"))
+    workload = tune.Workload(shape, torch.float32, "cpu", shape.specification(torch.float32, "cpu"))
     tiles = Tiles(sum_rows=16, query_rows=32, key_rows=16, dq_rows=16, dq_keys=16, dk_rows=16, dk_queries=16)
     assert workload.check(tiles, PASSES) is None
-    for name in tune.RESULTS[1:]:
-        expected = workload.expected[name][1, 0, 39].clone()
-        workload.expected[name][1, 0, 39] *= 1.1
+    for name, expected in zip(precision.TENSORS[1:], workload.expected[1:], strict=True):
+        before = expected[1, 0, 39].clone()
+        expected[1, 0, 39] *= 1.1
         assert workload.check(tiles, ("forward",)) is None
         assert f"wrong: training, {name}" in workload.check(tiles, ("training",))
-        workload.expected[name][1, 0, 39] = expected
-    workload.expected["out"][1, 0, 39] *= 1.1
-    assert "wrong: forward, out" in workload.check(tiles, PASSES)
+        expected[1, 0, 39] = before
+    workload.expected[0][1, 0, 39] *= 1.1
+    assert "wrong: forward, output" in workload.check(tiles, PASSES)
 
 
 def test_values_that_are_not_finite_are_wrong(monkeypatch):
     monkeypatch.setattr(tune, "attention", lambda query, *_, **options: query * math.nan)
-    reason = tune.Workload(SHAPE, torch.float32, "cpu", {}).check(START, ("forward",))
+    reason = tune.Workload(SHAPE, torch.float32, "cpu", []).check(START, ("forward",))
     assert reason == "wrong: forward gives values that are not finite"
 
 

@@ -32,8 +32,6 @@ from src.analysis.benchmark.report import DTYPES, shown
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
 from src.analysis.tools import choose_device, first_line
 
-# Sizes that have a column of their own in the tables.
-WINDOW, FEATURES = "local_context", "nb_features"
 # Seeds of the inputs among which one without a fallback tile is looked for.
 OTHER_SEEDS = 20
 # A sample shorter than this says more about the clock than about the candidate: calls are repeated until it is passed.
@@ -48,17 +46,10 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Candidate:
     """One implementation at one length.
 
-    Attributes:
-        name: its row in the tables.
-        kind: `attention` (ours), `growth` (ours, with the sizes of another length), `seed` (one of these with other
-            inputs) or `baseline`.
-        function: query (B, N, H, E), key and value likewise, to output (B, N, H, E).
-        sizes: what its memory is spent on, by the names of the options; empty for full attention.
-        memory_fraction: memory over that of full attention, by the published rule of counting.
-        module: of ours, None of others.
-        seed: of its inputs.
-        fallback_tiles: tiles of queries that its kernels recompute exactly because the subtraction cancels; None where
-            it has no such kernels.
+    Its `kind` is `attention` (ours), `growth` (ours, with the sizes of another length), `seed` (one of these with other
+    inputs) or `baseline`. Sizes are what its memory is spent on, by the names of the options; `memory_fraction` is
+    counted by the published rule. Fallback tiles are the tiles of queries that its kernels recompute exactly because
+    the subtraction cancels; None where it has no such kernels.
     """
 
     name: str
@@ -71,14 +62,9 @@ class Candidate:
     fallback_tiles: int | None = None
 
     @property
-    def window(self) -> int:
-        """Number of keys in the window, 0 for none."""
-        return self.sizes.get(WINDOW, 0)
-
-    @property
-    def features(self) -> int:
-        """Number of random features, 0 for none."""
-        return self.sizes.get(FEATURES, 0)
+    def window_and_features(self) -> tuple[int, int]:
+        """Number of keys in the window and of random features, 0 for none."""
+        return self.sizes.get("local_context", 0), self.sizes.get("nb_features", 0)
 
 
 @dataclass
@@ -95,19 +81,16 @@ class Entry:
     milliseconds: list[float] = field(default_factory=list)
 
     def row(self, baseline: Sequence[float]) -> dict[str, Any]:
-        """Results for JSON; times are those of one call.
-
-        Args:
-            baseline: milliseconds of `BASELINE` in the same rounds.
-        """
+        """Results for JSON, times being those of one call; `baseline` is that of `BASELINE` in the same rounds."""
         candidate = self.candidate
+        window, features = candidate.window_and_features
         return {
             "name": candidate.name,
             "kind": candidate.kind,
             "length": self.length,
             "pass": self.attention_pass,
-            "window": candidate.window,
-            "features": candidate.features,
+            "window": window,
+            "features": features,
             "sizes": candidate.sizes,
             "memory_fraction": candidate.memory_fraction,
             "temporary_bytes": self.temporary_bytes,
@@ -122,14 +105,7 @@ class Entry:
 
 
 class AttentionBench(AttentionReport):
-    """One run of the benchmark.
-
-    Args:
-        arguments: options of `scripts/benchmark_attention.py`.
-
-    Raises:
-        UserError: the device is absent, or batches and lengths do not match.
-    """
+    """One run, with the options of `scripts/benchmark_attention.py`."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         lengths, batches = arguments.lengths, arguments.batch
@@ -195,12 +171,13 @@ class AttentionBench(AttentionReport):
         reason = f"it knows float32 only, not {arguments.dtype}"
         if self.dtype == torch.float32:
             shape = (self.batches[length], length, arguments.heads, arguments.dim)
-            sizes = {item.name: item.sizes for item in ours}
+            by_name = {item.name: item for item in ours}
+            sizes = {name: item.window_and_features for name, item in by_name.items()}
             try:
-                found = fast_transformers_baselines(
-                    shape, self.device, {item.name: (item.window, item.features) for item in ours}
-                )
-                return [Candidate(label, "baseline", call, sizes[name]) for name, (label, call) in found.items()]
+                found = fast_transformers_baselines(shape, self.device, sizes)
+                return [
+                    Candidate(label, "baseline", call, by_name[name].sizes) for name, (label, call) in found.items()
+                ]
             except ImportError:
                 reason = "pytorch-fast-transformers is not installed"
             except RuntimeError as error:

@@ -50,11 +50,7 @@ class Candidate:
 
 
 def count_classes(split: Path) -> int:
-    """Outputs of a model of a split's class folders.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Outputs of a model of a split's class folders."""
     if not split.is_dir():
         raise UserError(
             f"There is no folder {split}. Give --data-dir the folder that holds the split's folder, and name the split "

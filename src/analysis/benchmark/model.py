@@ -52,12 +52,7 @@ class Candidate:
     milliseconds: list[float] = field(default_factory=list)
 
     def row(self, batch: int, published: Sequence[float] | None) -> dict[str, Any]:
-        """Results for JSON.
-
-        Args:
-            batch: images in a call.
-            published: milliseconds of the published form in the same rounds, uncompiled; None without it.
-        """
+        """Results for JSON; `published` is the time of the published form, uncompiled, in the same rounds."""
         median = statistics.median(self.milliseconds)
         return {
             "name": self.implementation.name,
@@ -74,14 +69,7 @@ class Candidate:
 
 
 class ModelBench(Bench):
-    """One run of the benchmark.
-
-    Args:
-        arguments: options of `scripts/benchmark_model.py`.
-
-    Raises:
-        UserError: a network cannot be built with the options.
-    """
+    """One run, with the options of `scripts/benchmark_model.py`."""
 
     place = ("batch", "batch")
 
@@ -99,11 +87,7 @@ class ModelBench(Bench):
         self.end_to_end: list[dict[str, Any]] = []
 
     def run(self, _: Console, save: Callable[[], None]) -> None:
-        """Measure everything; `save` is called whenever a batch or an evaluation is complete.
-
-        Raises:
-            UserError: nothing could be measured.
-        """
+        """Measure everything; `save` is called whenever a batch or an evaluation is complete."""
         arguments = self.arguments
         for batch in arguments.batches:
             rows = self.measure(batch)
@@ -310,11 +294,7 @@ class ModelBench(Bench):
 
 
 def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argparse.Namespace:
-    """The options, with those that depend on others filled in.
-
-    Raises:
-        UserError: the variant is unknown, or its attention cannot be swapped; no form is left.
-    """
+    """The options, with those that depend on others filled in."""
     check_swappable(arguments.variant)
     on_cuda = device.type == "cuda"
     filled = {

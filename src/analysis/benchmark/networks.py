@@ -30,11 +30,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PublishedTokenAttention(nn.Module):
-    """Full attention of a token stage as published: the N x N matrix of weights is there in full.
-
-    Args:
-        scale: of the queries.
-    """
+    """Full attention of a token stage as published: the N x N matrix of weights is there in full."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -48,11 +44,7 @@ class PublishedTokenAttention(nn.Module):
 
 
 class PublishedSelfAttention(nn.Module):
-    """Attention of a backbone block as published, in evaluation.
-
-    Args:
-        attention: ours, whose weights it takes.
-    """
+    """Attention of a backbone block as published, in evaluation, with the weights of ours."""
 
     def __init__(self, attention: SelfAttention) -> None:
         super().__init__()
@@ -82,13 +74,9 @@ def as_published(model: T2TViT) -> T2TViT:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run a network.
+    """One way to run a network: one of `KINDS`, and the attention of the token stages where there is a choice.
 
-    Attributes:
-        kind: one of `KINDS`.
-        attention: of the token stages; None where the kind says it.
-        compiled: run through `torch.compile`.
-        graph: record as a CUDA graph.
+    It may be compiled by `torch.compile` and recorded as a CUDA graph.
     """
 
     kind: str
@@ -110,11 +98,7 @@ class Implementation:
         return images.contiguous(memory_format=torch.channels_last) if self.kind == "inference" else images
 
     def network(self, arguments: argparse.Namespace) -> nn.Module:
-        """The network of module, with weights that are the same for all but the peer.
-
-        Raises:
-            UserError: sizes that the network does not take.
-        """
+        """The network as a module, with weights that are the same for all but the peer."""
         torch.manual_seed(SEED)
         size, num_classes = arguments.image_size, arguments.num_classes
         if self.kind == "peer":

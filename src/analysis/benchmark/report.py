@@ -67,14 +67,7 @@ def cell(value: float | None, shape: Callable[[float], str]) -> str:
 
 
 def header(arguments: argparse.Namespace, device: torch.device, *without: str, **settings: Any) -> dict[str, Any]:
-    """Machine and settings, which results are stored with.
-
-    Args:
-        arguments: the options; paths are left out.
-        device: that was measured.
-        *without: other options that are left out.
-        **settings: that replace or complete the options.
-    """
+    """Machine and settings, which results are stored with; of the options paths and those `without` are left out."""
     settings = {**without_paths(arguments, *without), "device": device.type, **settings}
     return {"machine": machine_info(device), "settings": settings}
 
@@ -101,16 +94,8 @@ def shown(items: Iterable[T], description: str, total: int | None = None) -> Ite
 class Bench:
     """A benchmark that is saved whenever a part is complete, and may be stopped between parts.
 
-    Subclasses define `run(console, save)`, `tables()`, `plot(path)` and `more()`, which gives what the JSON has beside
-    `results`.
-
-    Attributes:
-        arguments: the options.
-        device: that is measured.
-        place: what tells the parts of `results` apart (key and words): the length or the batch.
-        results: rows, for JSON.
-        skipped: what could not be measured: name, place, reason.
-        missing: parts that are not complete, in the order in which they are measured.
+    Subclasses define `run(console, save)`, `tables()`, `plot(path)`, `more()` (what the JSON has beside the rows of
+    `results`) and `place`: the key by which `skipped` says where, and its words. `missing` are parts not yet measured.
     """
 
     place: tuple[str, str]

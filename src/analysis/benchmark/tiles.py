@@ -24,6 +24,7 @@ from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
+from src.analysis.benchmark.precision import TENSORS, outputs
 from src.analysis.benchmark.report import cell, machine_line, print_report, shown
 from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, passes_of, ranking, ratio_to_present
 from src.analysis.benchmark.timing import graph_milliseconds
@@ -33,7 +34,6 @@ from src.utils.parallel import run_in_processes
 WIDTH = 64
 SCALE = WIDTH**-0.5
 SEED = 0
-RESULTS = ("out", "gradient of query", "gradient of key", "gradient of value")
 # RMS of the difference from float64 over the RMS of the result, as in the tests of the kernels.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 GRADIENT_TOLERANCE = {name: 2 * value for name, value in TOLERANCE.items()} | {torch.float32: 1e-5}
@@ -50,14 +50,7 @@ CANDIDATE_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Shape:
-    """What the kernels are measured on.
-
-    Attributes:
-        batch: number of sequences B.
-        length: number of tokens N.
-        window: width W.
-        projections: number of random projections, two features each.
-    """
+    """What the kernels are measured on: sequences B, tokens N, window W, and random projections (two features each)."""
 
     batch: int
     length: int
@@ -90,6 +83,13 @@ class Shape:
         """Sequences that are compared with the specification: the first and the last."""
         return sorted({0, self.batch - 1})
 
+    def specification(self, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        """Output and gradients in float64, on the CPU, of the sequences that are compared."""
+        *tensors, projection = inputs(self, self.checked_length, dtype, device)
+        options = {"projection": projection.double(), "window": self.window, "scale": SCALE}
+        attend = functools.partial(naive_scatterbrain_attention, **options)
+        return [x.cpu() for x in outputs(attend, [x[self.checked_sequences].double() for x in tensors])]
+
 
 SHAPES = (Shape(128, 3136, 49, 12), Shape(128, 784, 12, 3), Shape(16, 12544, 49, 12), Shape(1, 65536, 49, 12))
 
@@ -103,59 +103,32 @@ def inputs(shape: Shape, length: int, dtype: torch.dtype, device: str) -> tuple[
     return *tensors, draw_projection(shape.projections, WIDTH, SEED).to(device, dtype)
 
 
-def specification(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Output and gradients in float64, on the CPU, of the sequences that are compared."""
-    *tensors, projection = inputs(shape, shape.checked_length, dtype, device)
-    query, key, value, gradient = (x[shape.checked_sequences].double() for x in tensors)
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-    out, _ = naive_scatterbrain_attention(*leaves, projection.double(), shape.window, SCALE)
-    gradients = torch.autograd.grad(out, leaves, gradient)
-    return {name: x.detach().cpu() for name, x in zip(RESULTS, (out, *gradients), strict=True)}
-
-
 @dataclass(frozen=True)
 class Workload:
-    """Calls of the kernels on one shape, and the check of a candidate.
-
-    Attributes:
-        shape: of the inputs.
-        dtype: of the inputs.
-        device: where they are.
-        expected: see `specification`.
-    """
+    """Calls of the kernels on one shape, and what they are compared with, see `Shape.specification`."""
 
     shape: Shape
     dtype: torch.dtype
     device: str
-    expected: Mapping[str, torch.Tensor]
+    expected: Sequence[torch.Tensor]
 
-    def call(self, length: int, attention_pass: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def call(self, length: int, attention_pass: str) -> Callable[[], Sequence[torch.Tensor]]:
         """One call, giving the output and, in training, the gradients."""
-        *tensors, gradient, projection = inputs(self.shape, length, self.dtype, self.device)
+        *tensors, projection = inputs(self.shape, length, self.dtype, self.device)
 
-        def attend(*tensors: torch.Tensor) -> torch.Tensor:
-            return attention(*tensors, self.shape.window, scale=SCALE, projection=projection, cosh=True)
+        def attend(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+            return (attention(*tensors, self.shape.window, scale=SCALE, projection=projection, cosh=True),)
 
-        if attention_pass == "forward":
+        def forward() -> tuple[torch.Tensor]:
+            with torch.inference_mode():
+                return attend(*tensors[:3])
 
-            def forward() -> tuple[torch.Tensor, ...]:
-                with torch.inference_mode():
-                    return (attend(*tensors),)
-
-            return forward
-        leaves = [x.detach().requires_grad_() for x in tensors]
-
-        def training() -> tuple[torch.Tensor, ...]:
-            out = attend(*leaves)
-            return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
-
-        return training
+        return forward if attention_pass == "forward" else functools.partial(outputs, attend, tensors)
 
     def check(self, tiles: Tiles, passes: Sequence[str]) -> str | None:
-        """Run a candidate at the full shape, which compiles what will be timed, and on a slice that is compared.
+        """What is wrong with a candidate's results, None where nothing is.
 
-        Returns:
-            What is wrong with its results, None where nothing is.
+        It runs at the full shape, which compiles what will be timed, and on a slice that is compared.
 
         Raises:
             Exception: whatever the compiler or the device raise.
@@ -166,10 +139,10 @@ class Workload:
                     results = self.call(length, attention_pass)()
                 if not all(bool(x.isfinite().all()) for x in results):
                     return f"wrong: {attention_pass} gives values that are not finite"
-            for name, result in zip(RESULTS, results, strict=False):
-                expected, result = self.expected[name].double(), result[self.shape.checked_sequences].double().cpu()
+            for name, expected, result in zip(TENSORS, self.expected, results, strict=False):
+                result = result[self.shape.checked_sequences].double().cpu()
                 error = ((result - expected).norm() / expected.norm()).item()
-                tolerance = (TOLERANCE if name == "out" else GRADIENT_TOLERANCE)[self.dtype]
+                tolerance = (TOLERANCE if name == "output" else GRADIENT_TOLERANCE)[self.dtype]
                 if not error <= tolerance:
                     return f"wrong: {attention_pass}, {name}: {error:.2g} is above {tolerance:.2g}"
         return None
@@ -221,15 +194,9 @@ def check_all(
     seconds: float = CANDIDATE_SECONDS,
     method: str = "spawn",
 ) -> dict[Tiles, str | None]:
-    """Why candidates are left out, which run in other processes where they can do no harm; None for the others.
+    """Why candidates are left out, or None: `check` runs them in other processes, where they can do no harm.
 
-    Args:
-        check: of one candidate in some passes; can be pickled.
-        jobs: number of processes.
-        candidates: to compile and check.
-        passes: that they are run in.
-        seconds: that a candidate may take.
-        method: how processes start. A process forked from one that uses CUDA cannot use it.
+    A candidate may take `seconds`. Processes are spawned: one that is forked from a process with CUDA cannot use it.
     """
     with tempfile.TemporaryDirectory() as folder:
         cases = [(tiles, Path(folder, str(number))) for number, tiles in enumerate(candidates)]
@@ -245,12 +212,9 @@ def check_all(
 
 
 def table_rows(found: Mapping[Shape, Tiles], itemsize: int, device_class: int) -> list[str]:
-    """Lines for `TABLE` of `scatterbrain/ops/scatterbrain/triton/tiles.py`, whose first row that fits is taken.
+    """Lines for `TABLE` of the kernels' `tiles.py`, whose first row that fits is taken.
 
-    Args:
-        found: the best tiles of each shape.
-        itemsize: bytes of the dtype.
-        device_class: major version of the compute capability.
+    `itemsize` is that of the dtype in bytes, `device_class` the major version of the compute capability.
     """
     lines: list[str] = []
     taken = set()
@@ -298,11 +262,7 @@ def left_out(trials: Mapping[Tiles, Trial]) -> list[str]:
 
 
 def check_shapes(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse what the kernels do not take before minutes are spent.
-
-    Raises:
-        UserError: there is such a shape.
-    """
+    """Raise `UserError` for a shape that the kernels do not take, before minutes are spent."""
     token = torch.empty(1, 1, 1, WIDTH, dtype=dtype, device=device)
     for shape in shapes:
         reason = unsupported(token, token, token.new_empty(shape.projections, WIDTH), cosh=True)
@@ -313,7 +273,7 @@ def check_shapes(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.devi
 def make_search(shape: Shape, dtype: torch.dtype, passes: Sequence[str], jobs: int) -> Search:
     """The search of a shape on the GPU."""
     device = torch.device("cuda")
-    workload = Workload(shape, dtype, device.type, specification(shape, dtype, device.type))
+    workload = Workload(shape, dtype, device.type, shape.specification(dtype, device.type))
     torch.cuda.empty_cache()  # the specification takes far more than the kernels, and the processes need memory
     start = tiles_for(shape.length, shape.window, shape.padded_features, WIDTH, dtype, device)
     return Search(start, passes, functools.partial(check_all, workload.check, jobs), workload.milliseconds)

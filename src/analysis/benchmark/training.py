@@ -32,13 +32,7 @@ WARM_UP_STEPS = 3
 
 
 class Candidate:
-    """The training under one attention; all start from the same weights.
-
-    Args:
-        name: the attention.
-        arguments: the options.
-        device: where the steps run; between them everything waits in the host's memory.
-    """
+    """The training under one attention; all start from the same weights, and wait in the host's memory."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, device: torch.device) -> None:
         self.name = name
@@ -87,14 +81,7 @@ class Candidate:
 
 
 class TrainingBench:
-    """One run of the benchmark.
-
-    Args:
-        arguments: options of `scripts/benchmark_training.py`.
-
-    Raises:
-        UserError: the options do not go together, or the images do not fit in memory.
-    """
+    """One run, with the options of `scripts/benchmark_training.py`."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_swappable(arguments.variant)
@@ -128,11 +115,7 @@ class TrainingBench:
                 self.measure(candidate, self.time_round)
 
     def measure(self, candidate: Candidate, work: Callable[[Candidate], None]) -> None:
-        """Do `work(candidate)` on the device; where its memory is too small, note it.
-
-        Raises:
-            UserError: a step fails for another reason.
-        """
+        """Do `work(candidate)` on the device; where its memory is too small, note it."""
         try:
             with candidate.on_device():
                 work(candidate)
