@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.benchmark.loading import TIMM_NORMALISED, make_candidates, measure
 from src.analysis.benchmark.report import header, machine_line, make_parser, print_report
-from src.analysis.records import write_rows
-from src.analysis.tools import Parser, check_writable, figure, new_table, positive, run_tool
+from src.analysis.tools import Parser, check_writable, figure, new_table, positive, run_tool, write_results
 from src.utils.machine import usable_cpus
 
 
@@ -53,9 +52,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     note = f"Median of {arguments.rounds} rounds, the loaders in turn; bytes but for '{TIMM_NORMALISED}'.{made}"
     device = torch.device("cpu")
     print_report([table], note, machine_line(device))
-    if arguments.output is not None:
-        content = {**header(arguments, device, "data_dir", "cache_dir"), "cache_seconds": seconds, "results": rows}
-        write_rows(arguments.output, content)
+    settings = header(arguments, device, "data_dir", "cache_dir")
+    write_results(arguments, {**settings, "cache_seconds": seconds, "results": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

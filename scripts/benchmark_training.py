@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.benchmark.report import header, machine_line, make_parser, print_report
 from src.analysis.benchmark.training import PRECISIONS, TrainingBench
-from src.analysis.records import write_rows
-from src.analysis.tools import Parser, check_writable, positive, run_tool
+from src.analysis.tools import Parser, check_writable, positive, run_tool, write_results
 from src.distributed.launch import quiet_libraries
 
 
@@ -45,8 +44,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "that network alone on the device, on CUDA."
     )
     print_report([bench.table()], note, machine_line(bench.device))
-    if arguments.output is not None:
-        write_rows(arguments.output, {**header(arguments, bench.device), "results": bench.results()})
+    write_results(arguments, {**header(arguments, bench.device), "results": bench.results()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

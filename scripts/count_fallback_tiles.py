@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from src.analysis.benchmark.fallback_tiles import CANCELLATION_LIMIT, count
 from src.analysis.benchmark.report import header, make_parser, print_report, shown
 from src.analysis.benchmark.tiles import SHAPES, WIDTH, Shape
-from src.analysis.records import write_rows
-from src.analysis.tools import Parser, check_writable, new_table, positive, run_tool
+from src.analysis.tools import Parser, check_writable, new_table, positive, run_tool, write_results
 
 
 def build_parser() -> Parser:
@@ -53,10 +52,8 @@ def count_all(arguments: argparse.Namespace) -> None:
         queries = f"{sum(row['queries'] for row in found)} of {len(found) * shape.batch * shape.length:,}"
         table.add_row(str(shape), str(len(found)), str(without), tiles, queries)
     print_report([table])
-    if arguments.output is not None:
-        shapes = [str(shape) for shape in arguments.shapes]
-        content = header(arguments, torch.device("cpu"), shapes=shapes, limit=CANCELLATION_LIMIT)
-        write_rows(arguments.output, {**content, "results": rows})
+    settings = {"shapes": [str(shape) for shape in arguments.shapes], "limit": CANCELLATION_LIMIT}
+    write_results(arguments, {**header(arguments, torch.device("cpu"), **settings), "results": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

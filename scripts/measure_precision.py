@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.benchmark.precision import TENSORS, UserError, measure
 from src.analysis.benchmark.report import DTYPES, header, make_parser, print_report, shown
-from src.analysis.records import write_rows
 from src.analysis.tools import (
     Parser,
     check_writable,
@@ -27,6 +26,7 @@ from src.analysis.tools import (
     new_table,
     positive,
     run_tool,
+    write_results,
 )
 
 
@@ -61,8 +61,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
         tables[dtype].add_row(name, f"{found[0]['inputs']}, {found[0]['largest_logit']:.0f}", *cells)
         rows += found
     print_report(tables.values(), "inputs: with the largest |logit|; random projections in float32")
-    if arguments.output is not None:
-        write_rows(arguments.output, {**header(arguments, device), "results": rows})
+    write_results(arguments, {**header(arguments, device), "results": rows})
     bad = sorted({f"{row['attention']} in {row['dtype']}" for row in rows if row["non_finite"]})
     if bad:
         print(f"Error: values that are not finite: {', '.join(bad)}.", file=sys.stderr)
