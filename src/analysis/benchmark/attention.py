@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import warnings
@@ -255,8 +256,9 @@ class AttentionBench(AttentionReport):
 
     def measure(self, candidates: dict[int, list[Candidate]], attention_pass: str) -> list[dict[str, Any]]:
         """Rows of the candidates of some lengths in one pass."""
+        inputs = functools.cache(self.inputs)  # one set in memory for all candidates
         entries = [
-            Entry(item, length, attention_pass, self.call(item, self.inputs(length, item.seed), attention_pass))
+            Entry(item, length, attention_pass, self.call(item, inputs(length, item.seed), attention_pass))
             for length, items in candidates.items()
             for item in items
             if self.fits(item, length, attention_pass)
