@@ -53,8 +53,8 @@ def test_the_report(data_dir, tmp_path, monkeypatch, capsys):
         assert row["ratio_to_timm"] == pytest.approx(row["images_per_second"] / reference)
     assert str(tmp_path) not in output.read_text(encoding="utf-8")
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    told = capsys.readouterr().out
-    assert all(name in told for name in rows)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
 
 
 def test_a_temporary_cache_is_gone_afterwards(data_dir, tmp_path, monkeypatch):

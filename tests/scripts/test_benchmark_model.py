@@ -1,4 +1,4 @@
-"""The benchmark of whole networks: that all forms compute the same, what is reported, and what happens to failures."""
+"""The benchmark of whole networks: that all implementations compute the same, what is reported, and failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = ["--batches", "2,3", "--repeats", "3", "--forms", "published,module,infe
 
 @pytest.fixture(autouse=True, scope="module")
 def shallow():
-    """One backbone block in place of 7, a small peer, and short evaluations."""
+    """One backbone block in place of 7, a small baseline, and short evaluations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(T2T_VIT_VARIANTS, "t2t_vit_t_7", dataclasses.replace(T2T_VIT_VARIANTS["t2t_vit_t_7"], depth=1))
         patch.setattr(networks, "PEER", "test_vit")
@@ -123,7 +123,7 @@ def test_what_is_reported(content):
         assert rates[batch] == max(rates.values())
     assert content["complete"] is True
     assert content["settings"]["batches"] == [2, 3]
-    assert not {"output", "figure"} & set(content["settings"]), "folders of this machine say nothing of the figures"
+    assert not {"output", "figure"} & set(content["settings"]), "paths of this machine are no part of the results"
     assert content["machine"]["threads"] == 1
 
 
@@ -186,7 +186,7 @@ def test_printed(capsys):
 def test_forms(device, options, names):
     device = torch.device(device)
     arguments = model.with_defaults(parse("--attentions", "local", *options), device)
-    assert [form.name for form in networks.choose(arguments, device)] == names
+    assert [each.name for each in networks.choose(arguments, device)] == names
 
 
 @torch.inference_mode()
@@ -210,15 +210,15 @@ def test_compiled_forms_run_through_the_compiler(monkeypatch):
 
 
 def fail(monkeypatch, name, error, at=1):
-    """Let a form's calls fail from the given one on."""
+    """Let calls of an implementation fail from the given one on."""
     genuine, calls = model.build, []
 
-    def build(form, arguments, device):
-        forward = genuine(form, arguments, device)
+    def build(implementation, arguments, device):
+        forward = genuine(implementation, arguments, device)
 
         def call(images):
-            calls.append(form.name)
-            if form.name == name and calls.count(name) >= at:
+            calls.append(implementation.name)
+            if implementation.name == name and calls.count(name) >= at:
                 raise error
             return forward(images)
 

@@ -138,7 +138,7 @@ def test_number_of_steps(monkeypatch):
     assert {name: steps.count(name) for name in steps} == {"full": in_all, "local": in_all}
     for candidate in bench.candidates:
         counts = {int(state["step"]) for state in candidate.optimizer.state.values()}
-        assert counts == {in_all}, "the optimizer goes on where it was"
+        assert counts == {in_all}, "the optimizer resumes where it was"
 
 
 def test_each_round_takes_every_candidate_once():

@@ -167,7 +167,7 @@ def test_machine_settings_and_figure(times, benchmark_files):
     assert times["machine"]["threads"] == 1
     assert times["machine"]["torch"] == torch.__version__
     assert times["settings"]["memory_fraction"] == 1 / 4
-    assert not {"output", "figure"} & set(times["settings"]), "folders of this machine say nothing of the figures"
+    assert not {"output", "figure"} & set(times["settings"]), "paths of this machine are no part of the results"
     assert times["complete"] is True
     assert (benchmark_files / "times.png").read_bytes().startswith(b"\x89PNG")
 
@@ -184,17 +184,17 @@ def test_memory_of_the_cpu_is_the_peak_of_live_bytes():
 
 
 def test_a_batch_for_each_length(tmp_path, capsys):
-    output = tmp_path / "figures.json"
+    output = tmp_path / "results.json"
     options = ["--device", "cpu", "--threads", "1", "--dim", "16", "--attentions", "local", "--passes", "forward"]
     options += ["--lengths", "128,32,64", "--batch", "4,2,2", "--repeats", "1", "--no-peers", "--output", str(output)]
     assert benchmark.main(options) == 0
-    figures = json.loads(output.read_text())
+    results = json.loads(output.read_text())
     text = " ".join(capsys.readouterr().out.split())
     for length, batch in {32: 4, 64: 2, 128: 2}.items():
         assert f"N = {length}, forward: float32 on cpu, batch {batch}," in text
         assert AttentionBench(benchmark.build_parser().parse_args(options)).inputs(length)[0].shape[0] == batch
     # growth from one batch to another would be that of the batch
-    assert {(row["from"], row["to"]) for row in figures["growth"]} == {(64, 128)}
+    assert {(row["from"], row["to"]) for row in results["growth"]} == {(64, 128)}
 
 
 def test_batches_that_do_not_match_the_lengths(capsys):
@@ -425,10 +425,10 @@ def test_processes_work_through_their_cases_whatever_happens_to_some(tmp_path):
     ignored = f"import signal; signal.getsignal(signal.SIGINT) == signal.SIG_IGN and open({str(tmp_path / '0')!r}, 'w')"
     cases = [ignored, "raise RuntimeError", "import os; os._exit(3)"]
     cases += [f"open({str(tmp_path / str(number))!r}, 'w')" for number in range(1, 6)]
-    told = []
-    run_in_processes(exec, cases, 2, lambda: told.append(1))
+    calls = []
+    run_in_processes(exec, cases, 2, lambda: calls.append(1))
     assert sorted(item.name for item in tmp_path.iterdir()) == list("012345")
-    assert len(told) == len(cases)
+    assert len(calls) == len(cases)
     assert not multiprocessing.active_children()
 
 

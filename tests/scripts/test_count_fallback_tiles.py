@@ -20,12 +20,12 @@ from tests.scatterbrain.ops.test_fused_attention import adversarial, needs_inter
 def test_the_kernels_recompute_the_same_tiles(monkeypatch):
     monkeypatch.setattr(fused_operator, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     (query, key, value, rows), window = adversarial("cpu", torch.float32)
-    marked = fused_operator.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
+    fallback = fused_operator.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
     ours = fallback_tiles.fallback_queries(query[:, 0].double(), key[:, 0].double(), rows.double(), window, 4.0)
-    tile = -(-query.shape[2] // marked.shape[1])
+    tile = -(-query.shape[2] // fallback.shape[1])
     tile = 1 << (tile - 1).bit_length()
     tiles = [bool(part.any()) for part in ours[0].split(tile)]
-    assert tiles == marked[0].bool().tolist()
+    assert tiles == fallback[0].bool().tolist()
     assert True in tiles
     assert False in tiles
 

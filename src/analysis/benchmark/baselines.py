@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
 
-# query, key and value to output; (B, N, H, E) each, where nothing else is said
+# query, key and value to output; (B, N, H, E) each, unless stated otherwise
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # What every time is divided by: PyTorch's scaled_dot_product_attention as it chooses its kernel.

@@ -15,7 +15,7 @@ from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.utils.fixed_batch import CudaGraphForward, compiled
 
-# As --forms names them; a peer is a network by others of about the same size.
+# As --forms names them; peer is a baseline by others, a network of about the same size.
 KINDS = ("published", "module", "inference", "peer")
 PEER = "vit_small_patch16_224"
 PRECISIONS = {
@@ -98,7 +98,7 @@ class Implementation:
         return images.contiguous(memory_format=torch.channels_last) if self.kind == "inference" else images
 
     def network(self, arguments: argparse.Namespace) -> nn.Module:
-        """The network as a module, with weights that are the same for all but the peer."""
+        """The network as a module, with weights that are the same for all but the baseline."""
         torch.manual_seed(SEED)
         size, num_classes = arguments.image_size, arguments.num_classes
         if self.kind == "peer":
