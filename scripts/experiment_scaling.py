@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
-from scripts.benchmark_attention import BASELINE, colour, other_sizes
 from scripts.experiment_regimes import FAINT, INK, style
+from src.analysis.benchmark.attention_report import colour, other_sizes
+from src.analysis.benchmark.baselines import BASELINE
 from src.evaluation.results import read_json
 from src.utils.scripts import Parser, check_figure, comma_separated, console_for_tables, positive, run_tool, save_figure
 from src.utils.scripts import figure as digits

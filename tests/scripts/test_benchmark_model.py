@@ -1,10 +1,9 @@
-"""The benchmark of whole networks: that all forms compute the same, what is reported, and what happens to failures."""
+"""The benchmark of whole networks: that all implementations compute the same, what is reported, and failures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import signal
 import statistics
 
@@ -13,6 +12,9 @@ import torch
 
 from scatterbrain.attention import ATTENTIONS
 from scripts import benchmark_model as benchmark
+from src.analysis.benchmark import model, networks
+from src.analysis.benchmark.model import ModelBench
+from src.analysis.benchmark.networks import Implementation
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.helpers import assert_close
 
@@ -22,11 +24,11 @@ QUICK = ["--batches", "2,3", "--repeats", "3", "--forms", "published,module,infe
 
 @pytest.fixture(autouse=True, scope="module")
 def shallow():
-    """One backbone block in place of 7, a small peer, and short evaluations."""
+    """One backbone block in place of 7, a small baseline, and short evaluations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(T2T_VIT_VARIANTS, "t2t_vit_t_7", dataclasses.replace(T2T_VIT_VARIANTS["t2t_vit_t_7"], depth=1))
-        patch.setattr(benchmark, "PEER", "test_vit")
-        patch.setattr(benchmark, "EVALUATION_SECONDS", 0.2)
+        patch.setattr(networks, "PEER", "test_vit")
+        patch.setattr(model, "EVALUATION_SECONDS", 0.2)
         yield
 
 
@@ -54,9 +56,9 @@ def content(tmp_path_factory):
 
 @torch.inference_mode()
 def test_the_published_form_computes_the_same():
-    arguments = benchmark.with_defaults(parse(), torch.device("cpu"))
+    arguments = model.with_defaults(parse(), torch.device("cpu"))
     published, module = (
-        benchmark.build(benchmark.Form(kind, attention), arguments, torch.device("cpu"))
+        networks.build(Implementation(kind, attention), arguments, torch.device("cpu"))
         for kind, attention in (("published", None), ("module", "full"))
     )
     batch = images()
@@ -65,15 +67,15 @@ def test_the_published_form_computes_the_same():
     stages = (published.patch_embed.attention1, published.patch_embed.attention2)
     assert [stage.attn.attention.scale for stage in stages] == [147**-0.5, 576**-0.5]
     kinds = {type(block.attn) for block in published.blocks}
-    assert kinds == {benchmark.PublishedSelfAttention}
+    assert kinds == {networks.PublishedSelfAttention}
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("attention", sorted(ATTENTIONS))
 def test_the_inference_form_is_of_the_same_network(attention):
-    arguments = benchmark.with_defaults(parse(), torch.device("cpu"))
+    arguments = model.with_defaults(parse(), torch.device("cpu"))
     inference, module = (
-        benchmark.build(benchmark.Form(kind, attention), arguments, torch.device("cpu"))
+        networks.build(Implementation(kind, attention), arguments, torch.device("cpu"))
         for kind in ("inference", "module")
     )
     batch = images()
@@ -91,10 +93,10 @@ def test_the_inference_form_is_of_the_same_network(attention):
 )
 @torch.inference_mode()
 def test_precision(precision, dtype, result):
-    bench = benchmark.Bench(parse("--precision", precision, "--forms", "module", "--attentions", "local"))
-    batch = benchmark.draw_images(2, bench.arguments, bench.device)
+    bench = ModelBench(parse("--precision", precision, "--forms", "module", "--attentions", "local"))
+    batch = bench.implementations[0].images(2, bench.arguments, bench.device)
     assert batch.dtype == dtype
-    assert benchmark.build(bench.forms[0], bench.arguments, bench.device)(batch).dtype == result
+    assert networks.build(bench.implementations[0], bench.arguments, bench.device)(batch).dtype == result
 
 
 def test_what_is_reported(content):
@@ -121,7 +123,7 @@ def test_what_is_reported(content):
         assert rates[batch] == max(rates.values())
     assert content["complete"] is True
     assert content["settings"]["batches"] == [2, 3]
-    assert not {"output", "figure"} & set(content["settings"]), "folders of this machine say nothing of the figures"
+    assert not {"output", "figure"} & set(content["settings"]), "paths of this machine are no part of the results"
     assert content["machine"]["threads"] == 1
 
 
@@ -129,8 +131,8 @@ def test_whole_evaluations(content):
     content, _ = content
     assert [row["attention"] for row in content["end_to_end"]] == ["full", "sblocal"]
     for row in content["end_to_end"]:
-        assert row["form_alone"] == f"inference {row['attention']}"
-        assert row["batch"] == content["best_batch"][row["form_alone"]]
+        assert row["implementation_alone"] == f"inference {row['attention']}"
+        assert row["batch"] == content["best_batch"][row["implementation_alone"]]
         assert row["num_images"] % row["batch"] == 0
         assert row["ratio_to_alone"] == pytest.approx(row["images_per_second"] / row["images_per_second_alone"])
         assert row["ratio_to_alone"] > 0
@@ -139,13 +141,13 @@ def test_whole_evaluations(content):
 def test_the_figure_has_a_bar_for_each_form(content, monkeypatch, tmp_path):
     assert (content[1] / "model.png").read_bytes().startswith(b"\x89PNG")
     drawn = []
-    monkeypatch.setattr(benchmark, "save_figure", lambda drawing, path: drawn.append(drawing))
-    bench = benchmark.Bench(parse(*QUICK, "--attentions", "local"))
+    monkeypatch.setattr(model, "save_figure", lambda drawing, path: drawn.append(drawing))
+    bench = ModelBench(parse(*QUICK, "--attentions", "local"))
     bench.results = [
-        benchmark.Result(form.name, form.kind, form.attention, 2, 1.0, [1.0], 100.0 + number, None, None, 0.1)
-        for number, form in enumerate(bench.forms)
+        {"name": each.name, "kind": each.kind, "batch": 2, "images_per_second": 100.0 + number}
+        for number, each in enumerate(bench.implementations)
     ]
-    benchmark.plot(bench, str(tmp_path / "model.png"))
+    bench.plot(str(tmp_path / "model.png"))
     axis = drawn[0].axes[0]
     assert [bar.get_width() for bar in axis.patches] == [100, 101, 102]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["published", "module local", "inference local"]
@@ -183,8 +185,8 @@ def test_printed(capsys):
 )
 def test_forms(device, options, names):
     device = torch.device(device)
-    arguments = benchmark.with_defaults(parse("--attentions", "local", *options), device)
-    assert [form.name for form in benchmark.choose_forms(arguments, device)] == names
+    arguments = model.with_defaults(parse("--attentions", "local", *options), device)
+    assert [each.name for each in networks.choose(arguments, device)] == names
 
 
 @torch.inference_mode()
@@ -196,11 +198,11 @@ def test_compiled_forms_run_through_the_compiler(monkeypatch):
         return compile_function(function, **options, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_without_compiler)
-    arguments = benchmark.with_defaults(parse(), torch.device("cpu"))
+    arguments = model.with_defaults(parse(), torch.device("cpu"))
     batch = images()
     for kind, attention in (("published", None), ("inference", "sblocal")):
         eager, compiled = (
-            benchmark.build(benchmark.Form(kind, attention, compiled=x), arguments, torch.device("cpu"))
+            networks.build(Implementation(kind, attention, compiled=x), arguments, torch.device("cpu"))
             for x in (False, True)
         )
         assert_close(kind, eager(batch), compiled(batch), 1e-5)
@@ -208,21 +210,21 @@ def test_compiled_forms_run_through_the_compiler(monkeypatch):
 
 
 def fail(monkeypatch, name, error, at=1):
-    """Let a form's calls fail from the given one on."""
-    genuine, calls = benchmark.build, []
+    """Let calls of an implementation fail from the given one on."""
+    genuine, calls = model.build, []
 
-    def build(form, arguments, device):
-        forward = genuine(form, arguments, device)
+    def build(implementation, arguments, device):
+        forward = genuine(implementation, arguments, device)
 
         def call(images):
-            calls.append(form.name)
-            if form.name == name and calls.count(name) >= at:
+            calls.append(implementation.name)
+            if implementation.name == name and calls.count(name) >= at:
                 raise error
             return forward(images)
 
         return call
 
-    monkeypatch.setattr(benchmark, "build", build)
+    monkeypatch.setattr(model, "build", build)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ INTERRUPTIBLE += ["--batches", "2,3", "--end-to-end"]
 
 def stop_at(monkeypatch, batch, number):
     """Send a signal in the last round of a batch."""
-    genuine, calls = benchmark.seconds_per_call, []
+    genuine, calls = model.seconds_per_call, []
 
     def seconds_per_call(*arguments):
         calls.append(arguments)
@@ -283,19 +285,19 @@ def stop_at(monkeypatch, batch, number):
             signal.raise_signal(number)
         return genuine(*arguments)
 
-    monkeypatch.setattr(benchmark, "seconds_per_call", seconds_per_call)
+    monkeypatch.setattr(model, "seconds_per_call", seconds_per_call)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_batches_that_are_complete_outlive_a_signal(number, monkeypatch, tmp_path, capsys):
     stop_at(monkeypatch, 3, number)
-    genuine = benchmark.plot
+    genuine = ModelBench.plot
 
     def plot(*arguments):
         signal.raise_signal(number)  # they often come twice
         genuine(*arguments)
 
-    monkeypatch.setattr(benchmark, "plot", plot)
+    monkeypatch.setattr(ModelBench, "plot", plot)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     output, figure = tmp_path / "model.json", tmp_path / "model.png"
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1
@@ -316,17 +318,17 @@ def test_evaluations_that_are_complete_outlive_a_signal(monkeypatch, tmp_path, c
 
     def evaluate(bench, alone, *_):
         contents.append(json.loads(output.read_text(encoding="utf-8")))
-        if alone.attention == "sblocal":
+        if alone["attention"] == "sblocal":
             signal.raise_signal(signal.SIGTERM)
         numbers = ("num_images", "images_per_second", "images_per_second_alone", "ratio_to_alone")
         return {
-            "attention": alone.attention,
+            "attention": alone["attention"],
             "batch": 2,
             "peak_memory_mib": None,
             **dict.fromkeys(numbers, 1),
         }
 
-    monkeypatch.setattr(benchmark.Bench, "evaluate", evaluate)
+    monkeypatch.setattr(ModelBench, "evaluate", evaluate)
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(output)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "Interrupted. Missing: evaluation sblocal."
     # what would be left if the process had been killed in the first, in the second, and at the end
@@ -347,40 +349,13 @@ def test_nothing_is_written_where_nothing_is_complete(number, monkeypatch, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
-def test_kernels_of_each_form_are_compiled_ahead(device, jobs, compiles, monkeypatch):
-    calls = []
-    monkeypatch.setattr(benchmark, "compile_ahead", lambda *arguments: calls.append(arguments[:3]))
-    monkeypatch.setattr(benchmark.Bench, "measure", lambda bench, *_: bench.results.append("measured"))
-    monkeypatch.setattr(benchmark.Bench, "free", lambda bench: None)
-    options = ["--batches", "2,3", "--attentions", "local,sblocal", "--compile", "--jobs", str(jobs)]
-    bench = benchmark.Bench(parse(*options))
-    bench.device = torch.device(device)
-    bench.forms = benchmark.choose_forms(bench.arguments, bench.device)
-    bench.run(benchmark.Console(quiet=True))
-    assert len(calls) == compiles
-    if not compiles:
-        return
-    ((work, forms, processes),) = calls
-    assert processes == jobs
-    assert forms == [benchmark.Form(kind, name) for kind in ("module", "inference") for name in ("local", "sblocal")]
-    genuine, called = benchmark.build, []
-
-    def build(form, *arguments):
-        forward = genuine(form, *arguments)
-
-        def call(images):
-            last = images.is_contiguous(memory_format=torch.channels_last)
-            called.append((form.kind, form.attention, len(images), last))
-            return forward(images)
-
-        return call
-
-    monkeypatch.setattr(benchmark, "build", build)
-    work = pickle.loads(pickle.dumps(work))  # for another process
-    for form in forms:
-        work(form)
-    assert called == [(form.kind, form.attention, x, form.kind == "inference") for form in forms for x in (2, 3)]
+@torch.inference_mode()
+@pytest.mark.parametrize(("kind", "last"), [("module", False), ("inference", True)])
+def test_images_are_laid_out_as_evaluations_have_them(kind, last):
+    bench = ModelBench(parse("--forms", kind, "--attentions", "local"))
+    found = bench.implementations[0].images(3, bench.arguments, bench.device)
+    assert found.shape == (3, 3, 32, 32)
+    assert found.is_contiguous(memory_format=torch.channels_last) is last
 
 
 @pytest.mark.parametrize(
@@ -392,9 +367,9 @@ def test_kernels_of_each_form_are_compiled_ahead(device, jobs, compiles, monkeyp
     ],
 )
 def test_the_evaluation_has_the_options_of_the_benchmark(options, expected, tmp_path):
-    bench = benchmark.Bench(parse(*options, "--forms", "module", "--attentions", "sblocal"))
-    alone = benchmark.Result("module sblocal, compiled", "module", "sblocal", 6, 1.0, [1.0], 100.0, None, None, 0.1)
-    config = bench.compose(dataclasses.replace(alone, name="module sblocal"), 60, tmp_path / "a b.pth", tmp_path)
+    bench = ModelBench(parse(*options, "--forms", "module", "--attentions", "sblocal"))
+    alone = {"name": "module sblocal, compiled", "attention": "sblocal", "batch": 6}
+    config = bench.compose(alone | {"name": "module sblocal"}, 60, tmp_path / "a b.pth", tmp_path)
     for name, value in expected.items():
         node = config
         for part in name.split("."):
@@ -414,7 +389,6 @@ def test_the_evaluation_has_the_options_of_the_benchmark(options, expected, tmp_
         (["--forms", "publishd"], ["publishd", "published"]),
         (["--forms", "peer", "--no-peers"], ["--no-peers", "--forms"]),
         (["--batches", "2,0"], ["--batches", "'0'"]),
-        (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--image-size", "33"], ["image_size=33", "16"]),
         (["--num-classes", "-1"], ["--num-classes", "'-1'"]),
         (["--repeats", "x"], ["--repeats", "'x'"]),

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,11 +16,15 @@ import torch
 from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
+from src.analysis import tools
+from src.analysis.benchmark import attention, attention_report, baselines, report
+from src.analysis.benchmark import precision as precision_errors
+from src.analysis.benchmark.attention import AttentionBench
+from src.analysis.benchmark.timing import peak_bytes
+from src.analysis.records import write_rows
+from src.analysis.tools import until_stopped
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.utils import scripts
-from src.utils.files import write_json
 from src.utils.parallel import run_in_processes
-from src.utils.scripts import until_stopped
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]
 
@@ -50,7 +53,7 @@ def rows(times, **wanted):
     return [row for row in times["results"] if all(row[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize("attention_pass", benchmark.PASSES)
+@pytest.mark.parametrize("attention_pass", report.PASSES)
 @pytest.mark.parametrize("length", [64, 128])
 def test_every_attention_is_timed(times, length, attention_pass):
     found = rows(times, length=length, kind="attention") and rows(times, length=length, **{"pass": attention_pass})
@@ -74,7 +77,7 @@ def test_sizes_are_kept_for_the_growth(times):
     (own,) = rows(times, name="sblocal", length=128, **{"pass": "forward"})
     assert (kept["length"], kept["window"], kept["features"]) == (64, own["window"], own["features"])
     grown = {(row["name"], row["pass"]) for row in times["growth"]}
-    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in benchmark.PASSES}
+    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in report.PASSES}
     assert all(row["factor"] > 0 for row in times["growth"])
 
 
@@ -127,8 +130,6 @@ def test_growth_only(tmp_path):
     assert names == {64: kept, 128: {"SDPA", "full", "local", "pairedcluster"}, 256: kept}
     grown = {(row["name"], row["to"]) for row in times["growth"]}
     assert grown == {(name, to) for name in ("SDPA", "full", "local", "pairedcluster") for to in (128, 256)}
-    bench = benchmark.Bench(benchmark.build_parser().parse_args([*SMALL, *options]))
-    assert {case.budget_length for case in bench.kernel_cases()} == {128}, "no other kernels are compiled"
 
 
 def test_growth_is_from_the_rows_with_constant_sizes(clustered):
@@ -166,7 +167,7 @@ def test_machine_settings_and_figure(times, benchmark_files):
     assert times["machine"]["threads"] == 1
     assert times["machine"]["torch"] == torch.__version__
     assert times["settings"]["memory_fraction"] == 1 / 4
-    assert not {"output", "figure"} & set(times["settings"]), "folders of this machine say nothing of the figures"
+    assert not {"output", "figure"} & set(times["settings"]), "paths of this machine are no part of the results"
     assert times["complete"] is True
     assert (benchmark_files / "times.png").read_bytes().startswith(b"\x89PNG")
 
@@ -178,22 +179,22 @@ def test_memory_of_the_cpu_is_the_peak_of_live_bytes():
         # three buffers in turn, of which two are alive at any one time
         return x.add(1).add(1).add(1)
 
-    buffers = benchmark.peak_bytes(call, torch.device("cpu")) / (4 * x.numel())
+    buffers = peak_bytes(call, torch.device("cpu")) / (4 * x.numel())
     assert 2 <= buffers < 2.01, "the rest are scalars"
 
 
 def test_a_batch_for_each_length(tmp_path, capsys):
-    output = tmp_path / "figures.json"
+    output = tmp_path / "results.json"
     options = ["--device", "cpu", "--threads", "1", "--dim", "16", "--attentions", "local", "--passes", "forward"]
     options += ["--lengths", "128,32,64", "--batch", "4,2,2", "--repeats", "1", "--no-peers", "--output", str(output)]
     assert benchmark.main(options) == 0
-    figures = json.loads(output.read_text())
+    results = json.loads(output.read_text())
     text = " ".join(capsys.readouterr().out.split())
     for length, batch in {32: 4, 64: 2, 128: 2}.items():
         assert f"N = {length}, forward: float32 on cpu, batch {batch}," in text
-        assert benchmark.Bench(benchmark.build_parser().parse_args(options)).inputs(length)[0].shape[0] == batch
+        assert AttentionBench(benchmark.build_parser().parse_args(options)).inputs(length)[0].shape[0] == batch
     # growth from one batch to another would be that of the batch
-    assert {(row["from"], row["to"]) for row in figures["growth"]} == {(64, 128)}
+    assert {(row["from"], row["to"]) for row in results["growth"]} == {(64, 128)}
 
 
 def test_batches_that_do_not_match_the_lengths(capsys):
@@ -203,27 +204,27 @@ def test_batches_that_do_not_match_the_lengths(capsys):
 
 def test_sblocal_holds_no_matrix_of_queries_by_keys():
     arguments = benchmark.build_parser().parse_args(["--device", "cpu", "--lengths", "1568", "--batch", "1"])
-    bench = benchmark.Bench(arguments)
+    bench = AttentionBench(arguments)
     matrix = 4 * 1568**2
     peaks = {}
     for name in ("sblocal", "local", "performer"):
         candidate = bench.attention(name, 1568, 1568)
-        peaks[name] = benchmark.peak_bytes(bench.call(candidate, bench.inputs(1568), "forward"), bench.device)
-    written_out = benchmark.Candidate("", "peer", benchmark.heads_first(benchmark.softmax_written_out))
-    full = benchmark.peak_bytes(bench.call(written_out, bench.inputs(1568), "forward"), bench.device)
+        peaks[name] = peak_bytes(bench.call(candidate, bench.inputs(1568), "forward"), bench.device)
+    written_out = attention.Candidate("", "baseline", baselines.heads_first(baselines.softmax_written_out))
+    full = peak_bytes(bench.call(written_out, bench.inputs(1568), "forward"), bench.device)
     assert full >= matrix
     assert max(peaks.values()) < 0.7 * matrix, peaks
 
 
 @pytest.mark.parametrize("name", ["local", "sblocal"])
-def test_peers_compute_what_they_are_compared_with(name):
+def test_baselines_compute_what_they_are_compared_with(name):
     pytest.importorskip("fast_transformers")
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 70, 2, 16).unbind()
-    (peer,) = benchmark.fast_transformers_peers(query.shape, torch.device("cpu"), {name: (9, 12)})
+    found = baselines.fast_transformers_baselines(query.shape, torch.device("cpu"), {name: (9, 12)})
     options = {"local_context": 9} if name == "local" else {"local_context": 9, "nb_features": 12}
-    ours = benchmark.create_attention(name, 70, 16, **options)(query, key, value)[0]
-    torch.testing.assert_close(peer.function(query, key, value), ours, rtol=1e-4, atol=1e-5)
+    ours = create_attention(name, 70, 16, **options)(query, key, value)[0]
+    torch.testing.assert_close(found[name][1](query, key, value), ours, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,89 +233,79 @@ def test_peers_compute_what_they_are_compared_with(name):
 )
 def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch, device_times, drawn, unit):
     made = [
-        benchmark.Measurement(
-            *(
-                "full",
-                "attention",
-                length,
-                "forward",
-                0,
-                0,
-                {},
-                1.0,
-                0,
-                1,
-                slow,
-                slow,
-                1.0,
-                of_device,
-                [slow, slow, 9.0],
-            )
-        )
+        {
+            "name": "full",
+            "kind": "attention",
+            "length": length,
+            "pass": "forward",
+            "device_milliseconds": of_device,
+            "milliseconds_per_round": [slow, slow, 9.0],
+        }
         for length, slow, of_device in zip((64, 128), (3.0, 5.0), device_times, strict=True)
     ]
-    arguments = SimpleNamespace(passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1)
-    bench = SimpleNamespace(
-        arguments=arguments, measurements=made, growth_length=64, device=torch.device("cpu"), dtype=torch.bfloat16
+    arguments = SimpleNamespace(
+        passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1, growth_length=64
     )
+    bench = SimpleNamespace(arguments=arguments, results=made, device=torch.device("cpu"))
     figures = []
-    monkeypatch.setattr(benchmark, "save_figure", lambda figure, path: figures.append(figure))
-    benchmark.plot(bench, "times.png")
+    monkeypatch.setattr(attention_report, "save_figure", lambda figure, path: figures.append(figure))
+    attention_report.AttentionReport.plot(bench, "times.png")
     (axis,) = figures[0].axes
     assert axis.get_lines()[0].get_ydata().tolist() == drawn
     assert axis.get_ylabel() == unit
 
 
-def test_inputs_without_marked_tiles_have_a_row_of_their_own(tmp_path, capsys, monkeypatch):
+def test_inputs_without_fallback_tiles_have_a_row_of_their_own(tmp_path, capsys, monkeypatch):
     options = [*SMALL, "--attentions", "sblocal,local", "--passes", "forward", "--lengths", "64", "--repeats", "1"]
     options += ["--no-peers", "--output", str(tmp_path / "times.json"), "--figure", str(tmp_path / "times.png")]
-    bench = benchmark.Bench(benchmark.build_parser().parse_args(options))
-    marks = {float(bench.inputs(64, draw)[0][0, 0, 0, 0]): count for draw, count in enumerate((2, 1, 0))}
-    assert len(marks) == 3, "each draw is another"
+    bench = AttentionBench(benchmark.build_parser().parse_args(options))
+    counts = {float(bench.inputs(64, seed)[0][0, 0, 0, 0]): count for seed, count in enumerate((2, 1, 0))}
+    assert len(counts) == 3, "each seed gives others"
     outputs = []
 
-    def count_marked(module, tensors):
-        return marks[float(tensors[0][0, 0, 0, 0])] if "nb_features" in module_sizes(module) else None
+    def fallback_tiles(module, tensors):
+        return counts[float(tensors[0][0, 0, 0, 0])] if "nb_features" in module_sizes(module) else None
 
     def module_sizes(module):
         return {} if module is None else module.sizes()
 
-    genuine = benchmark.Bench.call
-    monkeypatch.setattr(benchmark, "count_marked", count_marked)
+    genuine = AttentionBench.call
+    monkeypatch.setattr(attention, "fallback_tiles", fallback_tiles)
     monkeypatch.setattr(
-        benchmark.Bench, "call", lambda *arguments: outputs.append(arguments[1:3]) or genuine(*arguments)
+        AttentionBench, "call", lambda *arguments: outputs.append(arguments[1:3]) or genuine(*arguments)
     )
     assert benchmark.main(options) == 0
     times = read(tmp_path / "times.json")
-    found = {row["name"]: (row["draw"], row["marked_tiles"], row["kind"]) for row in times["results"]}
+    found = {row["name"]: (row["seed"], row["fallback_tiles"], row["kind"]) for row in times["results"]}
     assert found == {
-        "SDPA": (0, None, "peer"),
+        "SDPA": (0, None, "baseline"),
         "sblocal": (0, 2, "attention"),
-        "sblocal, none marked": (2, 0, "draw"),
+        "sblocal, no fallback": (2, 0, "seed"),
         "local": (0, None, "attention"),
     }
     inputs = {candidate.name: tensors for candidate, tensors in outputs}
-    assert torch.equal(inputs["sblocal, none marked"][0], bench.inputs(64, 2)[0])
-    assert "marked: tiles of queries that the kernels compute from pairs" in " ".join(capsys.readouterr().out.split())
+    assert torch.equal(inputs["sblocal, no fallback"][0], bench.inputs(64, 2)[0])
+    assert "fallback: tiles of queries that the kernels recompute exactly" in " ".join(capsys.readouterr().out.split())
 
 
 def test_tiles_are_counted_where_the_kernels_run():
-    bench = benchmark.Bench(benchmark.build_parser().parse_args([*SMALL, "--lengths", "64"]))
+    bench = AttentionBench(benchmark.build_parser().parse_args([*SMALL, "--lengths", "64"]))
     modules = [bench.attention(name, 64, 64).module for name in ("sblocal", "local")]
-    assert [benchmark.count_marked(module, bench.inputs(64)) for module in (*modules, None)] == [None] * 3
+    assert [attention.fallback_tiles(module, bench.inputs(64)) for module in (*modules, None)] == [None] * 3
 
 
-def test_large_matrices_are_left_out_and_named(tmp_path, capsys):
+def test_large_matrices_are_left_out_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention, "MATRICES_GIB", 1e-5)
     options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--attentions", "full"]
     output = tmp_path / "times.json"
-    assert benchmark.main([*SMALL, *options, "--memory-limit", "1e-5", "--output", str(output)]) == 0
+    assert benchmark.main([*SMALL, *options, "--output", str(output)]) == 0
     times = read(output)
     assert not rows(times, name="softmax written out")
     assert ("softmax written out", 64, "forward") in {(x["name"], x["length"], x["pass"]) for x in times["skipped"]}
     assert "softmax written out left out at N = 64" in capsys.readouterr().out
 
 
-def test_fewer_peers_and_half_precision(tmp_path):
+def test_fewer_baselines_and_half_precision(tmp_path):
     output = tmp_path / "times.json"
     options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--no-peers", "--dtype", "bfloat16"]
     assert benchmark.main([*SMALL, *options, "--output", str(output)]) == 0
@@ -326,17 +317,17 @@ INTERRUPTIBLE = [*SMALL, "--lengths", "32,64", "--attentions", "local", "--repea
 
 def stop_at(monkeypatch, measurement, number, folder):
     """Send a signal in the middle of a measurement; what is in the folder's file when each begins."""
-    genuine, contents = benchmark.Bench.summarise, []
+    genuine, contents = AttentionBench.measure, []
 
-    def summarise(bench, entries):
+    def measure(bench, candidates, attention_pass):
         output = folder / "times.json"
         contents.append(read(output) if output.exists() else None)
-        for row, result in enumerate(genuine(bench, entries)):
-            yield result
-            if row == 0 and len(contents) == measurement:
-                signal.raise_signal(number)
+        rows = genuine(bench, candidates, attention_pass)
+        if len(contents) == measurement:
+            signal.raise_signal(number)
+        return rows
 
-    monkeypatch.setattr(benchmark.Bench, "summarise", summarise)
+    monkeypatch.setattr(AttentionBench, "measure", measure)
     return contents
 
 
@@ -348,30 +339,30 @@ def measured(times):
 @pytest.mark.parametrize(
     ("groups", "measurement", "complete", "missing"),
     [
-        ([(32, 64)], 2, [(32, "forward"), (64, "forward")], "training at N = 32, 64"),
-        ([(32,), (64,)], 2, [(32, "forward")], "forward at N = 64; training at N = 32, 64"),
+        ([(32, 64)], 2, [(32, "forward"), (64, "forward")], "training at N = 32, training at N = 64"),
+        ([(32,), (64,)], 2, [(32, "forward")], "training at N = 32, forward at N = 64, training at N = 64"),
         ([(32,), (64,)], 4, [(32, "forward"), (32, "training"), (64, "forward")], "training at N = 64"),
     ],
 )
 def test_what_is_complete_outlives_a_signal(
     groups, measurement, complete, missing, number, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(benchmark.Bench, "measured_together", lambda bench: groups)
+    monkeypatch.setattr(AttentionBench, "measured_together", lambda bench: groups)
     contents = stop_at(monkeypatch, measurement, number, tmp_path)
-    genuine = benchmark.plot
+    genuine = AttentionBench.plot
 
     def plot(*arguments):
         signal.raise_signal(number)  # they often come twice
         genuine(*arguments)
 
-    monkeypatch.setattr(benchmark, "plot", plot)
+    monkeypatch.setattr(AttentionBench, "plot", plot)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     output, figure = tmp_path / "times.json", tmp_path / "times.png"
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == f"Interrupted. Missing: {missing}."
-    for each in [(n, name) for n in (32, 64) for name in benchmark.PASSES]:
+    for each in [(n, name) for n in (32, 64) for name in report.PASSES]:
         assert ("N = {}, {}:".format(*each) in printed.out) == (each in complete)
     times = read(output)
     assert times["complete"] is False
@@ -405,10 +396,10 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
         calls.append(content["complete"])
         if not content["complete"]:
             raise OSError(28, "No space left on device")
-        write_json(path, content)
+        write_rows(path, content)
 
-    for module in (scripts, benchmark):  # on the way, and at the end
-        monkeypatch.setattr(module, "write_json", write)
+    for module in (tools, report):  # while it runs, and at the end
+        monkeypatch.setattr(module, "write_rows", write)
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True
@@ -424,68 +415,20 @@ def test_signals_that_are_ignored_stay_so():
 
 
 def test_on_cuda_each_length_is_measured_on_its_own():
-    bench = benchmark.Bench(benchmark.build_parser().parse_args(INTERRUPTIBLE))
+    bench = AttentionBench(benchmark.build_parser().parse_args(INTERRUPTIBLE))
     assert bench.measured_together() == [(32, 64)]
     bench.device = torch.device("cuda")
     assert bench.measured_together() == [(32,), (64,)]
-
-
-@pytest.mark.parametrize(("device", "jobs", "compiles"), [("cuda", 3, True), ("cuda", 1, False), ("cpu", 3, False)])
-def test_kernels_of_each_case_are_compiled_ahead(device, jobs, compiles, monkeypatch):
-    calls = []
-    monkeypatch.setattr(benchmark, "compile_ahead", lambda *arguments: calls.append(arguments[:3]))
-    monkeypatch.setattr(benchmark.Bench, "measured_together", lambda bench: [])
-    options = [*INTERRUPTIBLE, "--attentions", "local,sblocal", "--jobs", str(jobs)]
-    bench = benchmark.Bench(benchmark.build_parser().parse_args(options))
-    bench.device = torch.device(device)
-    monkeypatch.setattr(bench, "candidates", lambda length: [])
-    bench.run(benchmark.Console(quiet=True))
-    monkeypatch.undo()
-    assert len(calls) == compiles
-    if not compiles:
-        return
-    ((work, cases, processes),) = calls
-    assert processes == jobs
-    sizes = [(32, 32), (32, 64), (64, 64)]  # the growth is taken with those of 64
-    assert sorted((x.attention, x.length, x.budget_length, x.attention_pass) for x in cases) == sorted(
-        (name, *each, attention_pass)
-        for name in ("local", "sblocal")
-        for each in sizes
-        for attention_pass in benchmark.PASSES
-    )
-    called = []
-    genuine = benchmark.Bench.call
-
-    def call(bench, candidate, tensors, attention_pass):
-        def counted():
-            called.append((candidate.name, candidate.window, tensors[0].shape, attention_pass))
-            return genuine(bench, candidate, tensors, attention_pass)()
-
-        return counted
-
-    monkeypatch.setattr(benchmark.Bench, "call", call)
-    work = pickle.loads(pickle.dumps(work))  # for another process
-    for case in cases:
-        work(case)
-    # all that is timed of ours, with the same sizes
-    bench.device = torch.device("cpu")
-    assert set(called) == {
-        (item.name, item.window, bench.inputs(length)[0].shape, attention_pass)
-        for length in (32, 64)
-        for item in bench.candidates(length)
-        for attention_pass in benchmark.PASSES
-        if item.kind != "peer"
-    }
 
 
 def test_processes_work_through_their_cases_whatever_happens_to_some(tmp_path):
     ignored = f"import signal; signal.getsignal(signal.SIGINT) == signal.SIG_IGN and open({str(tmp_path / '0')!r}, 'w')"
     cases = [ignored, "raise RuntimeError", "import os; os._exit(3)"]
     cases += [f"open({str(tmp_path / str(number))!r}, 'w')" for number in range(1, 6)]
-    told = []
-    run_in_processes(exec, cases, 2, lambda: told.append(1))
+    calls = []
+    run_in_processes(exec, cases, 2, lambda: calls.append(1))
     assert sorted(item.name for item in tmp_path.iterdir()) == list("012345")
-    assert len(told) == len(cases)
+    assert len(calls) == len(cases)
     assert not multiprocessing.active_children()
 
 
@@ -501,17 +444,16 @@ def test_processes_end_with_an_interrupt():
 
 def test_colours_are_those_of_all_figures():
     for name, value in ATTENTION_COLOURS.items():
-        for like in ("{}", "{} as at 3136", "{}, compiled", "published form of {}"):
-            assert benchmark.colour(like.format(name)) == value
-    assert benchmark.colour("fast-transformers local") == ATTENTION_COLOURS["local"]
-    others = [benchmark.colour(name) for name in ("SDPA", "SDPA flash", "softmax written out")]
+        for like in ("{}", "{} as at 3136", "{}, no fallback", "published form of {}"):
+            assert attention_report.colour(like.format(name)) == value
+    assert attention_report.colour("fast-transformers local") == ATTENTION_COLOURS["local"]
+    others = [attention_report.colour(name) for name in ("SDPA", "SDPA flash", "softmax written out")]
     assert others == ["black", "grey", "silver"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--jobs", "0"], ["--jobs", "'0'"]),
         (["--attentions", "sblocl"], ["sblocl", "sblocal"]),
         (["--passes", "backward"], ["backward", "forward, training"]),
         (["--lengths", "64,x"], ["--lengths", "'x'"]),
@@ -548,7 +490,7 @@ def test_precision(tmp_path, capsys):
     content = read(output)
     results = content["results"]
     cases = {(row["attention"], row["dtype"], row["inputs"], row["tensor"]) for row in results}
-    assert len(cases) == len(results) == len(COMPARED) * len(BOUNDS) * 2 * len(precision.TENSORS)
+    assert len(cases) == len(results) == len(COMPARED) * len(BOUNDS) * 2 * len(precision_errors.TENSORS)
     for row in results:
         assert row["non_finite"] == 0
         assert row["max_abs"] >= 0
@@ -559,7 +501,7 @@ def test_precision(tmp_path, capsys):
 
 
 def test_figures_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):
-    genuine = precision.outputs
+    genuine = precision_errors.outputs
 
     def broken(module, tensors):
         found = genuine(module, tensors)
@@ -567,7 +509,7 @@ def test_figures_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):
             found[1][0, 0, 0, :3] = torch.nan
         return found
 
-    monkeypatch.setattr(precision, "outputs", broken)
+    monkeypatch.setattr(precision_errors, "outputs", broken)
     output = tmp_path / "precision.json"
     options = ["--device", "cpu", "--length", "32", "--dim", "8", "--attentions", "local", "--dtypes", "float32"]
     assert precision.main([*options, "--output", str(output)]) == 1

@@ -1,22 +1,23 @@
 """The search for tile settings: its order, its choices and its report, with stand-ins for the GPU and the compiler."""
 
 import ast
-import contextlib
 import dataclasses
-import json
 import math
+import multiprocessing
 import os
 import time
 
 import pytest
 import torch
-from rich.console import Console
 
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import is_interpreted
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
-from scripts import tune_attention as tune
+from scripts import tune_attention as script
+from src.analysis.benchmark import precision, tile_search
+from src.analysis.benchmark import tiles as tune
+from src.analysis.benchmark.report import PASSES, print_report
 
-SUMS, *_ = tune.GROUPS
 SHAPE = tune.Shape(2, 96, 5, 3)
 START = Tiles(sum_rows=32, query_tiles=2)
 
@@ -27,36 +28,38 @@ def cost(tiles, attention_pass):
     return time + (abs(tiles.dk_stages - 3) if attention_pass == "training" else 0)
 
 
-def accept(candidates, passes, deadline):
+def accept(candidates, passes):
     """Every candidate compiles and is right."""
-    return {tiles: tune.Verdict() for tiles in candidates}
+    return dict.fromkeys(candidates)
 
 
-def make_search(prepare=accept, measure=cost, passes=tune.PASSES, **options):
-    return tune.Search(START, passes, prepare, measure, 16, **options)
+def make_search(check=accept, measure=cost, passes=PASSES):
+    return tile_search.Search(START, passes, check, measure)
 
 
-def searched(search, budget=None, shapes=(SHAPE,), **options):
-    return tune.run_searches(shapes, search.passes, budget, lambda shape: contextlib.nullcontext(search), **options)
+def searched(search):
+    for group in tile_search.GROUPS:
+        if tile_search.passes_of(group, search.passes):
+            search.run_group(group)
+    return search
 
 
 def test_groups_hold_every_setting_once():
-    names = [name for group in tune.GROUPS for name in group.fields]
+    names = [name for group in tile_search.GROUPS.values() for name in group]
     searched_for = sorted(item.name for item in dataclasses.fields(Tiles) if not item.name.startswith("causal_"))
-    assert sorted(names) == searched_for == sorted(tune.LIMITS)
+    assert sorted(names) == searched_for == sorted(tile_search.LIMITS)
 
 
-@pytest.mark.parametrize("group", tune.GROUPS, ids=lambda group: group.name)
+@pytest.mark.parametrize("group", tile_search.GROUPS)
 def test_grid_is_near_and_in_order(group):
-    candidates = tune.candidates_around(START, group)
+    candidates = tile_search.candidates_around(START, tile_search.GROUPS[group])
     assert candidates[0] == START
     assert len(set(candidates)) == len(candidates)
     changes = [[name for name, value in vars(x).items() if value != getattr(START, name)] for x in candidates]
-    assert all(set(names) <= set(group.fields) for names in changes)
+    assert all(set(names) <= set(tile_search.GROUPS[group]) for names in changes)
     assert [len(names) for names in changes] == sorted(map(len, changes))
-    assert len(changes[-1]) == tune.MAX_CHANGES
-    for name in group.fields:
-        low, high = tune.LIMITS[name]
+    assert len(changes[-1]) == tile_search.MAX_CHANGES
+    for name, (low, high) in tile_search.GROUPS[group].items():
         values = {getattr(x, name) for x in candidates} - {None}
         assert len(values) >= 2
         assert all(low <= value <= high for value in values)
@@ -76,21 +79,17 @@ def test_grid_is_near_and_in_order(group):
     ],
 )
 def test_values(name, present, values):
-    assert tune.values_around(name, present) == values
+    assert tile_search.values_around(name, present) == values
 
 
 def test_search_walks_to_the_optimum_group_by_group():
     order = []
-    search = make_search(lambda batch, passes, deadline: order.extend(batch) or accept(batch, passes, deadline))
-    searches, broken_off = searched(search)
-    assert broken_off is None
-    assert searches == {SHAPE: search}
+    search = searched(make_search(lambda batch, passes: order.extend(batch) or accept(batch, passes)))
     assert search.best == dataclasses.replace(START, sum_rows=256, query_warps=8, dk_stages=3)
     assert list(search.trials) == ["sums", "queries", "query gradient", "key gradients"]
-    assert search.present["queries"].sum_rows == 256  # the best of a group goes on to the next
+    assert search.present["queries"].sum_rows == 256  # the best of a group is where the next starts
     for trials in search.trials.values():  # each is compiled once, the present settings once in each group
         assert all(order.count(tiles) == 1 for tiles in trials if tiles not in search.present.values())
-    assert not search.unfinished
 
 
 def test_passes_choose_groups_and_timings():
@@ -101,17 +100,17 @@ def test_passes_choose_groups_and_timings():
     assert timed == {"forward"}
     search = make_search()
     searched(search)
-    assert {tuple(trial.milliseconds) for trial in search.trials["sums"].values()} == {tune.PASSES}
+    assert {tuple(trial.milliseconds) for trial in search.trials["sums"].values()} == {PASSES}
     assert {tuple(trial.milliseconds) for trial in search.trials["key gradients"].values()} == {("training",)}
 
 
 def test_what_failed_elsewhere_is_never_run_here():
     run = []
 
-    def prepare(candidates, passes, deadline):
-        return {x: tune.Verdict("out of resource" if x.sum_rows >= 128 else None) for x in candidates}
+    def check(candidates, passes):
+        return {x: "out of resource" if x.sum_rows >= 128 else None for x in candidates}
 
-    search = make_search(prepare, lambda tiles, name: run.append(tiles) or cost(tiles, name))
+    search = make_search(check, lambda tiles, name: run.append(tiles) or cost(tiles, name))
     searched(search)
     assert run
     assert max(tiles.sum_rows for tiles in run) == search.best.sum_rows == 64
@@ -120,16 +119,16 @@ def test_what_failed_elsewhere_is_never_run_here():
 
 
 def test_present_settings_that_do_not_run_are_replaced():
-    search = make_search(lambda batch, *_: {x: tune.Verdict("no" if x == START else None) for x in batch})
-    search.run_group(SUMS, math.inf)
+    search = make_search(lambda batch, *_: {x: "no" if x == START else None for x in batch})
+    search.run_group("sums")
     assert search.best.sum_rows == 256
     present = search.trials["sums"][START]
     assert present.score == math.inf
-    assert {tune.ratio_to_present(trial, present) for trial in search.trials["sums"].values()} == {None}
+    assert {tile_search.ratio_to_present(trial, present) for trial in search.trials["sums"].values()} == {None}
 
 
 def test_gains_within_the_noise_change_nothing():
-    search = make_search(measure=lambda tiles, name: 1 if tiles == START else 1 - tune.MIN_GAIN / 2)
+    search = make_search(measure=lambda tiles, name: 1 if tiles == START else 1 - tile_search.MIN_GAIN / 2)
     searched(search)
     assert search.best == START
 
@@ -144,46 +143,18 @@ def test_finalists_run_in_turn_and_the_median_counts():
         return 1.2 if tiles.sum_warps == 8 else 1.0
 
     search = make_search(measure=measure, passes=("forward",))
-    search.run_group(SUMS, math.inf)
+    search.run_group("sums")
     assert search.best == START
     samples = sorted(len(trial.milliseconds["forward"]) for trial in search.trials["sums"].values())
-    assert samples[-tune.FINALISTS - 1 :] == [1 + tune.FINAL_ROUNDS] * (tune.FINALISTS + 1)
-    assert set(samples[: -tune.FINALISTS - 1]) == {1}
+    assert samples[-tile_search.FINALISTS - 1 :] == [1 + tile_search.FINAL_ROUNDS] * (tile_search.FINALISTS + 1)
+    assert set(samples[: -tile_search.FINALISTS - 1]) == {1}
 
 
 def test_what_cannot_be_captured_is_left_out():
     search = make_search(measure=lambda tiles, name: None if tiles.sum_rows > 64 else cost(tiles, name))
-    search.run_group(SUMS, math.inf)
+    search.run_group("sums")
     assert search.best.sum_rows == 64
     assert any("CUDA graph" in line for line in tune.left_out(search.trials["sums"]))
-
-
-def test_budget_is_shared_and_what_was_measured_is_kept():
-    now = [0.0]
-
-    def measure(tiles, name):
-        now[0] += 0.1
-        return cost(tiles, name)
-
-    search = make_search(measure=measure, clock=lambda: now[0])
-    searched(search, 80, clock=lambda: now[0])
-    assert search.unfinished == ["sums", "queries"]  # what these leave is enough for the gradients
-    assert now[0] < 100  # the finals of each group are not cut short
-    assert all(search.present[name] in trials for name, trials in search.trials.items())
-    assert search.best.sum_rows == 128  # on the way to 256
-    assert [group["finished"] for group in tune.content({SHAPE: search})[0]["groups"]] == [False, False, True, True]
-
-
-def test_fault_of_the_device_keeps_what_was_measured():
-    def measure(tiles, name):
-        if tiles.query_warps != START.query_warps:
-            raise RuntimeError("CUDA error: an illegal memory access\nmore")
-        return cost(tiles, name)
-
-    searches, broken_off = searched(make_search(measure=measure), shapes=(SHAPE, tune.SHAPES[0]))
-    assert broken_off == f"{SHAPE}: CUDA error: an illegal memory access"
-    assert list(searches) == [SHAPE]
-    assert searches[SHAPE].best.sum_rows == 256
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -197,50 +168,49 @@ def check_stand_in(tiles, passes):
         os._exit(7)
     if tiles.sum_rows == 128:
         time.sleep(60)
-    return tune.Verdict(None, {"out": float(len(passes))})
+    return None if passes == ("forward", "training") else "other passes"
 
 
-def test_processes_that_fail_are_told_and_replaced():
+def test_processes_that_fail_are_reported_and_replaced():
     candidates = [Tiles(sum_rows=rows, sum_warps=warps) for rows in (16, 32, 64, 128, 256) for warps in (2, 4)]
-    with tune.Workers(check_stand_in, 3, seconds=0.5, method="fork") as workers:
-        verdicts = workers.run(candidates, ("forward", "training"), math.inf)
-        processes = [worker.process for worker in workers.idle]
-        assert not workers.busy
-        assert workers.run([Tiles()], ("forward",), time.monotonic() - 1) == {}
-    assert not any(process.is_alive() for process in processes)
-    reasons = {16: None, 32: "ValueError: out of resource", 64: "status 7", 128: "more than 0.5 s", 256: None}
-    assert set(verdicts) == set(candidates)
-    for tiles, verdict in verdicts.items():
-        if reasons[tiles.sum_rows] is None:
-            assert verdict == tune.Verdict(None, {"out": 2.0})
-        else:
-            assert reasons[tiles.sum_rows] in verdict.reason
+    found = tune.check_all(check_stand_in, 3, candidates, PASSES, seconds=0.5, method="fork")
+    ended = "its process ended, or it took more than 0.5 s"
+    reasons = {16: None, 32: "ValueError: out of resource", 64: ended, 128: ended, 256: None}
+    assert found == {tiles: reasons[tiles.sum_rows] for tiles in candidates}
+    assert not multiprocessing.active_children()
 
 
 def test_process_whose_device_is_lost_is_replaced(monkeypatch):
     monkeypatch.setattr(tune, "device_works", lambda: False)
-    with tune.Workers(check_stand_in, 1, method="fork") as workers:
-        verdicts = workers.run([Tiles(sum_rows=32), Tiles(sum_rows=16)], ("forward",), math.inf)
-    assert [verdict.reason for verdict in verdicts.values()] == ["ValueError: out of resource", None]
+    candidates = [Tiles(sum_rows=32), Tiles(sum_rows=16)]
+    reasons = tune.check_all(check_stand_in, 1, candidates, PASSES, method="fork")
+    assert list(reasons.values()) == ["ValueError: out of resource", None]
+
+
+def test_processes_that_cannot_start_end_the_check():
+    (reason,) = tune.check_all(check_stand_in, 1, [Tiles(sum_rows=16)], PASSES, seconds="none", method="fork").values()
+    assert reason == "no process could check it"
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="the kernels are compiled for the GPU here")
 def test_check_compares_with_the_specification():
-    workload = tune.Workload(tune.Shape(2, 40, 5, 3), torch.float32, "cpu")
-    check = tune.KernelCheck(workload, tune.specification(workload.shape, torch.float32, "cpu"))
+    shape = tune.Shape(2, 40, 5, 3)
+    workload = tune.Workload(shape, torch.float32, "cpu", shape.specification(torch.float32, "cpu"))
     tiles = Tiles(sum_rows=16, query_rows=32, key_rows=16, dq_rows=16, dq_keys=16, dk_rows=16, dk_queries=16)
-    verdict = check(tiles, tune.PASSES)
-    assert verdict.reason is None
-    assert set(verdict.errors) == {"forward: out", *(f"training: {name}" for name in tune.RESULTS)}
-    check.expected["gradient of key"][1, 0, 39] *= 1.1
-    assert check(tiles, ("forward",)).reason is None
-    assert "wrong: training, gradient of key" in check(tiles, ("training",)).reason
+    assert workload.check(tiles, PASSES) is None
+    for name, expected in zip(precision.TENSORS[1:], workload.expected[1:], strict=True):
+        before = expected[1, 0, 39].clone()
+        expected[1, 0, 39] *= 1.1
+        assert workload.check(tiles, ("forward",)) is None
+        assert f"wrong: training, {name}" in workload.check(tiles, ("training",))
+        expected[1, 0, 39] = before
+    workload.expected[0][1, 0, 39] *= 1.1
+    assert "wrong: forward, output" in workload.check(tiles, PASSES)
 
 
 def test_values_that_are_not_finite_are_wrong(monkeypatch):
-    workload = tune.Workload(SHAPE, torch.float32, "cpu")
     monkeypatch.setattr(tune, "attention", lambda query, *_, **options: query * math.nan)
-    reason = tune.KernelCheck(workload, {})(START, ("forward",)).reason
+    reason = tune.Workload(SHAPE, torch.float32, "cpu", []).check(START, ("forward",))
     assert reason == "wrong: forward gives values that are not finite"
 
 
@@ -255,7 +225,7 @@ def test_checked_slice_has_the_remainders_of_the_whole(length):
 
 
 def test_rows_can_be_pasted():
-    far = Tiles(**{name: 16 for name in tune.LIMITS})
+    far = Tiles(**{name: 16 for name in tile_search.LIMITS})
     found = {
         tune.Shape(16, 12544, 49, 12): far,
         tune.Shape(128, 784, 12, 3): Tiles(sum_rows=32),
@@ -276,32 +246,18 @@ def test_features_are_padded_as_in_the_kernels(rows, padded):
     assert tune.Shape(1, 1, 1, rows).padded_features == _padded(2 * rows) == padded
 
 
-def test_report_shows_the_best_and_the_present(capsys):
-    search = make_search()
-    searched(search)
-    tune.report(Console(width=200), {SHAPE: search}, ["    row"])
+def test_tables_show_the_best_and_the_present(capsys):
+    search = searched(make_search(lambda batch, *_: {x: "no" if x.sum_warps == 2 else None for x in batch}))
+    print_report([tune.result_table(SHAPE, "sums", search)])
     text = capsys.readouterr().out
-    first = text.split(f"{SHAPE}: queries")[0]
-    assert f"{SHAPE}: sums, {len(search.trials['sums'])} measured" in first
-    assert first.count("present") == first.count("chosen") == 1
-    best = next(line for line in first.splitlines() if "chosen" in line)
-    assert "256" in best
-    assert text.rstrip().endswith("row")
-    assert len([line for line in first.splitlines() if line.startswith("│")]) == tune.ROWS_SHOWN + 1
-
-
-def test_content_is_json(tmp_path):
-    search = make_search(lambda batch, *_: {x: tune.Verdict("no" if x.sum_warps == 8 else None) for x in batch})
-    searched(search)
-    (entry,) = json.loads(json.dumps(tune.content({SHAPE: search}), allow_nan=False))
-    assert entry["shape"] == dataclasses.asdict(SHAPE)
-    assert Tiles(**entry["present"]) == START
-    assert Tiles(**entry["best"]) == search.best
-    trials = entry["groups"][0]["trials"]
-    present = next(row for row in trials if Tiles(**row["tiles"]) == START)
-    assert present["ratio_to_present"] == 1
-    assert {row["left_out"] for row in trials} == {None, "no"}
-    assert all((row["left_out"] is None) == bool(row["milliseconds"]) for row in trials)
+    timed = [trial for trial in search.trials["sums"].values() if trial.milliseconds]
+    assert f"{SHAPE}: sums, {len(timed)} measured" in text
+    assert text.count("present") == text.count("chosen") == 1
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    assert "256" in next(line for line in lines if "chosen" in line)
+    assert "1.000" in next(line for line in lines if "present" in line)
+    assert len(lines) == tune.ROWS_SHOWN + 1
+    assert f"left out {len(search.trials['sums']) - len(timed)}: no" in text
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -309,34 +265,61 @@ def test_content_is_json(tmp_path):
 
 def test_a_cuda_device_is_needed(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main([]) == 1
+    assert script.main([]) == 1
     assert "CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,5", "1,2,3,x", "0,2,3,4"])
 def test_shapes_are_four_numbers(text, capsys):
-    assert tune.main(["--shapes", text]) == 1
+    assert script.main(["--shapes", text]) == 1
     assert "--shapes" in capsys.readouterr().err
 
 
 def test_shapes_that_the_kernels_do_not_take_are_refused():
-    arguments = tune.build_parser().parse_args(["--shapes", "1,64,3,500"])
-    with pytest.raises(tune.UserError, match=r"--shapes 1,64,3,500: .* cannot run this"):
-        tune.check_shapes(arguments, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"--shapes 1,64,3,500: .* cannot run this"):
+        tune.check_shapes([tune.Shape(1, 64, 3, 500)], torch.bfloat16, torch.device("cpu"))
 
 
-def test_whole_run_with_stand_ins(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A CUDA device that is none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tune, "check_shapes", lambda arguments, device: None)
-    monkeypatch.setattr(tune, "machine_info", lambda device: {"gpu": "stand-in"})
-    monkeypatch.setattr(tune, "gpu_search", lambda shape, arguments: contextlib.nullcontext(make_search()))
-    output = tmp_path / "tiles.json"
-    assert tune.main(["--shapes", str(SHAPE), "--output", str(output)]) == 0
-    written = json.loads(output.read_text(encoding="utf-8"))
-    assert written["machine"] == {"gpu": "stand-in"}
-    assert written["settings"]["shapes"] == [str(SHAPE)]
-    assert written["broken_off"] is None
-    assert Tiles(**written["shapes"][0]["best"]).sum_rows == 256
+    monkeypatch.setattr(tune, "check_shapes", lambda *_: None)
+    monkeypatch.setattr(tune, "machine_line", lambda device: "gpu stand-in")
+    monkeypatch.setattr(tune, "make_search", lambda *_: make_search())
+
+
+def test_whole_run(stand_ins, capsys):
+    assert script.main(["--shapes", str(SHAPE)]) == 0
     printed = capsys.readouterr().out
-    assert all(line in printed for line in written["table"])
+    assert printed.endswith("gpu stand-in\n")
+    (row,) = (line for line in printed.splitlines() if line.startswith("    (96, 5, 16, 2, 9, Tiles("))
+    assert "sum_rows=256" in row
+    for group in tile_search.GROUPS:
+        assert f"{SHAPE}: {group}, " in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("CUDA error: an illegal memory access\nmore"),
+            "broken off at {}, queries: CUDA error",
+        ),
+        (KeyboardInterrupt, "interrupted"),
+    ],
+)
+def test_what_was_measured_outlives_a_fault_and_an_interrupt(error, words, stand_ins, monkeypatch, capsys):
+    def measure(tiles, name):
+        if tiles.query_warps != START.query_warps:
+            raise error
+        return cost(tiles, name)
+
+    monkeypatch.setattr(tune, "make_search", lambda *_: make_search(measure=measure))
+    assert script.main(["--shapes", str(SHAPE), str(tune.SHAPES[0])]) == 1
+    captured = capsys.readouterr()
+    assert words.format(SHAPE) in captured.err.splitlines()[-1]
+    assert "sum_rows=256" in captured.out
+    assert f"{SHAPE}: sums, " in captured.out
+    assert f"({tune.SHAPES[0].length}, " not in captured.out

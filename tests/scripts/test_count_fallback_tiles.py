@@ -1,4 +1,4 @@
-"""Counts of marked tiles: by the criterion of the kernels, and from the command line."""
+"""Counts of fallback tiles: by the criterion of the kernels, and from the command line."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ pytest.importorskip("triton")
 
 from scatterbrain.ops.scatterbrain.triton import operator as fused_operator
 from scripts import benchmark_attention as benchmark
-from scripts import count_marked_tiles as counting
+from scripts import count_fallback_tiles as counting
+from src.analysis.benchmark import attention, fallback_tiles
 from tests.scatterbrain.ops.test_fused_attention import adversarial, needs_interpreter
 
 
 @needs_interpreter
-def test_the_kernels_mark_the_same_tiles(monkeypatch):
+def test_the_kernels_recompute_the_same_tiles(monkeypatch):
     monkeypatch.setattr(fused_operator, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     (query, key, value, rows), window = adversarial("cpu", torch.float32)
-    marked = fused_operator.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
-    ours = counting.marked_queries(query[:, 0].double(), key[:, 0].double(), rows.double(), window, 4.0)
-    tile = -(-query.shape[2] // marked.shape[1])
+    fallback = fused_operator.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
+    ours = fallback_tiles.fallback_queries(query[:, 0].double(), key[:, 0].double(), rows.double(), window, 4.0)
+    tile = -(-query.shape[2] // fallback.shape[1])
     tile = 1 << (tile - 1).bit_length()
     tiles = [bool(part.any()) for part in ours[0].split(tile)]
-    assert tiles == marked[0].bool().tolist()
+    assert tiles == fallback[0].bool().tolist()
     assert True in tiles
     assert False in tiles
 
 
 @needs_interpreter
-def test_the_benchmark_counts_what_the_kernels_mark():
+def test_the_benchmark_counts_what_the_kernels_recompute():
     options = ["--device", "cpu", "--dim", "16", "--batch", "2", "--lengths", "64"]
-    bench = benchmark.Bench(benchmark.build_parser().parse_args(options))
+    bench = attention.AttentionBench(benchmark.build_parser().parse_args(options))
     module = bench.attention("sblocal", 64, 64).module
     module.backend = "triton"
-    assert benchmark.count_marked(module, bench.inputs(64)) == 0
+    assert attention.fallback_tiles(module, bench.inputs(64)) == 0
     sharp = [20 * x for x in bench.inputs(64)]
-    assert benchmark.count_marked(module, sharp) > 0
+    assert attention.fallback_tiles(module, sharp) > 0
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    arguments = ["--shapes", "3,64,5,2", "2,40,3,1", "--num-draws", "2", "--output", str(tmp_path / "marks.json")]
-    monkeypatch.setattr(counting, "CANCELLATION_LIMIT", 0.9)  # many are past it
+    arguments = ["--shapes", "3,64,5,2", "2,40,3,1", "--num-seeds", "2", "--output", str(tmp_path / "tiles.json")]
+    monkeypatch.setattr(fallback_tiles, "CANCELLATION_LIMIT", 0.9)  # many are past it
     assert counting.main([*arguments, "--tile", "16"]) == 0
-    content = json.loads((tmp_path / "marks.json").read_text())
+    content = json.loads((tmp_path / "tiles.json").read_text())
     assert [each["shape"] for each in content["results"]] == ["3,64,5,2"] * 2 + ["2,40,3,1"] * 2
     assert all(0 < each["tiles"] <= each["queries"] for each in content["results"])
     assert content["results"][0]["queries"] != content["results"][1]["queries"]
     assert "of 384" in capsys.readouterr().out
-    monkeypatch.setattr(counting, "CANCELLATION_LIMIT", 1e9)  # none is
+    monkeypatch.setattr(fallback_tiles, "CANCELLATION_LIMIT", 1e9)  # none is
     assert counting.main([*arguments, "--std", "0.5"]) == 0
     assert "0 of 384" in capsys.readouterr().out
     assert counting.main(["--shapes", "3,64"]) == 1

@@ -1,0 +1,163 @@
+"""Growth, tables, figure and JSON of the attention benchmark, from the rows of its results."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from src.analysis.benchmark.baselines import BASELINE, WRITTEN_OUT
+from src.analysis.benchmark.report import Bench, cell
+from src.analysis.benchmark.timing import median_ratio
+from src.analysis.tools import figure, new_table, save_figure
+
+Row = Mapping[str, Any]
+
+# How the tables call the numbers of clusters.
+SYMBOLS = {"num_landmarks": "C", "num_query_landmarks": "Q", "num_exact": "X"}
+MARKERS = {"attention": ("o", "-"), "growth": ("^", "--"), "baseline": ("s", ":")}
+
+
+def rounds(row: Row) -> list[float]:
+    """Milliseconds for growth and figure: the device's where known, or short sequences would show the host's."""
+    return row["milliseconds_per_round"] if row["device_milliseconds"] is None else [row["device_milliseconds"]]
+
+
+def other_sizes(sizes: Mapping[str, int]) -> str:
+    """Sizes beside window and features, as the tables have them; empty where there are none."""
+    others = {name: size for name, size in sizes.items() if name not in ("local_context", "nb_features")}
+    return ", ".join(f"{SYMBOLS.get(name, name.removeprefix('num_'))} {size}" for name, size in others.items())
+
+
+def colour(name: str) -> str:
+    """The colour of an attention and of all that is like it; greys for implementations of full attention."""
+    from src.evaluation.comparison import ATTENTION_COLOURS  # here, as Matplotlib: for figures alone
+
+    # sblocal is not local, nor is local2d another
+    attention = max((known for known in ATTENTION_COLOURS if known in name), key=len, default="")
+    greys = {BASELINE: "black", WRITTEN_OUT: "silver"}
+    return ATTENTION_COLOURS.get(attention) or greys.get(name, "grey")
+
+
+class AttentionReport(Bench):
+    """What is printed, drawn and written of `results`, a row for each implementation, length and pass."""
+
+    place = ("length", "N =")
+    batches: Mapping[int, int]
+
+    def more(self) -> dict[str, Any]:
+        """Growth, for JSON."""
+        return {"growth": list(self.growth())}
+
+    def growth(self) -> Iterator[dict[str, str | int | float]]:
+        """Growth of the time from each length to the next, sizes kept where there are any."""
+        lengths = self.arguments.lengths
+        for attention_pass in self.arguments.passes:
+            times: dict[str, dict[int, list[float]]] = {}
+            for row in self.results:
+                at_home = row["kind"] == "attention" and (
+                    not row["sizes"] or row["length"] == self.arguments.growth_length
+                )
+                if row["pass"] == attention_pass and (at_home or row["kind"] == "growth" or row["name"] == BASELINE):
+                    times.setdefault(row["name"].split(" as at ")[0], {})[row["length"]] = rounds(row)
+            for name, by_length in times.items():
+                for shorter, longer in itertools.pairwise(lengths):
+                    if self.batches[shorter] != self.batches[longer]:
+                        continue  # more of the machine would be busy with one than with the other
+                    if len(by_length.get(shorter, ())) != len(by_length.get(longer, ())) or shorter not in by_length:
+                        continue  # one of them is not measured, or its CUDA graph could not be captured
+                    factor = median_ratio(by_length[longer], by_length[shorter])
+                    exponent = math.log(factor) / math.log(longer / shorter)
+                    step = {"name": name, "pass": attention_pass, "from": shorter, "to": longer}
+                    yield {**step, "factor": factor, "exponent": exponent}
+
+    def tables(self) -> Iterator[Table]:
+        """One table for each length and pass, and the one of growth."""
+        for length, attention_pass in itertools.product(self.arguments.lengths, self.arguments.passes):
+            rows = [row for row in self.results if (row["length"], row["pass"]) == (length, attention_pass)]
+            if rows:  # it was complete
+                yield self.pass_table(rows)
+        steps = list(self.growth())
+        if steps:
+            title = f"Growth of the time with N; sizes as at N = {self.arguments.growth_length}"
+            columns = ("pass", "attention", "from N", "to N", "N grows by", "time grows by", "exponent")
+            table = new_table(title, columns, columns[:2], caption="exponent: 1 is linear in N, 2 quadratic")
+            for row in steps:
+                grown = (f"{row['to'] / row['from']:.3g}", f"{row['factor']:.2f}", f"{row['exponent']:.2f}")
+                table.add_row(row["pass"], row["name"], str(row["from"]), str(row["to"]), *grown)
+            yield table
+
+    def pass_table(self, rows: list[Row]) -> Table:
+        """The table of one length and pass, each kind in a section; columns that say nothing are left out."""
+        arguments, baseline = self.arguments, next(row for row in rows if row["name"] == BASELINE)
+        length, attention_pass = baseline["length"], baseline["pass"]
+        columns = {
+            "W": lambda row: str(row["window"] or "-"),
+            "M": lambda row: str(row["features"] or "-"),
+            "others": lambda row: other_sizes(row["sizes"]) or "-",
+            "fallback": lambda row: cell(row["fallback_tiles"], str),
+            "MiB": lambda row: figure(row["temporary_bytes"] / 2**20),
+            "ms": lambda row: figure(row["milliseconds"]),
+            "device\nms": lambda row: cell(row["device_milliseconds"], figure),
+            "time/\nSDPA": lambda row: f"{row['ratio_to_sdpa']:.3f}",
+            "MiB/\nSDPA": lambda row: f"{row['temporary_bytes'] / max(1, baseline['temporary_bytes']):.2f}",
+        }
+        caption = "W keys in the window, M features"
+        if any(SYMBOLS.keys() & row["sizes"] for row in rows):
+            caption += ", C clusters of keys, Q of queries, X exact keys"
+        caption += "; MiB: memory of one call, inputs not counted"
+        if not any(other_sizes(row["sizes"]) for row in rows):
+            del columns["others"]
+        if any(row["fallback_tiles"] for row in rows):
+            caption += "; fallback: tiles of queries that the kernels recompute exactly"
+        else:
+            del columns["fallback"]
+        if self.device.type != "cuda":
+            del columns["device\nms"]
+        title = (
+            f"N = {length}, {attention_pass}: {arguments.dtype} on {self.device.type}, batch {self.batches[length]}, "
+        )
+        title += f"heads {arguments.heads}, width {arguments.dim}"
+        title += "" if arguments.std == 1 else f", std {arguments.std:g}"
+        table = new_table(title, ["attention", *columns], ["attention"], caption=caption)
+        for _, section in itertools.groupby(rows, lambda row: row["kind"]):
+            for row in section:
+                table.add_row(row["name"], *(column(row) for column in columns.values()))
+            table.add_section()
+        return table
+
+    def plot(self, path: str) -> None:
+        """Draw time against length, one panel for each pass; the device's where that is known."""
+        from matplotlib.figure import Figure
+
+        arguments = self.arguments
+        passes = [name for name in arguments.passes if any(row["pass"] == name for row in self.results)]
+        drawing = Figure(figsize=(6 * len(passes), 5), layout="constrained")
+        axes = drawing.subplots(1, len(passes), squeeze=False)[0]
+        for axis, attention_pass in zip(axes, passes, strict=True):
+            rows = [row for row in self.results if row["pass"] == attention_pass and row["kind"] != "seed"]
+            for name in dict.fromkeys(row["name"] for row in rows):
+                line = [row for row in rows if row["name"] == name]
+                marker, dashes = MARKERS[line[0]["kind"]]
+                if line[0]["kind"] == "growth":
+                    # at the length that the sizes come from, the attention itself is the point
+                    own = name.split(" as at ")[0]
+                    line += [row for row in rows if (row["length"], row["name"]) == (self.arguments.growth_length, own)]
+                    line.sort(key=lambda row: row["length"])
+                values = [statistics.median(rounds(row)) for row in line]
+                style = {"marker": marker, "linestyle": dashes, "color": colour(name)}
+                axis.plot([row["length"] for row in line], values, label=name, **style)
+            of_device = any(row["device_milliseconds"] is not None for row in rows)
+            unit = "milliseconds of the device" if of_device else "milliseconds"
+            axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=unit, title=attention_pass)
+            axis.set_xticks(arguments.lengths, [str(length) for length in arguments.lengths])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        batch = ", ".join(str(number) for number in arguments.batch)
+        drawing.suptitle(f"{arguments.dtype} on {self.device.type}, batch {batch}, heads {arguments.heads}")
+        save_figure(drawing, path)

@@ -1,0 +1,86 @@
+"""Timing of candidates against each other on shared machines, and the memory of one call."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def in_turn(candidates: Sequence[T], rounds: int) -> Iterator[T]:
+    """Every candidate once in each round.
+
+    Each round begins at another candidate, so that none always follows the one that empties the cache.
+    """
+    for turn in range(rounds):
+        start = turn * len(candidates) // rounds
+        yield from candidates[start:]
+        yield from candidates[:start]
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(x / y for x, y in zip(numerators, denominators, strict=True))
+
+
+def seconds_per_call(call: Callable[[], object], number: int, device: torch.device) -> float:
+    """Time of one call, the mean of `number` calls in a row; by CUDA events on CUDA."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(number):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / number
+    begin = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - begin) / number
+
+
+def graph_milliseconds(call: Callable[[], object], repeats: int) -> float | None:
+    """Device time: the median replay of a CUDA graph, without the host's part; None where capture fails."""
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return 1e3 * statistics.median(seconds_per_call(graph.replay, 4, torch.device("cuda")) for _ in range(repeats))
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Peak of the memory that one call allocates, its output counted and its inputs not.
+
+    On CUDA the caching allocator's peak. On the CPU the peak of live bytes from PyTorch's allocator, as its profiler
+    records every allocation and release; scratch space that BLAS libraries take from the system is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    live = peak = 0
+    for _, change in sorted((item.start_ns(), item.nbytes()) for item in events if item.name() == "[memory]"):
+        live += change
+        peak = max(peak, live)
+    return peak
