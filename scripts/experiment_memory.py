@@ -45,19 +45,20 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from scripts.experiment_regimes import COLOURS, FAINT, INK, mean_and_deviation, positive_numbers, style
-from scripts.measure_approximation import open_split, spread
+from src.analysis.approximation import (
+    StageInputs,
+    capture_stage_inputs,
+    create_stage_attentions,
+    load_model,
+    open_split,
+    relative_error,
+    spread,
+)
 from src.datamodules.dataset import ImageFolderDataset
 from src.distributed.launch import MAX_SEED
 from src.models.inference import inference_form
 from src.models.modules.tokens_to_token import STAGE_DIMS, TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.approximation import (
-    StageInputs,
-    capture_stage_inputs,
-    create_stage_attentions,
-    load_model,
-    relative_error,
-)
 from src.tasks.provenance import attention_memory_fraction, package_versions
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info, usable_cpus

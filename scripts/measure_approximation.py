@@ -37,12 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scatterbrain.attention import ATTENTIONS, attention_memory
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
-from src.datamodules.dataset import ImageFolderDataset, ImageLoader
-from src.datamodules.image_folder import ImageFolderDataModule
-from src.distributed.launch import MAX_SEED
-from src.models.modules.tokens_to_token import stage_lengths
-from src.models.t2t_vit import T2TViT
-from src.tasks.approximation import (
+from src.analysis.approximation import (
     LAYERS,
     StageInputs,
     attention_weights,
@@ -55,6 +50,11 @@ from src.tasks.approximation import (
     load_model,
     relative_errors,
 )
+from src.datamodules.dataset import ImageFolderDataset, ImageLoader
+from src.datamodules.image_folder import ImageFolderDataModule
+from src.distributed.launch import MAX_SEED
+from src.models.modules.tokens_to_token import stage_lengths
+from src.models.t2t_vit import T2TViT
 from src.tasks.provenance import package_versions
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info

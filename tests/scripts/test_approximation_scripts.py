@@ -15,8 +15,7 @@ from PIL import Image
 from scatterbrain.ops.full import naive_full_attention
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scripts import measure_approximation, plot_attention_maps
-from src.datamodules.image_folder import ImageFolderDataModule
-from src.tasks.approximation import (
+from src.analysis.approximation import (
     attention_weights,
     capture_inputs,
     capture_stage_inputs,
@@ -27,6 +26,7 @@ from src.tasks.approximation import (
     load_model,
     relative_errors,
 )
+from src.datamodules.image_folder import ImageFolderDataModule
 from src.utils.files import sha256_of_file
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 

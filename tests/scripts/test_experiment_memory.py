@@ -16,8 +16,8 @@ from PIL import Image
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from scripts import experiment_memory as memory
+from src.analysis.approximation import capture_stage_inputs, load_model
 from src.models.t2t_vit import create_t2t_vit
-from src.tasks.approximation import capture_stage_inputs, load_model
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
 NUM_IMAGES = 12

@@ -15,7 +15,7 @@ from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.common.windows import window_mask
 from scripts import experiment_regimes as regimes
 from scripts import experiment_residual as residual
-from src.tasks.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
+from src.analysis.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
 from tests.src.tasks.setup import make_checkpoint, make_images
 
 LENGTH, WIDTH = 64, 8
