@@ -7,10 +7,12 @@ error of each layer stands alone: stage 2 does not suffer from an approximation 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -309,3 +311,19 @@ def largest_logit(inputs: StageInputs) -> torch.Tensor:
     """Largest |s q.k| of each image, (B,) float64."""
     logits = dense_logits(inputs.query.transpose(1, 2), inputs.key.transpose(1, 2), inputs.scale)
     return logits.abs().amax((1, 2, 3))
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """`mean` and sample standard deviation `std` (None of one value)."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """`mean` and `std` of the values of all seeds, and these as `per_seed`."""
+    return {**mean_and_std(values), "per_seed": list(values)}
+
+
+def plus_minus(value: Mapping[str, Any], digits: int = 3) -> str:
+    """A mean, and its standard deviation where there is one, as text."""
+    mean = f"{value['mean']:.{digits}f}"
+    return mean if value["std"] is None else f"{mean} ± {value['std']:.{digits}f}"

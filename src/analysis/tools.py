@@ -294,11 +294,10 @@ def new_table(title: str, headers: Sequence[str], left: Sequence[str] = (), **op
     return table
 
 
-def save_figure(drawing: Figure, path: str | None) -> None:
-    """Write a figure in the format of the path's suffix; None is no path."""
-    if path is not None:
-        with atomic_write(path, "wb") as file:
-            drawing.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)
+def save_figure(drawing: Figure, path: str) -> None:
+    """Write a figure in the format of the path's suffix."""
+    with atomic_write(path, "wb") as file:
+        drawing.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)
 
 
 def first_line(error: BaseException) -> str:
