@@ -1,18 +1,4 @@
-"""Whether every layout gives the same evaluation: the same photographs written in each, and evaluated from each.
-
-    class_folders   val/<class folder>/<file>
-    csv             images/<file>, and val.csv of paths and labels
-    tar             val.tar of class folders
-    webdataset      val-00.tar, ... of <name>.jpg and <name>.cls
-    parquet         data/validation-00000-of-0000n.parquet, as Hugging Face writes them; needs PyArrow
-
-The bytes of the photographs are read once, from class folders, and kept in memory. Each layout is recognised and
-evaluated as run.py does it, and compared with class folders image by image, by name: paths differ, and with them the
-order of the images and what is together in a batch. Images that --damage cuts short are skipped. Exit status 1 if a
-layout differs in its images, labels or first predictions; differences of probabilities are only reported.
-
-    python scripts/compare_layouts.py --damage 5 --output layouts.json
-"""
+"""The same photographs in every data format, evaluated and compared: `scripts/compare_formats.py`."""
 
 from __future__ import annotations
 
@@ -37,34 +23,22 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
-
-from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
-from scripts.measure_approximation import spread
+from src.analysis.approximation import spread
+from src.analysis.records import write_rows
+from src.analysis.tools import check_writable, choose_device, console_for_tables, say, without_paths
 from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
 from src.datamodules.layouts.class_folders import ClassFolders
 from src.evaluation.results import Predictions, read_predictions
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
-from src.utils.files import write_json
+from src.utils.console import progress_display
 from src.utils.machine import machine_info
-from src.utils.scripts import (
-    Parser,
-    check_writable,
-    choose_device,
-    console_for_tables,
-    positive,
-    progress_display,
-    run_tool,
-    say,
-    without_paths,
-)
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 REFERENCE = "class_folders"
 NUM_SHARDS = 4
-ROWS_OF_A_GROUP = 16  # so few that a shard of the demo has several groups
+ROW_GROUP_SIZE = 16  # so few that a shard of the demo has several groups
 
 # Predictions, their images without folder and suffix; images that were skipped; top-1 in percent.
 Evaluation = tuple[Predictions, set[str], float]
@@ -81,11 +55,12 @@ class Photograph:
 
 
 def stem(path: str) -> str:
-    """What an image is called in every layout."""
+    """Name of an image in every format: that of its file without folder and suffix."""
     return PurePosixPath(path).stem
 
 
 def write_class_folders(folder: Path, images: Sequence[Photograph]) -> None:
+    """Write one file for each image, in the folder of its class."""
     for image in images:
         path = folder / "val" / image.folder / image.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +68,7 @@ def write_class_folders(folder: Path, images: Sequence[Photograph]) -> None:
 
 
 def write_csv(folder: Path, images: Sequence[Photograph]) -> None:
+    """Write all files in one folder, and a table of paths and labels."""
     (folder / "images").mkdir()
     for image in images:
         (folder / "images" / image.name).write_bytes(image.data)
@@ -101,10 +77,12 @@ def write_csv(folder: Path, images: Sequence[Photograph]) -> None:
 
 
 def write_tar(folder: Path, images: Sequence[Photograph]) -> None:
+    """Write one archive of class folders."""
     write_archive(folder / "val.tar", ((f"{image.folder}/{image.name}", image.data) for image in images))
 
 
 def write_webdataset(folder: Path, images: Sequence[Photograph]) -> None:
+    """Write shards of pairs of files, image and label."""
     for number, shard in enumerate(shards(images)):
         files = []
         for image in shard:
@@ -114,6 +92,7 @@ def write_webdataset(folder: Path, images: Sequence[Photograph]) -> None:
 
 
 def write_parquet(folder: Path, images: Sequence[Photograph]) -> None:
+    """Write shards of tables with the bytes of the images."""
     import pyarrow
     import pyarrow.parquet
 
@@ -123,7 +102,7 @@ def write_parquet(folder: Path, images: Sequence[Photograph]) -> None:
         column = pyarrow.array([{"bytes": image.data, "path": image.name} for image in shard], struct)
         table = pyarrow.table({"image": column, "label": [image.label for image in shard]})
         path = folder / "data" / f"validation-{number:05}-of-{len(shards(images)):05}.parquet"
-        pyarrow.parquet.write_table(table, path, row_group_size=ROWS_OF_A_GROUP)
+        pyarrow.parquet.write_table(table, path, row_group_size=ROW_GROUP_SIZE)
 
 
 WRITERS: dict[str, Callable[[Path, Sequence[Photograph]], None]] = {
@@ -136,6 +115,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[Photograph]], None]] = {
 
 
 def write_archive(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write a tar file of pairs of name and content."""
     with tarfile.open(path, "w") as archive:
         for name, data in files:
             member = tarfile.TarInfo(name)
@@ -144,15 +124,15 @@ def write_archive(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def shards(images: Sequence[Photograph]) -> list[Sequence[Photograph]]:
-    """The images dealt out in turns: published shards are mixed, too."""
+    """The images in turns, as published shards are mixed, too."""
     return [images[start::NUM_SHARDS] for start in range(min(NUM_SHARDS, len(images)))]
 
 
 def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
-    """Every image of the class folders, damaged as asked for; `arguments.num_classes` is filled in.
+    """Every image of the class folders, damaged as requested; `arguments.num_classes` is filled in.
 
     Raises:
-        UserError: no such folder, no images in a class folder, names that not every layout holds, too many to damage.
+        UserError: no such folder, no images in a class folder, names that not every format holds, too many to damage.
     """
     root = Path(arguments.data_dir).expanduser() / arguments.split
     if not root.is_dir():
@@ -164,13 +144,13 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     empty = set(folders) - {name.split("/")[0] for name in found.names}
     if empty:
         raise UserError(
-            f"{root}: class folders without images, which other layouts lack: {listing(empty)}. Remove them."
+            f"{root}: class folders without images, which other formats lack: {listing(empty)}. Remove them."
         )
     times = Counter(map(stem, found.names))
     odd = [name for name in found.names if times[stem(name)] > 1 or "." in stem(name) or not name.isprintable()]
     if odd:
         raise UserError(
-            f"{root}: not every layout holds names that are the same without folder and suffix, have a second dot or "
+            f"{root}: not every format holds names that are the same without folder and suffix, have a second dot or "
             f"cannot be printed: {listing(map(ascii, odd))}. Rename the files."
         )
     if arguments.damage >= len(found):
@@ -189,11 +169,11 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     return images
 
 
-def evaluate_layout(arguments: argparse.Namespace, layout: str, folder: Path) -> Evaluation:
-    """Evaluate `folder / layout`.
+def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) -> Evaluation:
+    """Evaluation of the data in `folder / format`.
 
     Raises:
-        UserError: it is taken for another layout, or see `src.tasks.evaluate.evaluate`.
+        UserError: it is taken for another format, or see `src.tasks.evaluate.evaluate`.
     """
     overrides = {
         "experiment": "imagenet-t2tvit-eval",
@@ -210,10 +190,10 @@ def evaluate_layout(arguments: argparse.Namespace, layout: str, folder: Path) ->
     }
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("config", [f"{name}={value}" for name, value in overrides.items()])
-    output_dir = folder / "runs" / layout
+    output_dir = folder / "runs" / format
     output_dir.mkdir(parents=True)
     # not in the command line: paths would have to be quoted
-    config.paths.output_dir, config.datamodule.data_dir = str(output_dir), str(folder / layout)
+    config.paths.output_dir, config.datamodule.data_dir = str(output_dir), str(folder / format)
     config.eval.ckpt = arguments.checkpoint
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -223,15 +203,15 @@ def evaluate_layout(arguments: argparse.Namespace, layout: str, folder: Path) ->
     finally:
         logging.disable(before)
     recognised = objects.datamodule.test_dataset.listing.format
-    if recognised != layout:
-        raise UserError(f"{folder / layout} was taken for {recognised}. datamodule.format={layout} names the layout.")
+    if recognised != format:
+        raise UserError(f"{folder / format} was taken for {recognised}. datamodule.format={format} names the format.")
     found = read_predictions(output_dir)
     found.images[:] = map(stem, found.images)
     return found, set(map(stem, results.skipped["images"])) if results.skipped else set(), results.top1
 
 
 def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
-    """Figures of a layout against those of class folders, and in words what differs."""
+    """Results of a format against those of class folders; `differences` say in words what differs."""
     (found, skipped, top1), (expected, expected_skipped, _) = ours, reference
     names, expected_names = Counter(found.images), Counter(expected.images)
     common = sorted(names.keys() & expected_names.keys())
@@ -260,105 +240,74 @@ def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
 
 
 def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], folder: Path) -> Iterator[dict[str, Any]]:
-    """Write, evaluate and compare every layout, class folders first.
+    """Rows of every format, written, evaluated and compared, class folders first.
 
     Raises:
-        UserError: class folders cannot be evaluated, or a layout cannot be written.
+        UserError: class folders cannot be evaluated, or a format cannot be written.
     """
     reference = None
     with progress_display(Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(WRITERS))
-        for layout, write in WRITERS.items():
-            progress.update(task, description=layout)
-            if layout == "parquet" and importlib.util.find_spec("pyarrow") is None:
-                yield {"layout": layout, "left_out": "PyArrow is not installed"}
+        for format, write in WRITERS.items():
+            progress.update(task, description=format)
+            if format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+                yield {"format": format, "left_out": "PyArrow is not installed"}
                 continue
             try:
-                (folder / layout).mkdir(parents=True)
-                write(folder / layout, images)
+                (folder / format).mkdir(parents=True)
+                write(folder / format, images)
             except OSError as error:
                 reason = error.strerror or error
-                raise UserError(f"{folder / layout} cannot be written ({reason}). Name a folder by --keep.") from error
+                raise UserError(f"{folder / format} cannot be written ({reason}). Name a folder by --keep.") from error
             try:
-                found = evaluate_layout(arguments, layout, folder)
+                found = evaluate_format(arguments, format, folder)
             except UserError as error:
-                if reference is None:  # no fault of a layout
+                if reference is None:  # no fault of a format
                     raise
                 reason = str(error).replace(f"{folder}{os.sep}", "").rstrip(".")
-                yield {"layout": layout, "differences": [f"that it cannot be evaluated: {reason}"]}
+                yield {"format": format, "differences": [f"that it cannot be evaluated: {reason}"]}
             else:
                 reference = reference or found
-                yield {"layout": layout, **compare(found, reference)}
+                yield {"format": format, **compare(found, reference)}
             progress.advance(task)
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    checkpoint = "checkpoints/demo/t2t_vit_t_7_flowers.pth.tar"
-    add("--data-dir", default="data/flowers", metavar="DIR", help="folder that holds the split's (data/flowers)")
-    add("--split", default="val", metavar="NAME", help="folder of class folders (val)")
-    add("--checkpoint", default=checkpoint, metavar="FILE", help=f"({checkpoint})")
-    add("--variant", default="t2t_vit_t_7", metavar="NAME", help="one of t2t_vit_t_* (t2t_vit_t_7)")
-    add("--attention", choices=tuple(ATTENTIONS), default="sblocal", metavar="NAME", help="(sblocal)")
-    add("--num-classes", type=positive, metavar="N", help="outputs of the model (as many as class folders)")
-    add("--image-size", type=positive, default=224, metavar="N", help="in pixels (224)")
-    add("--batch-size", type=positive, default=8, metavar="B", help="(8)")
-    add("--num-workers", type=int, metavar="N", help="processes that decode (as many as there are CPUs, at most 16)")
-    add("--damage", type=positive, default=0, metavar="K", help="cut K images, evenly spread, to a third (none)")
-    add("--output", metavar="FILE", help="write the figures as JSON")
-    add("--keep", metavar="DIR", help="new folder for the layouts, and their evaluations in runs/ (a temporary one)")
-    return parser
-
-
 def result_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Table:
-    """One row for each layout."""
+    """Table with one row for each format."""
     title = f"{arguments.variant} with {arguments.attention}, {arguments.image_size} px, batch {arguments.batch_size}"
-    table = Table("layout", title=title, title_justify="left")
+    table = Table("format", title=title, title_justify="left")
     equal = ("same\nlabel", "same first\nprediction")
     for header in ("images", "skipped", *equal, "largest difference\nof a probability", "top-1 %"):
         table.add_column(header, justify="right")
     table.add_column("result")
-    formats = dict.fromkeys(("num_images", "num_skipped", "labels_equal", "first_predictions_equal"), ",")
-    formats |= {"probability_difference": ".1e", "top1": ".2f"}
+    styles = dict.fromkeys(("num_images", "num_skipped", "labels_equal", "first_predictions_equal"), ",")
+    styles |= {"probability_difference": ".1e", "top1": ".2f"}
     for row in rows:
         result = f"left out: {row['left_out']}" if "left_out" in row else "differs" if row["differences"] else "equal"
-        cells = (format(row[name], style) if name in row else "-" for name, style in formats.items())
-        table.add_row(row["layout"], *cells, result)
+        cells = (format(row[name], style) if name in row else "-" for name, style in styles.items())
+        table.add_row(row["format"], *cells, result)
     return table
 
 
-def compare_layouts(arguments: argparse.Namespace) -> int:
-    """Compare, print, write; returns the exit status."""
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print and write what the options of `scripts/compare_formats.py` name; the exit status."""
     check_writable(arguments.output)
     check_swappable(arguments.variant)
     keep = arguments.keep and Path(arguments.keep).expanduser()
     if keep and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
         raise UserError(f"--keep {keep} is there already. Name a folder that is empty or does not exist.")
     images = read_photographs(arguments)
-    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="layouts-") as folder:
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="formats-") as folder:
         rows = list(compare_all(arguments, images, Path(folder)))
     console_for_tables(120).print(result_table(rows, arguments))
     machine = machine_info(choose_device("auto"))
     say(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
     differing = [row for row in rows if row.get("differences")]
     if arguments.output is not None:
-        settings = without_paths(arguments)
-        del settings["data_dir"], settings["checkpoint"], settings["keep"]
-        content = {"machine": machine, "settings": settings, "equal": not differing}
-        write_json(arguments.output, {**content, "results": rows})
+        settings = without_paths(arguments, "data_dir", "checkpoint", "keep")
+        write_rows(
+            arguments.output, {"machine": machine, "settings": settings, "equal": not differing, "results": rows}
+        )
     for row in differing:
-        print(f"Error: {row['layout']} differs from {REFERENCE} in {', '.join(row['differences'])}.", file=sys.stderr)
+        print(f"Error: {row['format']} differs from {REFERENCE} in {', '.join(row['differences'])}.", file=sys.stderr)
     return 1 if differing else 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare what `argv` asks for; returns the exit status."""
-    return run_tool(build_parser(), compare_layouts, argv)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
