@@ -2,7 +2,7 @@
 
 Chen et al., "Scatterbrain", NeurIPS 2021, section 5, trains on language (WikiText-103, enwik8) and on the Long Range
 Arena; here are both in small, from data that any machine has: the sources of Python's standard library, split by file,
-and random nested lists (`src/analysis/experiments/listops.py`). The networks differ in nothing but the attention: the
+and random nested lists (`src/datamodules/listops.py`). The networks differ in nothing but the attention: the
 initial weights, the batches and the schedule are the same, and the attentions have the same memory.
 
 The language model is causal; an attention that cannot be is left out, with its reason. A causal window of W keys shows
@@ -28,8 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scatterbrain.attention import ATTENTIONS
-from src.analysis.experiments.training import COMPARED, PRECISIONS, TASKS, run
+from src.analysis.experiments.training import COMPARED, PRECISIONS, run
 from src.analysis.tools import Parser, comma_separated, positive, positive_number, run_tool
+from src.datamodules.sequence_tasks import TASKS
 
 
 def build_parser() -> Parser:

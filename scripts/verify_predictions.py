@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.tools import Parser, choose_device, positive, run_tool
-from src.analysis.verification import verify
+from src.tasks.verify import verify
 
 
 def build_parser() -> Parser:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from scatterbrain.errors import UserError
 from scripts.experiment_training import main
-from src.analysis.experiments import listops, training
+from src.analysis.experiments import training
+from src.datamodules import listops, sequence_tasks
 
 CPU = torch.device("cpu")
 LENGTH = 32
@@ -36,8 +37,8 @@ def tasks():
     drawn = listops.draw_expressions(80, LENGTH - 1, seed=0)
     text = bytes(range(32, 127)) * 8
     return {
-        "language": training.Language(text, text[::-1], LENGTH, CPU, {}),
-        "listops": training.ListOps(drawn[30:], drawn[:30], CPU),
+        "language": sequence_tasks.Language(text, text[::-1], LENGTH, CPU, {}),
+        "listops": sequence_tasks.ListOps(drawn[30:], drawn[:30], CPU),
     }
 
 
@@ -127,30 +128,30 @@ def test_sources_are_split_by_file(tmp_path):
         (tmp_path / name).write_text("no")
     for number in range(24):
         (tmp_path / ("pack" if number % 2 else ".") / f"m{number:02}.py").write_text(f"<{number}>")
-    train, held_out, description = training.library_sources(tmp_path)
+    train, held_out, description = sequence_tasks.library_sources(tmp_path)
     even, odd = range(0, 24, 2), range(1, 24, 2)
     order = [f"<{number}>" for number in (*even, *odd)]  # m*.py before pack/m*.py
     assert held_out.decode() == "".join(order[9::10])
     assert train.decode() == "".join(text for place, text in enumerate(order) if place % 10 != 9)
     assert description["files"] == 24
     assert description["bytes"] == len(train) + len(held_out)
-    assert training.library_sources(tmp_path, limit=7)[2]["files"] == 3
+    assert sequence_tasks.library_sources(tmp_path, limit=7)[2]["files"] == 3
     (tmp_path / "m00.py").write_text("<x>")
-    assert training.library_sources(tmp_path)[2]["sha256"] != description["sha256"]
+    assert sequence_tasks.library_sources(tmp_path)[2]["sha256"] != description["sha256"]
 
 
 def test_sources_are_there():
-    train, held_out, description = training.library_sources()
+    train, held_out, description = sequence_tasks.library_sources()
     assert len(train) > 1_000_000
     assert len(held_out) > 50_000
-    assert description["bytes"] < 1.2 * training.CORPUS_BYTES
+    assert description["bytes"] < 1.2 * sequence_tasks.CORPUS_BYTES
 
 
 def test_bits_of_bytes():
     def as_bytes(text):
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-    found = training.byte_baselines(as_bytes("aaab"), as_bytes("ab"))
+    found = sequence_tasks.byte_baselines(as_bytes("aaab"), as_bytes("ab"))
     assert found["byte frequencies"] == pytest.approx(-(math.log2(4 / 260) + math.log2(2 / 260)) / 2)
     assert found["byte after byte"] == pytest.approx(-math.log2(2 / (3 + 256)))  # aa, aa, ab
 
@@ -230,7 +231,7 @@ def test_padding_is_hidden(tasks, name):
     assert (seen - before).abs().amax(1).min() > 1e-6
 
 
-@pytest.mark.parametrize("task", training.TASKS)
+@pytest.mark.parametrize("task", sequence_tasks.TASKS)
 def test_attentions_share_weights_and_batches(tasks, task):
     names = CAUSAL if task == "language" else training.COMPARED
     first, *others = (training.Training(tasks[task], name, RECIPE, 5, CPU) for name in names)
@@ -293,7 +294,7 @@ def test_a_loss_that_is_not_finite_is_reported(tasks, monkeypatch):
         # the first pass is the warm-up
         return logits.sum() * (math.nan if len(steps) == 4 else 1.0)
 
-    monkeypatch.setattr(training.Language, "loss", loss)
+    monkeypatch.setattr(sequence_tasks.Language, "loss", loss)
     recipe = training.Recipe(**{**vars(RECIPE), "steps": 6})
     result = training.Training(tasks["language"], "full", recipe, 0, CPU).run()
     assert result.diverged_at == 3
@@ -312,10 +313,10 @@ SMALL += ["--device=cpu", "--steps=3", "--eval-every=2", "--num-expressions=60",
 @pytest.fixture
 def few(monkeypatch):
     """Little to score on."""
-    monkeypatch.setattr(training, "HELD_OUT_EXPRESSIONS", 40)
-    monkeypatch.setattr(training, "NUM_WINDOWS", 4)
-    monkeypatch.setattr(training, "CORPUS_BYTES", 100_000)
-    monkeypatch.setattr(training.library_sources, "__defaults__", (None, 300_000))
+    monkeypatch.setattr(sequence_tasks, "HELD_OUT_EXPRESSIONS", 40)
+    monkeypatch.setattr(sequence_tasks, "NUM_WINDOWS", 4)
+    monkeypatch.setattr(sequence_tasks, "CORPUS_BYTES", 100_000)
+    monkeypatch.setattr(sequence_tasks.library_sources, "__defaults__", (None, 300_000))
 
 
 @pytest.mark.usefixtures("few")
