@@ -30,13 +30,22 @@ def build_parser() -> Parser:
     return parser
 
 
-def make(arguments):
-    output = Path(arguments.output).expanduser()
+def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Path) -> None:
+    """Write the checkpoint.
+
+    Raises:
+        UserError: unknown variant, sizes out of range, or `output` exists or cannot be written.
+    """
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    weights = named_weights(official_shapes(arguments.variant, arguments.num_classes, arguments.image_size))
+    weights = named_weights(official_shapes(variant, num_classes, image_size))
     save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
+
+
+def make(arguments):
+    output = Path(arguments.output).expanduser()
+    make_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
     summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))
     say(f"{output}: random weights, accuracy means nothing\n{summary}")
 
