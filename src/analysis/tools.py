@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,11 +42,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **(defaults | options))
 
     def error(self, message: str) -> None:
-        """Refuse the arguments.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise `UserError`."""
         raise UserError(f"{message[:1].upper()}{message[1:]}. --help lists the options.")
 
     def add(self, *names: str, **changes: Any) -> None:
@@ -127,33 +123,21 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        UserError: CUDA is requested and absent.
-    """
+    """The device that `--device` names; `UserError` where CUDA is requested and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def check_writable(*paths: str | None) -> None:
-    """Refuse a path that cannot be written before minutes are spent on what would go there.
-
-    Raises:
-        UserError: its folder does not exist, or it is a folder.
-    """
+    """Raise `UserError` for a path that cannot be written, before minutes are spent on what would go there."""
     for path in paths:
         if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
             raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
 
 
 def check_figure(path: str | None, option: str = "--figure") -> None:
-    """Refuse the name of a figure that has no known format, before minutes are spent.
-
-    Raises:
-        UserError: its suffix is none of `FIGURE_SUFFIXES`, or it cannot be written.
-    """
+    """Raise `UserError` for a figure whose suffix is none of `FIGURE_SUFFIXES`, or that cannot be written."""
     check_writable(path)
     if path is not None and Path(path).suffix.lower() not in FIGURE_SUFFIXES:
         raise UserError(f"{option} {path}: the name has to end in .png, .pdf or .svg.")
@@ -298,6 +282,16 @@ def save_figure(drawing: Figure, path: str) -> None:
     """Write a figure in the format of the path's suffix."""
     with atomic_write(path, "wb") as file:
         drawing.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)
+
+
+def write_results(
+    arguments: argparse.Namespace, content: Mapping[str, Any], draw: Callable[[], Figure] | None = None
+) -> None:
+    """Write the results to `--output`, and what `draw` returns to `--figure`, where these are given."""
+    if arguments.output is not None:
+        write_rows(arguments.output, content)
+    if draw is not None and arguments.figure is not None:
+        save_figure(draw(), arguments.figure)
 
 
 def first_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from scatterbrain.attention import ATTENTIONS, attention_memory
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
+from src.analysis import tools
 from src.analysis.approximation import (
     StageInputs,
     capture_stage_inputs,
@@ -38,18 +39,7 @@ from src.analysis.approximation import (
     spread,
 )
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
-from src.analysis.records import read_rows, write_rows
-from src.analysis.tools import (
-    check_figure,
-    check_writable,
-    choose_device,
-    console_for_tables,
-    first_line,
-    new_table,
-    save_figure,
-    saved_until_stopped,
-    say,
-)
+from src.analysis.records import read_rows
 from src.datamodules.dataset import ImageFolderDataset
 from src.distributed.launch import MAX_SEED
 from src.models.inference import inference_form
@@ -74,11 +64,7 @@ Row = dict[str, Any]
 
 
 def load_photographs(dataset: ImageFolderDataset, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, 3, size, size) in channels-last memory, which the inference form reads as it is, and labels (B,).
-
-    Raises:
-        UserError: a file cannot be decoded.
-    """
+    """Images (B, 3, size, size) in channels-last memory, which the inference form reads as it is, and labels (B,)."""
     with ThreadPoolExecutor(usable_cpus()) as pool:
         items = list(pool.map(dataset.__getitem__, positions))
     images = torch.stack([image for image, _, _ in items]).contiguous(memory_format=torch.channels_last)
@@ -108,47 +94,26 @@ def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tenso
 
 @dataclass(frozen=True)
 class Reference:
-    """The network with full attention, the photographs, and its predictions and outputs for them.
-
-    Attributes:
-        model: with full attention in both token stages.
-        images: (B, 3, size, size), normalised, on the device of the model.
-        labels: (B,), likewise.
-        batch_size: of all calls.
-        predictions: (B,), the first of each photograph.
-        stages: inputs of both stages, by batch, of the photographs of the output errors.
-        outputs: of full attention, likewise.
-    """
+    """The network with full attention, the photographs, and its predictions and outputs for them."""
 
     model: T2TViT
-    images: torch.Tensor
-    labels: torch.Tensor
-    batch_size: int
-    predictions: torch.Tensor
-    stages: tuple[tuple[StageInputs, StageInputs], ...]
-    outputs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    images: torch.Tensor  # (B, 3, size, size), normalised, on the device of the model
+    labels: torch.Tensor  # (B,), likewise
+    batch_size: int  # of all calls
+    predictions: torch.Tensor  # (B,), the first of each photograph
+    stages: tuple[tuple[StageInputs, StageInputs], ...]  # by batch, of the photographs of the output errors
+    outputs: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of full attention, likewise
 
     @classmethod
     @torch.no_grad()
     def of(
-        cls,
-        model: T2TViT,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        error_images: int = 16,
-        batch_size: int = 8,
+        cls, model: T2TViT, images: torch.Tensor, labels: torch.Tensor, error_images: int = 16, batch_size: int = 8
     ) -> Reference:
-        """Run a network with full attention in evaluation mode; `error_images` of the images are spread evenly.
-
-        Raises:
-            UserError: the token stages have another attention.
-        """
+        """Run a network with full attention in evaluation mode; `error_images` of the images are spread evenly."""
         chosen = images[spread(len(images), error_images)].split(batch_size)
         stages = tuple(capture_stage_inputs(model, part) for part in chosen)
         outputs = tuple(
-            tuple(
-                attention(x.query, x.key, x.value)[0] for attention, x in zip(model.token_attentions, pair, strict=True)
-            )
+            tuple(full(x.query, x.key, x.value)[0] for full, x in zip(model.token_attentions, pair, strict=True))
             for pair in stages
         )
         return cls(model, images, labels, batch_size, predict(model, images, batch_size), stages, outputs)
@@ -166,13 +131,9 @@ class Reference:
     def output_errors(self, attentions: Sequence[AttentionModule]) -> list[float]:
         """Relative Frobenius error of the output of each stage, mean over photographs."""
         found = []
-        for stage, attention in enumerate(attentions):
-            errors = [
-                relative_error(attention(x.query, x.key, x.value)[0], full)
-                for x, full in (
-                    (pair[stage], outputs[stage]) for pair, outputs in zip(self.stages, self.outputs, strict=True)
-                )
-            ]
+        for attention, inputs, outputs in zip(attentions, zip(*self.stages), zip(*self.outputs), strict=True):
+            pairs = zip(inputs, outputs, strict=True)
+            errors = [relative_error(attention(x.query, x.key, x.value)[0], full) for x, full in pairs]
             found.append(torch.cat(errors).mean())
         return torch.stack(found).tolist()
 
@@ -203,9 +164,6 @@ def measure_point(
     Returns:
         `attention`, `memory_fraction`, `seeds`; `memory` over that of full attention in both stages together; `top1`
         and `agreement` in percent (see `over_seeds`); and for each of the `stages` `sizes`, `memory`, `output_error`.
-
-    Raises:
-        UserError: a budget out of range; an output that is not finite.
     """
     model = reference.model
     top1, agreement, errors = [], [], []
@@ -245,9 +203,6 @@ def measure_memory(
         For each configuration a row of `measure_point`; or, where it cannot be measured, `attention`,
         `memory_fraction` and the `reason`. One whose sizes are those of another budget of the same attention, because
         they are the smallest or the largest that it has, is not measured again.
-
-    Raises:
-        UserError: a budget or a seed out of range.
     """
     check_whole_number("seed", seed, 0, MAX_SEED - num_seeds)
     for memory_fraction in memory_fractions:
@@ -265,22 +220,18 @@ def measure_memory(
                 row = measure_point(reference, attention, memory_fraction, seeds, log)
                 met[sizes] = memory_fraction
             except UserError as error:
-                row = case | {"reason": first_line(error)}
+                row = case | {"reason": tools.first_line(error)}
             except torch.OutOfMemoryError:
                 row = case | {"reason": "out of memory"}
             except Exception as error:  # compilers raise many kinds, and the others are still to be measured
-                row = case | {"reason": f"{type(error).__name__}: {first_line(error)}"}
+                row = case | {"reason": f"{type(error).__name__}: {tools.first_line(error)}"}
             if "reason" in row and reference.images.is_cuda:
                 torch.cuda.empty_cache()  # after the error, whose traceback held the tensors
             yield row
 
 
 def read_results(path: str | Path) -> Row:
-    """What `--output` holds: `results`, `skipped`, `full_attention`, `num_images`, `settings`, machine and versions.
-
-    Raises:
-        UserError: the file cannot be read, or is another.
-    """
+    """Content of a file of `--output`."""
     return read_rows(path, ("results", "skipped", "full_attention"), "Give the --output of a run.")
 
 
@@ -361,7 +312,7 @@ def draw_curve(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]], na
 def memory_table(rows: Sequence[Row], full_top1: float) -> Table:
     """Table of every configuration that was measured, and full attention's accuracy in percent."""
     headers = ("attention", "budget", "memory", "top-1 %", "agreement %", "error, stage 1", "error, stage 2")
-    table = new_table("Mean ± std over seeds", headers, ("attention",))
+    table = tools.new_table("Mean ± std over seeds", headers, ("attention",))
     table.caption = f"full attention: top-1 {full_top1:.2f} %. Errors: of the output, relative to full attention's."
     last = None
     for row in rows:
@@ -396,15 +347,11 @@ def skipped_lines(rows: Sequence[Row]) -> Iterator[str]:
 
 
 class Experiment:
-    """One run of the tool: its options, and the rows so far.
-
-    Raises:
-        UserError: an option, the checkpoint or the folder does not fit.
-    """
+    """One run of the script: its options, and the rows so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds)
-        self.device = choose_device(arguments.device)
+        self.device = tools.choose_device(arguments.device)
         on_cuda = self.device.type == "cuda"
         self.arguments = argparse.Namespace(**vars(arguments))
         self.arguments.batch_size = arguments.batch_size or (64 if on_cuda else 8)
@@ -426,11 +373,7 @@ class Experiment:
         return [row for row in self.rows if "reason" not in row]
 
     def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
-        """Measure everything; `save` is called whenever an attention is complete.
-
-        Raises:
-            UserError: a photograph cannot be decoded; nothing could be measured.
-        """
+        """Measure everything; `save` is called whenever an attention is complete."""
         arguments = self.arguments
         with progress_display(console) as progress:
             task = progress.add_task("decoding photographs", total=len(self.cases))
@@ -479,10 +422,10 @@ class Experiment:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write and draw what the options of `scripts/experiment_memory.py` name; the exit status."""
-    check_writable(arguments.output)
-    check_figure(arguments.figure)
+    tools.check_writable(arguments.output)
+    tools.check_figure(arguments.figure)
     experiment = Experiment(arguments)
-    return saved_until_stopped(experiment.run, experiment.report, arguments.output, lambda: conclude(experiment))
+    return tools.saved_until_stopped(experiment.run, experiment.report, arguments.output, lambda: conclude(experiment))
 
 
 def conclude(experiment: Experiment) -> int:
@@ -491,13 +434,10 @@ def conclude(experiment: Experiment) -> int:
     if not experiment.results:
         print("Interrupted. Nothing was written.", file=sys.stderr)
         return 1
-    console_for_tables(120).print(memory_table(experiment.rows, experiment.reference.top1))
+    tools.console_for_tables(120).print(memory_table(experiment.rows, experiment.reference.top1))
     for line in skipped_lines(experiment.rows):
-        say(line)
-    if arguments.output is not None:
-        write_rows(arguments.output, experiment.report())
-    if arguments.figure is not None:
-        save_figure(draw(experiment.rows), arguments.figure)
+        tools.say(line)
+    tools.write_results(arguments, experiment.report(), lambda: draw(experiment.rows))
     if experiment.complete:
         return 0
     print(f"Interrupted after {len(experiment.rows)} of {len(experiment.cases)} configurations.", file=sys.stderr)

@@ -25,8 +25,7 @@ from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
 from src.analysis.approximation import ONE_HOT, StageInputs, effective_keys, mean_and_std, relative_error
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
-from src.analysis.records import write_rows
-from src.analysis.tools import check_figure, check_writable, save_figure, without_paths
+from src.analysis.tools import check_figure, check_writable, save_figure, without_paths, write_results
 from src.distributed.launch import MAX_SEED
 from src.tasks.provenance import package_versions
 from src.utils.machine import machine_info
@@ -62,19 +61,12 @@ SQUARED_NORMS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 @dataclass(frozen=True)
 class Approximation:
-    """An approximation of full attention.
+    """An approximation of full attention."""
 
-    Attributes:
-        weights: its matrix (T, S).
-        out: its output (T, D).
-        sizes: that its memory is spent on.
-        memory: over that of the full matrix.
-    """
-
-    weights: torch.Tensor
-    out: torch.Tensor
-    sizes: dict[str, int]
-    memory: float
+    weights: torch.Tensor  # (T, S)
+    out: torch.Tensor  # (T, D)
+    sizes: dict[str, int]  # that its memory is spent on
+    memory: float  # over that of the full matrix
 
 
 # Data and attentions --------------------------------------------------------------------------------------------------
@@ -83,14 +75,9 @@ class Approximation:
 def draw_tokens(data: str, length: int, width: int, num_centres: int, seed: int) -> StageInputs:
     """Queries, keys and values of one head, and the scale E ** -0.5; every coordinate has variance 1.
 
-    Args:
-        data: `normal`: all independent. `clustered`: token i belongs to centre i C // N, so that neighbours are
-            alike as in an image, and is `sqrt(3/4) centre + sqrt(1/4) normal`; queries and keys share the centres,
-            values have their own.
-        length: number of tokens N.
-        width: E.
-        num_centres: number of centres C.
-        seed: of everything drawn.
+    `normal`: all of them are independent. `clustered`: token i of N belongs to centre i C // N, so that neighbours are
+    alike as in an image, and is `sqrt(3/4) centre + sqrt(1/4) normal`; queries and keys share the centres, values have
+    their own.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = torch.randn(3, length, width, generator=generator)
@@ -186,10 +173,7 @@ def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[s
     """Matrices near full attention's (T, S) at equal memory, and equal weights; rows need not sum to 1."""
     length = weights.shape[-1]
     columns = budget_columns(length, memory)
-    keys, rank, half_keys, half_rank = (
-        *(keys_for(columns), features_for(columns)),
-        *(keys_for(columns / 2), features_for(columns / 2)),
-    )
+    (keys, rank), (half_keys, half_rank) = ((keys_for(c), features_for(c)) for c in (columns, columns / 2))
     weights = weights.float()  # half the time, and the errors are far above its rounding
     found = {
         "uniform": (torch.full_like(weights, 1 / length), {}),
@@ -229,11 +213,8 @@ def attentions(inputs: StageInputs, memory: float, seed: int) -> dict[str, Appro
 def approximate(inputs: StageInputs, memory: float, seed: int) -> dict[str, Approximation]:
     """Every approximation of full attention on these inputs (a batch of one with one head), by name."""
     weights, value = full_weights(inputs), inputs.value[0, :, 0].double()
-    return {
-        **oracles(weights, value, memory),
-        **top_key_attentions(inputs, memory, seed),
-        **attentions(inputs, memory, seed),
-    }
+    found = oracles(weights, value, memory)
+    return found | top_key_attentions(inputs, memory, seed) | attentions(inputs, memory, seed)
 
 
 def measure_regimes(
@@ -249,23 +230,11 @@ def measure_regimes(
 ) -> list[dict[str, Any]]:
     """Errors of all approximations in all regimes, a row for each data, beta and memory.
 
-    Args:
-        data: of `DATA`.
-        length: tokens N, at most 4096.
-        width: E.
-        centres: of the clustered data.
-        temperatures: beta, ascending.
-        memory_fractions: memory over that of full attention.
-        num_seeds: of data and features, from `seed` on.
-        seed: the first.
-        progress: wraps the list of cases.
+    Seeds are `seed`, `seed + 1`, ...; `progress` wraps the list of cases.
 
     Returns:
         Rows of `effective_keys` and, in `results`, by name, `matrix_error` and `output_error`, each with `mean` and
         `std` over seeds.
-
-    Raises:
-        UserError: a value out of range.
     """
     check_whole_number("length", length, 2, LONGEST)
     check_whole_number("seed", seed, 0, MAX_SEED - num_seeds)
@@ -295,10 +264,6 @@ def measure_regimes(
 
 def compare_families(rows: Sequence[Mapping[str, Any]], error: str = "matrix_error") -> list[dict[str, Any]]:
     """Number of regimes in which each of a family has the least error, for each data, memory and family.
-
-    Args:
-        rows: of `measure_regimes`.
-        error: `matrix_error` or `output_error`.
 
     Returns:
         Rows of `regimes`, of which sparse is the best in `sparse`, low-rank in `low_rank`, both in `both`, and the
@@ -470,17 +435,14 @@ def run(arguments: argparse.Namespace) -> None:
     variance = measure_variance(num_samples=arguments.variance_samples, seed=arguments.seed)
     summary = compare_families(rows)
     Console().print(summary_table(summary))
-    if arguments.output is not None:
-        content = {
-            "machine": machine_info(torch.device("cpu")),
-            "versions": package_versions(),
-            "settings": without_paths(arguments, "variance_figure"),
-            "summary": summary,
-            "regimes": rows,
-            "variance": variance,
-        }
-        write_rows(arguments.output, content)
-    if arguments.figure is not None:
-        save_figure(draw(rows, max(arguments.memory_fractions)), arguments.figure)
+    content = {
+        "machine": machine_info(torch.device("cpu")),
+        "versions": package_versions(),
+        "settings": without_paths(arguments, "variance_figure"),
+        "summary": summary,
+        "regimes": rows,
+        "variance": variance,
+    }
+    write_results(arguments, content, lambda: draw(rows, max(arguments.memory_fractions)))
     if arguments.variance_figure is not None:
         save_figure(draw_variance(variance), arguments.variance_figure)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,9 @@ from torch import nn
 from scatterbrain.attention import attention_memory, create_attention
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
+from src.analysis import tools
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
-from src.analysis.records import read_rows, write_rows
-from src.analysis.tools import (
-    check_figure,
-    check_writable,
-    choose_device,
-    first_line,
-    new_table,
-    save_figure,
-    saved_until_stopped,
-    say,
-    without_paths,
-)
+from src.analysis.records import read_rows
 from src.datamodules.sequence_tasks import Task, create_task
 from src.distributed.launch import MAX_SEED
 from src.models.sequence_network import Network
@@ -48,7 +38,7 @@ COMPARED = (
     *("full", "local", "performer", "sblocal", "smyrf", "sbsmyrf"),
     *("cluster", "sbcluster", "pairedcluster", "reformer"),
 )
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16")
 EVALUATION_BATCHES = 4  # training batches that an evaluation takes at a time
 WARM_UP = 1 / 20  # of the training, in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -71,91 +61,44 @@ class Recipe:
     eval_every: int = 150
     precision: str = "float32"
 
-    def check(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            UserError: a value out of range.
-        """
-        budget_columns(self.length, self.memory_fraction)
-        if self.dim % self.heads:
-            raise UserError(f"--heads {self.heads} does not divide --dim {self.dim}. Choose another.")
-
 
 @dataclass
 class Result:
-    """A training.
-
-    Attributes:
-        task: of `TASKS`.
-        attention: its name.
-        seed: of weights, batches and features.
-        sizes: of the attention.
-        memory: over that of the full matrix.
-        steps: of the training.
-        diverged_at: the first step whose loss is not finite; None where there is none. The training ends there.
-        curve: `step`, `metric` on held-out data and mean `train_loss` (nats) since the point before.
-        metric: the last one; None where there is none.
-        standard_error: of the metric, over the held-out samples of one seed.
-        seconds_per_step: without evaluations, and without the first passes, which compile and change no weight.
-        peak_memory_mib: of the device in training, data and all; None where it is not counted.
-    """
+    """A training; without first passes, which compile, and evaluations in its seconds and memory."""
 
     task: str
     attention: str
-    seed: int
-    sizes: dict[str, int]
-    memory: float
+    seed: int  # of weights, batches and features
+    sizes: dict[str, int]  # of the attention
+    memory: float  # over that of full attention's matrix
     steps: int
-    diverged_at: int | None
-    curve: list[dict[str, float]]
-    metric: float | None
-    standard_error: float | None
+    diverged_at: int | None  # the first step whose loss is not finite, with which the training ends
+    curve: list[dict[str, float]]  # step, metric on held-out data, mean train_loss (nats) since the point before
+    metric: float | None  # the last one
+    standard_error: float | None  # of the metric, over held-out samples
     seconds_per_step: float
-    peak_memory_mib: float | None
+    peak_memory_mib: float | None  # of the device, data and all; None on the CPU
 
 
 def create_network(task: Task, attention: str, recipe: Recipe, seed: int) -> Network:
-    """The network of an attention; each block has random features of its own.
-
-    Raises:
-        UserError: the attention cannot do the task.
-    """
-    attentions = [
-        create_attention(
-            attention,
-            recipe.length,
-            recipe.dim // recipe.heads,
-            memory_fraction=recipe.memory_fraction,
-            seed=seed + block,
-            # one that has no such option is not refused where it is not needed
-            causal=True if task.causal else None,
-        )
-        for block in range(recipe.depth)
-    ]
-    return Network(
-        attentions, task.vocabulary, task.num_outputs, recipe.length, recipe.dim, recipe.heads, task.causal, seed
-    )
+    """The network of an attention; each block has its own seed. `UserError` where the attention cannot do the task."""
+    # one that has no such option is not refused where it is not needed
+    options = {"memory_fraction": recipe.memory_fraction, "causal": True if task.causal else None}
+    length, dim, heads = recipe.length, recipe.dim, recipe.heads
+    seeds = range(seed, seed + recipe.depth)
+    attentions = [create_attention(attention, length, dim // heads, seed=each, **options) for each in seeds]
+    return Network(attentions, task.vocabulary, task.num_outputs, length, dim, heads, task.causal, seed)
 
 
 def learning_rate(progress: float, highest: float) -> float:
-    """Linear warm-up, then half a cosine to zero.
-
-    Args:
-        progress: part of the training that is done, in [0, 1].
-        highest: at the end of the warm-up.
-    """
+    """Learning rate after a part of the training in [0, 1]: linear warm-up to `highest`, then half a cosine to zero."""
     if progress < WARM_UP:
         return highest * progress / WARM_UP
     return highest * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
 class Training:
-    """The training of one network; the seed is that of weights, batches and features.
-
-    Raises:
-        UserError: the attention cannot do the task.
-    """
+    """The training of one network; the seed is that of weights, batches and features."""
 
     def __init__(self, task: Task, attention: str, recipe: Recipe, seed: int, device: torch.device) -> None:
         self.task, self.attention, self.recipe, self.seed, self.device = task, attention, recipe, seed, device
@@ -166,12 +109,9 @@ class Training:
         )
         self.losses = torch.zeros(recipe.steps, device=device)
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The precision that is asked for."""
-        dtype = PRECISIONS[self.recipe.precision]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            yield
+    def autocast(self) -> torch.autocast:
+        """Context of the recipe's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def backward(self, index: torch.Tensor) -> torch.Tensor:
         """Loss of a batch, and its gradients."""
@@ -232,16 +172,13 @@ class Training:
                 peak = max(peak, torch.cuda.max_memory_allocated(device))
             first = int(curve[-1]["step"]) if curve else 0
             losses = self.losses[first:done]
-            if losses.isfinite().all():
-                metric, error = self.evaluate()
-                if math.isfinite(metric):
-                    curve.append({"step": done, "metric": metric, "train_loss": losses.mean().item()})
-                else:
-                    metric = error = None
-                    diverged_at = done
+            finite = losses.isfinite()
+            metric, error = self.evaluate() if finite.all() else (math.nan, None)
+            if math.isfinite(metric):
+                curve.append({"step": done, "metric": metric, "train_loss": losses.mean().item()})
             else:
                 metric = error = None
-                diverged_at = first + int((~losses.isfinite()).int().argmax()) + 1
+                diverged_at = done if finite.all() else first + int((~finite).int().argmax()) + 1
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats(device)
             since = seconds_now(device)
@@ -263,22 +200,18 @@ class Training:
 
 
 class Experiment:
-    """All trainings of a run of the script with these options.
-
-    Raises:
-        UserError: a value out of range.
-    """
+    """All trainings of a run of the script with these options; `UserError` for a value out of range."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds - arguments.depth)
-        self.device = choose_device(arguments.device)
-        chosen = {
-            "device": self.device.type,
-            "precision": arguments.precision or ("bfloat16" if self.device.type == "cuda" else "float32"),
-        }
+        self.device = tools.choose_device(arguments.device)
+        precision = arguments.precision or PRECISIONS[self.device.type == "cuda"]
+        chosen = {"device": self.device.type, "precision": precision}
         self.arguments = argparse.Namespace(**vars(arguments) | chosen)
         self.recipe = Recipe(**{name: getattr(self.arguments, name) for name in Recipe.__dataclass_fields__})
-        self.recipe.check()
+        budget_columns(arguments.length, arguments.memory_fraction)  # refuses what is out of range
+        if arguments.dim % arguments.heads:
+            raise UserError(f"--heads {arguments.heads} does not divide --dim {arguments.dim}. Choose another.")
         self.cases = [
             (seed, task, attention)
             for seed in range(arguments.seed, arguments.seed + arguments.num_seeds)
@@ -290,19 +223,13 @@ class Experiment:
         self.skipped: list[dict[str, Any]] = []
 
     def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
-        """Train all; `save` is called after each.
-
-        Raises:
-            UserError: the length does not suit a task.
-        """
-        arguments = self.arguments
-        tasks = {}
+        """Train all; `save` is called after each."""
+        arguments, tasks = self.arguments, {}
         with progress_display(console) as progress:
             bar = progress.add_task("data", total=len(self.cases) * arguments.steps)
             for name in arguments.tasks:
-                tasks[name] = create_task(
-                    name, arguments.length, arguments.num_expressions, arguments.seed, self.device
-                )
+                options = (arguments.length, arguments.num_expressions, arguments.seed, self.device)
+                tasks[name] = create_task(name, *options)
             self.tasks = {name: task.description for name, task in tasks.items()}
             for number, (seed, name, attention) in enumerate(self.cases, start=1):
                 progress.update(bar, description=f"{name}: {attention}")
@@ -311,7 +238,7 @@ class Experiment:
                     self.results.append(training.run(lambda steps: progress.advance(bar, steps)))
                 # the others go on: what an attention cannot do, memory of the device, a kernel that it lacks
                 except (UserError, RuntimeError) as error:
-                    reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
+                    reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else tools.first_line(error)
                     self.skipped.append({"task": name, "attention": attention, "seed": seed, "reason": reason})
                 training = None  # its memory is the next one's
                 progress.update(bar, completed=number * arguments.steps)
@@ -321,11 +248,8 @@ class Experiment:
         """Trainings that were not reached."""
         done = {(each.seed, each.task, each.attention) for each in self.results}
         done |= {(each["seed"], each["task"], each["attention"]) for each in self.skipped}
-        return [
-            f"{task} {attention} (seed {seed})"
-            for seed, task, attention in self.cases
-            if (seed, task, attention) not in done
-        ]
+        cases = [case for case in self.cases if case not in done]
+        return [f"{task} {attention} (seed {seed})" for seed, task, attention in cases]
 
     def report(self) -> dict[str, Any]:
         """Everything, for a file."""
@@ -333,7 +257,7 @@ class Experiment:
             "complete": not self.missing(),
             "machine": machine_info(self.device),
             "versions": package_versions(),
-            "settings": without_paths(self.arguments),
+            "settings": tools.without_paths(self.arguments),
             "tasks": self.tasks,
             "results": [asdict(result) for result in self.results],
             "skipped": self.skipped,
@@ -341,11 +265,7 @@ class Experiment:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """What `--output` holds.
-
-    Raises:
-        UserError: it cannot be read, or is something else.
-    """
+    """Content of a file of `--output`."""
     return read_rows(path, ("settings", "tasks", "results", "skipped"), "Give the --output of a run.")
 
 
@@ -387,16 +307,9 @@ def result_tables(content: Mapping[str, Any]) -> list[Table]:
     for task in content["tasks"]:
         groups = by_attention(content, task)
         several = max((len(results) for results in groups.values()), default=1) > 1
-        headers = (
-            "memory",
-            "steps",
-            METRICS[task],
-            "± over seeds" if several else "± of the data",
-            "ms per step",
-            "MiB",
-        )
-        title = f"{TITLES[task]}: {METRICS[task]} on held-out data"
-        table = new_table(title, ("attention", *headers), ("attention",))
+        spread = "± over seeds" if several else "± of the data"
+        headers = ("attention", "memory", "steps", METRICS[task], spread, "ms per step", "MiB")
+        table = tools.new_table(f"{TITLES[task]}: {METRICS[task]} on held-out data", headers, ("attention",))
         for name, results in groups.items():
             metric, error = mean_metric(results), None
             if metric is not None and several:
@@ -422,11 +335,9 @@ def result_tables(content: Mapping[str, Any]) -> list[Table]:
 def notes(content: Mapping[str, Any]) -> list[str]:
     """Lines on what was left out or diverged, and why."""
     lines = [f"{each['task']}: {each['attention']} left out. {each['reason']}." for each in content["skipped"]]
-    for each in content["results"]:
-        if each["diverged_at"] is not None:
-            lines.append(
-                f"{each['task']}: {each['attention']} (seed {each['seed']}) diverged at step {each['diverged_at']}."
-            )
+    diverged = [each for each in content["results"] if each["diverged_at"] is not None]
+    template = "{task}: {attention} (seed {seed}) diverged at step {diverged_at}."
+    lines += [template.format(**each) for each in diverged]
     return list(dict.fromkeys(lines))
 
 
@@ -470,12 +381,11 @@ def draw_task(axes: Axes, content: Mapping[str, Any], task: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, print, write and draw what the options of `scripts/experiment_training.py` name; the exit status."""
-    check_writable(arguments.output)
-    check_figure(arguments.figure)
+    tools.check_writable(arguments.output)
+    tools.check_figure(arguments.figure)
     experiment = Experiment(arguments)
-    return saved_until_stopped(
-        experiment.run, experiment.report, arguments.output, lambda: conclude(arguments, experiment)
-    )
+    end = functools.partial(conclude, arguments, experiment)
+    return tools.saved_until_stopped(experiment.run, experiment.report, arguments.output, end)
 
 
 def conclude(arguments: argparse.Namespace, experiment: Experiment) -> int:
@@ -490,11 +400,8 @@ def conclude(arguments: argparse.Namespace, experiment: Experiment) -> int:
     for table in result_tables(content):
         console.print(table, "")
     for line in notes(content):
-        say(line)
-    if arguments.output is not None:
-        write_rows(arguments.output, content)
-    if arguments.figure is not None:
-        save_figure(draw(content), arguments.figure)
+        tools.say(line)
+    tools.write_results(arguments, content, lambda: draw(content))
     if missing:
         print(f"Interrupted. Missing: {', '.join(missing)}.", file=sys.stderr)
     return 1 if missing else 0
