@@ -40,19 +40,12 @@ ONE_HOT = 2.0**-40
 
 @dataclass(frozen=True)
 class StageInputs:
-    """Inputs of the attention of one layer: a token stage (one head) or a block of the backbone (several).
+    """Inputs of the attention of one layer: a token stage (one head) or a block of the backbone (several)."""
 
-    Attributes:
-        query: (B, T, H, E).
-        key: (B, S, H, E).
-        value: (B, S, H, D).
-        scale: softmax scale of the layer.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
+    query: torch.Tensor  # (B, T, H, E)
+    key: torch.Tensor  # (B, S, H, E)
+    value: torch.Tensor  # (B, S, H, D)
+    scale: float  # softmax scale of the layer
 
     def image(self, index: int) -> StageInputs:
         """Those of one image, as a batch of one."""
@@ -230,15 +223,12 @@ def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor
 
 @torch.no_grad()
 def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_weights: bool = False) -> torch.Tensor:
-    """Relative Frobenius errors against full attention, `|| out - full ||_F / || full ||_F` over T, H and D.
+    """Relative Frobenius errors (attentions, B) float64 against full attention, over T, H and D.
 
     Args:
         inputs: of one layer.
         attentions: modules with the softmax scale of the layer.
         of_weights: compare the matrices of weights (T, S) in place of the outputs. Takes O(T S) memory.
-
-    Returns:
-        (attentions, B) float64, one for each attention and image.
     """
     full, tensors = _full_attention(inputs, of_weights)
     columns = full.shape[-1]
@@ -295,14 +285,7 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 
 
 def effective_keys(weights: torch.Tensor) -> torch.Tensor:
-    """Number of keys over which a query spreads its weight: exp(H), H the entropy of its weights in nats.
-
-    Args:
-        weights: (..., S), not negative, sums 1.
-
-    Returns:
-        (...) in [1, S]: 1 for a single key, S for equal weights.
-    """
+    """Number of keys over which a query spreads its weights (..., S): exp of their entropy in nats, in [1, S]."""
     return torch.special.entr(weights).sum(-1).exp()
 
 

@@ -305,9 +305,8 @@ def run(arguments: argparse.Namespace) -> int:
     differing = [row for row in rows if row.get("differences")]
     if arguments.output is not None:
         settings = without_paths(arguments, "data_dir", "checkpoint", "keep")
-        write_rows(
-            arguments.output, {"machine": machine, "settings": settings, "equal": not differing, "results": rows}
-        )
+        content = {"machine": machine, "settings": settings, "equal": not differing, "results": rows}
+        write_rows(arguments.output, content)
     for row in differing:
         print(f"Error: {row['format']} differs from {REFERENCE} in {', '.join(row['differences'])}.", file=sys.stderr)
     return 1 if differing else 0

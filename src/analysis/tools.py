@@ -31,9 +31,6 @@ FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 T = TypeVar("T")
 
 
-# Options --------------------------------------------------------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     """Raises `UserError` where argparse would print its usage and exit with status 2; options are not abbreviated."""
 
@@ -148,9 +145,6 @@ def without_paths(arguments: argparse.Namespace, *others: str) -> dict[str, Any]
     return {name: value for name, value in vars(arguments).items() if name not in ("output", "figure", *others)}
 
 
-# Running --------------------------------------------------------------------------------------------------------------
-
-
 def run_tool(
     parser: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace], int | None],
@@ -254,9 +248,6 @@ def compile_ahead(work: Callable[[T], object], cases: Sequence[T], jobs: int, pr
 def default_jobs() -> int:
     """Default number of processes that compile: each takes memory of the device."""
     return min(8, usable_cpus())
-
-
-# Output ---------------------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:

@@ -17,22 +17,7 @@ from torch.utils.data import Subset
 from scatterbrain.attention import attention_memory
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
-from src.analysis.approximation import (
-    StageInputs,
-    attention_weights,
-    bias_and_spread,
-    capture_inputs,
-    create_block_attentions,
-    create_stage_attentions,
-    effective_keys,
-    largest_logit,
-    load_model,
-    open_split,
-    over_seeds,
-    plus_minus,
-    relative_errors,
-    spread,
-)
+from src.analysis import approximation
 from src.analysis.records import write_rows
 from src.analysis.tools import check_writable, choose_device, console_for_tables, new_table, say
 from src.datamodules.dataset import ImageLoader
@@ -79,21 +64,23 @@ class LayerRecords:
         self.effective_keys: list[float] = []
         self.largest_logits: list[float] = []
 
-    def update(self, inputs: StageInputs, of_matrix: Sequence[int]) -> None:
+    def update(self, inputs: approximation.StageInputs, of_matrix: Sequence[int]) -> None:
         """Take a batch of which the images `of_matrix` have their matrices compared, one at a time."""
         for name, modules in self.samples.items():
             if len(modules) > 1:
-                errors, *bias = bias_and_spread(inputs, modules)
+                errors, *bias = approximation.bias_and_spread(inputs, modules)
                 self.biases[name].append(bias)
             else:
-                errors = relative_errors(inputs, modules)
+                errors = approximation.relative_errors(inputs, modules)
             self.output_errors[name].append(errors)
         every = [module for modules in self.samples.values() for module in modules]
         for number in of_matrix:
             one = inputs.image(number)
-            self.matrix_errors.append(relative_errors(one, every, of_weights=True))
-            self.effective_keys.append(effective_keys(attention_weights(one, self.full)).mean().item())
-            self.largest_logits.append(largest_logit(one).item())
+            self.matrix_errors.append(approximation.relative_errors(one, every, of_weights=True))
+            self.effective_keys.append(
+                approximation.effective_keys(approximation.attention_weights(one, self.full)).mean().item()
+            )
+            self.largest_logits.append(approximation.largest_logit(one).item())
 
     def approximations(self) -> Iterator[Row]:
         """A row for each attention.
@@ -114,10 +101,10 @@ class LayerRecords:
                 "stage": self.stage,
                 "options": modules[0].sizes(),
                 "memory": attention_memory(modules[0], self.num_tokens),
-                "output_error": over_seeds(torch.cat(self.output_errors[name], 1).mean(1).tolist()),
+                "output_error": approximation.over_seeds(torch.cat(self.output_errors[name], 1).mean(1).tolist()),
                 "bias": bias,
                 "spread": about_it,
-                "matrix_error": over_seeds(matrix.mean(1).tolist()),
+                "matrix_error": approximation.over_seeds(matrix.mean(1).tolist()),
             }
 
     def sharpness(self) -> Row:
@@ -147,7 +134,7 @@ def layer_records(
 
     records, skipped = [], []
     if layers != "backbone":
-        samples = {name: modules_by_layer(create_stage_attentions, name) for name in attentions}
+        samples = {name: modules_by_layer(approximation.create_stage_attentions, name) for name in attentions}
         lengths = stage_lengths(model.image_size)
         for number, (full, length) in enumerate(zip(model.token_attentions, lengths, strict=True)):
             of_stage = {name: modules[number] for name, modules in samples.items()}
@@ -156,13 +143,13 @@ def layer_records(
         samples = {}
         for name in attentions:
             try:
-                samples[name] = modules_by_layer(create_block_attentions, name)
+                samples[name] = modules_by_layer(approximation.create_block_attentions, name)
             except UserError as error:
                 skipped.append({"attention": name, "layer": BACKBONE, "reason": str(error)})
         if not samples:
             raise UserError(skipped[0]["reason"])
         length = model.patch_embed.num_patches + 1
-        for number, full in enumerate(create_block_attentions("full", model)):
+        for number, full in enumerate(approximation.create_block_attentions("full", model)):
             of_block = {name: modules[number] for name, modules in samples.items()}
             records.append(LayerRecords(f"block {number + 1}", None, length, full, of_block))
     return records, skipped
@@ -177,7 +164,7 @@ def backbone_means(rows: Sequence[Row]) -> list[Row]:
             mean = {**blocks[0], "layer": MEAN_OF_BLOCKS}
             for kind in ("output_error", "matrix_error"):
                 per_seed = zip(*(row[kind]["per_seed"] for row in blocks), strict=True)
-                mean[kind] = over_seeds([statistics.fmean(values) for values in per_seed])
+                mean[kind] = approximation.over_seeds([statistics.fmean(values) for values in per_seed])
             if mean["bias"] is not None:
                 mean |= {kind: statistics.fmean(row[kind] for row in blocks) for kind in ("bias", "spread")}
             means.append(mean)
@@ -200,7 +187,7 @@ def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Ta
         layer = row["layer"]
         sizes = " + ".join(map(str, row["options"].values())) or "-"
         parts = ("-" if row[kind] is None else f"{row[kind]:.3f}" for kind in ("bias", "spread"))
-        errors = (plus_minus(row["output_error"]), *parts, plus_minus(row["matrix_error"]))
+        errors = (approximation.plus_minus(row["output_error"]), *parts, approximation.plus_minus(row["matrix_error"]))
         table.add_row(row["attention"], layer, sizes, f"{100 * row['memory']:.1f} %", *errors)
     return table
 
@@ -211,17 +198,19 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
     seeds = list(range(arguments.seed, arguments.seed + arguments.num_seeds))
     device = choose_device(arguments.device)
-    name, model = load_model(arguments.checkpoint)
+    name, model = approximation.load_model(arguments.checkpoint)
     model.to(device)
-    dataset = open_split(arguments.data_dir, arguments.split, model)
+    dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
     layers, skipped = layer_records(model, arguments.layers, arguments.attentions, arguments.memory_fraction, seeds)
 
-    chosen = spread(len(dataset), arguments.limit or len(dataset))
-    of_matrix = {chosen[number] for number in spread(len(chosen), arguments.matrix_images)}
+    chosen = approximation.spread(len(dataset), arguments.limit or len(dataset))
+    of_matrix = {chosen[number] for number in approximation.spread(len(chosen), arguments.matrix_images)}
     loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
     for images, _, positions in track(loader, "Photographs", console=Console(stderr=True), transient=True):
         wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
-        for records, inputs in zip(layers, capture_inputs(model, images.to(device), arguments.layers), strict=True):
+        for records, inputs in zip(
+            layers, approximation.capture_inputs(model, images.to(device), arguments.layers), strict=True
+        ):
             records.update(inputs, wanted)
 
     rows = [row for records in layers for row in records.approximations()]

@@ -60,9 +60,6 @@ ERROR_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2,
 Row = dict[str, Any]
 
 
-# Photographs and reference --------------------------------------------------------------------------------------------
-
-
 def load_photographs(dataset: ImageFolderDataset, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, 3, size, size) in channels-last memory, which the inference form reads as it is, and labels (B,)."""
     with ThreadPoolExecutor(usable_cpus()) as pool:
@@ -131,7 +128,9 @@ class Reference:
     def output_errors(self, attentions: Sequence[AttentionModule]) -> list[float]:
         """Relative Frobenius error of the output of each stage, mean over photographs."""
         found = []
-        for attention, inputs, outputs in zip(attentions, zip(*self.stages), zip(*self.outputs), strict=True):
+        for attention, inputs, outputs in zip(
+            attentions, zip(*self.stages, strict=True), zip(*self.outputs, strict=True), strict=True
+        ):
             pairs = zip(inputs, outputs, strict=True)
             errors = [relative_error(attention(x.query, x.key, x.value)[0], full) for x, full in pairs]
             found.append(torch.cat(errors).mean())
@@ -141,9 +140,6 @@ class Reference:
 def percent(hits: torch.Tensor) -> float:
     """Share of the entries that are true, in percent."""
     return 100 * hits.sum().item() / len(hits)
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def is_random(attention: str) -> bool:
@@ -233,9 +229,6 @@ def measure_memory(
 def read_results(path: str | Path) -> Row:
     """Content of a file of `--output`."""
     return read_rows(path, ("results", "skipped", "full_attention"), "Give the --output of a run.")
-
-
-# Figure and table -----------------------------------------------------------------------------------------------------
 
 
 def fraction_text(value: float) -> str:
@@ -341,9 +334,6 @@ def skipped_lines(rows: Sequence[Row]) -> Iterator[str]:
             reasons.setdefault(key, []).append(fraction_text(row["memory_fraction"]))
     for (attention, reason), fractions in reasons.items():
         yield f"{attention} left out at {', '.join(fractions)}: {reason}."
-
-
-# Running --------------------------------------------------------------------------------------------------------------
 
 
 class Experiment:

@@ -69,9 +69,6 @@ class Approximation:
     memory: float  # over that of the full matrix
 
 
-# Data and attentions --------------------------------------------------------------------------------------------------
-
-
 def draw_tokens(data: str, length: int, width: int, num_centres: int, seed: int) -> StageInputs:
     """Queries, keys and values of one head, and the scale E ** -0.5; every coordinate has variance 1.
 
@@ -206,9 +203,6 @@ def attentions(inputs: StageInputs, memory: float, seed: int) -> dict[str, Appro
     return result
 
 
-# Measuring ------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def approximate(inputs: StageInputs, memory: float, seed: int) -> dict[str, Approximation]:
     """Every approximation of full attention on these inputs (a batch of one with one head), by name."""
@@ -335,9 +329,6 @@ def measure_variance(
             row["predicted"] = None if kind == "orthogonal" else predicted_variance(squared_norm, num_features, cosh)
             rows.append(row)
     return rows
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
 
 
 def draw(rows: Sequence[Mapping[str, Any]], memory: float, error: str = "matrix_error") -> Figure:

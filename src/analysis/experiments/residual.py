@@ -33,8 +33,7 @@ from src.analysis.approximation import (
 from src.analysis.experiments.regimes import full_weights, keep_largest, nearest_of_rank
 from src.analysis.plots import style
 from src.analysis.plots.style import COLOURS, FAINT, INK, LEGEND
-from src.analysis.records import write_rows
-from src.analysis.tools import check_figure, check_writable, save_figure
+from src.analysis.tools import check_figure, check_writable, write_results
 from src.distributed.launch import MAX_SEED
 from src.models.t2t_vit import T2TViT
 from src.tasks.provenance import package_versions
@@ -54,18 +53,10 @@ ENERGIES = (0.9, 0.99)
 
 @dataclass
 class Maps:
-    """The weights of one token in one stage, as grids of tokens in multiples of 1 / N.
+    """The weights of one token in one stage, as grids of tokens in multiples of 1 / N."""
 
-    Attributes:
-        token: row and column of the query.
-        grids: by title, (side, side).
-    """
-
-    token: tuple[int, int]
-    grids: dict[str, np.ndarray]
-
-
-# Measuring ------------------------------------------------------------------------------------------------------------
+    token: tuple[int, int]  # row and column of the query
+    grids: dict[str, np.ndarray]  # by title, (side, side)
 
 
 def support_masks(
@@ -83,10 +74,7 @@ def support_masks(
     keys = keys_for(budget_columns(length, memory) / (1 if whole else 2))
     return {
         "local": (window_mask(length, length, window), {"local_context": window}),
-        "smyrf": (
-            clusters.dense(length, length)[0],
-            {name: cluster[name] for name in ("cluster_size", "num_hashes")},
-        ),
+        "smyrf": (clusters.dense(length, length)[0], {name: cluster[name] for name in ("cluster_size", "num_hashes")}),
         "topk": (keep_largest(weights, keys) > 0, {"num_keys": keys}),
     }
 
@@ -133,15 +121,7 @@ def fit_outside(weights: torch.Tensor, mask: torch.Tensor, rank: int, num_steps:
 def measure_stage(
     inputs: StageInputs, model: T2TViT, stage: int, memory: float = 1 / 32, num_queries: int = 784, seed: int = 1111
 ) -> dict[str, dict[str, Any]]:
-    """The split of one image's matrix in one stage, by support.
-
-    Args:
-        inputs: of one image.
-        model: that they are of.
-        stage: 1 or 2.
-        memory: memory fraction.
-        num_queries: rows of the matrix that are kept, spread evenly; singular values are of these.
-        seed: of the hashes.
+    """The split of one image's matrix in one stage, by support; `num_queries` of its rows are kept, spread evenly.
 
     Returns:
         For each support: `sizes`, `energy_on_support` (share of the sum of squares), `num_values` (by part and
@@ -164,11 +144,8 @@ def measure_stage(
     result = {}
     for name, (mask, sizes) in halves.items():
         sparse = weights * mask[rows]
-        values = {
-            "full": full_values,
-            "sparse": singular_values(sparse),
-            "residual": singular_values(weights - sparse),
-        }
+        parts = (full_values, singular_values(sparse), singular_values(weights - sparse))
+        values = dict(zip(PARTS, parts, strict=True))
         left = {part: left_after(each, total) for part, each in values.items()}
         alone = (weights * ~wholes[name][0][rows]).norm().item() / total
         result[name] = {
@@ -254,9 +231,6 @@ def measure_residuals(
     return rows
 
 
-# Figure ---------------------------------------------------------------------------------------------------------------
-
-
 def draw(rows: Sequence[Mapping[str, Any]], maps: Sequence[Maps], pixels: np.ndarray) -> Figure:
     """Maps of a token in both stages above, with the photograph's pixels; errors by rank below."""
     figure = style.new_figure(11, 7.9)
@@ -332,17 +306,14 @@ def run(arguments: argparse.Namespace) -> None:
     shown = track(images, "Photographs", console=Console(stderr=True), transient=True)
     rows = measure_residuals(model, shown, memory, arguments.num_queries, seed)
     Console(width=120).print(residual_table(rows))
-    if arguments.output is not None:
-        content = {
-            "machine": machine_info(torch.device("cpu")),
-            "versions": package_versions(),
-            "model": name,
-            "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
-            "images": [dataset.paths[position] for position in chosen],
-            "memory_fraction": memory,
-            "seed": seed,
-            "results": rows,
-        }
-        write_rows(arguments.output, content)
-    if arguments.figure is not None:
-        save_figure(draw(rows, *photograph_maps(model, images[0], memory, seed)), arguments.figure)
+    content = {
+        "machine": machine_info(torch.device("cpu")),
+        "versions": package_versions(),
+        "model": name,
+        "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
+        "images": [dataset.paths[position] for position in chosen],
+        "memory_fraction": memory,
+        "seed": seed,
+        "results": rows,
+    }
+    write_results(arguments, content, lambda: draw(rows, *photograph_maps(model, images[0], memory, seed)))

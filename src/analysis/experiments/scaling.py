@@ -30,36 +30,22 @@ LETTERS = {"local_context": "W", "nb_features": "M", "num_landmarks": "C", "num_
 
 @dataclass(frozen=True)
 class Point:
-    """One attention at one length.
+    """One attention at one length."""
 
-    Attributes:
-        length: number of tokens N.
-        milliseconds: time of one sequence of the batch, forward.
-        ratio: of that time to SDPA's.
-        mebibytes: peak of what the call allocates, over the batch.
-    """
-
-    length: int
-    milliseconds: float
-    ratio: float
-    mebibytes: float
+    length: int  # number of tokens N
+    milliseconds: float  # time of one sequence of the batch, forward
+    ratio: float  # of that time to SDPA's
+    mebibytes: float  # peak of what the call allocates, over the batch
 
 
 @dataclass(frozen=True)
 class Line:
-    """One attention over all lengths, with the same sizes at each.
+    """One attention over all lengths, with the same sizes at each."""
 
-    Attributes:
-        name: of the attention, or SDPA.
-        sizes: by the names of their options; empty for full attention.
-        clock: `device` or `call`, see the top of this file.
-        points: from the shortest length to the longest.
-    """
-
-    name: str
-    sizes: dict[str, int]
-    clock: str
-    points: tuple[Point, ...]
+    name: str  # of the attention, or SDPA
+    sizes: dict[str, int]  # by the names of their options; empty for full attention
+    clock: str  # `device` or `call`, see `scripts/experiment_scaling.py`
+    points: tuple[Point, ...]  # from the shortest length to the longest
 
     def exponent(self, quantity: str, fit_from: int = FIT_FROM) -> float | None:
         """Slope of the logarithm of one of `QUANTITIES` against that of N, by least squares over N >= `fit_from`.
@@ -88,24 +74,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Scaling:
-    """One run of the benchmark.
+    """One run of the benchmark."""
 
-    Attributes:
-        device: `cpu` or `cuda`.
-        title: of device and machine.
-        growth_length: length that the sizes fit.
-        batches: number of sequences of a call, by length.
-        lines: SDPA first.
-    """
-
-    device: str
-    title: str
-    growth_length: int
-    batches: dict[int, int]
-    lines: tuple[Line, ...]
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
+    device: str  # `cpu` or `cuda`
+    title: str  # of device and machine
+    growth_length: int  # length that the sizes fit
+    batches: dict[int, int]  # number of sequences of a call, by length
+    lines: tuple[Line, ...]  # SDPA first
 
 
 def read_scaling(path: str | os.PathLike[str], attentions: Sequence[str] = ATTENTION_LINES) -> Scaling:
@@ -166,9 +141,6 @@ def _line(
             ratio = milliseconds / full["device_milliseconds"]
         points.append(Point(row["length"], milliseconds / batch, ratio, row["temporary_bytes"] / 2**20 / batch))
     return Line(name, pairs[0][0]["sizes"], "device" if device else "call", tuple(points))
-
-
-# Output ---------------------------------------------------------------------------------------------------------------
 
 
 def point_table(scaling: Scaling) -> Table:

@@ -269,9 +269,6 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return read_rows(path, ("settings", "tasks", "results", "skipped"), "Give the --output of a run.")
 
 
-# Tables and figure ----------------------------------------------------------------------------------------------------
-
-
 def by_attention(content: Mapping[str, Any], task: str) -> dict[str, list[Mapping[str, Any]]]:
     """Trainings of a task by attention, the best first and those that diverged last."""
     groups: dict[str, list[Mapping[str, Any]]] = {}

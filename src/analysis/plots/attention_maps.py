@@ -21,30 +21,8 @@ from rich.progress import track
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_bounds
-from src.analysis.approximation import (
-    attention_weights,
-    capture_stage_inputs,
-    create_stage_attentions,
-    effective_keys,
-    load_model,
-    open_split,
-    pixels_of,
-    relative_error,
-    spread,
-)
-from src.analysis.plots.style import (
-    COLOURS,
-    EDGE,
-    FAINT,
-    INK,
-    OTHER,
-    change_colours,
-    draw_grid,
-    draw_photograph,
-    draw_token,
-    new_figure,
-    weight_colours,
-)
+from src.analysis import approximation
+from src.analysis.plots import style
 from src.analysis.tools import check_writable, choose_device, say
 from src.datamodules.dataset import ImageFolderDataset
 from src.distributed.launch import MAX_SEED
@@ -77,32 +55,20 @@ LEAST_WIDTH = 2 * MARGIN + 4 * PANEL + 3 * GAP
 
 @dataclass
 class AttentionMap:
-    """Row of the attention matrix of one token.
+    """Row of the attention matrix of one token."""
 
-    Attributes:
-        weights: (side, side), in multiples of 1 / N: 1 everywhere is equal attention to all N tokens.
-        options: window and number of features.
-        effective_keys: number of tokens that the weights are spread over, exp of their entropy.
-        error: || row - full || / || full ||.
-    """
-
-    weights: np.ndarray
-    options: dict[str, int]
-    effective_keys: float
-    error: float
+    weights: np.ndarray  # (side, side), in multiples of 1 / N: 1 everywhere is equal attention to all N tokens
+    options: dict[str, int]  # window and number of features
+    effective_keys: float  # number of tokens that the weights are spread over, exp of their entropy
+    error: float  # || row - full || / || full ||
 
 
 @dataclass
 class StageMaps:
-    """The maps of one photograph in one stage.
+    """The maps of one photograph in one stage."""
 
-    Attributes:
-        token: row and column of the query.
-        maps: by attention, full attention first.
-    """
-
-    token: tuple[int, int]
-    maps: dict[str, AttentionMap]
+    token: tuple[int, int]  # row and column of the query
+    maps: dict[str, AttentionMap]  # by attention, full attention first
 
     @property
     def side(self) -> int:
@@ -112,17 +78,11 @@ class StageMaps:
 
 @dataclass
 class Photograph:
-    """A photograph and its maps.
+    """A photograph and its maps."""
 
-    Attributes:
-        path: relative to the split's folder.
-        pixels: (height, width, 3) in [0, 1], as the network sees it.
-        stages: maps of stage 1 and stage 2.
-    """
-
-    path: str
-    pixels: np.ndarray
-    stages: list[StageMaps]
+    path: str  # relative to the split's folder
+    pixels: np.ndarray  # (height, width, 3) in [0, 1], as the network sees it
+    stages: list[StageMaps]  # maps of stage 1 and stage 2
 
 
 def choose_images(dataset: ImageFolderDataset, paths: Sequence[str] | None) -> list[int]:
@@ -132,7 +92,7 @@ def choose_images(dataset: ImageFolderDataset, paths: Sequence[str] | None) -> l
         UserError: a photograph is not there; near names are suggested.
     """
     if paths is None:
-        return spread(len(dataset), 2)
+        return approximation.spread(len(dataset), 2)
     for path in paths:
         if path not in dataset.paths:
             near = difflib.get_close_matches(path, dataset.paths) or dataset.paths[:1]
@@ -148,14 +108,11 @@ def stage_maps(
 ) -> list[StageMaps]:
     """The maps of both stages for a normalised image (3, image_size, image_size).
 
-    Args:
-        model: with full attention.
-        attentions: modules of both stages by name, full attention first.
-        image: the image.
-        where: the query, as fractions of height and width.
+    The model has full attention; `attentions` are modules of both stages by name, full attention first, and `where` is
+    the query, as fractions of height and width.
     """
     stages = []
-    for stage, inputs in enumerate(capture_stage_inputs(model, image[None])):
+    for stage, inputs in enumerate(approximation.capture_stage_inputs(model, image[None])):
         num_tokens = inputs.query.shape[1]
         side = round(num_tokens**0.5)
         token = tuple(int(fraction * side) for fraction in where)
@@ -163,18 +120,15 @@ def stage_maps(
         maps: dict[str, AttentionMap] = {}
         rows: dict[str, torch.Tensor] = {}
         for name, modules in attentions.items():
-            rows[name] = attention_weights(inputs, modules[stage])[:, 0, number].cpu()
+            rows[name] = approximation.attention_weights(inputs, modules[stage])[:, 0, number].cpu()
             maps[name] = AttentionMap(
                 (rows[name] * num_tokens).reshape(side, side).numpy(),
                 modules[stage].sizes(),
-                effective_keys(rows[name]).item(),
-                relative_error(rows[name], rows["full"]).item(),
+                approximation.effective_keys(rows[name]).item(),
+                approximation.relative_error(rows[name], rows["full"]).item(),
             )
         stages.append(StageMaps(token, maps))
     return stages
-
-
-# Figure ---------------------------------------------------------------------------------------------------------------
 
 
 def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
@@ -186,24 +140,24 @@ def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
     width = max(LEAST_WIDTH, 2 * MARGIN + columns * PANEL + (columns - 1) * GAP)
     stage_height = HEADING + 2 * (PANEL + CAPTION)
     height = HEADER + 2 * len(photographs) * stage_height
-    figure = new_figure(width / 100, height / 100)
+    figure = style.new_figure(width / 100, height / 100)
     figure.set(dpi=DOTS_PER_INCH, layout_engine="none")
 
     def write(left: float, top: float, text: str, size: float, **options: object) -> None:
-        options = {"fontsize": size, "color": INK, "va": "top", **options}
+        options = {"fontsize": size, "color": style.INK, "va": "top", **options}
         figure.text(left / width, 1 - top / height, text, **options)
 
     def place(left: float, top: float, size: tuple[float, float] = (PANEL, PANEL)) -> Axes:
         axes = figure.add_axes((left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height))
-        axes.spines[:].set_color(EDGE)
+        axes.spines[:].set_color(style.EDGE)
         return axes
 
     write(MARGIN, 12, "What one token looks at, and what each attention makes of it", 13, fontweight="bold")
     text = f"Ring: the token that looks. Outline: its window. {conditions}"
-    write(MARGIN, 39, text, 9, color=FAINT)
+    write(MARGIN, 39, text, 9, color=style.FAINT)
     bars = (
-        (weight_colours(), "weight of a token, times the average", (0.1, 0.3, 1, 3, 10)),
-        (change_colours(), "change of the weight against full attention", (-10, -3, -1, 0, 1, 3, 10)),
+        (style.weight_colours(), "weight of a token, times the average", (0.1, 0.3, 1, 3, 10)),
+        (style.change_colours(), "change of the weight against full attention", (-10, -3, -1, 0, 1, 3, 10)),
     )
     for number, (colours, label, ticks) in enumerate(bars):
         left = MARGIN + number * (2 * PANEL + 2 * GAP)
@@ -211,7 +165,7 @@ def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
         bar = figure.colorbar(colours, place(left, 81, (2 * PANEL - 9, 9)), orientation="horizontal", extend="both")
         bar.set_ticks(ticks, labels=[f"{tick:g}".replace("-", "\N{MINUS SIGN}") for tick in ticks])
         bar.ax.minorticks_off()
-        bar.ax.tick_params(labelsize=8, length=2, labelcolor=INK)
+        bar.ax.tick_params(labelsize=8, length=2, labelcolor=style.INK)
         bar.outline.set_visible(False)
 
     top = HEADER
@@ -219,19 +173,19 @@ def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
         for number, stage in enumerate(photograph.stages, start=1):
             heading = f"Stage {number}: {stage.side} \N{MULTIPLICATION SIGN} {stage.side} tokens"
             write(MARGIN, top + 12, heading, 10, fontweight="bold")
-            write(MARGIN + 2 * (PANEL + GAP), top + 12, photograph.path, 9, color=FAINT)
+            write(MARGIN + 2 * (PANEL + GAP), top + 12, photograph.path, 9, color=style.FAINT)
             for column, name in enumerate(stage.maps):
                 left = MARGIN + column * (PANEL + GAP)
                 above = place(left, top + HEADING)
                 below = place(left, top + HEADING + PANEL + CAPTION)
                 draw_map(above, stage, name)
                 if name == "full":
-                    draw_photograph(below, photograph.pixels, stage.side)
-                    below.set_xlabel("the photograph", fontsize=8.5, color=INK, labelpad=3)
+                    style.draw_photograph(below, photograph.pixels, stage.side)
+                    below.set_xlabel("the photograph", fontsize=8.5, color=style.INK, labelpad=3)
                 else:
                     draw_difference(below, stage, name)
                 for axes in (above, below):
-                    draw_token(axes, stage.token)
+                    style.draw_token(axes, stage.token)
             top += stage_height
     return figure
 
@@ -239,23 +193,23 @@ def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
 def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
     """Draw the weights of one attention, with its name and sizes."""
     item = stage.maps[name]
-    draw_grid(axes, item.weights, weight_colours())
+    style.draw_grid(axes, item.weights, style.weight_colours())
     outline_window(axes, stage, name, "white")
     parts = [SIZES[option].format(size) for option, size in item.options.items() if option in SIZES]
     sizes = " + ".join(parts) or f"all {stage.side**2:,} keys"
-    axes.set_title(sizes, fontsize=8.5, color=INK, pad=4)
-    label, colour = NAMES.get(name, name), COLOURS.get(name, OTHER)
+    axes.set_title(sizes, fontsize=8.5, color=style.INK, pad=4)
+    label, colour = NAMES.get(name, name), style.COLOURS.get(name, style.OTHER)
     where = {"transform": axes.transAxes, "ha": "center"}
     axes.text(0.5, 1.12, label, fontsize=11, fontweight="bold", color=colour, **where)
-    axes.set_xlabel(f"spread over {item.effective_keys:,.0f} keys", fontsize=8.5, color=INK, labelpad=3)
+    axes.set_xlabel(f"spread over {item.effective_keys:,.0f} keys", fontsize=8.5, color=style.INK, labelpad=3)
 
 
 def draw_difference(axes: Axes, stage: StageMaps, name: str) -> None:
     """Draw the weights of one attention less those of full attention."""
     item = stage.maps[name]
-    draw_grid(axes, item.weights - stage.maps["full"].weights, change_colours())
-    outline_window(axes, stage, name, INK)
-    axes.set_xlabel(f"change, relative error {item.error:.2f}", fontsize=8.5, color=INK, labelpad=3)
+    style.draw_grid(axes, item.weights - stage.maps["full"].weights, style.change_colours())
+    outline_window(axes, stage, name, style.INK)
+    axes.set_xlabel(f"change, relative error {item.error:.2f}", fontsize=8.5, color=style.INK, labelpad=3)
 
 
 def outline_window(axes: Axes, stage: StageMaps, name: str, colour: str) -> None:
@@ -279,8 +233,13 @@ def window_edges(side: int, token: tuple[int, int], window: int) -> list[tuple[t
 
 def choose_colours(photographs: Sequence[Photograph]) -> np.ndarray:
     """At most 256 colours, (number, 3) in [0, 255]: those of maps, bars and text, the rest for the photographs."""
-    colours = [colours.cmap(np.linspace(0, 1, MAP_SHADES))[:, :3] for colours in (weight_colours(), change_colours())]
-    colours.append(to_rgba_array([COLOURS.get(name, OTHER) for name in photographs[0].stages[0].maps])[:, :3])
+    colours = [
+        colours.cmap(np.linspace(0, 1, MAP_SHADES))[:, :3]
+        for colours in (style.weight_colours(), style.change_colours())
+    ]
+    colours.append(
+        to_rgba_array([style.COLOURS.get(name, style.OTHER) for name in photographs[0].stages[0].maps])[:, :3]
+    )
     colours.append(np.linspace((0, 0, 0), (1, 1, 1), TEXT_SHADES))
     drawn = np.rint(255 * np.concatenate(colours)).astype(np.uint8)
     pixels = np.rint(255 * np.concatenate([photograph.pixels for photograph in photographs])).astype(np.uint8)
@@ -319,11 +278,11 @@ def plot(arguments: argparse.Namespace) -> None:
     if len(arguments.attentions) == 1:
         raise UserError("--attentions full alone leaves nothing to compare. Add another one, such as sblocal.")
     device = choose_device(arguments.device)
-    variant, model = load_model(arguments.checkpoint)
+    variant, model = approximation.load_model(arguments.checkpoint)
     model.to(device)
-    dataset = open_split(arguments.data_dir, arguments.split, model)
+    dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
     attentions = {
-        name: create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
+        name: approximation.create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
         for name in arguments.attentions
     }
     chosen = choose_images(dataset, arguments.images)
@@ -331,7 +290,7 @@ def plot(arguments: argparse.Namespace) -> None:
     for position in track(chosen, "Photographs", console=Console(stderr=True), transient=True):
         image = dataset[position][0]
         stages = stage_maps(model, attentions, image.to(device), arguments.token)
-        photographs.append(Photograph(dataset.paths[position], pixels_of(image), stages))
+        photographs.append(Photograph(dataset.paths[position], approximation.pixels_of(image), stages))
     conditions = (
         f"{variant}, {100 * arguments.memory_fraction:.3g} % of full attention's memory, seed {arguments.seed}."
     )
