@@ -14,6 +14,7 @@ from PIL import Image
 
 from scripts.compare_formats import build_parser, main
 from src.analysis import formats as comparing
+from src.datamodules.writers import write_class_folders
 from src.evaluation.results import Predictions
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
@@ -179,7 +180,7 @@ def test_other_images_are_skipped(data, monkeypatch, capsys):
 def test_a_format_that_fails_does_not_keep_others_from_being_compared(data, tmp_path, monkeypatch, capsys):
     only(monkeypatch, "csv", "tar", "webdataset")
     monkeypatch.setitem(comparing.WRITERS, "csv", lambda folder, images: None)
-    monkeypatch.setitem(comparing.WRITERS, "tar", comparing.write_class_folders)
+    monkeypatch.setitem(comparing.WRITERS, "tar", write_class_folders)
     output = tmp_path / "formats.json"
     assert main(options(data, f"--output={output}")) == 1
     printed = capsys.readouterr()
