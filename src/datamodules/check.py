@@ -66,7 +66,7 @@ def look_at(images: Listing, position: int, decode: bool) -> tuple[str | None, l
                 odd.append("grayscale")
             elif image.mode != "RGB":
                 odd.append(image.mode)
-            # cameras and web sites append things of their own behind the end: look for the mark anywhere in the end
+            # cameras and web sites append data behind the end mark: it may be anywhere in the last 64 KiB
             end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
             if end is not None and end not in data[-(1 << 16) :]:
                 return "truncated", odd

@@ -65,7 +65,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What the metric is the mean of, for each sample (B,)."""
+        """Scores (B,) of the samples, whose mean is the metric."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats."""

@@ -359,7 +359,7 @@ class Experiment:
 
     @property
     def results(self) -> list[Row]:
-        """What was measured."""
+        """Rows that were measured."""
         return [row for row in self.rows if "reason" not in row]
 
     def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:

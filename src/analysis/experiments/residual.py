@@ -91,7 +91,7 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def values_for_energy(values: torch.Tensor, energy: float) -> int:
-    """How many singular values, from the largest on, hold a share `energy` of the sum of their squares."""
+    """Number of singular values that, from the largest on, hold a share `energy` of the sum of their squares."""
     cumulative = values.square().cumsum(0)
     return int((cumulative < energy * cumulative[-1]).sum().item()) + 1
 

@@ -236,7 +236,7 @@ class Experiment:
                 try:
                     training = Training(tasks[name], attention, self.recipe, seed, self.device)
                     self.results.append(training.run(lambda steps: progress.advance(bar, steps)))
-                # the others go on: what an attention cannot do, memory of the device, a kernel that it lacks
+                # the others are still trained: not causal, out of memory, no kernel
                 except (UserError, RuntimeError) as error:
                     reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else tools.first_line(error)
                     self.skipped.append({"task": name, "attention": attention, "seed": seed, "reason": reason})

@@ -48,7 +48,7 @@ DOTS_PER_INCH = 400 / 3
 PANEL, GAP, MARGIN = 168, 12, 12
 # From top to bottom: header, then for each photograph and stage: heading, maps, caption, differences, caption.
 HEADER, HEADING, CAPTION = 120, 75, 24
-# How many of the picture's 256 colours are for each colour map (odd: no change has one), and for text and ground.
+# Number of the picture's 256 colours for each colour map (odd: no change has one), and for text and ground.
 MAP_SHADES, TEXT_SHADES = 49, 16
 LEAST_WIDTH = 2 * MARGIN + 4 * PANEL + 3 * GAP
 
