@@ -17,6 +17,7 @@ which an evaluation ignores) occurs in ImageNet itself and is not wrong.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     return check(**vars(arguments))
 

@@ -6,6 +6,7 @@ converted file, under the same name with `.og` at its end.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def convert(arguments):
+def convert(arguments: argparse.Namespace) -> int:
     """Convert the files one by one; one that fails does not stop the others."""
     if arguments.output is not None and len(arguments.files) > 1:
         raise UserError(f"--output takes one FILE, not {len(arguments.files)}. Convert them one at a time.")

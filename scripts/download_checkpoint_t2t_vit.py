@@ -6,6 +6,7 @@ and kept.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def fetch(arguments):
+def fetch(arguments: argparse.Namespace) -> None:
     say(download_published(**vars(arguments)))
 
 

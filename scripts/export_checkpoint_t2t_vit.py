@@ -6,6 +6,7 @@ as large as its weights. This takes the weights alone, averaged ones where they 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def export(arguments):
+def export(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output).expanduser()
     contents = export_checkpoint_file(arguments.file, output, half=arguments.half)
     summary = contents.summary(bytes=f"{output.stat().st_size:,}", sha256=sha256_of_file(output))

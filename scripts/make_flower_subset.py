@@ -7,6 +7,7 @@ metadata to OUTPUT/val/<class>/. OUTPUT/ATTRIBUTION.md says where they come from
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def make(arguments):
+def make(arguments: argparse.Namespace) -> None:
     say(make_subset(**vars(arguments)))
 
 

@@ -6,6 +6,7 @@ nothing: its accuracy is that of guessing and means nothing.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Pat
     save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
 
 
-def make(arguments):
+def make(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output).expanduser()
     make_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
     summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))

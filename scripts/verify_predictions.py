@@ -9,6 +9,7 @@ definition of the attention in its token stages: no batching, no workers, no fas
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(arguments):
+def run(arguments: argparse.Namespace) -> int:
     return verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device))
 
 

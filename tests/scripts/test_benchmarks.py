@@ -17,8 +17,8 @@ import torch
 from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
+from src.analysis import tools
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.utils import scripts
 from src.utils.files import write_json
 from src.utils.parallel import run_in_processes
 from src.utils.scripts import until_stopped
@@ -407,8 +407,8 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
             raise OSError(28, "No space left on device")
         write_json(path, content)
 
-    for module in (scripts, benchmark):  # on the way, and at the end
-        monkeypatch.setattr(module, "write_json", write)
+    monkeypatch.setattr(tools, "write_rows", write)  # on the way
+    monkeypatch.setattr(benchmark, "write_json", write)  # at the end
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True
