@@ -1,8 +1,8 @@
 """Check a copy of ImageNet, or other images, before hours are spent on it.
 
-For each split: the layout that is recognised, images in total and per class, missing classes, labels against what is
-known of them, and images that are corrupt or odd. Every image is read, and what its header says is looked at; --decode
-decodes it too, as an evaluation does, and finds whatever cannot be decoded.
+For each split: the format that is recognised, images in total and per class, missing classes, labels against what is
+known of them, and images that are corrupt or odd. Every image is read, and its header checked; --decode decodes it too,
+as an evaluation does, and finds whatever cannot be decoded.
 
 The labels of validation images are compared with timm's "ReaL" labels (Beyer et al., 2020, "Are we done with
 ImageNet?"): nine in ten of the original labels are among them, and one in a thousand of those in a wrong order. Labels
@@ -18,242 +18,39 @@ which an evaluation ignores) occurs in ImageNet itself and is not wrong.
 from __future__ import annotations
 
 import argparse
-import functools
-import io
-import re
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import Any
-
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from timm.data import RealLabelsImagenet
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.errors import UserError
-from src.datamodules.dataset import load_rgb
-from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts import FORMATS, Listing, Place, find_layouts
-from src.datamodules.layouts.base import imagenet_synsets, listing
-from src.datamodules.layouts.labels import synset_in_name
-from src.utils.files import write_json
+from src.analysis.tools import Parser, check_writable, positive, run_tool
+from src.datamodules.check import check
+from src.datamodules.layouts import FORMATS
 from src.utils.machine import usable_cpus
-from src.utils.scripts import Parser, check_writable, first_line, positive, progress_display, run_tool, say
-
-# Images of ImageNet-1k, and those of each class of the validation set.
-COMPLETE = {"train": 1_281_167, "val": 50_000}
-VALIDATION_PER_CLASS = 50
-# Right labels agree with the ReaL labels in nine cases out of ten, shuffled ones in one of a thousand.
-MIN_AGREEMENT = 0.6
-_EXIF_ORIENTATION = 0x0112
-_MAX_EXAMPLES = 20
-_SUFFIXES = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", metavar="DIR", help="folder that holds the splits, as datamodule.data_dir")
-    parser.add_argument("--split", action="append", help="default: val, and train where it is there; may be repeated")
-    parser.add_argument("--format", default="auto", choices=FORMATS, help="layout (default: what is there)")
-    parser.add_argument("--num-classes", type=positive, default=1000, help="outputs of the model (default: 1000)")
-    parser.add_argument("--subset", action="store_true", help="do not mind that ImageNet is not complete")
-    parser.add_argument("--decode", action="store_true", help="decode the images")
-    parser.add_argument("--jobs", type=positive, default=usable_cpus(), help="threads (default: one per CPU)")
-    parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("data_dir", metavar="DIR", help="folder that holds the splits, as datamodule.data_dir")
+    add("--split", action="append", help="default: val, and train where it is there; may be repeated")
+    add("--format", default="auto", choices=FORMATS, help="of the data (default: recognised)")
+    add("--num-classes", type=positive, default=1000, help="outputs of the model (default: 1000)")
+    add("--subset", action="store_true", help="accept that ImageNet is not complete")
+    add("--decode", action="store_true", help="decode the images")
+    add("--jobs", type=positive, default=usable_cpus(), help="threads (default: one per CPU)")
+    add("--output", metavar="FILE", help="write the report as JSON")
     return parser
 
 
-def open_listing(data_dir: str, split: str, format: str, num_classes: int) -> Listing:
-    """The split as an evaluation would read it.
-
-    Raises:
-        UserError: as the data module.
-    """
-    module = ImageFolderDataModule(data_dir, num_classes=num_classes, test_split=split, format=format, num_workers=0)
-    module.setup("test")
-    return module.test_dataset.listing
-
-
-def look_at(images: Listing, position: int, decode: bool) -> tuple[str | None, list[str]]:
-    """What is corrupt about an image, None for nothing, and what is odd about it."""
-    source = images.source(position)
-    try:
-        data = source.read_bytes()
-    except (UserError, OSError) as error:
-        return f"cannot be read: {getattr(error, 'strerror', None) or error}", []
-    if not data:
-        return "zero bytes", []
-    odd = []
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            expected = _SUFFIXES.get(PurePosixPath(images.names[position]).suffix.lower())
-            if expected and image.format != expected:
-                odd.append(f"{image.format} in {PurePosixPath(images.names[position]).suffix}")
-            if image.mode in ("L", "LA", "I;16", "1"):
-                odd.append("grayscale")
-            elif image.mode != "RGB":
-                odd.append(image.mode)
-            # cameras and web sites append things of their own behind the end: look for the mark anywhere in the end
-            end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-            if end is not None and end not in data[-(1 << 16) :]:
-                return "truncated", odd
-            if image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
-                odd.append("EXIF orientation")
-    except Exception as error:  # Pillow raises nearly anything on damaged input
-        unknown = isinstance(error, UnidentifiedImageError)
-        return "not an image of a known format" if unknown else first_line(error), odd
-    if decode:
-        try:
-            load_rgb(source)
-        except UserError as error:
-            return str(error).removeprefix(f"Cannot decode the image {source}: ").rsplit(". ", 1)[0], odd
-    return None, odd
-
-
-@functools.cache
-def real_labels() -> dict[str, list[int]]:
-    """What each validation image shows, by its name: no class, one or several."""
-    names = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, COMPLETE["val"] + 1)]
-    return RealLabelsImagenet(names).real_labels
-
-
-def check_labels(images: Listing) -> dict[str, Any]:
-    """Labels against what is known of them: ReaL labels of validation images, and synsets in names."""
-    classes = {index: name for name, index in images.class_to_index.items()}
-    real = real_labels()
-    compared = agreeing = 0
-    contradictions = []
-    for name, target in zip(images.names, images.targets, strict=True):
-        number = re.search(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).name)
-        known = real.get(f"ILSVRC2012_val_{number[1]}.JPEG") if number else None
-        if known and classes[target] in imagenet_synsets():
-            compared += 1
-            agreeing += target in known
-        synset = synset_in_name(name)
-        if synset is not None and classes[target] in imagenet_synsets() and synset != classes[target]:
-            contradictions.append(f"{name} as {classes[target]}")
-    return {
-        "compared_with_real": compared,
-        "agreement_with_real": agreeing / compared if compared else None,
-        "contradicted_by_name": len(contradictions),
-        "contradictions": contradictions[:_MAX_EXAMPLES],
-    }
-
-
-def check_split(images: Listing, split: str, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The report on one split."""
-    counts = Counter(images.targets)
-    is_imagenet = all(name in imagenet_synsets() for name in images.class_to_index)
-    classes = imagenet_synsets() if is_imagenet else images.class_to_index
-    per_class = {name: counts.get(index, 0) for name, index in classes.items()}
-    missing = [name for name, number in per_class.items() if number == 0]
-    corrupt: dict[str, str] = {}
-    odd: dict[str, list[str]] = {}
-    with progress_display(console) as progress, ThreadPoolExecutor(arguments.jobs) as pool:
-        task = progress.add_task(f"images of {split}", total=len(images))
-        # in pieces: a million results waiting would fill the memory
-        for begin in range(0, len(images), 1024):
-            positions = range(begin, min(begin + 1024, len(images)))
-            for position, (fault, oddities) in zip(
-                positions,
-                pool.map(lambda position: look_at(images, position, arguments.decode), positions),
-                strict=True,
-            ):
-                progress.advance(task)
-                if fault is not None:
-                    corrupt[images.names[position]] = fault
-                for oddity in oddities:
-                    odd.setdefault(oddity, []).append(images.names[position])
-    labels = check_labels(images)
-
-    wrong = []
-    if corrupt:
-        wrong.append(f"{len(corrupt)} corrupt images")
-    if labels["contradicted_by_name"]:
-        wrong.append(f"{labels['contradicted_by_name']} labels that contradict the image's name")
-    # a few images may disagree by chance
-    if labels["compared_with_real"] >= 5 and labels["agreement_with_real"] < MIN_AGREEMENT:
-        wrong.append(f"labels in a wrong order: {labels['agreement_with_real']:.0%} agree with the ReaL labels")
-    if not is_imagenet and missing:
-        wrong.append(f"{len(missing)} classes without images: {listing(missing)}")
-    if is_imagenet and not arguments.subset:
-        if missing:
-            wrong.append(f"{len(missing)} of 1000 classes are missing: {listing(missing)}")
-        expected = COMPLETE.get("val" if split.startswith("val") else split)
-        if expected is not None and len(images) != expected:
-            wrong.append(f"{len(images):,} images, where ImageNet has {expected:,}")
-        uneven = [name for name, number in per_class.items() if number not in (0, VALIDATION_PER_CLASS)]
-        if split.startswith("val") and uneven:
-            wrong.append(f"{len(uneven)} classes have not {VALIDATION_PER_CLASS} images: {listing(uneven)}")
-    present = [number for number in per_class.values() if number]
-    return {
-        "split": split,
-        "format": images.format,
-        "root": str(images.root),
-        "num_images": len(images),
-        "num_classes": len(present),
-        "images_per_class": {"min": min(present), "max": max(present)},
-        "missing_classes": missing,
-        "per_class": per_class,
-        "labels": labels,
-        "corrupt": corrupt,
-        "odd": {name: {"number": len(names), "examples": names[:_MAX_EXAMPLES]} for name, names in sorted(odd.items())},
-        "wrong": wrong,
-    }
-
-
-def summary(report: dict[str, Any], decoded: bool) -> Table:
-    """The table of one split: one line per figure."""
-    table = Table(title=escape(f"{report['split']}: {report['format']}, {report['root']}"), title_justify="left")
-    table.add_column("check")
-    table.add_column("result", overflow="fold")
-    labels, counts = report["labels"], report["images_per_class"]
-    table.add_row("images", f"{report['num_images']:,}")
-    table.add_row("classes", f"{report['num_classes']:,}, {len(report['missing_classes'])} missing")
-    table.add_row("images per class", f"{counts['min']} to {counts['max']}")
-    if labels["compared_with_real"]:
-        agreement = f"{labels['agreement_with_real']:.1%} of {labels['compared_with_real']:,}"
-        table.add_row("labels among the ReaL labels", agreement)
-    table.add_row("labels that contradict names", str(labels["contradicted_by_name"]))
-    corrupt = [f"{name}: {fault}" for name, fault in report["corrupt"].items()]
-    table.add_row("corrupt" if decoded else "corrupt (headers)", escape(listing(corrupt, 3) if corrupt else "0"))
-    for name, odd in report["odd"].items():
-        table.add_row(escape(f"odd: {name}"), escape(f"{odd['number']:,}, such as {odd['examples'][0]}"))
-    table.add_row("wrong", escape("; ".join(report["wrong"]) or "nothing"))
-    return table
-
-
-def check(arguments: argparse.Namespace) -> int:
-    """Check every split; the exit status.
-
-    Raises:
-        UserError: a split cannot be listed, or the report cannot be written.
-    """
+def run(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
-    console = Console(stderr=True)
-    splits = list(dict.fromkeys(arguments.split or ["val"]))
-    data_dir = Path(arguments.data_dir).expanduser().absolute()
-    if arguments.split is None and data_dir.is_dir() and find_layouts(Place(data_dir, "train"), arguments.format):
-        splits.append("train")
-    reports = []
-    for split in splits:
-        images = open_listing(arguments.data_dir, split, arguments.format, arguments.num_classes)
-        reports.append(check_split(images, split, arguments, console))
-        Console().print(summary(reports[-1], arguments.decode))
-    if arguments.output is not None:
-        write_json(arguments.output, {"data_dir": str(data_dir), "decoded": arguments.decode, "splits": reports})
-        say(f"Written to {arguments.output}.")
-    return int(any(report["wrong"] for report in reports))
+    return check(**vars(arguments))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), check, argv)
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

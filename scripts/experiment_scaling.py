@@ -1,12 +1,12 @@
-"""How time and memory of the attentions grow with the sequence length N, from what benchmark_attention.py measured.
+"""How time and memory of the attentions grow with the sequence length N, from results of benchmark_attention.py.
 
 The claim is that Scatterbrain is linear in N where full attention is quadratic (Chen et al., "Scatterbrain", NeurIPS
-2021, section 4). It is one about sizes that stay as they are (window, features, clusters): with a budget that is a
-fraction of the N x N matrix they grow with N, and everything is quadratic. So the rows here are those whose sizes fit
---growth-length of the benchmark, at every N. The exponent is the slope of the logarithm of the time, or memory, of one
-sequence against that of N, by least squares over the lengths from --fit-from on; below, what does not depend on N
-hides the growth. Where that is still so, as on a GPU with a single sequence, the exponent of the last step, from the
-longest length but one to the longest, says more.
+2021, section 4). It is one about constant sizes (window, features, clusters): with a budget that is a fraction of the
+N x N matrix they grow with N, and everything is quadratic. So the rows here are those whose sizes fit --growth-length
+of the benchmark, at every N. The exponent is the slope of the logarithm of the time, or memory, of one sequence against
+that of N, by least squares over the lengths from --fit-from on; below, what does not depend on N hides the growth.
+Where that is still so, as on a GPU with a single sequence, see the exponent of the last step, from the longest length
+but one to the longest.
 
 On CUDA the time is that of the replay of a graph ("device"), without what the host needs to start the kernels, where
 an attention and SDPA both have it at every length; otherwise, and on the CPU, it is that of the whole call ("call").
@@ -17,367 +17,31 @@ an attention and SDPA both have it at every length; otherwise, and on the CPU, i
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scatterbrain.attention import ATTENTIONS
-from scatterbrain.errors import UserError
-from scripts.experiment_regimes import FAINT, INK, style
-from src.analysis.benchmark.attention_report import colour, other_sizes
-from src.analysis.benchmark.baselines import BASELINE
-from src.evaluation.results import read_json
-from src.utils.scripts import Parser, check_figure, comma_separated, console_for_tables, positive, run_tool, save_figure
-from src.utils.scripts import figure as digits
-
-ATTENTION_LINES = ("sblocal", "pairedcluster", "cluster", "local", "performer")
-FIT_FROM = 1024
-QUANTITIES = {"milliseconds": "time of one sequence, ms", "mebibytes": "memory of one sequence, MiB"}
-REMEDY = "Give --inputs what benchmark_attention.py has written by --output."
-WIDTH = 132
-
-
-@dataclass(frozen=True)
-class Point:
-    """One attention at one length.
-
-    Attributes:
-        length: number of tokens N.
-        milliseconds: time of one sequence of the batch, forward.
-        ratio: of that time to SDPA's.
-        mebibytes: peak of what the call allocates, over the batch.
-    """
-
-    length: int
-    milliseconds: float
-    ratio: float
-    mebibytes: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One attention over all lengths, with the same sizes at each.
-
-    Attributes:
-        name: of the attention, or SDPA.
-        sizes: by the names of their options; empty for full attention.
-        clock: `device` or `call`, see the top of this file.
-        points: from the shortest length to the longest.
-    """
-
-    name: str
-    sizes: dict[str, int]
-    clock: str
-    points: tuple[Point, ...]
-
-    def exponent(self, quantity: str, fit_from: int = FIT_FROM) -> float | None:
-        """Slope of the logarithm of a quantity against that of N, by least squares.
-
-        Args:
-            quantity: one of `QUANTITIES`.
-            fit_from: shortest length that counts.
-
-        Returns:
-            1 where the quantity is linear in N, 2 where it is quadratic; None with fewer than two lengths.
-        """
-        chosen = [point for point in self.points if point.length >= fit_from]
-        if len(chosen) < 2:
-            return None
-        x = [math.log(point.length) for point in chosen]
-        y = [math.log(getattr(point, quantity)) for point in chosen]
-        centre = sum(x) / len(x)
-        return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
-
-    def last_step(self) -> float | None:
-        """Exponent of the time from the longest length but one to the longest; None with a single length."""
-        return self.exponent("milliseconds", self.points[-2].length) if len(self.points) > 1 else None
-
-    def faster_from(self) -> int | None:
-        """Shortest length from which on it is faster than SDPA at every length; None where it is not at the longest."""
-        found = None
-        for point in reversed(self.points):
-            if point.ratio >= 1:
-                break
-            found = point.length
-        return found
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """One run of the benchmark.
-
-    Attributes:
-        device: `cpu` or `cuda`.
-        title: of device and machine.
-        growth_length: length that the sizes fit.
-        batches: number of sequences of a call, by length.
-        lines: SDPA first.
-    """
-
-    device: str
-    title: str
-    growth_length: int
-    batches: dict[int, int]
-    lines: tuple[Line, ...]
+from src.analysis.experiments.scaling import ATTENTION_LINES, FIT_FROM, run
+from src.analysis.tools import Parser, comma_separated, positive, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--inputs", nargs="+", required=True, metavar="FILE", help="JSON of benchmark_attention.py, one for each device"
-    )
-    parser.add_argument(
-        "--attentions",
-        type=comma_separated(tuple(ATTENTIONS)),
-        default=ATTENTION_LINES,
-        metavar="NAMES",
-        help=f"separated by commas; what a file does not have is left out ({','.join(ATTENTION_LINES)})",
-    )
-    parser.add_argument(
-        "--fit-from", type=positive, default=FIT_FROM, metavar="N", help=f"shortest length of the exponent ({FIT_FROM})"
-    )
-    parser.add_argument("--figure", metavar="FILE", help="draw time and memory against N: .png, .pdf or .svg")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--inputs", nargs="+", required=True, metavar="FILE", help="of benchmark_attention.py, one for each device")
+    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": ATTENTION_LINES, "metavar": "NAMES"}
+    add("--attentions", **names, help=f"those in a file are drawn ({','.join(ATTENTION_LINES)})")
+    add("--fit-from", type=positive, default=FIT_FROM, metavar="N", help=f"shortest length of the fit ({FIT_FROM})")
+    parser.add("figure")
     return parser
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-def read_scaling(path: str | os.PathLike[str], attentions: Sequence[str] = ATTENTION_LINES) -> Scaling:
-    """Read a file of benchmark_attention.py.
-
-    Args:
-        path: the file.
-        attentions: names of those that are wanted; what the file does not have is left out.
-
-    Returns:
-        SDPA and the attentions, in the order of `attentions`, in the forward pass.
-
-    Raises:
-        UserError: there is no such file, it holds something else, or no forward pass of SDPA and an attention.
-    """
-    content = read_json(path, REMEDY)
-    try:
-        return _scaling(content, attentions, os.fspath(path))
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{os.fspath(path)} is not a file of benchmark_attention.py. {REMEDY}") from error
-
-
-def _scaling(content: dict[str, Any], attentions: Sequence[str], path: str) -> Scaling:
-    settings, machine = content["settings"], content["machine"]
-    growth_length = settings["growth_length"]
-    batch = settings["batch"]
-    batch = [batch] if isinstance(batch, int) else batch  # it was a number once
-    lengths = settings["lengths"]
-    batches = dict(zip(lengths, batch * len(lengths) if len(batch) == 1 else batch, strict=True))
-    rows = [row for row in content["results"] if row["pass"] == "forward"]
-    baseline = {row["length"]: row for row in rows if row["name"] == BASELINE}
-    found = {BASELINE: baseline} | {name: _constant_sizes(rows, name, growth_length) for name in attentions}
-    if not baseline or not any(found[name] for name in attentions):
-        raise UserError(
-            f"{path} has no forward pass of SDPA and one of {', '.join(attentions)}. Run benchmark_attention.py with "
-            "--passes forward and these --attentions."
-        )
-    lines = tuple(_line(name, by_length, baseline, batches) for name, by_length in found.items() if by_length)
-    device = settings["device"]
-    maker = machine["gpu"] if device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
-    title = f"{'GPU' if device == 'cuda' else 'CPU'}: {maker}, {settings['dtype']}"
-    return Scaling(device, title, growth_length, {x: batches[x] for x in sorted(baseline)}, lines)
-
-
-def _sizes(row: dict[str, Any]) -> dict[str, int]:
-    """Sizes of a row; older files know windows and features only."""
-    old = {"local_context": row["window"], "nb_features": row["features"]}
-    return row.get("sizes", {name: size for name, size in old.items() if size})
-
-
-def _constant_sizes(rows: Sequence[dict[str, Any]], name: str, growth_length: int) -> dict[int, dict[str, Any]]:
-    """Rows of an attention, by length, whose sizes are those that fit `growth_length`."""
-    grown = [row for row in rows if row["kind"] == "growth" and row["name"] == f"{name} as at {growth_length}"]
-    own = [row for row in rows if row["kind"] == "attention" and row["name"] == name]
-    at_home = [row for row in own if not _sizes(row) or row["length"] == growth_length]
-    return {row["length"]: row for row in sorted((*grown, *at_home), key=lambda row: row["length"])}
-
-
-def _line(
-    name: str, by_length: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]], batches: dict[int, int]
-) -> Line:
-    """The points of one attention, all of them by the same clock."""
-    pairs = [(row, baseline[length]) for length, row in sorted(by_length.items())]
-    device = all(item["device_milliseconds"] is not None for pair in pairs for item in pair)
-    points = []
-    for row, full in pairs:
-        batch = batches[row["length"]]
-        milliseconds, ratio = row["milliseconds"], row["ratio_to_sdpa"]
-        if device:
-            milliseconds = row["device_milliseconds"]
-            ratio = milliseconds / full["device_milliseconds"]
-        points.append(Point(row["length"], milliseconds / batch, ratio, row["temporary_bytes"] / 2**20 / batch))
-    return Line(name, _sizes(pairs[0][0]), "device" if device else "call", tuple(points))
-
-
-# Output ---------------------------------------------------------------------------------------------------------------
-
-
-def point_table(scaling: Scaling) -> Table:
-    """Time, its ratio to SDPA and memory of each attention at each length."""
-    table = Table(title=f"{scaling.title}; forward, one sequence", title_justify="left", caption_justify="left")
-    table.caption = f"sizes as at N = {scaling.growth_length}, whatever N is; batch {_batch(scaling)}"
-    table.add_column("attention", no_wrap=True)
-    for header in ("N", "ms", "time/SDPA", "MiB"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for line in scaling.lines:
-        for point in line.points:
-            numbers = (digits(point.milliseconds), f"{point.ratio:.3f}", digits(point.mebibytes))
-            table.add_row(line.name if point is line.points[0] else "", f"{point.length:,}", *numbers)
-        table.add_section()
-    return table
-
-
-def growth_table(scaling: Scaling, fit_from: int = FIT_FROM) -> Table:
-    """How each attention grows, and from which length on it is faster than SDPA."""
-    table = Table(title=f"{scaling.title}; growth with N", title_justify="left", caption_justify="left")
-    lengths = [length for length in scaling.batches if length >= fit_from]
-    table.caption = (
-        f"sizes as at N = {scaling.growth_length}, whatever N is (W keys in the window, M features, C clusters of "
-        f"keys, Q of queries)\nexponents: of N, fitted over N = {', '.join(f'{length:,}' for length in lengths)}; last "
-        "step: over the two longest; 1 is linear, 2 quadratic"
-    )
-    for header in ("attention", "sizes", "clock", "time ~ N^", "last step ~ N^", "memory ~ N^", "faster than SDPA"):
-        table.add_column(header, justify="right" if "~" in header else "left", no_wrap=True)
-    for line in scaling.lines:
-        time, memory = (line.exponent(quantity, fit_from) for quantity in QUANTITIES)
-        first = line.faster_from()
-        never = f"not up to N = {line.points[-1].length:,}"
-        faster = "-" if line.name == BASELINE else f"from N = {first:,} on" if first else never
-        table.add_row(
-            line.name,
-            _sizes_text(line.sizes) or "-",
-            line.clock,
-            *("-" if exponent is None else f"{exponent:.2f}" for exponent in (time, line.last_step(), memory)),
-            faster,
-        )
-    return table
-
-
-def _batch(scaling: Scaling) -> str:
-    numbers = scaling.batches
-    if len(set(numbers.values())) == 1:
-        return str(next(iter(numbers.values())))
-    return ", ".join(f"{batch} at N = {length:,}" for length, batch in numbers.items())
-
-
-def _sizes_text(sizes: dict[str, int]) -> str:
-    """All sizes, by the letters of the benchmark's tables."""
-    named = {"local_context": "W", "nb_features": "M"}
-    parts = [f"{letter} {sizes[name]}" for name, letter in named.items() if name in sizes]
-    return ", ".join([*parts, *filter(None, [other_sizes(sizes)])])
-
-
-def draw(scalings: Sequence[Scaling]) -> Figure:
-    """Time and memory against N, a row of panels for each file, on an Agg canvas; pyplot is not involved.
-
-    Faint guides have the slopes 1 and 2. A dashed line is by the clock of the call where SDPA's is by the device's.
-    """
-    figure = Figure(figsize=(10, 0.6 + 3.5 * len(scalings)), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(scalings), len(QUANTITIES), squeeze=False)
-    for scaling, panels in zip(scalings, grid, strict=True):
-        titles = (scaling.title, f"sizes as at N = {scaling.growth_length:,}")
-        for axes, (quantity, label), title in zip(panels, QUANTITIES.items(), titles, strict=True):
-            draw_panel(axes, scaling, quantity)
-            axes.set_title(title, loc="left", fontsize=9, color=INK)
-            axes.set_ylabel(label)
-    for axes in grid[-1]:
-        axes.set_xlabel("sequence length N")
-    handles = {}
-    for panels in grid:
-        for handle, label in zip(*panels[0].get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    options = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "ncols": len(handles)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", **options)
-    return figure
-
-
-def draw_panel(axes: Axes, scaling: Scaling, quantity: str) -> None:
-    """One quantity against N, with the guides."""
-    for line in scaling.lines:
-        bold = line.name in (BASELINE, "sblocal", "pairedcluster")
-        axes.plot(
-            [point.length for point in line.points],
-            [getattr(point, quantity) for point in line.points],
-            label=line.name,
-            color=colour(line.name),
-            linestyle="--" if line.clock != scaling.lines[0].clock and quantity == "milliseconds" else "-",
-            linewidth=2 if bold else 1.2,
-            marker="s" if bold else "o",
-            markersize=4,
-            zorder=3,
-        )
-    axes.set(xscale="log", yscale="log")
-    style(axes)
-    lengths = list(scaling.batches)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.minorticks_off()
-    draw_guides(axes, lengths)
-
-
-def draw_guides(axes: Axes, lengths: Sequence[int]) -> None:
-    """Faint lines of slope 1 and 2 through the lower left corner, named at their ends; the limits stay as they are."""
-    low, high = axes.get_ylim()
-    limits = axes.get_xlim()
-    first, last = lengths[0], lengths[-1]
-    for slope in (1, 2):
-        # as far as the panel goes
-        end = min(last, first * (0.9 * high / low) ** (1 / slope))
-        options = {"color": FAINT, "linewidth": 0.8, "linestyle": (0, (1, 2)), "zorder": 1}
-        axes.plot([first, end], [low, low * (end / first) ** slope], **options)
-        at = (end, low * (end / first) ** slope)
-        axes.annotate(
-            f"N{'²' if slope == 2 else ''}",
-            at,
-            xytext=(3, -3),
-            textcoords="offset points",
-            fontsize=8,
-            color=FAINT,
-            va="top",
-        )
-    axes.set(ylim=(low, high), xlim=limits)
-
-
-def conclude(arguments: argparse.Namespace) -> None:
-    """Read, print and draw."""
-    check_figure(arguments.figure)
-    scalings = [read_scaling(path, arguments.attentions) for path in arguments.inputs]
-    console = console_for_tables(WIDTH)
-    for scaling in scalings:
-        console.print(point_table(scaling), "")
-        console.print(growth_table(scaling, arguments.fit_from), "")
-    if arguments.figure is not None:
-        save_figure(draw(scalings), arguments.figure)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what `argv` asks for; returns the exit status."""
-    return run_tool(build_parser(), conclude, argv)
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

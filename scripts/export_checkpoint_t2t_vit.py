@@ -1,6 +1,6 @@
 """Write the weights of a T2T-ViT checkpoint in the published layout: `{"state_dict_ema": ...}` with published keys.
 
-What a training leaves (`checkpoints/last.ckpt`) is made for going on: it holds the optimizer's state and is six times
+A training's checkpoint (`checkpoints/last.ckpt`) is made to be resumed: it holds the optimizer's state and is six times
 as large as its weights. This takes the weights alone, averaged ones where they were averaged, to ship or to share.
 """
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
+from src.analysis.tools import Parser, run_tool, say
 from src.utils.checkpoint import export_checkpoint_file
 from src.utils.files import sha256_of_file
-from src.utils.scripts import Parser, run_tool, say
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="checkpoint of any format that evaluation reads")
     parser.add_argument("--output", required=True, metavar="PATH", help="where to; an existing file is an error")
     parser.add_argument("--half", action="store_true", help="round the weights to float16, which halves the file")
@@ -34,12 +34,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export the file named in `argv`; returns the exit status."""
     return run_tool(build_parser(), export, argv)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

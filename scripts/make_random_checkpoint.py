@@ -7,7 +7,6 @@ nothing: its accuracy is that of guessing and means nothing.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +14,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scatterbrain.errors import UserError
+from src.analysis.tools import Parser, run_tool, say
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.checkpoint import read_checkpoint, save_checkpoint
 from src.utils.files import sha256_of_file
 from src.utils.named_tensors import named_weights, official_shapes
-from src.utils.scripts import Parser, run_tool, say
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("variant", metavar="VARIANT", help=f"one of {', '.join(T2T_VIT_VARIANTS)}")
-    parser.add_argument("--num-classes", type=int, default=1000, metavar="N", help="number of classes (1000)")
-    parser.add_argument(
-        "--image-size", type=int, default=224, metavar="PIXELS", help="height and width, a multiple of 16 (224)"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="where the checkpoint goes; an existing file is an error"
-    )
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("variant", metavar="VARIANT", help=f"one of {', '.join(T2T_VIT_VARIANTS)}")
+    add("--num-classes", type=int, default=1000, metavar="N", help="number of classes (1000)")
+    add("--image-size", type=int, default=224, metavar="PIXELS", help="height and width, a multiple of 16 (224)")
+    add("--output", required=True, metavar="FILE", help="where the checkpoint goes; an existing file is an error")
     return parser
 
 
@@ -41,7 +37,7 @@ def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Pat
     Raises:
         UserError: unknown variant, sizes out of range, or `output` exists or cannot be written.
     """
-    if os.path.lexists(output):
+    if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
     output.parent.mkdir(parents=True, exist_ok=True)
     weights = named_weights(official_shapes(variant, num_classes, image_size))
@@ -56,12 +52,8 @@ def make(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the checkpoint that `argv` asks for; returns the exit status."""
     return run_tool(build_parser(), make, argv)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Nothing was written.")
+    sys.exit(main())

@@ -11,93 +11,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-# `src` is not an installed package
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-import torch
-from omegaconf import OmegaConf
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
-
-from scatterbrain.errors import UserError
-from src.evaluation.results import read_predictions, read_results
-from src.tasks.build import build, build_model
-from src.utils.checkpoint import load_checkpoint
-from src.utils.scripts import Parser, choose_device, run_tool
+from src.analysis.tools import Parser, choose_device, positive, run_tool
+from src.tasks.verify import verify
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run: it holds results.json and .hydra/config.yaml")
-    parser.add_argument("--limit", type=int, default=None, help="check this many images, evenly spread, not all")
-    parser.add_argument("--batch-size", type=int, default=2, help="images per float64 forward pass")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA where it is)")
-    return run_tool(
-        parser,
-        lambda arguments: verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device)),
-        argv,
-    )
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a run: it holds results.json and .hydra/config.yaml")
+    add("--limit", type=positive, metavar="N", help="check this many images, evenly spread, not all")
+    add("--batch-size", type=positive, default=2, metavar="B", help="images of a float64 forward pass (2)")
+    parser.add("device")
+    return parser
 
 
-@torch.inference_mode()
-def verify(run: Path, limit: int | None, batch_size: int, device: torch.device) -> int:
-    results, predictions = read_results(run), read_predictions(run)
-    config_file = run / ".hydra" / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{config_file} does not exist. Give the folder of a run of run.py.")
-    config = OmegaConf.load(config_file)
-    # null stands where the value came from the environment of that run
-    config.paths.data_dir, config.paths.checkpoint = results.data["dir"], results.checkpoint["path"]
+def run(arguments: argparse.Namespace) -> int:
+    return verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device))
 
-    model = build_model(config.model).eval()
-    load_checkpoint(model, Path(results.checkpoint["path"]).expanduser())
-    for attention in model.token_attentions or ():
-        attention.backend = "naive"
-    if results.random_features == "seeds":
-        model.redraw_projections(results.seeds[0])
-    model.double().to(device)
 
-    datamodule = build(config.datamodule, "datamodule")
-    root = Path(results.data["dir"]).expanduser() / results.data["split"]
-    count = len(predictions.images)
-    chosen = list(range(count)) if limit is None else sorted({i * count // limit for i in range(min(limit, count))})
-
-    agree = 0
-    largest_error, smallest_margin = 0.0, float("inf")
-    differing = []
-    console = Console()
-    starts = range(0, len(chosen), batch_size)
-    for start in track(starts, description="float64", console=console):
-        rows = chosen[start : start + batch_size]
-        images = [Image.open(root / predictions.images[row]).convert("RGB") for row in rows]
-        batch = torch.stack([datamodule.test_transform(image) for image in images])
-        probability_rows = model(batch.double().to(device)).softmax(-1).cpu()
-        for row, probabilities in zip(rows, probability_rows, strict=True):
-            top = probabilities.topk(min(2, len(probabilities)))
-            written_class = int(predictions.classes[row, 0])
-            if int(top.indices[0]) == written_class:
-                agree += 1
-            else:
-                differing.append(str(predictions.images[row]))
-            written = torch.as_tensor(predictions.probabilities[row])
-            known = torch.as_tensor(predictions.classes[row])
-            present = known >= 0
-            error = (probabilities[known[present]] - written[present]).abs().max()
-            largest_error = max(largest_error, float(error))
-            if len(top.values) == 2:
-                smallest_margin = min(smallest_margin, float(top.values[0] - top.values[1]))
-
-    console.print(
-        f"{results.model}, attention {results.attention}: {agree} of {len(chosen)} first predictions equal those of "
-        f"float64; largest difference of a probability {largest_error:.2e}, smallest margin between the first two "
-        f"classes {smallest_margin:.2e}."
-    )
-    for name in differing[:10]:
-        console.print(f"differs: {name}")
-    return 0 if not differing else 1
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

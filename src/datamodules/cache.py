@@ -51,8 +51,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from scatterbrain.errors import UserError
 from src.datamodules.dataset import ImageDataset, ImageError, ImageLoader, empty_batch
+from src.utils.console import progress_display
 from src.utils.files import name_for_json, write_json
-from src.utils.scripts import progress_display
 
 FORMAT = 1
 ENTRY_FILE, IMAGES_FILE, CHECKSUMS_FILE = "entry.json", "images.uint8", "checksums.uint32"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from tests.src.tasks.setup import make_checkpoint, make_images
@@ -15,7 +18,7 @@ from tests.src.tasks.setup import make_checkpoint, make_images
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST_BYTES = 400_000
-REGIMES = {"length": 64, "width": 8, "centres": 4, "temperatures": [0.5, 4.0], "num_draws": 2, "variance_draws": 100}
+REGIMES = {"length": 64, "width": 8, "centres": 4, "temperatures": [0.5, 4.0], "num_seeds": 2, "variance_samples": 100}
 TRAINING = ["--attentions=full,sblocal,cluster", "--steps=2", "--eval-every=2", "--length=32", "--memory-fraction=1/4"]
 TRAINING += ["--depth=1", "--dim=16", "--batch-size=64", "--num-expressions=100", "--device=cpu", "--threads=1"]
 
@@ -50,19 +53,43 @@ def small_settings(tmp_path, monkeypatch):
     }
 
 
+def code_cells(path):
+    """The notebook, and its code cells without their outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in cells:
+        cell.outputs, cell.execution_count = [], None
+    return notebook, cells
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch, small_settings):
+    """In this process: a kernel for each takes far longer to start than the cells to run."""
     if "checkpoint" in small_settings[path.stem]:
         make_images(tmp_path, 5)
         make_checkpoint(tmp_path / "t7.pth", "t2t_vit_t_7")
     monkeypatch.setenv("NOTEBOOK_SETTINGS", json.dumps(small_settings[path.stem]))
-    copy = tmp_path / path.name
-    copy.write_bytes(path.read_bytes())
-    notebook = nbformat.read(copy, as_version=4)
-    expected = pictures(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(path.parent)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    expected = pictures(nbformat.read(path, as_version=4))
+    variables, num_threads = {"__name__": "__main__"}, torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            for number, cell in enumerate(code_cells(path)[1], start=1):
+                exec(compile(cell.source, f"{path.name}, cell {number}", "exec"), variables)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert sum(image.data.startswith(b"\x89PNG") for image in shown) == len(shown) == expected > 0
+
+
+def test_runs_in_a_kernel(tmp_path, monkeypatch, small_settings):
+    """The one that measures nothing, as Jupyter runs it."""
+    (path,) = (path for path in NOTEBOOKS if path.stem == "05_scaling")
+    monkeypatch.setenv("NOTEBOOK_SETTINGS", json.dumps(small_settings[path.stem]))
+    notebook, _ = code_cells(path)
+    expected = pictures(nbformat.read(path, as_version=4))
     # a cell that fails raises
     NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     assert not outputs(notebook, "error")

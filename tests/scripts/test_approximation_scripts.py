@@ -15,8 +15,7 @@ from PIL import Image
 from scatterbrain.ops.full import naive_full_attention
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scripts import measure_approximation, plot_attention_maps
-from src.datamodules.image_folder import ImageFolderDataModule
-from src.tasks.approximation import (
+from src.analysis.approximation import (
     attention_weights,
     capture_inputs,
     capture_stage_inputs,
@@ -26,7 +25,10 @@ from src.tasks.approximation import (
     largest_logit,
     load_model,
     relative_errors,
+    spread,
 )
+from src.analysis.plots import attention_maps
+from src.datamodules.image_folder import ImageFolderDataModule
 from src.utils.files import sha256_of_file
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
@@ -67,7 +69,7 @@ def options(folder, **changes):
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
-MEASURED = {"seed": 5, "num_draws": 2, "batch_size": 3, "matrix_images": 2}
+MEASURED = {"seed": 5, "num_seeds": 2, "batch_size": 3, "matrix_images": 2}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def measured(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["local", "performer", "sblocal"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_errors_are_means_over_images_and_draws(measured, model, batch, name, stage):
+def test_errors_are_means_over_images_and_seeds(measured, model, batch, name, stage):
     (row,) = (row for row in measured["results"] if (row["attention"], row["stage"]) == (name, stage))
     modules = [create_stage_attentions(name, model, MEMORY, seed)[stage - 1] for seed in (5, 6)]
     modules = modules[:1] if name == "local" else modules
@@ -88,7 +90,7 @@ def test_errors_are_means_over_images_and_draws(measured, model, batch, name, st
     for kind, images in (("output_error", batch), ("matrix_error", batch[some])):
         inputs = capture_stage_inputs(model, images)[stage - 1]
         draws = relative_errors(inputs, modules, of_weights=kind == "matrix_error").mean(1).tolist()
-        assert row[kind]["draws"] == pytest.approx(draws, rel=ROUNDING)
+        assert row[kind]["per_seed"] == pytest.approx(draws, rel=ROUNDING)
         assert row[kind]["mean"] == pytest.approx(statistics.fmean(draws), rel=ROUNDING)
         if name == "local":
             assert row[kind]["std"] is None
@@ -128,7 +130,7 @@ def test_provenance(measured, folder):
 
 def test_a_part_of_the_photographs(folder, tmp_path, capsys, measured):
     output = tmp_path / "some.json"
-    arguments = options(folder, limit=3, num_draws=1, output=output)
+    arguments = options(folder, limit=3, num_seeds=1, output=output)
     assert measure_approximation.main([*arguments, "--attentions", "sblocal,full,sblocal"]) == 0
     found = json.loads(output.read_text())
     # twelve matrices are asked for, and there are no more than three photographs
@@ -187,7 +189,7 @@ def test_errors_of_the_blocks(backbone, model, batch):
         assert (row["bias"] is None) == (row["spread"] is None) == (len(seeds) == 1)
         for kind, captured in inputs.items():
             draws = relative_errors(captured[number], modules, of_weights=kind == "matrix_error").mean(1).tolist()
-            assert row[kind]["draws"] == pytest.approx(draws, rel=ROUNDING)
+            assert row[kind]["per_seed"] == pytest.approx(draws, rel=ROUNDING)
     for row, layer, stage in zip(found["full_attention"], layers, inputs["matrix_error"], strict=True):
         assert (row["layer"], row["stage"], row["num_tokens"]) == (layer, None, 5)
         assert row["scale"] == stage.scale
@@ -205,8 +207,8 @@ def test_means_of_the_blocks(backbone):
         rows = [row for row in found["results"] if row["attention"] == mean["attention"]]
         assert len(rows) == 7
         for kind in ("output_error", "matrix_error"):
-            draws = [statistics.fmean(each) for each in zip(*(row[kind]["draws"] for row in rows), strict=True)]
-            assert mean[kind]["draws"] == pytest.approx(draws)
+            draws = [statistics.fmean(each) for each in zip(*(row[kind]["per_seed"] for row in rows), strict=True)]
+            assert mean[kind]["per_seed"] == pytest.approx(draws)
             assert mean[kind]["mean"] == pytest.approx(statistics.fmean(row[kind]["mean"] for row in rows))
             if mean["attention"] == "sblocal":
                 # a draw is one of all blocks, so that the deviations of the blocks do not add
@@ -250,9 +252,9 @@ def test_nothing_that_the_backbone_can_have(folder, capsys):
 
 
 def test_items_are_spread_evenly():
-    assert measure_approximation.spread(7, 2) == [1, 5]
-    assert measure_approximation.spread(736, 12)[::11] == [30, 705]
-    assert measure_approximation.spread(3, 12) == [0, 1, 2]
+    assert spread(7, 2) == [1, 5]
+    assert spread(736, 12)[::11] == [30, 705]
+    assert spread(3, 12) == [0, 1, 2]
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------
@@ -262,8 +264,8 @@ def test_items_are_spread_evenly():
 def drawn(monkeypatch):
     """What is handed to the figure."""
     calls = []
-    draw = plot_attention_maps.draw
-    monkeypatch.setattr(plot_attention_maps, "draw", lambda *given: calls.append(given) or draw(*given))
+    draw = attention_maps.draw
+    monkeypatch.setattr(attention_maps, "draw", lambda *given: calls.append(given) or draw(*given))
     return calls
 
 
@@ -324,17 +326,17 @@ def test_the_photograph_is_drawn_in_its_own_colours(tmp_path, folder, drawn):
 
 def test_edges_of_a_window():
     # five tokens in the middle of a row: two long sides of five, two ends
-    inside_a_row = plot_attention_maps.window_edges(8, (3, 4), 5)
+    inside_a_row = attention_maps.window_edges(8, (3, 4), 5)
     assert len(inside_a_row) == len(set(inside_a_row)) == 12
     x, y = np.array(inside_a_row).reshape(-1, 2).T
     assert (x.min(), x.max(), y.min(), y.max()) == (1.5, 6.5, 2.5, 3.5)
     # the same at the end of a row: three tokens there, two at the beginning of the next
-    wrapped = plot_attention_maps.window_edges(8, (3, 7), 5)
+    wrapped = attention_maps.window_edges(8, (3, 7), 5)
     assert len(wrapped) == (2 * 3 + 2) + (2 * 2 + 2)
     x, y = np.array(wrapped).reshape(-1, 2).T
     assert (x.min(), x.max(), y.min(), y.max()) == (-0.5, 7.5, 2.5, 4.5)
     # at the corner of the image the window is cut off
-    assert len(plot_attention_maps.window_edges(8, (0, 0), 5)) == 2 * 3 + 2
+    assert len(attention_maps.window_edges(8, (0, 0), 5)) == 2 * 3 + 2
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -365,7 +367,7 @@ def refused(script, arguments, capsys):
         *((script, {"output": "{folder}/none/x.png"}, "has to be a file in a folder that exists") for script in BOTH),
         (measure_approximation, {"layers": "block"}, "--layers: invalid choice: 'block'"),
         (measure_approximation, {"layers": "backbone", "memory_fraction": 0}, "memory_fraction=0.0 has to lie in"),
-        (measure_approximation, {"num_draws": 0}, "--num-draws: '0' is not an integer of at least 1"),
+        (measure_approximation, {"num_seeds": 0}, "--num-seeds/--num-draws: '0' is not an integer of at least 1"),
         (measure_approximation, {"limit": "-1"}, "--limit: '-1' is not an integer of at least 1"),
         (measure_approximation, {"matrix_images": 0}, "--matrix-images: '0' is not an integer of at least 1"),
         (measure_approximation, {"batch_size": "x"}, "--batch-size: 'x' is not an integer of at least 1"),

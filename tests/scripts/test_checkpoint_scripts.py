@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -266,13 +267,13 @@ def test_a_failed_download_leaves_nothing_and_says_how_to_go_on(tmp_path, mirror
     assert names(target.parent) == []
 
 
-def test_an_interrupted_download_leaves_nothing(tmp_path, mirror, monkeypatch):
+def test_an_interrupted_download_leaves_nothing(tmp_path, mirror, capsys, monkeypatch):
     def interrupt(descriptor):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fetch(tmp_path, mirror[1])
+    assert fetch(tmp_path, mirror[1]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "Interrupted. No half-written file was left."
     assert names(tmp_path / "to" / "here") == []
 
 
@@ -307,9 +308,8 @@ def test_download_names_what_is_wrong_with_its_options(tmp_path, capsys, name, u
 # --- as commands -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["convert_checkpoint_t2t_vit", "download_checkpoint_t2t_vit"])
-def test_a_users_error_ends_with_one_line_and_status_1(tmp_path, script):
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "no_such_thing"]
+def test_a_users_error_ends_with_one_line_and_status_1(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "convert_checkpoint_t2t_vit.py"), "no_such_thing"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("Error: ")
@@ -319,13 +319,29 @@ def test_a_users_error_ends_with_one_line_and_status_1(tmp_path, script):
     assert result.stdout == ""
 
 
-def test_a_checkpoint_is_made_and_converted_from_any_folder(tmp_path):
-    def run(script, *arguments):
-        command = [sys.executable, str(SCRIPTS / script), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+def run_as_command(monkeypatch, script, *arguments):
+    """Exit status of a script as `python scripts/...`, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    return caught.value.code
 
-    run("make_random_checkpoint.py", "t2t_vit_7", "--num-classes", "5", "--image-size", "32", "--output", "a.pth")
-    assert "t2t_vit_7" in run("convert_checkpoint_t2t_vit.py", "a.pth")
+
+def test_a_users_error_of_a_download(monkeypatch, capsys):
+    assert run_as_command(monkeypatch, "download_checkpoint_t2t_vit", "no_such_thing") == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Error: ")
+    assert captured.err.count("\n") == 1
+    assert "no_such_thing" in captured.err
+    assert captured.out == ""
+
+
+def test_a_checkpoint_is_made_and_converted_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ("t2t_vit_7", "--num-classes", "5", "--image-size", "32", "--output", "a.pth")
+    assert run_as_command(monkeypatch, "make_random_checkpoint", *options) == 0
+    assert run_as_command(monkeypatch, "convert_checkpoint_t2t_vit", "a.pth") == 0
+    assert "t2t_vit_7" in capsys.readouterr().out
     assert names(tmp_path) == ["a.pth", "a.pth.og"]
 
 

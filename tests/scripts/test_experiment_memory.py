@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import pickle
 import signal
 import statistics
 from types import SimpleNamespace
@@ -15,9 +13,10 @@ from PIL import Image
 
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
-from scripts import experiment_memory as memory
+from scripts.experiment_memory import main
+from src.analysis.approximation import capture_stage_inputs, load_model
+from src.analysis.experiments import memory
 from src.models.t2t_vit import create_t2t_vit
-from src.tasks.approximation import capture_stage_inputs, load_model
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
 NUM_IMAGES = 12
@@ -107,8 +106,8 @@ def test_reference_is_full_attention(reference, model, photographs):
 def test_figures_are_those_of_networks_built_with_the_attention(name, reference, model, photographs):
     images, labels = photographs
     seeds = [SEED, SEED + 1] if name in ("performer", "sbsmyrf") else [SEED]
-    told = []
-    row = memory.measure_point(reference, name, 1 / 4, seeds, told.append)
+    logged = []
+    row = memory.measure_point(reference, name, 1 / 4, seeds, logged.append)
     full = first_predictions(model, images, "full", None, 0)[0]
     stages = capture_stage_inputs(model, images[[1, 3, 6, 8, 10]])
     expected = {"top1": [], "agreement": [], "errors": ([], [])}
@@ -119,18 +118,18 @@ def test_figures_are_those_of_networks_built_with_the_attention(name, reference,
         for errors, attention, inputs in zip(expected["errors"], attentions, stages, strict=True):
             errors.append(dense_error(attention, inputs))
     for kind in ("top1", "agreement"):
-        assert row[kind]["draws"] == pytest.approx(expected[kind])
+        assert row[kind]["per_seed"] == pytest.approx(expected[kind])
         assert 0 < row[kind]["mean"] < 100, "all or nothing would show no mistake"
     for stage, errors in zip(row["stages"], expected["errors"], strict=True):
         # float32 against float64; where blocks cover everything, there is nothing but rounding
-        assert stage["output_error"]["draws"] == pytest.approx(errors, rel=1e-4, abs=1e-6)
+        assert stage["output_error"]["per_seed"] == pytest.approx(errors, rel=1e-4, abs=1e-6)
     values = [row["top1"], row["agreement"], *(stage["output_error"] for stage in row["stages"])]
     for value in values:
-        assert value["mean"] == pytest.approx(statistics.fmean(value["draws"]))
-        deviation = statistics.stdev(value["draws"]) if len(seeds) > 1 else None
-        assert value["std"] == (deviation if deviation is None else pytest.approx(deviation))
+        assert value["mean"] == pytest.approx(statistics.fmean(value["per_seed"]))
+        std = statistics.stdev(value["per_seed"]) if len(seeds) > 1 else None
+        assert value["std"] == (std if std is None else pytest.approx(std))
     assert row["seeds"] == seeds
-    assert told == [f"{name} 1/4, draw {number + 1} of {len(seeds)}" for number in range(len(seeds))]
+    assert logged == [f"{name} 1/4, seed {number + 1} of {len(seeds)}" for number in range(len(seeds))]
 
 
 @pytest.mark.parametrize("name", ["local", "bs-longformer"])
@@ -168,7 +167,7 @@ def test_the_model_keeps_full_attention(model, reference, monkeypatch):
 
 
 def test_configurations_come_in_order_and_only_what_is_random_is_drawn_again(reference):
-    rows = list(memory.measure_memory(reference, ("local", "performer"), (1 / 16, 1 / 4), num_draws=2, seed=SEED))
+    rows = list(memory.measure_memory(reference, ("local", "performer"), (1 / 16, 1 / 4), num_seeds=2, seed=SEED))
     assert [(row["attention"], row["memory_fraction"]) for row in rows] == [
         (name, fraction) for name in ("local", "performer") for fraction in (1 / 16, 1 / 4)
     ]
@@ -194,7 +193,7 @@ def test_what_cannot_be_is_left_out_with_its_reason(reference, monkeypatch):
 
     monkeypatch.setattr(memory, "create_stage_attentions", create)
     names = ("cluster", "smyrf", "reformer", "performer", "bs-openai", "local")
-    rows = list(memory.measure_memory(reference, names, (1 / 16, 1 / 4), num_draws=1, seed=SEED))
+    rows = list(memory.measure_memory(reference, names, (1 / 16, 1 / 4), num_seeds=1, seed=SEED))
     reasons = [row.get("reason") for row in rows]
     assert reasons == [
         *("the budget is too small", None),
@@ -231,9 +230,9 @@ def test_fractions_are_written_as_they_are_given():
     assert [memory.fraction_text(value) for value in (1 / 32, 0.1, 1, 0.123456)] == ["1/32", "1/10", "1", "0.123"]
 
 
-def test_figure_has_a_curve_for_each_attention_and_a_band_where_there_is_deviation():
+def test_figure_has_a_curve_for_each_attention_and_a_band_where_there_is_std():
     def row(name, at, std):
-        value = {"mean": 50.0, "std": std, "draws": [50.0]}
+        value = {"mean": 50.0, "std": std, "per_seed": [50.0]}
         stages = [{"memory": (1 + stage) * at, "output_error": {**value, "mean": 0.5}} for stage in (0, 1)]
         return {"attention": name, "memory": at, "agreement": value, "stages": stages}
 
@@ -252,35 +251,18 @@ def test_figure_has_a_curve_for_each_attention_and_a_band_where_there_is_deviati
         assert (low, high) == pytest.approx((5, 100) if panel is panels[0] else (0.05, 60.5))
 
 
-def test_kernels_are_compiled_for_the_batches_there_will_be(folder, monkeypatch):
-    arguments = memory.build_parser().parse_args(options(folder, "--limit=11", "--error-images=6", "--batch-size=4"))
-    experiment = memory.Experiment(arguments)
-    # 11 = 4 + 4 + 3 and 6 = 4 + 2
-    assert experiment.compile_options() == {"image_size": IMAGE_SIZE, "batch_sizes": [4, 3, 2], "device": "cpu"}
-    # it goes to other processes, where nothing would tell of what fails
-    work = functools.partial(memory.compile_kernels, **experiment.compile_options())
-    work = pickle.loads(pickle.dumps(work))
-    shapes = []
-    monkeypatch.setattr(
-        "scatterbrain.attention.local.local_attention",
-        lambda query, *_, **__: shapes.append(query.shape) or query,
-    )
-    work(("local", 1 / 4))
-    assert shapes == [(size, 1, length, 64) for length in (64, 16) for size in (4, 3, 2)]
-
-
 # End to end -----------------------------------------------------------------------------------------------------------
 
 
 def options(folder, *more):
     given = [f"--checkpoint={folder}/t7.pth", f"--data-dir={folder}", "--attentions=local,performer,bs-openai"]
-    given += ["--memory-fractions=1/4,0.0625", "--num-draws=2", f"--seed={SEED}", "--batch-size=4", "--device=cpu"]
+    given += ["--memory-fractions=1/4,0.0625", "--num-seeds=2", f"--seed={SEED}", "--batch-size=4", "--device=cpu"]
     return [*given, "--error-images=3", "--threads=1", *more]
 
 
 def test_end_to_end(folder, tmp_path, capsys):
     output, figure = tmp_path / "m.json", tmp_path / "m.png"
-    assert memory.main(options(folder, "--limit=6", f"--output={output}", f"--figure={figure}")) == 0
+    assert main(options(folder, "--limit=6", f"--output={output}", f"--figure={figure}")) == 0
     out = capsys.readouterr().out
     assert "performer │   1/16" in out
     assert "bs-openai left out at 1/4: its sizes are those of the budget 1/16." in out
@@ -331,7 +313,7 @@ def test_what_is_complete_outlives_a_signal(number, folder, monkeypatch, tmp_pat
 
     monkeypatch.setattr(memory, "draw", draw)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    assert memory.main(options(folder, f"--output={output}", f"--figure={figure}")) == 1
+    assert main(options(folder, f"--output={output}", f"--figure={figure}")) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "Interrupted after 3 of 6 configurations."
@@ -350,7 +332,7 @@ def test_output_is_written_attention_by_attention(folder, monkeypatch, tmp_path)
         return genuine(reference, attention, memory_fraction, *more)
 
     monkeypatch.setattr(memory, "measure_point", measure_point)
-    assert memory.main(options(folder, f"--output={output}", "--limit=2")) == 0
+    assert main(options(folder, f"--output={output}", "--limit=2")) == 0
     # as it would be left if the process were killed
     assert [content and len(content["results"]) for content in contents] == [None, None, 2, 2, 4]
     assert not any(content["complete"] for content in contents if content)
@@ -363,14 +345,14 @@ def test_nothing_is_written_where_nothing_is_complete(name, folder, monkeypatch,
 
     # in the first attention, or before it
     monkeypatch.setattr(memory, "measure_point" if name else "load_photographs", stop)
-    assert memory.main(options(folder, f"--output={tmp_path}/m.json")) == 1
+    assert main(options(folder, f"--output={tmp_path}/m.json")) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "Interrupted. Nothing was written."
     assert not list(tmp_path.iterdir())
 
 
 def refuses(capsys, given, message, began=False):
     """The tool says what is wrong in one line, behind the progress display where it began, and ends with status 1."""
-    assert memory.main(given) == 1
+    assert main(given) == 1
     captured = capsys.readouterr()
     *before, line = captured.err.splitlines()
     assert not before or (began and not any("Error" in each for each in before))
@@ -389,7 +371,7 @@ def refuses(capsys, given, message, began=False):
         (["--memory-fractions=0"], "'0' holds a number that is not positive"),
         (["--memory-fractions=1/x"], "'1/x' is not a number or a fraction"),
         (["--seed=-1"], "--seed=-1 is not valid"),
-        (["--num-draws=0"], "'0' is not an integer of at least 1"),
+        (["--num-seeds=0"], "'0' is not an integer of at least 1"),
         (["--figure={folder}/f.jpg"], "the name has to end in .png, .pdf or .svg."),
         (["--output={folder}/none/m.json"], "has to be a file in a folder that exists"),
         (["--precision=16"], "--help lists the options"),

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from scripts import benchmark_attention as benchmark
-from scripts import experiment_scaling as scaling
+from scripts.experiment_scaling import main
+from src.analysis.experiments import scaling
 
 LENGTHS = (256, 1024, 4096, 16384)
 GROWTH = 4096
@@ -158,7 +159,7 @@ def test_tables_and_figure_of_two_devices(write, tmp_path, capsys):
     slower = {**LAWS, "SDPA": (1.0, 1.5)}
     files = [write(content(), "cpu.json"), write(content("cuda", (4, 4, 1, 1), slower), "gpu.json")]
     figure = tmp_path / "scaling.png"
-    assert scaling.main(["--inputs", *files, "--figure", str(figure)]) == 0
+    assert main(["--inputs", *files, "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
     of_cpu = cells(printed, "CPU: Some CPU, 2 threads, float32; growth")
     assert of_cpu["SDPA"] == ["-", "call", "2.00", "2.00", "1.00", "-"]
@@ -196,7 +197,7 @@ def test_figure_has_a_row_for_each_file_and_the_lines_of_each(write):
 
 
 def test_of_the_attentions_those_that_are_asked_for(write, capsys):
-    assert scaling.main(["--inputs", write(content()), "--attentions", "sblocal,reformer"]) == 0
+    assert main(["--inputs", write(content()), "--attentions", "sblocal,reformer"]) == 0
     assert list(cells(capsys.readouterr().out, "growth with N")) == ["SDPA", "sblocal"]
 
 
@@ -216,17 +217,6 @@ def test_reads_what_the_benchmark_writes(tmp_path, capsys):
             assert (point.milliseconds, point.ratio) == (row["milliseconds"] / 2, row["ratio_to_sdpa"])
             assert point.mebibytes == row["temporary_bytes"] / 2**21
             assert line.sizes == row["sizes"]
-
-
-def test_reads_files_from_before_sizes_were_named(write):
-    value = content()
-    value["settings"]["batch"] = 3  # a number then
-    for item in value["results"]:
-        del item["sizes"]
-    (_, line) = scaling.read_scaling(write(value), ("sblocal",)).lines
-    assert line.sizes == SIZES["sblocal"]
-    assert [point.length for point in line.points] == list(LENGTHS)
-    assert line.points[1].milliseconds == pytest.approx(2 / 3)
 
 
 def without(value, *names):
@@ -251,7 +241,7 @@ def without(value, *names):
 )
 def test_mistakes_are_one_line(write, tmp_path, capsys, value, options, message):
     path = str(tmp_path / "times.json") if value is None else write(value)
-    assert scaling.main(["--inputs", path, *options]) == 1
+    assert main(["--inputs", path, *options]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert captured.out == ""

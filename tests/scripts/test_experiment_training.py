@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from scatterbrain.errors import UserError
-from scripts import experiment_training as training
-from scripts import listops
+from scripts.experiment_training import main
+from src.analysis.experiments import training
+from src.datamodules import listops, sequence_tasks
 
 CPU = torch.device("cpu")
 LENGTH = 32
@@ -36,8 +37,8 @@ def tasks():
     drawn = listops.draw_expressions(80, LENGTH - 1, seed=0)
     text = bytes(range(32, 127)) * 8
     return {
-        "language": training.Language(text, text[::-1], LENGTH, CPU, {}),
-        "listops": training.ListOps(drawn[30:], drawn[:30], CPU),
+        "language": sequence_tasks.Language(text, text[::-1], LENGTH, CPU, {}),
+        "listops": sequence_tasks.ListOps(drawn[30:], drawn[:30], CPU),
     }
 
 
@@ -127,30 +128,30 @@ def test_sources_are_split_by_file(tmp_path):
         (tmp_path / name).write_text("no")
     for number in range(24):
         (tmp_path / ("pack" if number % 2 else ".") / f"m{number:02}.py").write_text(f"<{number}>")
-    train, held_out, description = training.library_sources(tmp_path)
+    train, held_out, description = sequence_tasks.library_sources(tmp_path)
     even, odd = range(0, 24, 2), range(1, 24, 2)
     order = [f"<{number}>" for number in (*even, *odd)]  # m*.py before pack/m*.py
     assert held_out.decode() == "".join(order[9::10])
     assert train.decode() == "".join(text for place, text in enumerate(order) if place % 10 != 9)
     assert description["files"] == 24
     assert description["bytes"] == len(train) + len(held_out)
-    assert training.library_sources(tmp_path, limit=7)[2]["files"] == 3
+    assert sequence_tasks.library_sources(tmp_path, limit=7)[2]["files"] == 3
     (tmp_path / "m00.py").write_text("<x>")
-    assert training.library_sources(tmp_path)[2]["sha256"] != description["sha256"]
+    assert sequence_tasks.library_sources(tmp_path)[2]["sha256"] != description["sha256"]
 
 
 def test_sources_are_there():
-    train, held_out, description = training.library_sources()
+    train, held_out, description = sequence_tasks.library_sources()
     assert len(train) > 1_000_000
     assert len(held_out) > 50_000
-    assert description["bytes"] < 1.2 * training.CORPUS_BYTES
+    assert description["bytes"] < 1.2 * sequence_tasks.CORPUS_BYTES
 
 
 def test_bits_of_bytes():
     def as_bytes(text):
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-    found = training.byte_baselines(as_bytes("aaab"), as_bytes("ab"))
+    found = sequence_tasks.byte_baselines(as_bytes("aaab"), as_bytes("ab"))
     assert found["byte frequencies"] == pytest.approx(-(math.log2(4 / 260) + math.log2(2 / 260)) / 2)
     assert found["byte after byte"] == pytest.approx(-math.log2(2 / (3 + 256)))  # aa, aa, ab
 
@@ -230,7 +231,7 @@ def test_padding_is_hidden(tasks, name):
     assert (seen - before).abs().amax(1).min() > 1e-6
 
 
-@pytest.mark.parametrize("task", training.TASKS)
+@pytest.mark.parametrize("task", sequence_tasks.TASKS)
 def test_attentions_share_weights_and_batches(tasks, task):
     names = CAUSAL if task == "language" else training.COMPARED
     first, *others = (training.Training(tasks[task], name, RECIPE, 5, CPU) for name in names)
@@ -285,15 +286,7 @@ def test_it_learns_and_the_warm_up_changes_nothing(tasks):
     torch.testing.assert_close(trained[0].losses[0], loss.detach())
 
 
-def test_it_ends_with_its_seconds(tasks):
-    recipe = training.Recipe(**{**vars(RECIPE), "steps": 100_000, "eval_every": 100_000, "seconds": 0.3})
-    result = training.Training(tasks["listops"], "full", recipe, 0, CPU).run()
-    assert 1 <= result.steps < 100_000
-    assert [point["step"] for point in result.curve] == [result.steps]
-    assert result.metric is not None
-
-
-def test_a_loss_that_is_not_finite_is_told(tasks, monkeypatch):
+def test_a_loss_that_is_not_finite_is_reported(tasks, monkeypatch):
     steps = []
 
     def loss(self, logits, targets):
@@ -301,7 +294,7 @@ def test_a_loss_that_is_not_finite_is_told(tasks, monkeypatch):
         # the first pass is the warm-up
         return logits.sum() * (math.nan if len(steps) == 4 else 1.0)
 
-    monkeypatch.setattr(training.Language, "loss", loss)
+    monkeypatch.setattr(sequence_tasks.Language, "loss", loss)
     recipe = training.Recipe(**{**vars(RECIPE), "steps": 6})
     result = training.Training(tasks["language"], "full", recipe, 0, CPU).run()
     assert result.diverged_at == 3
@@ -320,16 +313,16 @@ SMALL += ["--device=cpu", "--steps=3", "--eval-every=2", "--num-expressions=60",
 @pytest.fixture
 def few(monkeypatch):
     """Little to score on."""
-    monkeypatch.setattr(training, "HELD_OUT_EXPRESSIONS", 40)
-    monkeypatch.setattr(training, "NUM_WINDOWS", 4)
-    monkeypatch.setattr(training, "CORPUS_BYTES", 100_000)
-    monkeypatch.setattr(training.library_sources, "__defaults__", (None, 300_000))
+    monkeypatch.setattr(sequence_tasks, "HELD_OUT_EXPRESSIONS", 40)
+    monkeypatch.setattr(sequence_tasks, "NUM_WINDOWS", 4)
+    monkeypatch.setattr(sequence_tasks, "CORPUS_BYTES", 100_000)
+    monkeypatch.setattr(sequence_tasks.library_sources, "__defaults__", (None, 300_000))
 
 
 @pytest.mark.usefixtures("few")
 def test_end_to_end(tmp_path, capsys):
     output, figure = tmp_path / "t.json", tmp_path / "t.png"
-    assert training.main([*SMALL, f"--output={output}", f"--figure={figure}", "--num-seeds=2"]) == 0
+    assert main([*SMALL, f"--output={output}", f"--figure={figure}", "--num-seeds=2"]) == 0
     printed = capsys.readouterr().out
     assert "first operator" in printed
     with Image.open(figure) as image:
@@ -338,7 +331,7 @@ def test_end_to_end(tmp_path, capsys):
     assert content["complete"] is True
     assert content["settings"]["precision"] == "float32"
     assert content["settings"]["memory_fraction"] == 0.25
-    assert not set(content["settings"]) & {"output", "figure", "inputs"}
+    assert not set(content["settings"]) & {"output", "figure"}
     keys = [(result["seed"], result["task"], result["attention"]) for result in content["results"]]
     assert keys == [
         (seed, task, name)
@@ -384,40 +377,12 @@ def test_an_interrupted_run_keeps_what_is_complete(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(training.Training, "run", stop)
     output, figure = tmp_path / "t.json", tmp_path / "t.pdf"
     options = [*SMALL, "--tasks=listops", "--attentions=full,performer,local"]
-    assert training.main([*options, f"--output={output}", f"--figure={figure}"]) == 1
+    assert main([*options, f"--output={output}", f"--figure={figure}"]) == 1
     assert "Missing: listops performer (seed 7), listops local (seed 7)." in capsys.readouterr().err
     content = json.loads(output.read_text())
     assert content["complete"] is False
     assert [result["attention"] for result in content["results"]] == ["full"]
     assert figure.stat().st_size > 0
-
-
-@pytest.mark.usefixtures("few")
-def test_files_are_put_together(tmp_path, capsys):
-    files = [str(tmp_path / f"{number}.json") for number in range(4)]
-    for file, *options in (
-        (files[0], "--tasks=listops", "--attentions=full", "--seconds=300"),
-        (files[1], "--tasks=listops,language", "--attentions=local,cluster"),
-        (files[2], "--tasks=listops", "--attentions=smyrf", "--lr=0.1"),
-    ):
-        assert training.main([*SMALL, *options, f"--output={file}"]) == 0
-    merged, figure = tmp_path / "all.json", tmp_path / "all.png"
-    capsys.readouterr()
-    assert training.main(["--inputs", *files[:2], f"--output={merged}", f"--figure={figure}"]) == 0
-    assert "cluster left out" in capsys.readouterr().out
-    content = json.loads(merged.read_text())
-    parts = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
-    assert content["results"] == parts[0]["results"] + parts[1]["results"]
-    assert content["settings"]["attentions"] == ["full", "local", "cluster"]
-    assert set(content["tasks"]) == {"listops", "language"}
-    assert content["complete"] is True
-    assert content["settings"]["seconds"] is None  # the second had no limit
-    for given, message in (
-        ((files[0], files[2]), "lr is 0.001 in one file and 0.1 in another"),
-        ((files[0], files[0]), "listops with full (seed 7) is in more than one file"),
-        ((files[0], files[3]), "3.json cannot be read"),
-    ):
-        refuses(capsys, ["--inputs", *given], message)
 
 
 def test_the_best_comes_first_and_the_diverged_last():
@@ -437,7 +402,7 @@ def test_the_best_comes_first_and_the_diverged_last():
 
 def refuses(capsys, options, message):
     """The tool says what is wrong in one line and ends with status 1."""
-    assert training.main(options) == 1
+    assert main(options) == 1
     captured = capsys.readouterr()
     (line,) = (line for line in captured.err.splitlines() if line.strip())  # the display leaves an empty one
     assert captured.out == ""
@@ -453,11 +418,11 @@ def refuses(capsys, options, message):
         (["--attentions=locale"], "'locale' is unknown"),
         (["--heads=3"], "--heads 3 does not divide --dim 16"),
         (["--memory-fraction=2"], "memory_fraction=2.0 has to lie in (0, 1]"),
-        (["--seconds=0"], "'0' is not a positive number"),
+        (["--lr=0"], "'0' is not a positive number"),
         (["--seed=-1"], "--seed=-1 is not valid"),
         (["--length=9", "--tasks=listops"], "length=8 is not valid"),
         (["--length=900000", "--tasks=language"], "--length 900000: the sources of the standard library are shorter"),
-        (["--attentions=cluster", "--tasks=language"], "No training came to its end. language: cluster left out."),
+        (["--attentions=cluster", "--tasks=language"], "No training was completed. language: cluster left out."),
         (["--figure={folder}/f.jpg"], "the name has to end in .png, .pdf or .svg."),
         (["--output={folder}/none/r.json"], "has to be a file in a folder that exists"),
     ],

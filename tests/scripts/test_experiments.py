@@ -13,9 +13,9 @@ from scatterbrain.attention import create_attention
 from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.common.windows import window_mask
-from scripts import experiment_regimes as regimes
-from scripts import experiment_residual as residual
-from src.tasks.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
+from scripts import experiment_regimes, experiment_residual
+from src.analysis.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
+from src.analysis.experiments import regimes, residual
 from tests.src.tasks.setup import make_checkpoint, make_images
 
 LENGTH, WIDTH = 64, 8
@@ -133,27 +133,27 @@ def test_oracles_spend_the_same_memory():
 
 
 def test_variance_is_that_of_the_formula():
-    rows = regimes.measure_variance((0.25, 1.0), num_features=8, num_draws=20_000, seed=5)
-    predicted = {(row["squared_norm"], row["form"]): row["predicted"] for row in rows}
+    rows = regimes.measure_variance((0.25, 1.0), num_features=8, num_samples=20_000, seed=5)
+    predicted = {(row["squared_norm"], row["rows"]): row["predicted"] for row in rows}
     assert predicted[1.0, "independent"] == pytest.approx((2.718281828 - 1) / 8)
     assert predicted[1.0, "cosh"] == pytest.approx((2.718281828 - 1) * (1 - 1 / 2.718281828) / 8)
     for row in rows:
-        if row["form"] == "orthogonal":
+        if row["rows"] == "orthogonal":
             assert row["measured"] < predicted[row["squared_norm"], "independent"]
         else:
             # four standard errors of the sample; they are below a tenth, so neither formula passes for the other
-            assert row["measured"] == pytest.approx(row["predicted"], abs=4 * row["deviation"])
-            assert row["deviation"] < 0.05 * row["predicted"]
+            assert row["measured"] == pytest.approx(row["predicted"], abs=4 * row["std_error"])
+            assert row["std_error"] < 0.05 * row["predicted"]
 
 
 REGIMES = ["--length=64", "--width=8", "--centres=4", "--temperatures=0.5,4", "--memory-fractions=1/4"]
-REGIMES += ["--num-draws=2", "--seed=7", "--variance-draws=100", "--threads=1"]
+REGIMES += ["--num-seeds=2", "--seed=7", "--variance-samples=100", "--threads=1"]
 
 
 def test_regimes_end_to_end(tmp_path, capsys):
     files = {name: tmp_path / f"{name}.{suffix}" for name, suffix in (("r", "json"), ("f", "png"), ("v", "pdf"))}
     options = [f"--output={files['r']}", f"--figure={files['f']}", f"--variance-figure={files['v']}"]
-    assert regimes.main([*REGIMES, *options]) == 0
+    assert experiment_regimes.main([*REGIMES, *options]) == 0
     assert "low-rank" in capsys.readouterr().out
     with Image.open(files["f"]) as image:
         assert image.format == "PNG"
@@ -165,9 +165,9 @@ def test_regimes_end_to_end(tmp_path, capsys):
     assert len(content["variance"]) == 3 * len(regimes.SQUARED_NORMS)
     keys = [(row["data"], row["temperature"], row["memory_fraction"]) for row in content["regimes"]]
     assert keys == [(data, beta, 0.25) for data in ("normal", "clustered") for beta in (0.5, 4)]
-    # each error is the mean over the draws of what the parts give
+    # each error is the mean over the seeds of what the parts give
     row = content["regimes"][3]
-    draws, keys = [], []
+    samples, keys = [], []
     for seed in (7, 8):
         inputs = regimes.draw_tokens("clustered", 64, 8, 4, seed)
         inputs = StageInputs(inputs.query, inputs.key, inputs.value, 4 * 8**-0.5)
@@ -175,14 +175,14 @@ def test_regimes_end_to_end(tmp_path, capsys):
         found = regimes.approximate(inputs, 0.25, seed)
         out = weights @ inputs.value[0, :, 0].double()
         pairs = {name: (relative_error(x.weights[None], weights[None]), x.out) for name, x in found.items()}
-        draws.append({name: (a.item(), relative_error(b[None], out[None]).item()) for name, (a, b) in pairs.items()})
+        samples.append({name: (a.item(), relative_error(b[None], out[None]).item()) for name, (a, b) in pairs.items()})
         keys.append(effective_keys(weights).mean().item())
     assert row["effective_keys"]["mean"] == pytest.approx(statistics.fmean(keys))
     assert row["effective_keys"]["std"] == pytest.approx(statistics.stdev(keys))
-    assert set(row["results"]) == set(draws[0])
+    assert set(row["results"]) == set(samples[0])
     for name, result in row["results"].items():
         for number, kind in enumerate(("matrix_error", "output_error")):
-            expected = [draw[name][number] for draw in draws]
+            expected = [sample[name][number] for sample in samples]
             # float32, in places iterated
             assert result[kind]["mean"] == pytest.approx(statistics.fmean(expected), rel=1e-4)
             assert result[kind]["std"] == pytest.approx(statistics.stdev(expected), abs=1e-4 * max(expected))
@@ -221,7 +221,7 @@ def test_families_count_who_errs_least():
     ],
 )
 def test_regimes_refuse(tmp_path, capsys, options, message):
-    refuses(regimes, capsys, [*REGIMES, *(option.format(folder=tmp_path) for option in options)], message)
+    refuses(experiment_regimes, capsys, [*REGIMES, *(option.format(folder=tmp_path) for option in options)], message)
 
 
 # Residual -------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def options(folder, *more):
 
 def test_residual_end_to_end(folder, tmp_path, capsys):
     output, figure = tmp_path / "r.json", tmp_path / "r.png"
-    assert residual.main(options(folder, f"--output={output}", f"--figure={figure}")) == 0
+    assert experiment_residual.main(options(folder, f"--output={output}", f"--figure={figure}")) == 0
     assert "support" in capsys.readouterr().out
     with Image.open(figure) as image:
         assert image.format == "PNG"
@@ -356,4 +356,4 @@ def test_maps_split_the_weight(model, stage):
     ],
 )
 def test_residual_refuses(folder, capsys, more, message):
-    refuses(residual, capsys, options(folder, *(option.format(folder=folder) for option in more)), message)
+    refuses(experiment_residual, capsys, options(folder, *(option.format(folder=folder) for option in more)), message)

@@ -12,6 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from scripts import make_flower_subset
+from src.datamodules import flowers
 
 FLOWERS = Path(make_flower_subset.__file__).parents[1] / "data" / "flowers"
 ROW = re.compile(r"\| `(.+)` \| (\w+) \| (\d+ x \d+) \| (\d+ x \d+) \| <(\S+?)>(?: \((.*)\))? \|")
@@ -295,13 +296,13 @@ def test_an_output_whose_folder_is_missing(source, capsys):
     assert f"{output} cannot be written" in failure(capsys, source, "--output", output)
 
 
-def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_nothing(source, tmp_path, capsys, monkeypatch):
     def interrupt(original):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(make_flower_subset, "load_rgb", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make(source)
+    monkeypatch.setattr(flowers, "load_rgb", interrupt)
+    assert make(source) == 1
+    assert capsys.readouterr().err.splitlines() == ["Interrupted. No half-made folder was left."]
     assert names(tmp_path) == ["originals"]
 
 

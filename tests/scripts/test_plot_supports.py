@@ -9,16 +9,17 @@ from PIL import Image
 from scatterbrain.ops.common.windows import window_mask
 from scatterbrain.ops.sparse.block_sparse import block_layout
 from scatterbrain.ops.sparse.window2d import neighbourhood_mask
-from scripts import plot_supports
+from scripts.plot_supports import main
+from src.analysis.plots import supports
 
 
 def test_draws_every_support(tmp_path, monkeypatch, capsys):
     drawn = []
-    draw = plot_supports.draw
-    monkeypatch.setattr(plot_supports, "draw", lambda masks: drawn.append((masks, draw(masks))) or drawn[-1][1])
+    draw = supports.draw
+    monkeypatch.setattr(supports, "draw", lambda masks: drawn.append((masks, draw(masks))) or drawn[-1][1])
     output = tmp_path / "supports.png"
     arguments = ["--length=36", "--window=6", "--block=5", "--seed=4", f"--output={output}"]
-    assert plot_supports.main(arguments) == 0
+    assert main(arguments) == 0
     assert capsys.readouterr().out == f"{output}\n"
     with Image.open(output) as image:
         assert image.format == "PNG"
@@ -41,7 +42,7 @@ def test_draws_every_support(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("suffix", ["pdf", "SVG"])
 def test_formats(tmp_path, suffix):
     output = tmp_path / f"supports.{suffix}"
-    assert plot_supports.main(["--length=4", "--window=1", "--block=9", f"--output={output}"]) == 0
+    assert main(["--length=4", "--window=1", "--block=9", f"--output={output}"]) == 0
     assert output.stat().st_size > 0
 
 
@@ -61,7 +62,7 @@ def test_formats(tmp_path, suffix):
 )
 def test_mistakes_are_one_line(tmp_path, capsys, options, message):
     options = [f"--output={tmp_path}/supports.png", *(option.format(folder=tmp_path) for option in options)]
-    assert plot_supports.main(options) == 1
+    assert main(options) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert captured.out == ""

@@ -21,7 +21,7 @@ from scatterbrain.ops.common.inputs import length_mask
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.common.windows import window_mask
 from scatterbrain.ops.full import full_attention
-from src.tasks.approximation import relative_error
+from src.analysis.approximation import relative_error
 from tests.helpers import assert_close
 
 LENGTH, WIDTH, SCALE = 36, 16, 0.25

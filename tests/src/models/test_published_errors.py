@@ -13,7 +13,7 @@ import torch
 
 from scatterbrain.attention import attention_memory, create_attention
 from scatterbrain.ops.full import full_attention
-from src.tasks.approximation import relative_error
+from src.analysis.approximation import relative_error
 
 SCALES = {1: 147**-0.5, 2: 576**-0.5}
 DRAWS = 3

@@ -13,8 +13,7 @@ from scatterbrain.ops.full import naive_full_attention
 from scatterbrain.ops.local import naive_local_attention
 from scatterbrain.ops.performer import naive_performer_attention
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
-from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit
-from src.tasks.approximation import (
+from src.analysis.approximation import (
     StageInputs,
     attention_weights,
     bias_and_spread,
@@ -28,6 +27,7 @@ from src.tasks.approximation import (
     relative_error,
     relative_errors,
 )
+from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit
 from tests.helpers import assert_close
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES
 

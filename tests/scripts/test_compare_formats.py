@@ -1,4 +1,4 @@
-"""The comparison of layouts: that equal ones are found equal, that each difference is noticed, and how it fails."""
+"""The comparison of formats: that equal ones are found equal, that each difference is noticed, and how it fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import compare_layouts as comparing
+from scripts.compare_formats import build_parser, main
+from src.analysis import formats as comparing
+from src.datamodules.writers import write_class_folders
 from src.evaluation.results import Predictions
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
@@ -36,7 +38,7 @@ def shallow(monkeypatch):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Photographs in `val`, and a checkpoint."""
-    folder = make_images(tmp_path_factory.mktemp("layouts"), NUM_IMAGES)
+    folder = make_images(tmp_path_factory.mktemp("formats"), NUM_IMAGES)
     with pytest.MonkeyPatch.context() as patch:
         make_shallow(patch)
         make_checkpoint(folder / "t7.pth", VARIANT)
@@ -54,15 +56,15 @@ def options(data, *others):
     return [*(f"--{name}={value}" for name, value in given.items()), "--num-workers=0", *others]
 
 
-def tampered(patch, layout, change):
-    """Let a layout be written of other images: those that `change` makes of the right ones."""
-    write = comparing.WRITERS[layout]
-    patch.setitem(comparing.WRITERS, layout, lambda folder, images: write(folder, change(list(images))))
+def tampered(patch, format, change):
+    """Let a format be written of other images: those that `change` makes of the right ones."""
+    write = comparing.WRITERS[format]
+    patch.setitem(comparing.WRITERS, format, lambda folder, images: write(folder, change(list(images))))
 
 
-def only(patch, *layouts):
-    """Leave out the other layouts, which take their time."""
-    patch.setattr(comparing, "WRITERS", {name: comparing.WRITERS[name] for name in (comparing.REFERENCE, *layouts)})
+def only(patch, *formats):
+    """Leave out the other formats, which take their time."""
+    patch.setattr(comparing, "WRITERS", {name: comparing.WRITERS[name] for name in (comparing.REFERENCE, *formats)})
 
 
 def swapped(images):
@@ -82,14 +84,14 @@ def red_image():
 
 
 def rows_of(path):
-    return {row["layout"]: row for row in json.loads(path.read_text())["results"]}
+    return {row["format"]: row for row in json.loads(path.read_text())["results"]}
 
 
-def test_all_layouts_are_equal(data, tmp_path, capsys):
-    logged = logging.root.manager.disable
-    output, kept = tmp_path / "layouts.json", tmp_path / "kept"
-    assert comparing.main(options(data, f"--output={output}", f"--keep={kept}")) == 0
-    assert logging.root.manager.disable == logged
+def test_all_formats_are_equal(data, tmp_path, capsys):
+    before = logging.root.manager.disable
+    output, kept = tmp_path / "formats.json", tmp_path / "kept"
+    assert main(options(data, f"--output={output}", f"--keep={kept}")) == 0
+    assert logging.root.manager.disable == before
     content, rows = json.loads(output.read_text()), rows_of(output)
     assert content["equal"] is True
     assert content["settings"]["num_classes"] == NUM_CLASSES
@@ -107,15 +109,15 @@ def test_all_layouts_are_equal(data, tmp_path, capsys):
     for path in (data / "val").rglob("*.png"):
         assert (kept / "class_folders" / path.relative_to(data)).read_bytes() == path.read_bytes()
         assert (kept / "csv" / "images" / path.name).read_bytes() == path.read_bytes()
-    told = capsys.readouterr()
-    assert told.out.count(" equal ") == len(EVALUATED)
-    assert told.out.count(VARIANT) == 1  # none of the tables of the evaluations
-    assert "Error" not in told.err
+    printed = capsys.readouterr()
+    assert printed.out.count(" equal ") == len(EVALUATED)
+    assert printed.out.count(VARIANT) == 1  # none of the tables of the evaluations
+    assert "Error" not in printed.err
 
 
 def test_damaged_images_are_skipped_everywhere(data, tmp_path):
-    output = tmp_path / "layouts.json"
-    assert comparing.main(options(data, "--damage=3", f"--output={output}")) == 0
+    output = tmp_path / "formats.json"
+    assert main(options(data, "--damage=3", f"--output={output}")) == 0
     rows = rows_of(output)
     for name in EVALUATED:
         assert (rows[name]["num_images"], rows[name]["num_skipped"]) == (NUM_IMAGES - 3, 3)
@@ -123,7 +125,7 @@ def test_damaged_images_are_skipped_everywhere(data, tmp_path):
 
 
 def test_damage_is_spread_and_leaves_the_others_alone(data):
-    arguments = comparing.build_parser().parse_args(options(data, "--damage=3"))
+    arguments = build_parser().parse_args(options(data, "--damage=3"))
     read = comparing.read_photographs(arguments)
     files = {path.name: path.read_bytes() for path in (data / "val").rglob("*.png")}
     damaged = [image.name for image in read if image.data != files[image.name]]
@@ -138,14 +140,14 @@ def test_damage_is_spread_and_leaves_the_others_alone(data):
 def test_without_pyarrow_parquet_is_left_out(data, tmp_path, monkeypatch, capsys):
     only(monkeypatch, "parquet")
     monkeypatch.setattr(comparing.importlib.util, "find_spec", lambda name: None)
-    output = tmp_path / "layouts.json"
-    assert comparing.main(options(data, f"--output={output}")) == 0
-    assert rows_of(output)["parquet"] == {"layout": "parquet", "left_out": "PyArrow is not installed"}
+    output = tmp_path / "formats.json"
+    assert main(options(data, f"--output={output}")) == 0
+    assert rows_of(output)["parquet"] == {"format": "parquet", "left_out": "PyArrow is not installed"}
     assert "left out: PyArrow" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("layout", "change", "words"),
+    ("format", "change", "words"),
     [
         ("csv", swapped, "csv differs from class_folders in labels (000, 009)."),
         ("tar", lambda images: images[1:], "tar differs from class_folders in images (000)."),
@@ -156,35 +158,35 @@ def test_without_pyarrow_parquet_is_left_out(data, tmp_path, monkeypatch, capsys
         ),
     ],
 )
-def test_a_difference_is_noticed(data, tmp_path, monkeypatch, capsys, layout, change, words):
-    only(monkeypatch, layout)
-    tampered(monkeypatch, layout, change)
-    output = tmp_path / "layouts.json"
-    assert comparing.main(options(data, f"--output={output}")) == 1
-    told = capsys.readouterr()
-    assert told.err.strip().splitlines()[-1] == f"Error: {words}"
-    assert told.out.count(" differs ") == told.out.count(" equal ") == 1
+def test_a_difference_is_noticed(data, tmp_path, monkeypatch, capsys, format, change, words):
+    only(monkeypatch, format)
+    tampered(monkeypatch, format, change)
+    output = tmp_path / "formats.json"
+    assert main(options(data, f"--output={output}")) == 1
+    printed = capsys.readouterr()
+    assert printed.err.strip().splitlines()[-1] == f"Error: {words}"
+    assert printed.out.count(" differs ") == printed.out.count(" equal ") == 1
     assert json.loads(output.read_text())["equal"] is False
-    assert len(rows_of(output)[layout]["differences"]) == 1
+    assert len(rows_of(output)[format]["differences"]) == 1
 
 
 def test_other_images_are_skipped(data, monkeypatch, capsys):
     only(monkeypatch, "tar")
     tampered(monkeypatch, "tar", lambda images: [dataclasses.replace(images[0], data=b""), *images[1:]])
-    assert comparing.main(options(data, "--damage=1")) == 1
+    assert main(options(data, "--damage=1")) == 1
     assert "tar differs from class_folders in images (000), skipped images (000)." in capsys.readouterr().err
 
 
-def test_a_layout_that_fails_does_not_keep_others_from_being_compared(data, tmp_path, monkeypatch, capsys):
+def test_a_format_that_fails_does_not_keep_others_from_being_compared(data, tmp_path, monkeypatch, capsys):
     only(monkeypatch, "csv", "tar", "webdataset")
     monkeypatch.setitem(comparing.WRITERS, "csv", lambda folder, images: None)
-    monkeypatch.setitem(comparing.WRITERS, "tar", comparing.write_class_folders)
-    output = tmp_path / "layouts.json"
-    assert comparing.main(options(data, f"--output={output}")) == 1
-    told = capsys.readouterr()
-    assert "csv differs from class_folders in that it cannot be evaluated: " in told.err
-    assert " evaluated: tar was taken for class_folders. datamodule.format=tar names the layout." in told.err
-    assert "webdataset differs" not in told.err
+    monkeypatch.setitem(comparing.WRITERS, "tar", write_class_folders)
+    output = tmp_path / "formats.json"
+    assert main(options(data, f"--output={output}")) == 1
+    printed = capsys.readouterr()
+    assert "csv differs from class_folders in that it cannot be evaluated: " in printed.err
+    assert " evaluated: tar was taken for class_folders. datamodule.format=tar names the format." in printed.err
+    assert "webdataset differs" not in printed.err
     assert rows_of(output)["webdataset"]["num_images"] == NUM_IMAGES
 
 
@@ -217,42 +219,42 @@ def test_images_are_matched_by_name():
         (["--keep=/dev/null/here"], "cannot be written"),
     ],
 )
-def test_what_is_wrong_is_told(data, capsys, changes, words):
-    assert comparing.main(options(data, *changes)) == 1
-    told = capsys.readouterr()
-    message = told.err.strip()  # a progress display leaves an empty line
+def test_what_is_wrong_is_reported(data, capsys, changes, words):
+    assert main(options(data, *changes)) == 1
+    printed = capsys.readouterr()
+    message = printed.err.strip()  # a progress display leaves an empty line
     assert message.startswith("Error: ")
     assert "\n" not in message
     assert words in message
-    assert told.out == ""
+    assert printed.out == ""
 
 
 def test_folders_in_the_way(data, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     for keep in (tmp_path / "mine", tmp_path / "mine" / "file"):
-        assert comparing.main(options(data, f"--keep={keep}")) == 1
+        assert main(options(data, f"--keep={keep}")) == 1
         assert f"--keep {keep} is there already" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("name", ["000.jpg", "a.b.png", "\udcff.png"])
-def test_names_that_not_every_layout_holds(small, capsys, name):
+def test_names_that_not_every_format_holds(small, capsys, name):
     (small / "val" / "c1" / name).write_bytes(b"an image")
-    assert comparing.main(options(small)) == 1
-    told = capsys.readouterr().err
-    assert f"c1/{name}".encode("ascii", "backslashreplace").decode() in told
-    assert "Rename the files." in told
-    assert "c2/" not in told
+    assert main(options(small)) == 1
+    printed = capsys.readouterr().err
+    assert f"c1/{name}".encode("ascii", "backslashreplace").decode() in printed
+    assert "Rename the files." in printed
+    assert "c2/" not in printed
 
 
 def test_class_folders_without_images(small, capsys):
     (small / "val" / "c9").mkdir()
-    assert comparing.main(options(small)) == 1
-    assert "class folders without images, which other layouts lack: c9. Remove them." in capsys.readouterr().err
+    assert main(options(small)) == 1
+    assert "class folders without images, which other formats lack: c9. Remove them." in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read(small, capsys):
     (small / "val" / "c1" / "link.png").symlink_to("nowhere")
-    assert comparing.main(options(small)) == 1
+    assert main(options(small)) == 1
     assert "c1/link.png cannot be read (No such file or directory). Remove or replace it." in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""ListOps: nested lists of digits with their values, drawn many at a time.
+"""ListOps: random nested lists of digits with their values, many at a time.
 
 Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", NAACL-SRW 2018, in the long form of Tay et
 al., "Long Range Arena", ICLR 2021: `[MAX 2 9 [MIN 4 7 ] 0 ]` has the value 9. A tree starts with an operator, each of
@@ -72,7 +72,7 @@ def draw_expressions(num: int, length: int, seed: int, shortest: int | None = No
     Args:
         num: number N of expressions; a smaller number with the same seed gives the first of them.
         length: most tokens, and what all are padded to, from 16 to 2048.
-        seed: of everything drawn.
+        seed: of everything random.
         shortest: least tokens; None is half of `length`.
 
     Raises:
@@ -105,7 +105,7 @@ def draw_expressions(num: int, length: int, seed: int, shortest: int | None = No
 
 
 def _draw(generator: np.random.Generator, length: int, shortest: int) -> Expressions:
-    """Those of `TREES_AT_A_TIME` trees that have the right length."""
+    """Expressions of those of `TREES_AT_A_TIME` trees that have the right length."""
     levels = _grow(generator, length)
     _evaluate(levels)
     root = levels[0]
@@ -174,18 +174,18 @@ def _evaluate(levels: list[_Level]) -> None:
 
 
 def as_text(tokens: np.ndarray) -> str:
-    """An expression as one would write it, without the padding."""
+    """An expression as text, without the padding."""
     return " ".join(VOCABULARY[token] for token in tokens if token != PADDING)
 
 
 def majority_accuracy(train: Expressions, held_out: Expressions) -> float:
-    """Accuracy of always saying the value that is the most frequent in training."""
+    """Accuracy of always predicting the most frequent value of the training data."""
     value = np.bincount(train.values, minlength=NUM_CLASSES).argmax()
     return float((held_out.values == value).mean())
 
 
 def first_operator_accuracy(train: Expressions, held_out: Expressions) -> float:
-    """Accuracy of saying the most frequent value of the outermost operator, which is the first token.
+    """Accuracy of predicting the most frequent value of the outermost operator, which is the first token.
 
     It takes no reading of the list: MIN is mostly 0, MAX mostly 9.
     """

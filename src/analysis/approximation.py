@@ -1,19 +1,23 @@
-"""How close an attention comes to full attention on what a trained T2T-ViT really asks of it.
+"""Errors of the attentions against full attention, on the queries, keys and values of a trained T2T-ViT.
 
-Queries, keys and values of both token stages, and of the blocks of the backbone, are taken from the network as it runs
-with full attention, so that the error of each layer stands alone: stage 2 is not judged on what an approximation in
-stage 1 has left of the image.
+They are those of the network with full attention, in both token stages and in the blocks of the backbone, so that the
+error of each layer stands alone: stage 2 does not suffer from an approximation in stage 1.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from scatterbrain.attention import create_attention
@@ -24,6 +28,8 @@ from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.common.inputs import default_scale
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.full import full_attention
+from src.datamodules.dataset import ImageFolderDataset
+from src.datamodules.image_folder import ImageFolderDataModule
 from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed
 from src.utils.checkpoint import load_checkpoint, read_checkpoint
@@ -35,19 +41,12 @@ ONE_HOT = 2.0**-40
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What the attention of one layer works on: a token stage (one head) or a block of the backbone (several).
+    """Inputs of the attention of one layer: a token stage (one head) or a block of the backbone (several)."""
 
-    Attributes:
-        query: (B, T, H, E).
-        key: (B, S, H, E).
-        value: (B, S, H, D).
-        scale: softmax scale of the layer.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
+    query: torch.Tensor  # (B, T, H, E)
+    key: torch.Tensor  # (B, S, H, E)
+    value: torch.Tensor  # (B, S, H, D)
+    scale: float  # softmax scale of the layer
 
     def image(self, index: int) -> StageInputs:
         """Those of one image, as a batch of one."""
@@ -68,13 +67,7 @@ class StageInputs:
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
-    """Build the T2T-ViT that a checkpoint is of, with full attention, and load the checkpoint.
-
-    Args:
-        path: any checkpoint that `read_checkpoint` reads.
-
-    Returns:
-        Name of the variant, and the model in evaluation mode.
+    """Name of the T2T-ViT variant of a checkpoint, and the model with full attention in evaluation mode.
 
     Raises:
         UserError: see `read_checkpoint`; no variant with swappable attention has the sizes of the checkpoint.
@@ -91,34 +84,44 @@ def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
     return names[0], model.eval()
 
 
-def capture_stage_inputs(model: T2TViT, images: torch.Tensor) -> tuple[StageInputs, StageInputs]:
-    """Query, key and value of both token stages, as their attention modules receive them.
-
-    Args:
-        model: full attention in both token stages. Its hooks are as before when this returns or raises.
-        images: (B, 3, image_size, image_size), normalised.
-
-    Returns:
-        Inputs of stage 1 and of stage 2, (B, N, 1, E) each.
+def open_split(data_dir: str | os.PathLike[str], split: str, model: T2TViT) -> ImageFolderDataset:
+    """The photographs of a split, as the model's evaluation sees them.
 
     Raises:
-        UserError: the token stages have another attention.
+        UserError: there is no such folder, or see `ImageFolderDataset`.
     """
+    root = Path(data_dir).expanduser() / split
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder. Give --data-dir the folder that holds '{split}', or another --split.")
+    transform = ImageFolderDataModule(image_size=model.image_size).test_transform
+    return ImageFolderDataset(root, transform, model.num_classes)
+
+
+def spread(size: int, number: int) -> list[int]:
+    """Positions of `number` items, all of them where they are fewer, spread evenly over `size`."""
+    number = min(size, number)
+    return [(2 * i + 1) * size // (2 * number) for i in range(number)]
+
+
+def pixels_of(image: torch.Tensor) -> np.ndarray:
+    """A normalised image (3, height, width) as pixels (height, width, 3) in [0, 1]."""
+    return (image.permute(1, 2, 0).numpy() * IMAGENET_DEFAULT_STD + IMAGENET_DEFAULT_MEAN).clip(0, 1)
+
+
+def capture_stage_inputs(model: T2TViT, images: torch.Tensor) -> tuple[StageInputs, StageInputs]:
+    """Inputs of stage 1 and of stage 2, (B, N, 1, E) each, see `capture_inputs`."""
     return capture_inputs(model, images, "stages")
 
 
 @torch.no_grad()
 def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> tuple[StageInputs, ...]:
-    """Query, key and value of the layers, in one run with full attention.
+    """Query, key and value of the layers, from one run with full attention.
 
     Args:
         model: full attention in both token stages. Its hooks are as before when this returns or raises.
         images: (B, 3, image_size, image_size), normalised.
-        layers: `stages`, `backbone` or `all`.
-
-    Returns:
-        Inputs in the order of the layers: of stages 1 and 2, (B, N, 1, E) each, and of every block of the backbone,
-        (B, N / 16 + 1, H, E) each with the class token first.
+        layers: `stages`: 1 and 2, (B, N, 1, E) each; `backbone`: every block, (B, N / 16 + 1, H, E) each with the class
+            token first; or `all` of them, in this order.
 
     Raises:
         UserError: the token stages have another attention, or `layers` is unknown.
@@ -156,16 +159,13 @@ def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> 
 def create_stage_attentions(
     name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0
 ) -> tuple[AttentionModule, AttentionModule]:
-    """The attention modules that an evaluation of `model` with this attention and seed has in its token stages.
+    """Modules of stage 1 and 2, in evaluation mode, as an evaluation of `model` with this attention and seed has them.
 
     Args:
         name: one of `ATTENTIONS`.
-        model: with a swappable attention, which tells the sequence lengths, the softmax scales and the device.
+        model: with a swappable attention; sequence lengths, softmax scales and device are its own.
         memory_fraction: see `create_attention`.
-        seed: seed of the random features; each stage derives its own.
-
-    Returns:
-        Modules of stage 1 and of stage 2, in evaluation mode.
+        seed: of what is random; each stage derives its own.
 
     Raises:
         UserError: unknown name or a fraction out of range.
@@ -189,19 +189,10 @@ def create_stage_attentions(
 def create_block_attentions(
     name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0
 ) -> tuple[AttentionModule, ...]:
-    """Attention modules for the blocks of the backbone, each for all of its heads.
-
-    Args:
-        name: one of `ATTENTIONS`.
-        model: which tells the sequence length, class token included, the width of a head, and the device.
-        memory_fraction: see `create_attention`.
-        seed: seed of the random features; each block derives its own.
-
-    Returns:
-        One module for each block, in evaluation mode.
+    """One module for each block of the backbone and all of its heads, in evaluation mode; each derives its own seed.
 
     Raises:
-        UserError: unknown name, a fraction out of range, or an attention that cannot be had at this length.
+        UserError: unknown name, a fraction out of range, or an attention that is not defined at this length.
     """
     device, length = model.cls_token.device, model.patch_embed.num_patches + 1
     modules = []
@@ -233,15 +224,12 @@ def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor
 
 @torch.no_grad()
 def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_weights: bool = False) -> torch.Tensor:
-    """Relative Frobenius errors against full attention, `|| out - full ||_F / || full ||_F` over T, H and D.
+    """Relative Frobenius errors (attentions, B) float64 against full attention, over T, H and D.
 
     Args:
         inputs: of one layer.
         attentions: modules with the softmax scale of the layer.
         of_weights: compare the matrices of weights (T, S) in place of the outputs. Takes O(T S) memory.
-
-    Returns:
-        (attentions, B) float64, one for each attention and image.
     """
     full, tensors = _full_attention(inputs, of_weights)
     columns = full.shape[-1]
@@ -249,39 +237,40 @@ def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_
 
 
 @torch.no_grad()
-def bias_and_spread(inputs: StageInputs, draws: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Errors of the draws of one attention, and what of them is common to all draws and what is not.
+def bias_and_spread(
+    inputs: StageInputs, samples: Sequence[nn.Module]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Errors of one attention over seeds, split into bias and spread; their squares add up to the expected square.
 
     Args:
         inputs: of one layer.
-        draws: at least two modules that differ in their seed.
+        samples: at least two modules that differ in their seed.
 
     Returns:
-        Relative errors (draws, B) as in `relative_errors`; bias (B,), the relative norm of the expected output less
-        full attention, estimated without the part that a mean of so many draws still has from their spread (0 where
+        Relative errors (samples, B) as in `relative_errors`; bias (B,), the relative norm of the expected output less
+        full attention, estimated without the part that a mean of so many samples still has from their spread (0 where
         that is larger); spread (B,), root of the expected squared norm about the expected output, relative as well.
-        The expected squared error is the sum of their squares.
     """
     full, tensors = _full_attention(inputs, of_weights=False)
     errors, total, squares = [], 0.0, 0.0
-    for attention in draws:
+    for attention in samples:
         out = attention(*tensors)[0]
         errors.append(relative_error(out, full))
         # about full attention, which is close: sums of squares of small numbers lose little
         difference = (out - full).double().flatten(1)
         total = total + difference
         squares = squares + difference.square().sum(1)
-    mean = (total / len(draws)).square().sum(1)
-    variance = (squares - len(draws) * mean) / (len(draws) - 1)
+    mean = (total / len(samples)).square().sum(1)
+    variance = (squares - len(samples) * mean) / (len(samples) - 1)
     norm = full.double().flatten(1).square().sum(1)
-    bias = (mean - variance / len(draws)).clamp_min(0)
+    bias = (mean - variance / len(samples)).clamp_min(0)
     return torch.stack(errors), (bias / norm).sqrt(), (variance / norm).sqrt()
 
 
 def _full_attention(
     inputs: StageInputs, of_weights: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Output of full attention, or its weights times `ONE_HOT`, and the query, key and value that it is of."""
+    """Output of full attention, or its weights times `ONE_HOT`, and its query, key and value."""
     if of_weights:
         inputs = inputs.with_identity_values()
     tensors = (inputs.query, inputs.key, inputs.value)
@@ -297,14 +286,7 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 
 
 def effective_keys(weights: torch.Tensor) -> torch.Tensor:
-    """Number of keys over which a query spreads its weight: exp(H), H the entropy of its weights in nats.
-
-    Args:
-        weights: (..., S), not negative, sums 1.
-
-    Returns:
-        (...) in [1, S]: 1 for a single key, S for equal weights.
-    """
+    """Number of keys over which a query spreads its weights (..., S): exp of their entropy in nats, in [1, S]."""
     return torch.special.entr(weights).sum(-1).exp()
 
 
@@ -313,3 +295,19 @@ def largest_logit(inputs: StageInputs) -> torch.Tensor:
     """Largest |s q.k| of each image, (B,) float64."""
     logits = dense_logits(inputs.query.transpose(1, 2), inputs.key.transpose(1, 2), inputs.scale)
     return logits.abs().amax((1, 2, 3))
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """`mean` and sample standard deviation `std` (None of one value)."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """`mean` and `std` of the values of all seeds, and these as `per_seed`."""
+    return {**mean_and_std(values), "per_seed": list(values)}
+
+
+def plus_minus(value: Mapping[str, Any], digits: int = 3) -> str:
+    """A mean, and its standard deviation where there is one, as text."""
+    mean = f"{value['mean']:.{digits}f}"
+    return mean if value["std"] is None else f"{mean} ± {value['std']:.{digits}f}"

@@ -1,0 +1,245 @@
+"""Errors of the attentions in each layer of a trained T2T-ViT: `scripts/measure_approximation.py`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.data import Subset
+
+from scatterbrain.attention import attention_memory
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.errors import UserError, check_whole_number
+from src.analysis import approximation
+from src.analysis.records import write_rows
+from src.analysis.tools import check_writable, choose_device, console_for_tables, new_table, say
+from src.datamodules.dataset import ImageLoader
+from src.distributed.launch import MAX_SEED
+from src.models.modules.tokens_to_token import stage_lengths
+from src.models.t2t_vit import T2TViT
+from src.tasks.provenance import package_versions
+from src.utils.files import sha256_of_file
+from src.utils.machine import machine_info
+
+BACKBONE, MEAN_OF_BLOCKS = "backbone", "blocks"
+
+Row = dict[str, Any]
+
+
+class LayerRecords:
+    """Measurements of one layer, batch by batch.
+
+    Args:
+        layer: its name, `stage 1`, ..., or `block 1`, ...
+        stage: 1 or 2; None in the backbone.
+        num_tokens: number of queries and of keys.
+        full: its full attention.
+        samples: modules of each attention, one for each seed.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        stage: int | None,
+        num_tokens: int,
+        full: AttentionModule,
+        samples: Mapping[str, Sequence[AttentionModule]],
+    ) -> None:
+        self.layer, self.stage, self.num_tokens, self.full = layer, stage, num_tokens, full
+        # without random features, all seeds would be the same
+        self.samples = {
+            name: modules if hasattr(modules[0], "redraw_projection") else modules[:1]
+            for name, modules in samples.items()
+        }
+        self.output_errors: dict[str, list[torch.Tensor]] = {name: [] for name in self.samples}
+        self.biases: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in self.samples}
+        self.matrix_errors: list[torch.Tensor] = []
+        self.effective_keys: list[float] = []
+        self.largest_logits: list[float] = []
+
+    def update(self, inputs: approximation.StageInputs, of_matrix: Sequence[int]) -> None:
+        """Take a batch of which the images `of_matrix` have their matrices compared, one at a time."""
+        for name, modules in self.samples.items():
+            if len(modules) > 1:
+                errors, *bias = approximation.bias_and_spread(inputs, modules)
+                self.biases[name].append(bias)
+            else:
+                errors = approximation.relative_errors(inputs, modules)
+            self.output_errors[name].append(errors)
+        every = [module for modules in self.samples.values() for module in modules]
+        for number in of_matrix:
+            one = inputs.image(number)
+            self.matrix_errors.append(approximation.relative_errors(one, every, of_weights=True))
+            self.effective_keys.append(
+                approximation.effective_keys(approximation.attention_weights(one, self.full)).mean().item()
+            )
+            self.largest_logits.append(approximation.largest_logit(one).item())
+
+    def approximations(self) -> Iterator[Row]:
+        """A row for each attention.
+
+        Yields:
+            `attention`, `layer`, `stage`; its sizes as `options`, `memory` over that of the full matrix; relative
+            `output_error` over all images, and `matrix_error` over some, see `over_seeds`; `bias` and `spread` of the
+            output, see `bias_and_spread`, None with one seed.
+        """
+        matrices = torch.cat(self.matrix_errors, 1).split([len(modules) for modules in self.samples.values()])
+        for (name, modules), matrix in zip(self.samples.items(), matrices, strict=True):
+            bias = about_it = None
+            if self.biases[name]:
+                bias, about_it = (torch.cat(parts).mean().item() for parts in zip(*self.biases[name], strict=True))
+            yield {
+                "attention": name,
+                "layer": self.layer,
+                "stage": self.stage,
+                "options": modules[0].sizes(),
+                "memory": attention_memory(modules[0], self.num_tokens),
+                "output_error": approximation.over_seeds(torch.cat(self.output_errors[name], 1).mean(1).tolist()),
+                "bias": bias,
+                "spread": about_it,
+                "matrix_error": approximation.over_seeds(matrix.mean(1).tolist()),
+            }
+
+    def sharpness(self) -> Row:
+        """Row on full attention: `effective_keys`, mean over images, heads and queries, and the `largest_logit`."""
+        return {
+            "layer": self.layer,
+            "stage": self.stage,
+            "num_tokens": self.num_tokens,
+            "scale": self.full.softmax_temp,
+            "effective_keys": statistics.fmean(self.effective_keys),
+            "largest_logit": max(self.largest_logits),
+        }
+
+
+def layer_records(
+    model: T2TViT, layers: str, attentions: Sequence[str], memory_fraction: float, seeds: Sequence[int]
+) -> tuple[list[LayerRecords], list[Row]]:
+    """Records of the layers, in the order of `capture_inputs`, and rows on what is left out of the backbone.
+
+    Raises:
+        UserError: an attention that is not defined in the token stages, or none that is in the backbone.
+    """
+
+    def modules_by_layer(create: Callable[..., tuple[AttentionModule, ...]], name: str) -> list[list[AttentionModule]]:
+        samples = [create(name, model, memory_fraction, seed) for seed in seeds]
+        return [list(modules) for modules in zip(*samples, strict=True)]
+
+    records, skipped = [], []
+    if layers != "backbone":
+        samples = {name: modules_by_layer(approximation.create_stage_attentions, name) for name in attentions}
+        lengths = stage_lengths(model.image_size)
+        for number, (full, length) in enumerate(zip(model.token_attentions, lengths, strict=True)):
+            of_stage = {name: modules[number] for name, modules in samples.items()}
+            records.append(LayerRecords(f"stage {number + 1}", number + 1, length, full, of_stage))
+    if layers != "stages":
+        samples = {}
+        for name in attentions:
+            try:
+                samples[name] = modules_by_layer(approximation.create_block_attentions, name)
+            except UserError as error:
+                skipped.append({"attention": name, "layer": BACKBONE, "reason": str(error)})
+        if not samples:
+            raise UserError(skipped[0]["reason"])
+        length = model.patch_embed.num_patches + 1
+        for number, full in enumerate(approximation.create_block_attentions("full", model)):
+            of_block = {name: modules[number] for name, modules in samples.items()}
+            records.append(LayerRecords(f"block {number + 1}", None, length, full, of_block))
+    return records, skipped
+
+
+def backbone_means(rows: Sequence[Row]) -> list[Row]:
+    """Means over the blocks of the backbone for each attention, seed by seed; none where no block was measured."""
+    means = []
+    for name in dict.fromkeys(row["attention"] for row in rows):
+        blocks = [row for row in rows if row["attention"] == name and row["stage"] is None]
+        if blocks:
+            mean = {**blocks[0], "layer": MEAN_OF_BLOCKS}
+            for kind in ("output_error", "matrix_error"):
+                per_seed = zip(*(row[kind]["per_seed"] for row in blocks), strict=True)
+                mean[kind] = approximation.over_seeds([statistics.fmean(values) for values in per_seed])
+            if mean["bias"] is not None:
+                mean |= {kind: statistics.fmean(row[kind] for row in blocks) for kind in ("bias", "spread")}
+            means.append(mean)
+    return means
+
+
+def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Table:
+    """Table of the errors, and the sharpness below them."""
+    headers = ("attention", "layer", "sizes", "memory", "error of output", "bias", "spread", "error of matrix")
+    table = new_table(title, headers, headers[:3])
+    table.caption = "memory: of the attention matrix\n" + "\n".join(
+        f"{row['layer']}, full attention: {row['effective_keys']:,.0f} effective keys of {row['num_tokens']:,}, "
+        f"largest |logit| {row['largest_logit']:.1f}"
+        for row in sharpness
+    )
+    layer = ""
+    for row in rows:
+        if row["layer"] != layer:
+            table.add_section()
+        layer = row["layer"]
+        sizes = " + ".join(map(str, row["options"].values())) or "-"
+        parts = ("-" if row[kind] is None else f"{row[kind]:.3f}" for kind in ("bias", "spread"))
+        errors = (approximation.plus_minus(row["output_error"]), *parts, approximation.plus_minus(row["matrix_error"]))
+        table.add_row(row["attention"], layer, sizes, f"{100 * row['memory']:.1f} %", *errors)
+    return table
+
+
+def run(arguments: argparse.Namespace, command: str) -> None:
+    """Measure, print and write what the options of `scripts/measure_approximation.py` name."""
+    check_writable(arguments.output)
+    check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
+    seeds = list(range(arguments.seed, arguments.seed + arguments.num_seeds))
+    device = choose_device(arguments.device)
+    name, model = approximation.load_model(arguments.checkpoint)
+    model.to(device)
+    dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
+    layers, skipped = layer_records(model, arguments.layers, arguments.attentions, arguments.memory_fraction, seeds)
+
+    chosen = approximation.spread(len(dataset), arguments.limit or len(dataset))
+    of_matrix = {chosen[number] for number in approximation.spread(len(chosen), arguments.matrix_images)}
+    loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
+    for images, _, positions in track(loader, "Photographs", console=Console(stderr=True), transient=True):
+        wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
+        for records, inputs in zip(
+            layers, approximation.capture_inputs(model, images.to(device), arguments.layers), strict=True
+        ):
+            records.update(inputs, wanted)
+
+    rows = [row for records in layers for row in records.approximations()]
+    means, sharpness = backbone_means(rows), [records.sharpness() for records in layers]
+    title = (
+        f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
+        f"(matrix: {len(of_matrix)}) ± std over {len(seeds)} seeds"
+    )
+    console_for_tables(132).print(error_table([*rows, *means], sharpness, title))
+    for row in skipped:
+        say(f"{row['attention']} left out of the {row['layer']}: {row['reason']}")
+    if arguments.output is not None:
+        data = {"dir": arguments.data_dir, "split": arguments.split}
+        data |= {"num_images": len(chosen), "num_matrix_images": len(of_matrix)}
+        checkpoint = Path(arguments.checkpoint).expanduser()
+        content = {
+            "machine": machine_info(device),
+            "versions": package_versions(),
+            "command": command,
+            "model": name,
+            "checkpoint": {"path": arguments.checkpoint, "sha256": sha256_of_file(checkpoint)},
+            "data": data,
+            "image_size": model.image_size,
+            "memory_fraction": arguments.memory_fraction,
+            "seeds": seeds,
+            "full_attention": sharpness,
+            "results": rows,
+            "layers": arguments.layers,
+            "backbone_means": means,
+            "skipped": skipped,
+        }
+        write_rows(arguments.output, content)

@@ -1,0 +1,434 @@
+"""Accuracy, agreement with full attention and output errors against memory: `scripts/experiment_memory.py`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from rich.console import Console
+from rich.table import Table
+
+from scatterbrain.attention import ATTENTIONS, attention_memory
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.budget import budget_columns
+from src.analysis import tools
+from src.analysis.approximation import (
+    StageInputs,
+    capture_stage_inputs,
+    create_stage_attentions,
+    load_model,
+    open_split,
+    over_seeds,
+    plus_minus,
+    relative_error,
+    spread,
+)
+from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
+from src.analysis.records import read_rows
+from src.datamodules.dataset import ImageFolderDataset
+from src.distributed.launch import MAX_SEED
+from src.models.inference import inference_form
+from src.models.modules.tokens_to_token import stage_lengths
+from src.models.t2t_vit import T2TViT
+from src.tasks.provenance import attention_memory_fraction, package_versions
+from src.utils.console import progress_display
+from src.utils.files import sha256_of_file
+from src.utils.machine import machine_info, usable_cpus
+
+# Full attention has no budget, and is what the others are compared with.
+BUDGETED = tuple(name for name, kind in ATTENTIONS.items() if kind.fit is not None)
+MEMORY_FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
+# drawn strong, in the order of the legend; the others are thin
+STRONG = ("local", "performer", "sblocal", "cluster", "pairedcluster")
+ERROR_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+
+Row = dict[str, Any]
+
+
+def load_photographs(dataset: ImageFolderDataset, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B, 3, size, size) in channels-last memory, which the inference form reads as it is, and labels (B,)."""
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        items = list(pool.map(dataset.__getitem__, positions))
+    images = torch.stack([image for image, _, _ in items]).contiguous(memory_format=torch.channels_last)
+    return images, torch.tensor([label for _, label, _ in items])
+
+
+@contextlib.contextmanager
+def swapped(model: T2TViT, attentions: Sequence[AttentionModule]) -> Iterator[T2TViT]:
+    """The model with other attentions in its token stages, and with its own again afterwards."""
+    stages = (model.patch_embed.attention1, model.patch_embed.attention2)
+    own = model.token_attentions
+    try:
+        for stage, attention in zip(stages, attentions, strict=True):
+            stage.attn.attention = attention
+        yield model
+    finally:
+        for stage, attention in zip(stages, own, strict=True):
+            stage.attn.attention = attention
+
+
+@torch.no_grad()
+def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """First predictions (B,) of a model in its inference form, on its device; nothing waits for the device."""
+    form = inference_form(model)
+    return torch.cat([form(part).argmax(1) for part in images.split(batch_size)])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The network with full attention, the photographs, and its predictions and outputs for them."""
+
+    model: T2TViT
+    images: torch.Tensor  # (B, 3, size, size), normalised, on the device of the model
+    labels: torch.Tensor  # (B,), likewise
+    batch_size: int  # of all calls
+    predictions: torch.Tensor  # (B,), the first of each photograph
+    stages: tuple[tuple[StageInputs, StageInputs], ...]  # by batch, of the photographs of the output errors
+    outputs: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of full attention, likewise
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, model: T2TViT, images: torch.Tensor, labels: torch.Tensor, error_images: int = 16, batch_size: int = 8
+    ) -> Reference:
+        """Run a network with full attention in evaluation mode; `error_images` of the images are spread evenly."""
+        chosen = images[spread(len(images), error_images)].split(batch_size)
+        stages = tuple(capture_stage_inputs(model, part) for part in chosen)
+        outputs = tuple(
+            tuple(full(x.query, x.key, x.value)[0] for full, x in zip(model.token_attentions, pair, strict=True))
+            for pair in stages
+        )
+        return cls(model, images, labels, batch_size, predict(model, images, batch_size), stages, outputs)
+
+    @property
+    def num_error_images(self) -> int:
+        """Number of photographs of the output errors."""
+        return sum(len(pair[0].query) for pair in self.stages)
+
+    @property
+    def top1(self) -> float:
+        """Accuracy of full attention in percent."""
+        return percent(self.predictions == self.labels)
+
+    def output_errors(self, attentions: Sequence[AttentionModule]) -> list[float]:
+        """Relative Frobenius error of the output of each stage, mean over photographs."""
+        found = []
+        for attention, inputs, outputs in zip(
+            attentions, zip(*self.stages, strict=True), zip(*self.outputs, strict=True), strict=True
+        ):
+            pairs = zip(inputs, outputs, strict=True)
+            errors = [relative_error(attention(x.query, x.key, x.value)[0], full) for x, full in pairs]
+            found.append(torch.cat(errors).mean())
+        return torch.stack(found).tolist()
+
+
+def percent(hits: torch.Tensor) -> float:
+    """Share of the entries that are true, in percent."""
+    return 100 * hits.sum().item() / len(hits)
+
+
+def is_random(attention: str) -> bool:
+    """Whether an attention depends on its seed."""
+    return hasattr(ATTENTIONS[attention].module, "redraw_projection")
+
+
+@torch.no_grad()
+def measure_point(
+    reference: Reference,
+    attention: str,
+    memory_fraction: float,
+    seeds: Sequence[int],
+    log: Callable[[str], None] = lambda _: None,
+) -> Row:
+    """Row of one attention at one budget, over seeds; `log` is called with the name of each step.
+
+    Returns:
+        `attention`, `memory_fraction`, `seeds`; `memory` over that of full attention in both stages together; `top1`
+        and `agreement` in percent (see `over_seeds`); and for each of the `stages` `sizes`, `memory`, `output_error`.
+    """
+    model = reference.model
+    top1, agreement, errors = [], [], []
+    for number, seed in enumerate(seeds, start=1):
+        log(f"{attention} {fraction_text(memory_fraction)}, seed {number} of {len(seeds)}")
+        modules = create_stage_attentions(attention, model, memory_fraction, seed)
+        with swapped(model, modules):
+            predictions = predict(model, reference.images, reference.batch_size)
+            memory = attention_memory_fraction(model)
+        errors.append(reference.output_errors(modules))
+        if not torch.tensor(errors[-1]).isfinite().all():
+            raise UserError(f"The output of seed {seed} is not finite")
+        top1.append(percent(predictions == reference.labels))
+        agreement.append(percent(predictions == reference.predictions))
+    lengths = stage_lengths(model.image_size)
+    stages = [
+        {"sizes": module.sizes(), "memory": attention_memory(module, length), "output_error": over_seeds(values)}
+        for module, length, values in zip(modules, lengths, zip(*errors, strict=True), strict=True)
+    ]
+    row = {"attention": attention, "memory_fraction": memory_fraction, "memory": memory, "seeds": list(seeds)}
+    return row | {"top1": over_seeds(top1), "agreement": over_seeds(agreement), "stages": stages}
+
+
+def measure_memory(
+    reference: Reference,
+    attentions: Sequence[str] = BUDGETED,
+    memory_fractions: Sequence[float] = MEMORY_FRACTIONS,
+    num_seeds: int = 3,
+    seed: int = 1111,
+    log: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """Rows of every attention at every budget, one attention after the other.
+
+    Seeds are `seed`, `seed + 1`, ...; an attention that does not depend on its seed has one.
+
+    Yields:
+        For each configuration a row of `measure_point`; or, where it cannot be measured, `attention`,
+        `memory_fraction` and the `reason`. One whose sizes are those of another budget of the same attention, because
+        they are the smallest or the largest that it has, is not measured again.
+    """
+    check_whole_number("seed", seed, 0, MAX_SEED - num_seeds)
+    for memory_fraction in memory_fractions:
+        budget_columns(1, memory_fraction)  # refuses what is out of range, before anything is measured
+    for attention in attentions:
+        seeds = range(seed, seed + (num_seeds if is_random(attention) else 1))
+        met: dict[str, float] = {}
+        for memory_fraction in memory_fractions:
+            case = {"attention": attention, "memory_fraction": memory_fraction}
+            try:
+                modules = create_stage_attentions(attention, reference.model, memory_fraction, seed)
+                sizes = json.dumps([module.sizes() for module in modules])
+                if sizes in met:
+                    raise UserError(f"its sizes are those of the budget {fraction_text(met[sizes])}")
+                row = measure_point(reference, attention, memory_fraction, seeds, log)
+                met[sizes] = memory_fraction
+            except UserError as error:
+                row = case | {"reason": tools.first_line(error)}
+            except torch.OutOfMemoryError:
+                row = case | {"reason": "out of memory"}
+            except Exception as error:  # compilers raise many kinds, and the others are still to be measured
+                row = case | {"reason": f"{type(error).__name__}: {tools.first_line(error)}"}
+            if "reason" in row and reference.images.is_cuda:
+                torch.cuda.empty_cache()  # after the error, whose traceback held the tensors
+            yield row
+
+
+def read_results(path: str | Path) -> Row:
+    """Content of a file of `--output`."""
+    return read_rows(path, ("results", "skipped", "full_attention"), "Give the --output of a run.")
+
+
+def fraction_text(value: float) -> str:
+    """A memory fraction as a ratio, 1/32, where the denominator is small; else to three digits."""
+    simple = Fraction(value).limit_denominator(1024)
+    return str(simple) if abs(simple - value) < 1e-9 else f"{value:.3g}"
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Agreement and the output errors of both stages against memory, a curve for each attention.
+
+    Rows of `measure_memory` that have a reason, and no results, are left out.
+    """
+    rows = [row for row in rows if "reason" not in row]
+    names = list(dict.fromkeys(row["attention"] for row in rows))
+    # strong lines last, over the others, and first in the legend
+    strong = [name for name in STRONG if name in names]
+    thin = [name for name in names if name not in STRONG]
+    figure = new_figure(11, 5.2)
+    panels = figure.subplots(1, 3)
+    panels[2].sharey(panels[1])
+    for name in thin + strong:
+        curve = sorted((row for row in rows if row["attention"] == name), key=lambda row: row["memory"])
+        points = [[(row["memory"], row["agreement"]) for row in curve]]
+        for stage in (0, 1):
+            parts = [row["stages"][stage] for row in curve]
+            points.append([(part["memory"], part["output_error"]) for part in parts])
+        for axes, each, most in zip(panels, points, (100, math.inf, math.inf), strict=True):
+            draw_curve(axes, each, name, most)
+    panels[0].axhline(100, color=COLOURS["full"], linewidth=2, label="full")
+    panels[0].set_title("first predictions that agree with full attention's, %")
+    for stage, axes in enumerate(panels[1:], start=1):
+        axes.axhline(1, color=FAINT, linewidth=0.8, linestyle=DOTTED)
+        axes.set_yscale("log")
+        set_ticks(axes.yaxis, ERROR_TICKS)
+        axes.set_title(f"stage {stage}: relative error of the output")
+    for axes in panels:
+        axes.set_xscale("log")
+        set_ticks(axes.xaxis, [2**-power for power in range(12, -1, -1)], fraction_text)
+        axes.set_xlabel("memory, of full attention's")
+        style(axes)
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    order = ["full", *strong, *thin]
+    options = {"loc": "outside lower center", "handlelength": 1.6, "ncols": 6, **LEGEND}
+    figure.legend([handles[name] for name in order], order, **options)
+    return figure
+
+
+def set_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str] = "{:g}".format) -> None:
+    """Set ticks at those of the values that the axis shows now, and no others."""
+    low, high = axis.get_view_interval()
+    ticks = [value for value in values if low <= value <= high]
+    axis.set_ticks(ticks, labels=[text(tick) for tick in ticks])
+    axis.set_minor_locator(NullLocator())
+
+
+def draw_curve(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]], name: str, most: float) -> None:
+    """Draw one attention over memory; the band is the std over seeds, up to `most`, the largest possible value."""
+    memory = [at for at, _ in points]
+    means = [value["mean"] for _, value in points]
+    stds = [value["std"] or 0.0 for _, value in points]
+    strong = name in STRONG
+    colour = COLOURS[name]
+    options = {"color": colour, "marker": "o", "label": name, "zorder": 3 if strong else 2}
+    options |= {"linewidth": 2, "markersize": 4} if strong else {"linewidth": 0.8, "markersize": 1.8, "alpha": 0.75}
+    axes.plot(memory, means, **options)
+    if any(stds):
+        # a band below zero has no place on a logarithmic axis
+        low = [max(mean - std, 0.1 * mean) for mean, std in zip(means, stds, strict=True)]
+        high = [min(mean + std, most) for mean, std in zip(means, stds, strict=True)]
+        axes.fill_between(memory, low, high, color=colour, alpha=0.2 if strong else 0.1, linewidth=0)
+
+
+def memory_table(rows: Sequence[Row], full_top1: float) -> Table:
+    """Table of every configuration that was measured, and full attention's accuracy in percent."""
+    headers = ("attention", "budget", "memory", "top-1 %", "agreement %", "error, stage 1", "error, stage 2")
+    table = tools.new_table("Mean ± std over seeds", headers, ("attention",))
+    table.caption = f"full attention: top-1 {full_top1:.2f} %. Errors: of the output, relative to full attention's."
+    last = None
+    for row in rows:
+        if "reason" in row:
+            continue
+        if last not in (None, row["attention"]):
+            table.add_section()
+        last = row["attention"]
+        table.add_row(
+            row["attention"],
+            fraction_text(row["memory_fraction"]),
+            f"{100 * row['memory']:.2f} %",
+            plus_minus(row["top1"], 2),
+            plus_minus(row["agreement"], 2),
+            *(plus_minus(stage["output_error"]) for stage in row["stages"]),
+        )
+    return table
+
+
+def skipped_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Lines on what was left out and why, each reason of an attention once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "reason" in row:
+            key = (row["attention"], row["reason"])
+            reasons.setdefault(key, []).append(fraction_text(row["memory_fraction"]))
+    for (attention, reason), fractions in reasons.items():
+        yield f"{attention} left out at {', '.join(fractions)}: {reason}."
+
+
+class Experiment:
+    """One run of the script: its options, and the rows so far."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds)
+        self.device = tools.choose_device(arguments.device)
+        on_cuda = self.device.type == "cuda"
+        self.arguments = argparse.Namespace(**vars(arguments))
+        self.arguments.batch_size = arguments.batch_size or (64 if on_cuda else 8)
+        self.name, self.model = load_model(arguments.checkpoint)
+        self.dataset = open_split(arguments.data_dir, arguments.split, self.model)
+        self.chosen = spread(len(self.dataset), arguments.limit or len(self.dataset))
+        self.reference: Reference | None = None
+        self.rows: list[Row] = []
+        self.cases = [(name, part) for name in arguments.attentions for part in arguments.memory_fractions]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every configuration was measured or left out for a reason."""
+        return len(self.rows) == len(self.cases)
+
+    @property
+    def results(self) -> list[Row]:
+        """Rows that were measured."""
+        return [row for row in self.rows if "reason" not in row]
+
+    def run(self, console: Console, save: Callable[[], None] = lambda: None) -> None:
+        """Measure everything; `save` is called whenever an attention is complete."""
+        arguments = self.arguments
+        with progress_display(console) as progress:
+            task = progress.add_task("decoding photographs", total=len(self.cases))
+            images, labels = load_photographs(self.dataset, self.chosen)
+            self.model.to(self.device)
+            progress.update(task, description="full attention")
+            images, labels = images.to(self.device), labels.to(self.device)
+            self.reference = Reference.of(self.model, images, labels, arguments.error_images, arguments.batch_size)
+            rows = measure_memory(
+                self.reference,
+                arguments.attentions,
+                arguments.memory_fractions,
+                arguments.num_seeds,
+                arguments.seed,
+                lambda text: progress.update(task, description=text),
+            )
+            for row in rows:
+                self.rows.append(row)
+                progress.advance(task)
+                if self.results and len(self.rows) % len(arguments.memory_fractions) == 0:
+                    save()
+        if not self.results:
+            raise UserError(f"Nothing could be measured. {next(skipped_lines(self.rows))}")
+
+    def report(self) -> dict[str, Any]:
+        """Everything that was measured, for JSON."""
+        arguments = self.arguments
+        return {
+            "complete": self.complete,
+            "machine": machine_info(self.device),
+            "versions": package_versions(),
+            "model": self.name,
+            "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
+            "image_size": self.model.image_size,
+            "num_images": len(self.reference.images),
+            "num_error_images": self.reference.num_error_images,
+            "settings": {
+                name: getattr(arguments, name)
+                for name in ("split", "attentions", "memory_fractions", "num_seeds", "seed", "batch_size")
+            },
+            "full_attention": {"top1": self.reference.top1},
+            "results": self.results,
+            "skipped": [row for row in self.rows if "reason" in row],
+        }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write and draw what the options of `scripts/experiment_memory.py` name; the exit status."""
+    tools.check_writable(arguments.output)
+    tools.check_figure(arguments.figure)
+    experiment = Experiment(arguments)
+    return tools.saved_until_stopped(experiment.run, experiment.report, arguments.output, lambda: conclude(experiment))
+
+
+def conclude(experiment: Experiment) -> int:
+    """Print what is complete and write the files; the exit status."""
+    arguments = experiment.arguments
+    if not experiment.results:
+        print("Interrupted. Nothing was written.", file=sys.stderr)
+        return 1
+    tools.console_for_tables(120).print(memory_table(experiment.rows, experiment.reference.top1))
+    for line in skipped_lines(experiment.rows):
+        tools.say(line)
+    tools.write_results(arguments, experiment.report(), lambda: draw(experiment.rows))
+    if experiment.complete:
+        return 0
+    print(f"Interrupted after {len(experiment.rows)} of {len(experiment.cases)} configurations.", file=sys.stderr)
+    return 1

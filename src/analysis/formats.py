@@ -1,0 +1,223 @@
+"""The same photographs in every data format, evaluated and compared: `scripts/compare_formats.py`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import logging
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from scatterbrain.errors import UserError
+from src.analysis.approximation import spread
+from src.analysis.records import write_rows
+from src.analysis.tools import check_writable, choose_device, console_for_tables, say, without_paths
+from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
+from src.datamodules.layouts.class_folders import ClassFolders
+from src.datamodules.writers import REFERENCE, WRITERS, Photograph, stem
+from src.evaluation.results import Predictions, read_predictions
+from src.tasks.build import check_swappable
+from src.tasks.evaluate import evaluate
+from src.utils.console import progress_display
+from src.utils.machine import machine_info
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# Predictions, their images without folder and suffix; images that were skipped; top-1 in percent.
+Evaluation = tuple[Predictions, set[str], float]
+
+
+def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
+    """Every image of the class folders, damaged as requested; `arguments.num_classes` is filled in.
+
+    Raises:
+        UserError: no such folder, no images in a class folder, names that not every format holds, too many to damage.
+    """
+    root = Path(arguments.data_dir).expanduser() / arguments.split
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder. Correct --data-dir and --split: the split's class folders are read.")
+    folders = scan_folder(root)[0]
+    counted = 1000 if any(name in imagenet_synsets() for name in folders) else max(1, len(folders))
+    arguments.num_classes = arguments.num_classes or counted
+    found = ClassFolders(root, arguments.num_classes)
+    empty = set(folders) - {name.split("/")[0] for name in found.names}
+    if empty:
+        raise UserError(
+            f"{root}: class folders without images, which other formats lack: {listing(empty)}. Remove them."
+        )
+    times = Counter(map(stem, found.names))
+    odd = [name for name in found.names if times[stem(name)] > 1 or "." in stem(name) or not name.isprintable()]
+    if odd:
+        raise UserError(
+            f"{root}: not every format holds names that are the same without folder and suffix, have a second dot or "
+            f"cannot be printed: {listing(map(ascii, odd))}. Rename the files."
+        )
+    if arguments.damage >= len(found):
+        raise UserError(
+            f"--damage {arguments.damage}: of {len(found)} images, one at least has to be left. Give fewer."
+        )
+    damaged = set(spread(len(found), arguments.damage)) if arguments.damage else set()
+    images = []
+    for position, (name, label) in enumerate(zip(found.names, found.targets, strict=True)):
+        try:
+            data = found.read(position)
+        except OSError as error:
+            raise UserError(f"{root / name} cannot be read ({error.strerror}). Remove or replace it.") from error
+        folder, file = name.split("/")
+        images.append(Photograph(file, data[: len(data) // 3] if position in damaged else data, folder, label))
+    return images
+
+
+def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) -> Evaluation:
+    """Evaluation of the data in `folder / format`.
+
+    Raises:
+        UserError: it is taken for another format, or see `src.tasks.evaluate.evaluate`.
+    """
+    overrides = {
+        "experiment": "imagenet-t2tvit-eval",
+        "model/t2tmodel": arguments.variant,
+        "model/t2tattn_cfg": arguments.attention,
+        "model.image_size": arguments.image_size,
+        "model.num_classes": arguments.num_classes,
+        "datamodule.batch_size": arguments.batch_size,
+        "datamodule.num_workers": "null" if arguments.num_workers is None else arguments.num_workers,
+        "datamodule.on_error": "skip" if arguments.damage else "raise",
+        "eval.num_seeds": 1,
+        "callbacks": "none",
+        "logger": "none",
+    }
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("config", [f"{name}={value}" for name, value in overrides.items()])
+    output_dir = folder / "runs" / format
+    output_dir.mkdir(parents=True)
+    # not in the command line: paths would have to be quoted
+    config.paths.output_dir, config.datamodule.data_dir = str(output_dir), str(folder / format)
+    config.eval.ckpt = arguments.checkpoint
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            results, objects = evaluate(config)
+    finally:
+        logging.disable(before)
+    recognised = objects.datamodule.test_dataset.listing.format
+    if recognised != format:
+        raise UserError(f"{folder / format} was taken for {recognised}. datamodule.format={format} names the format.")
+    found = read_predictions(output_dir)
+    found.images[:] = map(stem, found.images)
+    return found, set(map(stem, results.skipped["images"])) if results.skipped else set(), results.top1
+
+
+def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
+    """Results of a format against those of class folders; `differences` say in words what differs."""
+    (found, skipped, top1), (expected, expected_skipped, _) = ours, reference
+    names, expected_names = Counter(found.images), Counter(expected.images)
+    common = sorted(names.keys() & expected_names.keys())
+    rows = ({name: row for row, name in enumerate(each.images)} for each in (found, expected))
+    a, b = ([each[name] for name in common] for each in rows)
+    other_label = found.targets[a] != expected.targets[b]
+    other_class = found.classes[a, 0] != expected.classes[b, 0]
+    # classes of about the same probability may come in another order
+    same = found.classes[a][:, :, None] == expected.classes[b][:, None]
+    difference = abs(found.probabilities[a][:, :, None] - expected.probabilities[b][:, None])
+    differing = {
+        "images": (names - expected_names) + (expected_names - names),
+        "skipped images": skipped ^ expected_skipped,
+        "labels": itertools.compress(common, other_label),
+        "first predictions": itertools.compress(common, other_class),
+    }
+    return {
+        "num_images": len(found.images),
+        "num_skipped": len(skipped),
+        "labels_equal": int((~other_label).sum()),
+        "first_predictions_equal": int((~other_class).sum()),
+        "probability_difference": float(difference[same].max(initial=0.0)),
+        "top1": top1,
+        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := listing(images))],
+    }
+
+
+def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], folder: Path) -> Iterator[dict[str, Any]]:
+    """Rows of every format, written, evaluated and compared, class folders first.
+
+    Raises:
+        UserError: class folders cannot be evaluated, or a format cannot be written.
+    """
+    reference = None
+    with progress_display(Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(WRITERS))
+        for format, write in WRITERS.items():
+            progress.update(task, description=format)
+            if format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+                yield {"format": format, "left_out": "PyArrow is not installed"}
+                continue
+            try:
+                (folder / format).mkdir(parents=True)
+                write(folder / format, images)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"{folder / format} cannot be written ({reason}). Name a folder by --keep.") from error
+            try:
+                found = evaluate_format(arguments, format, folder)
+            except UserError as error:
+                if reference is None:  # no fault of a format
+                    raise
+                reason = str(error).replace(f"{folder}{os.sep}", "").rstrip(".")
+                yield {"format": format, "differences": [f"that it cannot be evaluated: {reason}"]}
+            else:
+                reference = reference or found
+                yield {"format": format, **compare(found, reference)}
+            progress.advance(task)
+
+
+def result_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Table:
+    """Table with one row for each format."""
+    title = f"{arguments.variant} with {arguments.attention}, {arguments.image_size} px, batch {arguments.batch_size}"
+    table = Table("format", title=title, title_justify="left")
+    equal = ("same\nlabel", "same first\nprediction")
+    for header in ("images", "skipped", *equal, "largest difference\nof a probability", "top-1 %"):
+        table.add_column(header, justify="right")
+    table.add_column("result")
+    styles = dict.fromkeys(("num_images", "num_skipped", "labels_equal", "first_predictions_equal"), ",")
+    styles |= {"probability_difference": ".1e", "top1": ".2f"}
+    for row in rows:
+        result = f"left out: {row['left_out']}" if "left_out" in row else "differs" if row["differences"] else "equal"
+        cells = (format(row[name], style) if name in row else "-" for name, style in styles.items())
+        table.add_row(row["format"], *cells, result)
+    return table
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print and write what the options of `scripts/compare_formats.py` name; the exit status."""
+    check_writable(arguments.output)
+    check_swappable(arguments.variant)
+    keep = arguments.keep and Path(arguments.keep).expanduser()
+    if keep and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+        raise UserError(f"--keep {keep} is there already. Name a folder that is empty or does not exist.")
+    images = read_photographs(arguments)
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="formats-") as folder:
+        rows = list(compare_all(arguments, images, Path(folder)))
+    console_for_tables(120).print(result_table(rows, arguments))
+    machine = machine_info(choose_device("auto"))
+    say(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
+    differing = [row for row in rows if row.get("differences")]
+    if arguments.output is not None:
+        settings = without_paths(arguments, "data_dir", "checkpoint", "keep")
+        content = {"machine": machine, "settings": settings, "equal": not differing, "results": rows}
+        write_rows(arguments.output, content)
+    for row in differing:
+        print(f"Error: {row['format']} differs from {REFERENCE} in {', '.join(row['differences'])}.", file=sys.stderr)
+    return 1 if differing else 0

@@ -1,0 +1,298 @@
+"""Rows of the attention matrices of a trained network as pictures: `scripts/plot_attention_maps.py`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba_array
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from scatterbrain.attention.base import AttentionModule
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.windows import window_bounds
+from src.analysis import approximation
+from src.analysis.plots import style
+from src.analysis.tools import check_writable, choose_device, say
+from src.datamodules.dataset import ImageFolderDataset
+from src.distributed.launch import MAX_SEED
+from src.models.t2t_vit import T2TViT
+from src.utils.files import atomic_write
+
+NAMES = {"full": "Full", "local": "Local", "performer": "Performer", "sblocal": "Scatterbrain"}
+# The sizes of an attention, in words.
+SIZES = {
+    "local_context": "{} in a row",
+    "num_neighbours": "{} nearest",
+    "cluster_size": "clusters of {}",
+    "bucket_size": "buckets of {}",
+    "block": "blocks of {}",
+    "nb_features": "{} features",
+    "num_landmarks": "{} key clusters",
+    "num_query_landmarks": "{} query clusters",
+    "num_exact": "{} exact",
+}
+# Lengths in hundredths of an inch, multiples of 3: at 400/3 dots per inch all edges fall on pixels, and a panel has 224
+# of them, 4 for each of 56 tokens.
+DOTS_PER_INCH = 400 / 3
+PANEL, GAP, MARGIN = 168, 12, 12
+# From top to bottom: header, then for each photograph and stage: heading, maps, caption, differences, caption.
+HEADER, HEADING, CAPTION = 120, 75, 24
+# Number of the picture's 256 colours for each colour map (odd: no change has one), and for text and ground.
+MAP_SHADES, TEXT_SHADES = 49, 16
+LEAST_WIDTH = 2 * MARGIN + 4 * PANEL + 3 * GAP
+
+
+@dataclass
+class AttentionMap:
+    """Row of the attention matrix of one token."""
+
+    weights: np.ndarray  # (side, side), in multiples of 1 / N: 1 everywhere is equal attention to all N tokens
+    options: dict[str, int]  # window and number of features
+    effective_keys: float  # number of tokens that the weights are spread over, exp of their entropy
+    error: float  # || row - full || / || full ||
+
+
+@dataclass
+class StageMaps:
+    """The maps of one photograph in one stage."""
+
+    token: tuple[int, int]  # row and column of the query
+    maps: dict[str, AttentionMap]  # by attention, full attention first
+
+    @property
+    def side(self) -> int:
+        """Tokens in a row and in a column."""
+        return len(self.maps["full"].weights)
+
+
+@dataclass
+class Photograph:
+    """A photograph and its maps."""
+
+    path: str  # relative to the split's folder
+    pixels: np.ndarray  # (height, width, 3) in [0, 1], as the network sees it
+    stages: list[StageMaps]  # maps of stage 1 and stage 2
+
+
+def choose_images(dataset: ImageFolderDataset, paths: Sequence[str] | None) -> list[int]:
+    """Positions in the dataset of `paths`, or of two photographs a quarter of it from either end.
+
+    Raises:
+        UserError: a photograph is not there; near names are suggested.
+    """
+    if paths is None:
+        return approximation.spread(len(dataset), 2)
+    for path in paths:
+        if path not in dataset.paths:
+            near = difflib.get_close_matches(path, dataset.paths) or dataset.paths[:1]
+            raise UserError(f"--images: {path} is not in {dataset.root}. Is it one like {' or '.join(near)}?")
+    return [dataset.paths.index(path) for path in paths]
+
+
+def stage_maps(
+    model: T2TViT,
+    attentions: Mapping[str, tuple[AttentionModule, AttentionModule]],
+    image: torch.Tensor,
+    where: Sequence[float],
+) -> list[StageMaps]:
+    """The maps of both stages for a normalised image (3, image_size, image_size).
+
+    The model has full attention; `attentions` are modules of both stages by name, full attention first, and `where` is
+    the query, as fractions of height and width.
+    """
+    stages = []
+    for stage, inputs in enumerate(approximation.capture_stage_inputs(model, image[None])):
+        num_tokens = inputs.query.shape[1]
+        side = round(num_tokens**0.5)
+        token = tuple(int(fraction * side) for fraction in where)
+        number = token[0] * side + token[1]
+        maps: dict[str, AttentionMap] = {}
+        rows: dict[str, torch.Tensor] = {}
+        for name, modules in attentions.items():
+            rows[name] = approximation.attention_weights(inputs, modules[stage])[:, 0, number].cpu()
+            maps[name] = AttentionMap(
+                (rows[name] * num_tokens).reshape(side, side).numpy(),
+                modules[stage].sizes(),
+                approximation.effective_keys(rows[name]).item(),
+                approximation.relative_error(rows[name], rows["full"]).item(),
+            )
+        stages.append(StageMaps(token, maps))
+    return stages
+
+
+def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
+    """For each photograph and stage a row of maps, and below it the photograph and the differences.
+
+    All photographs have the same attentions; `conditions` are a sentence below the title.
+    """
+    columns = len(photographs[0].stages[0].maps)
+    width = max(LEAST_WIDTH, 2 * MARGIN + columns * PANEL + (columns - 1) * GAP)
+    stage_height = HEADING + 2 * (PANEL + CAPTION)
+    height = HEADER + 2 * len(photographs) * stage_height
+    figure = style.new_figure(width / 100, height / 100)
+    figure.set(dpi=DOTS_PER_INCH, layout_engine="none")
+
+    def write(left: float, top: float, text: str, size: float, **options: object) -> None:
+        options = {"fontsize": size, "color": style.INK, "va": "top", **options}
+        figure.text(left / width, 1 - top / height, text, **options)
+
+    def place(left: float, top: float, size: tuple[float, float] = (PANEL, PANEL)) -> Axes:
+        axes = figure.add_axes((left / width, 1 - (top + size[1]) / height, size[0] / width, size[1] / height))
+        axes.spines[:].set_color(style.EDGE)
+        return axes
+
+    write(MARGIN, 12, "What one token looks at, and what each attention makes of it", 13, fontweight="bold")
+    text = f"Ring: the token that looks. Outline: its window. {conditions}"
+    write(MARGIN, 39, text, 9, color=style.FAINT)
+    bars = (
+        (style.weight_colours(), "weight of a token, times the average", (0.1, 0.3, 1, 3, 10)),
+        (style.change_colours(), "change of the weight against full attention", (-10, -3, -1, 0, 1, 3, 10)),
+    )
+    for number, (colours, label, ticks) in enumerate(bars):
+        left = MARGIN + number * (2 * PANEL + 2 * GAP)
+        write(left, 63, label, 9)
+        bar = figure.colorbar(colours, place(left, 81, (2 * PANEL - 9, 9)), orientation="horizontal", extend="both")
+        bar.set_ticks(ticks, labels=[f"{tick:g}".replace("-", "\N{MINUS SIGN}") for tick in ticks])
+        bar.ax.minorticks_off()
+        bar.ax.tick_params(labelsize=8, length=2, labelcolor=style.INK)
+        bar.outline.set_visible(False)
+
+    top = HEADER
+    for photograph in photographs:
+        for number, stage in enumerate(photograph.stages, start=1):
+            heading = f"Stage {number}: {stage.side} \N{MULTIPLICATION SIGN} {stage.side} tokens"
+            write(MARGIN, top + 12, heading, 10, fontweight="bold")
+            write(MARGIN + 2 * (PANEL + GAP), top + 12, photograph.path, 9, color=style.FAINT)
+            for column, name in enumerate(stage.maps):
+                left = MARGIN + column * (PANEL + GAP)
+                above = place(left, top + HEADING)
+                below = place(left, top + HEADING + PANEL + CAPTION)
+                draw_map(above, stage, name)
+                if name == "full":
+                    style.draw_photograph(below, photograph.pixels, stage.side)
+                    below.set_xlabel("the photograph", fontsize=8.5, color=style.INK, labelpad=3)
+                else:
+                    draw_difference(below, stage, name)
+                for axes in (above, below):
+                    style.draw_token(axes, stage.token)
+            top += stage_height
+    return figure
+
+
+def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
+    """Draw the weights of one attention, with its name and sizes."""
+    item = stage.maps[name]
+    style.draw_grid(axes, item.weights, style.weight_colours())
+    outline_window(axes, stage, name, "white")
+    parts = [SIZES[option].format(size) for option, size in item.options.items() if option in SIZES]
+    sizes = " + ".join(parts) or f"all {stage.side**2:,} keys"
+    axes.set_title(sizes, fontsize=8.5, color=style.INK, pad=4)
+    label, colour = NAMES.get(name, name), style.COLOURS.get(name, style.OTHER)
+    where = {"transform": axes.transAxes, "ha": "center"}
+    axes.text(0.5, 1.12, label, fontsize=11, fontweight="bold", color=colour, **where)
+    axes.set_xlabel(f"spread over {item.effective_keys:,.0f} keys", fontsize=8.5, color=style.INK, labelpad=3)
+
+
+def draw_difference(axes: Axes, stage: StageMaps, name: str) -> None:
+    """Draw the weights of one attention less those of full attention."""
+    item = stage.maps[name]
+    style.draw_grid(axes, item.weights - stage.maps["full"].weights, style.change_colours())
+    outline_window(axes, stage, name, style.INK)
+    axes.set_xlabel(f"change, relative error {item.error:.2f}", fontsize=8.5, color=style.INK, labelpad=3)
+
+
+def outline_window(axes: Axes, stage: StageMaps, name: str, colour: str) -> None:
+    """Draw a line around the tokens of the window, where the attention has one."""
+    window = stage.maps[name].options.get("local_context")
+    if window:
+        edges = window_edges(stage.side, stage.token, window)
+        axes.add_collection(LineCollection(edges, colors=colour, linewidths=0.6))
+
+
+def window_edges(side: int, token: tuple[int, int], window: int) -> list[tuple[tuple[float, float], ...]]:
+    """Edges of unit length around the window of a token, each from (x, y) to (x, y); x counts columns, y rows."""
+    left, right = window_bounds(window)
+    offsets = np.arange(side**2).reshape(side, side) - (token[0] * side + token[1])
+    inside = np.pad((offsets >= -left) & (offsets < right), 1)
+    # where a token is inside and its neighbour above, or on the left, is not, or the other way round
+    edges = [((x - 1.5, y - 0.5), (x - 0.5, y - 0.5)) for y, x in np.argwhere(inside[1:] != inside[:-1])]
+    edges += [((x - 0.5, y - 1.5), (x - 0.5, y - 0.5)) for y, x in np.argwhere(inside[:, 1:] != inside[:, :-1])]
+    return edges
+
+
+def choose_colours(photographs: Sequence[Photograph]) -> np.ndarray:
+    """At most 256 colours, (number, 3) in [0, 255]: those of maps, bars and text, the rest for the photographs."""
+    colours = [
+        colours.cmap(np.linspace(0, 1, MAP_SHADES))[:, :3]
+        for colours in (style.weight_colours(), style.change_colours())
+    ]
+    colours.append(
+        to_rgba_array([style.COLOURS.get(name, style.OTHER) for name in photographs[0].stages[0].maps])[:, :3]
+    )
+    colours.append(np.linspace((0, 0, 0), (1, 1, 1), TEXT_SHADES))
+    drawn = np.rint(255 * np.concatenate(colours)).astype(np.uint8)
+    pixels = np.rint(255 * np.concatenate([photograph.pixels for photograph in photographs])).astype(np.uint8)
+    chosen = Image.fromarray(pixels).quantize(256 - len(drawn), kmeans=1).getpalette()
+    return np.concatenate([drawn, np.reshape(chosen, (-1, 3))])
+
+
+def write_png(figure: Figure, colours: np.ndarray, path: str) -> None:
+    """Write a figure in at most 256 colours (number, 3), which takes a third of the bytes and looks the same.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(np.int32)
+    # Pillow's own search for the nearest colour is approximate: white ground would come out as some near-white
+    codes, numbers = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
+    found = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1)
+    nearest = torch.cdist(torch.tensor(found).float(), torch.tensor(colours).float()).argmin(1).numpy()
+    picture = Image.fromarray(nearest[numbers].reshape(pixels.shape[:2]).astype(np.uint8))
+    picture.putpalette(colours.astype(np.uint8).ravel().tolist())
+    with atomic_write(path, "wb") as file:
+        picture.save(file, format="png", optimize=True)
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Compute and draw the maps that the options of `scripts/plot_attention_maps.py` name."""
+    check_writable(arguments.output)
+    if Path(arguments.output).suffix.lower() != ".png":
+        raise UserError(f"--output {arguments.output}: the name has to end in .png.")
+    check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
+    if not all(0 <= fraction < 1 for fraction in arguments.token):
+        row, column = arguments.token
+        raise UserError(f"--token {row:g} {column:g} is not valid. Give two fractions of at least 0 and below 1.")
+    arguments.attentions = list(dict.fromkeys(["full", *arguments.attentions]))
+    if len(arguments.attentions) == 1:
+        raise UserError("--attentions full alone leaves nothing to compare. Add another one, such as sblocal.")
+    device = choose_device(arguments.device)
+    variant, model = approximation.load_model(arguments.checkpoint)
+    model.to(device)
+    dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
+    attentions = {
+        name: approximation.create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
+        for name in arguments.attentions
+    }
+    chosen = choose_images(dataset, arguments.images)
+    photographs = []
+    for position in track(chosen, "Photographs", console=Console(stderr=True), transient=True):
+        image = dataset[position][0]
+        stages = stage_maps(model, attentions, image.to(device), arguments.token)
+        photographs.append(Photograph(dataset.paths[position], approximation.pixels_of(image), stages))
+    conditions = (
+        f"{variant}, {100 * arguments.memory_fraction:.3g} % of full attention's memory, seed {arguments.seed}."
+    )
+    write_png(draw(photographs, conditions), choose_colours(photographs), arguments.output)
+    say(arguments.output)

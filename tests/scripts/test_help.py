@@ -1,0 +1,26 @@
+"""Every script: its --help, and that it finds the checkout from any folder."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.py"))
+FIRST_PATH = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(path), run_name="__main__")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {path.name}")
+    text = path.read_text(encoding="utf-8")
+    first = re.search(r"^from (src|scatterbrain)", text, re.MULTILINE)
+    assert 0 < text.index(FIRST_PATH) < first.start()
