@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from scatterbrain.errors import UserError, did_you_mean
 from src.analysis.records import write_rows
 from src.utils.files import atomic_write
-from src.utils.machine import usable_cpus
-from src.utils.parallel import run_in_processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,25 +226,6 @@ def saved_until_stopped(
                 write_rows(output, report())
 
     return until_stopped(lambda: run(Console(stderr=True), save), then)
-
-
-def compile_ahead(work: Callable[[T], object], cases: Sequence[T], jobs: int, progress: Progress) -> None:
-    """Fill the caches of compilers in several processes, since each compiles one kernel at a time.
-
-    Args:
-        work: runs one case, see `run_in_processes`.
-        cases: each compiles kernels.
-        jobs: number of processes.
-        progress: shows how many are done.
-    """
-    task = progress.add_task("compiling kernels", total=len(cases))
-    run_in_processes(work, cases, jobs, lambda: progress.advance(task))
-    progress.remove_task(task)
-
-
-def default_jobs() -> int:
-    """Default number of processes that compile: each takes memory of the device."""
-    return min(8, usable_cpus())
 
 
 def say(text: str) -> None:
