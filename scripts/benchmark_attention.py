@@ -48,7 +48,7 @@ from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
-from scatterbrain.ops.scatterbrain.triton import choose_backend, count_marked_tiles
+from scatterbrain.ops.scatterbrain.triton import choose_backend, count_fallback_tiles
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (
@@ -642,7 +642,7 @@ def count_marked(module: torch.nn.Module | None, tensors: Tensors) -> int | None
     rows = module.projection_matrix
     if choose_backend(module.backend, query, value, rows, cosh=True) != "triton":
         return None
-    return count_marked_tiles(query, key, value, rows, module.local_context, scale=module.softmax_temp)
+    return count_fallback_tiles(query, key, value, rows, module.local_context, scale=module.softmax_temp)
 
 
 def compile_kernels(arguments: argparse.Namespace, case: KernelCase) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scatterbrain.ops.common.triton_functions import follow, multiprocessors, overlapped
+from scatterbrain.ops.common.triton_functions import grid_dependency_control, num_sms, pdl_options
 from src.models.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
 
 # What was fastest on an H100 at 25,000 and 100,000 rows for every map of the backbone, among tiles of 64 to 256 rows
@@ -80,13 +80,13 @@ def _persistent_kernel(
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
     FLATTEN: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Tiles of ROWS x COLUMNS outputs, those of the same rows one after another, so that x is read from memory once.
 
     FLATTEN: one loop over the steps of all tiles, in place of a loop of its own in each.
     """
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     column_tiles: tl.constexpr = OUT_FEATURES // COLUMNS
     half: tl.constexpr = COLUMNS // 2
     tiles = tl.cdiv(num_rows, ROWS) * column_tiles
@@ -210,7 +210,7 @@ def launch_persistent(
     if x_rows is None or out_rows is None or residual_rows is None:
         return False
     halves = [ROWS, COLUMNS // 2]
-    programs = PROGRAMS * multiprocessors(x.device)
+    programs = PROGRAMS * num_sms(x.device)
     grid = (min(programs, triton.cdiv(num_rows, ROWS) * (out_features // COLUMNS)),)
     _persistent_kernel[grid](
         TensorDescriptor.from_tensor(x_rows, [ROWS, INNER]),
@@ -238,6 +238,6 @@ def launch_persistent(
         # with a residual, whose loads are in the way of the next tile's, it is slower
         FLATTEN=residual is None,
         num_warps=WARPS,
-        **overlapped(x.device),
+        **pdl_options(x.device),
     )
     return True

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.triton_functions import as_numbers, device_of, follow, overlapped, precision_of_products
+from scatterbrain.ops.common.triton_functions import (
+    device_of,
+    field_values,
+    grid_dependency_control,
+    pdl_options,
+    precision_of_products,
+)
 from src.models.ops.fused_linear.folded import FoldedLinear
 from src.models.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
 from src.models.ops.fused_linear.patches import Patches
@@ -181,7 +187,7 @@ def _row_statistics_kernel(
     PADDING: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Of ROWS rows; names as in `_fused_linear_kernel`, BLOCK is a power of two of at least SEGMENT.
 
@@ -189,7 +195,7 @@ def _row_statistics_kernel(
     of patches are read once, relative to the value in the middle of the patch: that a value of the patch is itself no
     further from the mean than the square root of their number times the deviation bounds what is lost.
     """
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
     row = tl.minimum(row, num_rows - 1)
@@ -264,7 +270,7 @@ def _fused_linear_kernel(
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A tile of ROWS x (PARTS * COLUMNS) outputs.
 
@@ -272,7 +278,7 @@ def _fused_linear_kernel(
     is row r % rows_per_sample of sample r // rows_per_sample. SEGMENT values of x lie together, LENGTH is the same
     padded in the weights; SEGMENTS of them make the inner dimension.
     """
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     # GROUP tiles of rows by all tiles of columns, then the next GROUP
     program = tl.program_id(0)
     row_tiles = tl.cdiv(num_rows, ROWS)
@@ -499,7 +505,7 @@ def _launch(
             block = max(16, triton.next_power_of_2(segment))
             rows = max(1, _STATISTICS_BLOCK // block)
             _row_statistics_kernel[(triton.cdiv(num_rows, rows),)](
-                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows, **overlapped(x.device)
+                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows, **pdl_options(x.device)
             )
         tensors = (x, weight, bias, sums, residual, statistics, out, out_statistics)
         if tiles is None and not patches and launch_persistent(*tensors, eps, gelu_follows):
@@ -548,7 +554,7 @@ def _launch(
             STAGES=tiles.stages,
             PRECISION=precision_of_products(x.dtype),
             num_warps=tiles.warps,
-            **overlapped(x.device),
+            **pdl_options(x.device),
         )
     if written.data_ptr() != out.data_ptr():
         out.copy_(written.view(out.shape))
@@ -683,7 +689,7 @@ def triton_fused_linear(
     settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches)
     inputs = (x, folded.weight, folded.bias, folded.sums, residual, statistics)
     if torch.compiler.is_compiling():
-        tiles = () if folded.tiles is None else as_numbers(folded.tiles)
+        tiles = () if folded.tiles is None else field_values(folded.tiles)
         if out is not None:
             torch.ops.scatterbrain.fused_linear_out(*inputs, out, *settings, tiles)
             return out, None

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.triton_functions import (
-    as_numbers,
     device_of,
-    follow,
+    field_values,
     gelu,
-    overlapped,
+    grid_dependency_control,
+    pdl_options,
     precision_of_products,
 )
 from src.models.ops.token_tail.folded import FoldedTail
@@ -84,10 +84,10 @@ def _token_tail_kernel(
     REPEATS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """REPEATS tiles of ROWS rows; the weights (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN) stay."""
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     d = tl.arange(0, WIDTH_BLOCK)
     f = tl.arange(0, HIDDEN_BLOCK)
     d_exists = d < WIDTH
@@ -157,7 +157,7 @@ def _launch(
             STAGES=tiles.stages,
             PRECISION=precision_of_products(out.dtype),
             num_warps=tiles.warps,
-            **overlapped(out.device),
+            **pdl_options(out.device),
         )
     return out
 
@@ -193,7 +193,7 @@ def triton_token_tail(attended: torch.Tensor, value: torch.Tensor, folded: Folde
     """Arguments as in `token_tail`."""
     arguments = (attended, value, folded.projection, folded.first, folded.second, folded.biases, folded.eps)
     if torch.compiler.is_compiling():
-        tiles = () if folded.tiles is None else as_numbers(folded.tiles)
+        tiles = () if folded.tiles is None else field_values(folded.tiles)
         return torch.ops.scatterbrain.token_tail(*arguments, tiles)
     # PyTorch's dispatcher would cost as much as the launch itself
     return _launch(*arguments, folded.tiles)
