@@ -44,23 +44,35 @@ def precision_of_products(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-@triton.jit
-def grid_dependency_control(PDL: tl.constexpr, FIRST: tl.constexpr):
-    """Start of a kernel: let the next kernel launch, and wait until the one before has ended, unless this is the first.
+# Triton looks up all that a kernel names, also what it then does not call, and before 3.4 these functions do not exist.
+_HAS_PDL = hasattr(tl.extra.cuda, "gdc_wait")
 
-    With PDL, programmatic dependent launch (Hopper and later): programs of the next kernel start on free SMs while the
-    last ones of this kernel still run.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if not FIRST:
-            tl.extra.cuda.gdc_wait()
+if _HAS_PDL:
+
+    @triton.jit
+    def grid_dependency_control(PDL: tl.constexpr, FIRST: tl.constexpr):
+        """Start of a kernel: let the next kernel launch, and wait until the one before ends, unless this is the first.
+
+        With PDL, programmatic dependent launch (Hopper and later): programs of the next kernel start on free SMs while
+        the last ones of this kernel still run.
+        """
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            if not FIRST:
+                tl.extra.cuda.gdc_wait()
+
+else:
+
+    @triton.jit
+    def grid_dependency_control(PDL: tl.constexpr, FIRST: tl.constexpr):
+        """Start of a kernel: nothing to do, as kernels run one after another."""
+        pass
 
 
 @functools.cache
 def supports_pdl(device: torch.device) -> bool:
     """Whether there is programmatic dependent launch: Hopper GPUs and later, Triton 3.4 or newer."""
-    if device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
+    if device.type != "cuda" or not _HAS_PDL:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 

@@ -72,8 +72,8 @@ class Tiles:
 
 
 DEFAULT = Tiles()
-# float32 tiles take twice the memory. One table for full precision, whose products use no tensor cores and are unrolled,
-# and for TF32.
+# float32 tiles take twice the memory. One table for TF32 and for full precision, whose products use no tensor cores and
+# are unrolled.
 DEFAULT_FLOAT32 = Tiles(
     sum_rows=32,
     sum_stages=2,
@@ -86,8 +86,8 @@ DEFAULT_FLOAT32 = Tiles(
     dk_registers=None,
 )
 
-# (largest N, largest W, largest MP, bytes of the dtype, compute capability) to tiles; the first row that fits. The compute
-# capability is its major version; None fits all.
+# (largest N, largest W, largest MP, bytes of the dtype, major compute capability) to tiles; the first row that fits. A
+# capability of None fits all.
 TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = [
     # short sequences: one program sums over a whole sequence, and there is nothing to combine
     (
