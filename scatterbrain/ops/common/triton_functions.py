@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,8 +45,9 @@ def precision_of_products(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-# Triton looks up all that a kernel names, also what it then does not call, and before 3.4 these functions do not exist.
-_HAS_PDL = hasattr(tl.extra.cuda, "gdc_wait")
+# Before Triton 3.4 there are no such functions, and Triton looks up all that a kernel names, even in branches that it
+# does not compile. Those of 3.4 lack the argument that its compiler passes, and cannot be called.
+_HAS_PDL = hasattr(tl.extra.cuda, "gdc_wait") and "_semantic" in inspect.signature(tl.extra.cuda.gdc_wait).parameters
 
 if _HAS_PDL:
 
@@ -71,7 +73,7 @@ else:
 
 @functools.cache
 def supports_pdl(device: torch.device) -> bool:
-    """Whether there is programmatic dependent launch: Hopper GPUs and later, Triton 3.4 or newer."""
+    """Whether there is programmatic dependent launch: Hopper GPUs and later, Triton 3.5 or newer."""
     if device.type != "cuda" or not _HAS_PDL:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
