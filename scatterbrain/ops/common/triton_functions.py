@@ -72,16 +72,17 @@ else:
 
 
 @functools.cache
-def supports_pdl(device: torch.device) -> bool:
-    """Whether there is programmatic dependent launch: Hopper GPUs and later, Triton 3.5 or newer."""
-    if device.type != "cuda" or not _HAS_PDL:
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+def is_hopper_or_later(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 9 or higher."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def pdl_options(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that waits for the one before it by `grid_dependency_control`."""
-    return {"PDL": True, "launch_pdl": True} if supports_pdl(device) else {"PDL": False}
+    """Launch options of a kernel that waits for the one before it by `grid_dependency_control`.
+
+    Programmatic dependent launch needs a Hopper GPU or later, and Triton 3.5 or newer.
+    """
+    return {"PDL": True, "launch_pdl": True} if _HAS_PDL and is_hopper_or_later(device) else {"PDL": False}
 
 
 @functools.cache
@@ -92,7 +93,11 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def safe_warps(warps: int, *tensors: torch.Tensor) -> int:
+# Triton before 3.4 ends the process with an assertion where it compiles warp-group instructions in a `while` loop.
+_HAS_WGMMA_IN_WHILE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+
+
+def safe_warps(warps: int, *tensors: torch.Tensor, has_while_loop: bool = False) -> int:
     """Warps for a kernel that multiplies rows of these tensors: `warps`, or 2 where ptxas would miscompile 4.
 
     Four warps multiply tiles of 64 rows by Hopper's asynchronous warp-group instructions (`wgmma`). Where rows cannot
@@ -103,8 +108,12 @@ def safe_warps(warps: int, *tensors: torch.Tensor) -> int:
     Args:
         warps: warps of the tile settings.
         tensors: tensors (..., N, E) with a contiguous last dimension, whose rows the kernel loads.
+        has_while_loop: products are in a `while` loop, which Triton before 3.4 does not compile with `wgmma`.
     """
-    if warps % 4 or all(has_vector_loads(x) for x in tensors) or not has_old_ptxas(tensors[0].device):
+    device = tensors[0].device
+    if warps % 4 == 0 and has_while_loop and not _HAS_WGMMA_IN_WHILE and is_hopper_or_later(device):
+        return 2
+    if warps % 4 or all(has_vector_loads(x) for x in tensors) or not has_old_ptxas(device):
         return warps
     return 2
 

@@ -47,6 +47,14 @@ def test_four_warps_only_where_they_are_compiled_correctly(monkeypatch):
     assert triton_functions.safe_warps(4, other) == 4
 
 
+def test_four_warps_in_while_loops_only_where_they_are_compiled(monkeypatch):
+    monkeypatch.setattr(triton_functions, "_HAS_WGMMA_IN_WHILE", False)
+    for hopper, warps in ((True, 2), (False, 4)):
+        monkeypatch.setattr(triton_functions, "is_hopper_or_later", lambda device, hopper=hopper: hopper)
+        assert triton_functions.safe_warps(4, rows(), has_while_loop=True) == warps
+        assert triton_functions.safe_warps(4, rows()) == 4
+
+
 def test_strides_of_single_elements_are_left_out():
     x = torch.zeros(1, 3, 5, 8)
     assert triton_functions.row_strides(x, x.transpose(0, 1)) == [0, 40, 8, 40, 0, 8]

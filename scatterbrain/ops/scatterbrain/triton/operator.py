@@ -457,7 +457,7 @@ def run_forward(
             STATISTICS=statistics,
             BM=tiles.causal_rows,
             BN=tiles.causal_keys,
-            num_warps=safe_warps(tiles.causal_warps, query, key, value),
+            num_warps=safe_warps(tiles.causal_warps, query, key, value, has_while_loop=True),
             **plan.pdl,
         )
     if plan.has_fallback:
@@ -586,7 +586,7 @@ def run_backward(
             BM=FALLBACK_ROWS,
             BN=FALLBACK_DKDV_KEYS,
             TILE_ROWS=tiles.query_rows,
-            num_warps=safe_warps(FALLBACK_DKDV_WARPS, *inputs),
+            num_warps=safe_warps(FALLBACK_DKDV_WARPS, *inputs, has_while_loop=True),
             **plan.pdl,
         )
     return d_query, d_key, d_value
