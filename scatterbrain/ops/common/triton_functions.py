@@ -1,9 +1,10 @@
-"""What several Triton kernels share. Imported only where they run: importing it needs triton."""
+"""What several Triton kernels share, on the device and on the host. Importing it needs triton."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,59 +45,81 @@ def precision_of_products(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-@triton.jit
-def follow(OVERLAP: tl.constexpr, FIRST: tl.constexpr):
-    """Start of a kernel: let the next one be launched, and wait for the one before, unless this is the first.
+# Before Triton 3.4 there are no such functions, and Triton looks up all that a kernel names, even in branches that it
+# does not compile. Those of 3.4 lack the argument that its compiler passes, and cannot be called.
+_HAS_PDL = hasattr(tl.extra.cuda, "gdc_wait") and "_semantic" in inspect.signature(tl.extra.cuda.gdc_wait).parameters
 
-    With OVERLAP, programmatic dependent launch (Hopper and later): the next kernel's programs are brought up while
-    the last ones of this kernel still run.
+if _HAS_PDL:
+
+    @triton.jit
+    def grid_dependency_control(PDL: tl.constexpr, FIRST: tl.constexpr):
+        """Start of a kernel: let the next kernel launch, and wait until the one before ends, unless this is the first.
+
+        With PDL, programmatic dependent launch (Hopper and later): programs of the next kernel start on free SMs while
+        the last ones of this kernel still run.
+        """
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            if not FIRST:
+                tl.extra.cuda.gdc_wait()
+
+else:
+
+    @triton.jit
+    def grid_dependency_control(PDL: tl.constexpr, FIRST: tl.constexpr):
+        """Start of a kernel: nothing to do, as kernels run one after another."""
+        pass
+
+
+@functools.cache
+def is_hopper_or_later(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 9 or higher."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that waits for the one before it by `grid_dependency_control`.
+
+    Programmatic dependent launch needs a Hopper GPU or later, and Triton 3.5 or newer.
     """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        if not FIRST:
-            tl.extra.cuda.gdc_wait()
+    return {"PDL": True, "launch_pdl": True} if _HAS_PDL and is_hopper_or_later(device) else {"PDL": False}
 
 
 @functools.cache
-def overlaps_launches(device: torch.device) -> bool:
-    """Whether kernels can be brought up while the ones before them end: Hopper GPUs and later, Triton 3.4 or newer."""
-    if device.type != "cuda" or not hasattr(tl.extra.cuda, "gdc_wait"):
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def overlapped(device: torch.device) -> dict[str, bool]:
-    """Options of the launch of a kernel that calls `follow`, not as the first."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps_launches(device) else {"OVERLAP": False}
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a device, for kernels whose programs stay and go from one piece of work to the next."""
+def num_sms(device: torch.device) -> int:
+    """Number of SMs of a device, for the grids of persistent kernels."""
     if device.type != "cuda":
-        return 3  # Triton's interpreter, for tests: programs that have several pieces, and not equally many
+        return 3  # Triton's interpreter, for tests: programs with several tiles, and not equally many
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def safe_warps(warps: int, *tensors: torch.Tensor) -> int:
-    """Warps for a kernel that multiplies rows of these tensors: `warps`, or 2 where a group of 4 would be miscompiled.
+# Triton before 3.4 ends the process with an assertion where it compiles warp-group instructions in a `while` loop.
+_HAS_WGMMA_IN_WHILE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
-    Four warps multiply tiles of 64 rows by Hopper's asynchronous warp-group products. Their operands come through one
-    shared buffer, not a pipelined one, where rows are not read 16 bytes at a time; and for such loops the assembler
-    ptxas before CUDA 12.9, which Triton brings along up to 3.6 at least, computes the addresses of an operand from a
-    register that holds another one's. Two warps multiply by other instructions.
+
+def safe_warps(warps: int, *tensors: torch.Tensor, has_while_loop: bool = False) -> int:
+    """Warps for a kernel that multiplies rows of these tensors: `warps`, or 2 where ptxas would miscompile 4.
+
+    Four warps multiply tiles of 64 rows by Hopper's asynchronous warp-group instructions (`wgmma`). Where rows cannot
+    be loaded 16 bytes at a time, both operands go through one shared buffer that is not pipelined. For such loops ptxas
+    before CUDA 12.9, which Triton ships up to 3.6 at least, computes the address of an operand from a register that
+    holds that of the other. Two warps use `mma` instructions instead.
 
     Args:
         warps: warps of the tile settings.
-        tensors: what the kernel reads by rows, (..., N, E) with a contiguous last dimension.
+        tensors: tensors (..., N, E) with a contiguous last dimension, whose rows the kernel loads.
+        has_while_loop: products are in a `while` loop, which Triton before 3.4 does not compile with `wgmma`.
     """
-    if warps % 4 or all(is_read_in_vectors(x) for x in tensors) or not has_old_assembler(tensors[0].device):
+    device = tensors[0].device
+    if warps % 4 == 0 and has_while_loop and not _HAS_WGMMA_IN_WHILE and is_hopper_or_later(device):
+        return 2
+    if warps % 4 or all(has_vector_loads(x) for x in tensors) or not has_old_ptxas(device):
         return warps
     return 2
 
 
-def is_read_in_vectors(x: torch.Tensor) -> bool:
-    """Whether Triton reads rows (..., N, E) 16 bytes at a time: by what it knows of pointers, strides and the mask."""
+def has_vector_loads(x: torch.Tensor) -> bool:
+    """Whether Triton loads rows (..., N, E) 16 bytes at a time, from what it knows of pointer, strides and mask."""
     return (
         x.data_ptr() % 16 == 0
         and x.shape[-1] * x.element_size() % 16 == 0
@@ -107,7 +130,7 @@ def is_read_in_vectors(x: torch.Tensor) -> bool:
 def row_strides(*tensors: torch.Tensor) -> list[int]:
     """Strides of batch, head and row of tensors (B, H, N, E), one after another; 0 for a dimension of one element.
 
-    PyTorch leaves the stride of such a dimension to chance, and Triton would conclude from it how rows are aligned.
+    The stride of such a dimension is arbitrary in PyTorch, and Triton would infer the alignment of rows from it.
     """
     return [
         stride if size > 1 else 0 for x in tensors for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
@@ -115,8 +138,8 @@ def row_strides(*tensors: torch.Tensor) -> list[int]:
 
 
 @functools.cache
-def has_old_assembler(device: torch.device) -> bool:
-    """Whether kernels for this device are assembled by a ptxas before CUDA 12.9's; also where that is not known."""
+def has_old_ptxas(device: torch.device) -> bool:
+    """Whether Triton uses a ptxas from before CUDA 12.9 for this device; True where the version is unknown."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     try:
@@ -132,13 +155,13 @@ def has_old_assembler(device: torch.device) -> bool:
     return release is None or tuple(map(int, release.groups())) < (12, 9)
 
 
-def as_numbers(settings: Any) -> tuple[int, ...]:
-    """A dataclass of integers as operators take it; PyTorch 2.6 cannot trace `dataclasses.astuple`."""
+def field_values(settings: Any) -> tuple[int, ...]:
+    """Values of a dataclass of integers, as operators take them; PyTorch 2.6 cannot trace `dataclasses.astuple`."""
     return tuple(getattr(settings, name) for name in settings.__dataclass_fields__)
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager:
-    """Context in which Triton launches on the device of `x`; nothing where that is the current one, or the CPU."""
+    """Context in which the device of `x` is current, as Triton launches there; does nothing if it is, or on the CPU."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()

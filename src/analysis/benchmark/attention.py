@@ -18,8 +18,7 @@ from rich.console import Console
 from scatterbrain.attention import create_attention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
-from scatterbrain.ops.scatterbrain.triton import choose_backend
-from scatterbrain.ops.scatterbrain.triton import count_marked_tiles as count_fallback_tiles
+from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, is_fast, unsupported
 from src.analysis.benchmark.attention_report import AttentionReport
 from src.analysis.benchmark.baselines import (
     BASELINE,
@@ -300,6 +299,8 @@ def fallback_tiles(module: torch.nn.Module | None, tensors: Tensors) -> int | No
         return None
     query, key, value = (x.transpose(1, 2) for x in tensors)
     projection = module.projection_matrix
-    if choose_backend(module.backend, query, value, projection, cosh=True) != "triton":
+    if module.backend != "triton" and not (module.backend == "auto" and is_fast(query, value, projection, cosh=True)):
+        return None
+    if unsupported(query, value, projection, cosh=True) is not None:
         return None
     return count_fallback_tiles(query, key, value, projection, module.local_context, scale=module.softmax_temp)

@@ -14,7 +14,6 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,6 +25,7 @@ if not torch.cuda.is_available():
 from src.models.ops.fused_linear import FoldedLinear, Patches, fused_linear, naive_fused_linear
 from src.models.ops.token_tail import FoldedTail, naive_token_tail, token_tail
 from tests.helpers import OPERATORS
+from tests.scatterbrain.ops.poison import poisoned_memory
 
 # Widths around the multiples of what a load, a product or a tile takes; 40 and 72 are those of diffusion models.
 WIDTHS = (1, 2, 8, 15, 16, 17, 20, 24, 32, 33, 36, 40, 48, 56, 64, 65, 72, 80, 88, 96, 104, 112, 120, 127, 128)
@@ -126,17 +126,6 @@ def place(values: torch.Tensor, layout: str) -> torch.Tensor:
         :: max(1, batch * (strides[0] == 0)), :: max(1, heads * (strides[1] == 0))
     ]
     return view
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Memory that `torch.empty` gives holds nan, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def excess(expected: torch.Tensor, result: torch.Tensor, dtype: torch.dtype, size: float = 0.0) -> float:

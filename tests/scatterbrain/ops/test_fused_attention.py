@@ -11,9 +11,10 @@ import torch
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import is_interpreted
 from scatterbrain.ops.common.projection import draw_projection
-from scatterbrain.ops.scatterbrain.triton import count_marked_tiles, unsupported
+from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, unsupported
 from scatterbrain.ops.scatterbrain.triton import tiles as tiles_module
 from tests.helpers import OPERATORS, assert_close, draw_inputs
+from tests.scatterbrain.ops.poison import poisoned_memory
 
 triton = pytest.importorskip("triton")
 
@@ -113,8 +114,9 @@ def compare(name: str, case: Case, device: str) -> None:
     cotangent = torch.randn(case.batch, case.heads, case.length, case.value_width, device=device).to(case.dtype)
 
     leaves = [x.clone().requires_grad_() for x in tensors]
-    out = operator(*leaves, projection, case.window, backend="triton", **options)
-    out.backward(cotangent)
+    with poisoned_memory():
+        out = operator(*leaves, projection, case.window, backend="triton", **options)
+        out.backward(cotangent)
     exact = [x.double().requires_grad_() for x in tensors]
     expected = operator.naive(*exact, projection.double(), case.window, **options)[0]
     expected.backward(cotangent.double())
@@ -123,8 +125,8 @@ def compare(name: str, case: Case, device: str) -> None:
     assert_close("out", expected, out, TOLERANCE[case.dtype])
     # logits up to 80 in half precision: the weights' own rounding is amplified by the logits in the gradients
     factor = 1 if case.max_logit is None else 4
-    for which, leaf, reference in zip(("query", "key", "value"), leaves, exact, strict=True):
-        assert_close(f"gradient of {which}", reference.grad, leaf.grad, factor * GRADIENT_TOLERANCE[case.dtype])
+    for which, leaf, expected in zip(("query", "key", "value"), leaves, exact, strict=True):
+        assert_close(f"gradient of {which}", expected.grad, leaf.grad, factor * GRADIENT_TOLERANCE[case.dtype])
 
 
 @needs_interpreter
@@ -168,40 +170,41 @@ def adversarial(device: str, dtype: torch.dtype, batch: int = 1, length: int = 1
 @pytest.mark.parametrize(
     ("batch", "length", "parts"),
     [(2, 100, 512), (1, 260, 512), (1, 100, 8), (1, 100, 2)],
-    ids=["7 parts", "17 parts", "parts of several steps", "whole"],
+    ids=["7 splits", "17 splits", "splits of several steps", "whole"],
 )
 def test_windows_whose_estimates_outweigh_all_else(device, dtype, batch, length, parts, monkeypatch):
     operator_module = pytest.importorskip("scatterbrain.ops.scatterbrain.triton.operator")
-    # float32 would bear more before it marks a tile
+    # float32 allows more before a tile is a fallback tile
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT", 4.0)
-    # several parts for the keys of a marked tile, in the second case more than are brought together at a time; or
-    # memory for so few that each part has several steps, or that there is one for each tile
-    monkeypatch.setattr(operator_module, "MARKED_PARTS", parts)
-    for name in ("MARKED_KEYS", "MARKED_KEYS_WIDE"):
+    # several splits of the keys of a fallback tile, in the second case more than are added up at a time; or memory for
+    # so few that each has several steps, or that there is one for each tile
+    monkeypatch.setattr(operator_module, "FALLBACK_PARTS", parts)
+    for name in ("FALLBACK_KEYS", "FALLBACK_KEYS_WIDE"):
         monkeypatch.setattr(operator_module, name, 16)
-    monkeypatch.setattr(operator_module, "MARKED_MEMORY", 10.0)
+    monkeypatch.setattr(operator_module, "FALLBACK_MEMORY", 10.0)
     (query, key, value, rows), window = adversarial(device, dtype, batch, length)
-    marked = operator_module.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
-    assert marked.sum(1).tolist() == [0] * (batch - 1) + [2]
-    assert count_marked_tiles(query, key, value, rows, window) == 2
+    flags = operator_module.fused_attention(query, key, value, rows, None, window, 0.25, True, False, 0.0, True)[2]
+    assert flags.sum(1).tolist() == [0] * (batch - 1) + [2]
+    assert count_fallback_tiles(query, key, value, rows, window) == 2
 
     operator = OPERATORS["scatterbrain"]
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    out = operator(*leaves, rows, window, backend="triton")
-    out.square().sum().backward()
+    with poisoned_memory():
+        out = operator(*leaves, rows, window, backend="triton")
+        out.square().sum().backward()
     exact = [x.double().requires_grad_() for x in (query, key, value)]
     expected = operator.naive(*exact, rows.double(), window)[0]
     expected.square().sum().backward()
     assert_close("out", expected, out, TOLERANCE[dtype])
     if dtype != torch.float32:
-        # here the weights are nearly even, and gradients of the queries what is left of terms that cancel: of `delta`,
-        # which comes from the rounded output, less than one digit is left in half precision
+        # here the weights are nearly even, and gradients of the queries small differences of large terms: of `delta`,
+        # which comes from the rounded output, less than one digit is accurate in half precision
         assert all(leaf.grad.isfinite().all() for leaf in leaves)
         return
-    for leaf, reference in zip(leaves, exact, strict=True):
+    for leaf, expected in zip(leaves, exact, strict=True):
         # features of e^18 times the weight they stand for are formed on the way
-        assert_close("gradient", reference.grad, leaf.grad, 4 * GRADIENT_TOLERANCE[dtype])
+        assert_close("gradient", expected.grad, leaf.grad, 4 * GRADIENT_TOLERANCE[dtype])
 
 
 @needs_interpreter
@@ -226,27 +229,28 @@ def test_weights_past_the_range_of_a_float_are_computed_from_pairs():
 )
 @pytest.mark.parametrize("which", [0, 1], ids=["queries", "keys"])
 @pytest.mark.parametrize("name", ["performer", "scatterbrain"])
-def test_rows_far_above_those_that_come_first(name, which, device, dtype):
+def test_rows_far_above_those_of_the_first_tile(name, which, device, dtype):
     # relative to the features of the first tile, those that follow exceed float32
     length = 50 if device == "cpu" else 300
     *tensors, rows = (x.to(device, dtype) for x in draw_inputs(1, 1, length, dtype=torch.float32, rows=3))
     tensors[which][:, :, : length // 3 + 1] *= 20
     operator = OPERATORS[name]
     leaves = [x.clone().requires_grad_() for x in tensors]
-    out = operator(*leaves, rows, 7, backend="triton")
-    out.square().sum().backward()
+    with poisoned_memory():
+        out = operator(*leaves, rows, 7, backend="triton")
+        out.square().sum().backward()
     exact = [x.double().requires_grad_() for x in tensors]
     expected = operator.naive(*exact, rows.double(), 7)[0]
     expected.square().sum().backward()
     assert_close("out", expected, out, TOLERANCE[dtype])
-    for leaf, reference in zip(leaves, exact, strict=True):
+    for leaf, expected in zip(leaves, exact, strict=True):
         # logits of 60 are known to a few roundings of theirs only
-        assert_close("gradient", reference.grad, leaf.grad, 4 * GRADIENT_TOLERANCE[dtype])
+        assert_close("gradient", expected.grad, leaf.grad, 4 * GRADIENT_TOLERANCE[dtype])
 
 
 @needs_interpreter
 @pytest.mark.parametrize("name", NAMES)
-def test_slices_of_a_fused_qkv_are_read_where_they_are(name):
+def test_slices_of_a_fused_qkv_are_read_without_a_copy(name):
     qkv = torch.randn(2, 40, 3, 2, 16)
     query, key, value = qkv.unbind(2)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -255,7 +259,7 @@ def test_slices_of_a_fused_qkv_are_read_where_they_are(name):
     out = operator(query, key, value, rows, 5, backend="triton")
     same = operator(query.contiguous(), key.contiguous(), value.contiguous(), rows, 5, backend="triton")
     assert torch.equal(out, same)
-    # the heads of a token beside one another, so that the model joins them without a copy
+    # contiguous as (B, N, H, D), so that the model joins the heads of a token without a copy
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -278,8 +282,8 @@ def test_results_do_not_depend_on_tiles(name):
         {"query_rows": 32, "query_tiles": 3},
         {"dq_rows": 64, "dk_rows": 16, "key_rows": 64},
     ):
-        for reference, result in zip(first, run(**changes), strict=True):
-            assert_close(str(changes), reference, result, GRADIENT_TOLERANCE[torch.float32])
+        for expected, result in zip(first, run(**changes), strict=True):
+            assert_close(str(changes), expected, result, GRADIENT_TOLERANCE[torch.float32])
 
 
 @needs_interpreter
@@ -287,7 +291,7 @@ def test_many_chunks_are_combined():
     *tensors, rows = draw_inputs(1, 1, 16 * 150, dtype=torch.float32, rows=2)
     tiles = tiles_module.Tiles(sum_rows=16, sum_programs=1000, query_rows=128, key_rows=64, dq_rows=128, dk_rows=128)
     operator = OPERATORS["performer"]
-    with tiles_module.use_tiles(tiles):
+    with tiles_module.use_tiles(tiles), poisoned_memory():
         out = operator(*tensors, rows, 0, backend="triton")
     assert_close("out", operator.naive(*tensors, rows, 0)[0], out, TOLERANCE[torch.float32])
 
@@ -314,7 +318,7 @@ def test_operator_follows_the_rules_of_torch_library(name, is_causal):
         torch.library.opcheck(
             fused_attention,
             (*leaves, rows, torch.tensor([13]), window, 0.25, name == "scatterbrain", is_causal, 0.0, statistics),
-            # the gradient of the rows is not there, and refused by the callers
+            # there is no gradient of the projection, and callers refuse to take it
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
 
@@ -330,10 +334,10 @@ def test_is_traced_as_one_graph(name):
         return operator(*tensors, rows, 5, backend="triton")
 
     traced = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for form in (attend, traced):
-        assert torch.equal(form(*leaves), attend(*leaves))
+    for function in (attend, traced):
+        assert torch.equal(function(*leaves), attend(*leaves))
     for one, other in zip(
-        *(torch.autograd.grad(form(*leaves).square().sum(), leaves) for form in (attend, traced)), strict=True
+        *(torch.autograd.grad(function(*leaves).square().sum(), leaves) for function in (attend, traced)), strict=True
     ):
         assert torch.equal(one, other)
 
@@ -351,7 +355,7 @@ def test_compiles_as_one_graph_and_replays(name, is_causal):
     expected = attend(*tensors)
     assert torch.equal(torch.compile(attend, fullgraph=True)(*tensors), expected)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    gradients = [torch.autograd.grad(form(*leaves).sum(), leaves) for form in (attend, torch.compile(attend))]
+    gradients = [torch.autograd.grad(function(*leaves).sum(), leaves) for function in (attend, torch.compile(attend))]
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
     graph = torch.cuda.CUDAGraph()
@@ -385,7 +389,7 @@ def test_auto_takes_plain_pytorch_on_the_cpu():
         ({"rows": 129}, "up to 256 random features"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_refused(changes, reason):
+def test_unsupported_inputs_are_refused(changes, reason):
     tensors = draw_inputs(**({"length": 5, "dtype": torch.float32} | changes))
     with pytest.raises(UserError, match=f"backend='triton' cannot run this: .*{reason}.*Choose 'torch'"):
         OPERATORS["scatterbrain"](*tensors, 3, backend="triton")
@@ -408,8 +412,8 @@ def test_without_a_gpu_the_kernels_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 65536), (16, 12544), (128, 3136)])
-def test_memory_of_sums_and_marked_tiles(batch, length):
-    """Under 5 % of q, k, v and the output, at any time: the parts of the sums are gone before those of marked tiles."""
+def test_memory_of_sums_and_fallback_tiles(batch, length):
+    """Under 5 % of q, k, v and the output at any time: sums are freed before the parts of fallback tiles are needed."""
     operator_module = pytest.importorskip("scatterbrain.ops.scatterbrain.triton.operator")
     from scatterbrain.ops.scatterbrain.triton.tiles import DEFAULT, use_tiles
 
@@ -419,9 +423,9 @@ def test_memory_of_sums_and_marked_tiles(batch, length):
         plan = operator_module._Plan(tensor, tensor, tensor, rows, None, 49, 0.125, True, False)
     norms = batch * length * 4
     sums = batch * plan.key_chunks * (64 * 32 + 2 * 32) * 4
-    marked = plan.num_parts * operator_module.MARKED_ROWS * (64 + 2) * 4
+    fallback = plan.num_parts * operator_module.FALLBACK_ROWS * (64 + 2) * 4
     assert plan.num_parts > 1
-    assert norms + max(sums, marked) < 0.05 * 4 * 2 * tensor.numel()
+    assert norms + max(sums, fallback) < 0.05 * 4 * 2 * tensor.numel()
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The fused linear map: its specification, the folded weights, the plain form and the kernel against it."""
+"""The fused linear map: its specification, the folded weights, the PyTorch implementation and the kernel against it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers import assert_close, rms_ratio
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
 # roundings of one product, its statistics and one result; the errors of a long sum grow with its root
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-7, torch.float16: 7e-4, torch.bfloat16: 5e-3}
 
@@ -104,16 +104,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_forms_equal_the_specification(case, dtype, form):
-    if form == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and DEVICE == "cpu")):
+def test_backends_equal_the_specification(case, dtype, backend):
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and DEVICE == "cpu")):
         pytest.skip("not a dtype of the kernels, or of Triton's interpreter")
     weights = Weights(case, dtype)
     x = (torch.randn(case.shape) + 0.5).to(DEVICE, dtype)
     residual = None if case.residual is None else torch.randn(case.residual).to(DEVICE, dtype)
-    out = fused_linear(x, weights.folded(), residual, backend=form)
+    out = fused_linear(x, weights.folded(), residual, backend=backend)
     assert out.dtype == dtype
     assert_close("out", weights.specification(x, residual), out, TOLERANCE[dtype])
 
@@ -140,79 +140,79 @@ def test_the_specification_is_what_pytorch_computes():
     assert_close("out", expected, out, 1e-14)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("patches", [None, Patches(3, 2, 1)], ids=["rows", "patches"])
-def test_writes_where_it_is_told_and_nowhere_else(patches, form):
+def test_writes_only_to_the_given_output(patches, backend):
     case = Case((2, 6, 40), 24) if patches is None else Case((2, 5, 3, 8), 24, patches)
     weights = Weights(case, torch.float32)
     x, table = torch.randn(case.shape, device=DEVICE), torch.randn(6, 24, device=DEVICE)
     tokens = torch.full((2, 7, 24), float("nan"), device=DEVICE)
-    returned = fused_linear(x, weights.folded(), table, tokens[:, 1:], form)
+    returned = fused_linear(x, weights.folded(), table, tokens[:, 1:], backend)
     assert returned.data_ptr() == tokens[:, 1:].data_ptr()
     assert_close("tokens", weights.specification(x, table), tokens[:, 1:], 1e-6)
     assert tokens[:, 0].isnan().all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_output_of_any_layout(form):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_output_of_any_layout(backend):
     weights = Weights(Case((2, 3, 4, 16), 8), torch.float32)
     x = torch.randn(2, 3, 4, 16, device=DEVICE)
     out = torch.full((8, 4, 3, 2), float("nan"), device=DEVICE).permute(3, 2, 1, 0)
-    fused_linear(x, weights.folded(), out=out, backend=form)
+    fused_linear(x, weights.folded(), out=out, backend=backend)
     assert_close("out", weights.specification(x), out, 1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_output_may_be_the_residual(form):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_output_may_be_the_residual(backend):
     weights = Weights(Case((2, 9, 40), 24), torch.float32)
     x, residual = torch.randn(2, 9, 40, device=DEVICE), torch.randn(2, 9, 24, device=DEVICE)
     expected = weights.specification(x, residual)
-    fused_linear(x, weights.folded(), residual, residual, form)
+    fused_linear(x, weights.folded(), residual, residual, backend)
     assert_close("out", expected, residual, 1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_strided_inputs(form):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
     case = Case((2, 6, 40), 24, residual=(2, 6, 24))
     weights = Weights(case, torch.float32)
     wide = torch.randn(2, 6, 120, device=DEVICE)
     residual = torch.randn(2, 24, 6, device=DEVICE).transpose(1, 2)
     for x in (wide[..., 40:80], wide[..., ::3], wide[:, :1, :40].expand(2, 6, 40)):
-        out = fused_linear(x, weights.folded(), residual, backend=form)
+        out = fused_linear(x, weights.folded(), residual, backend=backend)
         assert_close("out", weights.specification(x, residual), out, 1e-6)
     # a row of each sample, as of a class token
-    out = fused_linear(wide[:, 0, :40], weights.folded(), backend=form)
+    out = fused_linear(wide[:, 0, :40], weights.folded(), backend=backend)
     assert_close("out", weights.specification(wide[:, 0, :40]), out, 1e-6)
     # colours apart, as images come
     over_patches = Weights(Case((2, 9, 8, 3), 24, Patches(7, 4, 2)), torch.float32)
     images = torch.randn(2, 3, 9, 8, device=DEVICE)
-    out = fused_linear(images.permute(0, 2, 3, 1), over_patches.folded(), backend=form)
+    out = fused_linear(images.permute(0, 2, 3, 1), over_patches.folded(), backend=backend)
     assert_close("out", over_patches.specification(images.permute(0, 2, 3, 1)), out, 1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [Case((2, 40, 64), 32), Case((1, 15, 15, 3), 32, Patches(7, 4, 2))], ids=str)
-def test_nearly_flat_rows(case, dtype, form):
-    # the deviation is a thousandth of the mean: E[x^2] - E[x]^2 and what rounding leaves of the sums of W would show
+def test_nearly_flat_rows(case, dtype, backend):
+    # the standard deviation is a thousandth of the mean: errors of E[x^2] - E[x]^2 and of the sums of W would show
     weights = Weights(case, dtype)
     x = (2.6 + 4e-3 * torch.randn(case.shape)).to(DEVICE, dtype)
-    out = fused_linear(x, weights.folded(), backend=form)
+    out = fused_linear(x, weights.folded(), backend=backend)
     assert_close("out", weights.specification(x), out, {torch.float32: 3e-5, torch.float16: 2e-3}[dtype])
     flat = torch.full_like(x, 2.6)
-    out = fused_linear(flat, weights.folded(), backend=form)
+    out = fused_linear(flat, weights.folded(), backend=backend)
     assert_close(
         "out of flat rows", weights.specification(flat), out, {torch.float32: 3e-5, torch.float16: 2e-3}[dtype]
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [Case((2, 40, 64), 32), Case((1, 15, 15, 3), 32, Patches(7, 4, 0))], ids=str)
-def test_rows_far_from_zero(case, form):
+def test_rows_far_from_zero(case, backend):
     # E[x^2] - E[x]^2 in float32 would err by 6 %; products of 1000 leave a few times 1000 roundings of one
     weights = Weights(case, torch.float32)
     x = 1000 + torch.randn(case.shape, device=DEVICE)
-    out = fused_linear(x, weights.folded(), backend=form)
+    out = fused_linear(x, weights.folded(), backend=backend)
     assert_close("out", weights.specification(x), out, 5e-4)
 
 
@@ -262,7 +262,7 @@ def test_folding_is_done_in_double_precision():
     assert not any(buffer.requires_grad for buffer in folded.buffers())
 
 
-def test_the_plain_form_without_onednn(monkeypatch):
+def test_pytorch_without_onednn(monkeypatch):
     case = CASES[0]
     weights = Weights(case, torch.float32)
     x, residual = torch.randn(case.shape, device=DEVICE), torch.randn(case.residual, device=DEVICE)
@@ -318,9 +318,9 @@ def test_the_operators_keep_pytorchs_rules(case):
     torch.library.opcheck(torch.ops.scatterbrain.fused_linear_out, (*given, out, *settings))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("columns", [16, 32, 96])
-def test_statistics_handed_on_are_those_of_the_rows(form, columns):
+def test_returned_statistics_are_those_of_the_rows(backend, columns):
     first = Weights(Case((2, 9, 40), 96, normalise=False, residual=(2, 9, 96)), torch.float32)
     second = Weights(Case((2, 9, 96), 24), torch.float32)
     x, residual = torch.randn(2, 9, 40, device=DEVICE), torch.randn(2, 9, 96, device=DEVICE)
@@ -328,18 +328,18 @@ def test_statistics_handed_on_are_those_of_the_rows(form, columns):
     residual[0, 0] = 2.6 + 4e-3 * torch.randn(96, device=DEVICE)
     x[0, 0] = 0
     folded, behind = first.folded(), second.folded()
-    if form == "triton":
+    if backend == "triton":
         from src.models.ops.fused_linear.triton import Tiles
 
         folded.tiles = Tiles(16, min(columns, 32), 32, parts=3 if columns == 96 else 1)
-    y, statistics = fused_linear_with_statistics(x, folded, residual, form)
+    y, statistics = fused_linear_with_statistics(x, folded, residual, backend)
     assert_close("output", first.specification(x, residual), y, 1e-6)
-    assert (statistics is not None) == (form == "triton")
-    out = fused_linear(y, behind, backend=form, statistics=statistics)
-    assert_close("out of what is handed on", second.specification(y), out, 3e-5)
+    assert (statistics is not None) == (backend == "triton")
+    out = fused_linear(y, behind, backend=backend, statistics=statistics)
+    assert_close("out with statistics", second.specification(y), out, 3e-5)
     if statistics is not None:
         # other numbers there give another result: they are read
-        changed = fused_linear(y, behind, backend=form, statistics=2 * statistics)
+        changed = fused_linear(y, behind, backend=backend, statistics=2 * statistics)
         assert rms_ratio(out.double(), changed) > 0.1
 
 
@@ -356,9 +356,9 @@ def persistent_runs(monkeypatch):
     """The persistent kernel, also where there is no Hopper GPU and for small maps; sizes of the maps that it took."""
     persistent = pytest.importorskip("src.models.ops.fused_linear.persistent", reason="needs Triton 3.4")
     kernel_module = pytest.importorskip("src.models.ops.fused_linear.triton")
-    if DEVICE == "cuda" and not persistent._has_copy_engine(torch.device(DEVICE)):
+    if DEVICE == "cuda" and not persistent._is_hopper(torch.device(DEVICE)):
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setattr(persistent, "_has_copy_engine", lambda device: True)
+    monkeypatch.setattr(persistent, "_is_hopper", lambda device: True)
     for name, value in {"MIN_ROWS": 16, "ROWS": 64, "COLUMNS": 64, "INNER": 32, "PROGRAMS": 1}.items():
         monkeypatch.setattr(persistent, name, value)
     sizes = []
@@ -372,7 +372,7 @@ def persistent_runs(monkeypatch):
     return sizes
 
 
-PERSISTENT_DTYPES = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # of which Triton's interpreter has no more
+PERSISTENT_DTYPES = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter has no bfloat16
 
 
 @needs_triton
@@ -413,12 +413,12 @@ def test_statistics_of_the_persistent_kernel_are_those_of_the_rows(persistent_ru
     assert_close("means", means.T, statistics[:, 0], 1e-6)
     assert_close("squares", squares.T, statistics[:, 1], 1e-6)
     out = fused_linear(y, second.folded(), backend="triton", statistics=statistics)
-    assert_close("out of what is handed on", second.specification(y), out, 2e-3)
+    assert_close("out with statistics", second.specification(y), out, 2e-3)
     assert len(persistent_runs) == 2
 
 
 @needs_triton
-def test_what_the_copy_engine_cannot_reach_goes_to_the_other_kernel(persistent_runs):
+def test_what_tma_cannot_read_goes_to_the_other_kernel(persistent_runs):
     case = Case((40, 64), 128, residual=(40, 128))
     weights = Weights(case, torch.float16)
     wide = torch.randn(40, 200, device=DEVICE).half()
@@ -470,8 +470,8 @@ def test_compiles_as_one_graph():
 def test_an_empty_batch_gives_an_empty_output():
     for case in (Case((0, 4, 16), 8), Case((0, 6, 6, 3), 8, Patches(3, 2, 1))):
         weights = Weights(case, torch.float32)
-        for form in ["naive", "torch"] + ["triton"] * HAS_TRITON:
-            out = fused_linear(torch.randn(case.shape, device=DEVICE), weights.folded(), backend=form)
+        for backend in ["naive", "torch"] + ["triton"] * HAS_TRITON:
+            out = fused_linear(torch.randn(case.shape, device=DEVICE), weights.folded(), backend=backend)
             assert out.numel() == 0
             assert out.shape[-1] == 8
 
@@ -533,6 +533,6 @@ def test_real_sizes_on_a_gpu(case, dtype):
     x = torch.randn(case.shape).to(DEVICE, dtype)
     residual = None if case.residual is None else torch.randn(case.residual).to(DEVICE, dtype)
     expected = weights.specification(x, residual)
-    for form in ("torch", "triton"):
-        out = fused_linear(x, weights.folded(), residual, backend=form)
-        assert_close(f"out of {form}", expected, out, {torch.float32: 2e-6}.get(dtype, TOLERANCE[dtype]))
+    for backend in ("torch", "triton"):
+        out = fused_linear(x, weights.folded(), residual, backend=backend)
+        assert_close(f"out of {backend}", expected, out, {torch.float32: 2e-6}.get(dtype, TOLERANCE[dtype]))

@@ -1,4 +1,4 @@
-"""The tail of a token stage: its specification, the plain form and the kernel against it."""
+"""The tail of a token stage: its specification, the PyTorch implementation and the kernel against it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import assert_close
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["naive", "torch", pytest.param("triton", marks=needs_triton)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-7, torch.float16: 7e-4, torch.bfloat16: 5e-3}
 
 
@@ -48,15 +48,15 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return torch.randn(shape).to(DEVICE, dtype), wide[..., 2 * shape[-1] :]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("width", "hidden", "bias"), [(64, 64, True), (20, 37, True), (16, 50, False)])
-def test_forms_equal_the_specification(width, hidden, bias, dtype, form):
-    if form == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and DEVICE == "cpu")):
+def test_backends_equal_the_specification(width, hidden, bias, dtype, backend):
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and DEVICE == "cpu")):
         pytest.skip("not a dtype of the kernels, or of Triton's interpreter")
     tail = Tail(width, hidden, dtype, bias)
     attended, value = draw((2, 45, width), dtype)
-    out = token_tail(attended, value, tail.folded(), form)
+    out = token_tail(attended, value, tail.folded(), backend)
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert_close("out", tail.specification(attended, value), out, TOLERANCE[dtype])
@@ -83,13 +83,13 @@ def test_the_specification_is_what_a_token_stage_computes():
     assert_close("out", stage(x), out, 1e-14)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_inputs_of_any_layout_stay_as_they_are(form):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_of_any_layout_stay_as_they_are(backend):
     tail = Tail(16, 24, torch.float32)
     attended = torch.randn(3, 16, 7, device=DEVICE).transpose(1, 2)
     value = torch.randn(7, 3, 32, device=DEVICE).transpose(0, 1)[..., ::2]
     before = attended.clone(), value.clone()
-    out = token_tail(attended, value, tail.folded(), form)
+    out = token_tail(attended, value, tail.folded(), backend)
     assert_close("out", tail.specification(attended, value), out, TOLERANCE[torch.float32])
     assert torch.equal(attended, before[0])
     assert torch.equal(value, before[1])
@@ -127,8 +127,8 @@ def test_the_operator_keeps_pytorchs_rules_and_compiles():
 
 def test_an_empty_batch_gives_an_empty_output():
     tail = Tail(16, 24, torch.float32)
-    for form in ["naive", "torch"] + ["triton"] * HAS_TRITON:
-        assert token_tail(*draw((0, 9, 16), torch.float32), tail.folded(), form).shape == (0, 9, 16)
+    for backend in ["naive", "torch"] + ["triton"] * HAS_TRITON:
+        assert token_tail(*draw((0, 9, 16), torch.float32), tail.folded(), backend).shape == (0, 9, 16)
 
 
 def test_refusals():
@@ -158,5 +158,5 @@ def test_real_sizes_on_a_gpu(dtype, repeats):
         folded.tiles = Tiles(64, repeats)
     attended, value = draw((16, 3136, 64), dtype)
     expected = tail.specification(attended, value)
-    for form in ("torch", "triton"):
-        assert_close(f"out of {form}", expected, token_tail(attended, value, folded, form), TOLERANCE[dtype])
+    for backend in ("torch", "triton"):
+        assert_close(f"out of {backend}", expected, token_tail(attended, value, folded, backend), TOLERANCE[dtype])

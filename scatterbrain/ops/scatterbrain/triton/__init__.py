@@ -7,7 +7,7 @@ import torch
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend, no_kernels
 from scatterbrain.ops.common.inputs import check_inputs, check_window, default_scale
 
-# Widths of heads and numbers of features past which tiles no longer fit a multiprocessor.
+# With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
 MAX_FEATURES = 256
 
@@ -24,8 +24,8 @@ def unsupported(
     Args:
         query: (B, H, T, E).
         value: (B, H, S, D).
-        projection: rows (R, E) or None.
-        cosh: each row gives two features.
+        projection: random projection (R, E) or None.
+        cosh: each row of the projection gives two features.
         dropout_p: probability of dropping a weight.
     """
     reason = no_kernels(query)
@@ -83,30 +83,29 @@ def attention(
     """Exact weights inside a window, random-feature weights outside it, by fused kernels.
 
     Args:
-        query: (B, H, T, E); slices of a fused qkv are read where they are.
+        query: (B, H, T, E); slices of a fused qkv are read without a copy.
         key: (B, H, S, E).
         value: (B, H, S, D).
         window: width W; 0 for no window.
         scale: softmax scale.
-        projection: rows (R, E); brought to the dtype of query. None leaves out the low-rank part.
-        cosh: take each row with both signs.
+        projection: random projection (R, E), converted to the dtype of query; None for no low-rank part.
+        cosh: take each row of the projection with both signs.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         eps: added to the normaliser; without window and causality only.
 
     Returns:
-        (B, H, T, D) in the dtype of `query`, the heads of a token beside one another in memory; zero for a query that
-        sees no key.
+        (B, H, T, D) in the dtype of `query`, contiguous as (B, T, H, D); zero for a query that sees no key.
     """
     from scatterbrain.ops.scatterbrain.triton.operator import attend
 
-    tensors = _as_the_kernels_read(query, key, value, projection, key_lengths)
+    tensors = _kernel_inputs(query, key, value, projection, key_lengths)
     statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return attend(*tensors, window, scale, cosh, is_causal, eps, statistics)
 
 
 @torch.no_grad()
-def count_marked_tiles(
+def count_fallback_tiles(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -116,13 +115,13 @@ def count_marked_tiles(
     scale: float | None = None,
     key_lengths: torch.Tensor | None = None,
 ) -> int:
-    """Tiles of queries that the fused Scatterbrain kernels compute from pairs, which takes longer, see README.md.
+    """Number of tiles of queries that the fused kernels compute again from pairs, which takes longer, see README.md.
 
     Args:
         query: (B, H, T, E), where the kernels run.
         key: (B, H, S, E).
         value: (B, H, S, D).
-        projection: rows (R, E); each is taken with both signs.
+        projection: random projection (R, E); each row is taken with both signs.
         window: width W >= 1.
         scale: softmax scale; None is E ** -0.5.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
@@ -136,20 +135,20 @@ def count_marked_tiles(
     from scatterbrain.ops.common.triton_functions import device_of
     from scatterbrain.ops.scatterbrain.triton.operator import run_forward
 
-    tensors = _as_the_kernels_read(query, key, value, projection, key_lengths)
+    tensors = _kernel_inputs(query, key, value, projection, key_lengths)
     with device_of(query):
-        marked = run_forward(*tensors, window, default_scale(query, scale), True, False, 0.0, True)[2]
-    return int(marked.sum())
+        flags = run_forward(*tensors, window, default_scale(query, scale), True, False, 0.0, True)[2]
+    return int(flags.sum())
 
 
-def _as_the_kernels_read(
+def _kernel_inputs(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     projection: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The tensors with rows that are contiguous, on one device, the projection in the dtype of the queries."""
+    """The tensors with a contiguous last dimension, on one device, the projection in the dtype of the queries."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if projection is not None:
         projection = projection.detach().to(query.dtype).contiguous()

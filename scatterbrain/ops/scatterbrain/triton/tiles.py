@@ -1,7 +1,7 @@
-"""Tile sizes of the kernels: one table, by what was measured; `scripts/tune_attention.py` measures it again.
+"""Tile sizes of the kernels: one table of measured settings; `scripts/tune_attention.py` measures them again.
 
-A kernel's result does not depend on its tiles but for the order of sums. Nothing is tried out at run time: a first
-call costs the compilation of the kernels and no more.
+Tiles change a kernel's result only by the order of sums. There is no autotuning at run time: a first call compiles the
+kernels, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 class Tiles:
     """Tile sizes, warps, pipeline stages and registers of all kernels of one shape.
 
-    Tiles of fewer than 64 rows are no accident in the gradients: products of 64 rows are asynchronous on a Hopper GPU,
-    and where a tile is read by such a product and by other code too, Triton 3.6 overwrites it too early.
+    Tiles of the gradients have fewer than 64 rows on purpose: products of 64 rows are asynchronous on a Hopper GPU, and
+    Triton 3.6 overwrites a tile too early where such a product and other code read it.
 
     Attributes:
         sum_rows: rows of a tile in the sums over keys or queries.
-        sum_programs: programs that the sums are cut into, over all sequences.
+        sum_programs: programs of the sums, over all sequences.
         sum_warps: their warps.
         sum_stages: their pipeline stages, at least 2.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
-        query_tiles: tiles of queries that one program of the forward pass goes through.
+        query_tiles: tiles of queries of one program in the forward pass.
         query_warps: its warps.
         query_stages: its pipeline stages, at least 2.
         query_registers: registers of a thread at most; None leaves them to the compiler.
@@ -72,8 +72,8 @@ class Tiles:
 
 
 DEFAULT = Tiles()
-# float32 tiles take twice the memory. One table for full precision, whose products run on the general units and are
-# written out in full, and for TF32.
+# float32 tiles take twice the memory. One table for TF32 and for full precision, whose products use no tensor cores and
+# are unrolled.
 DEFAULT_FLOAT32 = Tiles(
     sum_rows=32,
     sum_stages=2,
@@ -86,10 +86,10 @@ DEFAULT_FLOAT32 = Tiles(
     dk_registers=None,
 )
 
-# (largest N, largest W, largest MP, bytes of the dtype, device class) to tiles; the first row that fits. The device
-# class is the compute capability's major version; None fits all.
+# (largest N, largest W, largest MP, bytes of the dtype, major compute capability) to tiles; the first row that fits. A
+# capability of None fits all.
 TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = [
-    # short sequences: sums over all of one in one program need no combining
+    # short sequences: one program sums over a whole sequence, and there is nothing to combine
     (
         1024,
         16,
@@ -110,7 +110,7 @@ TABLE: list[tuple[int, int, int, int, int | None, Tiles]] = [
         ),
     ),
     (1 << 30, 16, 16, 2, None, replace(DEFAULT, query_rows=16, dk_registers=168)),
-    # three warps to a part of a multiprocessor in place of two
+    # three warps per sub-core of an SM in place of two
     (1 << 30, 64, 32, 2, None, replace(DEFAULT, query_registers=168)),
 ]
 
@@ -120,7 +120,7 @@ _override: Tiles | None = None
 def tiles_for(
     length: int, window: int, padded_features: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
-    """Tiles of a shape.
+    """Tiles for a shape.
 
     Args:
         length: number of keys S.
@@ -133,7 +133,7 @@ def tiles_for(
     if _override is not None:
         return _override
     if device.type != "cuda":
-        # Triton's interpreter, for tests: small shapes should meet several tiles and chunks
+        # Triton's interpreter, for tests: several tiles and chunks also for small shapes
         return replace(
             DEFAULT_FLOAT32,
             sum_rows=16,
@@ -142,9 +142,9 @@ def tiles_for(
             query_rows=32,
         )
     major = torch.cuda.get_device_capability(device)[0]
-    for max_length, max_window, max_features, size, device_class, tiles in TABLE:
+    for max_length, max_window, max_features, size, capability, tiles in TABLE:
         fits = length <= max_length and window <= max_window and padded_features <= max_features and width <= 64
-        if fits and size == dtype.itemsize and device_class in (None, major):
+        if fits and size == dtype.itemsize and capability in (None, major):
             return tiles
     tiles = DEFAULT if dtype.itemsize == 2 else DEFAULT_FLOAT32
     if width > 64 or padded_features > 64:
@@ -170,7 +170,7 @@ def tiles_for(
 
 @contextmanager
 def use_tiles(tiles: Tiles) -> Iterator[None]:
-    """Use these tiles for every shape, for tuning and for tests."""
+    """Use these tiles for all shapes, for tuning and for tests."""
     global _override
     before, _override = _override, tiles
     try:

@@ -1,4 +1,4 @@
-"""The weights of a fused linear map: LayerNorm folded into them, laid out for the kernels, once."""
+"""The weights of a fused linear map: LayerNorm folded into them, in the memory layout of the kernels."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SEGMENT_MULTIPLE = 32
 class FoldedLinear(nn.Module):
     """Weights of `act(LayerNorm(x) W^T + b)` with the LayerNorm's scale and shift folded into W and b.
 
-    LayerNorm(x) W^T + b = r (x - m) (W diag(gamma))^T + (W beta + b), m the mean and r the reciprocal deviation of the
-    row. Subtracting from each row of W diag(gamma) its own mean takes m out: only r depends on x (README.md in this
-    folder). Everything is folded in float64 and rounded once, to the dtype of `weight`.
+    LayerNorm(x) W^T + b = r (x - m) (W diag(gamma))^T + (W beta + b), m the mean and r the reciprocal standard
+    deviation of the row. With the mean of each row of W diag(gamma) subtracted, m drops out: only r depends on x
+    (README.md in this folder). Everything is folded in float64 and rounded once, to the dtype of `weight`.
 
-    The weights keep the dtype and the device of `weight`, and do not follow it when it changes: build again then.
+    The weights have the dtype and the device of `weight`. They are copies: fold again when `weight` changes.
 
     Args:
         weight: (N, K). For `patches` K is C * kernel^2, ordered (channel, row, column) as in `F.unfold`.
@@ -33,10 +33,10 @@ class FoldedLinear(nn.Module):
         patches: x is a feature map that is cut into patches; None for rows.
 
     Attributes:
-        weight: (N, segments, length): a segment is what lies together in memory in x, the whole row, or for patches
-            one row of a patch, kernel * C values ordered (column, channel). Zeros fill it up to `length`.
+        weight: (N, segments, length): a segment is contiguous in x: the whole row, or for patches one row of a patch,
+            kernel * C values ordered (column, channel). It is padded with zeros to `length`.
         bias: (N,), or None.
-        sums: (N,) what rounding left of the sums over the rows of `weight`; None without LayerNorm.
+        sums: (N,) sums over the rows of the rounded `weight`; None without LayerNorm.
         eps: of the LayerNorm.
         tiles: settings of the Triton kernel for these weights; None for those of its table.
 
@@ -97,7 +97,7 @@ class FoldedLinear(nn.Module):
         folded = F.pad(folded, (0, -self.segment % SEGMENT_MULTIPLE)).to(weight.dtype)
         self.register_buffer("weight", folded.contiguous())
         self.register_buffer("bias", None if shift is None else shift.to(weight.dtype))
-        # (x - m) W^T = x W^T - m sums: zero but for the rounding of W, and that matters where r is large (flat patches)
+        # (x - m) W^T = x W^T - m sums: only rounding of W makes them nonzero, which matters for large r (flat patches)
         sums = folded.double().sum((1, 2)).to(weight.dtype) if self.normalise else None
         self.register_buffer("sums", sums)
 
@@ -114,9 +114,9 @@ class FoldedLinear(nn.Module):
         return self.weight[:, 0, : self.segment]
 
     def packed_matrix(self, num_rows: int) -> torch.Tensor:
-        """The weights in oneDNN's own layout, for `torch.ops.mkldnn._linear_pointwise`; a copy that is kept.
+        """The weights in oneDNN's packed layout, for `torch.ops.mkldnn._linear_pointwise`; a cached copy.
 
-        Without it every call lays them out anew, 4 to 5 % of the time of 200 to 3,000 rows of width 384.
+        Without it every call packs them again, 4 to 5 % of the time of 200 to 3,000 rows of width 384.
 
         Args:
             num_rows: rows of the product, which the layout may depend on; the first call decides.

@@ -1,4 +1,4 @@
-"""Specification of a linear map with what stands before and behind it."""
+"""Specification of the fused linear map."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def naive_fused_linear(
     patches: Patches | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`act(LayerNorm(x) W^T + b) + residual` as it is written, in float64, every patch laid out.
+    """`act(LayerNorm(x) W^T + b) + residual`, term by term in float64, with patches materialised.
 
     Args:
         x: rows (..., K), or for `patches` a feature map (B, height, width, C).

@@ -1,8 +1,8 @@
-"""The fused linear map over many rows on Hopper GPUs: a persistent kernel whose tiles the copy engine brings.
+"""The fused linear map over many rows on Hopper GPUs: a persistent kernel with tensor descriptors (TMA).
 
-The products of a T2T-ViT's backbone are short (K of 384: six steps), so that filling the pipeline and what follows the
-product take as long as the product itself. Programs that stay and go from tile to tile load the next tile while they
-finish the last one, and tensor descriptors leave the addresses of each element to the copy engine.
+The products of a T2T-ViT's backbone are short (K of 384: six steps), so that the pipeline's prologue and the epilogue
+take as long as the product itself. A persistent program loads the next tile during the epilogue of the last one, and
+the tensor memory accelerator (TMA) computes the addresses of all elements.
 
 Imported only where it runs: importing it needs Triton 3.4 or newer.
 """
@@ -14,39 +14,27 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scatterbrain.ops.common.triton_functions import follow, multiprocessors, overlapped
-from src.models.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
+from scatterbrain.ops.common.triton_functions import grid_dependency_control, num_sms, pdl_options
+from src.models.ops.fused_linear.common import moments, normalise_and_activate, row_statistics, store_moments
 
 # What was fastest on an H100 at 25,000 and 100,000 rows for every map of the backbone, among tiles of 64 to 256 rows
 # and 64 or 128 columns, 4 or 8 warps, 1 or 2 programs, 3 or 4 stages.
 ROWS, COLUMNS, INNER, WARPS, STAGES, PROGRAMS = 128, 128, 64, 4, 3, 2
-# Fewer rows leave programs without a tile.
+# With fewer rows, programs have no tile.
 MIN_ROWS = 2048
-# The copy engine reads from multiples of so many bytes.
+# Alignment that TMA requires, in bytes.
 _ALIGNMENT = 16
 
 
 @triton.jit
-def _finish_half(
-    product,
-    mean,
-    reciprocal_deviation,
-    bias_ptr,
-    sums_ptr,
-    residual_descriptor,
-    out_descriptor,
-    first_row,
-    first_column,
-    COLUMNS: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """What follows the product, and the store of half a tile. Returns the half's moments."""
+def _half_epilogue(
+    product, mean, rstd, bias_ptr, sums_ptr, residual_descriptor, out_descriptor, first_row, first_column,
+    COLUMNS: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and store of half a tile: moments of its rows."""
     column = first_column + tl.arange(0, COLUMNS)
-    y = after_product(
-        product, mean, reciprocal_deviation, bias_ptr, sums_ptr, column, column >= 0, NORMALISE, BIAS, GELU, False
+    y = normalise_and_activate(
+        product, mean, rstd, bias_ptr, sums_ptr, column, column >= 0, NORMALISE, BIAS, GELU, False
     )
     if RESIDUAL:
         y = y + residual_descriptor.load([first_row, first_column]).to(tl.float32)
@@ -61,32 +49,20 @@ def _persistent_kernel(
     weight_descriptor,  # (OUT_FEATURES, IN_FEATURES) in tiles of (COLUMNS, INNER)
     residual_descriptor,  # (rows, OUT_FEATURES) in tiles of (ROWS, COLUMNS // 2)
     out_descriptor,  # the same
-    bias_ptr,
-    sums_ptr,
+    bias_ptr, sums_ptr,
     statistics_ptr,  # (PARTIALS, 2, rows) of x, with NORMALISE
     out_statistics_ptr,  # (OUT_FEATURES // COLUMNS, 2, rows), with STATISTICS
-    num_rows,
-    eps,
-    IN_FEATURES: tl.constexpr,
-    OUT_FEATURES: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    STAGES: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    num_rows, eps,
+    IN_FEATURES: tl.constexpr, OUT_FEATURES: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, PARTIALS: tl.constexpr, STATISTICS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    FLATTEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Tiles of ROWS x COLUMNS outputs, those of the same rows one after another, so that x is read from memory once.
 
-    FLATTEN: one loop over the steps of all tiles, in place of a loop of its own in each.
+    FLATTEN: one loop over the steps of all tiles, in place of two nested loops.
     """
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     column_tiles: tl.constexpr = OUT_FEATURES // COLUMNS
     half: tl.constexpr = COLUMNS // 2
     tiles = tl.cdiv(num_rows, ROWS) * column_tiles
@@ -102,43 +78,19 @@ def _persistent_kernel(
         rows_exist = row < num_rows
         row = tl.minimum(row, num_rows - 1)
         mean = tl.zeros((ROWS,), tl.float32)
-        reciprocal_deviation = mean
+        rstd = mean
         if NORMALISE:
-            mean, reciprocal_deviation = row_statistics(statistics_ptr, row, num_rows, eps, IN_FEATURES, PARTIALS)
-        # by halves: half the registers, and half the memory on the way out
+            mean, rstd = row_statistics(statistics_ptr, row, num_rows, eps, IN_FEATURES, PARTIALS)
+        # in halves: half the registers, and half the shared memory for the store
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, half)), (0, 2, 1)))
-        left_mean, left_squares = _finish_half(
-            left,
-            mean,
-            reciprocal_deviation,
-            bias_ptr,
-            sums_ptr,
-            residual_descriptor,
-            out_descriptor,
-            first_row,
-            first_column,
-            half,
-            NORMALISE,
-            BIAS,
-            GELU,
-            RESIDUAL,
-        )
-        right_mean, right_squares = _finish_half(
-            right,
-            mean,
-            reciprocal_deviation,
-            bias_ptr,
-            sums_ptr,
-            residual_descriptor,
-            out_descriptor,
-            first_row,
-            first_column + half,
-            half,
-            NORMALISE,
-            BIAS,
-            GELU,
-            RESIDUAL,
-        )
+        left_mean, left_squares = _half_epilogue(
+            left, mean, rstd, bias_ptr, sums_ptr, residual_descriptor, out_descriptor, first_row,
+            first_column, half, NORMALISE, BIAS, GELU, RESIDUAL,
+        )  # fmt: skip
+        right_mean, right_squares = _half_epilogue(
+            right, mean, rstd, bias_ptr, sums_ptr, residual_descriptor, out_descriptor, first_row,
+            first_column + half, half, NORMALISE, BIAS, GELU, RESIDUAL,
+        )  # fmt: skip
         if STATISTICS:
             # merged as in `row_statistics`
             distance = right_mean - left_mean
@@ -147,13 +99,13 @@ def _persistent_kernel(
             store_moments(out_statistics_ptr, part, row, rows_exist, num_rows, left_mean + 0.5 * distance, squares)
 
 
-def _has_copy_engine(device: torch.device) -> bool:
-    """Whether the kernel was measured on such a device: a Hopper GPU."""
+def _is_hopper(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU, on which alone the kernel was measured."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor | None:
-    """(..., N) as (rows, N) without a copy, as the copy engine can reach it; None where that cannot be."""
+    """(..., N) as (rows, N) without a copy, aligned for TMA; None where that is not possible."""
     if x.data_ptr() % _ALIGNMENT or x.stride(-1) != 1:
         return None
     try:
@@ -173,9 +125,9 @@ def launch_persistent(
     out: torch.Tensor,
     out_statistics: torch.Tensor | None,
     eps: float,
-    gelu_follows: bool,
+    gelu: bool,
 ) -> bool:
-    """Run the kernel if it is made for such a map; arguments as in `src.models.ops.fused_linear.triton`, x (rows, K).
+    """Whether the kernel ran, which it does for maps and devices that it was measured on; nothing is written otherwise.
 
     Args:
         x: (rows, K).
@@ -185,12 +137,9 @@ def launch_persistent(
         residual: of the output's shape, or None.
         statistics: of the rows of x; None without a LayerNorm.
         out: (..., N).
-        out_statistics: where those of the output go, or None.
+        out_statistics: receives those of the output; None for none.
         eps: of the LayerNorm.
-        gelu_follows: whether there is a GELU.
-
-    Returns:
-        Whether it ran; nothing was written where it did not.
+        gelu: apply a GELU.
     """
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
@@ -201,7 +150,7 @@ def launch_persistent(
         and in_features % INNER == 0
         and out_features % COLUMNS == 0
         and (out_statistics is None or out_statistics.shape[0] == out_features // COLUMNS)
-        and _has_copy_engine(x.device)
+        and _is_hopper(x.device)
     )
     if not fits:
         return False
@@ -210,7 +159,7 @@ def launch_persistent(
     if x_rows is None or out_rows is None or residual_rows is None:
         return False
     halves = [ROWS, COLUMNS // 2]
-    programs = PROGRAMS * multiprocessors(x.device)
+    programs = PROGRAMS * num_sms(x.device)
     grid = (min(programs, triton.cdiv(num_rows, ROWS) * (out_features // COLUMNS)),)
     _persistent_kernel[grid](
         TensorDescriptor.from_tensor(x_rows, [ROWS, INNER]),
@@ -227,7 +176,7 @@ def launch_persistent(
         OUT_FEATURES=out_features,
         NORMALISE=statistics is not None,
         BIAS=bias is not None,
-        GELU=gelu_follows,
+        GELU=gelu,
         RESIDUAL=residual is not None,
         PARTIALS=1 if statistics is None else statistics.shape[0],
         STATISTICS=out_statistics is not None,
@@ -235,9 +184,9 @@ def launch_persistent(
         COLUMNS=COLUMNS,
         INNER=INNER,
         STAGES=STAGES,
-        # with a residual, whose loads are in the way of the next tile's, it is slower
+        # slower with a residual, whose loads delay those of the next tile
         FLATTEN=residual is None,
         num_warps=WARPS,
-        **overlapped(x.device),
+        **pdl_options(x.device),
     )
     return True

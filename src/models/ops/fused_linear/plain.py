@@ -1,4 +1,4 @@
-"""The fused linear map in plain PyTorch; patches by convolution, never laid out."""
+"""The fused linear map in PyTorch; patches by convolution, never materialised."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from src.models.ops.fused_linear.folded import FoldedLinear
 def plain_fused_linear(
     x: torch.Tensor, folded: FoldedLinear, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Arguments as in `fused_linear`, `residual` of the shape of the output."""
+    """The output; arguments as in `fused_linear`, `residual` of the output's shape."""
     if folded.patches is None:
         if folded.normalise:
-            # W is centred, and so is the normalised row: nothing of the mean is left but rounding
+            # the rows of W sum to zero, and so does the normalised row: only rounding of the mean is left
             x = F.layer_norm(x, (folded.in_features,), eps=folded.eps)
         weight = folded.packed_matrix(x.numel() // folded.in_features) if has_fused_products(x) else folded.matrix()
         y = linear_with_neighbours(x, weight, folded.bias, folded.gelu, residual)
@@ -40,7 +40,7 @@ def linear_with_neighbours(
 
     Args:
         x: (..., K).
-        weight: (N, K), where oneDNN runs possibly in its layout.
+        weight: (N, K), possibly in oneDNN's packed layout where oneDNN runs.
         bias: (N,), or None.
         gelu: apply the exact GELU.
         residual: (..., N), added last; None for none.
@@ -68,23 +68,23 @@ def has_fused_products(x: torch.Tensor) -> bool:
 
 
 def _over_patches(x: torch.Tensor, folded: FoldedLinear) -> torch.Tensor:
-    """The product over patches, (B, height, width, C) to (B, patches, N)."""
+    """The product over patches (B, patches, N) of a map (B, height, width, C)."""
     bias = folded.bias
     product = _convolution(x, folded, None if folded.normalise else bias)
     if not folded.normalise:
         return product
-    mean, reciprocal_deviation = _patch_statistics(x, folded)
+    mean, rstd = _patch_statistics(x, folded)
     if product.dtype != torch.float32 and product.dtype != torch.float64:
         product = torch.addcmul(product, mean.to(x.dtype), folded.sums, value=-1)
-    reciprocal_deviation = reciprocal_deviation.to(x.dtype)
-    return product * reciprocal_deviation if bias is None else torch.addcmul(bias, product, reciprocal_deviation)
+    rstd = rstd.to(x.dtype)
+    return product * rstd if bias is None else torch.addcmul(bias, product, rstd)
 
 
 def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | None) -> torch.Tensor:
     patches = folded.patches
     x = x.permute(0, 3, 1, 2)
     if x.is_cuda and x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        # cuDNN has a switch of its own, on by default: what asks for exact products gets them
+        # cuDNN has its own TF32 setting, on by default, and would not give exact products
         columns = F.unfold(x, patches.kernel, stride=patches.stride, padding=patches.padding).transpose(1, 2)
         return F.linear(columns, folded.matrix(), bias)
     y = F.conv2d(x, folded.convolution_weight(), bias, patches.stride, patches.padding)
@@ -92,9 +92,9 @@ def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | Non
 
 
 def _patch_statistics(x: torch.Tensor, folded: FoldedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and reciprocal deviation of each patch, padding counted, (B, patches, 1) float64 each.
+    """Mean and reciprocal standard deviation of each patch, padding included, (B, patches, 1) float64 each.
 
-    From sums over boxes of the sums over channels: few numbers, so float64 costs little, and E[x^2] - E[x]^2 cancels.
+    By average pooling of the means over channels: few numbers, so that float64 is cheap, and E[x^2] - E[x]^2 cancels.
     """
     patches = folded.patches
     x = x.double()

@@ -11,9 +11,15 @@ import triton
 import triton.language as tl
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.triton_functions import as_numbers, device_of, follow, overlapped, precision_of_products
+from scatterbrain.ops.common.triton_functions import (
+    device_of,
+    field_values,
+    grid_dependency_control,
+    pdl_options,
+    precision_of_products,
+)
+from src.models.ops.fused_linear.common import moments, normalise_and_activate, row_statistics, store_moments
 from src.models.ops.fused_linear.folded import FoldedLinear
-from src.models.ops.fused_linear.parts import after_product, moments, row_statistics, store_moments
 from src.models.ops.fused_linear.patches import Patches
 
 try:
@@ -21,7 +27,7 @@ try:
 except ImportError:  # Triton before 3.4 has no tensor descriptors on the host
 
     def launch_persistent(*arguments) -> bool:
-        """Do nothing, and say so."""
+        """False: it did not run."""
         return False
 
 
@@ -60,19 +66,19 @@ _TILES_HALF: dict[tuple[int, int], Tiles] = {
     (147, 192): Tiles(128, 64, 32, parts=3, warps=4, stages=3),
     (576, 192): Tiles(128, 64, 32, parts=3, warps=4, stages=3),
     (576, 384): Tiles(128, 64, 32, parts=3, warps=8, stages=3),
-    # two halves: the registers of one epilogue fewer, and two programs fit a multiprocessor of an H100
+    # two parts: fewer registers in the epilogue, and two programs fit an SM of an H100
     (384, 1152): Tiles(128, 64, 64, parts=2, group=8, warps=8, stages=3),
     (384, 384): Tiles(128, 128, 64, warps=8, stages=3),
     (1152, 384): Tiles(128, 128, 64, warps=8, stages=3),
 }
-# Values of x that a program of the statistics holds at a time.
+# Values of x that a program of `_row_statistics_kernel` holds.
 _STATISTICS_BLOCK = 4096
 # Fewer rows than this leave most of a GPU without a tile of 128 rows.
 _FEW_ROWS = 2048
 
 
 def default_tiles(num_rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> Tiles:
-    """Settings for a size: those of the table, or what suits tensor cores (half precision) and registers (float32)."""
+    """Settings for a size: from the table, or a default for tensor cores (half precision) or without them (float32)."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, warps=4, stages=3)
     if num_rows < _FEW_ROWS:
@@ -84,34 +90,16 @@ def default_tiles(num_rows: int, in_features: int, out_features: int, dtype: tor
 
 
 @triton.jit
-def _finish(
-    product,
-    mean,
-    reciprocal_deviation,
-    bias_ptr,
-    sums_ptr,
-    residual_ptrs,
-    out_ptrs,
-    statistics_ptr,
-    row,
-    rows_exist,
-    num_rows,
-    first_column,
-    OUT_FEATURES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    EXACT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    STATISTICS: tl.constexpr,
-):
-    """What follows the product, and the store of a tile, with the statistics of its rows."""
+def _epilogue(
+    product, mean, rstd, bias_ptr, sums_ptr, residual_ptrs, out_ptrs, statistics_ptr,
+    row, rows_exist, num_rows, first_column,
+    OUT_FEATURES: tl.constexpr, COLUMNS: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr,
+    GELU: tl.constexpr, EXACT: tl.constexpr, RESIDUAL: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """Epilogue: bias, GELU and residual, the store of a tile, and the statistics of its rows."""
     column = first_column + tl.arange(0, COLUMNS)
     exists = column < OUT_FEATURES
-    y = after_product(
-        product, mean, reciprocal_deviation, bias_ptr, sums_ptr, column, exists, NORMALISE, BIAS, GELU, EXACT
-    )
+    y = normalise_and_activate(product, mean, rstd, bias_ptr, sums_ptr, column, exists, NORMALISE, BIAS, GELU, EXACT)
     stored = rows_exist[:, None] & exists[None, :]
     if RESIDUAL:
         y = y + tl.load(residual_ptrs[:, None] + column[None, :], mask=stored, other=0.0).to(tl.float32)
@@ -124,16 +112,9 @@ def _finish(
 
 @triton.jit
 def _weight_tile(
-    weight_ptr,
-    first_column,
-    offset,
-    within,
-    OUT_FEATURES: tl.constexpr,
-    WEIGHT_ROW: tl.constexpr,
-    LENGTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
+    weight_ptr, first_column, offset, within, OUT_FEATURES: tl.constexpr, WEIGHT_ROW: tl.constexpr,
+    LENGTH: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
     """Tile (INNER, COLUMNS) of the transposed weights; columns beyond the last repeat it, and are not stored."""
     column = first_column + tl.arange(0, COLUMNS)
     if OUT_FEATURES % COLUMNS != 0:
@@ -149,7 +130,7 @@ def _weight_tile(
 
 @triton.jit
 def _corner_of_patch(row_of_sample, grid_width, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS: tl.constexpr):
-    """Line of the map that a patch starts in, and its first element in there; negative in the padding."""
+    """First line of a patch in the map, and its first element in that line; negative in the padding."""
     top = (row_of_sample // grid_width) * STRIDE - PADDING
     left = ((row_of_sample % grid_width) * STRIDE - PADDING) * CHANNELS
     return top, left
@@ -157,7 +138,7 @@ def _corner_of_patch(row_of_sample, grid_width, STRIDE: tl.constexpr, PADDING: t
 
 @triton.jit
 def _load_segment(x_rows, y, left, columns, height, line):
-    """Elements `columns` of one row of the patches: zeros outside the map, past a patch what follows in the line."""
+    """Elements `columns` of one row of the patches: zeros outside the map; past a patch the line goes on."""
     position = left[:, None] + columns[None, :]
     inside = (position >= 0) & (position < line) & ((y >= 0) & (y < height))[:, None]
     return tl.load(x_rows[:, None] + (y * line)[:, None] + position, mask=inside, other=0.0)
@@ -166,30 +147,19 @@ def _load_segment(x_rows, y, left, columns, height, line):
 @triton.jit
 def _row_statistics_kernel(
     x_ptr,
-    statistics_ptr,  # (2, rows): means, sums of the squares about them
-    num_rows,
-    rows_per_sample,
-    x_stride,
-    height,
-    line,
-    grid_width,
-    SEGMENTS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PATCHES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Of ROWS rows; names as in `_fused_linear_kernel`, BLOCK is a power of two of at least SEGMENT.
+    statistics_ptr,  # (2, rows): means, sums of squared differences from them
+    num_rows, rows_per_sample, stride_x, height, line, grid_width,
+    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    PATCHES: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Statistics of ROWS rows; names as in `_fused_linear_kernel`, BLOCK is a power of two of at least SEGMENT.
 
-    E[x^2] - E[x]^2 cancels in a nearly flat row. Rows are therefore held, and their squares taken about the mean; those
-    of patches are read once, relative to the value in the middle of the patch: that a value of the patch is itself no
-    further from the mean than the square root of their number times the deviation bounds what is lost.
+    E[x^2] - E[x]^2 cancels in a nearly flat row. Rows are therefore kept in registers, and their mean is subtracted
+    before squaring. Patches are read once, and the value in their middle is subtracted instead: it differs from the
+    mean by at most sqrt(K) standard deviations, which bounds the loss of digits.
     """
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < num_rows
     row = tl.minimum(row, num_rows - 1)
@@ -197,7 +167,7 @@ def _row_statistics_kernel(
     counted = (columns < SEGMENT)[None, :]
     if PATCHES:
         top, left = _corner_of_patch(row % rows_per_sample, grid_width, STRIDE, PADDING, CHANNELS)
-        x_rows = x_ptr + (row // rows_per_sample).to(tl.int64) * x_stride
+        x_rows = x_ptr + (row // rows_per_sample).to(tl.int64) * stride_x
         middle = (SEGMENT // 2 + tl.arange(0, 1)) // CHANNELS * CHANNELS
         origin = tl.sum(_load_segment(x_rows, top + SEGMENTS // 2, left, middle, height, line).to(tl.float32), 1)
         sums = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -212,7 +182,7 @@ def _row_statistics_kernel(
         mean = origin + distance
         squares = tl.maximum(tl.sum(squares_of_columns, 1) - total * distance, 0.0)
     else:
-        pointers = x_ptr + (row.to(tl.int64) * x_stride)[:, None] + columns[None, :]
+        pointers = x_ptr + (row.to(tl.int64) * stride_x)[:, None] + columns[None, :]
         x = tl.load(pointers, mask=counted, other=0.0).to(tl.float32)
         mean = tl.sum(x, 1) * (1.0 / SEGMENT)
         centred = tl.where(counted, x - mean[:, None], 0.0)
@@ -223,56 +193,27 @@ def _row_statistics_kernel(
 
 @triton.jit
 def _fused_linear_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    sums_ptr,
-    statistics_ptr,  # (PARTIALS, 2, rows) of x: means, sums of squares about them; with NORMALISE
-    out_statistics_ptr,  # the same of the output, in tiles of columns; with STATISTICS
-    residual_ptr,
-    out_ptr,
-    num_rows,
-    rows_per_sample,
-    x_stride,
-    height,
-    line,
-    grid_width,
-    residual_sample_stride,
-    residual_row_stride,
-    out_sample_stride,
-    out_row_stride,
+    x_ptr, weight_ptr, bias_ptr, sums_ptr,
+    statistics_ptr,  # (PARTIALS, 2, rows) of x: means, sums of squared differences from them; with NORMALISE
+    out_statistics_ptr,  # the same of the output, for each tile of columns; with STATISTICS
+    residual_ptr, out_ptr,
+    num_rows, rows_per_sample, stride_x, height, line, grid_width,
+    stride_rb, stride_rn,  # of the residual, between samples and between rows
+    stride_ob, stride_on,  # of the output
     eps,
-    OUT_FEATURES: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    LENGTH: tl.constexpr,
-    PATCHES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    EXACT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    INNER: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    OUT_FEATURES: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, LENGTH: tl.constexpr,
+    PATCHES: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, CHANNELS: tl.constexpr,
+    NORMALISE: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    PARTIALS: tl.constexpr, STATISTICS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    INNER: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A tile of ROWS x (PARTS * COLUMNS) outputs.
 
-    x_stride: between rows, or for patches between samples. line: elements of a line of the map, width * C. A row r
-    is row r % rows_per_sample of sample r // rows_per_sample. SEGMENT values of x lie together, LENGTH is the same
-    padded in the weights; SEGMENTS of them make the inner dimension.
+    stride_x: between rows, or for patches between samples. line: elements of a line of the map, width * C. A row r
+    is row r % rows_per_sample of sample r // rows_per_sample. SEGMENT values of x are contiguous, LENGTH is the same
+    padded in the weights; SEGMENTS of them make up the inner dimension.
     """
-    follow(OVERLAP, False)
+    grid_dependency_control(PDL, False)
     # GROUP tiles of rows by all tiles of columns, then the next GROUP
     program = tl.program_id(0)
     row_tiles = tl.cdiv(num_rows, ROWS)
@@ -292,12 +233,12 @@ def _fused_linear_kernel(
     inner = tl.arange(0, INNER)
     if PATCHES:
         top, left = _corner_of_patch(row_of_sample, grid_width, STRIDE, PADDING, CHANNELS)
-        x_rows = x_ptr + sample.to(tl.int64) * x_stride
+        x_rows = x_ptr + sample.to(tl.int64) * stride_x
     else:
-        x_rows = x_ptr + row.to(tl.int64) * x_stride
+        x_rows = x_ptr + row.to(tl.int64) * stride_x
 
-    # x goes into the products and nowhere else: statistics from the same loads would read right, but Triton 3.6 then
-    # keeps one buffer too few of x for asynchronous products, and writes to what they still read.
+    # only the products read x: with statistics from the same loads, Triton 3.6 keeps one buffer of x too few for
+    # asynchronous products, and overwrites what they still read
     product0 = tl.zeros((ROWS, COLUMNS), tl.float32)
     if PARTS > 1:
         product1 = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -313,7 +254,7 @@ def _fused_linear_kernel(
             segment = step // STEPS
             within = (step % STEPS) * INNER
         if PATCHES:
-            # no mask for the end of a segment: what follows it in the line meets weights of zero
+            # no mask for the end of a segment: what follows it in the line is multiplied by weights of zero
             x = _load_segment(x_rows, top + segment, left, within + inner, height, line)
         elif SEGMENT % INNER == 0:
             x = tl.load(x_rows[:, None] + (within + inner)[None, :])
@@ -333,98 +274,35 @@ def _fused_linear_kernel(
             product1 = tl.dot(x, weight, product1, input_precision=PRECISION)
         if PARTS > 2:
             weight = _weight_tile(
-                weight_ptr,
-                first_column + 2 * COLUMNS,
-                offset,
-                within,
-                OUT_FEATURES,
-                WEIGHT_ROW,
-                LENGTH,
-                COLUMNS,
-                INNER,
+                weight_ptr, first_column + 2 * COLUMNS, offset, within, OUT_FEATURES, WEIGHT_ROW, LENGTH, COLUMNS, INNER
             )
             product2 = tl.dot(x, weight, product2, input_precision=PRECISION)
 
     mean = tl.zeros((ROWS,), tl.float32)
-    reciprocal_deviation = mean
+    rstd = mean
     if NORMALISE:
-        mean, reciprocal_deviation = row_statistics(statistics_ptr, row, num_rows, eps, SEGMENTS * SEGMENT, PARTIALS)
-    out_ptrs = out_ptr + sample.to(tl.int64) * out_sample_stride + row_of_sample.to(tl.int64) * out_row_stride
+        mean, rstd = row_statistics(statistics_ptr, row, num_rows, eps, SEGMENTS * SEGMENT, PARTIALS)
+    out_ptrs = out_ptr + sample.to(tl.int64) * stride_ob + row_of_sample.to(tl.int64) * stride_on
     residual_ptrs = out_ptrs
     if RESIDUAL:
-        residual_ptrs = (
-            residual_ptr
-            + sample.to(tl.int64) * residual_sample_stride
-            + row_of_sample.to(tl.int64) * residual_row_stride
-        )
-    _finish(
-        product0,
-        mean,
-        reciprocal_deviation,
-        bias_ptr,
-        sums_ptr,
-        residual_ptrs,
-        out_ptrs,
-        out_statistics_ptr,
-        row,
-        rows_exist,
-        num_rows,
-        first_column,
-        OUT_FEATURES,
-        COLUMNS,
-        NORMALISE,
-        BIAS,
-        GELU,
-        EXACT,
-        RESIDUAL,
-        STATISTICS,
-    )
+        residual_ptrs = residual_ptr + sample.to(tl.int64) * stride_rb + row_of_sample.to(tl.int64) * stride_rn
+    _epilogue(
+        product0, mean, rstd, bias_ptr, sums_ptr, residual_ptrs, out_ptrs, out_statistics_ptr,
+        row, rows_exist, num_rows, first_column,
+        OUT_FEATURES, COLUMNS, NORMALISE, BIAS, GELU, EXACT, RESIDUAL, STATISTICS,
+    )  # fmt: skip
     if PARTS > 1:
-        _finish(
-            product1,
-            mean,
-            reciprocal_deviation,
-            bias_ptr,
-            sums_ptr,
-            residual_ptrs,
-            out_ptrs,
-            out_statistics_ptr,
-            row,
-            rows_exist,
-            num_rows,
-            first_column + COLUMNS,
-            OUT_FEATURES,
-            COLUMNS,
-            NORMALISE,
-            BIAS,
-            GELU,
-            EXACT,
-            RESIDUAL,
-            STATISTICS,
-        )
+        _epilogue(
+            product1, mean, rstd, bias_ptr, sums_ptr, residual_ptrs, out_ptrs, out_statistics_ptr,
+            row, rows_exist, num_rows, first_column + COLUMNS,
+            OUT_FEATURES, COLUMNS, NORMALISE, BIAS, GELU, EXACT, RESIDUAL, STATISTICS,
+        )  # fmt: skip
     if PARTS > 2:
-        _finish(
-            product2,
-            mean,
-            reciprocal_deviation,
-            bias_ptr,
-            sums_ptr,
-            residual_ptrs,
-            out_ptrs,
-            out_statistics_ptr,
-            row,
-            rows_exist,
-            num_rows,
-            first_column + 2 * COLUMNS,
-            OUT_FEATURES,
-            COLUMNS,
-            NORMALISE,
-            BIAS,
-            GELU,
-            EXACT,
-            RESIDUAL,
-            STATISTICS,
-        )
+        _epilogue(
+            product2, mean, rstd, bias_ptr, sums_ptr, residual_ptrs, out_ptrs, out_statistics_ptr,
+            row, rows_exist, num_rows, first_column + 2 * COLUMNS,
+            OUT_FEATURES, COLUMNS, NORMALISE, BIAS, GELU, EXACT, RESIDUAL, STATISTICS,
+        )  # fmt: skip
 
 
 def _launch(
@@ -439,11 +317,11 @@ def _launch(
     eps: float,
     segment: int,
     normalise: bool,
-    gelu_follows: bool,
+    gelu: bool,
     patches: Sequence[int],
     tiles: Tiles | None,
 ) -> None:
-    """Run the kernel.
+    """Launch the kernel.
 
     Args:
         x: rows (..., K), or for patches (B, height, width, C).
@@ -451,13 +329,13 @@ def _launch(
         bias: (N,), or None.
         sums: (N,), or None.
         residual: of the output's shape, or None.
-        statistics: of the rows of x, as `_statistics_shape` says; None to take them here.
+        statistics: of the rows of x, of `_statistics_shape`; None to compute them here.
         out: (..., N).
-        out_statistics: where those of the output go; None or empty for nowhere.
+        out_statistics: receives those of the output; None or empty for none.
         eps: of the LayerNorm.
-        segment: values of x that lie together, at most `length`.
-        normalise: whether there is a LayerNorm.
-        gelu_follows: whether there is a GELU.
+        segment: contiguous values of x, at most `length`.
+        normalise: apply a LayerNorm.
+        gelu: apply a GELU.
         patches: (kernel, stride, padding), empty for rows.
         tiles: settings, None for the default ones.
     """
@@ -472,19 +350,19 @@ def _launch(
         grid_width = (width + 2 * padding - kernel) // stride + 1
         if x.stride()[1:] != (line, channels, 1):
             x = x.contiguous()
-        x_stride = x.stride(0)
+        stride_x = x.stride(0)
     else:
         stride, padding, channels = 1, 0, 1
         height = line = grid_width = 1
         x = x.reshape(-1, x.shape[-1])
         if x.stride(-1) != 1:
             x = x.contiguous()
-        x_stride = x.stride(0)
+        stride_x = x.stride(0)
     if not normalise:
         statistics = None
     if out_statistics is not None and out_statistics.numel() == 0:
         out_statistics = None
-    layout = (num_rows, out.shape[-2], x_stride, height, line, grid_width)
+    layout = (num_rows, out.shape[-2], stride_x, height, line, grid_width)
     constants = {
         "SEGMENTS": segments,
         "SEGMENT": segment,
@@ -499,10 +377,10 @@ def _launch(
             block = max(16, triton.next_power_of_2(segment))
             rows = max(1, _STATISTICS_BLOCK // block)
             _row_statistics_kernel[(triton.cdiv(num_rows, rows),)](
-                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows, **overlapped(x.device)
+                x, statistics, *layout, **constants, BLOCK=block, ROWS=rows, **pdl_options(x.device)
             )
         tensors = (x, weight, bias, sums, residual, statistics, out, out_statistics)
-        if tiles is None and not patches and launch_persistent(*tensors, eps, gelu_follows):
+        if tiles is None and not patches and launch_persistent(*tensors, eps, gelu):
             return
         written = _as_samples(out)
         if written is None:
@@ -535,7 +413,7 @@ def _launch(
             LENGTH=length,
             NORMALISE=normalise,
             BIAS=bias is not None,
-            GELU=gelu_follows,
+            GELU=gelu,
             EXACT=x.dtype == torch.float32,
             RESIDUAL=residual is not None,
             PARTIALS=1 if statistics is None else statistics.shape[0],
@@ -548,7 +426,7 @@ def _launch(
             STAGES=tiles.stages,
             PRECISION=precision_of_products(x.dtype),
             num_warps=tiles.warps,
-            **overlapped(x.device),
+            **pdl_options(x.device),
         )
     if written.data_ptr() != out.data_ptr():
         out.copy_(written.view(out.shape))
@@ -571,7 +449,7 @@ def _as_samples(x: torch.Tensor) -> torch.Tensor | None:
 def _statistics_shape(out: Sequence[int], in_features: int, dtype: torch.dtype, tiles: Tiles | None) -> tuple[int, ...]:
     """Shape (tiles of columns, 2, rows) of an output's row statistics: means, and sums of the squares about them.
 
-    (0,) where tiles of columns do not divide the row: parts of unequal size are not taken.
+    (0,) where tiles of columns do not divide the row.
     """
     num_rows, out_features = math.prod(out[:-1]), out[-1]
     columns = (tiles or default_tiles(num_rows, in_features, out_features, dtype)).columns
@@ -606,7 +484,7 @@ def fused_linear_operator(
 ):
     """The kernel as an operator of PyTorch, for `torch.compile`; arguments as in `_launch`.
 
-    Returns the output, and the statistics of its rows, empty where they are not wanted or cannot be had.
+    Returns the output, and the statistics of its rows, empty if not requested or not available.
     """
     settings = Tiles(*tiles) if tiles else None
     out, out_statistics = _outputs(x, weight, segment, patches, settings, with_statistics)
@@ -678,18 +556,18 @@ def triton_fused_linear(
     statistics: torch.Tensor | None = None,
     with_statistics: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Arguments as in `fused_linear`, `residual` of the shape of the output; statistics of a new output alone."""
+    """Output and its statistics; arguments as in `fused_linear`, `residual` of the shape of the output."""
     patches = () if folded.patches is None else (folded.patches.kernel, folded.patches.stride, folded.patches.padding)
     settings = (folded.eps, folded.segment, folded.normalise, folded.gelu, patches)
     inputs = (x, folded.weight, folded.bias, folded.sums, residual, statistics)
     if torch.compiler.is_compiling():
-        tiles = () if folded.tiles is None else as_numbers(folded.tiles)
+        tiles = () if folded.tiles is None else field_values(folded.tiles)
         if out is not None:
             torch.ops.scatterbrain.fused_linear_out(*inputs, out, *settings, tiles)
             return out, None
         out, out_statistics = torch.ops.scatterbrain.fused_linear(*inputs, *settings, tiles, with_statistics)
     else:
-        # PyTorch's dispatcher would cost as much as the launch itself
+        # PyTorch's dispatcher would take as long as the launch itself
         out_statistics = None
         if out is None and with_statistics:
             out, out_statistics = _outputs(x, folded.weight, folded.segment, patches, folded.tiles, True)

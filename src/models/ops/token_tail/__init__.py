@@ -1,4 +1,4 @@
-"""The tail of a token stage: projection of the attention's output, the values added, and the MLP."""
+"""The tail of a token stage: projection of the attention's output, residual of the values, and the MLP."""
 
 from __future__ import annotations
 

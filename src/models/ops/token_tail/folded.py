@@ -12,7 +12,7 @@ from scatterbrain.errors import UserError
 class FoldedTail(nn.Module):
     """Weights of `x = value + proj(attended)`, then `x + fc2(gelu(fc1(norm(x))))`, the norm's scale and shift in fc1.
 
-    Folded in float64 and rounded once, to the dtype of the weights; they do not follow the layers when these change.
+    Folded in float64 and rounded once, to the dtype of the weights. They are copies: fold again when the layers change.
 
     Args:
         projection: linear map of width D.

@@ -1,4 +1,4 @@
-"""The tail of a token stage in plain PyTorch."""
+"""The tail of a token stage in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from src.models.ops.token_tail.folded import FoldedTail
 
 
 def plain_token_tail(attended: torch.Tensor, value: torch.Tensor, folded: FoldedTail) -> torch.Tensor:
-    """Arguments as in `token_tail`."""
+    """The output; arguments as in `token_tail`."""
     x = linear_with_neighbours(attended, folded.projection, folded.bias(0)).add_(value)
     hidden = F.layer_norm(x, (folded.width,), eps=folded.eps)
     hidden = linear_with_neighbours(hidden, folded.first, folded.bias(1), gelu=True)

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.triton_functions import (
-    as_numbers,
     device_of,
-    follow,
+    field_values,
     gelu,
-    overlapped,
+    grid_dependency_control,
+    pdl_options,
     precision_of_products,
 )
 from src.models.ops.token_tail.folded import FoldedTail
@@ -26,7 +26,7 @@ class Tiles:
 
     Attributes:
         rows: rows of a tile, a power of two of at least 16.
-        repeats: tiles that a program does one after another with the weights it has loaded.
+        repeats: tiles of one program, which loads the weights once.
         warps: warps of a program.
         stages: tiles in flight where `repeats` is more than 1, at least 2.
 
@@ -50,7 +50,7 @@ TILES_FLOAT32 = Tiles(rows=32, warps=8)
 
 @triton.jit
 def _weights(weight_ptr, OUT: tl.constexpr, IN: tl.constexpr, OUT_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr):
-    """Weights (OUT, IN), transposed, filled up with zeros: (IN_BLOCK, OUT_BLOCK)."""
+    """Weights (OUT, IN), transposed and padded with zeros: (IN_BLOCK, OUT_BLOCK)."""
     column = tl.arange(0, OUT_BLOCK)[None, :]
     inner = tl.arange(0, IN_BLOCK)[:, None]
     pointers = weight_ptr + column * IN + inner
@@ -63,31 +63,14 @@ def _weights(weight_ptr, OUT: tl.constexpr, IN: tl.constexpr, OUT_BLOCK: tl.cons
 
 @triton.jit
 def _token_tail_kernel(
-    attended_ptr,
-    value_ptr,
-    projection_ptr,
-    first_ptr,
-    second_ptr,
-    biases_ptr,
-    out_ptr,
-    num_rows,
-    attended_stride,
-    value_stride,
-    eps,
-    WIDTH: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTH_BLOCK: tl.constexpr,
-    HIDDEN_BLOCK: tl.constexpr,
-    WIDEST: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    REPEATS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """REPEATS tiles of ROWS rows; the weights (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN) stay."""
-    follow(OVERLAP, False)
+    attended_ptr, value_ptr, projection_ptr, first_ptr, second_ptr, biases_ptr, out_ptr,
+    num_rows, stride_an, stride_vn, eps,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, WIDTH_BLOCK: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
+    WIDEST: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, REPEATS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """REPEATS tiles of ROWS rows; the weights (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN) are loaded once."""
+    grid_dependency_control(PDL, False)
     d = tl.arange(0, WIDTH_BLOCK)
     f = tl.arange(0, HIDDEN_BLOCK)
     d_exists = d < WIDTH
@@ -101,14 +84,14 @@ def _token_tail_kernel(
         row = (tl.program_id(0) * REPEATS + repeat) * ROWS + tl.arange(0, ROWS)
         exists = (row < num_rows)[:, None] & d_exists[None, :]
         row = row.to(tl.int64)
-        attended = tl.load(attended_ptr + (row * attended_stride)[:, None] + d[None, :], mask=exists, other=0.0)
-        value = tl.load(value_ptr + (row * value_stride)[:, None] + d[None, :], mask=exists, other=0.0)
+        attended = tl.load(attended_ptr + (row * stride_an)[:, None] + d[None, :], mask=exists, other=0.0)
+        value = tl.load(value_ptr + (row * stride_vn)[:, None] + d[None, :], mask=exists, other=0.0)
         x = tl.dot(attended, projection, input_precision=PRECISION) + projection_bias[None, :] + value.to(tl.float32)
         centred = x - (tl.sum(x, 1) * (1.0 / WIDTH))[:, None]
         if WIDTH != WIDTH_BLOCK:
             centred = tl.where(d_exists[None, :], centred, 0.0)
-        deviation = tl.sqrt(tl.sum(centred * centred, 1) * (1.0 / WIDTH) + eps)
-        hidden = (centred / deviation[:, None]).to(attended.dtype)
+        std = tl.sqrt(tl.sum(centred * centred, 1) * (1.0 / WIDTH) + eps)
+        hidden = (centred / std[:, None]).to(attended.dtype)
         hidden = gelu(tl.dot(hidden, first, input_precision=PRECISION) + first_bias[None, :], EXACT)
         x = x + tl.dot(hidden.to(attended.dtype), second, input_precision=PRECISION) + second_bias[None, :]
         tl.store(out_ptr + (row * WIDTH)[:, None] + d[None, :], x.to(out_ptr.dtype.element_ty), mask=exists)
@@ -124,7 +107,7 @@ def _launch(
     eps: float,
     tiles: Tiles | None,
 ) -> torch.Tensor:
-    """Run the kernel; arguments as in `FoldedTail`, attended and value (..., D). Returns (..., D)."""
+    """The output (..., D) of the kernel; arguments as in `FoldedTail`, attended and value (..., D)."""
     out = attended.new_empty(attended.shape)
     width, hidden = second.shape
     num_rows = out.numel() // width
@@ -157,13 +140,13 @@ def _launch(
             STAGES=tiles.stages,
             PRECISION=precision_of_products(out.dtype),
             num_warps=tiles.warps,
-            **overlapped(out.device),
+            **pdl_options(out.device),
         )
     return out
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., D) as (rows, D) with a contiguous last dimension; a view where the rows lie at one stride."""
+    """(..., D) as (rows, D) with a contiguous last dimension; a view where the rows have one stride."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -190,10 +173,10 @@ def _(attended, value, projection, first, second, biases, eps, tiles):
 
 
 def triton_token_tail(attended: torch.Tensor, value: torch.Tensor, folded: FoldedTail) -> torch.Tensor:
-    """Arguments as in `token_tail`."""
+    """The output; arguments as in `token_tail`."""
     arguments = (attended, value, folded.projection, folded.first, folded.second, folded.biases, folded.eps)
     if torch.compiler.is_compiling():
-        tiles = () if folded.tiles is None else as_numbers(folded.tiles)
+        tiles = () if folded.tiles is None else field_values(folded.tiles)
         return torch.ops.scatterbrain.token_tail(*arguments, tiles)
-    # PyTorch's dispatcher would cost as much as the launch itself
+    # PyTorch's dispatcher would take as long as the launch itself
     return _launch(*arguments, folded.tiles)
