@@ -55,7 +55,6 @@ from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.build import check_swappable
 from src.utils.files import write_json
-from src.utils.fixed_batch import CudaGraphForward, compiled
 from src.utils.machine import machine_info
 from src.utils.scripts import (
     Parser,
@@ -76,6 +75,7 @@ from src.utils.scripts import (
     saved_until_stopped,
     without_paths,
 )
+from src.utils.static_shapes import CudaGraphForward, compiled
 from src.utils.timing import in_turn, seconds_per_call
 
 KINDS = ("published", "module", "inference", "peer")

@@ -17,7 +17,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scatterbrain.errors import UserError
-from src.utils.checkpoint import Conversion, convert_checkpoint_file
+from src.checkpoints import Conversion, convert_checkpoint_file
 from src.utils.files import sha256_of_file
 from src.utils.scripts import Parser, run_tool, say
 

@@ -23,8 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scatterbrain.errors import UserError, did_you_mean
-from src.models.t2t_vit import T2T_VIT_VARIANTS
-from src.utils.checkpoint import (
+from src.checkpoints import (
     PUBLISHED_CHECKPOINTS,
     PUBLISHED_URL,
     CheckpointContents,
@@ -32,6 +31,7 @@ from src.utils.checkpoint import (
     convert_checkpoint_file,
     read_checkpoint,
 )
+from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.files import CHUNK_BYTES, sha256_of_file
 from src.utils.scripts import Parser, run_tool, say
 

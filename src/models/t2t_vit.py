@@ -156,7 +156,7 @@ class T2TViT(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(dim, variant.num_heads, variant.mlp_ratio, drop_rate, attention_drop_rate, drop_path)
-            for drop_path in torch.linspace(0, drop_path_rate, variant.depth).tolist()
+            for drop_path in torch.linspace(0, drop_path_rate, variant.depth, device="cpu").tolist()
         )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)

@@ -23,9 +23,9 @@ from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.common.inputs import accumulation_dtype, default_scale
 from scatterbrain.ops.full import full_attention
+from src.checkpoints import load_checkpoint, read_checkpoint
 from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed
-from src.utils.checkpoint import load_checkpoint, read_checkpoint
 
 LAYERS = ("stages", "backbone", "all")
 # One of the one-hot values, see `StageInputs.with_identity_values`: a power of two, and nothing beside the values.

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
+from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.layouts.base import listing
 from src.datamodules.synthetic import SyntheticDataModule
@@ -55,9 +56,8 @@ from src.tasks.provenance import (
     reset_peak_memory,
 )
 from src.tasks.unfinished import UnfinishedEvaluation, names_digest, unfinished_folder
-from src.utils.checkpoint import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.utils.files import sha256_of_file
-from src.utils.fixed_batch import CudaGraphForward, Forward, PaddedForward, compiled
+from src.utils.static_shapes import CudaGraphForward, Forward, PaddedForward, compiled
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ import torch
 from omegaconf import OmegaConf
 
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.evaluate import evaluate
 from src.tasks.train import train
 from src.tasks.training import ClassificationTraining
-from src.utils.checkpoint import load_checkpoint
 from src.utils.files import sha256_of_file
 from tests.src.datamodules import layout_files
 from tests.src.distributed.process_functions import images_of_training, train_in_turn

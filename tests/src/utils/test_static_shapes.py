@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.utils.fixed_batch import WARM_UP_CALLS, CudaGraphForward, PaddedForward, compiled
+from src.utils.static_shapes import WARM_UP_CALLS, CudaGraphForward, PaddedForward, compiled
 
 NO_CUDA = not torch.cuda.is_available()
 
