@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scatterbrain.errors import UserError
 from src.datamodules.augmentation import INTERPOLATIONS
 from src.datamodules.cache import DecodedCache
+from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.files import scan_folder
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts.base import imagenet_synsets, scan_folder
 from src.utils.files import write_json
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.scripts import (

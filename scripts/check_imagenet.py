@@ -38,13 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scatterbrain.errors import UserError
 from src.datamodules.dataset import load_rgb
+from src.datamodules.formats import FORMATS, Listing, SplitLocation, find_formats
+from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.labels import synset_in_name
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts import FORMATS, Listing, Place, find_layouts
-from src.datamodules.layouts.base import imagenet_synsets, listing
-from src.datamodules.layouts.labels import synset_in_name
 from src.utils.files import write_json
 from src.utils.machine import usable_cpus
 from src.utils.scripts import Parser, check_writable, first_line, positive, progress_display, run_tool, say
+from src.utils.text import abbreviate
 
 # Images of ImageNet-1k, and those of each class of the validation set.
 COMPLETE = {"train": 1_281_167, "val": 50_000}
@@ -181,16 +182,16 @@ def check_split(images: Listing, split: str, arguments: argparse.Namespace, cons
     if labels["compared_with_real"] >= 5 and labels["agreement_with_real"] < MIN_AGREEMENT:
         wrong.append(f"labels in a wrong order: {labels['agreement_with_real']:.0%} agree with the ReaL labels")
     if not is_imagenet and missing:
-        wrong.append(f"{len(missing)} classes without images: {listing(missing)}")
+        wrong.append(f"{len(missing)} classes without images: {abbreviate(missing)}")
     if is_imagenet and not arguments.subset:
         if missing:
-            wrong.append(f"{len(missing)} of 1000 classes are missing: {listing(missing)}")
+            wrong.append(f"{len(missing)} of 1000 classes are missing: {abbreviate(missing)}")
         expected = COMPLETE.get("val" if split.startswith("val") else split)
         if expected is not None and len(images) != expected:
             wrong.append(f"{len(images):,} images, where ImageNet has {expected:,}")
         uneven = [name for name, number in per_class.items() if number not in (0, VALIDATION_PER_CLASS)]
         if split.startswith("val") and uneven:
-            wrong.append(f"{len(uneven)} classes have not {VALIDATION_PER_CLASS} images: {listing(uneven)}")
+            wrong.append(f"{len(uneven)} classes have not {VALIDATION_PER_CLASS} images: {abbreviate(uneven)}")
     present = [number for number in per_class.values() if number]
     return {
         "split": split,
@@ -222,7 +223,7 @@ def summary(report: dict[str, Any], decoded: bool) -> Table:
         table.add_row("labels among the ReaL labels", agreement)
     table.add_row("labels that contradict names", str(labels["contradicted_by_name"]))
     corrupt = [f"{name}: {fault}" for name, fault in report["corrupt"].items()]
-    table.add_row("corrupt" if decoded else "corrupt (headers)", escape(listing(corrupt, 3) if corrupt else "0"))
+    table.add_row("corrupt" if decoded else "corrupt (headers)", escape(abbreviate(corrupt, 3) if corrupt else "0"))
     for name, odd in report["odd"].items():
         table.add_row(escape(f"odd: {name}"), escape(f"{odd['number']:,}, such as {odd['examples'][0]}"))
     table.add_row("wrong", escape("; ".join(report["wrong"]) or "nothing"))
@@ -239,7 +240,11 @@ def check(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     splits = list(dict.fromkeys(arguments.split or ["val"]))
     data_dir = Path(arguments.data_dir).expanduser().absolute()
-    if arguments.split is None and data_dir.is_dir() and find_layouts(Place(data_dir, "train"), arguments.format):
+    if (
+        arguments.split is None
+        and data_dir.is_dir()
+        and find_formats(SplitLocation(data_dir, "train"), arguments.format)
+    ):
         splits.append("train")
     reports = []
     for split in splits:

@@ -42,8 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from scripts.measure_approximation import spread
-from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
-from src.datamodules.layouts.class_folders import ClassFolders
+from src.datamodules.formats.class_folders import ClassFolders
+from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.files import scan_folder
 from src.evaluation.results import Predictions, read_predictions
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
@@ -60,6 +61,7 @@ from src.utils.scripts import (
     say,
     without_paths,
 )
+from src.utils.text import abbreviate
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REFERENCE = "class_folders"
@@ -164,14 +166,14 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     empty = set(folders) - {name.split("/")[0] for name in found.names}
     if empty:
         raise UserError(
-            f"{root}: class folders without images, which other layouts lack: {listing(empty)}. Remove them."
+            f"{root}: class folders without images, which other layouts lack: {abbreviate(empty)}. Remove them."
         )
     times = Counter(map(stem, found.names))
     odd = [name for name in found.names if times[stem(name)] > 1 or "." in stem(name) or not name.isprintable()]
     if odd:
         raise UserError(
             f"{root}: not every layout holds names that are the same without folder and suffix, have a second dot or "
-            f"cannot be printed: {listing(map(ascii, odd))}. Rename the files."
+            f"cannot be printed: {abbreviate(map(ascii, odd))}. Rename the files."
         )
     if arguments.damage >= len(found):
         raise UserError(
@@ -255,7 +257,7 @@ def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
         "first_predictions_equal": int((~other_class).sum()),
         "probability_difference": float(difference[same].max(initial=0.0)),
         "top1": top1,
-        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := listing(images))],
+        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := abbreviate(images))],
     }
 
 

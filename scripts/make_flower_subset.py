@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.dataset import load_rgb
-from src.datamodules.layouts.base import scan_folder
+from src.datamodules.formats.files import scan_folder
 from src.utils.scripts import Parser, run_tool, say
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,10 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset
 
 from scatterbrain.errors import UserError, did_you_mean, is_number
+from src.datamodules.dataset import ImageDataset
 from src.datamodules.device_augmentation import DeviceAugmentation
 from src.datamodules.normalise import Normalise
 
@@ -185,6 +187,31 @@ class Augmentation:
         if self._mix is not None:
             return self._mix(images, targets)
         return images, mixup_target(targets, self.num_classes, lam=1.0, smoothing=self.label_smoothing)
+
+
+class AugmentedDataset(Dataset):
+    """A dataset indexed by pairs of an image's index and the seed of its augmentation.
+
+    Args:
+        dataset: the images.
+        decode: return the augmented image; otherwise its index, for augmentation on the device.
+    """
+
+    def __init__(self, dataset: ImageDataset, decode: bool) -> None:
+        self.dataset = dataset
+        self.decode = decode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, int, int]:
+        """The augmented image or its index, its target, and the seed."""
+        index, seed = item
+        if not self.decode:
+            return index, self.dataset.targets[index], seed
+        seed_augmentation(seed)
+        image, target, _ = self.dataset[index]
+        return image, target, seed
 
 
 def _create_transform(auto_augment: str | None, **options: Any) -> Any:

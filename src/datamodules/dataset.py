@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts import Listing
-from src.datamodules.layouts.base import ImageSource
-from src.datamodules.layouts.class_folders import ClassFolders
+from src.datamodules.formats import Listing
+from src.datamodules.formats.class_folders import ClassFolders
+from src.datamodules.formats.listing import ImageSource
 
 # What the file system says of a single file that is no good, rather than of the machine or the disk.
 _FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)

@@ -8,7 +8,7 @@
         n01440764/ILSVRC2012_val_00000293.JPEG ...
         n01443537/...
 
-or flat folders, tar archives, WebDataset shards, Parquet or CSV files, see `src.datamodules.layouts`. All of them give
+or flat folders, tar archives, WebDataset shards, Parquet or CSV files, see `src.datamodules.formats`. All of them give
 the same classes and the same predictions.
 
 The transforms are timm's. In evaluation every image is counted exactly once, on any number of processes; in training
@@ -21,26 +21,22 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import Dataset
 
 from scatterbrain.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
-from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
+from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, AugmentedDataset, seed_augmentation
 from src.datamodules.base import ClassificationDataModule
 from src.datamodules.cache import CachedImages, CachedLoader, DecodedCache
 from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.device_augmentation import decode_images
-from src.datamodules.layouts import Listing, Place, check_format, open_split, searched
-from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
-from src.datamodules.layouts.class_folders import ClassFolders
-from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
+from src.datamodules.formats import check_format, imagenet_synsets, open_listing
+from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed, hold_out
 from src.utils.machine import usable_cpus
+from src.utils.text import abbreviate
 
 # Those of datamodule.augmentation: the others are options of the data module itself.
 _AUGMENTATION_OPTIONS = [
@@ -49,31 +45,6 @@ _AUGMENTATION_OPTIONS = [
     if name not in ("image_size", "num_classes", "mean", "std", "on_device")
 ]
 ON_ERROR = ("raise", "skip")
-
-
-class _AugmentedDataset(Dataset):
-    """A dataset whose items are asked for with the seed of their augmentation.
-
-    Args:
-        dataset: the images.
-        decode: give the augmented image; otherwise its index, for the device to find and augment it.
-    """
-
-    def __init__(self, dataset: ImageDataset, decode: bool) -> None:
-        self.dataset = dataset
-        self.decode = decode
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, int, int]:
-        """The augmented image or its index, its target, and the seed."""
-        index, seed = item
-        if not self.decode:
-            return index, self.dataset.targets[index], seed
-        seed_augmentation(seed)
-        image, target, _ = self.dataset[index]
-        return image, target, seed
 
 
 class ImageFolderDataModule(ClassificationDataModule):
@@ -247,7 +218,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             )
         images = self._dataset("train_split", self.augmentation.transform)
         if self.holdout > 0:
-            kept, held = _hold_out(images.targets, self.holdout, self.seed)
+            kept, held = hold_out(images.targets, self.holdout, self.seed)
             if not kept or not held:
                 raise UserError(
                     f"datamodule.holdout={self.holdout} of {len(images)} images leaves nothing to "
@@ -263,7 +234,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             if any(name not in imagenet_synsets() for name, _ in different):
                 raise UserError(
                     f"{images.root} and {self.val_dataset.root} do not hold the same class folders: "
-                    f"{listing({name for name, _ in different})}. Give both the same."
+                    f"{abbreviate({name for name, _ in different})}. Give both the same."
                 )
         self.train_dataset = images
 
@@ -310,7 +281,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         # an update takes `accumulate` batches, the last one of an epoch what is left
         epoch, updates = divmod(updates, math.ceil(num_batches / accumulate))
         return ImageLoader(
-            _AugmentedDataset(self.train_dataset, decode=not self.on_device),
+            AugmentedDataset(self.train_dataset, decode=not self.on_device),
             batch_size=self.batch_size,
             sampler=self._train_sampler(
                 rank=rank, world_size=world_size, epoch=epoch, skip_batches=updates * accumulate
@@ -381,80 +352,6 @@ class ImageFolderDataModule(ClassificationDataModule):
         return cache.open()
 
     def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageDataset:
-        return ImageDataset(self._listing(option), transform)
-
-    def _listing(self, option: str) -> Listing:
-        """The images of the split that `option` names, or a `UserError` that says what is there in its place."""
-        place = Place(self._data_folder(option), getattr(self, option), option)
-        found = open_split(place, self.num_classes, self.format)
-        if found is not None:
-            return found
-        if self.format not in ("auto", "class_folders"):
-            raise UserError(
-                f"No split '{place.split}' in the layout {self.format}. {searched(place, self.format)} Choose another "
-                f"layout by datamodule.format, or name the files by datamodule.{option}=..."
-            )
-        folder = self._split_folder(place)
-        try:
-            return ClassFolders(folder, self.num_classes)
-        except UserError as error:
-            if self.format != "auto":
-                raise
-            raise UserError(f"{error} {searched(place)}") from None
-
-    def _data_folder(self, option: str) -> Path:
-        """The folder that holds the splits."""
+        """The images of the split that `option` names."""
         split = getattr(self, option)
-        # "???" is OmegaConf's mark of a value not given.
-        if self.data_dir is None or str(self.data_dir) in ("", "???"):
-            raise UserError(
-                f"No data folder given. Give datamodule.data_dir=/path, the folder that holds '{split}', "
-                "or set DATA_DIR=/path in the file .env."
-            )
-        data_dir = Path(self.data_dir).expanduser().absolute()
-        if not data_dir.is_dir():
-            fault = "is a file, not a folder" if data_dir.exists() else "does not exist"
-            raise UserError(
-                f"The data folder {data_dir} {fault}. Give datamodule.data_dir (or DATA_DIR in the file .env) "
-                f"the folder that holds '{split}'."
-            )
-        return data_dir
-
-    def _split_folder(self, place: Place) -> Path:
-        """The folder that a split names."""
-        data_dir, split, option = place.data_dir, place.split, place.option
-        split_folder = data_dir / split
-        if split_folder.is_dir():
-            return split_folder
-
-        folders, _ = scan_folder(data_dir)
-        if _looks_like_split(data_dir, folders):
-            name = "" if data_dir.name == split else f" datamodule.{option}={data_dir.name}"
-            raise UserError(
-                f"No folder '{split}' in {data_dir}, which looks like a split itself (class folders "
-                f"{listing(folders)}). Give its parent: datamodule.data_dir={data_dir.parent}{name}"
-            )
-        raise UserError(
-            f"No folder '{split}' in {data_dir}; the folders there: {listing(folders, 10) or 'none'}. "
-            f"Give datamodule.data_dir the folder that holds '{split}', or name another "
-            f"split with datamodule.{option}=..." + ("" if self.format != "auto" else f" {searched(place)}")
-        )
-
-
-def _hold_out(targets: Sequence[int], part: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions to train on and positions held out, both ascending: `part` of each class, rounded, drawn by `seed`."""
-    generator = np.random.default_rng(seed)
-    targets = np.asarray(targets)
-    held = np.zeros(len(targets), dtype=bool)
-    for target in np.unique(targets):
-        members = np.flatnonzero(targets == target)
-        held[generator.permutation(members)[: round(part * len(members))]] = True
-    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
-
-
-def _looks_like_split(folder: Path, subfolders: Sequence[str]) -> bool:
-    """Whether `folder` holds class folders: synsets by name, or two and more folders that all hold files."""
-    if any(name in imagenet_synsets() for name in subfolders):
-        return True
-    # A few folders tell; a wrong data_dir may hold very many.
-    return len(subfolders) > 1 and all(scan_folder(folder / name)[1] for name in subfolders[:5])
+        return ImageDataset(open_listing(self.data_dir, split, option, self.num_classes, self.format), transform)

@@ -17,6 +17,17 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def hold_out(targets: Sequence[int], part: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions to train on and positions held out, both ascending: `part` of each class, rounded, drawn by `seed`."""
+    generator = np.random.default_rng(seed)
+    targets = np.asarray(targets)
+    held = np.zeros(len(targets), dtype=bool)
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        held[generator.permutation(members)[: round(part * len(members))]] = True
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+
+
 class ShardedSampler(Sampler[int]):
     """The indices rank, rank + world_size, rank + 2 world_size, ... below `size`.
 

@@ -26,7 +26,6 @@ from torch import nn
 from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
 from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts.base import listing
 from src.datamodules.synthetic import SyntheticDataModule
 from src.distributed.launch import WorkersLostError, check_common_options, explained, launch
 from src.evaluation.comparison import OnePass, compare_runs, print_comparison, write_comparison
@@ -58,6 +57,7 @@ from src.tasks.provenance import (
 from src.tasks.unfinished import UnfinishedEvaluation, names_digest, unfinished_folder
 from src.utils.files import sha256_of_file
 from src.utils.static_shapes import CudaGraphForward, Forward, PaddedForward, compiled
+from src.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
 
@@ -364,7 +364,7 @@ def _tell_skipped(datamodule: ImageFolderDataModule | SyntheticDataModule, task:
 
 def _described(skipped: dict[str | Path, str]) -> str:
     """The first few of them in words."""
-    return listing(f"{name} ({reason})" for name, reason in skipped.items())
+    return abbreviate(f"{name} ({reason})" for name, reason in skipped.items())
 
 
 @contextmanager

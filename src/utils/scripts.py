@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from scatterbrain.errors import UserError, did_you_mean
 from src.utils.files import atomic_write, write_json
 from src.utils.machine import usable_cpus
 from src.utils.parallel import run_in_processes
+from src.utils.progress import progress_display  # noqa: F401 - for scripts
+from src.utils.text import first_line  # noqa: F401 - for scripts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,17 +228,6 @@ def save_figure(drawing: Figure, path: str) -> None:
     """Write a figure in the format of the path's suffix."""
     with atomic_write(path, "wb") as file:
         drawing.savefig(file, format=Path(path).suffix.lstrip(".").lower(), dpi=150)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def progress_display(console: Console) -> Progress:
-    """What is being measured, how far that is, and for how long it has been; gone at the end."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
 
 
 def compile_ahead(work: Callable[[T], object], cases: Sequence[T], jobs: int, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from src.datamodules import cache as cache_module
 from src.datamodules.cache import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE, CachedLoader, DecodedCache
 from src.datamodules.dataset import ImageDataset
-from tests.src.datamodules.layout_files import LAYOUTS
+from tests.src.datamodules.format_files import WRITERS
 from tests.src.datamodules.setup import datamodule, message_of, write_images
 
 NAMES = [f"{'ab'[number % 2]}/{number:02}.png" for number in range(10)]
@@ -127,8 +127,8 @@ def finish(process, queue):
 # ---- the same images --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_every_layout_is_cached_bit_for_bit(write, tmp_path, decoded):
+@pytest.mark.parametrize("write", WRITERS, ids=lambda writer: writer.__name__)
+def test_every_format_is_cached_bit_for_bit(write, tmp_path, decoded):
     if write.__name__ == "parquet":
         pytest.importorskip("pyarrow")
     write(tmp_path / "data", "val")
@@ -253,11 +253,11 @@ def test_a_changed_file_is_another_entry(data_dir, change, decoded):
     assert first.is_dir()
 
 
-@pytest.mark.parametrize("layout", ["original_tar", "parquet"])
-def test_a_changed_archive_is_another_entry(tmp_path, layout, decoded):
-    if layout == "parquet":
+@pytest.mark.parametrize("writer", ["original_tar", "parquet"])
+def test_a_changed_archive_is_another_entry(tmp_path, writer, decoded):
+    if writer == "parquet":
         pytest.importorskip("pyarrow")
-    write = next(each for each in LAYOUTS if each.__name__ == layout)
+    write = next(each for each in WRITERS if each.__name__ == writer)
     write(tmp_path / "data", "val")
     batches(cached(tmp_path / "data", num_classes=1000))
     _touch(next(path for path in sorted((tmp_path / "data").rglob("*.*")) if path.suffix in (".tar", ".parquet")))

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from src.datamodules.dataset import ImageLoader
-from src.datamodules.layouts.base import class_index
+from src.datamodules.formats.classes import class_index
 from tests.src.datamodules.setup import dataset, encoded, message_of, write_images
 
 # ---- which images, in which order -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from src.datamodules import cache as cache_module
 from src.datamodules import dataset as dataset_module
 from src.datamodules.cache import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
 from src.datamodules.dataset import ImageDataset, ImageError
-from tests.src.datamodules.layout_files import shards
+from tests.src.datamodules.format_files import shards
 from tests.src.datamodules.setup import datamodule, message_of, write_images
 
 NAMES = [f"{'ab'[number // 5]}/{number:02}.png" for number in range(10)]

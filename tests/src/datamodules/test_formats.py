@@ -1,4 +1,4 @@
-"""Every layout gives the same images, labels and predictions, and no damage changes a count in silence."""
+"""Every format gives the same images, labels and predictions, and no damage changes a count in silence."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from scatterbrain.errors import UserError
 from src.datamodules.dataset import ImageDataset, ImageLoader
-from src.datamodules.layouts import FORMATS, Place, find_layouts, open_split
-from src.datamodules.layouts.archives import members
-from src.datamodules.layouts.base import expand_braces, imagenet_synsets
-from src.datamodules.layouts.matlab import MatlabError, read_structure
+from src.datamodules.formats import FORMATS, SplitLocation, find_formats, open_split
+from src.datamodules.formats.archives import members
+from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.files import expand_braces
+from src.datamodules.formats.matlab import MatlabError, read_structure
 from src.models.t2t_vit import create_t2t_vit
-from tests.src.datamodules import layout_files as files
+from tests.src.datamodules import format_files as files
 from tests.src.datamodules.setup import datamodule, encoded, message_of
 
 try:
@@ -37,16 +38,16 @@ except ImportError:
     pyarrow = None
 
 needs_pyarrow = pytest.mark.skipif(pyarrow is None, reason="needs PyArrow (pip install pyarrow)")
-LAYOUTS = [
-    pytest.param(layout, id=layout.__name__, marks=[needs_pyarrow] if layout is files.parquet else [])
-    for layout in files.LAYOUTS
+WRITERS = [
+    pytest.param(writer, id=writer.__name__, marks=[needs_pyarrow] if writer is files.parquet else [])
+    for writer in files.WRITERS
 ]
 # One of each way to read.
 READERS = [files.flat, files.original_tar, files.shards, files.csv_of_synsets] + ([files.parquet] if pyarrow else [])
 
 
 def listing_of(data_dir, split="val", num_classes=1000, format="auto", option="test_split"):
-    return open_split(Place(Path(data_dir), split, option), num_classes, format)
+    return open_split(SplitLocation(Path(data_dir), split, option), num_classes, format)
 
 
 def message(data_dir, split="val", **options):
@@ -55,7 +56,7 @@ def message(data_dir, split="val", **options):
 
 
 def by_stem(names, values):
-    """From what a name tells in every layout: the file's name, less its suffix."""
+    """From what a name tells in every format: the file's name, less its suffix."""
     stems = [Path(name).stem for name in names]
     assert len(set(stems)) == len(stems)
     return dict(zip(stems, values, strict=True))
@@ -63,24 +64,24 @@ def by_stem(names, values):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """Data folder of each layout, both splits; tests leave them as they are."""
+    """Data folder of each format, both splits; tests leave them as they are."""
     folders = {}
-    for layout in files.LAYOUTS:
-        if layout is files.parquet and pyarrow is None:
+    for writer in files.WRITERS:
+        if writer is files.parquet and pyarrow is None:
             continue
-        folders[layout] = tmp_path_factory.mktemp(layout.__name__)
+        folders[writer] = tmp_path_factory.mktemp(writer.__name__)
         for split in files.SPLITS:
-            layout(folders[layout], split)
+            writer(folders[writer], split)
     return folders
 
 
-# ---- the same from every layout ---------------------------------------------------------------------------
+# ---- the same from every format ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_names_targets_and_bytes(everything, layout, split):
-    listing = listing_of(everything[layout], split)
+def test_names_targets_and_bytes(everything, writer, split):
+    listing = listing_of(everything[writer], split)
     expected = files.SPLITS[split]
     assert len(listing) == len(expected) == 8
     assert by_stem(listing.names, listing.targets) == by_stem(expected, map(files.TARGETS.get, expected.values()))
@@ -89,24 +90,24 @@ def test_names_targets_and_bytes(everything, layout, split):
     assert listing.classes == files.SYNSETS
     assert listing.class_to_index == files.TARGETS
     assert not any(name.startswith(("/", ".")) for name in listing.names)
-    in_class_folders = (layout, split) == (files.kaggle, "train")
-    assert listing.format == ("class_folders" if in_class_folders else files.LAYOUTS[layout])
-    named = listing_of(everything[layout], split, format=listing.format)
+    in_class_folders = (writer, split) == (files.kaggle, "train")
+    assert listing.format == ("class_folders" if in_class_folders else files.WRITERS[writer])
+    named = listing_of(everything[writer], split, format=listing.format)
     assert (named.names, named.targets) == (listing.names, listing.targets)
     assert all(type(target) is int for target in listing.targets)
 
 
-@pytest.mark.parametrize("layout", [files.flat, files.original_tar, files.tars_of_classes, files.csv_of_synsets])
-def test_images_are_in_the_order_of_their_names(everything, layout):
+@pytest.mark.parametrize("writer", [files.flat, files.original_tar, files.tars_of_classes, files.csv_of_synsets])
+def test_images_are_in_the_order_of_their_names(everything, writer):
     for split in files.SPLITS:
-        names = listing_of(everything[layout], split).names
+        names = listing_of(everything[writer], split).names
         assert names == sorted(names)
 
 
-def test_the_layouts_of_shards_keep_their_order(everything):
-    for layout in (files.shards, *([files.parquet] if pyarrow else [])):
-        names = [Path(name).stem for name in listing_of(everything[layout], "val").names]
-        number = 3 if layout is files.shards else 2
+def test_the_format_of_shards_keep_their_order(everything):
+    for writer in (files.shards, *([files.parquet] if pyarrow else [])):
+        names = [Path(name).stem for name in listing_of(everything[writer], "val").names]
+        number = 3 if writer is files.shards else 2
         stems = [Path(name).stem for name in files.SPLITS["val"]]
         assert names == [stem for first in range(number) for stem in stems[first::number]]
 
@@ -189,8 +190,8 @@ def test_forked_workers_after_the_parent_has_read(everything):
 
 
 def test_threads(everything):
-    for layout in READERS:
-        listing = pickle.loads(pickle.dumps(listing_of(everything[layout])))
+    for writer in READERS:
+        listing = pickle.loads(pickle.dumps(listing_of(everything[writer])))
         expected = [listing.read(index) for index in range(8)]
         wrong = []
 
@@ -226,10 +227,10 @@ def test_few_files_are_open_at_a_time(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 32
 
 
-# ---- which layout -----------------------------------------------------------------------------------------
+# ---- which format -----------------------------------------------------------------------------------------
 
 
-def test_two_layouts_are_an_error_that_names_both(tmp_path):
+def test_two_format_are_an_error_that_names_both(tmp_path):
     files.shards(tmp_path, "val")
     files.original_tar(tmp_path, "val")
     told = message(tmp_path)
@@ -244,11 +245,11 @@ def test_class_folders_win_over_the_archive_beside_them(tmp_path, caplog):
     files.class_folders(tmp_path, "val")
     files.original_tar(tmp_path, "val")
     assert listing_of(tmp_path).format == "class_folders"
-    assert f"Left out: tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in caplog.text
+    assert f"ignoring tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in caplog.text
     assert listing_of(tmp_path, format="tar").format == "tar"
 
 
-def test_one_layout_twice_is_named_by_the_split(tmp_path):
+def test_one_format_twice_is_named_by_the_split(tmp_path):
     files.class_folders(tmp_path, "val")
     files.class_folders(tmp_path, "val", "ILSVRC/Data/CLS-LOC")
     told = message(tmp_path)
@@ -299,7 +300,7 @@ def test_nothing_that_is_known(tmp_path, format):
         ):
             assert wanted in told
     elif format != "class_folders":
-        assert f"in the layout {format}. " in told
+        assert f"in the format {format}. " in told
 
 
 def test_formats_that_do_not_exist():
@@ -308,14 +309,14 @@ def test_formats_that_do_not_exist():
 
 
 def test_files_can_be_named(everything):
-    for layout, split in (
+    for writer, split in (
         (files.original_tar, "ILSVRC2012_img_val.tar"),
         (files.shards, "imagenet1k-validation-{00..02}.tar"),
         (files.csv_of_indices, "val.csv"),
         *([(files.parquet, "data/validation-*.parquet")] if pyarrow else []),
     ):
-        listing = listing_of(everything[layout], split)
-        assert listing.format == files.LAYOUTS[layout]
+        listing = listing_of(everything[writer], split)
+        assert listing.format == files.WRITERS[writer]
         assert len(listing) == 8
 
 
@@ -510,14 +511,14 @@ def test_images_without_labels(tmp_path, packed):
     else:
         files._flat(tmp_path, "val")
     told = message(tmp_path)
-    assert "holds 8 validation images, whose names do not tell their classes" in told
+    assert "holds 8 validation images, whose names do not contain their classes" in told
     assert f"Put ILSVRC2012_devkit_t12 (extracted or .tar.gz) or LOC_val_solution.csv into {tmp_path}" in told
 
 
 def test_images_that_tell_nothing(tmp_path):
     files.write_tar(tmp_path / "val.tar", [("1.jpg", encoded()), ("2.jpg", encoded())])
     told = message(tmp_path)
-    assert told.startswith(f"{tmp_path / 'val.tar'} does not tell the classes of its images, such as 1.jpg, 2.jpg.")
+    assert told.startswith(f"{tmp_path / 'val.tar'} does not contain the classes of its images, such as 1.jpg, 2.jpg.")
 
 
 # ---- damaged archives -------------------------------------------------------------------------------------
@@ -545,21 +546,24 @@ def flip(at):
 ARCHIVES = [files.original_tar, files.tar_of_class_folders, files.shards]
 
 
-@pytest.mark.parametrize("layout", ARCHIVES)
+@pytest.mark.parametrize("writer", ARCHIVES)
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
         (lambda data: b"", "is incomplete|is damaged|empty"),
         (lambda data: data[:100], "damaged|incomplete"),
         (lambda data: data[: len(data) // 2 + 7], "damaged|incomplete"),
-        (lambda data: bytes(data).rstrip(b"\0") + bytes(-len(bytes(data).rstrip(b"\0")) % 512), "end is missing"),
-        (lambda data: bytes(data) + bytes(data), "no member and no end"),
+        (
+            lambda data: bytes(data).rstrip(b"\0") + bytes(-len(bytes(data).rstrip(b"\0")) % 512),
+            "end-of-archive marker is missing",
+        ),
+        (lambda data: bytes(data) + bytes(data), "neither a member nor the end"),
         (lambda data: b"<html>404</html>" * 1000, "damaged or no tar"),
         (lambda data: b"\x1f\x8b" + bytes(data), "compressed with gzip"),
     ],
 )
-def test_damaged_archives(tmp_path, layout, edit, told):
-    layout(tmp_path, "val")
+def test_damaged_archives(tmp_path, writer, edit, told):
+    writer(tmp_path, "val")
     path = sorted(tmp_path.glob("*.tar"))[0]
     damage(path, edit)
     message_ = message(tmp_path)
@@ -568,10 +572,10 @@ def test_damaged_archives(tmp_path, layout, edit, told):
     assert "again" in message_ or "Decompress it." in message_
 
 
-@pytest.mark.parametrize("layout", ARCHIVES)
-def test_a_damaged_header_in_the_middle(tmp_path, layout):
+@pytest.mark.parametrize("writer", ARCHIVES)
+def test_a_damaged_header_in_the_middle(tmp_path, writer):
     # where Python's tarfile takes it for the end, in silence
-    layout(tmp_path, "val")
+    writer(tmp_path, "val")
     path = sorted(tmp_path.glob("*.tar"))[0]
     damage(path, flip(second_header(path) + 20))
     assert f"{path} is damaged" in message(tmp_path)
@@ -640,7 +644,7 @@ def test_long_names_in_archives(tmp_path):
 
 def test_images_twice_in_an_archive(tmp_path):
     files.write_tar(tmp_path / "val.tar", [("a/n01440764/a.jpg", encoded()), ("./a/n01440764/a.jpg", encoded())])
-    assert "has images twice, and each is to be counted once: a/n01440764/a.jpg" in message(tmp_path)
+    assert "has images twice: a/n01440764/a.jpg" in message(tmp_path)
 
 
 def test_an_archive_that_was_cut_after_it_was_listed(tmp_path):
@@ -779,7 +783,7 @@ def test_labels_of_parquet_files_may_be_synsets(tmp_path):
 
 @needs_pyarrow
 def test_row_groups_are_read_once_in_order(tmp_path, monkeypatch):
-    from src.datamodules.layouts import parquet
+    from src.datamodules.formats import parquet
 
     files.parquet(tmp_path, "val", group=2)
     read = []
@@ -835,7 +839,7 @@ def test_parquet_files_of_other_columns_rows_and_numbers(tmp_path):
         pq.write_table(pyarrow.table({"image": rows, "label": [1, 2, 3]}), path, row_group_size=size)
         data = ImageDataset(listing_of(tmp_path), pil_to_tensor)
         for row in (1, 2):
-            assert message_of(data.decode, row).startswith(f"row {row} of {path} has no bytes of an image")
+            assert message_of(data.decode, row).startswith(f"row {row} of {path} has no image bytes")
     assert "the file is empty" in message_of(data.decode, 0)
     for label in (None, 1.5, True):
         pq.write_table(pyarrow.table({"image": rows[:2], "label": [label, label]}), path)
@@ -876,19 +880,19 @@ def test_damaged_images_are_named_with_what_holds_them(tmp_path, monkeypatch, co
     image = files.image
     name = "ILSVRC2012_val_00006697.JPEG"
     monkeypatch.setattr(files, "image", lambda its: content if its == name else image(its))
-    for layout in READERS:
-        layout(tmp_path / layout.__name__, "val")
-        module = datamodule(tmp_path / layout.__name__, num_classes=1000, batch_size=1)
+    for writer in READERS:
+        writer(tmp_path / writer.__name__, "val")
+        module = datamodule(tmp_path / writer.__name__, num_classes=1000, batch_size=1)
         module.setup()
         (position,) = (i for i, path in enumerate(module.test_dataset.paths) if Path(path).stem == Path(name).stem)
         told = message_of(lambda module=module: list(module.test_dataloader()))
         assert told.startswith("Cannot decode the image ")
         assert reason in told
         assert "0x" not in told
-        assert str(tmp_path / layout.__name__) in told
-        inside = {files.original_tar: name, files.shards: Path(name).stem, files.parquet: "row "}.get(layout, name)
+        assert str(tmp_path / writer.__name__) in told
+        inside = {files.original_tar: name, files.shards: Path(name).stem, files.parquet: "row "}.get(writer, name)
         assert inside in told
-        assert told.endswith("again." if layout in (files.original_tar, files.shards, files.parquet) else "the file.")
+        assert told.endswith("again." if writer in (files.original_tar, files.shards, files.parquet) else "the file.")
         message_of(module.test_dataset.decode, position)
 
 
@@ -896,12 +900,12 @@ def test_damaged_images_are_named_with_what_holds_them(tmp_path, monkeypatch, co
 def test_fuzz(tmp_path, seed):
     """Whatever is damaged: all eight images are decoded, or one error tells what is wrong; none is lost in silence."""
     generator = random.Random(seed)
-    layouts = [files.original_tar, files.shards, files.tars_of_classes, files.flat] + [files.parquet] * (
+    writers = [files.original_tar, files.shards, files.tars_of_classes, files.flat] + [files.parquet] * (
         pyarrow is not None
     )
-    layout = layouts[seed % len(layouts)]
-    split = "train" if layout is files.tars_of_classes else generator.choice(["val", "train"])
-    layout(tmp_path, split)
+    writer = writers[seed % len(writers)]
+    split = "train" if writer is files.tars_of_classes else generator.choice(["val", "train"])
+    writer(tmp_path, split)
     suffixes = (".tar", ".JPEG", ".mat", ".txt", ".parquet")
     path = generator.choice(sorted(p for p in tmp_path.rglob("*") if p.suffix in suffixes))
     damage_at_random(path, generator)
@@ -979,5 +983,5 @@ def test_what_is_found_is_told_from_names_alone(tmp_path):
     """No image is read for it, which would take minutes."""
     files.write(tmp_path / "ILSVRC2012_img_val.tar", b"")
     files.write(tmp_path / "val.csv", b"")
-    assert [found.format for found in find_layouts(Place(tmp_path, "val"))] == ["tar", "csv"]
-    assert np.all([str(found).endswith(")") for found in find_layouts(Place(tmp_path, "val"))])
+    assert [found.format for found in find_formats(SplitLocation(tmp_path, "val"))] == ["tar", "csv"]
+    assert np.all([str(found).endswith(")") for found in find_formats(SplitLocation(tmp_path, "val"))])
