@@ -15,8 +15,12 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from src.datamodules import cache as cache_module
-from src.datamodules.cache import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE, CachedLoader, DecodedCache
+from src.datamodules.cache import CachedLoader, DecodedCache
+from src.datamodules.cache import entry as entry_module
+from src.datamodules.cache import lock as lock_module
+from src.datamodules.cache import reading as reading_module
+from src.datamodules.cache import writer as writer_module
+from src.datamodules.cache.writer import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
 from src.datamodules.dataset import ImageDataset
 from tests.src.datamodules.format_files import WRITERS
 from tests.src.datamodules.setup import datamodule, message_of, write_images
@@ -35,9 +39,10 @@ def data_dir(tmp_path):
 @pytest.fixture(autouse=True)
 def one_image_at_a_time(monkeypatch):
     """Every image counts as soon as it is written."""
-    monkeypatch.setattr(cache_module, "_BATCH_SIZE", 1)
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(cache_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(entry_module, "BATCH_SIZE", 1)
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 1)
+    for module_with_polling in (entry_module, lock_module):
+        monkeypatch.setattr(module_with_polling, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -142,7 +147,7 @@ def test_every_format_is_cached_bit_for_bit(write, tmp_path, decoded):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_photographs_by_any_number_of_workers(flowers, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(cache_module, "_BATCH_SIZE", 5)
+    monkeypatch.setattr(entry_module, "BATCH_SIZE", 5)
     options = {"num_classes": 5, "image_size": 224, "batch_size": 5, "num_workers": workers}
     expected = batches(datamodule(flowers, **options))
     assert_same(batches(datamodule(flowers, cache_dir=tmp_path, **options)), expected)
@@ -408,7 +413,7 @@ def test_a_damaged_image_is_told_as_without_a_cache(data_dir, decoded, workers):
 
 
 def test_an_error_keeps_what_was_not_flushed_yet(data_dir, monkeypatch):
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 1 << 20)
     (data_dir / "val" / sorted(NAMES)[4]).write_bytes(b"")
     assert "the file is empty" in message_of(batches, cached(data_dir))
     assert (entry(data_dir) / CHECKSUMS_FILE).stat().st_size == 4 * 4
@@ -423,7 +428,7 @@ def test_a_missing_image_is_told_as_without_a_cache(data_dir):
 
 def test_checksums_follow_images_that_are_on_the_disk(tmp_path, monkeypatch):
     events = []
-    write, fsync = cache_module._write, os.fsync
+    write, fsync = writer_module._write, os.fsync
     with open(tmp_path / "images", "wb", 0) as images, open(tmp_path / "checksums", "wb", 0) as checksums:
         names = {file.fileno(): name for file, name in ((images, "images"), (checksums, "checksums"))}
 
@@ -435,15 +440,15 @@ def test_checksums_follow_images_that_are_on_the_disk(tmp_path, monkeypatch):
             events.append(f"flush {names[descriptor]}")
             fsync(descriptor)
 
-        monkeypatch.setattr(cache_module, "_write", tell_write)
+        monkeypatch.setattr(writer_module, "_write", tell_write)
         monkeypatch.setattr(os, "fsync", tell_fsync)
-        cache_module._Writer(images, checksums, 48, 0).add(np.zeros((2, 3, 4, 4), np.uint8))
+        writer_module.Writer(images, checksums, 48, 0).add(np.zeros((2, 3, 4, 4), np.uint8))
     assert events == ["write images", "flush images", "write checksums", "flush checksums"]
 
 
 @pytest.mark.parametrize("full", ["images", "checksums", "flush"])
 def test_a_disk_that_fills_up(data_dir, decoded, monkeypatch, full):
-    write, fsync = cache_module._write, os.fsync
+    write, fsync = writer_module._write, os.fsync
     calls = []
 
     def full_write(file, content):
@@ -462,7 +467,7 @@ def test_a_disk_that_fills_up(data_dir, decoded, monkeypatch, full):
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "_write", full_write)
+        patch.setattr(writer_module, "_write", full_write)
         patch.setattr(os, "fsync", full_fsync)
         message = message_of(batches, cached(data_dir))
     assert f"datamodule.cache_dir={data_dir.parent / 'cache'} is full" in message
@@ -510,14 +515,14 @@ def test_a_damaged_entry_says_which_folder_to_delete(data_dir, file, damage):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Several parts in a batch, the last one smaller, and read in no particular order."""
-    monkeypatch.setattr(cache_module, "_PART_SIZE", 2)
-    read = cache_module.CachedImages.read
+    monkeypatch.setattr(reading_module, "PART_SIZE", 2)
+    read = reading_module.CachedImages.read
 
     def read_late(self, positions, images):
         time.sleep(0.01 * (positions[0] % 3))
         return read(self, positions, images)
 
-    monkeypatch.setattr(cache_module.CachedImages, "read", read_late)
+    monkeypatch.setattr(reading_module.CachedImages, "read", read_late)
 
 
 def reading_threads():
@@ -555,14 +560,14 @@ def test_each_image_is_checked_once(data_dir, monkeypatch):
     loader = cached(data_dir).test_dataloader()
     checked = []
     monkeypatch.setattr(
-        cache_module, "zlib", SimpleNamespace(crc32=lambda image: checked.append(image) or zlib_crc32(image))
+        reading_module, "zlib", SimpleNamespace(crc32=lambda image: checked.append(image) or zlib_crc32(image))
     )
     list(loader)
     list(loader)
     assert len(checked) == 10
 
 
-zlib_crc32 = cache_module.zlib.crc32
+zlib_crc32 = reading_module.zlib.crc32
 
 
 @pytest.mark.parametrize("value", ["", 3, True])

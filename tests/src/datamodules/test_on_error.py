@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from scatterbrain.errors import UserError
-from src.datamodules import cache as cache_module
 from src.datamodules import dataset as dataset_module
-from src.datamodules.cache import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
+from src.datamodules.cache import DecodedCache
+from src.datamodules.cache import entry as entry_module
+from src.datamodules.cache import writer as writer_module
+from src.datamodules.cache.writer import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
 from src.datamodules.dataset import ImageDataset, ImageError
 from tests.src.datamodules.format_files import shards
 from tests.src.datamodules.setup import datamodule, message_of, write_images
@@ -53,8 +55,8 @@ def decoded(monkeypatch):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Three images are decoded at a time, and count as soon as they are written."""
-    monkeypatch.setattr(cache_module, "_BATCH_SIZE", 3)
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(entry_module, "BATCH_SIZE", 3)
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 1)
 
 
 def module(data_dir, on_error="skip", **options):
@@ -267,7 +269,7 @@ def test_a_file_that_was_repaired(data_dir, intact, on_error):
 
 
 def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
-    decode = cache_module._Writer.add
+    decode = writer_module.Writer.add
     added = []
 
     def interrupt(self, *arguments):
@@ -277,7 +279,7 @@ def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module._Writer, "add", interrupt)
+        patch.setattr(writer_module.Writer, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cached(data_dir).test_dataloader()
     (folder,) = (data_dir.parent / "cache").iterdir()
@@ -295,14 +297,12 @@ def test_a_hole_that_was_altered_ends_what_is_finished(data_dir, monkeypatch):
     passed(cached(data_dir))
     (entry,) = (data_dir.parent / "cache").iterdir()
     unfinished = entry.rename(entry.with_name(f"{entry.name}.unfinished"))
-    cache = cache_module.DecodedCache(
-        data_dir.parent / "cache", cached_dataset(data_dir), **module(data_dir)._pixel_options
-    )
-    assert cache._finished() == 10
+    cache = DecodedCache(data_dir.parent / "cache", cached_dataset(data_dir), **module(data_dir)._pixel_options)
+    assert cache._truncate_to_complete() == 10
     with open(unfinished / IMAGES_FILE, "r+b") as file:
         file.seek(3 * cache.bytes_per_image)
         file.write(b"\1")
-    assert cache._finished() == 3
+    assert cache._truncate_to_complete() == 3
 
 
 def test_an_entry_without_holes_is_as_ever(tmp_path):
