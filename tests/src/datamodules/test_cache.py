@@ -386,7 +386,8 @@ def test_the_first_process_of_a_machine_decodes(data_dir, decoded, capfd):
     assert "Waiting" not in capfd.readouterr().err  # that is what is to be expected
 
 
-def test_a_damaged_image_ends_all_processes_with_its_name(data_dir):
+def test_a_damaged_image_ends_all_processes_with_its_name(data_dir, monkeypatch):
+    monkeypatch.setattr(entry_module, "_FIRST_SECONDS", 0.5)
     (data_dir / "val" / "a" / "04.png").write_bytes(b"not an image")
     expected = message_of(batches, module(data_dir))
     runs = [in_process(rank_of_two, data_dir, rank) for rank in range(2)]
