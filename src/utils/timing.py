@@ -1,4 +1,4 @@
-"""Timing of candidates against each other, on machines whose speed changes while one looks."""
+"""Timing of candidates in turn, on machines whose speed varies over time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ T = TypeVar("T")
 def in_turn(candidates: Sequence[T], rounds: int) -> Iterator[T]:
     """Every candidate once in each round.
 
-    Each round begins elsewhere, so that nobody always follows the one that empties the cache.
+    Each round starts at another candidate, so that no candidate always follows the same one, which may evict its
+    cache.
     """
     for turn in range(rounds):
         start = turn * len(candidates) // rounds
@@ -23,7 +24,7 @@ def in_turn(candidates: Sequence[T], rounds: int) -> Iterator[T]:
 
 
 def seconds_per_call(call: Callable[[], object], number: int, device: torch.device) -> float:
-    """Time of one call, as the mean of `number` in a row; by the device's own clock where that is CUDA."""
+    """Seconds per call, the mean of `number` consecutive calls; measured by CUDA events on a CUDA device."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

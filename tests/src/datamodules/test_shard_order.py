@@ -118,12 +118,14 @@ def test_a_shard_is_an_archive_or_a_row_group(tmp_path, write):
     assert len(set(zip(shards.tolist(), inside, strict=True))) == len(set(shards)) == len(set(inside))
 
 
-def test_files_of_their_own_have_no_shards(tmp_path):
+def test_separate_files_have_no_shards(tmp_path):
     write_images(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "val/a/0.jpg", "val/b/0.jpg")
     data = datamodule(tmp_path, num_classes=2, shuffle_shards=2)
     data.setup("fit")
     message = message_of(data.train_dataloader)
-    assert message.startswith(f"datamodule.shuffle_shards=2, but {tmp_path / 'train'} holds its images as files")
+    assert message.startswith(
+        f"datamodule.shuffle_shards=2, but {tmp_path / 'train'} holds its images as separate files"
+    )
     assert "Leave it out" in message
 
 
