@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from scatterbrain.attention import ATTENTIONS, COMPARED
 from scatterbrain.errors import UserError
 from scripts.make_random_checkpoint import make_checkpoint
-from src.models.inference import inference_form
+from src.models.inference import inference_model
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.build import check_swappable
@@ -214,7 +214,7 @@ def build(form: Form, arguments: argparse.Namespace, device: torch.device) -> Fo
         network = as_published(network)
     network = network.to(device, PRECISIONS[arguments.precision])
     if form.kind == "inference":
-        network = inference_form(network)
+        network = inference_model(network)
     call = compiled(network) if form.compiled else network
     call = CudaGraphForward(call) if form.graph else call
     if not arguments.precision.endswith("mixed"):

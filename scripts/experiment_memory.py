@@ -48,7 +48,7 @@ from scripts.experiment_regimes import COLOURS, FAINT, INK, mean_and_deviation, 
 from scripts.measure_approximation import open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
 from src.distributed.launch import MAX_SEED
-from src.models.inference import inference_form
+from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import STAGE_DIMS, TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
@@ -177,7 +177,7 @@ def swapped(model: T2TViT, attentions: Sequence[AttentionModule]) -> Iterator[T2
 @torch.no_grad()
 def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     """First predictions (B,) of a model in its inference form, on its device; nothing waits for the device."""
-    form = inference_form(model)
+    form = inference_model(model)
     return torch.cat([form(part).argmax(1) for part in images.split(batch_size)])
 
 

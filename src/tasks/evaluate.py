@@ -39,7 +39,7 @@ from src.evaluation.results import (
     write_predictions,
     write_results,
 )
-from src.models.inference import inference_form
+from src.models.inference import inference_model
 from src.models.t2t_vit import T2TViT
 from src.tasks.attentions import attention_configs, chosen_attentions, naming, share_modules
 from src.tasks.build import attention_name, build, build_group, build_model, runs_inference_form
@@ -510,7 +510,7 @@ def _full_batch(trainer: Trainer, datamodule: ImageFolderDataModule | SyntheticD
 
 def _make_forward(model: nn.Module, fast: bool, compile_form: bool, batch_size: int | None = None) -> Forward:
     """What is evaluated in place of a model that is on its device and in its dtype."""
-    return _runner(inference_form(model) if fast else model, model, compile_form, batch_size)
+    return _runner(inference_model(model) if fast else model, model, compile_form, batch_size)
 
 
 class _SharedForms:
@@ -523,7 +523,7 @@ class _SharedForms:
         self._first: nn.Module | None = None
 
     def __call__(self, model: T2TViT) -> Forward:
-        form = inference_form(model) if self._fast else model
+        form = inference_model(model) if self._fast else model
         if self._first is None:
             self._first = form
         elif self._fast:

@@ -1,4 +1,4 @@
-"""A linear map with LayerNorm before it, GELU and a residual behind it, over rows or over overlapping patches."""
+"""A linear layer fused with LayerNorm before it, GELU and a residual after it, over rows or overlapping patches."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def fused_linear(
 
     Args:
         x: rows (..., K), or for weights over patches a feature map (B, height, width, C), in the dtype of the weights.
-            No form copies rows whose last dimension is contiguous and whose others are those of one stride, nor a
-            feature map that is contiguous in (height, width, C) order.
+            Rows with a contiguous last dimension and a single stride over the others are not copied, nor is a feature
+            map that is contiguous in (height, width, C) order.
         folded: the weights.
-        residual: (..., N) or what expands to it, such as a table of positions (patches, N) for all samples; added
-            last, after GELU.
-        out: tensor of the output's shape to write to, of any strides with a contiguous last dimension, such as
-            `tokens[:, 1:]`; None for a new one. It may be `residual` itself; it must not overlap x.
+        residual: broadcastable to (..., N), such as a position table (patches, N) for all samples; added last, after
+            GELU.
+        out: tensor of the output's shape to write to, with a contiguous last dimension, such as `tokens[:, 1:]`; None
+            allocates one. It may be `residual` itself; it must not overlap x.
         backend: `naive` (float64), `torch`, `triton` (CUDA) or `auto`.
-        statistics: of the rows of x, as `fused_linear_with_statistics` gave them with x; None to take them here.
+        statistics: of the rows of x, as returned with x by `fused_linear_with_statistics`; None computes them here.
 
     Returns:
-        (..., N) for rows, (B, patches, N) for patches; `out` where it was given.
+        (..., N) for rows, (B, patches, N) for patches; `out` if it was given.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit; a gradient is wanted.
+        UserError: shapes, dtypes or devices that do not fit; gradients are required.
     """
     return _fused_linear(x, folded, residual, out, backend, statistics, with_statistics=False)[0]
 
@@ -52,13 +52,13 @@ def fused_linear_with_statistics(
     backend: str = "auto",
     statistics: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`fused_linear`, and what the LayerNorm of the next map needs to know of the output's rows.
+    """`fused_linear`, and the statistics of the output's rows for the LayerNorm of the next layer.
 
-    Taken where the output is computed, it spares the next map a pass over it.
+    Computed together with the output, they save the next layer a pass over it.
 
     Returns:
-        The output, and means and sums of squares of its rows for the `statistics` of a map of that very output; None
-        where a form takes them itself.
+        The output, and means and sums of squares of its rows for the argument `statistics` of the next layer; None if
+        the backend does not need them.
     """
     return _fused_linear(x, folded, residual, None, backend, statistics, with_statistics=True)
 
@@ -99,7 +99,7 @@ def _fused_linear(
 
     chosen = choose_backend(backend, x)
     if chosen == "triton" and backend == "auto" and x.dtype == torch.float32 and folded.patches is None:
-        chosen = "torch"  # cuBLAS is faster than Triton without tensor cores; over patches it would lay them out
+        chosen = "torch"  # cuBLAS is faster than Triton without tensor cores, but would have to materialise patches
     if chosen == "triton":
         from src.models.ops.fused_linear.triton import triton_fused_linear
 

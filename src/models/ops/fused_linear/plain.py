@@ -1,4 +1,4 @@
-"""The fused linear map in plain PyTorch; patches by convolution, never laid out."""
+"""The fused linear layer in PyTorch; patches by convolution, never materialised."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def plain_fused_linear(
     """Arguments as in `fused_linear`, `residual` of the shape of the output."""
     if folded.patches is None:
         if folded.normalise:
-            # W is centred, and so is the normalised row: nothing of the mean is left but rounding
+            # no correction by the mean: both W and the normalised row are centred, up to rounding
             x = F.layer_norm(x, (folded.in_features,), eps=folded.eps)
         weight = folded.packed_matrix(x.numel() // folded.in_features) if has_fused_products(x) else folded.matrix()
-        y = linear_with_neighbours(x, weight, folded.bias, folded.gelu, residual)
+        y = linear_pointwise(x, weight, folded.bias, folded.gelu, residual)
         return y if out is None else out.copy_(y)
     y = _over_patches(x, folded)
     if folded.gelu:
@@ -27,20 +27,20 @@ def plain_fused_linear(
     return y if out is None else out.copy_(y)
 
 
-def linear_with_neighbours(
+def linear_pointwise(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     gelu: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`F.linear` with GELU or a residual in the same pass where oneDNN has it: float32 on the CPU.
+    """`F.linear` with a fused GELU or residual where oneDNN has it: float32 on the CPU.
 
     oneDNN's product alone is 5 to 10 % faster than that of `F.linear` (MKL) on a Zen 4 processor.
 
     Args:
         x: (..., K).
-        weight: (N, K), where oneDNN runs possibly in its layout.
+        weight: (N, K), possibly in oneDNN's memory layout, see `FoldedLinear.packed_matrix`.
         bias: (N,), or None.
         gelu: apply the exact GELU.
         residual: (..., N), added last; None for none.
@@ -59,8 +59,8 @@ def linear_with_neighbours(
 
 
 def has_fused_products(x: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies `x` with GELU or a residual in the same pass."""
-    # under Inductor, which emits these operators itself, plain operations leave the choice to it
+    """Whether oneDNN's product with a fused GELU or residual supports `x`."""
+    # Inductor chooses these operators itself
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     mkldnn = torch.backends.mkldnn
@@ -73,18 +73,18 @@ def _over_patches(x: torch.Tensor, folded: FoldedLinear) -> torch.Tensor:
     product = _convolution(x, folded, None if folded.normalise else bias)
     if not folded.normalise:
         return product
-    mean, reciprocal_deviation = _patch_statistics(x, folded)
+    mean, rstd = _patch_statistics(x, folded)
     if product.dtype != torch.float32 and product.dtype != torch.float64:
         product = torch.addcmul(product, mean.to(x.dtype), folded.sums, value=-1)
-    reciprocal_deviation = reciprocal_deviation.to(x.dtype)
-    return product * reciprocal_deviation if bias is None else torch.addcmul(bias, product, reciprocal_deviation)
+    rstd = rstd.to(x.dtype)
+    return product * rstd if bias is None else torch.addcmul(bias, product, rstd)
 
 
 def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | None) -> torch.Tensor:
     patches = folded.patches
     x = x.permute(0, 3, 1, 2)
     if x.is_cuda and x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        # cuDNN has a switch of its own, on by default: what asks for exact products gets them
+        # cuDNN has its own TF32 switch, on by default; exact products need this path
         columns = F.unfold(x, patches.kernel, stride=patches.stride, padding=patches.padding).transpose(1, 2)
         return F.linear(columns, folded.matrix(), bias)
     y = F.conv2d(x, folded.convolution_weight(), bias, patches.stride, patches.padding)
@@ -92,9 +92,9 @@ def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | Non
 
 
 def _patch_statistics(x: torch.Tensor, folded: FoldedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and reciprocal deviation of each patch, padding counted, (B, patches, 1) float64 each.
+    """Mean and reciprocal standard deviation of each patch, padding included, (B, patches, 1) float64 each.
 
-    From sums over boxes of the sums over channels: few numbers, so float64 costs little, and E[x^2] - E[x]^2 cancels.
+    Average pooling of the channels' means: float64 because E[x^2] - E[x]^2 cancels, and cheap on a single channel.
     """
     patches = folded.patches
     x = x.double()
