@@ -225,10 +225,10 @@ def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             columns = [file.schema.column(index).path for index in range(len(file.schema))]
-            lacking = [name for name in ("image.bytes", "label") if name not in columns]
-            if lacking:
+            missing = [name for name in ("image.bytes", "label") if name not in columns]
+            if missing:
                 raise UserError(
-                    f"{path} has no column '{lacking[0]}'; it has {', '.join(columns[:8])}. Give files with the "
+                    f"{path} has no column '{missing[0]}'; it has {', '.join(columns[:8])}. Give files with the "
                     "columns image.bytes and label, as Hugging Face writes them."
                 )
             wanted = ["label"] + (["image.path"] if "image.path" in columns else [])

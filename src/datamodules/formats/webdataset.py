@@ -89,10 +89,10 @@ def _samples(path: Path) -> list[tuple[TarMember, TarMember]]:
             )
         group[key] = member
     for some, others, what in ((images, labels, "class (.cls)"), (labels, images, "image (.jpg, .jpeg, .png)")):
-        lacking = [key for key in some if key not in others]
-        if lacking:
+        missing = [key for key in some if key not in others]
+        if missing:
             raise UserError(
-                f"{path}: {len(lacking)} samples lack their {what}: {abbreviate(lacking, 3)}. Fetch or make the shard "
+                f"{path}: {len(missing)} samples lack their {what}: {abbreviate(missing, 3)}. Fetch or make the shard "
                 "again."
             )
     if not images:

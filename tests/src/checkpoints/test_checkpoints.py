@@ -350,7 +350,7 @@ def test_a_mismatch_names_what_the_file_holds_and_the_option(tmp_path, stored, c
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_sizes_of_no_known_variant_are_told(tmp_path, monkeypatch):
+def test_sizes_of_no_known_variant_are_reported(tmp_path, monkeypatch):
     official = make_official("tiny_t_deep")
     torch.save(official, tmp_path / "weights.pth")
     monkeypatch.delitem(T2T_VIT_VARIANTS, "tiny_t_deep")
@@ -403,7 +403,7 @@ def test_a_missing_block_is_a_missing_block_and_not_a_shallower_model(tmp_path):
     )
 
 
-def test_another_network_is_told_how_to_become_one(tmp_path):
+def test_another_network_is_named_with_the_options_for_it(tmp_path):
     torch.save(make_official(), tmp_path / "weights.pth")
     fails_with(lambda: load_checkpoint(nn.Linear(2, 2), tmp_path / "weights.pth"), "Linear", "create_t2t_vit")
 
@@ -419,7 +419,7 @@ def test_missing_file_suggests_its_neighbours(tmp_path):
     )
 
 
-def test_missing_published_file_is_told_how_to_fetch(tmp_path):
+def test_missing_published_file_is_reported_with_its_download(tmp_path):
     fails_with(
         lambda: read_checkpoint(tmp_path / "81.7_T2T_ViTt_14.pth.tar"),
         "does not exist",
@@ -724,7 +724,7 @@ def test_a_symbolic_link_is_replaced_and_its_target_left_alone(tmp_path):
     assert read_checkpoint(path).converted
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed\nmore")
 

@@ -30,7 +30,7 @@ STORED_WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", STORED_DRAWS)
-def test_draws_are_the_stored_ones(name):
+def test_tensors_are_the_stored_ones(name):
     expected = torch.tensor(STORED_DRAWS[name], dtype=torch.float64)
     torch.testing.assert_close(seeded_tensor(name, expected.shape), expected, rtol=1e-15, atol=0)
 

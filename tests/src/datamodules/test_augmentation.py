@@ -79,7 +79,7 @@ def test_labels_are_smoothed_over_all_classes(images, targets):
 )
 @pytest.mark.parametrize("smoothing", [0, 0.1])
 def test_targets_are_mixed_as_images_are(mixing, smoothing):
-    # image i is nothing but i, of class i: the mean over the pixels tells the parts
+    # image i is nothing but i, of class i: the mean over the pixels gives the parts
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, SIDE, SIDE) * 255
     options = {"re_prob": 0, "label_smoothing": smoothing, "mean": (0, 0, 0), "std": (1, 1, 1)}
     transform = augmentation(**options, **mixing)
@@ -133,7 +133,7 @@ def test_mixing_has_its_probabilities(images, targets):
         ({"mixup_alpha": 0, "cutmix_alpha": 0}, False),
     ],
 )
-def test_it_tells_whether_it_mixes(options, mixes):
+def test_whether_it_mixes(options, mixes):
     assert augmentation(**options).mixes is mixes
 
 

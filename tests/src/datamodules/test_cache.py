@@ -153,7 +153,7 @@ def test_photographs_by_any_number_of_workers(flowers, tmp_path, workers, monkey
     assert_same(batches(datamodule(flowers, cache_dir=tmp_path, **options)), expected)
 
 
-def test_home_is_expanded_and_the_entry_tells_what_it_holds(data_dir, tmp_path, monkeypatch, capsys):
+def test_home_is_expanded_and_the_entry_describes_its_content(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     batches(cached(data_dir, cache_dir="~/cache"))
     content = json.loads((entry(data_dir) / ENTRY_FILE).read_text())
@@ -162,10 +162,10 @@ def test_home_is_expanded_and_the_entry_tells_what_it_holds(data_dir, tmp_path, 
     assert content["pixels"]["versions"]["timm"]
     assert content["source"]["path"] == str(data_dir / "val")
     assert {path.name for path in entry(data_dir).iterdir()} == {ENTRY_FILE, IMAGES_FILE, CHECKSUMS_FILE}
-    told = capsys.readouterr()
-    assert "10 images" in told.err
-    assert "0.1 MiB in" in " ".join(told.err.split())
-    assert not told.out
+    report = capsys.readouterr()
+    assert "10 images" in report.err
+    assert "0.1 MiB in" in " ".join(report.err.split())
+    assert not report.out
 
 
 def test_lightning_normalises_the_same(data_dir):
@@ -189,7 +189,7 @@ def test_a_part_of_a_pass_and_single_images(data_dir):
     expected = batches(module(data_dir))
     loader = cached(data_dir).test_dataloader()
     assert isinstance(loader, CachedLoader)
-    loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[4:]  # as an evaluation that goes on does
+    loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[4:]  # as a resumed evaluation does
     assert_same(list(loader), expected[2:])
     image, target, index = loader.dataset[3]
     assert torch.equal(image, expected[1][0][1])
@@ -398,7 +398,7 @@ def test_a_damaged_image_ends_all_processes_with_its_name(data_dir, monkeypatch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_told_as_without_a_cache(data_dir, decoded, workers):
+def test_a_damaged_image_is_reported_as_without_a_cache(data_dir, decoded, workers):
     path = data_dir / "val" / sorted(NAMES)[4]
     intact, state = path.read_bytes(), path.stat()
     path.write_bytes(bytes(len(intact)))
@@ -420,7 +420,7 @@ def test_an_error_keeps_what_was_not_flushed_yet(data_dir, monkeypatch):
     assert (entry(data_dir) / CHECKSUMS_FILE).stat().st_size == 4 * 4
 
 
-def test_a_missing_image_is_told_as_without_a_cache(data_dir):
+def test_a_missing_image_is_reported_as_without_a_cache(data_dir):
     (data_dir / "val" / "a" / "00.png").unlink()
     (data_dir / "val" / "a" / "00.png").symlink_to("nowhere")
     assert message_of(batches, cached(data_dir)) == message_of(batches, module(data_dir))
@@ -482,7 +482,7 @@ def test_a_disk_that_fills_up(data_dir, decoded, monkeypatch, full):
     assert decoded.names()[:7] == sorted(NAMES)[3:]
 
 
-def test_a_disk_that_is_too_small_is_told_before(data_dir, decoded, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_first(data_dir, decoded, monkeypatch):
     usage = SimpleNamespace(total=10**6, used=10**6 - 2000, free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = message_of(batches, cached(data_dir))
@@ -493,7 +493,7 @@ def test_a_disk_that_is_too_small_is_told_before(data_dir, decoded, monkeypatch)
 
 @pytest.mark.parametrize("file", [IMAGES_FILE, CHECKSUMS_FILE])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "altered"])
-def test_a_damaged_entry_says_which_folder_to_delete(data_dir, file, damage):
+def test_a_damaged_entry_names_the_folder_to_delete(data_dir, file, damage):
     batches(cached(data_dir))
     path = entry(data_dir) / file
     if damage == "truncated":

@@ -81,7 +81,7 @@ def test_a_turned_image_is_flipped(images, monkeypatch):
 def test_angles_are_as_large_as_asked_to_either_side():
     matrix = augmentation(rotation=30).sample_maps(torch.ones(2000))
     angles = torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]).rad2deg()
-    # of 2000 draws over 60 degrees, the outermost are within a degree of the ends but for one case in 10^14
+    # of 2000 samples over 60 degrees, the outermost are within a degree of the ends but for one case in 10^14
     assert -30 - 1e-3 <= angles.min() < -29
     assert 29 < angles.max() <= 30 + 1e-3
 
@@ -141,7 +141,7 @@ def test_crops_are_in_the_image_and_have_the_area_and_shape_asked_for(aspect):
     assert CROP["ratio"][0] - 10 * ROUNDING <= shape.min() < 0.8  # over sides of a third and more
     assert 1.4 < shape.max() <= CROP["ratio"][1] + 10 * ROUNDING
     if aspect == 1:
-        # 1000 draws from a range of 0.7 come within 0.02 of its lower end but for one case in 10^12; the largest areas
+        # 1000 samples from a range of 0.7 come within 0.02 of its lower end except once in 10^12; the largest areas
         # fit for few shapes alone
         assert area.min() < 0.22
         assert area.max() > 0.85
@@ -208,10 +208,10 @@ def test_colours_change_as_by_torchvision_in_this_order(images):
         assert_within(result / 255, expected, greys + 2 * PLACES / 255)
 
 
-def test_factors_are_drawn_from_the_range():
+def test_factors_are_uniform_in_the_range():
     _, factors = augmentation(color_jitter=0.3).sample(torch.ones(3000))
     assert factors.shape == (3000, 3)
-    for column in factors.T:  # of 3000 draws, one is within 0.01 of each end but for one case in 10^21
+    for column in factors.T:  # of 3000 samples, one is within 0.01 of each end but for one case in 10^21
         assert 0.7 - 1e-6 <= column.min() < 0.71
         assert 1.29 < column.max() <= 1.3 + 1e-6
     _, factors = augmentation(color_jitter=2.0).sample(torch.ones(3000))
@@ -224,7 +224,7 @@ def test_results_are_in_range(images):
     assert (result.min(), result.max()) == (0, 255)
 
 
-# ---- draws ------------------------------------------------------------------------------------------------
+# ---- samples ------------------------------------------------------------------------------------------------
 
 EVERYTHING = {**CROP, "hflip": 0.5, "vflip": 0.5, "rotation": 20, "color_jitter": 0.4}
 
@@ -238,7 +238,7 @@ def test_each_image_has_parameters_of_its_own():
     assert signs.unique(dim=0).shape == (4, 2)
 
 
-def test_draws_follow_from_the_seed_of_the_cpu():
+def test_samples_depend_on_the_seed_of_the_cpu():
     transform = augmentation(**EVERYTHING)
 
     def draw(seed):
@@ -250,7 +250,7 @@ def test_draws_follow_from_the_seed_of_the_cpu():
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_augmenting_draws_nothing(images):
+def test_augmenting_uses_no_generator(images):
     transform = augmentation(**EVERYTHING)
     parameters = transform.sample(torch.ones(5))
     state = torch.get_rng_state()
@@ -301,7 +301,7 @@ def test_the_transform_is_not_applied(tmp_path):
     assert aspects.tolist() == [20 / 16]
 
 
-def test_the_first_damaged_file_is_told(tmp_path):
+def test_the_first_damaged_file_is_reported(tmp_path):
     write_images(tmp_path, *[f"a/{i}.jpg" for i in range(9)])
     for i in (4, 7):
         (tmp_path / f"a/{i}.jpg").write_bytes(b"broken")

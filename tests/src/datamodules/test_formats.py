@@ -233,10 +233,10 @@ def test_few_files_are_open_at_a_time(tmp_path):
 def test_two_format_are_an_error_that_names_both(tmp_path):
     files.shards(tmp_path, "val")
     files.original_tar(tmp_path, "val")
-    told = message(tmp_path)
-    assert told.startswith(f"{tmp_path} holds the split 'val' 2 times: ")
-    assert f"tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in told
-    assert told.endswith("Choose one: datamodule.format=tar or datamodule.format=webdataset.")
+    report = message(tmp_path)
+    assert report.startswith(f"{tmp_path} holds the split 'val' 2 times: ")
+    assert f"tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in report
+    assert report.endswith("Choose one: datamodule.format=tar or datamodule.format=webdataset.")
     for format in ("webdataset", "tar"):
         assert listing_of(tmp_path, format=format).format == format
 
@@ -252,8 +252,8 @@ def test_class_folders_win_over_the_archive_beside_them(tmp_path, caplog):
 def test_one_format_twice_is_named_by_the_split(tmp_path):
     files.class_folders(tmp_path, "val")
     files.class_folders(tmp_path, "val", "ILSVRC/Data/CLS-LOC")
-    told = message(tmp_path)
-    assert told.endswith("Name one by datamodule.test_split, such as datamodule.test_split='val'.")
+    report = message(tmp_path)
+    assert report.endswith("Name one by datamodule.test_split, such as datamodule.test_split='val'.")
     assert listing_of(tmp_path, "ILSVRC/Data/CLS-LOC/val").root == tmp_path / "ILSVRC/Data/CLS-LOC/val"
     (tmp_path / "linked").mkdir()
     files.class_folders(tmp_path / "linked", "val")
@@ -265,14 +265,14 @@ def test_one_format_twice_is_named_by_the_split(tmp_path):
 def test_two_series_of_shards_are_named_by_a_pattern(tmp_path):
     files.shards(tmp_path, "val")
     files.shards(tmp_path, "val", "val-{number:04}.tar")
-    told = message(tmp_path)
-    assert "datamodule.test_split='imagenet1k-validation-*.tar'" in told
+    report = message(tmp_path)
+    assert "datamodule.test_split='imagenet1k-validation-*.tar'" in report
     for split in ("imagenet1k-validation-*.tar", "val-{0000..0002}.tar", "imagenet1k-validation-{00,01,02}.tar"):
         assert len(listing_of(tmp_path, split)) == 8
     assert len(listing_of(tmp_path, "val-{0000..0001}.tar")) == 6
-    told = message(tmp_path, "val-{0000..0004}.tar")
-    assert told.startswith("2 of the 5 files of datamodule.test_split=val-{0000..0004}.tar are missing")
-    assert "val-0003.tar, val-0004.tar" in told
+    report = message(tmp_path, "val-{0000..0004}.tar")
+    assert report.startswith("2 of the 5 files of datamodule.test_split=val-{0000..0004}.tar are missing")
+    assert "val-0003.tar, val-0004.tar" in report
 
 
 def test_half_sorted_validation_images_are_two_layouts(tmp_path):
@@ -285,10 +285,10 @@ def test_half_sorted_validation_images_are_two_layouts(tmp_path):
 def test_nothing_that_is_known(tmp_path, format):
     files.write(tmp_path / "imagenet.zip", b"PK")
     files.write(tmp_path / "val2/image.gif", b"GIF")
-    told = message(tmp_path, format=format)
+    report = message(tmp_path, format=format)
     if format != "class_folders":
-        assert f"Found in {tmp_path}: imagenet.zip, val2/." in told
-        assert told.count("Looked for") == 1
+        assert f"Found in {tmp_path}: imagenet.zip, val2/." in report
+        assert report.count("Looked for") == 1
     if format == "auto":
         for wanted in (
             "ILSVRC2012_img_{val,validation}.tar",
@@ -298,14 +298,14 @@ def test_nothing_that_is_known(tmp_path, format):
             ".csv",
             ".cls",
         ):
-            assert wanted in told
+            assert wanted in report
     elif format != "class_folders":
-        assert f"in the format {format}. " in told
+        assert f"in the format {format}. " in report
 
 
 def test_formats_that_do_not_exist():
-    told = message_of(datamodule, None, format="webdatset")
-    assert told == "datamodule.format='webdatset' is not valid. Did you mean 'webdataset'?"
+    report = message_of(datamodule, None, format="webdatset")
+    assert report == "datamodule.format='webdatset' is not valid. Did you mean 'webdataset'?"
 
 
 def test_files_can_be_named(everything):
@@ -358,8 +358,8 @@ def test_classes_of_ones_own(tmp_path):
     assert listing.targets == [0, 1, 2]
     listing = listing_of(tmp_path, "test", num_classes=2)
     assert (listing.names, listing.targets) == (["test/daisy/1.png", "test/roses/1.png"], [0, 1])
-    told = message(tmp_path, num_classes=4)
-    assert told.startswith(f"{tmp_path / 'val.csv'}: 3 classes (daisy, roses, tulips), but the model has 4 classes.")
+    report = message(tmp_path, num_classes=4)
+    assert report.startswith(f"{tmp_path / 'val.csv'}: 3 classes (daisy, roses, tulips), but the model has 4 classes.")
 
 
 def test_indices_of_classes_of_ones_own(tmp_path):
@@ -369,8 +369,8 @@ def test_indices_of_classes_of_ones_own(tmp_path):
     listing = listing_of(tmp_path, num_classes=4)
     assert listing.class_to_index == {"0": 0, "1": 1, "2": 2}
     assert listing.targets == [0, 1, 2]
-    told = message(tmp_path, num_classes=2)
-    assert "The label 2 is outside 0 to 1, the model's 2 classes. Set model.num_classes" in told
+    report = message(tmp_path, num_classes=2)
+    assert "The label 2 is outside 0 to 1, the model's 2 classes. Set model.num_classes" in report
     assert list(listing_of(tmp_path).class_to_index) == list(imagenet_synsets())[:3]
 
 
@@ -386,7 +386,7 @@ def test_synsets_need_a_thousand_classes(everything):
 def test_the_kits_numbers_are_not_in_sorted_order(everything):
     numbers = files.numbering()
     order = sorted(files.SYNSETS, key=numbers.get)
-    assert order != sorted(order)  # or the tests could not tell
+    assert order != sorted(order)  # or the tests could not detect it
 
 
 # SciPy 1.17: savemat(file, {"other": eye(2), "synsets": ..., "text": "abc"}, do_compression=True), the fields of the
@@ -432,7 +432,7 @@ META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "report"),
     [
         (META, b"", "data/meta.mat cannot be read: not a MATLAB file of level 5"),
         (META, files.meta_mat()[:-200], "data/meta.mat cannot be read: "),
@@ -447,7 +447,7 @@ META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
         (TRUTH, b"1\n" * 49_999, "data/ILSVRC2012_validation_ground_truth.txt has 49999 labels, and not 50,000"),
     ],
 )
-def test_damaged_kits(tmp_path, file, content, told):
+def test_damaged_kits(tmp_path, file, content, report):
     files.flat(tmp_path, "val")
     path = tmp_path / "ILSVRC2012_devkit_t12" / file
     path.unlink()
@@ -455,7 +455,7 @@ def test_damaged_kits(tmp_path, file, content, told):
         path.write_bytes(content)
     message_ = message(tmp_path)
     assert message_.startswith(str(tmp_path / "ILSVRC2012_devkit_t12"))
-    assert told in message_
+    assert report in message_
     assert "again" in message_
 
 
@@ -464,13 +464,13 @@ def test_damaged_packed_kits(tmp_path, cut):
     files.flat_with_packed_kit(tmp_path, "val")
     path = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
     path.write_bytes(path.read_bytes()[:-cut] if cut > 100 else path.read_bytes()[:cut])
-    told = message(tmp_path)
-    assert told.startswith(f"{path} ")
-    assert told.endswith("Fetch the development kit again.")
+    report = message(tmp_path)
+    assert report.startswith(f"{path} ")
+    assert report.endswith("Fetch the development kit again.")
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "report"),
     [
         ("ILSVRC2012_val_00000293", "row 10 is not an image and its synset"),
         ("ILSVRC2012_val_00000293,n00000000 1 1 1 1", "row 10 is not an image and its synset"),
@@ -478,12 +478,12 @@ def test_damaged_packed_kits(tmp_path, cut):
         ("ILSVRC2012_val_00000293,n02123045 1 1 1 1", "row 10 contradicts an earlier one"),
     ],
 )
-def test_damaged_solutions(tmp_path, row, told):
+def test_damaged_solutions(tmp_path, row, report):
     files.kaggle(tmp_path, "val")
     path = tmp_path / "LOC_val_solution.csv"
     path.write_text(path.read_text() + row + "\n")
     message_ = message(tmp_path)
-    assert message_.startswith(f"{path}: {told}")
+    assert message_.startswith(f"{path}: {report}")
     assert message_.endswith("Fetch it again.")
 
 
@@ -497,10 +497,10 @@ def test_sources_that_contradict_each_other(tmp_path):
     files.flat_with_solution(tmp_path, "val")
     path = tmp_path / "LOC_val_solution.csv"
     path.write_text(path.read_text().replace("00000293,n01440764", "00000293,n02123045"))
-    told = message(tmp_path)
-    assert "differ in the labels of 1 images: ILSVRC2012_val_00000293.JPEG" in told
-    assert "LOC_val_solution.csv" in told
-    assert "devkit" in told
+    report = message(tmp_path)
+    assert "differ in the labels of 1 images: ILSVRC2012_val_00000293.JPEG" in report
+    assert "LOC_val_solution.csv" in report
+    assert "devkit" in report
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -510,15 +510,17 @@ def test_images_without_labels(tmp_path, packed):
         (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     else:
         files._flat(tmp_path, "val")
-    told = message(tmp_path)
-    assert "holds 8 validation images, whose names do not contain their classes" in told
-    assert f"Put ILSVRC2012_devkit_t12 (extracted or .tar.gz) or LOC_val_solution.csv into {tmp_path}" in told
+    report = message(tmp_path)
+    assert "holds 8 validation images, whose names do not contain their classes" in report
+    assert f"Put ILSVRC2012_devkit_t12 (extracted or .tar.gz) or LOC_val_solution.csv into {tmp_path}" in report
 
 
-def test_images_that_tell_nothing(tmp_path):
+def test_images_without_classes_in_their_names(tmp_path):
     files.write_tar(tmp_path / "val.tar", [("1.jpg", encoded()), ("2.jpg", encoded())])
-    told = message(tmp_path)
-    assert told.startswith(f"{tmp_path / 'val.tar'} does not contain the classes of its images, such as 1.jpg, 2.jpg.")
+    report = message(tmp_path)
+    assert report.startswith(
+        f"{tmp_path / 'val.tar'} does not contain the classes of its images, such as 1.jpg, 2.jpg."
+    )
 
 
 # ---- damaged archives -------------------------------------------------------------------------------------
@@ -548,7 +550,7 @@ ARCHIVES = [files.original_tar, files.tar_of_class_folders, files.shards]
 
 @pytest.mark.parametrize("writer", ARCHIVES)
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "report"),
     [
         (lambda data: b"", "is incomplete|is damaged|empty"),
         (lambda data: data[:100], "damaged|incomplete"),
@@ -562,13 +564,13 @@ ARCHIVES = [files.original_tar, files.tar_of_class_folders, files.shards]
         (lambda data: b"\x1f\x8b" + bytes(data), "compressed with gzip"),
     ],
 )
-def test_damaged_archives(tmp_path, writer, edit, told):
+def test_damaged_archives(tmp_path, writer, edit, report):
     writer(tmp_path, "val")
     path = sorted(tmp_path.glob("*.tar"))[0]
     damage(path, edit)
     message_ = message(tmp_path)
     assert str(path) in message_
-    assert any(part in message_ for part in told.split("|")), message_
+    assert any(part in message_ for part in report.split("|")), message_
     assert "again" in message_ or "Decompress it." in message_
 
 
@@ -602,9 +604,9 @@ def test_damaged_archives_in_the_training_archive(tmp_path, part):
         kept = len(content.rstrip(b"\0")) // 512 * 512 + 512
         others = [(f"{synset}.tar", files.class_tar(synset)) for synset in files.SYNSETS[:3]]
         files.write_tar(path, [(inner.name, content[:kept]), *others])
-    told = message(tmp_path, "train")
-    assert f"{inner.name} in {path} is" in told
-    assert told.endswith("Fetch or make the archive again.")
+    report = message(tmp_path, "train")
+    assert f"{inner.name} in {path} is" in report
+    assert report.endswith("Fetch or make the archive again.")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -615,9 +617,9 @@ def test_links_in_archives(tmp_path, kind):
         member = tarfile.TarInfo("val/n01440764/b.jpg")
         member.type, member.linkname = kind, "val/n01440764/a.jpg"
         archive.addfile(member)
-    told = message(tmp_path)
-    assert told.startswith(f"val/n01440764/b.jpg in {path} is a link")
-    assert "--hard-dereference" in told
+    report = message(tmp_path)
+    assert report.startswith(f"val/n01440764/b.jpg in {path} is a link")
+    assert "--hard-dereference" in report
 
 
 def test_folders_and_hidden_files_in_archives_are_left_out(tmp_path):
@@ -659,7 +661,7 @@ def test_an_archive_that_was_cut_after_it_was_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("contents", "told"),
+    ("contents", "report"),
     [
         ([("1.jpg", b"x"), ("2.jpg", b"x"), ("2.cls", b"1")], "1 samples lack their class (.cls): 1"),
         ([("1.jpg", b"x"), ("1.cls", b"1"), ("2.cls", b"1")], "1 samples lack their image (.jpg, .jpeg, .png): 2"),
@@ -676,25 +678,25 @@ def test_an_archive_that_was_cut_after_it_was_listed(tmp_path):
         ([("1.jpg", b"x"), ("1.cls", b"n01440764"), ("2.jpg", b"x"), ("2.cls", b"cat")], "1 of 2 classes are not"),
     ],
 )
-def test_shards_that_are_not_as_they_should_be(tmp_path, contents, told):
+def test_shards_that_are_not_as_they_should_be(tmp_path, contents, report):
     path = files.write_tar(tmp_path / "val-00.tar", contents)
     message_ = message(tmp_path)
     assert str(path) in message_
-    assert told in message_
+    assert report in message_
 
 
 def test_a_missing_shard(tmp_path):
     files.shards(tmp_path, "val")
     (tmp_path / "imagenet1k-validation-01.tar").unlink()
-    told = message(tmp_path)
-    assert told.startswith(
+    report = message(tmp_path)
+    assert report.startswith(
         f"1 of the 3 files like {tmp_path / 'imagenet1k-validation-00.tar'} are missing: number 00001."
     )
-    assert "datamodule.test_split" in told
+    assert "datamodule.test_split" in report
     assert len(listing_of(tmp_path, "imagenet1k-validation-*.tar")) == 5
 
 
-def test_shards_counted_from_one_and_shards_that_tell_their_number(tmp_path):
+def test_shards_counted_from_one_and_shards_with_their_number(tmp_path):
     sample = [("1.jpg", encoded()), ("1.cls", b"1")]
     for number in (1, 2, 3):
         files.write_tar(tmp_path / f"a/val-{number}.tar", sample)
@@ -708,7 +710,7 @@ def test_shards_counted_from_one_and_shards_that_tell_their_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "report"),
     [
         ("", "is empty"),
         ("path,label\n", "has a header and no rows"),
@@ -730,13 +732,13 @@ def test_shards_counted_from_one_and_shards_that_tell_their_number(tmp_path):
         ("1.jpg,1000\n", "The label 1000 is outside"),
     ],
 )
-def test_csv_files_that_are_not_as_they_should_be(tmp_path, text, told):
+def test_csv_files_that_are_not_as_they_should_be(tmp_path, text, report):
     for name in ("1.jpg", "2.jpg"):
         files.write(tmp_path / name, encoded())
     path = files.write(tmp_path / "val.csv", text)
     message_ = message(tmp_path)
     assert message_.startswith(str(path)) or f" of {path} " in message_
-    assert told in message_
+    assert report in message_
 
 
 @pytest.mark.parametrize(
@@ -807,7 +809,7 @@ def test_a_fork_while_a_thread_reads(everything):
 
 @needs_pyarrow
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "report"),
     [
         (lambda data: b"", "is damaged or no parquet file"),
         (lambda data: data[:-10], "is damaged or no parquet file"),
@@ -815,14 +817,14 @@ def test_a_fork_while_a_thread_reads(everything):
         (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is damaged or no parquet file"),
     ],
 )
-def test_damaged_parquet_files(tmp_path, edit, told):
+def test_damaged_parquet_files(tmp_path, edit, report):
     files.parquet(tmp_path, "val")
     path = tmp_path / "data/validation-00001-of-00002.parquet"
     damage(path, edit)
     module = datamodule(tmp_path, num_classes=1000)
     message_ = message_of(lambda: list(module.test_dataloader()))
     assert str(path) in message_
-    assert told in message_
+    assert report in message_
     assert message_.endswith("Fetch the file again.")
 
 
@@ -865,8 +867,8 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         return imported(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    told = message(tmp_path)
-    assert told == f"{tmp_path / 'val.parquet'} is read with PyArrow, which is not installed: pip install pyarrow"
+    report = message(tmp_path)
+    assert report == f"{tmp_path / 'val.parquet'} is read with PyArrow, which is not installed: pip install pyarrow"
 
 
 # ---- damaged images ---------------------------------------------------------------------------------------
@@ -885,14 +887,14 @@ def test_damaged_images_are_named_with_what_holds_them(tmp_path, monkeypatch, co
         module = datamodule(tmp_path / writer.__name__, num_classes=1000, batch_size=1)
         module.setup()
         (position,) = (i for i, path in enumerate(module.test_dataset.paths) if Path(path).stem == Path(name).stem)
-        told = message_of(lambda module=module: list(module.test_dataloader()))
-        assert told.startswith("Cannot decode the image ")
-        assert reason in told
-        assert "0x" not in told
-        assert str(tmp_path / writer.__name__) in told
+        report = message_of(lambda module=module: list(module.test_dataloader()))
+        assert report.startswith("Cannot decode the image ")
+        assert reason in report
+        assert "0x" not in report
+        assert str(tmp_path / writer.__name__) in report
         inside = {files.original_tar: name, files.shards: Path(name).stem, files.parquet: "row "}.get(writer, name)
-        assert inside in told
-        assert told.endswith("again." if writer in (files.original_tar, files.shards, files.parquet) else "the file.")
+        assert inside in report
+        assert report.endswith("again." if writer in (files.original_tar, files.shards, files.parquet) else "the file.")
         message_of(module.test_dataset.decode, position)
 
 
@@ -913,13 +915,13 @@ def test_fuzz(tmp_path, seed):
         listing = listing_of(tmp_path, split)
         images = [ImageDataset(listing, pil_to_tensor).decode(index) for index in range(len(listing))]
     except UserError as error:
-        told = str(error)
+        report = str(error)
     else:
         assert len(images) == 8
         assert_right_labels(listing, path)
         return
-    assert str(tmp_path) in told
-    assert "\n" not in told
+    assert str(tmp_path) in report
+    assert "\n" not in report
 
     # with images left out, every one that is listed is counted once: evaluated, or skipped with a reason
     try:
@@ -927,11 +929,11 @@ def test_fuzz(tmp_path, seed):
         loader = ImageLoader(ImageDataset(listing, pil_to_tensor), batch_size=1, skip=True)
         evaluated = [int(index) for _, _, indices in loader for index in indices]
     except UserError as error:
-        told = str(error)
+        report = str(error)
         # not one image but what holds it
         evaluated = None
     if evaluated is None:
-        assert str(tmp_path) in told
+        assert str(tmp_path) in report
         return
     assert len(listing) == 8
     assert_right_labels(listing, path)
@@ -979,7 +981,7 @@ def test_sizes_in_headers_that_lead_astray(tmp_path):
         assert str(path) in message(tmp_path / str(size), "train")
 
 
-def test_what_is_found_is_told_from_names_alone(tmp_path):
+def test_formats_are_recognised_from_names_alone(tmp_path):
     """No image is read for it, which would take minutes."""
     files.write(tmp_path / "ILSVRC2012_img_val.tar", b"")
     files.write(tmp_path / "val.csv", b"")

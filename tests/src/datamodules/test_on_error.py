@@ -167,7 +167,7 @@ def test_too_little_memory_is_an_error(data_dir, monkeypatch):
     assert "MemoryError" in message_of(lambda: list(module(data_dir).test_dataloader()))
 
 
-def test_a_disk_that_goes_away_is_an_error(data_dir):
+def test_a_disk_that_disappears_is_an_error(data_dir):
     loader = module(data_dir).test_dataloader()
     (data_dir / "val" / "b").rename(data_dir / "gone")
     assert f"{NAMES[5]}: No such file" in message_of(lambda: list(loader))
@@ -232,7 +232,7 @@ def test_a_black_image_is_an_image(data_dir, decoded):
     assert NAMES[4] not in decoded
 
 
-def test_no_hole_is_taken_for_an_image(data_dir):
+def test_no_missing_image_counts_as_an_image(data_dir):
     passed(cached(data_dir))
     assert NAMES[1] in message_of(cached(data_dir, "raise").test_dataloader)
     images = cached(data_dir)._cached(cached_dataset(data_dir))
@@ -268,7 +268,7 @@ def test_a_file_that_was_repaired(data_dir, intact, on_error):
     assert len(list((data_dir.parent / "cache").iterdir())) == 1
 
 
-def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
+def test_an_interrupted_entry_is_resumed(data_dir, intact, monkeypatch, decoded):
     decode = writer_module.Writer.add
     added = []
 
@@ -284,7 +284,7 @@ def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
             cached(data_dir).test_dataloader()
     (folder,) = (data_dir.parent / "cache").iterdir()
     assert folder.name.endswith(".unfinished")
-    # who takes no holes does not go on over them
+    # with on_error="raise", missing images are errors again
     assert NAMES[1] in message_of(cached(data_dir, "raise").test_dataloader)
     decoded.clear()
     loader = cached(data_dir).test_dataloader()
@@ -293,7 +293,7 @@ def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
     assert len(loader.dataset) == 10
 
 
-def test_a_hole_that_was_altered_ends_what_is_finished(data_dir, monkeypatch):
+def test_an_altered_missing_image_ends_the_complete_ones(data_dir, monkeypatch):
     passed(cached(data_dir))
     (entry,) = (data_dir.parent / "cache").iterdir()
     unfinished = entry.rename(entry.with_name(f"{entry.name}.unfinished"))
@@ -305,7 +305,7 @@ def test_a_hole_that_was_altered_ends_what_is_finished(data_dir, monkeypatch):
     assert cache._truncate_to_complete() == 3
 
 
-def test_an_entry_without_holes_is_as_ever(tmp_path):
+def test_an_entry_without_missing_images_is_unchanged(tmp_path):
     write_images(tmp_path / "data" / "val", *NAMES)
     contents = []
     for on_error in ("raise", "skip"):

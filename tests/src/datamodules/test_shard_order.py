@@ -70,7 +70,7 @@ def test_so_many_shards_are_read_at_a_time(shuffle_shards):
 def test_images_are_mixed_over_the_shards_of_a_turn_and_within_them():
     shards = np.repeat(np.arange(2), 500)
     indices = np.array(order(shards=shards, shuffle_shards=2))
-    # 500 images in a first half of 500 + 500: a deviation of 11 is one standard deviation
+    # 500 images in a first half of 500 + 500: 11 is one standard deviation
     assert abs(int((shards[indices[:500]] == 0).sum()) - 250) < 80
     alone = np.array(order(shards=shards, shuffle_shards=1))
     for half in (alone[:500], alone[500:]):
