@@ -14,8 +14,7 @@ from src.datamodules.formats.listing import FileListing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 from src.utils.text import abbreviate
 
-# Named after the datasets' module, which is documented as the logger of skipped files.
-logger = logging.getLogger("src.datamodules.dataset")
+logger = logging.getLogger(__name__)
 
 FORMAT = "class_folders"
 SEARCHED_NAMES = "class folders in {folder}/"
