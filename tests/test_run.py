@@ -111,7 +111,7 @@ def results_of(folder: Path) -> list[Path]:
         ({"eval__ckpt": "INPUTS/no.pth"}, ["no.pth does not exist"]),
         ({"eval__ckpt": "INPUTS/empty.pth"}, ["empty.pth is empty"]),
         ({"eval__ckpt": "INPUTS/page.pth"}, ["page.pth is a web page"]),
-        ({"eval__ckpt": "INPUTS/cut.pth"}, ["cut.pth", "cut short or damaged"]),
+        ({"eval__ckpt": "INPUTS/cut.pth"}, ["cut.pth", "truncated or damaged"]),
         ({"eval__ckpt": "INPUTS/code.pth"}, ["code.pth contains code", "not run"]),
         ({"eval__ckpt": "INPUTS/t2t_vit_t_14.pth"}, ["t2t_vit_t_14.pth holds t2t_vit_t_14", "model/t2tmodel="]),
         # data

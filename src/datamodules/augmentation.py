@@ -1,4 +1,4 @@
-"""Augmentation for training: timm's, on single images in the workers and on whole batches on the device."""
+"""Augmentation for training with timm: single images in the workers, whole batches on the device."""
 
 from __future__ import annotations
 
@@ -15,57 +15,59 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset
 
 from scatterbrain.errors import UserError, did_you_mean, is_number
+from src.datamodules.dataset import ImageDataset
 from src.datamodules.device_augmentation import DeviceAugmentation
 from src.datamodules.normalise import Normalise
 
-# What torchvision's resize takes on PIL images.
+# Modes of torchvision's resize for PIL images.
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
-# What Pillow turns and shears images with, as the policies do; `random` is timm's choice between the first two.
-_TURNING = ("bicubic", "bilinear", "nearest", "random")
+# Modes of Pillow's rotation and shear, which the policies use; `random` is timm's choice between the first two.
+_ROTATION_MODES = ("bicubic", "bilinear", "nearest", "random")
 
 
 def seed_augmentation(seed: int) -> None:
-    """Seed the generators of the CPU that timm, torchvision and PyTorch draw from; those of devices are left alone."""
+    """Seed the CPU generators of timm, torchvision and PyTorch, but not those of devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 100 times as long
 
 
 class Augmentation:
-    """Recipe of augmentation; the defaults are those T2T-ViT was published with.
+    """Augmentation recipe; the defaults are T2T-ViT's published ones.
 
     Args:
         image_size: side of the model's input, pixels.
         num_classes: number of classes.
-        mean: per colour, of values in [0, 1], subtracted.
-        std: per colour, divided by.
-        interpolation: of the random resized crop, as torchvision names it, or `random`; on the device bilinear.
-        scale: smallest and largest area of the crop, over that of the image.
+        mean: mean per colour channel, of values in [0, 1].
+        std: standard deviation per colour channel.
+        interpolation: of the random resized crop, a mode of torchvision or `random`; always bilinear on the device.
+        scale: smallest and largest area of the crop relative to the image.
         ratio: smallest and largest aspect ratio of the crop.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation; timm leaves it out under most of
+        color_jitter: strength of brightness, contrast and saturation jitter; timm ignores it with most policies of
             `auto_augment`.
-        rotation: largest angle of a rotation, degrees; on the device alone.
-        auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`; None for none. In the workers alone.
+        rotation: largest angle of a rotation, degrees; only with `on_device`.
+        auto_augment: timm's policy, such as `rand-m9-mstd0.5-inc1`; None for none. Not with `on_device`.
         re_prob: probability of erasing a random rectangle.
-        re_mode: what fills the rectangle: `pixel` (noise), `rand` (one colour), `const` (the mean).
+        re_mode: content of the rectangle: `pixel` (noise), `rand` (one colour), `const` (the mean).
         mixup_alpha: parameter of Mixup (Zhang et al., ICLR 2018); 0 for none.
         cutmix_alpha: parameter of CutMix (Yun et al., ICCV 2019); 0 for none.
-        mixup_prob: probability that a batch is mixed, by either.
-        mixup_switch_prob: probability of CutMix where both are active.
-        label_smoothing: probability spread over all classes (Szegedy et al., CVPR 2016).
-        on_device: single images are augmented by `start` on the device, not by `transform` in workers.
+        mixup_prob: probability of Mixup or CutMix for a batch.
+        mixup_switch_prob: probability of CutMix if both are active.
+        label_smoothing: probability mass spread over all classes (Szegedy et al., CVPR 2016).
+        on_device: crop and distort by `batch_transform` on the device instead of `transform` in workers.
 
     Attributes:
-        transform: from a PIL image in mode RGB to uint8 (3, size, size); draws from the global generators.
-            None with `on_device`.
-        start: `DeviceAugmentation` with `on_device`, None without.
+        transform: from a PIL image in mode RGB to uint8 (3, size, size); uses the global generators. None with
+            `on_device`.
+        batch_transform: `DeviceAugmentation` with `on_device`, None without.
 
     Raises:
-        UserError: a value that is not valid; the message names the option.
+        UserError: an invalid value; the message names the option.
     """
 
     def __init__(
@@ -118,10 +120,10 @@ class Augmentation:
                 f"datamodule.augmentation.interpolation={interpolation!r} is not valid. "
                 f"{did_you_mean(interpolation, (*INTERPOLATIONS, 'random'))}"
             )
-        if auto_augment and interpolation not in _TURNING:
+        if auto_augment and interpolation not in _ROTATION_MODES:
             raise UserError(
-                f"datamodule.augmentation.interpolation={interpolation} cannot turn images, as auto_augment does. "
-                f"Choose one of: {', '.join(_TURNING)}; or set datamodule.augmentation.auto_augment to null."
+                f"datamodule.augmentation.interpolation={interpolation} cannot rotate images, as auto_augment does. "
+                f"Choose one of: {', '.join(_ROTATION_MODES)}; or set datamodule.augmentation.auto_augment to null."
             )
         if re_mode not in ("pixel", "rand", "const"):
             raise UserError(
@@ -129,19 +131,21 @@ class Augmentation:
             )
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.transform, self.start = None, None
+        self.transform, self.batch_transform = None, None
         if on_device:
             if auto_augment:
                 raise UserError(
                     f"datamodule.augmentation.auto_augment={auto_augment} works on single images, in workers. Set it "
                     "to null, or datamodule.on_device=false."
                 )
-            self.start = DeviceAugmentation(image_size, **geometry, rotation=rotation, color_jitter=color_jitter)
+            self.batch_transform = DeviceAugmentation(
+                image_size, **geometry, rotation=rotation, color_jitter=color_jitter
+            )
         else:
             if rotation:
                 raise UserError(
-                    f"datamodule.augmentation.rotation={rotation} works on the device. Set it to 0 (auto_augment turns "
-                    "images too), or datamodule.on_device=true."
+                    f"datamodule.augmentation.rotation={rotation} works on the device. Set it to 0 (auto_augment "
+                    "rotates images too), or datamodule.on_device=true."
                 )
             self.transform = _create_transform(
                 input_size=image_size,
@@ -166,7 +170,7 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs, which takes an even batch."""
+        """Whether images are mixed in pairs, which needs an even batch size."""
         return self._mix is not None
 
     def finish(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,10 +191,35 @@ class Augmentation:
         return images, mixup_target(targets, self.num_classes, lam=1.0, smoothing=self.label_smoothing)
 
 
+class AugmentedDataset(Dataset):
+    """A dataset indexed by pairs of an image's index and the seed of its augmentation.
+
+    Args:
+        dataset: the images.
+        decode: return the augmented image; otherwise its index, for augmentation on the device.
+    """
+
+    def __init__(self, dataset: ImageDataset, decode: bool) -> None:
+        self.dataset = dataset
+        self.decode = decode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, int, int]:
+        """The augmented image or its index, its target, and the seed."""
+        index, seed = item
+        if not self.decode:
+            return index, self.dataset.targets[index], seed
+        seed_augmentation(seed)
+        image, target, _ = self.dataset[index]
+        return image, target, seed
+
+
 def _create_transform(auto_augment: str | None, **options: Any) -> Any:
-    """The training transform of timm, up to uint8; its complaints become errors of the user's."""
+    """The training transform of timm, up to uint8; its errors are raised as `UserError`."""
     try:
-        # "prefetcher" is timm's word for leaving normalisation and erasing to the device
+        # use_prefetcher leaves normalisation and erasing to the device
         transform = create_transform(is_training=True, use_prefetcher=True, auto_augment=auto_augment, **options)
     except (AssertionError, ValueError) as error:
         raise UserError(
@@ -199,7 +228,7 @@ def _create_transform(auto_augment: str | None, **options: Any) -> Any:
             + ". Give one of timm's policies, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original; or null."
         ) from error
     for step in transform.transforms:
-        # RandAugment and AugMix have operations, AutoAugment has a policy of several lists of them
+        # RandAugment and AugMix have a list of operations, AutoAugment has a list of lists
         for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
             if operation.aug_fn is posterize:
                 operation.aug_fn = _posterize
@@ -207,9 +236,9 @@ def _create_transform(auto_augment: str | None, **options: Any) -> Any:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the highest `bits` of each colour, none of them included.
+    """Keep the highest `bits` of each colour channel, 0 included.
 
-    The policies of RandAugment and AutoAugment ask for 0 bits at times, a black image; Pillow has come to refuse it.
+    RandAugment and AutoAugment sometimes request 0 bits, a black image, which recent versions of Pillow refuse.
     """
     if bits >= 8:
         return image

@@ -1,4 +1,4 @@
-"""What the data modules share: options of every kind of image, and what becomes of a batch on the device."""
+"""Base of the data modules: common options, and normalisation of batches on the device."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from src.datamodules.normalise import Normalise
 
 
 class ClassificationDataModule(pl.LightningDataModule):
-    """Base of the data modules, whose evaluation loaders give images as bytes; they are normalised on the device.
+    """Base of the data modules: evaluation loaders yield uint8 images, which are normalised on the device.
 
     Args:
         image_size: side of the model's input in pixels.
         num_classes: outputs of the model.
         batch_size: images per batch and process.
-        seed: of whatever is random.
-        mean: per colour, of values in [0, 1], subtracted; default ImageNet's.
-        std: per colour, divided by; default ImageNet's.
+        seed: random seed.
+        mean: mean per colour channel, of values in [0, 1]; default ImageNet's.
+        std: standard deviation per colour channel; default ImageNet's.
         pin_memory: batches in page-locked memory, for a faster copy to the GPU; None does so if CUDA is available.
 
     Attributes:
-        normalise: from images in [0, 255] to what the model takes.
-        on_error: what an evaluation does about an image that cannot be decoded, `"raise"` or `"skip"`.
+        normalise: maps images in [0, 255] to the model's input.
+        on_error: what an evaluation does with an image that cannot be decoded, `"raise"` or `"skip"`.
 
     Raises:
-        UserError: a value that is not valid; the message names the option.
+        UserError: an invalid value; the message names the option.
     """
 
     on_error: str = "raise"
@@ -65,11 +65,11 @@ class ClassificationDataModule(pl.LightningDataModule):
         """Normalise a batch of an evaluation on the device, in the dtype of the model's weights."""
         images, *others = batch
         dtype = self.trainer.lightning_module.dtype
-        # the colours of a pixel together: what a network does first is to read pixels
+        # channels last: the network's first operation reads whole pixels
         return [self.normalise(images, dtype, torch.channels_last), *others]
 
-    def place(self) -> tuple[int, int]:
-        """Rank of this process, and how many there are."""
+    def rank_and_world_size(self) -> tuple[int, int]:
+        """Rank of this process, and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Images of any layout as a dataset: their decoding, and the loader that passes on what is wrong with them."""
+"""Images in any format as a dataset, and a loader that raises decoding errors in the main process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts import Listing
-from src.datamodules.layouts.base import ImageSource
-from src.datamodules.layouts.class_folders import ClassFolders
+from src.datamodules.formats import Listing
+from src.datamodules.formats.class_folders import ClassFolders
+from src.datamodules.formats.listing import ImageSource
 
-# What the file system says of a single file that is no good, rather than of the machine or the disk.
+# Errors that concern a single file, rather than the machine or the disk.
 _FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
 
 
 class ImageError(UserError):
-    """A single image is at fault, which one may leave out; other errors concern more than one.
+    """One image cannot be decoded, and may be skipped; other errors concern more than one image.
 
     Args:
         message: names the image and the remedy.
-        reason: what is wrong with it, in a few words.
+        reason: the cause in a few words.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -40,14 +40,14 @@ def load_rgb(source: ImageSource) -> Image.Image:
     """Decode a whole image, whatever its mode and format, to RGB as timm does.
 
     Args:
-        source: a `Path`, or a place in an archive.
+        source: a `Path`, or an image in an archive.
 
     Returns:
         The image in mode RGB.
 
     Raises:
         ImageError: the file cannot be read or is not an intact image.
-        UserError: something else than this one image is at fault: its archive, its folder, or the machine.
+        UserError: the cause is not this image alone, but its archive, its folder or the machine.
     """
     data = None
     try:
@@ -55,8 +55,8 @@ def load_rgb(source: ImageSource) -> Image.Image:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except UserError:
         raise
-    # Pillow's format plugins raise nearly anything on damaged input (OSError, SyntaxError, ValueError,
-    # struct.error, DecompressionBombError, ...), and to the user each of them means the same.
+    # On damaged input, Pillow's format plugins raise many types (OSError, SyntaxError, ValueError, struct.error,
+    # DecompressionBombError, ...), which mean the same to the user.
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -74,7 +74,7 @@ def load_rgb(source: ImageSource) -> Image.Image:
 
 
 def _concerns_one_image(error: Exception, source: ImageSource, was_read: bool) -> bool:
-    """Whether other images may well be intact: where a disk is gone or memory is short, they are not at fault."""
+    """Whether an error concerns this image only, unlike a lost disk or a lack of memory."""
     if isinstance(error, MemoryError):
         return False
     if was_read:
@@ -87,7 +87,7 @@ class ImageDataset(Dataset):
     """The images of a listing, decoded and transformed.
 
     Args:
-        listing: the images of one split, in any layout.
+        listing: the images of one split, in any format.
         transform: from a PIL image in mode RGB to a tensor (3, size, size).
 
     Attributes:
@@ -105,7 +105,7 @@ class ImageDataset(Dataset):
         self.root = listing.root
         self.classes, self.class_to_index = listing.classes, listing.class_to_index
         self.paths, self.targets = listing.names, listing.targets
-        # where each image is in the listing
+        # position of each image in the listing
         self._positions: Sequence[int] = range(len(listing))
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class ImageDataset(Dataset):
             index: position in `paths`.
 
         Returns:
-            image (3, size, size) as the transform gives it, target, and `index` itself.
+            Transformed image (3, size, size), target, and `index` itself.
 
         Raises:
             UserError: the file cannot be decoded.
@@ -126,7 +126,7 @@ class ImageDataset(Dataset):
         return self.transform(self.decode(index)), self.targets[index], index
 
     def decode(self, index: int) -> Image.Image:
-        """One image as it is, in mode RGB.
+        """One image without the transform, in mode RGB.
 
         Raises:
             UserError: the file cannot be decoded.
@@ -134,7 +134,7 @@ class ImageDataset(Dataset):
         return load_rgb(self.listing.source(self._positions[index]))
 
     def subset(self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None) -> ImageDataset:
-        """The images at `indices` of `paths`, in that order, under another transform where one is given."""
+        """The images at `indices` of `paths`, in that order, with another transform if one is given."""
         indices = list(indices)
         part = copy.copy(self)
         part.paths = [self.paths[index] for index in indices]
@@ -166,14 +166,14 @@ class ImageFolderDataset(ImageDataset):
 
 
 class _Skipped(NamedTuple):
-    """In place of an image that cannot be decoded: its position, and why."""
+    """Stands for an image that cannot be decoded: its position, and the reason."""
 
     index: int
     reason: str
 
 
 class _ErrorsAsItems(Dataset):
-    """A dataset whose `UserError`s are returned in place of the item, for `ImageLoader` to raise.
+    """Returns the `UserError`s of a dataset as items, which `ImageLoader` raises in the main process.
 
     Args:
         dataset: the images.
@@ -191,7 +191,7 @@ class _ErrorsAsItems(Dataset):
         try:
             return self.dataset[index]
         except UserError as error:
-            # words alone: the traceback of an error that is kept would keep the image's bytes
+            # not the error itself, whose traceback would keep the image's bytes in memory
             return _Skipped(index, error.reason) if self.skip and isinstance(error, ImageError) else error
 
 
@@ -204,7 +204,7 @@ def _collate(items: list[Any]) -> Any:
 
 
 def _collate_intact(items: list[Any]) -> Any:
-    """The batch of the images that could be decoded and the others by position, or the first `UserError`."""
+    """Batch of the decoded images, and position to reason of the skipped ones; or the first `UserError`."""
     skipped = {item.index: item.reason for item in items if isinstance(item, _Skipped)}
     intact = [item for item in items if not isinstance(item, _Skipped)]
     batch = _collate(intact) if intact else empty_batch()
@@ -218,20 +218,20 @@ def empty_batch() -> list[torch.Tensor]:
 
 
 class ImageLoader(DataLoader):
-    """A `DataLoader` in which a `UserError` of the dataset reaches the main process as it was raised.
+    """A `DataLoader` that raises a `UserError` of the dataset unchanged in the main process.
 
-    torch re-raises a worker's exception with the worker's traceback as its message. Here the error travels as the
-    batch instead and is raised where the batch is asked for, so the first failing image in order is the
-    one reported, with its short message, for any number of workers.
+    torch re-raises a worker's exception with the worker's traceback in its message. Here the worker returns the error
+    in place of the batch, and the main process raises it, so the first failing image in order is reported, with its
+    short message, for any number of workers.
 
     Args:
-        dataset: items as `ImageDataset` gives them.
-        skip: leave an image that cannot be decoded (`ImageError`) out of its batch, which may be empty then, so that
-            the number of batches stays as it is; by default that is an error as any other.
+        dataset: with items like those of `ImageDataset`.
+        skip: leave an image that cannot be decoded (`ImageError`) out of its batch; the batch is kept even if it is
+            empty, so that the number of batches does not change. By default that is an error.
         **options: those of `torch.utils.data.DataLoader`, except `collate_fn`.
 
     Attributes:
-        skipped: with `skip`, the images left out of each batch of the latest pass so far: position to reason.
+        skipped: with `skip`, position to reason of the skipped images, for each batch of the current pass so far.
     """
 
     def __init__(self, dataset: Dataset, skip: bool = False, **options: Any) -> None:
@@ -251,7 +251,7 @@ class ImageLoader(DataLoader):
                 try:
                     raise batch
                 finally:
-                    # its traceback leads back to it: left to the garbage collector, workers take seconds each to stop
+                    # breaks the cycle with its traceback, or workers would only stop at the next garbage collection
                     del batch
             if self._skip:
                 batch, skipped = batch

@@ -1,8 +1,8 @@
 """Augmentation of whole batches on the device, for data sets that fit into its memory.
 
-timm augments image by image on the CPU, which is too slow for a small network: 16 CPU cores fed an H100 with 2,700
-images/s where it trains on 7,000. Here every image is decoded once, and crop, flip, rotation and colours are a handful
-of tensor operations over the batch, each image with parameters of its own. (kornia offers this too, for newer Pythons.)
+timm augments image by image on the CPU, which is too slow for a small network: 16 CPU cores augment 2,700 images/s, and
+an H100 trains on 7,000. Here every image is decoded once, and crop, flip, rotation and colour jitter are a few tensor
+operations on the batch, with random parameters per image.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from PIL import Image
 from src.datamodules.dataset import ImageDataset
 from src.utils.machine import usable_cpus
 
-# Crops of a drawn area and shape may not fit into the image: how often to draw, as torchvision does.
+# A crop of random area and aspect ratio may not fit into the image: number of attempts, as in torchvision.
 CROP_TRIALS = 10
-# Weights of the colours in a grey value, ITU-R BT.601, as Pillow has them; torchvision rounds the first to 0.2989.
+# Weights of the colour channels in grey, ITU-R BT.601, as in Pillow; torchvision rounds the first to 0.2989.
 GREY = (0.299, 0.587, 0.114)
 
 
 def decode_images(dataset: ImageDataset, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode all images of a dataset, squeezed into squares.
+    """Decode all images of a dataset and resize them to squares.
 
     Args:
         dataset: N images; its transform is not applied.
-        side: of the squares, pixels.
+        side: side of the squares, pixels.
 
     Returns:
-        Images (N, 3, side, side) uint8, and their width over their height (N,) float32, both on the CPU.
+        Images (N, 3, side, side) uint8, and their original aspect ratios, width over height, (N,) float32; on the CPU.
 
     Raises:
         UserError: a file cannot be decoded.
@@ -47,27 +47,27 @@ def decode_images(dataset: ImageDataset, side: int) -> tuple[torch.Tensor, torch
         square = image.resize((side, side), Image.Resampling.BICUBIC)
         images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
-    with ThreadPoolExecutor(usable_cpus()) as pool:  # Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # Pillow releases the GIL
         for _ in pool.map(decode, range(len(dataset))):
             pass
     return images, aspects
 
 
 class DeviceAugmentation:
-    """Random resized crop, flips, rotation and colour jitter, bilinear; draws from the global generator of the CPU.
+    """Random resized crop, flips, rotation and colour jitter, bilinear; uses the global generator of the CPU.
 
-    Crops are drawn as torchvision's `RandomResizedCrop` draws them, in the image as it was before it was squeezed;
-    colours change by brightness, contrast and saturation in this order, as its `ColorJitter` computes them. What a
-    rotation brings in from outside the image is reflected.
+    Crops are distributed as those of torchvision's `RandomResizedCrop`, in the image of the original aspect ratio.
+    Brightness, contrast and saturation change in this order, as in its `ColorJitter`. Rotated images are padded by
+    reflection.
 
     Args:
         image_size: side of the output, pixels.
-        scale: smallest and largest area of the crop, over that of the image.
+        scale: smallest and largest area of the crop relative to the image.
         ratio: smallest and largest aspect ratio of the crop.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
         rotation: largest angle of the rotation, degrees, to either side.
-        color_jitter: largest change of brightness, contrast and saturation, as a part of them.
+        color_jitter: largest relative change of brightness, contrast and saturation.
     """
 
     def __init__(
@@ -86,25 +86,25 @@ class DeviceAugmentation:
         self.rotation = math.radians(rotation)
         self.color_jitter = color_jitter
 
-    def draw(self, aspects: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the parameters of a batch, on the CPU, which needs not wait for the device then.
+    def sample(self, aspects: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample the parameters of a batch on the CPU, without synchronising with the device.
 
         Args:
-            aspects: (B,) width over height of the images before they were squeezed, on the CPU.
+            aspects: (B,) original aspect ratios of the images, width over height, on the CPU.
 
         Returns:
-            Affine maps (B, 2, 3), see `draw_maps`, and factors of brightness, contrast and saturation (B, 3).
+            Affine maps (B, 2, 3), see `sample_maps`, and factors of brightness, contrast and saturation (B, 3).
         """
         jitter = _uniform((len(aspects), 3), max(0, 1 - self.color_jitter), 1 + self.color_jitter)
-        return self.draw_maps(aspects), jitter
+        return self.sample_maps(aspects), jitter
 
     def __call__(self, images: torch.Tensor, maps: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
         """Augment a batch, on its device.
 
         Args:
-            images: (B, 3, side, side) uint8, squeezed into squares.
-            maps: (B, 2, 3), see `draw`.
-            jitter: (B, 3), see `draw`.
+            images: (B, 3, side, side) uint8, resized to squares.
+            maps: (B, 2, 3), see `sample`.
+            jitter: (B, 3), see `sample`.
 
         Returns:
             (B, 3, image_size, image_size) float32 in [0, 255].
@@ -113,11 +113,11 @@ class DeviceAugmentation:
         images = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return _jitter(images, jitter) if self.color_jitter > 0 else images
 
-    def draw_maps(self, aspects: torch.Tensor) -> torch.Tensor:
-        """Draw crops, flips and rotations.
+    def sample_maps(self, aspects: torch.Tensor) -> torch.Tensor:
+        """Sample crops, flips and rotations.
 
         Args:
-            aspects: (B,) width over height of the images.
+            aspects: (B,) original aspect ratios of the images, width over height.
 
         Returns:
             (B, 2, 3): the affine maps from the output's coordinates to the image's, both from -1 to 1.
@@ -125,12 +125,12 @@ class DeviceAugmentation:
         number = len(aspects)
         areas = _uniform((number, CROP_TRIALS), *self.scale)
         ratios = _uniform((number, CROP_TRIALS), *map(math.log, self.ratio)).exp()
-        # parts of the image's width and height
+        # relative to the image's width and height
         widths = (areas * ratios / aspects[:, None]).sqrt()
         heights = (areas / ratios * aspects[:, None]).sqrt()
         fits = (widths <= 1) & (heights <= 1)
         first = fits.float().argmax(1, keepdim=True)
-        # where none fits, the largest crop of the nearest ratio, from the middle
+        # if none fits, the largest central crop of the nearest ratio
         nearest = aspects.clamp(*self.ratio)
         some = fits.any(1)
         width = torch.where(some, widths.gather(1, first)[:, 0], (nearest / aspects).clamp(max=1))
@@ -142,7 +142,7 @@ class DeviceAugmentation:
         )
         angle = _uniform((number,), -self.rotation, self.rotation)
         cos, sin = angle.cos(), angle.sin()
-        # turned in pixels, where the image is `aspects` times as wide as high
+        # rotated in pixels, where the image is `aspects` times as wide as high
         return torch.stack(
             [
                 torch.stack([cos * width * mirrored_x, -sin * height / aspects * mirrored_y, x], 1),

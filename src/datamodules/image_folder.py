@@ -1,4 +1,4 @@
-"""ImageNet, a subset of it or images of one's own, in class folders or another layout that they are published in.
+"""Data module for ImageNet, a subset of it, or other images, in class folders or another format.
 
     data_dir/
       train/
@@ -8,11 +8,11 @@
         n01440764/ILSVRC2012_val_00000293.JPEG ...
         n01443537/...
 
-or flat folders, tar archives, WebDataset shards, Parquet or CSV files, see `src.datamodules.layouts`. All of them give
+or flat folders, tar archives, WebDataset shards, Parquet or CSV files, see `src.datamodules.formats`. All formats give
 the same classes and the same predictions.
 
-The transforms are timm's. In evaluation every image is counted exactly once, on any number of processes; in training
-order and augmentation follow from the seed alone. Whatever can be wrong with a user's folder is a `UserError`.
+The transforms are timm's. In evaluation every image counts exactly once, on any number of processes; in training order
+and augmentation depend only on the seed. Errors in a user's data are a `UserError`.
 """
 
 from __future__ import annotations
@@ -21,28 +21,24 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import Dataset
 
 from scatterbrain.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
-from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, seed_augmentation
+from src.datamodules.augmentation import INTERPOLATIONS, Augmentation, AugmentedDataset, seed_augmentation
 from src.datamodules.base import ClassificationDataModule
 from src.datamodules.cache import CachedImages, CachedLoader, DecodedCache
 from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.device_augmentation import decode_images
-from src.datamodules.layouts import Listing, Place, check_format, open_split, searched
-from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
-from src.datamodules.layouts.class_folders import ClassFolders
-from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed
+from src.datamodules.formats import check_format, imagenet_synsets, open_listing
+from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed, hold_out
 from src.utils.machine import usable_cpus
+from src.utils.text import abbreviate
 
-# Those of datamodule.augmentation: the others are options of the data module itself.
+# Options of datamodule.augmentation; the other arguments are options of the data module itself.
 _AUGMENTATION_OPTIONS = [
     name
     for name in inspect.signature(Augmentation).parameters
@@ -51,83 +47,58 @@ _AUGMENTATION_OPTIONS = [
 ON_ERROR = ("raise", "skip")
 
 
-class _AugmentedDataset(Dataset):
-    """A dataset whose items are asked for with the seed of their augmentation.
-
-    Args:
-        dataset: the images.
-        decode: give the augmented image; otherwise its index, for the device to find and augment it.
-    """
-
-    def __init__(self, dataset: ImageDataset, decode: bool) -> None:
-        self.dataset = dataset
-        self.decode = decode
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, int, int]:
-        """The augmented image or its index, its target, and the seed."""
-        index, seed = item
-        if not self.decode:
-            return index, self.dataset.targets[index], seed
-        seed_augmentation(seed)
-        image, target, _ = self.dataset[index]
-        return image, target, seed
-
-
 class ImageFolderDataModule(ClassificationDataModule):
     """Images in `data_dir`, by default `data_dir/<split>/<class folder>/<file>`, for evaluation and training.
 
-    In evaluation images are resized, centre-cropped and normalised by timm's evaluation transform: the shorter side
-    to floor(image_size / crop_pct) pixels, the centre image_size x image_size kept. In training they are augmented,
-    see `Augmentation`: workers crop and distort single images, the device normalises, erases and mixes whole batches.
+    In evaluation timm's transform resizes the shorter side to floor(image_size / crop_pct) pixels, keeps the central
+    image_size x image_size and normalises. In training images are augmented, see `Augmentation`: workers crop and
+    distort single images, the device normalises, erases and mixes whole batches.
 
-    Attached to a trainer of several processes, each process reads its own part of the images (`ShardedSampler`,
-    `TrainingSampler`); the trainer must be built with `use_distributed_sampler=False`.
+    With a trainer of several processes, each process reads its own part of the images (`ShardedSampler`,
+    `TrainingSampler`); build the trainer with `use_distributed_sampler=False`.
 
     Args:
-        data_dir: folder that holds the splits' folders; `~` is expanded. Needed from `setup` on.
+        data_dir: folder that holds the splits' folders; `~` is expanded. Required by `setup`.
         image_size: side of the model's input in pixels.
         num_classes: outputs of the model, see `class_index`.
         batch_size: images per batch and process.
-        num_workers: worker processes that decode images, per process, and threads that read those of a cache; 0
-            decodes and reads in the process itself, None takes as many as the process has CPUs, at most 16.
+        num_workers: worker processes that decode images, per process, or threads that read cached images; 0 decodes
+            and reads in the process itself, None takes the number of usable CPUs, at most 16.
         interpolation: of the resize, one of bicubic, bilinear, box, hamming, lanczos, nearest.
-        crop_pct: part of the resized shorter side that the crop keeps, in (0, 1].
-        mean: per colour, of values in [0, 1], subtracted; default ImageNet's.
-        std: per colour, divided by; default ImageNet's.
-        test_split: name of the split that is evaluated, and that training is watched on: of a folder in `data_dir`,
-            of what files of the other layouts are called after, or of such a file or files (`val-{00..63}.tar`).
-        train_split: name of the split that is trained on, likewise.
-        holdout: part of each class's training images, in [0, 1), that is kept from training, and on which it is
-            watched in place of `test_split`: settings are chosen so without a look at the test images.
-        passes_per_epoch: passes over the training images in an epoch. With few images one pass is over before the
-            workers have got going.
-        shuffle_shards: shards (archives, or row groups of Parquet files) whose training images are mixed at a time, so
-            that a slow disk reads nearly in order; each image comes once per pass all the same. None mixes all
-            images. Not for shards of one class each: batches would be of few classes.
-        on_device: decode the training images once, keep them in the device's memory, and augment them there: for data
-            sets that fit, at a rate that no number of workers reaches. Images are kept as squares of
-            `image_size` * 8 / 7 pixels, three bytes each.
+        crop_pct: fraction of the resized shorter side that the crop keeps, in (0, 1].
+        mean: mean per colour channel, of values in [0, 1]; default ImageNet's.
+        std: standard deviation per colour channel; default ImageNet's.
+        test_split: split for evaluation, and for validation in training: name of a folder in `data_dir`, prefix of
+            the files of other formats, or the files themselves (`val-{00..63}.tar`).
+        train_split: split for training, likewise.
+        holdout: fraction of each class's training images, in [0, 1), that is used for validation in place of
+            `test_split`, so that settings can be chosen without the test images.
+        passes_per_epoch: passes over the training images in an epoch; for small data sets, whose single pass is
+            shorter than the start of the workers.
+        shuffle_shards: number of shards (archives, or row groups of Parquet files) whose training images are shuffled
+            together, so that a slow disk reads nearly sequentially; each image still comes once per pass. None
+            shuffles all images. Not for shards of one class each: batches would have few classes.
+        on_device: decode the training images once, keep them in the device's memory, and augment them there, which is
+            faster than workers for data sets that fit. Images are kept as uint8 squares of `image_size` * 8 / 7
+            pixels.
         seed: of the training images' order and augmentation, and of the choice of `holdout`.
         augmentation: options of `Augmentation`; None takes its defaults.
         pin_memory: batches in page-locked memory, for a faster copy to the GPU; None does so if CUDA is available.
-        format: the layout of the splits, one of `FORMATS`; `"auto"` takes what is there.
-        cache_dir: folder that keeps the images of evaluations as they are after resize and crop, decoded when they
-            are first needed, see `src.datamodules.cache`; `~` is expanded, None keeps nothing. Training images are
-            decoded all the same: each epoch crops others out of them.
-        on_error: what an evaluation does about an image that cannot be decoded: `"raise"` ends it with an error that
-            names the image, `"skip"` leaves the image out. What concerns more than single images, such as an archive
-            that is cut off, is an error in any case. Training is refused with `"skip"`.
+        format: format of the splits, one of `FORMATS`; `"auto"` recognises it.
+        cache_dir: folder for evaluation images after resize and crop, decoded when they are first needed, see
+            `src.datamodules.cache`; `~` is expanded, None for no cache. Training images are not cached, since each
+            epoch crops them differently.
+        on_error: what an evaluation does with an image that cannot be decoded: `"raise"` ends it with an error that
+            names the image, `"skip"` leaves the image out. An error of more than one image, such as a truncated
+            archive, is always raised. Training refuses `"skip"`.
 
     Attributes:
-        test_dataset: an `ImageDataset` once `setup` has run, None before.
-        train_dataset: likewise, of what is trained on, augmented; None unless `setup("fit")` has run.
-        val_dataset: likewise, of what training is watched on.
+        test_dataset: an `ImageDataset` after `setup`, None before.
+        train_dataset: augmented training images after `setup("fit")`, None before.
+        val_dataset: validation images after `setup("fit")`, None before.
 
     Raises:
-        UserError: a value that is not valid; the message names the option.
+        UserError: an invalid value; the message names the option.
     """
 
     def __init__(
@@ -191,12 +162,12 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.on_device = on_device
         options = {"input_size": image_size, "is_training": False, "interpolation": interpolation, "crop_pct": crop_pct}
         self.test_transform = create_transform(**options, mean=self.mean, std=self.std)
-        # "prefetcher" is timm's word for leaving the normalisation to the device
+        # use_prefetcher leaves the normalisation to the device
         self._test_pixels = create_transform(**options, use_prefetcher=True)
         self._pixel_options = {"image_size": image_size, "crop_pct": float(crop_pct), "interpolation": interpolation}
         self._augmentation_options = {"interpolation": interpolation, **(augmentation or {})}
         self.augmentation: Augmentation | None = None
-        # of on_device: the training images as squares, and their width over their height
+        # with on_device: the training images as squares, and their original aspect ratios
         self._images: torch.Tensor | None = None
         self._aspects: torch.Tensor | None = None
         self.test_dataset: ImageDataset | None = None
@@ -204,15 +175,14 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.val_dataset: ImageDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images of the splits that a stage needs, once; a later call keeps them.
+        """List the images of the splits that a stage needs, on the first call.
 
         Args:
-            stage: `"fit"` for training and the images it is watched on; anything else for the test split.
+            stage: `"fit"` for training and validation images; anything else for the test split.
 
         Raises:
-            UserError: `data_dir` is not given, it or a split's folder is missing, or not as its layout has to be; for
-                training, also an augmentation that is not valid, splits of different classes, or images that are to
-                be skipped.
+            UserError: `data_dir` is not given, it or a split is missing or invalid; for training, also an invalid
+                augmentation, splits of different classes, or `on_error="skip"`.
         """
         if stage != "fit":
             if self.test_dataset is None:
@@ -223,7 +193,7 @@ class ImageFolderDataModule(ClassificationDataModule):
     def _setup_training(self) -> None:
         if self.on_error != "raise":
             raise UserError(
-                f"datamodule.on_error={self.on_error} is for evaluation: a training goes over all of its images. "
+                f"datamodule.on_error={self.on_error} is for evaluation: training uses all of its images. "
                 "python scripts/check_imagenet.py DIR --decode names those that cannot be decoded: remove or replace "
                 "them, and leave datamodule.on_error out."
             )
@@ -242,16 +212,16 @@ class ImageFolderDataModule(ClassificationDataModule):
         )
         if self.augmentation.mixes and self.batch_size % 2:
             raise UserError(
-                f"datamodule.batch_size={self.batch_size} has to be even, since images are mixed in pairs. Or leave "
-                "mixing out: datamodule.augmentation.mixup_prob=0"
+                f"datamodule.batch_size={self.batch_size} has to be even, since images are mixed in pairs. Or turn "
+                "mixing off: datamodule.augmentation.mixup_prob=0"
             )
         images = self._dataset("train_split", self.augmentation.transform)
         if self.holdout > 0:
-            kept, held = _hold_out(images.targets, self.holdout, self.seed)
+            kept, held = hold_out(images.targets, self.holdout, self.seed)
             if not kept or not held:
                 raise UserError(
                     f"datamodule.holdout={self.holdout} of {len(images)} images leaves nothing to "
-                    f"{'watch' if kept else 'train'} on. Choose another part."
+                    f"{'watch' if kept else 'train'} on. Choose another fraction."
                 )
             self.train_dataset = images.subset(kept)
             self.val_dataset = images.subset(held, self.test_transform)
@@ -259,16 +229,16 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.val_dataset = self._dataset("test_split", self.test_transform)
         if self.val_dataset.class_to_index != images.class_to_index:
             different = set(self.val_dataset.class_to_index.items()) ^ set(images.class_to_index.items())
-            # a subset of ImageNet's folders keeps its indices: the other splits may well lack some
+            # a subset of ImageNet's classes keeps its indices, so another split may lack some of them
             if any(name not in imagenet_synsets() for name, _ in different):
                 raise UserError(
                     f"{images.root} and {self.val_dataset.root} do not hold the same class folders: "
-                    f"{listing({name for name, _ in different})}. Give both the same."
+                    f"{abbreviate({name for name, _ in different})}. Give both the same."
                 )
         self.train_dataset = images
 
     def num_train_batches(self, world_size: int = 1) -> int:
-        """Batches of an epoch on each of `world_size` processes, once `setup("fit")` has run."""
+        """Batches of an epoch on each of `world_size` processes; needs `setup("fit")`."""
         return len(self._train_sampler(world_size=world_size)) // self.batch_size
 
     def _train_sampler(self, **options: Any) -> TrainingSampler:
@@ -277,29 +247,29 @@ class ImageFolderDataModule(ClassificationDataModule):
             shards = images.listing.shards()
             if shards is None:
                 raise UserError(
-                    f"datamodule.shuffle_shards={self.shuffle_shards}, but {images.root} holds its images as files of "
-                    "their own, not in shards. Leave it out, or give data in one of the layouts tar, webdataset and "
+                    f"datamodule.shuffle_shards={self.shuffle_shards}, but {images.root} holds its images as separate "
+                    "files, not in shards. Leave it out, or give data in one of the formats tar, webdataset and "
                     "parquet."
                 )
-            if len(images) < len(shards):  # without what is held out
-                number = dict(zip(images.listing.names, shards.tolist(), strict=True))
-                shards = [number[name] for name in images.paths]
+            if len(images) < len(shards):  # without held-out images
+                shard_of = dict(zip(images.listing.names, shards.tolist(), strict=True))
+                shards = [shard_of[name] for name in images.paths]
             images.listing.keep_shards(self.shuffle_shards)
             options |= {"shards": shards, "shuffle_shards": self.shuffle_shards}
         return TrainingSampler(len(images), self.batch_size, self.seed, passes=self.passes_per_epoch, **options)
 
     def train_dataloader(self) -> ImageLoader:
-        """Augmented batches of this process's part of the training images, beginning where the trainer stands.
+        """Augmented batches of this process's part of the training images, starting at the trainer's current step.
 
         Returns:
             A loader of images (B, 3, size, size) uint8 or with `on_device` their indices (B,), targets (B,) int64 and
-            seeds (B,) int64; the hooks below make the first two what `Augmentation.finish` returns.
+            seeds (B,) int64; the hooks below replace the first two by the results of `Augmentation.finish`.
 
         Raises:
             UserError: see `setup`; fewer images than a batch.
         """
         self.setup("fit")
-        rank, world_size = self.place()
+        rank, world_size = self.rank_and_world_size()
         updates, accumulate = (
             (self.trainer.global_step, self.trainer.accumulate_grad_batches) if self.trainer else (0, 1)
         )
@@ -307,10 +277,10 @@ class ImageFolderDataModule(ClassificationDataModule):
         if self.on_device and self._images is None:
             self._images, self._aspects = decode_images(self.train_dataset, self.image_size * 8 // 7)
         num_workers = 0 if self.on_device else self.num_workers
-        # an update takes `accumulate` batches, the last one of an epoch what is left
+        # an update takes `accumulate` batches, the last one of an epoch possibly fewer
         epoch, updates = divmod(updates, math.ceil(num_batches / accumulate))
         return ImageLoader(
-            _AugmentedDataset(self.train_dataset, decode=not self.on_device),
+            AugmentedDataset(self.train_dataset, decode=not self.on_device),
             batch_size=self.batch_size,
             sampler=self._train_sampler(
                 rank=rank, world_size=world_size, epoch=epoch, skip_batches=updates * accumulate
@@ -321,40 +291,40 @@ class ImageFolderDataModule(ClassificationDataModule):
         )
 
     def on_before_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
-        """Take the seeds out of a training batch while they can be read without waiting for the device."""
+        """Use the seeds of a training batch while they are on the CPU, where reading them does not synchronise."""
         if not (self.trainer and self.trainer.training):
             return batch
         images, targets, seeds = batch
-        # what follows on the device, dropout included, draws from these
+        # seeds all later randomness on the device, dropout included
         seed = derive_seed(int(seeds[0]), self.trainer.global_rank)
         seed_augmentation(seed)
         torch.manual_seed(seed)
         if self.on_device:  # images are indices
-            return [images, *self.augmentation.start.draw(self._aspects[images]), targets]
+            return [images, *self.augmentation.batch_transform.sample(self._aspects[images]), targets]
         return [images, targets]
 
     def on_after_batch_transfer(self, batch: list[torch.Tensor], dataloader_idx: int) -> list[torch.Tensor]:
-        """Finish the augmentation of a training batch on the device; normalise another."""
+        """Finish the augmentation of a training batch on the device; normalise any other batch."""
         if not self.trainer.training:
             return super().on_after_batch_transfer(batch, dataloader_idx)
         images, *parameters, targets = batch
         if self.on_device:
-            self._images = self._images.to(images.device)  # once, and nothing from then on
-            images = self.augmentation.start(self._images[images], *parameters)
+            self._images = self._images.to(images.device)  # copies once
+            images = self.augmentation.batch_transform(self._images[images], *parameters)
         return list(self.augmentation.finish(images, targets))
 
     def val_dataloader(self) -> ImageLoader:
-        """Batches of this process's part of the images that training is watched on; see `test_dataloader`."""
+        """Batches of this process's part of the validation images; see `test_dataloader`."""
         self.setup("fit")
         return self._evaluation_loader(self.val_dataset)
 
     def test_dataloader(self) -> ImageLoader:
-        """Batches of this process's part of the test split, in path order; `setup` is run if it has not been.
+        """Batches of this process's part of the test split, in path order; runs `setup` if necessary.
 
         Returns:
             A loader of images (B, 3, size, size) uint8, targets (B,) int64 and positions in `test_dataset` (B,) int64;
             the hook below normalises the images. The last batch may be smaller. A file that cannot be decoded is a
-            `UserError` when its batch is reached; with `on_error="skip"` its batch lacks it, see `ImageLoader`.
+            `UserError` when its batch is read; with `on_error="skip"` it is left out of its batch, see `ImageLoader`.
 
         Raises:
             UserError: see `setup`; fewer images than processes.
@@ -366,7 +336,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         images = dataset.subset(range(len(dataset)), self._test_pixels)
         options = {
             "batch_size": self.batch_size,
-            "sampler": ShardedSampler(len(dataset), *self.place()),
+            "sampler": ShardedSampler(len(dataset), *self.rank_and_world_size()),
             "pin_memory": self.pin_memory,
             "skip": self.on_error == "skip",
         }
@@ -375,86 +345,12 @@ class ImageFolderDataModule(ClassificationDataModule):
         return CachedLoader(self._cached(images), num_threads=self.num_workers, **options)
 
     def _cached(self, images: ImageDataset) -> CachedImages:
-        """Evaluation images out of the cache, which decodes them first where it has to."""
+        """Evaluation images in the cache, decoded first if necessary."""
         cache = DecodedCache(self.cache_dir, images, **self._pixel_options)
         cache.make(self.num_workers, self.trainer.local_rank if self.trainer else 0, self.on_error == "skip")
         return cache.open()
 
     def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageDataset:
-        return ImageDataset(self._listing(option), transform)
-
-    def _listing(self, option: str) -> Listing:
-        """The images of the split that `option` names, or a `UserError` that says what is there in its place."""
-        place = Place(self._data_folder(option), getattr(self, option), option)
-        found = open_split(place, self.num_classes, self.format)
-        if found is not None:
-            return found
-        if self.format not in ("auto", "class_folders"):
-            raise UserError(
-                f"No split '{place.split}' in the layout {self.format}. {searched(place, self.format)} Choose another "
-                f"layout by datamodule.format, or name the files by datamodule.{option}=..."
-            )
-        folder = self._split_folder(place)
-        try:
-            return ClassFolders(folder, self.num_classes)
-        except UserError as error:
-            if self.format != "auto":
-                raise
-            raise UserError(f"{error} {searched(place)}") from None
-
-    def _data_folder(self, option: str) -> Path:
-        """The folder that holds the splits."""
+        """The images of the split that `option` names."""
         split = getattr(self, option)
-        # "???" is OmegaConf's mark of a value not given.
-        if self.data_dir is None or str(self.data_dir) in ("", "???"):
-            raise UserError(
-                f"No data folder given. Give datamodule.data_dir=/path, the folder that holds '{split}', "
-                "or set DATA_DIR=/path in the file .env."
-            )
-        data_dir = Path(self.data_dir).expanduser().absolute()
-        if not data_dir.is_dir():
-            fault = "is a file, not a folder" if data_dir.exists() else "does not exist"
-            raise UserError(
-                f"The data folder {data_dir} {fault}. Give datamodule.data_dir (or DATA_DIR in the file .env) "
-                f"the folder that holds '{split}'."
-            )
-        return data_dir
-
-    def _split_folder(self, place: Place) -> Path:
-        """The folder that a split names."""
-        data_dir, split, option = place.data_dir, place.split, place.option
-        split_folder = data_dir / split
-        if split_folder.is_dir():
-            return split_folder
-
-        folders, _ = scan_folder(data_dir)
-        if _looks_like_split(data_dir, folders):
-            name = "" if data_dir.name == split else f" datamodule.{option}={data_dir.name}"
-            raise UserError(
-                f"No folder '{split}' in {data_dir}, which looks like a split itself (class folders "
-                f"{listing(folders)}). Give its parent: datamodule.data_dir={data_dir.parent}{name}"
-            )
-        raise UserError(
-            f"No folder '{split}' in {data_dir}; the folders there: {listing(folders, 10) or 'none'}. "
-            f"Give datamodule.data_dir the folder that holds '{split}', or name another "
-            f"split with datamodule.{option}=..." + ("" if self.format != "auto" else f" {searched(place)}")
-        )
-
-
-def _hold_out(targets: Sequence[int], part: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions to train on and positions held out, both ascending: `part` of each class, rounded, drawn by `seed`."""
-    generator = np.random.default_rng(seed)
-    targets = np.asarray(targets)
-    held = np.zeros(len(targets), dtype=bool)
-    for target in np.unique(targets):
-        members = np.flatnonzero(targets == target)
-        held[generator.permutation(members)[: round(part * len(members))]] = True
-    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
-
-
-def _looks_like_split(folder: Path, subfolders: Sequence[str]) -> bool:
-    """Whether `folder` holds class folders: synsets by name, or two and more folders that all hold files."""
-    if any(name in imagenet_synsets() for name in subfolders):
-        return True
-    # A few folders tell; a wrong data_dir may hold very many.
-    return len(subfolders) > 1 and all(scan_folder(folder / name)[1] for name in subfolders[:5])
+        return ImageDataset(open_listing(self.data_dir, split, option, self.num_classes, self.format), transform)

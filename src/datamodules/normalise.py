@@ -1,4 +1,4 @@
-"""Images of whole numbers to what a network takes, on the device."""
+"""Normalisation of uint8 images, on the device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 class Normalise:
     """`(x / 255 - mean) / std` over images in [0, 255], in one pass over the memory and rounded once.
 
-    Bytes travel to the device in a quarter of the time of float32, and workers need not convert them.
+    uint8 images take a quarter of the transfer time of float32, and workers need not convert them.
 
     Args:
-        mean: per colour, of values in [0, 1].
-        std: per colour.
+        mean: mean per colour channel, of values in [0, 1].
+        std: standard deviation per colour channel.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -37,7 +37,7 @@ class Normalise:
         Returns:
             (B, 3, height, width) of `dtype`.
         """
-        if self._factor.device != images.device:  # once: each copy to the device would wait for it
+        if self._factor.device != images.device:  # once: a copy to the device synchronises
             self._factor, self._shift = self._factor.to(images.device), self._shift.to(images.device)
         result = torch.empty_like(images, dtype=dtype, memory_format=memory_format)
         return torch.addcmul(self._shift, images, self._factor, out=result)

@@ -1,4 +1,4 @@
-"""Which images a process sees, and in what order: exact in evaluation, reproducible in training."""
+"""Samplers: every image exactly once in evaluation, a reproducible order in training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ from scatterbrain.errors import UserError
 
 
 def derive_seed(*numbers: int) -> int:
-    """One seed in [0, 2^63) from several whole numbers, such as a run's seed, an epoch and a process."""
+    """One seed in [0, 2^63) from several whole numbers, such as a run's seed, an epoch and a rank."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def hold_out(targets: Sequence[int], part: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions to train on and positions held out, both ascending: a random `part` of each class, rounded."""
+    generator = np.random.default_rng(seed)
+    targets = np.asarray(targets)
+    held = np.zeros(len(targets), dtype=bool)
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        held[generator.permutation(members)[: round(part * len(members))]] = True
+    return np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
 
 
 class ShardedSampler(Sampler[int]):
     """The indices rank, rank + world_size, rank + 2 world_size, ... below `size`.
 
-    Over all ranks each index comes exactly once: nothing is padded, which would count some images twice, nor
-    dropped. Ranks may therefore differ by one index, and so in their number of batches: collectives belong at the
+    Over all ranks each index comes exactly once: no index is repeated as padding, which would count an image twice, and
+    none is dropped. Ranks may therefore differ by one index, and so in their number of batches: run collectives at the
     end of the epoch, not in a step.
 
     Args:
@@ -53,13 +64,12 @@ class ShardedSampler(Sampler[int]):
 class TrainingSampler(Sampler[tuple[int, int]]):
     """A new random order each epoch, with a seed for each image's augmentation.
 
-    Order and seeds follow from `seed` and the epoch alone, so that neither the number of workers nor an interruption
-    changes them. Every epoch goes over the images `passes` times, each pass a permutation of its own; what does not
-    fill a batch on every process is left out at the end.
+    Order and seeds depend only on `seed` and the epoch, not on the number of workers or on interruptions. Every epoch
+    has `passes` passes over the images, each in another random order; the last incomplete batch is dropped.
 
-    With `shards`, each pass permutes the shards, takes `shuffle_shards` of them at a time and permutes the images of
-    these: all processes and workers read from these alone, each image once, before they go on to the next ones. The
-    fewer they are, the more alike the images of a batch, where shards are not mixed themselves.
+    With `shards`, each pass permutes the shards, takes `shuffle_shards` of them at a time and permutes their images:
+    all processes and workers read only these shards, each image once, before the next ones. If the shards themselves
+    are not shuffled, a small number makes the images of a batch similar.
 
     Args:
         size: number of images.
@@ -68,16 +78,16 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         rank: this process, in [0, world_size).
         world_size: number of processes.
         passes: passes over the images in an epoch.
-        epoch: epoch to begin with; Lightning sets those that follow.
-        skip_batches: batches of that first epoch that were trained on already.
-        shards: (size,) for each image the number of the shard that holds it; None permutes all images alike.
-        shuffle_shards: shards whose images are mixed.
+        epoch: first epoch; Lightning sets the following ones.
+        skip_batches: batches of the first epoch that are already trained on.
+        shards: (size,) index of the shard that holds each image; None permutes all images.
+        shuffle_shards: number of shards whose images are shuffled together.
 
     Yields:
         Index in [0, size), and the seed of its augmentation, in [0, 2^62).
 
     Raises:
-        UserError: the images do not fill one batch on every process.
+        UserError: too few images for one batch on every process.
     """
 
     def __init__(
@@ -99,20 +109,20 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         self._epoch = epoch
         self._skip_batches = skip_batches
         self._shuffle_shards = shuffle_shards
-        # numbered from 0 on without gaps, which a part of the images may have left
+        # renumbered without gaps, which a subset of the images may have
         self._shards = None if shards is None else torch.from_numpy(np.unique(shards, return_inverse=True)[1])
         self._num_batches = size * passes // (batch_size * world_size)
         if self._num_batches == 0:
             images = size * passes
-            most = f"datamodule.batch_size, to {images // world_size} at most"
+            remedy = f"datamodule.batch_size, to {images // world_size} at most"
             if images < world_size:
-                most = f"trainer.devices, to {images} processes at most, and datamodule.batch_size"
+                remedy = f"trainer.devices, to {images} processes at most, and datamodule.batch_size"
             raise UserError(
                 f"{size} training images"
                 + (f" in {passes} passes" if passes > 1 else "")
                 + f" do not fill a batch of {batch_size}"
                 + (f" on each of {world_size} processes" if world_size > 1 else "")
-                + f". Lower {most}."
+                + f". Lower {remedy}."
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -134,9 +144,9 @@ class TrainingSampler(Sampler[tuple[int, int]]):
         order = torch.randperm(self._size, generator=generator)
         if self._shards is None:
             return order
-        turns = torch.randperm(int(self._shards.max()) + 1, generator=generator) // self._shuffle_shards
-        # stable: within a turn, the images stay in their random order
-        return order[torch.argsort(turns[self._shards[order]], stable=True)]
+        groups = torch.randperm(int(self._shards.max()) + 1, generator=generator) // self._shuffle_shards
+        # stable: within a group of shards, the images keep their random order
+        return order[torch.argsort(groups[self._shards[order]], stable=True)]
 
     def __len__(self) -> int:
         """Images of a whole epoch on this process."""

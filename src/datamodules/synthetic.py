@@ -1,7 +1,7 @@
-"""Random images that are in memory already: for measuring a machine, and for trying the commands without ImageNet.
+"""Random images in memory, for measuring the speed of a machine and for trying the commands without ImageNet.
 
-Nothing is read, decoded or collated, so an evaluation runs as fast as the network lets it. A network has nothing to
-recognise in them: its accuracy is that of guessing.
+Nothing is read, decoded or collated, so only the network limits the speed of an evaluation. Its accuracy is that of
+guessing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ NAME = "synthetic"
 
 
 class SyntheticImages:
-    """The images of the split: what they are called and what they show.
+    """Names, pixels and targets of the images.
 
     Args:
         num_images: number of images N.
-        num_distinct: number of images D that differ; image i is image i mod D.
+        num_distinct: number of distinct images D; image i equals image i mod D.
         image_size: side, pixels.
-        num_classes: number of classes that the targets are drawn from.
+        num_classes: number of classes of the random targets.
         seed: of pixels and targets.
 
     Attributes:
-        root: what stands for the folder.
+        root: name in place of a folder.
         paths: `synthetic/00000000` and so on, N of them.
         pixels: (D, 3, image_size, image_size) uint8.
         targets: (N,) int64.
@@ -53,20 +53,20 @@ class SyntheticImages:
 
 
 class _Batches(Dataset):
-    """Whole batches of consecutive images, each a slice: nothing is gathered.
+    """Batches of consecutive images, each a slice of one tensor, without a copy.
 
     Args:
-        images: what they are taken from.
-        begin: first image.
-        end: image after the last one.
+        images: all images.
+        begin: index of the first image.
+        end: index after the last image.
         batch_size: images per batch; the last one may have fewer.
-        pin_memory: keep everything in page-locked memory.
+        pin_memory: store the tensors in page-locked memory.
     """
 
     def __init__(self, images: SyntheticImages, begin: int, end: int, batch_size: int, pin_memory: bool) -> None:
         self._begin, self._end, self._batch_size = begin, end, batch_size
         self._num_distinct = len(images.pixels)
-        # the first ones once more behind the last, so that a batch is in one piece wherever it begins
+        # the first images are repeated at the end, so that every batch is contiguous
         repeats = 1 + -(-(batch_size - 1) // self._num_distinct)
         pixels = torch.cat([images.pixels] * repeats)[: self._num_distinct + batch_size - 1]
         tensors = pixels, images.targets, torch.arange(len(images))
@@ -78,7 +78,7 @@ class _Batches(Dataset):
     def __getitem__(self, index: int) -> list[torch.Tensor]:
         """Images (B, 3, size, size) uint8, targets (B,) int64 and positions in the split (B,) int64."""
         if not 0 <= index < len(self):
-            raise IndexError(f"There are {len(self)} batches, number {index} is none of them.")
+            raise IndexError(f"There are {len(self)} batches, so {index} is out of range.")
         begin = self._begin + index * self._batch_size
         end = min(begin + self._batch_size, self._end)
         first = begin % self._num_distinct
@@ -86,24 +86,24 @@ class _Batches(Dataset):
 
 
 class SyntheticDataModule(ClassificationDataModule):
-    """Random images in memory, in place of an `ImageFolderDataModule`, for evaluation alone.
+    """Random images in memory, in place of an `ImageFolderDataModule`, for evaluation only.
 
-    On several processes each has a stretch of its own.
+    Each process evaluates a contiguous part of them.
 
     Args:
         num_images: number of images.
-        num_distinct: number of those that differ, kept in memory, 3 bytes a pixel; image i is image i mod
+        num_distinct: number of distinct images, in memory with 3 bytes per pixel; image i equals image i mod
             `num_distinct`.
         seed: of pixels and targets.
         **options: those of `ClassificationDataModule`.
 
     Attributes:
-        data_dir: what stands for the folder.
-        test_split: what stands for the split.
+        data_dir: name in place of a folder.
+        test_split: name in place of a split.
         test_dataset: the images once `setup` has run, None before.
 
     Raises:
-        UserError: a value that is not valid; the message names the option.
+        UserError: an invalid value; the message names the option.
     """
 
     data_dir = NAME
@@ -123,7 +123,7 @@ class SyntheticDataModule(ClassificationDataModule):
         self.test_dataset: SyntheticImages | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the images, once.
+        """Generate the images, once.
 
         Args:
             stage: anything but `"fit"`.
@@ -132,14 +132,14 @@ class SyntheticDataModule(ClassificationDataModule):
             UserError: the stage is `"fit"`; the images do not fit in memory.
         """
         if stage == "fit":
-            raise UserError("datamodule=synthetic is for evaluation alone. Choose datamodule=imagenet for training.")
+            raise UserError("datamodule=synthetic is for evaluation only. Choose datamodule=imagenet for training.")
         if self.test_dataset is None:
             self.test_dataset = SyntheticImages(
                 self.num_images, self.num_distinct, self.image_size, self.num_classes, self.seed
             )
 
     def test_dataloader(self) -> DataLoader:
-        """Batches of this process's part of the images, in order; `setup` is run if it has not been.
+        """Batches of this process's part of the images, in order; runs `setup` if necessary.
 
         Returns:
             A loader of images (B, 3, size, size) uint8, targets (B,) int64 and positions in `test_dataset` (B,)
@@ -149,11 +149,11 @@ class SyntheticDataModule(ClassificationDataModule):
             UserError: fewer images than processes.
         """
         self.setup("test")
-        rank, world_size = self.place()
+        rank, world_size = self.rank_and_world_size()
         if self.num_images < world_size:
             raise UserError(
                 f"datamodule.num_images={self.num_images} cannot be shared among {world_size} processes. Raise it."
             )
-        begin, end = (self.num_images * place // world_size for place in (rank, rank + 1))
+        begin, end = (self.num_images * part // world_size for part in (rank, rank + 1))
         batches = _Batches(self.test_dataset, begin, end, self.batch_size, self.pin_memory)
         return DataLoader(batches, batch_size=None)

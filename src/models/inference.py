@@ -1,9 +1,9 @@
 """T2T-ViT for inference: the same weights and results, fewer passes over memory.
 
-What differs from `T2TViT.forward`: soft splits, their LayerNorm and the first linear map are one operator that never
-lays patches out; every other LayerNorm is folded into the linear map behind it; GELU and residuals are part of the
-linear maps' own passes; the tail of a token stage is one operator; and the last block computes the class token alone,
-which is all that the head reads.
+Differences from `T2TViT.forward`: a soft split, its LayerNorm and the first linear layer are one operator that never
+materialises patches; every other LayerNorm is folded into the following linear layer; GELU and residuals are fused into
+the linear layers; everything after the attention of a token stage is one operator; and the last block computes only the
+class token, which is all that the head reads.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from src.models.ops.fused_linear import FoldedLinear, Patches, fused_linear, fus
 from src.models.ops.token_tail import FoldedTail, token_tail
 from src.models.t2t_vit import T2TViT
 
-# The token stages work on so many pixels at a time on a CPU, 4 images of 224 pixels: their tensors, 2.4 MB an image,
-# then are memory that the allocator has at hand, where those of 16 images are mapped and cleared for each operation.
-PIXELS_AT_A_TIME = 4 * 224**2
+# On a CPU the token stages process this many pixels at a time (4 images of 224 pixels): the allocator reuses memory for
+# their tensors, 2.4 MB per image, while tensors of 16 images would be mapped and cleared for each operation.
+PIXELS_PER_CHUNK = 4 * 224**2
 
 
-def inference_form(model: T2TViT, backend: str = "auto") -> InferenceT2TViT:
-    """Build the inference form of a model in eval mode.
+def inference_model(model: T2TViT, backend: str = "auto") -> InferenceT2TViT:
+    """Build the inference model of a model in eval mode.
 
-    It shares the token stages' attention modules with the model: rows of random features that are drawn again, or
-    copied into `projection_matrix`, reach both. All other weights are folded copies, in the model's dtype and on its
-    device, so a model that is moved, cast, trained or loaded into afterwards needs a new inference form.
+    It shares the token stages' attention modules with the model: changes of `projection_matrix` affect both. All other
+    weights are folded copies, in the model's dtype and on its device, so a model that is moved, cast, trained or loaded
+    into afterwards needs a new inference model.
 
     Args:
         model: the model, in eval mode, on its final device and in its final dtype.
-        backend: form of the fused operators: `torch`, `triton` or `auto` (`ops.common.backends`). The attention modules
-            have their own.
+        backend: of the fused operators: `torch`, `triton` or `auto`, see `scatterbrain.ops.common.backends`. The
+            attention modules have their own.
 
     Returns:
         Module (B, 3, image_size, image_size) -> (B, num_classes), for inference only. Images in channels-last memory
-        (`images.to(memory_format=torch.channels_last)`) are read where they are.
+        (`images.to(memory_format=torch.channels_last)`) are read without a copy.
 
     Raises:
         UserError: the model is in training mode, or its parameters differ in dtype or device.
@@ -49,12 +49,12 @@ def inference_form(model: T2TViT, backend: str = "auto") -> InferenceT2TViT:
 
 
 class InferenceT2TViT(nn.Module):
-    """See `inference_form`."""
+    """See `inference_model`."""
 
     def __init__(self, model: T2TViT, backend: str = "auto") -> None:
         super().__init__()
         if model.training:
-            raise UserError("The model is in training mode, and its inference form has no dropout. Call model.eval().")
+            raise UserError("The model is in training mode, and its inference model has no dropout. Call model.eval().")
         kinds = {(parameter.dtype, parameter.device) for parameter in model.parameters()}
         if len(kinds) > 1:
             raise UserError(
@@ -84,10 +84,10 @@ class InferenceT2TViT(nn.Module):
         """Stay in eval mode.
 
         Raises:
-            UserError: training mode is asked for.
+            UserError: training mode is requested.
         """
         if mode:
-            raise UserError("The inference form cannot be trained. Train the model, then build the form again.")
+            raise UserError("The inference model cannot be trained. Train the model, then build another one.")
         return super().train(False)
 
     def forward_tokens(self, images: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class InferenceT2TViT(nn.Module):
             )
         if torch.is_autocast_enabled(images.device.type):
             raise UserError(
-                "The inference form computes in the dtype of its weights, and autocast is on. Convert the model and "
+                "The inference model computes in the dtype of its weights, and autocast is on. Convert the model and "
                 "the images instead, or call the model itself."
             )
         batch, size = len(images), self.image_size
@@ -108,7 +108,7 @@ class InferenceT2TViT(nn.Module):
         tokens[:, 0] = self.class_token
         part = max(batch, 1)
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
-            part = max(1, PIXELS_AT_A_TIME // size**2)
+            part = max(1, PIXELS_PER_CHUNK // size**2)
         for some_images, some_tokens in zip(images.split(part), tokens.split(part), strict=True):
             x = some_images.permute(0, 2, 3, 1)
             for stage, reduction in zip(self.stages, (4, 8), strict=True):
@@ -120,7 +120,7 @@ class InferenceT2TViT(nn.Module):
         """Map images (B, 3, image_size, image_size) to logits (B, num_classes).
 
         Raises:
-            UserError: images of another size, dtype or device; a gradient is wanted; autocast is on.
+            UserError: images of another size, dtype or device; gradients are required; autocast is on.
         """
         x = self.forward_tokens(images)
         statistics = None
@@ -130,7 +130,7 @@ class InferenceT2TViT(nn.Module):
 
 
 class _TransformerStage(nn.Module):
-    """A soft split and the `TokenTransformer` behind it, its attention module shared."""
+    """A soft split and the following `TokenTransformer`, whose attention module is shared."""
 
     def __init__(self, stage: TokenTransformer, patches: Patches, backend: str) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _TransformerStage(nn.Module):
 
 
 class _PerformerStage(nn.Module):
-    """A soft split and the `TokenPerformer` behind it."""
+    """A soft split and the following `TokenPerformer`."""
 
     def __init__(self, stage: TokenPerformer, patches: Patches, backend: str) -> None:
         super().__init__()
@@ -156,13 +156,13 @@ class _PerformerStage(nn.Module):
         self.kqv = FoldedLinear(stage.kqv.weight, stage.kqv.bias, stage.norm1, patches=patches)
         self.tail = FoldedTail(stage.proj, stage.norm2, stage.mlp[0], stage.mlp[2])
         self.eps = stage.NORMALISER_EPS
-        self.register_buffer("rows", stage.w.detach().clone())
+        self.register_buffer("projection", stage.w.detach().clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map a feature map (B, height, width, C) to tokens (B, patches, token_dim)."""
         kqv = fused_linear(x, self.kqv, backend=self.backend)
         key, query, value = kqv.unflatten(-1, (3, -1)).unsqueeze(1).unbind(3)  # (B, 1, N, E) views
-        out = performer_attention(query, key, value, self.rows, scale=1.0, eps=self.eps)
+        out = performer_attention(query, key, value, self.projection, scale=1.0, eps=self.eps)
         return token_tail(out.squeeze(1), value.squeeze(1), self.tail, backend=self.backend)
 
 
@@ -187,7 +187,7 @@ class _Block(nn.Module):
     def forward(
         self, x: torch.Tensor, statistics: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map tokens (B, N, dim) to (B, N, dim), each with its `statistics`, see `fused_linear_with_statistics`."""
+        """Map tokens (B, N, dim) and their `statistics` to the same, see `fused_linear_with_statistics`."""
         qkv = fused_linear(x, self.qkv, backend=self.backend, statistics=statistics)
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -197,7 +197,7 @@ class _Block(nn.Module):
 
 
 class _LastBlock(nn.Module):
-    """The last block for the class token: every token gives a key and a value, and only the first one the rest."""
+    """The last block for the class token: keys and values of all tokens, everything else of the first token only."""
 
     def __init__(self, block: Block, backend: str) -> None:
         super().__init__()

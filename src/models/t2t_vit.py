@@ -62,7 +62,7 @@ T2T_VIT_VARIANTS: dict[str, T2TViTVariant] = {
     "t2t_vit_t_24": T2TViTVariant("transformer", 512, 24, 8),
     "t2t_vit_14_resnext": T2TViTVariant("performer", 384, 14, 32),
     "t2t_vit_14_wide": T2TViTVariant("performer", 768, 4, 12),
-    # ours, not published: small enough to train in minutes and to ship
+    # our own, not published: small enough to train in minutes and to include in the repository
     "t2t_vit_t_7": T2TViTVariant("transformer", 256, 7, 4, mlp_ratio=2.0),
 }
 
@@ -81,10 +81,10 @@ def sinusoid_table(num_positions: int, dim: int) -> torch.Tensor:
 
 
 def resize_position_table(table: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """Resize a position table to another number of patches, bicubic on the grid, as the published code does.
+    """Resize a position table to another number of patches, bicubic on the grid, as in the published code.
 
     Args:
-        table: (1, 1 + old patches, dim), the first row belonging to the class token.
+        table: (1, 1 + old patches, dim), the class token first.
         num_patches: new number of patches, a square.
 
     Returns:
@@ -107,7 +107,7 @@ def resize_position_table(table: torch.Tensor, num_patches: int) -> torch.Tensor
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a fixed sinusoid to the tokens; `pe` is stored in checkpoints but not trained.
+    """Adds a fixed sinusoidal embedding to the tokens; `pe` is stored in checkpoints but not trained.
 
     Args:
         num_positions: number of tokens, class token included.
@@ -133,7 +133,7 @@ class T2TViT(nn.Module):
         num_classes: number of classes.
         drop_rate: dropout of embeddings, projections and MLPs of the backbone.
         attention_drop_rate: dropout of the backbone's attention weights.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the depth.
+        drop_path_rate: stochastic depth rate of the last block, increasing linearly from 0 over the depth.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class T2TViT(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(dim, variant.num_heads, variant.mlp_ratio, drop_rate, attention_drop_rate, drop_path)
-            for drop_path in torch.linspace(0, drop_path_rate, variant.depth).tolist()
+            for drop_path in torch.linspace(0, drop_path_rate, variant.depth, device="cpu").tolist()
         )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
@@ -166,19 +166,19 @@ class T2TViT(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        """Truncated normal of deviation 0.02 for linear maps, as published."""
+        """Truncated normal of standard deviation 0.02 for linear layers, as published."""
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed, beside biases and norms; timm's optimizers ask for them."""
+        """Names of parameters without weight decay, beside biases and norms; called by timm's optimizers."""
         return {"cls_token"}
 
     @property
     def token_attentions(self) -> tuple[nn.Module, nn.Module] | None:
-        """The attention modules of the two token stages; None where they cannot be swapped."""
+        """The attention modules of the two token stages; None if they cannot be swapped."""
         stages = (self.patch_embed.attention1, self.patch_embed.attention2)
         if not all(isinstance(stage, TokenTransformer) for stage in stages):
             return None
@@ -186,11 +186,11 @@ class T2TViT(nn.Module):
 
     @property
     def has_random_features(self) -> bool:
-        """Whether the token attentions hold random rows that `redraw_projections` can draw again."""
+        """Whether the token attentions hold random projections, which `redraw_projections` replaces."""
         return any(hasattr(module, "redraw_projection") for module in self.token_attentions or ())
 
     def redraw_projections(self, seed: int) -> None:
-        """Draw the random-feature rows of both token stages again, in place, from `seed`."""
+        """Redraw the random projections of both token stages in place, from `seed`."""
         for stage, attention in enumerate(self.token_attentions or ()):
             if hasattr(attention, "redraw_projection"):
                 attention.redraw_projection(stage_seed(seed, stage))
@@ -216,7 +216,7 @@ class T2TViT(nn.Module):
 
 
 def stage_seed(seed: int, stage: int) -> int:
-    """Seed of the random features of a token stage: no two pairs (seed, stage) share one."""
+    """Seed of the random features of a token stage, unique for each pair (seed, stage)."""
     return 2 * seed + stage
 
 
@@ -224,7 +224,7 @@ def get_variant(name: str) -> T2TViTVariant:
     """Sizes of the variant `name`.
 
     Raises:
-        UserError: unknown name; near names are suggested.
+        UserError: unknown name; similar names are suggested.
     """
     if name not in T2T_VIT_VARIANTS:
         raise UserError(f"Unknown T2T-ViT variant '{name}'. {did_you_mean(name, T2T_VIT_VARIANTS)}")
@@ -253,14 +253,14 @@ def create_t2t_vit(
         num_classes: number of classes.
         drop_rate: dropout of embeddings, projections and MLPs of the backbone.
         attention_drop_rate: dropout of the backbone's attention weights.
-        drop_path_rate: stochastic depth of the last block.
-        seed: seed of the random features; each stage derives its own.
+        drop_path_rate: stochastic depth rate of the last block.
+        seed: seed of the random features, from which each stage derives its own.
 
     Returns:
         Module (B, 3, image_size, image_size) -> (B, num_classes).
 
     Raises:
-        UserError: unknown variant or attention, an attention for a variant that takes none, or sizes out of range.
+        UserError: unknown variant or attention, an attention for a `performer` variant, or sizes out of range.
     """
     variant = get_variant(name)
     if not isinstance(image_size, int) or image_size < TOTAL_STRIDE or image_size % TOTAL_STRIDE:
@@ -304,7 +304,7 @@ def create_t2t_vit(
 
 
 def _stage_configs(attention: str | Sequence[Mapping[str, Any] | str] | None) -> list[dict[str, Any]]:
-    """Arguments of `create_attention` for both stages, from any of the forms `create_t2t_vit` takes."""
+    """Arguments of `create_attention` for both stages, from the argument `attention` of `create_t2t_vit`."""
     if attention is None:
         attention = "full"
     pair = [attention, attention] if isinstance(attention, str) else list(attention)

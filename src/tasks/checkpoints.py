@@ -21,9 +21,9 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from scatterbrain.errors import UserError, is_number
+from src.checkpoints import save_checkpoint
 from src.evaluation.training import best_epoch
 from src.tasks.training import CHECKPOINT_KEY
-from src.utils.checkpoint import save_checkpoint
 from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)

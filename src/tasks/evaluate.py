@@ -24,8 +24,8 @@ from rich.console import Console
 from torch import nn
 
 from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
+from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts.base import listing
 from src.datamodules.synthetic import SyntheticDataModule
 from src.distributed.launch import WorkersLostError, check_common_options, explained, launch
 from src.evaluation.comparison import OnePass, compare_runs, print_comparison, write_comparison
@@ -39,7 +39,7 @@ from src.evaluation.results import (
     write_predictions,
     write_results,
 )
-from src.models.inference import inference_form
+from src.models.inference import inference_model
 from src.models.t2t_vit import T2TViT
 from src.tasks.attentions import attention_configs, chosen_attentions, naming, share_modules
 from src.tasks.build import attention_name, build, build_group, build_model, runs_inference_form
@@ -55,9 +55,9 @@ from src.tasks.provenance import (
     reset_peak_memory,
 )
 from src.tasks.unfinished import UnfinishedEvaluation, names_digest, unfinished_folder
-from src.utils.checkpoint import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.utils.files import sha256_of_file
-from src.utils.fixed_batch import CudaGraphForward, Forward, PaddedForward, compiled
+from src.utils.static_shapes import CudaGraphForward, Forward, PaddedForward, compiled
+from src.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
 
@@ -364,7 +364,7 @@ def _tell_skipped(datamodule: ImageFolderDataModule | SyntheticDataModule, task:
 
 def _described(skipped: dict[str | Path, str]) -> str:
     """The first few of them in words."""
-    return listing(f"{name} ({reason})" for name, reason in skipped.items())
+    return abbreviate(f"{name} ({reason})" for name, reason in skipped.items())
 
 
 @contextmanager
@@ -510,7 +510,7 @@ def _full_batch(trainer: Trainer, datamodule: ImageFolderDataModule | SyntheticD
 
 def _make_forward(model: nn.Module, fast: bool, compile_form: bool, batch_size: int | None = None) -> Forward:
     """What is evaluated in place of a model that is on its device and in its dtype."""
-    return _runner(inference_form(model) if fast else model, model, compile_form, batch_size)
+    return _runner(inference_model(model) if fast else model, model, compile_form, batch_size)
 
 
 class _SharedForms:
@@ -523,7 +523,7 @@ class _SharedForms:
         self._first: nn.Module | None = None
 
     def __call__(self, model: T2TViT) -> Forward:
-        form = inference_form(model) if self._fast else model
+        form = inference_model(model) if self._fast else model
         if self._first is None:
             self._first = form
         elif self._fast:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from scatterbrain.attention import ATTENTIONS, create_attention, option_parameters
 from scatterbrain.errors import UserError, check_switch, check_whole_number, is_number
+from src.checkpoints import load_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.distributed.launch import check_common_options, explained, launch
 from src.evaluation.training import (
@@ -48,7 +49,6 @@ from src.tasks.provenance import (
     reset_peak_memory,
 )
 from src.tasks.training import CHECKPOINT_KEY, ClassificationTraining
-from src.utils.checkpoint import load_checkpoint
 from src.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The command line's side of errors: one short message on stderr and exit status 1."""
+"""Errors on the command line: one short message on stderr and exit status 1."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 from scatterbrain.errors import UserError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# Whether the user asked for tracebacks; `run_cli` sets it, since it must change the variable for Hydra.
+# Whether the user requested tracebacks; set by `run_cli`, which changes the environment variable for Hydra.
 _show_traceback = False
 
 
 def report(error: Exception, origin: str | None = None) -> None:
-    """Print the message of an error on stderr, below its traceback if HYDRA_FULL_ERROR=1 asked for one.
+    """Print the message of an error on stderr, after its traceback if HYDRA_FULL_ERROR=1.
 
     Args:
         error: see `describe`.
-        origin: where it comes from if the command does more than one thing, such as `"run 2"`.
+        origin: where it comes from if the command has several parts, such as `"run 2"`.
     """
     if _show_traceback:
         traceback.print_exception(error)
@@ -32,7 +32,7 @@ def report(error: Exception, origin: str | None = None) -> None:
 
 
 def describe(error: Exception) -> str:
-    """What is wrong and what to do about it, in one paragraph.
+    """The message of an error, with its remedy, in one paragraph.
 
     Args:
         error: a `UserError`, an error of Hydra or OmegaConf about the command line, or one of the file system.
@@ -55,7 +55,7 @@ def describe(error: Exception) -> str:
 
 
 def _describe_missing_config(error: MissingConfigException) -> str:
-    """`model/t2tattn_cfg=sblocl`: the group's choices, near names first."""
+    """For `model/t2tattn_cfg=sblocl`: the group's choices, similar names first."""
     name = str(error.missing_cfg_file or "")
     group, _, choice = name.rpartition("/")
     if group and error.options:
@@ -64,7 +64,7 @@ def _describe_missing_config(error: MissingConfigException) -> str:
 
 
 def _describe_config_key(error: OmegaConfBaseException) -> str:
-    """`datamodule.batchsize=64`: the option and those that are near."""
+    """For `datamodule.batchsize=64`: the option and similar ones."""
     message = str(error.msg or error).splitlines()[0].rstrip(".")
     key = str(error.full_key)
     if "is not in struct" not in message:
@@ -79,11 +79,11 @@ def _describe_config_key(error: OmegaConfBaseException) -> str:
 
 
 def run_cli(main: Callable[[], None], argv: list[str]) -> int:
-    """Run a Hydra entry point so that any mistake of the user's ends with one message and no traceback.
+    """Run a Hydra entry point; an error of the user's ends with one message and no traceback.
 
     Args:
         main: the function that `hydra.main` decorates.
-        argv: command line, edited in place: `experiment=name.yaml` is `experiment=name`.
+        argv: command line, edited in place: `experiment=name.yaml` becomes `experiment=name`.
 
     Returns:
         Exit status: 0, 1 after an error of the user's, 130 after Ctrl-C. HYDRA_FULL_ERROR=1 adds the traceback.
@@ -92,17 +92,17 @@ def run_cli(main: Callable[[], None], argv: list[str]) -> int:
     argv[1:] = [_without_yaml(argument) for argument in argv[1:]]
     before = os.environ.get(FULL_ERROR)
     _show_traceback = before == "1"
-    # Hydra would print errors of its own and leave by sys.exit; raised, they pass through here
+    # Hydra raises its errors here instead of printing them and calling sys.exit
     os.environ[FULL_ERROR] = "1"
     try:
         for argument in argv[1:]:
-            if argument.startswith("="):  # Hydra's parser takes it for a group without a name
+            if argument.startswith("="):  # Hydra's parser reads it as a group without a name
                 raise UserError(f"Cannot read '{argument}'. Give options as option=value.")
         main()
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         report(error)
         return 1
-    except SystemExit as end:  # argparse, on a flag it does not know: usage and one line
+    except SystemExit as end:  # argparse, for an unknown flag: usage and one line
         return 1 if end.code == 2 else int(end.code or 0)
     except KeyboardInterrupt:
         return 130

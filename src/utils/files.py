@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever meets half of one, and naming them by their content."""
+"""Atomic writes, JSON and checksums of files."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ def atomic_write(
     errors: str | None = None,
     newline: str | None = None,
 ) -> Iterator[IO[Any]]:
-    """Open a file that takes its name only once it is complete.
+    """Write a file atomically: readers see the old file or the complete new one.
 
-    What is written goes to a temporary file in the same folder, is flushed to the disk, and then renamed
-    over `path` in one step. If the block raises, the temporary file is removed and a file that was at `path`
-    is left as it was. The new file gets the permissions of an ordinary new file (umask). A symbolic link at
-    `path` is replaced, not followed.
+    Content goes to a temporary file in the same folder, is flushed to the disk, and then renamed to `path`. If the
+    block raises, the temporary file is removed and a file at `path` is unchanged. The new file gets the permissions of
+    an ordinary new file (umask). A symbolic link at `path` is replaced, not followed.
 
     Args:
-        path: where the file goes; its folder must exist.
+        path: the file; its folder must exist.
         mode: `"w"` for text (the default) or `"wb"` for bytes.
         encoding: of text, UTF-8 by default.
         errors: of text, as in `open`; `"surrogateescape"` for names of files that are not UTF-8.
@@ -44,7 +43,7 @@ def atomic_write(
 
     Raises:
         UserError: the folder does not exist or cannot be written to, or `path` is a folder.
-        ValueError: another mode, or an option of text for bytes.
+        ValueError: another mode, or a text option with `"wb"`.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_write: mode must be 'w' or 'wb', got {mode!r}")
@@ -53,11 +52,11 @@ def atomic_write(
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, but a file is to be written there. Move it or choose another name.")
-    # A leading dot and a suffix of its own keep the temporary file out of listings and globs such as *.json.
+    # The leading dot and the suffix hide the temporary file from listings and globs such as *.json.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        # Not tempfile.mkstemp: its files are readable by their owner alone, and the rename would keep it so.
+        # Not tempfile.mkstemp, whose files only their owner may read, also after the rename.
         descriptor = os.open(temporary, flags, 0o666)
     except OSError as error:
         raise UserError(
@@ -69,7 +68,7 @@ def atomic_write(
         with os.fdopen(descriptor, mode, encoding=encoding, errors=errors, newline=newline) as file:
             yield file
             file.flush()
-            # Without it a crash of the machine could leave the new name with none of the new content.
+            # Without it a crash of the machine could leave an empty file under the new name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:  # an interrupt must not leave the temporary file behind either
@@ -79,16 +78,16 @@ def atomic_write(
 
 
 def name_for_json(path: str | os.PathLike[str]) -> str:
-    r"""A file's name as text, which JSON is made of: bytes of it that are not UTF-8 become \x.. in it."""
+    r"""A file's name as text for JSON: bytes that are not UTF-8 are escaped as \x.."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write one object as JSON, through `atomic_write`.
+    """Write a JSON object by `atomic_write`.
 
     Raises:
         UserError: see `atomic_write`.
-        ValueError: a number is NaN or infinite, which JSON does not have.
+        ValueError: a number is NaN or infinite, which JSON does not allow.
     """
     with atomic_write(path) as file:
         json.dump(content, file, indent=2, allow_nan=False, ensure_ascii=False)
@@ -96,7 +95,7 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, read in pieces so that its size does not matter.
+    """SHA-256 of a file's content, read in chunks.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""What a timing has to be read with."""
+"""Hardware and software versions, stored with results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def processor_name() -> str:
-    """Model of the processor, as the system knows it."""
+    """Model name of the processor."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
@@ -19,12 +19,12 @@ def processor_name() -> str:
 
 def usable_cpus() -> int:
     """Number of CPUs that this process may use."""
-    # sched_getaffinity knows of taskset and of containers pinned to CPUs, but does not exist on every system.
+    # sched_getaffinity respects taskset and containers pinned to CPUs, but does not exist on every system.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_info(device: torch.device) -> dict[str, str | int | None]:
-    """What a figure has to be read with: processor, threads, versions, GPU."""
+    """Processor, threads, versions and GPU, stored with results."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""One function on many arguments, in processes that may fail."""
+"""One function on many arguments in parallel processes; failures are ignored."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def run_in_processes(
     work: Callable[[T], object],
     cases: Sequence[T],
     jobs: int,
-    tell: Callable[[], None] = lambda: None,
+    on_done: Callable[[], None] = lambda: None,
     method: str = "spawn",
 ) -> None:
-    """Call `work` on each case, in other processes, for what it leaves outside of them: files, a cache on disk.
+    """Call `work` on each case in other processes, for its side effects such as files or a cache on disk.
 
-    A case that fails is ignored, one that takes its process down too; cases that are left go to the other processes.
-    No process outlives the call, whatever ends it.
+    Failing cases are ignored, also those that crash their process; the remaining cases go to the other processes. All
+    processes end before the call returns or raises.
 
     Args:
-        work: can be pickled, as the cases can; what it returns is dropped.
-        cases: begun in this order.
-        jobs: number of processes at most.
-        tell: called here after each case.
-        method: how processes start. A process forked from one that uses CUDA cannot use it.
+        work: picklable, as the cases are; its result is ignored.
+        cases: started in this order.
+        jobs: largest number of processes.
+        on_done: called in this process after each case.
+        method: start method. A process forked from one that uses CUDA cannot use CUDA.
     """
     context = multiprocessing.get_context(method)
     waiting = deque(cases)
@@ -39,16 +39,16 @@ def run_in_processes(
     connections: list[Connection] = []
     in_main_thread = threading.current_thread() is threading.main_thread()
     try:
-        # They inherit it: Ctrl-C on a terminal reaches them too, and would be told of by each of them.
+        # Inherited by the processes: Ctrl-C in a terminal reaches them too, and each would print a traceback.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
         try:
             for _ in range(min(jobs, len(cases))):
                 connection, other_end = context.Pipe()
                 processes.append(context.Process(target=_serve, args=(other_end, work), daemon=True))
                 processes[-1].start()
-                other_end.close()  # or the end of the process would not be seen
+                other_end.close()  # or the exit of the process would not be detected
                 connections.append(connection)
-                with contextlib.suppress(OSError):  # the process is gone already: seen below
+                with contextlib.suppress(OSError):  # the process has already exited: handled below
                     connection.send(waiting.popleft())
         finally:
             if in_main_thread:
@@ -61,9 +61,9 @@ def run_in_processes(
                         connection.send(waiting.popleft())
                     else:
                         connections.remove(connection)
-                except (EOFError, OSError):  # the process is gone
+                except (EOFError, OSError):  # the process has exited
                     connections.remove(connection)
-                tell()
+                on_done()
     finally:
         for process in processes:
             if process.pid is not None:  # it was started
@@ -73,13 +73,13 @@ def run_in_processes(
 
 
 def _serve(connection: Connection, work: Callable[[T], object]) -> None:
-    """What a process does: one case after another, until no other comes."""
+    """Main function of a process: runs one case after another until the connection closes."""
     while True:
         try:
             case = connection.recv()
         except EOFError:
             return
-        # whoever needs what the case would have left meets the fault again, and tells of it
+        # the caller repeats the work of a failed case itself, and reports its error
         with contextlib.suppress(Exception):
             work(case)
         connection.send(None)

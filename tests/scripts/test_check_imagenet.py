@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from scripts import check_imagenet
-from tests.src.datamodules import layout_files as files
+from tests.src.datamodules import format_files as files
 from tests.src.datamodules.setup import encoded
 
 try:
@@ -19,7 +19,7 @@ try:
 except ImportError:
     pyarrow = None
 
-LAYOUTS = [layout for layout in files.LAYOUTS if layout is not files.parquet or pyarrow is not None]
+LAYOUTS = [layout for layout in files.WRITERS if layout is not files.parquet or pyarrow is not None]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_layout(check, tmp_path, layout, capsys):
     assert list(reports) == ["val", "train"]
     for split, report in reports.items():
         assert report["format"] == (
-            "class_folders" if (layout, split) == (files.kaggle, "train") else files.LAYOUTS[layout]
+            "class_folders" if (layout, split) == (files.kaggle, "train") else files.WRITERS[layout]
         )
         assert (report["num_images"], report["num_classes"]) == (8, 4)
         assert report["images_per_class"] == {"min": 2, "max": 2}

@@ -17,9 +17,9 @@ from scripts import convert_checkpoint_t2t_vit as convert
 from scripts import download_checkpoint_t2t_vit as download
 from scripts import export_checkpoint_t2t_vit as export
 from scripts import make_random_checkpoint as make_random
+from src.checkpoints import PUBLISHED_CHECKPOINTS, PublishedCheckpoint, load_checkpoint, read_checkpoint
+from src.checkpoints.seeded_weights import published_shapes, seeded_weights
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViTVariant, create_t2t_vit
-from src.utils.checkpoint import PUBLISHED_CHECKPOINTS, PublishedCheckpoint, load_checkpoint, read_checkpoint
-from src.utils.named_tensors import named_weights, official_shapes
 
 SCRIPTS = Path(convert.__file__).parent
 FILE_NAME = "80.0_tiny.pth.tar"
@@ -35,7 +35,7 @@ def tiny_variant(monkeypatch):
 
 
 def write_published(path, num_classes=5):
-    weights = named_weights(official_shapes("tiny_t", num_classes, 32))
+    weights = seeded_weights(published_shapes("tiny_t", num_classes, 32))
     torch.save({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, path)
     return path
 
@@ -134,7 +134,7 @@ def test_random_checkpoint_is_in_the_published_format_and_loads(tmp_path, capsys
     stored = torch.load(output, weights_only=True)
     assert list(stored) == ["state_dict_ema"]
     assert all(tensor.dtype == torch.float32 for tensor in stored["state_dict_ema"].values())
-    expected = named_weights(official_shapes("tiny_t", 3, 48))
+    expected = seeded_weights(published_shapes("tiny_t", 3, 48))
     assert list(stored["state_dict_ema"]) == list(expected)
     assert all(torch.equal(stored["state_dict_ema"][key], expected[key].float()) for key in expected)
     model = create_t2t_vit("tiny_t", num_classes=3, image_size=48)
@@ -284,7 +284,7 @@ def test_a_damaged_file_that_is_there_already_is_kept_and_named(tmp_path, mirror
     assert fetch(tmp_path, mirror[1]) == 1
     err = capsys.readouterr().err
     assert f"{target} (" in err
-    assert "cut short or damaged" in err
+    assert "truncated or damaged" in err
     assert "move it away" in err
     assert target.read_bytes() == b"PK\x03\x04 half a download"
 
@@ -365,7 +365,7 @@ def test_export_leaves_the_weights_alone(tmp_path, capsys):
     assert path.read_bytes() == before
     content = torch.load(output, weights_only=True)
     assert list(content) == ["state_dict_ema"]
-    assert content["state_dict_ema"].keys() == official_shapes("tiny_t", 5, 32).keys()
+    assert content["state_dict_ema"].keys() == published_shapes("tiny_t", 5, 32).keys()
     loaded = create_t2t_vit("tiny_t", "full", image_size=32, num_classes=5)
     load_checkpoint(loaded, output)
     for key, tensor in loaded.state_dict().items():
@@ -408,6 +408,6 @@ def test_the_committed_checkpoint_is_in_the_published_layout():
     path = SCRIPTS.parent / "checkpoints" / "demo" / "t2t_vit_t_7_flowers.pth.tar"
     assert path.stat().st_size <= 10_000_000
     content = torch.load(path, weights_only=True)["state_dict_ema"]
-    assert {key: tuple(tensor.shape) for key, tensor in content.items()} == official_shapes("t2t_vit_t_7", 5)
+    assert {key: tuple(tensor.shape) for key, tensor in content.items()} == published_shapes("t2t_vit_t_7", 5)
     assert {tensor.dtype for tensor in content.values()} == {torch.float16}
     assert sha256(path) in (path.parent / "README.md").read_text()

@@ -1,7 +1,7 @@
 """The two kinds of token stage of a tokens-to-token module (Yuan et al., ICCV 2021, section 3.1).
 
-Both add the *values* to the output of the attention, where other blocks add the input: the stage changes the
-width from that of the soft split (147 or 576) to the token width (64), so the input cannot be the skip.
+Both add the *values* to the output of the attention, where other blocks add the input: the stage changes the width from
+that of the soft split (147 or 576) to the token width (64), so the residual connection cannot use the input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TokenTransformer(nn.Module):
         dim: width of the incoming tokens.
         token_dim: width of the outgoing tokens, and of query, key and value.
         attention: module `(query, key, value) -> (out, weights)` over (B, N, H, E) tensors. Its softmax scale
-            has to be `dim ** -0.5` for published checkpoints: the input width, not the width of the head.
+            has to be `dim ** -0.5` for published checkpoints, with the input width instead of the head width.
     """
 
     def __init__(self, dim: int, token_dim: int, attention: nn.Module) -> None:
@@ -64,7 +64,7 @@ class TokenAttention(nn.Module):
 class TokenPerformer(nn.Module):
     """Token stage of the `t2t_vit_*` variants: a Performer that is part of the trained model.
 
-    Its feature rows `w` are stored in the checkpoint, its softmax scale is 1, and 1e-8 is added to the
+    Its random projections `w` are stored in the checkpoint, its softmax scale is 1, and 1e-8 is added to the
     normaliser, all as published. It is not the swappable attention.
 
     Args:
@@ -90,8 +90,8 @@ class TokenPerformer(nn.Module):
             nn.Linear(token_dim, token_dim),
             nn.Dropout(dropout),
         )
-        rows = nn.init.orthogonal_(torch.empty(num_features, token_dim)) * math.sqrt(num_features)
-        self.w = nn.Parameter(rows, requires_grad=False)
+        projection = nn.init.orthogonal_(torch.empty(num_features, token_dim)) * math.sqrt(num_features)
+        self.w = nn.Parameter(projection, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (B, N, dim) to (B, N, token_dim)."""

@@ -1,4 +1,4 @@
-"""Folders of images, datasets of them, and what is said about wrong ones."""
+"""Folders of images, datasets of them, and error messages."""
 
 import io
 from pathlib import Path

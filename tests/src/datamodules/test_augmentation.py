@@ -79,7 +79,7 @@ def test_labels_are_smoothed_over_all_classes(images, targets):
 )
 @pytest.mark.parametrize("smoothing", [0, 0.1])
 def test_targets_are_mixed_as_images_are(mixing, smoothing):
-    # image i is nothing but i, of class i: the mean over the pixels tells the parts
+    # image i is nothing but i, of class i: the mean over the pixels gives the parts
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, SIDE, SIDE) * 255
     options = {"re_prob": 0, "label_smoothing": smoothing, "mean": (0, 0, 0), "std": (1, 1, 1)}
     transform = augmentation(**options, **mixing)
@@ -133,7 +133,7 @@ def test_mixing_has_its_probabilities(images, targets):
         ({"mixup_alpha": 0, "cutmix_alpha": 0}, False),
     ],
 )
-def test_it_tells_whether_it_mixes(options, mixes):
+def test_whether_it_mixes(options, mixes):
     assert augmentation(**options).mixes is mixes
 
 
@@ -238,9 +238,9 @@ def test_interpolations_that_turn_images(photograph, interpolation):
 
 
 @pytest.mark.parametrize("interpolation", ["box", "hamming", "lanczos"])
-def test_interpolations_that_turn_no_images(photograph, interpolation):
+def test_interpolations_that_cannot_rotate(photograph, interpolation):
     message = message_of(augmentation, interpolation=interpolation)
-    assert message.startswith(f"datamodule.augmentation.interpolation={interpolation} cannot turn images")
+    assert message.startswith(f"datamodule.augmentation.interpolation={interpolation} cannot rotate images")
     assert "datamodule.augmentation.auto_augment" in message
     assert augmentation(interpolation=interpolation, auto_augment=None).transform(photograph).shape == (3, SIDE, SIDE)
 
@@ -336,8 +336,8 @@ def test_on_the_device_there_is_another_start():
         on_device=True, auto_augment=None, rotation=30, scale=["0.5", 0.9], ratio=(1, 2), hflip=0.1, vflip=0.2
     )
     assert transform.transform is None
-    start = transform.start
+    start = transform.batch_transform
     assert (start.image_size, start.scale, start.ratio) == (SIDE, (0.5, 0.9), (1, 2))
     assert (start.hflip, start.vflip, start.color_jitter) == (0.1, 0.2, 0.4)
     assert start.rotation == pytest.approx(math.pi / 6)
-    assert augmentation().start is None
+    assert augmentation().batch_transform is None

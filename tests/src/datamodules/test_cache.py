@@ -15,10 +15,14 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from src.datamodules import cache as cache_module
-from src.datamodules.cache import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE, CachedLoader, DecodedCache
+from src.datamodules.cache import CachedLoader, DecodedCache
+from src.datamodules.cache import entry as entry_module
+from src.datamodules.cache import lock as lock_module
+from src.datamodules.cache import reading as reading_module
+from src.datamodules.cache import writer as writer_module
+from src.datamodules.cache.writer import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
 from src.datamodules.dataset import ImageDataset
-from tests.src.datamodules.layout_files import LAYOUTS
+from tests.src.datamodules.format_files import WRITERS
 from tests.src.datamodules.setup import datamodule, message_of, write_images
 
 NAMES = [f"{'ab'[number % 2]}/{number:02}.png" for number in range(10)]
@@ -35,9 +39,10 @@ def data_dir(tmp_path):
 @pytest.fixture(autouse=True)
 def one_image_at_a_time(monkeypatch):
     """Every image counts as soon as it is written."""
-    monkeypatch.setattr(cache_module, "_BATCH_SIZE", 1)
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(cache_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(entry_module, "BATCH_SIZE", 1)
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 1)
+    for module_with_polling in (entry_module, lock_module):
+        monkeypatch.setattr(module_with_polling, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -127,8 +132,8 @@ def finish(process, queue):
 # ---- the same images --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_every_layout_is_cached_bit_for_bit(write, tmp_path, decoded):
+@pytest.mark.parametrize("write", WRITERS, ids=lambda writer: writer.__name__)
+def test_every_format_is_cached_bit_for_bit(write, tmp_path, decoded):
     if write.__name__ == "parquet":
         pytest.importorskip("pyarrow")
     write(tmp_path / "data", "val")
@@ -142,13 +147,13 @@ def test_every_layout_is_cached_bit_for_bit(write, tmp_path, decoded):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_photographs_by_any_number_of_workers(flowers, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(cache_module, "_BATCH_SIZE", 5)
+    monkeypatch.setattr(entry_module, "BATCH_SIZE", 5)
     options = {"num_classes": 5, "image_size": 224, "batch_size": 5, "num_workers": workers}
     expected = batches(datamodule(flowers, **options))
     assert_same(batches(datamodule(flowers, cache_dir=tmp_path, **options)), expected)
 
 
-def test_home_is_expanded_and_the_entry_tells_what_it_holds(data_dir, tmp_path, monkeypatch, capsys):
+def test_home_is_expanded_and_the_entry_describes_its_content(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     batches(cached(data_dir, cache_dir="~/cache"))
     content = json.loads((entry(data_dir) / ENTRY_FILE).read_text())
@@ -157,10 +162,10 @@ def test_home_is_expanded_and_the_entry_tells_what_it_holds(data_dir, tmp_path, 
     assert content["pixels"]["versions"]["timm"]
     assert content["source"]["path"] == str(data_dir / "val")
     assert {path.name for path in entry(data_dir).iterdir()} == {ENTRY_FILE, IMAGES_FILE, CHECKSUMS_FILE}
-    told = capsys.readouterr()
-    assert "10 images" in told.err
-    assert "0.1 MiB in" in " ".join(told.err.split())
-    assert not told.out
+    report = capsys.readouterr()
+    assert "10 images" in report.err
+    assert "0.1 MiB in" in " ".join(report.err.split())
+    assert not report.out
 
 
 def test_lightning_normalises_the_same(data_dir):
@@ -184,7 +189,7 @@ def test_a_part_of_a_pass_and_single_images(data_dir):
     expected = batches(module(data_dir))
     loader = cached(data_dir).test_dataloader()
     assert isinstance(loader, CachedLoader)
-    loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[4:]  # as an evaluation that goes on does
+    loader.batch_sampler.sampler = list(loader.batch_sampler.sampler)[4:]  # as a resumed evaluation does
     assert_same(list(loader), expected[2:])
     image, target, index = loader.dataset[3]
     assert torch.equal(image, expected[1][0][1])
@@ -253,11 +258,11 @@ def test_a_changed_file_is_another_entry(data_dir, change, decoded):
     assert first.is_dir()
 
 
-@pytest.mark.parametrize("layout", ["original_tar", "parquet"])
-def test_a_changed_archive_is_another_entry(tmp_path, layout, decoded):
-    if layout == "parquet":
+@pytest.mark.parametrize("writer", ["original_tar", "parquet"])
+def test_a_changed_archive_is_another_entry(tmp_path, writer, decoded):
+    if writer == "parquet":
         pytest.importorskip("pyarrow")
-    write = next(each for each in LAYOUTS if each.__name__ == layout)
+    write = next(each for each in WRITERS if each.__name__ == writer)
     write(tmp_path / "data", "val")
     batches(cached(tmp_path / "data", num_classes=1000))
     _touch(next(path for path in sorted((tmp_path / "data").rglob("*.*")) if path.suffix in (".tar", ".parquet")))
@@ -381,7 +386,8 @@ def test_the_first_process_of_a_machine_decodes(data_dir, decoded, capfd):
     assert "Waiting" not in capfd.readouterr().err  # that is what is to be expected
 
 
-def test_a_damaged_image_ends_all_processes_with_its_name(data_dir):
+def test_a_damaged_image_ends_all_processes_with_its_name(data_dir, monkeypatch):
+    monkeypatch.setattr(entry_module, "_FIRST_SECONDS", 0.5)
     (data_dir / "val" / "a" / "04.png").write_bytes(b"not an image")
     expected = message_of(batches, module(data_dir))
     runs = [in_process(rank_of_two, data_dir, rank) for rank in range(2)]
@@ -392,7 +398,7 @@ def test_a_damaged_image_ends_all_processes_with_its_name(data_dir):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_told_as_without_a_cache(data_dir, decoded, workers):
+def test_a_damaged_image_is_reported_as_without_a_cache(data_dir, decoded, workers):
     path = data_dir / "val" / sorted(NAMES)[4]
     intact, state = path.read_bytes(), path.stat()
     path.write_bytes(bytes(len(intact)))
@@ -408,13 +414,13 @@ def test_a_damaged_image_is_told_as_without_a_cache(data_dir, decoded, workers):
 
 
 def test_an_error_keeps_what_was_not_flushed_yet(data_dir, monkeypatch):
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 1 << 20)
     (data_dir / "val" / sorted(NAMES)[4]).write_bytes(b"")
     assert "the file is empty" in message_of(batches, cached(data_dir))
     assert (entry(data_dir) / CHECKSUMS_FILE).stat().st_size == 4 * 4
 
 
-def test_a_missing_image_is_told_as_without_a_cache(data_dir):
+def test_a_missing_image_is_reported_as_without_a_cache(data_dir):
     (data_dir / "val" / "a" / "00.png").unlink()
     (data_dir / "val" / "a" / "00.png").symlink_to("nowhere")
     assert message_of(batches, cached(data_dir)) == message_of(batches, module(data_dir))
@@ -423,7 +429,7 @@ def test_a_missing_image_is_told_as_without_a_cache(data_dir):
 
 def test_checksums_follow_images_that_are_on_the_disk(tmp_path, monkeypatch):
     events = []
-    write, fsync = cache_module._write, os.fsync
+    write, fsync = writer_module._write, os.fsync
     with open(tmp_path / "images", "wb", 0) as images, open(tmp_path / "checksums", "wb", 0) as checksums:
         names = {file.fileno(): name for file, name in ((images, "images"), (checksums, "checksums"))}
 
@@ -435,15 +441,15 @@ def test_checksums_follow_images_that_are_on_the_disk(tmp_path, monkeypatch):
             events.append(f"flush {names[descriptor]}")
             fsync(descriptor)
 
-        monkeypatch.setattr(cache_module, "_write", tell_write)
+        monkeypatch.setattr(writer_module, "_write", tell_write)
         monkeypatch.setattr(os, "fsync", tell_fsync)
-        cache_module._Writer(images, checksums, 48, 0).add(np.zeros((2, 3, 4, 4), np.uint8))
+        writer_module.Writer(images, checksums, 48, 0).add(np.zeros((2, 3, 4, 4), np.uint8))
     assert events == ["write images", "flush images", "write checksums", "flush checksums"]
 
 
 @pytest.mark.parametrize("full", ["images", "checksums", "flush"])
 def test_a_disk_that_fills_up(data_dir, decoded, monkeypatch, full):
-    write, fsync = cache_module._write, os.fsync
+    write, fsync = writer_module._write, os.fsync
     calls = []
 
     def full_write(file, content):
@@ -462,7 +468,7 @@ def test_a_disk_that_fills_up(data_dir, decoded, monkeypatch, full):
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "_write", full_write)
+        patch.setattr(writer_module, "_write", full_write)
         patch.setattr(os, "fsync", full_fsync)
         message = message_of(batches, cached(data_dir))
     assert f"datamodule.cache_dir={data_dir.parent / 'cache'} is full" in message
@@ -476,7 +482,7 @@ def test_a_disk_that_fills_up(data_dir, decoded, monkeypatch, full):
     assert decoded.names()[:7] == sorted(NAMES)[3:]
 
 
-def test_a_disk_that_is_too_small_is_told_before(data_dir, decoded, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_first(data_dir, decoded, monkeypatch):
     usage = SimpleNamespace(total=10**6, used=10**6 - 2000, free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = message_of(batches, cached(data_dir))
@@ -487,7 +493,7 @@ def test_a_disk_that_is_too_small_is_told_before(data_dir, decoded, monkeypatch)
 
 @pytest.mark.parametrize("file", [IMAGES_FILE, CHECKSUMS_FILE])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "altered"])
-def test_a_damaged_entry_says_which_folder_to_delete(data_dir, file, damage):
+def test_a_damaged_entry_names_the_folder_to_delete(data_dir, file, damage):
     batches(cached(data_dir))
     path = entry(data_dir) / file
     if damage == "truncated":
@@ -510,14 +516,14 @@ def test_a_damaged_entry_says_which_folder_to_delete(data_dir, file, damage):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Several parts in a batch, the last one smaller, and read in no particular order."""
-    monkeypatch.setattr(cache_module, "_PART_SIZE", 2)
-    read = cache_module.CachedImages.read
+    monkeypatch.setattr(reading_module, "PART_SIZE", 2)
+    read = reading_module.CachedImages.read
 
     def read_late(self, positions, images):
         time.sleep(0.01 * (positions[0] % 3))
         return read(self, positions, images)
 
-    monkeypatch.setattr(cache_module.CachedImages, "read", read_late)
+    monkeypatch.setattr(reading_module.CachedImages, "read", read_late)
 
 
 def reading_threads():
@@ -555,14 +561,14 @@ def test_each_image_is_checked_once(data_dir, monkeypatch):
     loader = cached(data_dir).test_dataloader()
     checked = []
     monkeypatch.setattr(
-        cache_module, "zlib", SimpleNamespace(crc32=lambda image: checked.append(image) or zlib_crc32(image))
+        reading_module, "zlib", SimpleNamespace(crc32=lambda image: checked.append(image) or zlib_crc32(image))
     )
     list(loader)
     list(loader)
     assert len(checked) == 10
 
 
-zlib_crc32 = cache_module.zlib.crc32
+zlib_crc32 = reading_module.zlib.crc32
 
 
 @pytest.mark.parametrize("value", ["", 3, True])

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from src.datamodules.dataset import ImageLoader
-from src.datamodules.layouts.base import class_index
+from src.datamodules.formats.classes import class_index
 from tests.src.datamodules.setup import dataset, encoded, message_of, write_images
 
 # ---- which images, in which order -------------------------------------------------------------------------
@@ -57,14 +57,14 @@ def test_links_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "folder", "told"),
+    ("extra", "folder", "report"),
     [
         ("valprep.sh", False, "outside class folders are left out: valprep.sh"),
         ("a/deeper/9.jpg", False, "inside class folders are left out: a/deeper"),
         ("empty", True, "class folders without images: empty"),
     ],
 )
-def test_what_is_left_out_is_logged(tmp_path, caplog, extra, folder, told):
+def test_what_is_left_out_is_logged(tmp_path, caplog, extra, folder, report):
     write_images(tmp_path, "a/1.jpg", "b/1.jpg")
     if folder:
         (tmp_path / extra).mkdir()
@@ -73,7 +73,7 @@ def test_what_is_left_out_is_logged(tmp_path, caplog, extra, folder, told):
     with caplog.at_level(logging.WARNING):
         data = dataset(tmp_path, 3 if folder else 2)
     assert data.paths == ["a/1.jpg", "b/1.jpg"]
-    assert told in caplog.text
+    assert report in caplog.text
     assert str(tmp_path) in caplog.text
 
 

@@ -25,7 +25,7 @@ def augmentation(image_size=SIDE, **options):
 
 def augment(images, aspects=None, **options):
     transform = augmentation(images.shape[-1], **options)
-    return transform(images, *transform.draw(torch.ones(len(images)) if aspects is None else aspects))
+    return transform(images, *transform.sample(torch.ones(len(images)) if aspects is None else aspects))
 
 
 @pytest.fixture
@@ -79,16 +79,16 @@ def test_a_turned_image_is_flipped(images, monkeypatch):
 
 
 def test_angles_are_as_large_as_asked_to_either_side():
-    matrix = augmentation(rotation=30).draw_maps(torch.ones(2000))
+    matrix = augmentation(rotation=30).sample_maps(torch.ones(2000))
     angles = torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]).rad2deg()
-    # of 2000 draws over 60 degrees, the outermost are within a degree of the ends but for one case in 10^14
+    # of 2000 samples over 60 degrees, the outermost are within a degree of the ends but for one case in 10^14
     assert -30 - 1e-3 <= angles.min() < -29
     assert 29 < angles.max() <= 30 + 1e-3
 
 
 @pytest.mark.parametrize("aspect", [0.5, 2.0])
 def test_a_rotation_keeps_right_angles_in_the_image_as_it_was(aspect):
-    maps = augmentation(rotation=70, **CROP).draw_maps(torch.full((50,), aspect))
+    maps = augmentation(rotation=70, **CROP).sample_maps(torch.full((50,), aspect))
     pixels = maps * torch.tensor([aspect, 1.0])[None, :, None]  # of an image `aspect` wide and 1 high
     across, down = pixels[:, :, 0], pixels[:, :, 1]
     assert (across[:, 1].abs() > 0.1 * across[:, 0].abs()).any()
@@ -111,7 +111,7 @@ def crops(aspect, number, image_size=8, side=64, **options):
     places = (torch.arange(side) + 0.5) / side
     image = torch.stack([places.expand(side, side), places.expand(side, side).mT, torch.zeros(side, side)])
     transform = augmentation(image_size, **{**CROP, **options})
-    result = transform(image.expand(number, 3, side, side), *transform.draw(torch.full((number,), aspect)))
+    result = transform(image.expand(number, 3, side, side), *transform.sample(torch.full((number,), aspect)))
     # from pixels a quarter inside, since in the outermost half pixel of the image the gradient is reflected
     first = image_size // 4
     middle, last = image_size // 2, image_size - 1 - first
@@ -141,7 +141,7 @@ def test_crops_are_in_the_image_and_have_the_area_and_shape_asked_for(aspect):
     assert CROP["ratio"][0] - 10 * ROUNDING <= shape.min() < 0.8  # over sides of a third and more
     assert 1.4 < shape.max() <= CROP["ratio"][1] + 10 * ROUNDING
     if aspect == 1:
-        # 1000 draws from a range of 0.7 come within 0.02 of its lower end but for one case in 10^12; the largest areas
+        # 1000 samples from a range of 0.7 come within 0.02 of its lower end except once in 10^12; the largest areas
         # fit for few shapes alone
         assert area.min() < 0.22
         assert area.max() > 0.85
@@ -198,7 +198,7 @@ def test_where_no_crop_fits_it_is_the_largest_in_the_middle_as_torchvisions(aspe
 
 def test_colours_change_as_by_torchvision_in_this_order(images):
     factors = torch.tensor([[1.4, 1.0, 1.0], [1.0, 0.6, 1.0], [1.0, 1.0, 1.4], [1.4, 1.4, 0.6], [0.6, 1.4, 1.4]])
-    results = augmentation(color_jitter=0.4)(images, augmentation().draw_maps(torch.ones(5)), factors)
+    results = augmentation(color_jitter=0.4)(images, augmentation().sample_maps(torch.ones(5)), factors)
     for image, result, (brightness, contrast, saturation) in zip(images, results, factors.tolist(), strict=True):
         expected = adjust_brightness(image / 255, brightness)
         expected = adjust_saturation(adjust_contrast(expected, contrast), saturation)
@@ -208,29 +208,29 @@ def test_colours_change_as_by_torchvision_in_this_order(images):
         assert_within(result / 255, expected, greys + 2 * PLACES / 255)
 
 
-def test_factors_are_drawn_from_the_range():
-    _, factors = augmentation(color_jitter=0.3).draw(torch.ones(3000))
+def test_factors_are_uniform_in_the_range():
+    _, factors = augmentation(color_jitter=0.3).sample(torch.ones(3000))
     assert factors.shape == (3000, 3)
-    for column in factors.T:  # of 3000 draws, one is within 0.01 of each end but for one case in 10^21
+    for column in factors.T:  # of 3000 samples, one is within 0.01 of each end but for one case in 10^21
         assert 0.7 - 1e-6 <= column.min() < 0.71
         assert 1.29 < column.max() <= 1.3 + 1e-6
-    _, factors = augmentation(color_jitter=2.0).draw(torch.ones(3000))
+    _, factors = augmentation(color_jitter=2.0).sample(torch.ones(3000))
     assert (factors >= 0).all()
     assert (factors == 0).float().mean() < 0.01  # a negative factor is not drawn, rather than cut off
 
 
 def test_results_are_in_range(images):
-    result = augmentation(color_jitter=0.9)(images, augmentation().draw_maps(torch.ones(5)), torch.full((5, 3), 1.9))
+    result = augmentation(color_jitter=0.9)(images, augmentation().sample_maps(torch.ones(5)), torch.full((5, 3), 1.9))
     assert (result.min(), result.max()) == (0, 255)
 
 
-# ---- draws ------------------------------------------------------------------------------------------------
+# ---- samples ------------------------------------------------------------------------------------------------
 
 EVERYTHING = {**CROP, "hflip": 0.5, "vflip": 0.5, "rotation": 20, "color_jitter": 0.4}
 
 
 def test_each_image_has_parameters_of_its_own():
-    maps, jitter = augmentation(**EVERYTHING).draw(torch.ones(50))
+    maps, jitter = augmentation(**EVERYTHING).sample(torch.ones(50))
     for numbers in (maps[:, 0, 0], maps[:, 0, 1], maps[:, 0, 2], maps[:, 1, 2], *jitter.T):
         assert numbers.unique().numel() == 50
     assert jitter.unique().numel() == 150
@@ -238,21 +238,21 @@ def test_each_image_has_parameters_of_its_own():
     assert signs.unique(dim=0).shape == (4, 2)
 
 
-def test_draws_follow_from_the_seed_of_the_cpu():
+def test_samples_depend_on_the_seed_of_the_cpu():
     transform = augmentation(**EVERYTHING)
 
     def draw(seed):
         torch.default_generator.manual_seed(seed)
-        return transform.draw(torch.ones(4))
+        return transform.sample(torch.ones(4))
 
     first, again, other = draw(1), draw(1), draw(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_augmenting_draws_nothing(images):
+def test_augmenting_uses_no_generator(images):
     transform = augmentation(**EVERYTHING)
-    parameters = transform.draw(torch.ones(5))
+    parameters = transform.sample(torch.ones(5))
     state = torch.get_rng_state()
     assert torch.equal(transform(images, *parameters), transform(images, *parameters))
     assert torch.equal(torch.get_rng_state(), state)
@@ -260,7 +260,7 @@ def test_augmenting_draws_nothing(images):
 
 def test_the_side_may_change(images):
     transform = augmentation(image_size=SIDE // 2)
-    result = transform(images, *transform.draw(torch.ones(5)))
+    result = transform(images, *transform.sample(torch.ones(5)))
     expected = torch.nn.functional.avg_pool2d(images.float(), 2)  # bilinear, half way between two pixels each
     assert_within(result, expected, PLACES)
 
@@ -301,7 +301,7 @@ def test_the_transform_is_not_applied(tmp_path):
     assert aspects.tolist() == [20 / 16]
 
 
-def test_the_first_damaged_file_is_told(tmp_path):
+def test_the_first_damaged_file_is_reported(tmp_path):
     write_images(tmp_path, *[f"a/{i}.jpg" for i in range(9)])
     for i in (4, 7):
         (tmp_path / f"a/{i}.jpg").write_bytes(b"broken")

@@ -99,7 +99,7 @@ def test_transform_is_timms_bit_for_bit(flowers, options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_first_broken_file_reaches_the_main_process_as_it_was_told(tmp_path, num_workers):
+def test_the_first_broken_file_reaches_the_main_process_as_it_was_raised(tmp_path, num_workers):
     write_images(tmp_path, *[f"val/a/{i}.jpg" for i in range(8)])
     for i in (3, 4, 6):
         (tmp_path / f"val/a/{i}.jpg").write_bytes(b"broken")
@@ -301,7 +301,7 @@ def train_data(tmp_path_factory):
 
 
 def place(rank=0, world_size=1, step=0, accumulate=1, training=True, dtype=torch.float32):
-    """What the data module asks a trainer for."""
+    """The attributes of a trainer that the data module uses."""
     return SimpleNamespace(
         global_rank=rank,
         world_size=world_size,
@@ -452,7 +452,7 @@ def test_options_reach_the_augmentation(train_data):
     assert message.startswith("datamodule.augmentation.hflip=2 is not valid")
 
 
-def test_the_augmentation_has_the_interpolation_of_the_evaluation_unless_told_otherwise(train_data):
+def test_the_augmentation_has_the_interpolation_of_the_evaluation_unless_given(train_data):
     message = message_of(train_module(train_data, interpolation="lanczos", augmentation=None).setup, "fit")
     assert message.startswith("datamodule.augmentation.interpolation=lanczos ")
     module = train_module(train_data, interpolation="lanczos", augmentation={"interpolation": "bicubic"})
@@ -738,7 +738,7 @@ class Learner(pl.LightningModule):
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize(("accumulate", "per_epoch"), [(1, 5), (2, 3)])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_an_interrupted_training_goes_on_as_if_it_had_not_been(train_data, tmp_path, accumulate, per_epoch, on_device):
+def test_an_interrupted_training_resumes_exactly(train_data, tmp_path, accumulate, per_epoch, on_device):
     def fit(*callbacks, **options):
         learner = Learner()
         module = train_module(train_data, on_device=on_device)

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from scatterbrain.errors import UserError
-from src.datamodules import cache as cache_module
 from src.datamodules import dataset as dataset_module
-from src.datamodules.cache import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
+from src.datamodules.cache import DecodedCache
+from src.datamodules.cache import entry as entry_module
+from src.datamodules.cache import writer as writer_module
+from src.datamodules.cache.writer import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
 from src.datamodules.dataset import ImageDataset, ImageError
-from tests.src.datamodules.layout_files import shards
+from tests.src.datamodules.format_files import shards
 from tests.src.datamodules.setup import datamodule, message_of, write_images
 
 NAMES = [f"{'ab'[number // 5]}/{number:02}.png" for number in range(10)]
@@ -53,8 +55,8 @@ def decoded(monkeypatch):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Three images are decoded at a time, and count as soon as they are written."""
-    monkeypatch.setattr(cache_module, "_BATCH_SIZE", 3)
-    monkeypatch.setattr(cache_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(entry_module, "BATCH_SIZE", 3)
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 1)
 
 
 def module(data_dir, on_error="skip", **options):
@@ -165,7 +167,7 @@ def test_too_little_memory_is_an_error(data_dir, monkeypatch):
     assert "MemoryError" in message_of(lambda: list(module(data_dir).test_dataloader()))
 
 
-def test_a_disk_that_goes_away_is_an_error(data_dir):
+def test_a_disk_that_disappears_is_an_error(data_dir):
     loader = module(data_dir).test_dataloader()
     (data_dir / "val" / "b").rename(data_dir / "gone")
     assert f"{NAMES[5]}: No such file" in message_of(lambda: list(loader))
@@ -230,7 +232,7 @@ def test_a_black_image_is_an_image(data_dir, decoded):
     assert NAMES[4] not in decoded
 
 
-def test_no_hole_is_taken_for_an_image(data_dir):
+def test_no_missing_image_counts_as_an_image(data_dir):
     passed(cached(data_dir))
     assert NAMES[1] in message_of(cached(data_dir, "raise").test_dataloader)
     images = cached(data_dir)._cached(cached_dataset(data_dir))
@@ -266,8 +268,8 @@ def test_a_file_that_was_repaired(data_dir, intact, on_error):
     assert len(list((data_dir.parent / "cache").iterdir())) == 1
 
 
-def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
-    decode = cache_module._Writer.add
+def test_an_interrupted_entry_is_resumed(data_dir, intact, monkeypatch, decoded):
+    decode = writer_module.Writer.add
     added = []
 
     def interrupt(self, *arguments):
@@ -277,12 +279,12 @@ def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module._Writer, "add", interrupt)
+        patch.setattr(writer_module.Writer, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cached(data_dir).test_dataloader()
     (folder,) = (data_dir.parent / "cache").iterdir()
     assert folder.name.endswith(".unfinished")
-    # who takes no holes does not go on over them
+    # with on_error="raise", missing images are errors again
     assert NAMES[1] in message_of(cached(data_dir, "raise").test_dataloader)
     decoded.clear()
     loader = cached(data_dir).test_dataloader()
@@ -291,21 +293,19 @@ def test_an_interrupted_entry_goes_on(data_dir, intact, monkeypatch, decoded):
     assert len(loader.dataset) == 10
 
 
-def test_a_hole_that_was_altered_ends_what_is_finished(data_dir, monkeypatch):
+def test_an_altered_missing_image_ends_the_complete_ones(data_dir, monkeypatch):
     passed(cached(data_dir))
     (entry,) = (data_dir.parent / "cache").iterdir()
     unfinished = entry.rename(entry.with_name(f"{entry.name}.unfinished"))
-    cache = cache_module.DecodedCache(
-        data_dir.parent / "cache", cached_dataset(data_dir), **module(data_dir)._pixel_options
-    )
-    assert cache._finished() == 10
+    cache = DecodedCache(data_dir.parent / "cache", cached_dataset(data_dir), **module(data_dir)._pixel_options)
+    assert cache._truncate_to_complete() == 10
     with open(unfinished / IMAGES_FILE, "r+b") as file:
         file.seek(3 * cache.bytes_per_image)
         file.write(b"\1")
-    assert cache._finished() == 3
+    assert cache._truncate_to_complete() == 3
 
 
-def test_an_entry_without_holes_is_as_ever(tmp_path):
+def test_an_entry_without_missing_images_is_unchanged(tmp_path):
     write_images(tmp_path / "data" / "val", *NAMES)
     contents = []
     for on_error in ("raise", "skip"):

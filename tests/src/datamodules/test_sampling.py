@@ -101,16 +101,16 @@ def test_each_image_has_a_seed_of_its_own_in_every_epoch_and_pass():
 
 
 @pytest.mark.parametrize(
-    ("size", "passes", "world_size", "told"),
+    ("size", "passes", "world_size", "report"),
     [
         (7, 1, 1, "7 training images do not fill a batch of 8."),
         (7, 2, 2, "7 training images in 2 passes do not fill a batch of 8 on each of 2 processes."),
     ],
 )
-def test_too_few_images_name_a_batch_size_that_does(size, passes, world_size, told):
+def test_too_few_images_name_a_batch_size_that_does(size, passes, world_size, report):
     options = {"size": size, "seed": 0, "passes": passes, "world_size": world_size}
     message = message_of(TrainingSampler, batch_size=8, **options)
-    assert message.startswith(told)
+    assert message.startswith(report)
     most = int(re.search(r"Lower datamodule\.batch_size, to (\d+) at most", message)[1])
     assert len(TrainingSampler(batch_size=most, **options)) == most
     message_of(TrainingSampler, batch_size=most + 1, **options)

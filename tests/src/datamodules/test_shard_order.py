@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from src.datamodules.layouts import Place, open_split
+from src.datamodules.formats import SplitLocation, open_split
 from src.datamodules.sampling import TrainingSampler, derive_seed
-from tests.src.datamodules import layout_files as files
+from tests.src.datamodules import format_files as files
 from tests.src.datamodules.setup import datamodule, message_of, write_images
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
@@ -70,7 +70,7 @@ def test_so_many_shards_are_read_at_a_time(shuffle_shards):
 def test_images_are_mixed_over_the_shards_of_a_turn_and_within_them():
     shards = np.repeat(np.arange(2), 500)
     indices = np.array(order(shards=shards, shuffle_shards=2))
-    # 500 images in a first half of 500 + 500: a deviation of 11 is one standard deviation
+    # 500 images in a first half of 500 + 500: 11 is one standard deviation
     assert abs(int((shards[indices[:500]] == 0).sum()) - 250) < 80
     alone = np.array(order(shards=shards, shuffle_shards=1))
     for half in (alone[:500], alone[500:]):
@@ -100,15 +100,15 @@ def test_without_shards_the_order_is_the_one_it_was():
     assert list(TrainingSampler(SIZE, 1, seed=3, passes=2, epoch=5)) == expected
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------
+# ---- formats ----------------------------------------------------------------------------------------------
 
-LAYOUTS = [files.tars_of_classes, files.shards, pytest.param(files.parquet, marks=needs_pyarrow)]
+WRITERS = [files.tars_of_classes, files.shards, pytest.param(files.parquet, marks=needs_pyarrow)]
 
 
-@pytest.mark.parametrize("write", LAYOUTS)
+@pytest.mark.parametrize("write", WRITERS)
 def test_a_shard_is_an_archive_or_a_row_group(tmp_path, write):
     write(tmp_path, "val")
-    images = open_split(Place(tmp_path, "val"))
+    images = open_split(SplitLocation(tmp_path, "val"))
     shards = images.shards()
     assert shards.dtype == np.int64
     assert sorted(shards) == list(shards)  # in the order of files
@@ -118,12 +118,14 @@ def test_a_shard_is_an_archive_or_a_row_group(tmp_path, write):
     assert len(set(zip(shards.tolist(), inside, strict=True))) == len(set(shards)) == len(set(inside))
 
 
-def test_files_of_their_own_have_no_shards(tmp_path):
+def test_separate_files_have_no_shards(tmp_path):
     write_images(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "val/a/0.jpg", "val/b/0.jpg")
     data = datamodule(tmp_path, num_classes=2, shuffle_shards=2)
     data.setup("fit")
     message = message_of(data.train_dataloader)
-    assert message.startswith(f"datamodule.shuffle_shards=2, but {tmp_path / 'train'} holds its images as files")
+    assert message.startswith(
+        f"datamodule.shuffle_shards=2, but {tmp_path / 'train'} holds its images as separate files"
+    )
     assert "Leave it out" in message
 
 
@@ -159,7 +161,7 @@ def test_held_out_images_leave_the_others_in_their_shards(tmp_path):
         files.shards(tmp_path, split)
     data = datamodule(tmp_path, shuffle_shards=1, batch_size=1, holdout=0.5, augmentation={"mixup_prob": 0})
     names = trained_on(data)
-    whole = open_split(Place(tmp_path, "train", "train_split"))
+    whole = open_split(SplitLocation(tmp_path, "train", "train_split"))
     assert 0 < len(names) < len(whole)
     tars = [name.split("/")[0] for name in names]
     assert len(set(tars)) == 1 + sum(a != b for a, b in pairwise(tars)) > 1
@@ -167,7 +169,7 @@ def test_held_out_images_leave_the_others_in_their_shards(tmp_path):
 
 @needs_pyarrow
 def test_row_groups_are_kept_as_long_as_they_are_needed(tmp_path, monkeypatch):
-    from src.datamodules.layouts import parquet
+    from src.datamodules.formats import parquet
 
     for split in ("train", "val"):
         files.parquet(tmp_path, split, group=2)

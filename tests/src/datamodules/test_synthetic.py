@@ -97,8 +97,8 @@ def test_batches_are_normalised_in_the_dtype_of_the_model():
     assert torch.equal(indices, batch[2])
 
 
-def test_it_is_for_evaluation_alone():
-    with pytest.raises(UserError, match="evaluation alone"):
+def test_it_is_for_evaluation_only():
+    with pytest.raises(UserError, match="evaluation only"):
         module_of().setup("fit")
 
 

@@ -9,9 +9,9 @@ from scatterbrain.attention.full import FullAttention
 from scatterbrain.attention.local import LocalAttention
 from scatterbrain.attention.performer import PerformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
+from src.checkpoints import convert_t2t_vit_state_dict, unconvert_key
+from src.checkpoints.seeded_weights import seeded_tensor, seeded_weights
 from src.models.t2t_vit import create_t2t_vit
-from src.utils.checkpoint import convert_t2t_vit_state_dict, unconvert_key
-from src.utils.named_tensors import named_tensor, named_weights
 from tests.helpers import assert_close, load_golden
 
 # Two float64 evaluations in another order of sums; softmax and fourteen or more layers amplify their rounding.
@@ -34,7 +34,7 @@ def build_attention(sizes: list[str], **options) -> torch.nn.Module:
         module, rows = PerformerAttention(16, nb_features=numbers["m"], **options), numbers["m"]
     else:
         module, rows = SBLocalAttention(numbers["w"], 16, nb_features=numbers["m"], **options), numbers["m"] // 2
-    module.double().projection_matrix.copy_(named_tensor("projection", (rows, 16)))
+    module.double().projection_matrix.copy_(seeded_tensor("projection", (rows, 16)))
     return module
 
 
@@ -46,7 +46,7 @@ def test_attention(golden, entry):
     module = build_attention(
         parts[: parts.index(temperature)], softmax_temp=0.3 if temperature == "cold" else None, causal=causal
     )
-    query, key, value = (named_tensor(name, (2, 50, 2, 16)) for name in ("query", "key", "value"))
+    query, key, value = (seeded_tensor(name, (2, 50, 2, 16)) for name in ("query", "key", "value"))
     if temperature == "sharp":
         query, key = 4 * query, 4 * key
     expected = torch.from_numpy(golden("attention")[entry])
@@ -65,16 +65,17 @@ def test_attention_entries_are_all_there():
 def build_model(entry: str) -> torch.nn.Module:
     """Float64 model of an entry, with its weights from names, in eval mode."""
     variant, _, attention = entry.removesuffix("]").partition("[")
-    model = create_t2t_vit(variant, attention=attention or None).double().eval()
+    with torch.device("meta"):  # its own weights are not used, and slow to initialise
+        model = create_t2t_vit(variant, attention=attention or None).eval()
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     rows = {
-        key: named_tensor(f"projection{stage}", shapes.pop(key))
+        key: seeded_tensor(f"projection{stage}", shapes.pop(key))
         for stage in (1, 2)
         if (key := f"patch_embed.attention{stage}.attn.attention.projection_matrix") in shapes
     }
-    weights = named_weights({unconvert_key(key): shape for key, shape in shapes.items()})
+    weights = seeded_weights({unconvert_key(key): shape for key, shape in shapes.items()})
     state_dict = convert_t2t_vit_state_dict(weights) | rows
-    model.load_state_dict(state_dict, strict=True)
+    model.load_state_dict(state_dict, strict=True, assign=True)
     return model
 
 
@@ -97,7 +98,7 @@ def test_model(golden, entry):
 
     tokens = []
     model.patch_embed.register_forward_hook(lambda module, inputs, out: tokens.append(out[:, ::17, ::5]))
-    images = named_tensor("images", (2, 3, 224, 224))
+    images = seeded_tensor("images", (2, 3, 224, 224))
     with torch.inference_mode():
         for dtype, ratio in ((torch.float64, DOUBLE), (torch.float32, SINGLE)):
             logits = model.to(dtype)(images.to(dtype))

@@ -1,7 +1,7 @@
 """Errors of approximation on a trained network's queries, keys and values: those of the published modules, and less.
 
-`tests/golden/README.md` says where inputs and published errors are from. Those are means over photographs and five
-draws; here are three draws of our own.
+`tests/golden/README.md` describes where inputs and published errors are from. Those are means over photographs and five
+seeds; here are three seeds of our own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from scatterbrain.ops.full import full_attention
 from src.analysis.approximation import relative_error
 
 SCALES = {1: 147**-0.5, 2: 576**-0.5}
-DRAWS = 3
-# mean of each stage, and deviation over draws
+NUM_SEEDS = 3
+# (mean, standard deviation over seeds) of each stage
 PUBLISHED = {
     "local": ((0.677, 0.0), (0.706, 0.0)),
     "performer": ((0.651, 0.075), (0.853, 0.031)),
@@ -39,23 +39,23 @@ def stages(golden):
     return inputs
 
 
-def mean_error(stages, name: str, stage: int, draws: int = DRAWS, **options) -> float:
+def mean_error(stages, name: str, stage: int, num_seeds: int = NUM_SEEDS, **options) -> float:
     tensors, full = stages[stage]
     errors = []
-    for seed in range(draws):
+    for seed in range(num_seeds):
         length = tensors[0].shape[1]
         module = create_attention(name, length, softmax_temp=SCALES[stage], seed=seed, **options)
         errors.append(relative_error(module(*tensors)[0], full).mean().item())
-    return sum(errors) / draws
+    return sum(errors) / num_seeds
 
 
 @pytest.mark.parametrize("stage", SCALES)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_attentions_err_as_published(stages, name, stage):
-    mean, deviation = PUBLISHED[name][stage - 1]
-    error = mean_error(stages, name, stage, DRAWS if deviation else 1)
-    # three deviations of a difference between a mean of three and one of five draws; three digits are stored
-    assert error == pytest.approx(mean, abs=3 * deviation * math.sqrt(1 / DRAWS + 1 / 5) + 1e-3)
+    mean, std = PUBLISHED[name][stage - 1]
+    error = mean_error(stages, name, stage, NUM_SEEDS if std else 1)
+    # three standard deviations of a difference between a mean of three and one of five seeds; three digits are stored
+    assert error == pytest.approx(mean, abs=3 * std * math.sqrt(1 / NUM_SEEDS + 1 / 5) + 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -73,4 +73,4 @@ def test_clusters_err_less_at_the_same_memory(stages, name, least):
         length = stages[stage][0][0].shape[1]
         module = create_attention(name, length)
         assert attention_memory(module, length) <= 1 / 32
-        assert mean_error(stages, name, stage, draws=1) * times <= PUBLISHED["sblocal"][stage - 1][0]
+        assert mean_error(stages, name, stage, num_seeds=1) * times <= PUBLISHED["sblocal"][stage - 1][0]

@@ -297,7 +297,7 @@ def test_redraw_projections_is_building_with_that_seed():
     assert all(torch.equal(x, y) for x, y in zip(rows, before, strict=True))
 
 
-def test_redraw_projections_leaves_models_without_rows_alone():
+def test_redraw_projections_leaves_models_without_projections_unchanged():
     model = create(PERFORMER)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     model.redraw_projections(8)
@@ -422,7 +422,7 @@ def test_drop_path_grows_over_the_depth():
 def test_initial_weights():
     model = create_t2t_vit(PERFORMER)
     weight = model.blocks[0].mlp.fc1.weight
-    # 12,288 draws: the deviation is known to 0.6 %
+    # 12,288 samples: the standard deviation is known to 0.6 %
     assert weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert all((m.bias == 0).all() for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None)
     rows = model.patch_embed.attention1.w

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
+from src.checkpoints.seeded_weights import published_shapes, seeded_weights
 from src.tasks.classification import Draws
 from src.tasks.training import ClassificationTraining
-from src.utils.named_tensors import named_weights, official_shapes
 
 CONFIG_DIR = str(Path(__file__).parents[3] / "configs")
 EXPERIMENT = "imagenet-t2tvit-eval"
@@ -37,7 +37,7 @@ def make_images(folder: Path, number: int, split: str = "val") -> Path:
 
 def make_checkpoint(path: Path, variant: str, num_classes: int = NUM_CLASSES) -> Path:
     """A checkpoint in the published form."""
-    weights = named_weights(official_shapes(variant, num_classes, IMAGE_SIZE))
+    weights = seeded_weights(published_shapes(variant, num_classes, IMAGE_SIZE))
     torch.save({"state_dict_ema": {key: weight.float() for key, weight in weights.items()}}, path)
     return path
 

@@ -13,13 +13,13 @@ from torch import nn
 import src.datamodules.dataset as dataset
 import src.distributed.launch as launch
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.models.inference import InferenceT2TViT
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.attentions import attention_configs, share_modules
 from src.tasks.classification import Draws
 from src.tasks.device_time import DeviceTime
 from src.tasks.evaluate import evaluate
-from src.utils.checkpoint import load_checkpoint
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import EXPERIMENT, IMAGE_SIZE, NUM_CLASSES, compose_config, make_checkpoint, overrides
 from tests.src.tasks.test_evaluate import SYNTHETIC, NoWaiting

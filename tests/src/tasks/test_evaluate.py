@@ -16,11 +16,11 @@ from munch import Munch
 import src.datamodules.dataset as dataset
 import src.distributed.launch as launch
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.evaluation.results import read_predictions
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.classification import Draws
 from src.tasks.evaluate import evaluate
-from src.utils.checkpoint import load_checkpoint
 from src.utils.files import sha256_of_file
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES

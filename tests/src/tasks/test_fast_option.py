@@ -16,13 +16,13 @@ from src.tasks.evaluate import evaluate
 def built(monkeypatch) -> list[torch.dtype]:
     """Dtype of the model of every inference form that is built."""
     dtypes = []
-    inference_form = evaluate_module.inference_form
+    inference_model = evaluate_module.inference_model
 
     def record(model):
         dtypes.append(next(model.parameters()).dtype)
-        return inference_form(model)
+        return inference_model(model)
 
-    monkeypatch.setattr(evaluate_module, "inference_form", record)
+    monkeypatch.setattr(evaluate_module, "inference_model", record)
     return dtypes
 
 

@@ -19,14 +19,14 @@ import torch
 from omegaconf import OmegaConf
 
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.evaluate import evaluate
 from src.tasks.train import train
 from src.tasks.training import ClassificationTraining
-from src.utils.checkpoint import load_checkpoint
 from src.utils.files import sha256_of_file
-from tests.src.datamodules import layout_files
+from tests.src.datamodules import format_files
 from tests.src.distributed.process_functions import images_of_training, train_in_turn
 from tests.src.tasks.conftest import NUM_IMAGES, NUM_TRAINING_IMAGES, make_tiny
 from tests.src.tasks.setup import (
@@ -580,7 +580,7 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
 def test_processes_share_the_shards_without_repeats(tmp_path):
     """Three processes, each with an image a step: over three passes, every image comes three times, shard by shard."""
     for split in ("train", "val"):
-        layout_files.shards(tmp_path / "data", split)
+        format_files.shards(tmp_path / "data", split)
     options = {"trainer__devices": 3, "datamodule__batch_size": 1, "datamodule__passes_per_epoch": 3}
     options |= {"datamodule__shuffle_shards": 1, "train__epochs": 1, "model__num_classes": 1000}
     options |= {"datamodule__augmentation__mixup_prob": 0, "scheduler__warmup_epochs": 0}  # of pairs of images
@@ -593,7 +593,7 @@ def test_processes_share_the_shards_without_repeats(tmp_path):
         assert len(set(one_pass)) == 8
         shards = [name.split("/")[0] for name, _ in one_pass]
         assert len(set(shards)) == 1 + sum(a != b for a, b in pairwise(shards)) == 3
-    assert sorted({target for _, target in steps}) == sorted(layout_files.TARGETS.values())
+    assert sorted({target for _, target in steps}) == sorted(format_files.TARGETS.values())
 
 
 def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""A linear map with LayerNorm before it, GELU and a residual behind it, over rows or over overlapping patches."""
+"""A linear layer fused with LayerNorm before it, GELU and a residual after it, over rows or overlapping patches."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def fused_linear(
             No backend copies rows with a contiguous last dimension and one stride, nor a feature map that is contiguous
             in (height, width, C) order.
         folded: the weights.
-        residual: (..., N) or what expands to it, such as a table of positions (patches, N) for all samples; added
-            last, after GELU.
-        out: tensor of the output's shape to write to, of any strides with a contiguous last dimension, such as
-            `tokens[:, 1:]`; None for a new one. It may be `residual` itself; it must not overlap x.
+        residual: broadcastable to (..., N), such as a position table (patches, N) for all samples; added last, after
+            GELU.
+        out: tensor of the output's shape to write to, with a contiguous last dimension, such as `tokens[:, 1:]`; None
+            allocates one. It may be `residual` itself; it must not overlap x.
         backend: `naive` (float64), `torch`, `triton` (CUDA) or `auto`.
         statistics: of the rows of x, as `fused_linear_with_statistics` returned them with x; None to compute them.
 
     Returns:
-        (..., N) for rows, (B, patches, N) for patches; `out` where it was given.
+        (..., N) for rows, (B, patches, N) for patches; `out` if it was given.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit; a gradient is wanted.
+        UserError: shapes, dtypes or devices that do not fit; gradients are required.
     """
     return _fused_linear(x, folded, residual, out, backend, statistics, with_statistics=False)[0]
 

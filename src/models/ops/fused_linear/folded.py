@@ -1,4 +1,4 @@
-"""The weights of a fused linear map: LayerNorm folded into them, in the memory layout of the kernels."""
+"""Weights of a fused linear layer: LayerNorm folded into them, in the memory layout of the kernels."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ SEGMENT_MULTIPLE = 32
 class FoldedLinear(nn.Module):
     """Weights of `act(LayerNorm(x) W^T + b)` with the LayerNorm's scale and shift folded into W and b.
 
-    LayerNorm(x) W^T + b = r (x - m) (W diag(gamma))^T + (W beta + b), m the mean and r the reciprocal standard
-    deviation of the row. With the mean of each row of W diag(gamma) subtracted, m drops out: only r depends on x
-    (README.md in this folder). Everything is folded in float64 and rounded once, to the dtype of `weight`.
+    LayerNorm(x) W^T + b = r (x - m) (W diag(gamma))^T + (W beta + b), with mean m and reciprocal standard deviation r
+    of the row. Subtracting its own mean from each row of W diag(gamma) eliminates m: only r depends on x (README.md in
+    this folder). Everything is folded in float64 and rounded once, to the dtype of `weight`.
 
-    The weights have the dtype and the device of `weight`. They are copies: fold again when `weight` changes.
+    The weights are copies in the dtype and on the device of `weight`; build them again when it changes.
 
     Args:
         weight: (N, K). For `patches` K is C * kernel^2, ordered (channel, row, column) as in `F.unfold`.
         bias: (N,), None for zeros.
         norm: LayerNorm over K before the product, None for none.
         gelu: apply the exact GELU after it.
-        patches: x is a feature map that is cut into patches; None for rows.
+        patches: how the feature map x is cut into patches; None for rows.
 
     Attributes:
         weight: (N, segments, length): a segment is contiguous in x: the whole row, or for patches one row of a patch,
-            kernel * C values ordered (column, channel). It is padded with zeros to `length`.
+            kernel * C values ordered (column, channel). Padded with zeros to `length`.
         bias: (N,), or None.
-        sums: (N,) sums over the rows of the rounded `weight`; None without LayerNorm.
+        sums: (N,) sums over the rows of `weight`, zero but for rounding; None without LayerNorm.
         eps: of the LayerNorm.
-        tiles: settings of the Triton kernel for these weights; None for those of its table.
+        tiles: settings of the Triton kernel for these weights; None takes those of its table.
 
     Raises:
         UserError: shapes that do not fit.
@@ -85,8 +85,8 @@ class FoldedLinear(nn.Module):
         shift = None if bias is None else bias.double()
         if norm is not None and norm.weight is not None:
             if norm.bias is not None:
-                moved = folded @ norm.bias.double()
-                shift = moved if shift is None else shift + moved
+                norm_shift = folded @ norm.bias.double()
+                shift = norm_shift if shift is None else shift + norm_shift
             folded = folded * norm.weight.double()
         if norm is not None:
             folded = folded - folded.mean(1, keepdim=True)
@@ -102,7 +102,7 @@ class FoldedLinear(nn.Module):
         self.register_buffer("sums", sums)
 
     def convolution_weight(self) -> torch.Tensor:
-        """The weights for `F.conv2d`, (N, C, kernel, kernel), channels last; a view where segments need no padding."""
+        """The weights for `F.conv2d`, (N, C, kernel, kernel), channels last; a view if segments need no padding."""
         kernel = self.patches.kernel
         weight = self.weight[..., : self.segment].unflatten(-1, (kernel, self.channels))
         return weight.permute(0, 3, 1, 2)
@@ -114,12 +114,12 @@ class FoldedLinear(nn.Module):
         return self.weight[:, 0, : self.segment]
 
     def packed_matrix(self, num_rows: int) -> torch.Tensor:
-        """The weights in oneDNN's packed layout, for `torch.ops.mkldnn._linear_pointwise`; a cached copy.
+        """The weights in oneDNN's memory layout, for `torch.ops.mkldnn._linear_pointwise`; a cached copy.
 
-        Without it every call packs them again, 4 to 5 % of the time of 200 to 3,000 rows of width 384.
+        Without it every call reorders them, 4 to 5 % of the time for 200 to 3,000 rows of width 384.
 
         Args:
-            num_rows: rows of the product, which the layout may depend on; the first call decides.
+            num_rows: rows of the product, which the layout may depend on; that of the first call is used.
         """
         if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.matrix().contiguous(), num_rows)

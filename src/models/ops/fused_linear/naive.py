@@ -1,4 +1,4 @@
-"""Specification of the fused linear map."""
+"""Specification of the fused linear layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def naive_fused_linear(
     patches: Patches | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`act(LayerNorm(x) W^T + b) + residual`, term by term in float64, with patches materialised.
+    """`act(LayerNorm(x) W^T + b) + residual` in float64, with materialised patches.
 
     Args:
         x: rows (..., K), or for `patches` a feature map (B, height, width, C).
@@ -33,7 +33,7 @@ def naive_fused_linear(
         eps: added to the variance.
         gelu: apply the exact GELU x (1 + erf(x / sqrt 2)) / 2.
         patches: how the feature map is cut; None for rows.
-        residual: (..., N), or what expands to it; added last.
+        residual: broadcastable to (..., N); added last.
 
     Returns:
         (..., N) for rows, (B, number of patches, N) for patches, float64.

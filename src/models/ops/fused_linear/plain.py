@@ -1,4 +1,4 @@
-"""The fused linear map in PyTorch; patches by convolution, never materialised."""
+"""The fused linear layer in PyTorch; patches by convolution, never materialised."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def plain_fused_linear(
     """The output; arguments as in `fused_linear`, `residual` of the output's shape."""
     if folded.patches is None:
         if folded.normalise:
-            # the rows of W sum to zero, and so does the normalised row: only rounding of the mean is left
+            # no correction by the mean: both W and the normalised row are centred, up to rounding
             x = F.layer_norm(x, (folded.in_features,), eps=folded.eps)
         weight = folded.packed_matrix(x.numel() // folded.in_features) if has_fused_products(x) else folded.matrix()
-        y = linear_with_neighbours(x, weight, folded.bias, folded.gelu, residual)
+        y = linear_pointwise(x, weight, folded.bias, folded.gelu, residual)
         return y if out is None else out.copy_(y)
     y = _over_patches(x, folded)
     if folded.gelu:
@@ -27,20 +27,20 @@ def plain_fused_linear(
     return y if out is None else out.copy_(y)
 
 
-def linear_with_neighbours(
+def linear_pointwise(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     gelu: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`F.linear` with GELU or a residual in the same pass where oneDNN has it: float32 on the CPU.
+    """`F.linear` with a fused GELU or residual where oneDNN has it: float32 on the CPU.
 
     oneDNN's product alone is 5 to 10 % faster than that of `F.linear` (MKL) on a Zen 4 processor.
 
     Args:
         x: (..., K).
-        weight: (N, K), possibly in oneDNN's packed layout where oneDNN runs.
+        weight: (N, K), possibly in oneDNN's memory layout, see `FoldedLinear.packed_matrix`.
         bias: (N,), or None.
         gelu: apply the exact GELU.
         residual: (..., N), added last; None for none.
@@ -59,8 +59,8 @@ def linear_with_neighbours(
 
 
 def has_fused_products(x: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies `x` with GELU or a residual in the same pass."""
-    # under Inductor, which emits these operators itself, plain operations leave the choice to it
+    """Whether oneDNN's product with a fused GELU or residual supports `x`."""
+    # Inductor chooses these operators itself
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     mkldnn = torch.backends.mkldnn
@@ -84,7 +84,7 @@ def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | Non
     patches = folded.patches
     x = x.permute(0, 3, 1, 2)
     if x.is_cuda and x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        # cuDNN has its own TF32 setting, on by default, and would not give exact products
+        # cuDNN has its own TF32 switch, on by default; exact products need this path
         columns = F.unfold(x, patches.kernel, stride=patches.stride, padding=patches.padding).transpose(1, 2)
         return F.linear(columns, folded.matrix(), bias)
     y = F.conv2d(x, folded.convolution_weight(), bias, patches.stride, patches.padding)
@@ -94,7 +94,7 @@ def _convolution(x: torch.Tensor, folded: FoldedLinear, bias: torch.Tensor | Non
 def _patch_statistics(x: torch.Tensor, folded: FoldedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and reciprocal standard deviation of each patch, padding included, (B, patches, 1) float64 each.
 
-    By average pooling of the means over channels: few numbers, so that float64 is cheap, and E[x^2] - E[x]^2 cancels.
+    Average pooling of the channels' means: float64 because E[x^2] - E[x]^2 cancels, and cheap on a single channel.
     """
     patches = folded.patches
     x = x.double()

@@ -26,7 +26,7 @@ def token_tail(attended: torch.Tensor, value: torch.Tensor, folded: FoldedTail, 
         (..., D), contiguous.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit; a gradient is wanted.
+        UserError: shapes, dtypes or devices that do not fit; gradients are required.
     """
     check_inference_only("token_tail", attended, value, folded.projection)
     for name, tensor in (("attended", attended), ("value", value)):

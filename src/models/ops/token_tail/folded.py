@@ -10,28 +10,28 @@ from scatterbrain.errors import UserError
 
 
 class FoldedTail(nn.Module):
-    """Weights of `x = value + proj(attended)`, then `x + fc2(gelu(fc1(norm(x))))`, the norm's scale and shift in fc1.
+    """Weights of `x = value + proj(attended)`, then `x + fc2(gelu(fc1(norm(x))))`, with the norm folded into fc1.
 
-    Folded in float64 and rounded once, to the dtype of the weights. They are copies: fold again when the layers change.
+    Folded in float64 and rounded once, to the dtype of the weights; copies, to be built again when the layers change.
 
     Args:
-        projection: linear map of width D.
+        projection: linear layer of width D.
         norm: LayerNorm over D.
-        first: linear map from D to F.
-        second: linear map from F to D.
+        first: linear layer from D to F.
+        second: linear layer from F to D.
 
     Attributes:
         projection: (D, D).
         first: (F, D).
         second: (D, F).
-        biases: (3, max(D, F)): of the projection, the first and the second map, padded with zeros.
+        biases: (3, max(D, F)): of the projection, the first and the second layer, padded with zeros.
         width: D.
         hidden: F.
         eps: of the LayerNorm.
         tiles: settings of the Triton kernel for these weights; None for the default ones.
 
     Raises:
-        UserError: widths that do not fit one another.
+        UserError: widths that do not match.
     """
 
     projection: torch.Tensor
@@ -67,5 +67,5 @@ class FoldedTail(nn.Module):
             self.register_buffer("biases", biases)
 
     def bias(self, which: int) -> torch.Tensor:
-        """Bias of the projection (0), the first (1) or the second map (2), a view."""
+        """Bias of the projection (0), the first (1) or the second layer (2), a view."""
         return self.biases[which, : self.hidden if which == 1 else self.width]

@@ -1,4 +1,4 @@
-"""The same eight images of four synsets, written in every layout that ImageNet comes in."""
+"""The same eight images of four synsets, written in every format that ImageNet comes in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from src.datamodules.layouts.base import imagenet_synsets
+from src.datamodules.formats.classes import imagenet_synsets
 from tests.src.datamodules.setup import encoded
 
 # ImageNet's own: what these validation images show is known to timm's "ReaL" labels, too.
@@ -112,7 +112,7 @@ def write_solution(folder, kept=None):
     return write(folder / "LOC_val_solution.csv", "\n".join(["ImageId,PredictionString", *rows[:kept]]) + "\n")
 
 
-# ---- layouts: each writes one split into a data folder ------------------------------------------------------
+# ---- formats: each writes one split into a data folder ------------------------------------------------------
 
 
 def class_folders(data_dir, split, below="."):
@@ -236,7 +236,7 @@ def _write_csv(path, rows):
 
 
 # What each is recognised as.
-LAYOUTS = {
+WRITERS = {
     class_folders: "class_folders",
     flat: "flat",
     flat_with_packed_kit: "flat",

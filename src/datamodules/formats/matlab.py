@@ -1,8 +1,8 @@
 """Two columns of the development kit's `meta.mat`, without SciPy.
 
 The file is in MATLAB's level 5 format ("MAT-File Format", The MathWorks, chapter 1): a header of 128 bytes, then data
-elements, each with a tag of type and length, padded to 8 bytes, and compressed by zlib. Only what the kit has is read:
-a structure array whose fields are numbers and texts. Nothing in it is executed, unlike in a pickle.
+elements, each with a tag of type and length, padded to 8 bytes, and compressed by zlib. Supports only what the kit
+uses: a structure array whose fields are numbers and strings. Unlike a pickle, the file contains no code.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 _MATRIX, _COMPRESSED = 14, 15
-# Types of elements of numbers, as `struct` has them.
+# Numeric element types to format characters of `struct`.
 _NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
 _TEXT = {16: "utf-8", 17: "utf-16", 18: "utf-32"}
 _STRUCTURE, _CHARACTERS = 2, 4
-# The kit's file has 60 kB, and 1 MB unpacked.
+# Of decompressed data; the kit's file has 60 kB, 1 MB decompressed.
 _MAX_BYTES = 1 << 26
 
 
 class MatlabError(ValueError):
-    """The file is not what it should be."""
+    """Not a valid MAT file of level 5, or without the expected contents."""
 
 
 def read_structure(data: bytes, variable: str, fields: tuple[str, ...]) -> list[tuple[Any, ...]]:
@@ -31,14 +31,14 @@ def read_structure(data: bytes, variable: str, fields: tuple[str, ...]) -> list[
     Args:
         data: content of the file.
         variable: name of the structure array.
-        fields: the fields wanted.
+        fields: the fields to return.
 
     Returns:
-        For each element of the array, in MATLAB's order, its `fields`: a text, or the first of its numbers (None
-        where there are none, or where it is neither).
+        For each element of the array, in MATLAB's order, its `fields`: a string, or the first of its numbers (None
+        if there is none, or it is neither).
 
     Raises:
-        MatlabError: not such a file, damaged, or without the variable or a field.
+        MatlabError: not a MAT file of level 5, damaged, or without the variable or a field.
     """
     try:
         order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
@@ -81,7 +81,7 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _kind_of_array(parts: Iterator[tuple[int, bytes]]) -> int:
-    """The class of the array, in the lowest byte of its first element in either order of bytes."""
+    """The array's class: the lowest byte of its first element, in either byte order."""
     flags = next(parts)[1]
     return flags[0] or flags[3]
 
@@ -105,7 +105,7 @@ def _rows(parts: Iterator[tuple[int, bytes]], order: str, fields: tuple[str, ...
 
 
 def _value(matrix: bytes, order: str) -> Any:
-    """A text, or the first of the numbers."""
+    """A string, or the first of the numbers."""
     parts = _elements(matrix, order)
     kind_of_array = _kind_of_array(parts)
     next(parts), next(parts)  # dimensions, name

@@ -1,4 +1,4 @@
-"""Tar archives read in place: the headers once, for the places of their members, and bytes from these places."""
+"""Tar archives read in place: the headers once, for the offsets of the members, then bytes at these offsets."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts.base import is_hidden
+from src.datamodules.formats.files import is_hidden
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_OPEN = 32  # descriptors kept by a process
+_MAX_OPEN = 32  # file descriptors per process
 _REMEDY = "Fetch or make the archive again."
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class _Descriptor:
-    """An open file, closed when nothing refers to it any more: a reader keeps it through its eviction."""
+    """An open file, closed with its last reference, so that eviction from the cache cannot interrupt a read."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -37,11 +37,10 @@ def _descriptor(path: Path, process: int) -> _Descriptor:
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset` on.
 
-    Every process opens the file for itself, also after a fork, and reads without moving a position: any number of
-    threads may do so at once.
+    Every process opens the file for itself, also after a fork, and uses `pread`, so any number of threads may read.
 
     Raises:
-        UserError: the file is shorter, as it was not before.
+        UserError: the file has become shorter since it was listed.
         OSError: it cannot be read.
     """
     descriptor = _descriptor(path, os.getpid())
@@ -56,7 +55,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """A file in an archive.
 
     Args:
@@ -90,7 +89,7 @@ class Member:
         return f"{self.path} in {self.archive}"
 
 
-def members(archive: Path, within: Member | None = None, limit: int | None = None) -> Iterator[Member]:
+def members(archive: Path, within: TarMember | None = None, limit: int | None = None) -> Iterator[TarMember]:
     """The files of an archive in their order, folders and hidden files left out.
 
     An archive that does not end as it should is an error: images of it would be missing.
@@ -119,7 +118,7 @@ def members(archive: Path, within: Member | None = None, limit: int | None = Non
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it owns nothing but `file`
             seen = 0
             while (limit is None or seen < limit) and (member := tar.next()) is not None:
-                tar.members.clear()  # a million of them would fill the memory
+                tar.members.clear()  # or a million of them would fill the memory
                 seen += 1
                 if member.isdir() or is_hidden(member.name):
                     continue
@@ -129,7 +128,7 @@ def members(archive: Path, within: Member | None = None, limit: int | None = Non
                         "place. Make the archive again with `tar --dereference --hard-dereference`."
                     )
                 path = PurePosixPath(member.name).as_posix().lstrip("/")
-                yield Member(archive, path, member.offset_data, member.size)
+                yield TarMember(archive, path, member.offset_data, member.size)
             if limit is None:
                 _check_end(file, tar.offset, end, named)
     except FileNotFoundError as error:
@@ -138,22 +137,22 @@ def members(archive: Path, within: Member | None = None, limit: int | None = Non
         raise UserError(f"{named} is damaged or no tar archive: {error}. {_REMEDY}") from error
     except OSError as error:
         raise UserError(f"{archive} cannot be read: {error.strerror or error}. {_REMEDY}") from error
-    except (ValueError, IndexError, OverflowError) as error:  # of extended headers with nonsense in them
+    except (ValueError, IndexError, OverflowError) as error:  # from invalid extended headers
         if isinstance(error, UserError):
             raise
         raise UserError(f"{named} is damaged: {error}. {_REMEDY}") from error
 
 
-def _check_end(file, offset: int, end: int, named: Path | Member) -> None:
-    """Refuse an archive in which something else than zeros follows the last member: tarfile stops there silently."""
+def _check_end(file, offset: int, end: int, named: Path | TarMember) -> None:
+    """Check that only zeros follow the last member, which is where tarfile silently stops."""
     file.seek(offset)
     if end - offset < _BLOCK:
-        # the last member may even reach into what follows, where the archive is inside of another
-        raise UserError(f"{named} is incomplete: the mark of its end is missing. {_REMEDY}")
+        # inside another archive, the last member may even overlap what follows
+        raise UserError(f"{named} is incomplete: its end-of-archive marker is missing. {_REMEDY}")
     while offset < end:
         part = file.read(min(1 << 16, end - offset))
         if not part:
             raise UserError(f"{named} is incomplete: it ends too early. {_REMEDY}")
         if part.count(0) < len(part):
-            raise UserError(f"{named} is damaged: what is at byte {offset} is no member and no end. {_REMEDY}")
+            raise UserError(f"{named} is damaged: byte {offset} is neither a member nor the end. {_REMEDY}")
         offset += len(part)

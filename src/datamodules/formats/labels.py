@@ -1,7 +1,7 @@
 """Classes of images that are not in class folders: from their names, the development kit, or Kaggle's solution.
 
-The development kit's ground truth has one number per image, an ILSVRC2012_ID. These are in no order that could be
-guessed (number 1 is n02119789, a kit fox, in sorted order the 279th): `data/meta.mat` tells which synsets they are.
+The development kit's ground truth has one number per image, an ILSVRC2012_ID. The numbers are not in sorted order
+(1 is n02119789, a kit fox, the 279th synset in sorted order): `data/meta.mat` maps them to synsets.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts.base import KAGGLE_FOLDERS, Place, imagenet_synsets, listing
-from src.datamodules.layouts.matlab import MatlabError, read_structure
+from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.location import KAGGLE_FOLDERS, SplitLocation
+from src.datamodules.formats.matlab import MatlabError, read_structure
+from src.utils.text import abbreviate
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
 SOURCES = f"{DEVKIT} (extracted or .tar.gz) or {KAGGLE_SOLUTION}"
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 _VALIDATION_IMAGES = 50_000
-_MAX_BYTES = 1 << 26  # of a file of the kit, the largest of which has 0.4 MB
+_MAX_BYTES = 1 << 26  # of a file in the kit; the largest one has 0.4 MB
 
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 # n01440764_10026.JPEG, or Hugging Face's ILSVRC2012_val_00000293_n01440764.JPEG
@@ -31,33 +33,33 @@ _SYNSET = re.compile(r"(?:(n\d{8})_\d+|.*_(n\d{8}))\.\w+")
 
 
 def is_validation_image(name: str) -> bool:
-    """Whether a name is one of ImageNet's validation images, which says nothing of its class."""
+    """Whether a name is that of an ImageNet validation image, which does not contain its class."""
     return _VALIDATION.fullmatch(PurePosixPath(name).name) is not None
 
 
 def synset_in_name(name: str) -> str | None:
-    """The synset that a name holds, as those of ImageNet's training images do."""
+    """The synset in the name of an image, as in ImageNet's training set; None without one."""
     match = _SYNSET.fullmatch(PurePosixPath(name).name)
     synset = match and (match[1] or match[2])
     return synset if synset in imagenet_synsets() else None
 
 
-def label_folders(place: Place, folder: Path | None = None) -> list[Path]:
-    """Where labels may lie: in the split's folder, and from there up to the data folder, Kaggle's tree included."""
-    folders = [place.data_dir]
-    for start in (folder, *place.folders):
+def label_folders(location: SplitLocation, folder: Path | None = None) -> list[Path]:
+    """Folders that may hold labels: the split's folder and its parents up to the data folder, Kaggle's included."""
+    folders = [location.data_dir]
+    for start in (folder, *location.folders):
         if start is not None:
             folders += [start, start.parent]
-            folders += [parent for parent in start.parents if parent.is_relative_to(place.data_dir)]
-    text = place.data_dir.as_posix()
+            folders += [parent for parent in start.parents if parent.is_relative_to(location.data_dir)]
+    text = location.data_dir.as_posix()
     for tree in KAGGLE_FOLDERS:
         if text.endswith("/" + tree):
-            folders.append(place.data_dir.parents[tree.count("/")])
+            folders.append(location.data_dir.parents[tree.count("/")])
     return list(dict.fromkeys(folders))
 
 
 def label_sources(folders: Iterable[Path]) -> list[Path]:
-    """Development kits and solutions in `folders`; an archive only where it is not extracted beside it."""
+    """Development kits and solutions in `folders`; an archive only if it is not extracted beside it."""
     sources = []
     for folder in folders:
         if (folder / DEVKIT).is_dir():
@@ -70,18 +72,18 @@ def label_sources(folders: Iterable[Path]) -> list[Path]:
 
 
 def image_labels(names: Sequence[str], folders: Sequence[Path], where: Path) -> list[str]:
-    """The class of each image, from its name or its folder or, for validation images, from the sources in `folders`.
+    """The class of each image, from its name, its folder or, for validation images, the label files in `folders`.
 
     Args:
-        names: of the images: file names, or paths in an archive.
-        folders: where labels may lie.
-        where: what holds the images, for messages.
+        names: file names of the images, or paths in an archive.
+        folders: that may hold label files.
+        where: file or folder that holds the images, for messages.
 
     Returns:
         Synsets, or names of folders.
 
     Raises:
-        UserError: neither names nor folders tell the classes; labels are missing, damaged, or contradict each other.
+        UserError: no class in names or folders; labels are missing, damaged, or contradict each other.
     """
     parents = [PurePosixPath(name).parent.name for name in names]
     if all(parent in imagenet_synsets() for parent in parents):
@@ -99,8 +101,8 @@ def image_labels(names: Sequence[str], folders: Sequence[Path], where: Path) -> 
         if not synset and not parent and not is_validation_image(name)
     ] or names
     raise UserError(
-        f"{where} does not tell the classes of its images, such as {listing(odd, 3)}. Give images in one folder per "
-        "class, ImageNet's own file names, or a CSV file of paths and labels."
+        f"{where} does not contain the classes of its images, such as {abbreviate(odd, 3)}. Give images in "
+        "one folder per class, ImageNet's own file names, or a CSV file of paths and labels."
     )
 
 
@@ -109,36 +111,36 @@ def _validation_labels(names: Sequence[str], folders: Sequence[Path], where: Pat
     sources = label_sources(folders)
     if not sources:
         raise UserError(
-            f"{where} holds {len(names)} validation images, whose names do not tell their classes, and there are no "
+            f"{where} holds {len(names)} validation images, whose names do not contain their classes, and no "
             f"labels. Put {SOURCES} into {folders[0]}."
         )
-    answers = []
+    labels = []
     for source in sources:
         known = read_labels(source)
         unknown = [name for name, number in zip(names, numbers, strict=True) if number not in known]
         if unknown:
             raise UserError(
-                f"{source} has no labels for {len(unknown)} images of {where}: {listing(unknown, 3)}. Fetch the labels "
-                "again, or remove the images."
+                f"{source} has no labels for {len(unknown)} images of {where}: {abbreviate(unknown, 3)}. "
+                "Fetch the labels again, or remove the images."
             )
-        answers.append([known[number] for number in numbers])
-        different = [name for name, a, b in zip(names, answers[0], answers[-1], strict=True) if a != b]
+        labels.append([known[number] for number in numbers])
+        different = [name for name, a, b in zip(names, labels[0], labels[-1], strict=True) if a != b]
         if different:
             raise UserError(
-                f"{sources[0]} and {source} differ in the labels of {len(different)} images: {listing(different, 3)}. "
-                "Remove the one that is wrong."
+                f"{sources[0]} and {source} differ in the labels of {len(different)} images: "
+                f"{abbreviate(different, 3)}. Remove the one that is wrong."
             )
-    return answers[0]
+    return labels[0]
 
 
 def read_labels(source: Path) -> dict[int, str]:
-    """Synset of each validation image, by its number.
+    """Number of each validation image to its synset.
 
     Args:
         source: a development kit, extracted or not, or Kaggle's solution.
 
     Raises:
-        UserError: it is damaged or not what its name says.
+        UserError: it is damaged, or not such a file.
     """
     if source.name == KAGGLE_SOLUTION:
         return _read_solution(source)
@@ -148,7 +150,7 @@ def read_labels(source: Path) -> dict[int, str]:
         synsets = {int(number): synset for number, synset in rows if number is not None}
     except (MatlabError, TypeError) as error:
         raise UserError(f"{source}: {_META} cannot be read: {error}. Fetch the development kit again.") from error
-    # the ancestors of the thousand classes follow them, from 1,001 on
+    # from 1,001 on: the ancestors of the thousand classes
     classes = {synsets.get(number) for number in range(1, 1001)}
     if classes != set(imagenet_synsets()):
         raise UserError(
@@ -162,7 +164,7 @@ def read_labels(source: Path) -> dict[int, str]:
                 "development kit again."
             )
         labels[index] = synsets[int(word)]
-    if len(labels) != _VALIDATION_IMAGES:  # a line that is missing in the middle would shift the others
+    if len(labels) != _VALIDATION_IMAGES:  # a missing line would shift all later labels
         raise UserError(
             f"{source}: {_TRUTH} has {len(labels)} labels, and not {_VALIDATION_IMAGES:,}. Fetch the development kit "
             "again."
@@ -174,7 +176,7 @@ def _read_kit(source: Path, name: str) -> bytes:
     """A file of the kit, from its folder or its archive."""
     try:
         if source.is_dir():
-            # the archive's own folder may have been extracted into one of the same name
+            # it may have been extracted into a folder of the same name
             for folder in (source, source / DEVKIT):
                 if (folder / name).is_file():
                     return (folder / name).read_bytes()
@@ -183,7 +185,7 @@ def _read_kit(source: Path, name: str) -> bytes:
                 for member in archive:
                     if member.isfile() and f"/{member.name}".endswith(f"/{name}") and member.size <= _MAX_BYTES:
                         return archive.extractfile(member).read()
-    # a damaged archive raises what zlib, gzip and tarfile have; to the user all of it means the same
+    # a damaged archive raises errors of zlib, gzip or tarfile, which mean the same to the user
     except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
         raise UserError(f"{source} cannot be read: {error}. Fetch the development kit again.") from error
     raise UserError(f"{source} has no {name}. Fetch the development kit again.")

@@ -1,8 +1,8 @@
 """Parquet files as Hugging Face stores images: `data/validation-00000-of-00014.parquet` with `image.bytes` and `label`.
 
-Parquet is read by row groups, of which a process keeps one. That suits evaluation, which goes through the images in
-order; training in random order reads a whole row group for each image, unless `datamodule.shuffle_shards` mixes the
-images of a few row groups at a time, which are kept.
+Parquet is read by row groups, of which each process caches one. That suits evaluation, which reads the images in
+order; training in random order reads a whole row group for each image, unless `datamodule.shuffle_shards` limits the
+shuffling to a few row groups at a time, which are cached then.
 """
 
 from __future__ import annotations
@@ -18,38 +18,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts.base import Found, Listing, Place, check_complete, files_matching, series
-from src.datamodules.layouts.csv_file import parse_labels
+from src.datamodules.formats.csv_file import parse_labels
+from src.datamodules.formats.files import check_complete, files_matching, series
+from src.datamodules.formats.listing import Listing
+from src.datamodules.formats.location import FoundSplit, SplitLocation
+from src.utils.text import first_line
 
 FORMAT = "parquet"
-LOOKED_FOR = "{split}*.parquet, data/{split}*.parquet or {folder}/*.parquet"
+SEARCHED_NAMES = "{split}*.parquet, data/{split}*.parquet or {folder}/*.parquet"
 _REMEDY = "Fetch the file again."
 
 
-def find(place: Place) -> list[Found]:
+def find(location: SplitLocation) -> list[FoundSplit]:
     """Series of parquet files of the split."""
-    named = [path for path in place.named_files if path.suffix == ".parquet"]
+    named = [path for path in location.named_files if path.suffix == ".parquet"]
     if named:
         found = [tuple(named)]
     else:
 
         def matches(name: str) -> bool:
             return name.endswith(".parquet") and any(
-                name.startswith(stem) and not name[len(stem)].isalpha() for stem in place.stems
+                name.startswith(stem) and not name[len(stem)].isalpha() for stem in location.stems
             )
 
-        found = series(files_matching([place.data_dir, place.data_dir / "data"], matches))
-        for folder in place.folders:
+        found = series(files_matching([location.data_dir, location.data_dir / "data"], matches))
+        for folder in location.folders:
             found += series(files_matching([folder], lambda name: name.endswith(".parquet")))
-    return [Found(FORMAT, files[0].parent if len(files) > 1 else files[0], files) for files in dict.fromkeys(found)]
+    return [
+        FoundSplit(FORMAT, files[0].parent if len(files) > 1 else files[0], files) for files in dict.fromkeys(found)
+    ]
 
 
 @dataclass(frozen=True)
-class Row:
+class ParquetImage:
     """An image in a parquet file.
 
     Args:
-        listing: whose image it is.
+        listing: that the image belongs to.
         position: in the listing.
     """
 
@@ -72,17 +77,18 @@ class Row:
         return self.listing.read(self.position)
 
     def __str__(self) -> str:
-        return self.listing.place(self.position)
+        return self.listing.describe(self.position)
 
 
 class ParquetListing(Listing):
     """Images of parquet files, in the order of files and rows.
 
     Args:
-        root: file or folder that stands for the split.
+        root: file or folder that holds the split.
         names: see `Listing`; likewise `labels` and `num_classes`.
         files: the files, sorted.
-        groups: (G, 3) for each row group its file, its number there and its rows, in the order of the images.
+        groups: (G, 3) index of the file, index in the file and number of rows of each row group, in the order of the
+            images.
     """
 
     format = FORMAT
@@ -100,70 +106,70 @@ class ParquetListing(Listing):
         self._files = list(files)
         self._groups = groups
         self._ends = np.cumsum(groups[:, 2])
-        self._num_kept = 1
-        self._forget()
+        self._cache_size = 1
+        self._clear_cache()
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._kept: dict[int, Any] = {}  # row group to its images, the last one read at the end
+        self._cache: dict[int, Any] = {}  # row group to its images, most recently read last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_process", "_lock", "_kept")}
+        return {name: value for name, value in vars(self).items() if name not in ("_process", "_lock", "_cache")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._clear_cache()
 
-    def source(self, position: int) -> Row:
-        """The place of the image at `position`."""
-        return Row(self, position)
+    def source(self, position: int) -> ParquetImage:
+        """The image at `position`."""
+        return ParquetImage(self, position)
 
     def location(self, position: int) -> tuple[Path, tuple[int, ...]]:
         """The file with the image at `position`; its row group there and its row in it."""
         group, row = self._find(position)
         return self._files[self._groups[group, 0]], (int(self._groups[group, 1]), row)
 
-    def place(self, position: int) -> str:
-        """The name of the image's place in messages."""
+    def describe(self, position: int) -> str:
+        """Row and file of the image at `position`, for messages."""
         group, row = self._find(position)
         file, number, _ = self._groups[group]
         before = int(self._groups[(self._groups[:, 0] == file) & (self._groups[:, 1] < number), 2].sum())
         return f"row {before + row} of {self._files[file]}"
 
     def read(self, position: int) -> bytes:
-        """The bytes of the image at `position`; its row group is kept for those that follow, see `keep_shards`.
+        """The encoded bytes of the image at `position`; its row group is cached, see `keep_shards`.
 
         Raises:
             UserError: the file is damaged or has no bytes here.
         """
         group, row = self._find(position)
-        if self._process != os.getpid():  # a lock that a thread held during the fork would never be given back
-            self._forget()
-        images = self._kept.get(group)  # without the lock: a dictionary is whole at any time
+        if self._process != os.getpid():  # a lock that another thread held during the fork would never be released
+            self._clear_cache()
+        images = self._cache.get(group)  # without the lock: reading a dictionary is atomic
         if images is None:
             with self._lock:
-                images = self._kept.get(group)
+                images = self._cache.get(group)
                 if images is None:
-                    while len(self._kept) >= self._num_kept:
-                        del self._kept[next(iter(self._kept))]
+                    while len(self._cache) >= self._cache_size:
+                        del self._cache[next(iter(self._cache))]
                     file, number, _ = (int(value) for value in self._groups[group])
-                    images = self._kept[group] = _read_group(self._files[file], number)
+                    images = self._cache[group] = _read_group(self._files[file], number)
         data = images[row].as_py()
         if data is None:
-            raise UserError(f"{self.place(position)} has no bytes of an image, maybe only its path. {_REMEDY}")
+            raise UserError(f"{self.describe(position)} has no image bytes, maybe only a path. {_REMEDY}")
         return data
 
     def shards(self) -> NDArray[np.int64]:
-        """Number of the row group that holds each image."""
+        """Index of the row group that holds each image."""
         return np.repeat(np.arange(len(self._groups)), self._groups[:, 2])
 
     def keep_shards(self, number: int) -> None:
-        """Keep so many row groups in each process that reads."""
-        self._num_kept = number
+        """Cache up to `number` row groups per process."""
+        self._cache_size = number
 
     def _find(self, position: int) -> tuple[int, int]:
-        """Row group of an image, and its row there."""
+        """ParquetImage group of an image, and its row there."""
         group = int(np.searchsorted(self._ends, position, side="right"))
         return group, position - int(self._ends[group] - self._groups[group, 2])
 
@@ -180,22 +186,22 @@ def _read_group(path: Path, number: int) -> Any:
     """The bytes of the images of one row group."""
     pyarrow = _pyarrow(path)
     try:
-        # no threads of PyArrow's own: workers are processes, and a forked one has none
+        # without PyArrow's thread pool, which does not survive the fork of a worker process
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             table = file.read_row_group(number, columns=["image.bytes"], use_threads=False)
             return table.column("image").combine_chunks().field("bytes")
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged in row group {number}: {_first_line(error)}. {_REMEDY}") from error
+        raise UserError(f"{path} is damaged in row group {number}: {first_line(error)}. {_REMEDY}") from error
 
 
-def open_layout(found: Found, place: Place, num_classes: int) -> ParquetListing:
+def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) -> ParquetListing:
     """List the images of parquet files from their columns of labels and names.
 
     Raises:
         UserError: PyArrow is not installed, a file is damaged or missing or has other columns, or see `Listing`.
     """
-    if not place.named_files:
-        check_complete(found.files, place.option)
+    if not location.named_files:
+        check_complete(found.files, location.option)
     names, labels, groups = [], [], []
     for index, path in enumerate(found.files):
         its_labels, its_names, sizes = _columns(path)
@@ -219,10 +225,10 @@ def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             columns = [file.schema.column(index).path for index in range(len(file.schema))]
-            lacking = [name for name in ("image.bytes", "label") if name not in columns]
-            if lacking:
+            missing = [name for name in ("image.bytes", "label") if name not in columns]
+            if missing:
                 raise UserError(
-                    f"{path} has no column '{lacking[0]}'; it has {', '.join(columns[:8])}. Give files with the "
+                    f"{path} has no column '{missing[0]}'; it has {', '.join(columns[:8])}. Give files with the "
                     "columns image.bytes and label, as Hugging Face writes them."
                 )
             wanted = ["label"] + (["image.path"] if "image.path" in columns else [])
@@ -233,7 +239,7 @@ def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
                 names = [image and image["path"] for image in table.column("image").to_pylist()]
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged or no parquet file: {_first_line(error)}. {_REMEDY}") from error
+        raise UserError(f"{path} is damaged or no parquet file: {first_line(error)}. {_REMEDY}") from error
     if sum(sizes) != len(labels):
         raise UserError(f"{path} is damaged: {len(labels)} labels of {sum(sizes)} rows. {_REMEDY}")
     for row, label in enumerate(labels):
@@ -242,7 +248,3 @@ def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
                 f"row {row} of {path} has the label {label!r}, not an index or the name of a class. {_REMEDY}"
             )
     return labels, names, sizes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

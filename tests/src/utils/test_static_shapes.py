@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.utils.fixed_batch import WARM_UP_CALLS, CudaGraphForward, PaddedForward, compiled
+from src.utils.static_shapes import WARM_UP_CALLS, CudaGraphForward, PaddedForward, compiled
 
 NO_CUDA = not torch.cuda.is_available()
 
@@ -117,7 +117,7 @@ def test_where_recording_fails_the_function_runs(monkeypatch, caplog):
             assert torch.equal(forward(images), 2 * images)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "The network cannot be recorded as a CUDA graph and runs without: operation not permitted when stream is "
+        "The network cannot be captured as a CUDA graph and runs without: operation not permitted when stream is "
         "capturing."
     )
     assert len(function.shapes) == WARM_UP_CALLS + 1 + 3

@@ -1,4 +1,4 @@
-"""Forms of a network's forward pass that are made for many batches of one size, without gradients."""
+"""Forward passes for many batches of one static shape, without gradients: padding, CUDA graphs, torch.compile."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-# Kernels are compiled and chosen, and libraries take their workspaces, in the first calls.
+# The first calls compile and select kernels, and allocate workspaces of libraries.
 WARM_UP_CALLS = 3
 
 
 class PaddedForward:
-    """Gives a function batches of one size: a smaller one is filled up with zeros.
+    """Pads smaller batches with zeros, so that a function gets batches of one size.
 
     Args:
         function: from (B, ...) to (B, ...), image by image.
-        batch_size: that size; None takes that of the first batch.
+        batch_size: the size; None takes that of the first batch.
     """
 
     def __init__(self, function: Forward, batch_size: int | None = None) -> None:
@@ -41,11 +41,11 @@ class PaddedForward:
 
 
 class CudaGraphForward:
-    """A function recorded as a CUDA graph at its first call and replayed from then on: one launch for all its kernels.
+    """A function captured as a CUDA graph on its first call and replayed from then on: one launch for all its kernels.
 
-    Parameters and buffers are read where they are, so a change of theirs in place, such as another draw of random
-    features, is seen by the next call; what is computed from them on the host is not. An input of another shape or
-    dtype than the first goes to the function itself, and so do all inputs, after a warning, where recording fails.
+    In-place changes of parameters and buffers, such as new random projections, take effect on the next call; values
+    computed from them on the host do not. Inputs of another shape or dtype than the first call the function itself; so
+    do all inputs, after a warning, if capture fails.
 
     Args:
         function: from a CUDA tensor to a CUDA tensor.
@@ -60,17 +60,17 @@ class CudaGraphForward:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map the input to the output, which the next call overwrites."""
         if self._graph is None and not self._failed:
-            self._record(images)
+            self._capture(images)
         if self._failed or (images.shape, images.dtype) != (self._images.shape, self._images.dtype):
             return self._function(images)
         self._images.copy_(images)
         self._graph.replay()
         return self._output
 
-    def _record(self, images: torch.Tensor) -> None:
+    def _capture(self, images: torch.Tensor) -> None:
         self._images = images.clone()
         current, stream = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
-        with _no_cache_of_autocast():
+        with _autocast_cache_disabled():
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_CALLS):
@@ -78,25 +78,25 @@ class CudaGraphForward:
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # threads that fill page-locked memory meanwhile do no harm
+                # other threads may fill page-locked memory during the capture
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._output = self._function(self._images)
             except RuntimeError as error:
                 self._failed = True
                 del self._images
                 if images.is_cuda:
-                    # a recording that breaks off leaves PyTorch's generator in the belief that it goes on
+                    # after a failed capture, PyTorch's generator still believes that it is being captured
                     generator = torch.cuda.default_generators[images.device.index]
                     generator.graphsafe_set_state(generator.clone_state())
                 reason = (str(error.__context__ or error).splitlines() or [type(error).__name__])[0].rstrip(".")
-                logger.warning("The network cannot be recorded as a CUDA graph and runs without: %s.", reason)
+                logger.warning("The network cannot be captured as a CUDA graph and runs without: %s.", reason)
                 return
         self._graph = graph
 
 
 @contextmanager
-def _no_cache_of_autocast() -> Iterator[None]:
-    """Let autocast convert weights anew each time: it frees those it keeps, which a graph would go on reading."""
+def _autocast_cache_disabled() -> Iterator[None]:
+    """Disable autocast's cache of cast weights, which it frees while the graph would still read them."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -106,7 +106,7 @@ def _no_cache_of_autocast() -> Iterator[None]:
 
 
 def compiled(function: Forward, **options: Any) -> Forward:
-    """A function under `torch.compile`, for one shape.
+    """A function compiled by `torch.compile` for one shape.
 
     Args:
         function: from a tensor to a tensor.
@@ -116,7 +116,7 @@ def compiled(function: Forward, **options: Any) -> Forward:
     def call(images: torch.Tensor) -> torch.Tensor:
         return function(images)
 
-    # with code of its own, or PyTorch would count the shapes of all functions against one limit of recompilations
+    # a separate code object, or all functions would share one recompilation limit
     code = call.__code__.replace(co_name=f"compiled_{id(function)}")
     own = types.FunctionType(code, globals(), closure=call.__closure__)
     return torch.compile(own, dynamic=False, **options)

@@ -1,4 +1,4 @@
-"""Every layout gives the same images, labels and predictions, and no damage changes a count in silence."""
+"""Every format gives the same images, labels and predictions, and no damage changes a count in silence."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from scatterbrain.errors import UserError
 from src.datamodules.dataset import ImageDataset, ImageLoader
-from src.datamodules.layouts import FORMATS, Place, find_layouts, open_split
-from src.datamodules.layouts.archives import members
-from src.datamodules.layouts.base import expand_braces, imagenet_synsets
-from src.datamodules.layouts.matlab import MatlabError, read_structure
+from src.datamodules.formats import FORMATS, SplitLocation, find_formats, open_split
+from src.datamodules.formats.archives import members
+from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.files import expand_braces
+from src.datamodules.formats.matlab import MatlabError, read_structure
 from src.models.t2t_vit import create_t2t_vit
-from tests.src.datamodules import layout_files as files
+from tests.src.datamodules import format_files as files
 from tests.src.datamodules.setup import datamodule, encoded, message_of
 
 try:
@@ -37,16 +38,16 @@ except ImportError:
     pyarrow = None
 
 needs_pyarrow = pytest.mark.skipif(pyarrow is None, reason="needs PyArrow (pip install pyarrow)")
-LAYOUTS = [
-    pytest.param(layout, id=layout.__name__, marks=[needs_pyarrow] if layout is files.parquet else [])
-    for layout in files.LAYOUTS
+WRITERS = [
+    pytest.param(writer, id=writer.__name__, marks=[needs_pyarrow] if writer is files.parquet else [])
+    for writer in files.WRITERS
 ]
 # One of each way to read.
 READERS = [files.flat, files.original_tar, files.shards, files.csv_of_synsets] + ([files.parquet] if pyarrow else [])
 
 
 def listing_of(data_dir, split="val", num_classes=1000, format="auto", option="test_split"):
-    return open_split(Place(Path(data_dir), split, option), num_classes, format)
+    return open_split(SplitLocation(Path(data_dir), split, option), num_classes, format)
 
 
 def message(data_dir, split="val", **options):
@@ -55,7 +56,7 @@ def message(data_dir, split="val", **options):
 
 
 def by_stem(names, values):
-    """From what a name tells in every layout: the file's name, less its suffix."""
+    """From what a name tells in every format: the file's name, less its suffix."""
     stems = [Path(name).stem for name in names]
     assert len(set(stems)) == len(stems)
     return dict(zip(stems, values, strict=True))
@@ -63,24 +64,24 @@ def by_stem(names, values):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """Data folder of each layout, both splits; tests leave them as they are."""
+    """Data folder of each format, both splits; tests leave them as they are."""
     folders = {}
-    for layout in files.LAYOUTS:
-        if layout is files.parquet and pyarrow is None:
+    for writer in files.WRITERS:
+        if writer is files.parquet and pyarrow is None:
             continue
-        folders[layout] = tmp_path_factory.mktemp(layout.__name__)
+        folders[writer] = tmp_path_factory.mktemp(writer.__name__)
         for split in files.SPLITS:
-            layout(folders[layout], split)
+            writer(folders[writer], split)
     return folders
 
 
-# ---- the same from every layout ---------------------------------------------------------------------------
+# ---- the same from every format ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_names_targets_and_bytes(everything, layout, split):
-    listing = listing_of(everything[layout], split)
+def test_names_targets_and_bytes(everything, writer, split):
+    listing = listing_of(everything[writer], split)
     expected = files.SPLITS[split]
     assert len(listing) == len(expected) == 8
     assert by_stem(listing.names, listing.targets) == by_stem(expected, map(files.TARGETS.get, expected.values()))
@@ -89,24 +90,24 @@ def test_names_targets_and_bytes(everything, layout, split):
     assert listing.classes == files.SYNSETS
     assert listing.class_to_index == files.TARGETS
     assert not any(name.startswith(("/", ".")) for name in listing.names)
-    in_class_folders = (layout, split) == (files.kaggle, "train")
-    assert listing.format == ("class_folders" if in_class_folders else files.LAYOUTS[layout])
-    named = listing_of(everything[layout], split, format=listing.format)
+    in_class_folders = (writer, split) == (files.kaggle, "train")
+    assert listing.format == ("class_folders" if in_class_folders else files.WRITERS[writer])
+    named = listing_of(everything[writer], split, format=listing.format)
     assert (named.names, named.targets) == (listing.names, listing.targets)
     assert all(type(target) is int for target in listing.targets)
 
 
-@pytest.mark.parametrize("layout", [files.flat, files.original_tar, files.tars_of_classes, files.csv_of_synsets])
-def test_images_are_in_the_order_of_their_names(everything, layout):
+@pytest.mark.parametrize("writer", [files.flat, files.original_tar, files.tars_of_classes, files.csv_of_synsets])
+def test_images_are_in_the_order_of_their_names(everything, writer):
     for split in files.SPLITS:
-        names = listing_of(everything[layout], split).names
+        names = listing_of(everything[writer], split).names
         assert names == sorted(names)
 
 
-def test_the_layouts_of_shards_keep_their_order(everything):
-    for layout in (files.shards, *([files.parquet] if pyarrow else [])):
-        names = [Path(name).stem for name in listing_of(everything[layout], "val").names]
-        number = 3 if layout is files.shards else 2
+def test_the_format_of_shards_keep_their_order(everything):
+    for writer in (files.shards, *([files.parquet] if pyarrow else [])):
+        names = [Path(name).stem for name in listing_of(everything[writer], "val").names]
+        number = 3 if writer is files.shards else 2
         stems = [Path(name).stem for name in files.SPLITS["val"]]
         assert names == [stem for first in range(number) for stem in stems[first::number]]
 
@@ -189,8 +190,8 @@ def test_forked_workers_after_the_parent_has_read(everything):
 
 
 def test_threads(everything):
-    for layout in READERS:
-        listing = pickle.loads(pickle.dumps(listing_of(everything[layout])))
+    for writer in READERS:
+        listing = pickle.loads(pickle.dumps(listing_of(everything[writer])))
         expected = [listing.read(index) for index in range(8)]
         wrong = []
 
@@ -226,16 +227,16 @@ def test_few_files_are_open_at_a_time(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 32
 
 
-# ---- which layout -----------------------------------------------------------------------------------------
+# ---- which format -----------------------------------------------------------------------------------------
 
 
-def test_two_layouts_are_an_error_that_names_both(tmp_path):
+def test_two_format_are_an_error_that_names_both(tmp_path):
     files.shards(tmp_path, "val")
     files.original_tar(tmp_path, "val")
-    told = message(tmp_path)
-    assert told.startswith(f"{tmp_path} holds the split 'val' 2 times: ")
-    assert f"tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in told
-    assert told.endswith("Choose one: datamodule.format=tar or datamodule.format=webdataset.")
+    report = message(tmp_path)
+    assert report.startswith(f"{tmp_path} holds the split 'val' 2 times: ")
+    assert f"tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in report
+    assert report.endswith("Choose one: datamodule.format=tar or datamodule.format=webdataset.")
     for format in ("webdataset", "tar"):
         assert listing_of(tmp_path, format=format).format == format
 
@@ -244,15 +245,15 @@ def test_class_folders_win_over_the_archive_beside_them(tmp_path, caplog):
     files.class_folders(tmp_path, "val")
     files.original_tar(tmp_path, "val")
     assert listing_of(tmp_path).format == "class_folders"
-    assert f"Left out: tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in caplog.text
+    assert f"ignoring tar ({tmp_path / 'ILSVRC2012_img_val.tar'})" in caplog.text
     assert listing_of(tmp_path, format="tar").format == "tar"
 
 
-def test_one_layout_twice_is_named_by_the_split(tmp_path):
+def test_one_format_twice_is_named_by_the_split(tmp_path):
     files.class_folders(tmp_path, "val")
     files.class_folders(tmp_path, "val", "ILSVRC/Data/CLS-LOC")
-    told = message(tmp_path)
-    assert told.endswith("Name one by datamodule.test_split, such as datamodule.test_split='val'.")
+    report = message(tmp_path)
+    assert report.endswith("Name one by datamodule.test_split, such as datamodule.test_split='val'.")
     assert listing_of(tmp_path, "ILSVRC/Data/CLS-LOC/val").root == tmp_path / "ILSVRC/Data/CLS-LOC/val"
     (tmp_path / "linked").mkdir()
     files.class_folders(tmp_path / "linked", "val")
@@ -264,14 +265,14 @@ def test_one_layout_twice_is_named_by_the_split(tmp_path):
 def test_two_series_of_shards_are_named_by_a_pattern(tmp_path):
     files.shards(tmp_path, "val")
     files.shards(tmp_path, "val", "val-{number:04}.tar")
-    told = message(tmp_path)
-    assert "datamodule.test_split='imagenet1k-validation-*.tar'" in told
+    report = message(tmp_path)
+    assert "datamodule.test_split='imagenet1k-validation-*.tar'" in report
     for split in ("imagenet1k-validation-*.tar", "val-{0000..0002}.tar", "imagenet1k-validation-{00,01,02}.tar"):
         assert len(listing_of(tmp_path, split)) == 8
     assert len(listing_of(tmp_path, "val-{0000..0001}.tar")) == 6
-    told = message(tmp_path, "val-{0000..0004}.tar")
-    assert told.startswith("2 of the 5 files of datamodule.test_split=val-{0000..0004}.tar are missing")
-    assert "val-0003.tar, val-0004.tar" in told
+    report = message(tmp_path, "val-{0000..0004}.tar")
+    assert report.startswith("2 of the 5 files of datamodule.test_split=val-{0000..0004}.tar are missing")
+    assert "val-0003.tar, val-0004.tar" in report
 
 
 def test_half_sorted_validation_images_are_two_layouts(tmp_path):
@@ -284,10 +285,10 @@ def test_half_sorted_validation_images_are_two_layouts(tmp_path):
 def test_nothing_that_is_known(tmp_path, format):
     files.write(tmp_path / "imagenet.zip", b"PK")
     files.write(tmp_path / "val2/image.gif", b"GIF")
-    told = message(tmp_path, format=format)
+    report = message(tmp_path, format=format)
     if format != "class_folders":
-        assert f"Found in {tmp_path}: imagenet.zip, val2/." in told
-        assert told.count("Looked for") == 1
+        assert f"Found in {tmp_path}: imagenet.zip, val2/." in report
+        assert report.count("Looked for") == 1
     if format == "auto":
         for wanted in (
             "ILSVRC2012_img_{val,validation}.tar",
@@ -297,25 +298,25 @@ def test_nothing_that_is_known(tmp_path, format):
             ".csv",
             ".cls",
         ):
-            assert wanted in told
+            assert wanted in report
     elif format != "class_folders":
-        assert f"in the layout {format}. " in told
+        assert f"in the format {format}. " in report
 
 
 def test_formats_that_do_not_exist():
-    told = message_of(datamodule, None, format="webdatset")
-    assert told == "datamodule.format='webdatset' is not valid. Did you mean 'webdataset'?"
+    report = message_of(datamodule, None, format="webdatset")
+    assert report == "datamodule.format='webdatset' is not valid. Did you mean 'webdataset'?"
 
 
 def test_files_can_be_named(everything):
-    for layout, split in (
+    for writer, split in (
         (files.original_tar, "ILSVRC2012_img_val.tar"),
         (files.shards, "imagenet1k-validation-{00..02}.tar"),
         (files.csv_of_indices, "val.csv"),
         *([(files.parquet, "data/validation-*.parquet")] if pyarrow else []),
     ):
-        listing = listing_of(everything[layout], split)
-        assert listing.format == files.LAYOUTS[layout]
+        listing = listing_of(everything[writer], split)
+        assert listing.format == files.WRITERS[writer]
         assert len(listing) == 8
 
 
@@ -357,8 +358,8 @@ def test_classes_of_ones_own(tmp_path):
     assert listing.targets == [0, 1, 2]
     listing = listing_of(tmp_path, "test", num_classes=2)
     assert (listing.names, listing.targets) == (["test/daisy/1.png", "test/roses/1.png"], [0, 1])
-    told = message(tmp_path, num_classes=4)
-    assert told.startswith(f"{tmp_path / 'val.csv'}: 3 classes (daisy, roses, tulips), but the model has 4 classes.")
+    report = message(tmp_path, num_classes=4)
+    assert report.startswith(f"{tmp_path / 'val.csv'}: 3 classes (daisy, roses, tulips), but the model has 4 classes.")
 
 
 def test_indices_of_classes_of_ones_own(tmp_path):
@@ -368,8 +369,8 @@ def test_indices_of_classes_of_ones_own(tmp_path):
     listing = listing_of(tmp_path, num_classes=4)
     assert listing.class_to_index == {"0": 0, "1": 1, "2": 2}
     assert listing.targets == [0, 1, 2]
-    told = message(tmp_path, num_classes=2)
-    assert "The label 2 is outside 0 to 1, the model's 2 classes. Set model.num_classes" in told
+    report = message(tmp_path, num_classes=2)
+    assert "The label 2 is outside 0 to 1, the model's 2 classes. Set model.num_classes" in report
     assert list(listing_of(tmp_path).class_to_index) == list(imagenet_synsets())[:3]
 
 
@@ -385,7 +386,7 @@ def test_synsets_need_a_thousand_classes(everything):
 def test_the_kits_numbers_are_not_in_sorted_order(everything):
     numbers = files.numbering()
     order = sorted(files.SYNSETS, key=numbers.get)
-    assert order != sorted(order)  # or the tests could not tell
+    assert order != sorted(order)  # or the tests could not detect it
 
 
 # SciPy 1.17: savemat(file, {"other": eye(2), "synsets": ..., "text": "abc"}, do_compression=True), the fields of the
@@ -431,7 +432,7 @@ META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "report"),
     [
         (META, b"", "data/meta.mat cannot be read: not a MATLAB file of level 5"),
         (META, files.meta_mat()[:-200], "data/meta.mat cannot be read: "),
@@ -446,7 +447,7 @@ META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
         (TRUTH, b"1\n" * 49_999, "data/ILSVRC2012_validation_ground_truth.txt has 49999 labels, and not 50,000"),
     ],
 )
-def test_damaged_kits(tmp_path, file, content, told):
+def test_damaged_kits(tmp_path, file, content, report):
     files.flat(tmp_path, "val")
     path = tmp_path / "ILSVRC2012_devkit_t12" / file
     path.unlink()
@@ -454,7 +455,7 @@ def test_damaged_kits(tmp_path, file, content, told):
         path.write_bytes(content)
     message_ = message(tmp_path)
     assert message_.startswith(str(tmp_path / "ILSVRC2012_devkit_t12"))
-    assert told in message_
+    assert report in message_
     assert "again" in message_
 
 
@@ -463,13 +464,13 @@ def test_damaged_packed_kits(tmp_path, cut):
     files.flat_with_packed_kit(tmp_path, "val")
     path = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
     path.write_bytes(path.read_bytes()[:-cut] if cut > 100 else path.read_bytes()[:cut])
-    told = message(tmp_path)
-    assert told.startswith(f"{path} ")
-    assert told.endswith("Fetch the development kit again.")
+    report = message(tmp_path)
+    assert report.startswith(f"{path} ")
+    assert report.endswith("Fetch the development kit again.")
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "report"),
     [
         ("ILSVRC2012_val_00000293", "row 10 is not an image and its synset"),
         ("ILSVRC2012_val_00000293,n00000000 1 1 1 1", "row 10 is not an image and its synset"),
@@ -477,12 +478,12 @@ def test_damaged_packed_kits(tmp_path, cut):
         ("ILSVRC2012_val_00000293,n02123045 1 1 1 1", "row 10 contradicts an earlier one"),
     ],
 )
-def test_damaged_solutions(tmp_path, row, told):
+def test_damaged_solutions(tmp_path, row, report):
     files.kaggle(tmp_path, "val")
     path = tmp_path / "LOC_val_solution.csv"
     path.write_text(path.read_text() + row + "\n")
     message_ = message(tmp_path)
-    assert message_.startswith(f"{path}: {told}")
+    assert message_.startswith(f"{path}: {report}")
     assert message_.endswith("Fetch it again.")
 
 
@@ -496,10 +497,10 @@ def test_sources_that_contradict_each_other(tmp_path):
     files.flat_with_solution(tmp_path, "val")
     path = tmp_path / "LOC_val_solution.csv"
     path.write_text(path.read_text().replace("00000293,n01440764", "00000293,n02123045"))
-    told = message(tmp_path)
-    assert "differ in the labels of 1 images: ILSVRC2012_val_00000293.JPEG" in told
-    assert "LOC_val_solution.csv" in told
-    assert "devkit" in told
+    report = message(tmp_path)
+    assert "differ in the labels of 1 images: ILSVRC2012_val_00000293.JPEG" in report
+    assert "LOC_val_solution.csv" in report
+    assert "devkit" in report
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -509,15 +510,17 @@ def test_images_without_labels(tmp_path, packed):
         (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     else:
         files._flat(tmp_path, "val")
-    told = message(tmp_path)
-    assert "holds 8 validation images, whose names do not tell their classes" in told
-    assert f"Put ILSVRC2012_devkit_t12 (extracted or .tar.gz) or LOC_val_solution.csv into {tmp_path}" in told
+    report = message(tmp_path)
+    assert "holds 8 validation images, whose names do not contain their classes" in report
+    assert f"Put ILSVRC2012_devkit_t12 (extracted or .tar.gz) or LOC_val_solution.csv into {tmp_path}" in report
 
 
-def test_images_that_tell_nothing(tmp_path):
+def test_images_without_classes_in_their_names(tmp_path):
     files.write_tar(tmp_path / "val.tar", [("1.jpg", encoded()), ("2.jpg", encoded())])
-    told = message(tmp_path)
-    assert told.startswith(f"{tmp_path / 'val.tar'} does not tell the classes of its images, such as 1.jpg, 2.jpg.")
+    report = message(tmp_path)
+    assert report.startswith(
+        f"{tmp_path / 'val.tar'} does not contain the classes of its images, such as 1.jpg, 2.jpg."
+    )
 
 
 # ---- damaged archives -------------------------------------------------------------------------------------
@@ -545,33 +548,36 @@ def flip(at):
 ARCHIVES = [files.original_tar, files.tar_of_class_folders, files.shards]
 
 
-@pytest.mark.parametrize("layout", ARCHIVES)
+@pytest.mark.parametrize("writer", ARCHIVES)
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "report"),
     [
         (lambda data: b"", "is incomplete|is damaged|empty"),
         (lambda data: data[:100], "damaged|incomplete"),
         (lambda data: data[: len(data) // 2 + 7], "damaged|incomplete"),
-        (lambda data: bytes(data).rstrip(b"\0") + bytes(-len(bytes(data).rstrip(b"\0")) % 512), "end is missing"),
-        (lambda data: bytes(data) + bytes(data), "no member and no end"),
+        (
+            lambda data: bytes(data).rstrip(b"\0") + bytes(-len(bytes(data).rstrip(b"\0")) % 512),
+            "end-of-archive marker is missing",
+        ),
+        (lambda data: bytes(data) + bytes(data), "neither a member nor the end"),
         (lambda data: b"<html>404</html>" * 1000, "damaged or no tar"),
         (lambda data: b"\x1f\x8b" + bytes(data), "compressed with gzip"),
     ],
 )
-def test_damaged_archives(tmp_path, layout, edit, told):
-    layout(tmp_path, "val")
+def test_damaged_archives(tmp_path, writer, edit, report):
+    writer(tmp_path, "val")
     path = sorted(tmp_path.glob("*.tar"))[0]
     damage(path, edit)
     message_ = message(tmp_path)
     assert str(path) in message_
-    assert any(part in message_ for part in told.split("|")), message_
+    assert any(part in message_ for part in report.split("|")), message_
     assert "again" in message_ or "Decompress it." in message_
 
 
-@pytest.mark.parametrize("layout", ARCHIVES)
-def test_a_damaged_header_in_the_middle(tmp_path, layout):
+@pytest.mark.parametrize("writer", ARCHIVES)
+def test_a_damaged_header_in_the_middle(tmp_path, writer):
     # where Python's tarfile takes it for the end, in silence
-    layout(tmp_path, "val")
+    writer(tmp_path, "val")
     path = sorted(tmp_path.glob("*.tar"))[0]
     damage(path, flip(second_header(path) + 20))
     assert f"{path} is damaged" in message(tmp_path)
@@ -582,7 +588,7 @@ def test_a_header_of_zeros_in_the_middle(tmp_path):
     path = tmp_path / "ILSVRC2012_img_val.tar"
     at = second_header(path)
     damage(path, lambda data: data[:at] + bytes(512) + data[at + 512 :])
-    assert f"what is at byte {at + 512} is no member" in message(tmp_path) or f"at byte {at}" in message(tmp_path)
+    assert f"byte {at + 512} is neither a member" in message(tmp_path) or f"byte {at} " in message(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["header", "end"])
@@ -598,9 +604,9 @@ def test_damaged_archives_in_the_training_archive(tmp_path, part):
         kept = len(content.rstrip(b"\0")) // 512 * 512 + 512
         others = [(f"{synset}.tar", files.class_tar(synset)) for synset in files.SYNSETS[:3]]
         files.write_tar(path, [(inner.name, content[:kept]), *others])
-    told = message(tmp_path, "train")
-    assert f"{inner.name} in {path} is" in told
-    assert told.endswith("Fetch or make the archive again.")
+    report = message(tmp_path, "train")
+    assert f"{inner.name} in {path} is" in report
+    assert report.endswith("Fetch or make the archive again.")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -611,9 +617,9 @@ def test_links_in_archives(tmp_path, kind):
         member = tarfile.TarInfo("val/n01440764/b.jpg")
         member.type, member.linkname = kind, "val/n01440764/a.jpg"
         archive.addfile(member)
-    told = message(tmp_path)
-    assert told.startswith(f"val/n01440764/b.jpg in {path} is a link")
-    assert "--hard-dereference" in told
+    report = message(tmp_path)
+    assert report.startswith(f"val/n01440764/b.jpg in {path} is a link")
+    assert "--hard-dereference" in report
 
 
 def test_folders_and_hidden_files_in_archives_are_left_out(tmp_path):
@@ -640,7 +646,7 @@ def test_long_names_in_archives(tmp_path):
 
 def test_images_twice_in_an_archive(tmp_path):
     files.write_tar(tmp_path / "val.tar", [("a/n01440764/a.jpg", encoded()), ("./a/n01440764/a.jpg", encoded())])
-    assert "has images twice, and each is to be counted once: a/n01440764/a.jpg" in message(tmp_path)
+    assert "has images twice: a/n01440764/a.jpg" in message(tmp_path)
 
 
 def test_an_archive_that_was_cut_after_it_was_listed(tmp_path):
@@ -655,7 +661,7 @@ def test_an_archive_that_was_cut_after_it_was_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("contents", "told"),
+    ("contents", "report"),
     [
         ([("1.jpg", b"x"), ("2.jpg", b"x"), ("2.cls", b"1")], "1 samples lack their class (.cls): 1"),
         ([("1.jpg", b"x"), ("1.cls", b"1"), ("2.cls", b"1")], "1 samples lack their image (.jpg, .jpeg, .png): 2"),
@@ -672,25 +678,25 @@ def test_an_archive_that_was_cut_after_it_was_listed(tmp_path):
         ([("1.jpg", b"x"), ("1.cls", b"n01440764"), ("2.jpg", b"x"), ("2.cls", b"cat")], "1 of 2 classes are not"),
     ],
 )
-def test_shards_that_are_not_as_they_should_be(tmp_path, contents, told):
+def test_shards_that_are_not_as_they_should_be(tmp_path, contents, report):
     path = files.write_tar(tmp_path / "val-00.tar", contents)
     message_ = message(tmp_path)
     assert str(path) in message_
-    assert told in message_
+    assert report in message_
 
 
 def test_a_missing_shard(tmp_path):
     files.shards(tmp_path, "val")
     (tmp_path / "imagenet1k-validation-01.tar").unlink()
-    told = message(tmp_path)
-    assert told.startswith(
+    report = message(tmp_path)
+    assert report.startswith(
         f"1 of the 3 files like {tmp_path / 'imagenet1k-validation-00.tar'} are missing: number 00001."
     )
-    assert "datamodule.test_split" in told
+    assert "datamodule.test_split" in report
     assert len(listing_of(tmp_path, "imagenet1k-validation-*.tar")) == 5
 
 
-def test_shards_counted_from_one_and_shards_that_tell_their_number(tmp_path):
+def test_shards_counted_from_one_and_shards_with_their_number(tmp_path):
     sample = [("1.jpg", encoded()), ("1.cls", b"1")]
     for number in (1, 2, 3):
         files.write_tar(tmp_path / f"a/val-{number}.tar", sample)
@@ -704,7 +710,7 @@ def test_shards_counted_from_one_and_shards_that_tell_their_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "report"),
     [
         ("", "is empty"),
         ("path,label\n", "has a header and no rows"),
@@ -726,13 +732,13 @@ def test_shards_counted_from_one_and_shards_that_tell_their_number(tmp_path):
         ("1.jpg,1000\n", "The label 1000 is outside"),
     ],
 )
-def test_csv_files_that_are_not_as_they_should_be(tmp_path, text, told):
+def test_csv_files_that_are_not_as_they_should_be(tmp_path, text, report):
     for name in ("1.jpg", "2.jpg"):
         files.write(tmp_path / name, encoded())
     path = files.write(tmp_path / "val.csv", text)
     message_ = message(tmp_path)
     assert message_.startswith(str(path)) or f" of {path} " in message_
-    assert told in message_
+    assert report in message_
 
 
 @pytest.mark.parametrize(
@@ -779,7 +785,7 @@ def test_labels_of_parquet_files_may_be_synsets(tmp_path):
 
 @needs_pyarrow
 def test_row_groups_are_read_once_in_order(tmp_path, monkeypatch):
-    from src.datamodules.layouts import parquet
+    from src.datamodules.formats import parquet
 
     files.parquet(tmp_path, "val", group=2)
     read = []
@@ -803,7 +809,7 @@ def test_a_fork_while_a_thread_reads(everything):
 
 @needs_pyarrow
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "report"),
     [
         (lambda data: b"", "is damaged or no parquet file"),
         (lambda data: data[:-10], "is damaged or no parquet file"),
@@ -811,14 +817,14 @@ def test_a_fork_while_a_thread_reads(everything):
         (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is damaged or no parquet file"),
     ],
 )
-def test_damaged_parquet_files(tmp_path, edit, told):
+def test_damaged_parquet_files(tmp_path, edit, report):
     files.parquet(tmp_path, "val")
     path = tmp_path / "data/validation-00001-of-00002.parquet"
     damage(path, edit)
     module = datamodule(tmp_path, num_classes=1000)
     message_ = message_of(lambda: list(module.test_dataloader()))
     assert str(path) in message_
-    assert told in message_
+    assert report in message_
     assert message_.endswith("Fetch the file again.")
 
 
@@ -835,7 +841,7 @@ def test_parquet_files_of_other_columns_rows_and_numbers(tmp_path):
         pq.write_table(pyarrow.table({"image": rows, "label": [1, 2, 3]}), path, row_group_size=size)
         data = ImageDataset(listing_of(tmp_path), pil_to_tensor)
         for row in (1, 2):
-            assert message_of(data.decode, row).startswith(f"row {row} of {path} has no bytes of an image")
+            assert message_of(data.decode, row).startswith(f"row {row} of {path} has no image bytes")
     assert "the file is empty" in message_of(data.decode, 0)
     for label in (None, 1.5, True):
         pq.write_table(pyarrow.table({"image": rows[:2], "label": [label, label]}), path)
@@ -861,8 +867,8 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         return imported(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    told = message(tmp_path)
-    assert told == f"{tmp_path / 'val.parquet'} is read with PyArrow, which is not installed: pip install pyarrow"
+    report = message(tmp_path)
+    assert report == f"{tmp_path / 'val.parquet'} is read with PyArrow, which is not installed: pip install pyarrow"
 
 
 # ---- damaged images ---------------------------------------------------------------------------------------
@@ -876,19 +882,19 @@ def test_damaged_images_are_named_with_what_holds_them(tmp_path, monkeypatch, co
     image = files.image
     name = "ILSVRC2012_val_00006697.JPEG"
     monkeypatch.setattr(files, "image", lambda its: content if its == name else image(its))
-    for layout in READERS:
-        layout(tmp_path / layout.__name__, "val")
-        module = datamodule(tmp_path / layout.__name__, num_classes=1000, batch_size=1)
+    for writer in READERS:
+        writer(tmp_path / writer.__name__, "val")
+        module = datamodule(tmp_path / writer.__name__, num_classes=1000, batch_size=1)
         module.setup()
         (position,) = (i for i, path in enumerate(module.test_dataset.paths) if Path(path).stem == Path(name).stem)
-        told = message_of(lambda module=module: list(module.test_dataloader()))
-        assert told.startswith("Cannot decode the image ")
-        assert reason in told
-        assert "0x" not in told
-        assert str(tmp_path / layout.__name__) in told
-        inside = {files.original_tar: name, files.shards: Path(name).stem, files.parquet: "row "}.get(layout, name)
-        assert inside in told
-        assert told.endswith("again." if layout in (files.original_tar, files.shards, files.parquet) else "the file.")
+        report = message_of(lambda module=module: list(module.test_dataloader()))
+        assert report.startswith("Cannot decode the image ")
+        assert reason in report
+        assert "0x" not in report
+        assert str(tmp_path / writer.__name__) in report
+        inside = {files.original_tar: name, files.shards: Path(name).stem, files.parquet: "row "}.get(writer, name)
+        assert inside in report
+        assert report.endswith("again." if writer in (files.original_tar, files.shards, files.parquet) else "the file.")
         message_of(module.test_dataset.decode, position)
 
 
@@ -896,12 +902,12 @@ def test_damaged_images_are_named_with_what_holds_them(tmp_path, monkeypatch, co
 def test_fuzz(tmp_path, seed):
     """Whatever is damaged: all eight images are decoded, or one error tells what is wrong; none is lost in silence."""
     generator = random.Random(seed)
-    layouts = [files.original_tar, files.shards, files.tars_of_classes, files.flat] + [files.parquet] * (
+    writers = [files.original_tar, files.shards, files.tars_of_classes, files.flat] + [files.parquet] * (
         pyarrow is not None
     )
-    layout = layouts[seed % len(layouts)]
-    split = "train" if layout is files.tars_of_classes else generator.choice(["val", "train"])
-    layout(tmp_path, split)
+    writer = writers[seed % len(writers)]
+    split = "train" if writer is files.tars_of_classes else generator.choice(["val", "train"])
+    writer(tmp_path, split)
     suffixes = (".tar", ".JPEG", ".mat", ".txt", ".parquet")
     path = generator.choice(sorted(p for p in tmp_path.rglob("*") if p.suffix in suffixes))
     damage_at_random(path, generator)
@@ -909,13 +915,13 @@ def test_fuzz(tmp_path, seed):
         listing = listing_of(tmp_path, split)
         images = [ImageDataset(listing, pil_to_tensor).decode(index) for index in range(len(listing))]
     except UserError as error:
-        told = str(error)
+        report = str(error)
     else:
         assert len(images) == 8
         assert_right_labels(listing, path)
         return
-    assert str(tmp_path) in told
-    assert "\n" not in told
+    assert str(tmp_path) in report
+    assert "\n" not in report
 
     # with images left out, every one that is listed is counted once: evaluated, or skipped with a reason
     try:
@@ -923,11 +929,11 @@ def test_fuzz(tmp_path, seed):
         loader = ImageLoader(ImageDataset(listing, pil_to_tensor), batch_size=1, skip=True)
         evaluated = [int(index) for _, _, indices in loader for index in indices]
     except UserError as error:
-        told = str(error)
+        report = str(error)
         # not one image but what holds it
         evaluated = None
     if evaluated is None:
-        assert str(tmp_path) in told
+        assert str(tmp_path) in report
         return
     assert len(listing) == 8
     assert_right_labels(listing, path)
@@ -975,9 +981,9 @@ def test_sizes_in_headers_that_lead_astray(tmp_path):
         assert str(path) in message(tmp_path / str(size), "train")
 
 
-def test_what_is_found_is_told_from_names_alone(tmp_path):
+def test_formats_are_recognised_from_names_alone(tmp_path):
     """No image is read for it, which would take minutes."""
     files.write(tmp_path / "ILSVRC2012_img_val.tar", b"")
     files.write(tmp_path / "val.csv", b"")
-    assert [found.format for found in find_layouts(Place(tmp_path, "val"))] == ["tar", "csv"]
-    assert np.all([str(found).endswith(")") for found in find_layouts(Place(tmp_path, "val"))])
+    assert [found.format for found in find_formats(SplitLocation(tmp_path, "val"))] == ["tar", "csv"]
+    assert np.all([str(found).endswith(")") for found in find_formats(SplitLocation(tmp_path, "val"))])

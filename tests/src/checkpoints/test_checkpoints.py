@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scatterbrain.errors import UserError
-from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViTVariant, create_t2t_vit
-from src.utils import checkpoint as checkpoint_module
-from src.utils.checkpoint import (
+from src.checkpoints import (
     PUBLISHED_CHECKPOINTS,
     convert_checkpoint_file,
     convert_t2t_vit_state_dict,
@@ -26,7 +24,9 @@ from src.utils.checkpoint import (
     save_checkpoint,
     unconvert_key,
 )
-from src.utils.named_tensors import named_weights, official_shapes
+from src.checkpoints.architecture import infer_architecture
+from src.checkpoints.seeded_weights import published_shapes, seeded_weights
+from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViTVariant, create_t2t_vit
 
 NUM_CLASSES = 5
 IMAGE_SIZE = 32
@@ -51,7 +51,7 @@ def make_model(variant="tiny_t", image_size=IMAGE_SIZE, num_classes=NUM_CLASSES,
 
 def make_official(variant="tiny_t", image_size=IMAGE_SIZE, num_classes=NUM_CLASSES):
     """State dict with published keys."""
-    weights = named_weights(official_shapes(variant, num_classes, image_size))
+    weights = seeded_weights(published_shapes(variant, num_classes, image_size))
     return {key: tensor.float() for key, tensor in weights.items()}
 
 
@@ -192,7 +192,7 @@ def test_averaged_weights_are_preferred_and_that_is_logged(tmp_path, caplog):
     other = {key: torch.zeros_like(tensor) for key, tensor in official.items()}
     torch.save({"state_dict": other, "state_dict_ema": official}, tmp_path / "run.pth.tar")
     model = make_model()
-    with caplog.at_level(logging.INFO, "src.utils.checkpoint"):
+    with caplog.at_level(logging.INFO, "src.checkpoints"):
         load_checkpoint(model, tmp_path / "run.pth.tar")
     assert_loaded(model, official)
     assert "'state_dict_ema' is used, 'state_dict' is not" in caplog.text
@@ -213,7 +213,7 @@ def test_position_table_is_resized_bicubically(tmp_path, caplog, stored, wanted)
     official["pos_embed"] = torch.rand_like(official["pos_embed"])
     torch.save(official, tmp_path / "weights.pth")
     model = make_model(image_size=wanted)
-    with caplog.at_level(logging.INFO, "src.utils.checkpoint"):
+    with caplog.at_level(logging.INFO, "src.checkpoints"):
         load_checkpoint(model, tmp_path / "weights.pth")
     side, new_side = stored // 16, wanted // 16
     grid = official["pos_embed"][:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
@@ -252,7 +252,7 @@ def test_random_features_that_do_not_fit_are_ignored_with_a_word(tmp_path, caplo
     if rows:
         model = make_model_with_random_features(rows)
         official[unconvert_key(PROJECTION_KEY)] = model.state_dict()[PROJECTION_KEY].clone()
-    with caplog.at_level(logging.INFO, "src.utils.checkpoint"):
+    with caplog.at_level(logging.INFO, "src.checkpoints"):
         load_checkpoint(model, tmp_path / "weights.pth")
     assert_loaded(model, official)
     assert f"'{PROJECTION_KEY}' does not fit" in caplog.text
@@ -290,13 +290,12 @@ def test_a_new_head_excuses_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("variant", sorted(T2T_VIT_VARIANTS))
-def test_variant_is_told_from_shapes(monkeypatch, variant):
-    monkeypatch.setattr("src.models.t2t_vit.trunc_normal_", lambda tensor, **options: tensor)  # slow, and no matter
-    shapes = official_shapes(variant, num_classes=2, image_size=32)
+def test_variant_is_inferred_from_shapes(variant):
+    shapes = published_shapes(variant, num_classes=2, image_size=32)
     state_dict = convert_t2t_vit_state_dict({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()})
     twins = {"t2t_vit_14", "t2t_vit_14_resnext"}
     expected = twins if variant in twins else {variant}
-    assert set(checkpoint_module._infer_architecture(state_dict).variants) == expected
+    assert set(infer_architecture(state_dict).variants) == expected
 
 
 def test_published_files_are_of_known_variants_and_named_once():
@@ -351,7 +350,7 @@ def test_a_mismatch_names_what_the_file_holds_and_the_option(tmp_path, stored, c
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_sizes_of_no_known_variant_are_told(tmp_path, monkeypatch):
+def test_sizes_of_no_known_variant_are_reported(tmp_path, monkeypatch):
     official = make_official("tiny_t_deep")
     torch.save(official, tmp_path / "weights.pth")
     monkeypatch.delitem(T2T_VIT_VARIANTS, "tiny_t_deep")
@@ -404,7 +403,7 @@ def test_a_missing_block_is_a_missing_block_and_not_a_shallower_model(tmp_path):
     )
 
 
-def test_another_network_is_told_how_to_become_one(tmp_path):
+def test_another_network_is_named_with_the_options_for_it(tmp_path):
     torch.save(make_official(), tmp_path / "weights.pth")
     fails_with(lambda: load_checkpoint(nn.Linear(2, 2), tmp_path / "weights.pth"), "Linear", "create_t2t_vit")
 
@@ -420,7 +419,7 @@ def test_missing_file_suggests_its_neighbours(tmp_path):
     )
 
 
-def test_missing_published_file_is_told_how_to_fetch(tmp_path):
+def test_missing_published_file_is_reported_with_its_download(tmp_path):
     fails_with(
         lambda: read_checkpoint(tmp_path / "81.7_T2T_ViTt_14.pth.tar"),
         "does not exist",
@@ -434,7 +433,7 @@ def test_missing_file_without_neighbours_and_missing_folder(tmp_path):
 
 
 def test_folder(tmp_path):
-    fails_with(lambda: read_checkpoint(tmp_path), f"{tmp_path} is a folder", "Name a file in it.")
+    fails_with(lambda: read_checkpoint(tmp_path), f"{tmp_path} is a folder", "Give a file in it.")
     (tmp_path / "a.pth").touch()
     fails_with(lambda: read_checkpoint(tmp_path), f"such as {tmp_path / 'a.pth'}")
 
@@ -464,7 +463,7 @@ NOT_CHECKPOINTS = {
     ),
     "text": (b"hello, world\n", ["is not a checkpoint", "Check the path"]),
     "zeros": (bytes(5000), ["is not a checkpoint"]),
-    "pickle_start": (b"\x80\x02", ["cut short or damaged", "Download it again"]),
+    "pickle_start": (b"\x80\x02", ["truncated or damaged", "Download it again"]),
 }
 
 
@@ -493,7 +492,7 @@ def test_truncated_files(tmp_path, name, fraction):
     FORMATS[name][0](make_official(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * fraction)])
-    fails_with(lambda: read_checkpoint(path), path, "cut short or damaged", "Download it again")
+    fails_with(lambda: read_checkpoint(path), path, "truncated or damaged", "Download it again")
 
 
 class RunsCode:
@@ -725,7 +724,7 @@ def test_a_symbolic_link_is_replaced_and_its_target_left_alone(tmp_path):
     assert read_checkpoint(path).converted
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed\nmore")
 
@@ -751,3 +750,10 @@ def test_summary_lists_the_facts(tmp_path):
     }
     assert "original kept at  x.og" in lines
     assert len({line.index(line.split("  ")[-1].strip(), 10) for line in lines}) == 1, "values are aligned"
+
+
+def test_the_first_address_holds_the_same_functions():
+    from src.utils import checkpoint
+
+    assert checkpoint.load_checkpoint is load_checkpoint
+    assert checkpoint.convert_t2t_vit_state_dict is convert_t2t_vit_state_dict

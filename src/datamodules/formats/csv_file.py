@@ -9,35 +9,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts.base import FileListing, Found, Place, files_matching
+from src.datamodules.formats.files import files_matching
+from src.datamodules.formats.listing import FileListing
+from src.datamodules.formats.location import FoundSplit, SplitLocation
 
 FORMAT = "csv"
-LOOKED_FOR = "{split}.csv of paths and labels"
+SEARCHED_NAMES = "{split}.csv of paths and labels"
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "name")
 _LABELS = ("label", "class", "target", "synset", "wnid", "index", "class_index", "label_index", "category")
 
 
-def find(place: Place) -> list[Found]:
+def find(location: SplitLocation) -> list[FoundSplit]:
     """CSV files named after the split."""
-    paths = [path for path in place.named_files if path.suffix.lower() == ".csv"]
+    paths = [path for path in location.named_files if path.suffix.lower() == ".csv"]
     if not paths:
-        names = {f"{stem}.csv" for stem in place.stems}
-        paths = files_matching(dict.fromkeys([place.data_dir, *place.folders]), names.__contains__)
-    return [Found(FORMAT, path) for path in paths]
+        names = {f"{stem}.csv" for stem in location.stems}
+        paths = files_matching(dict.fromkeys([location.data_dir, *location.folders]), names.__contains__)
+    return [FoundSplit(FORMAT, path) for path in paths]
 
 
 class CsvListing(FileListing):
-    """Images that a CSV file names, sorted by path."""
+    """Images named in a CSV file, sorted by path."""
 
     format = FORMAT
 
 
 def parse_labels(texts: Sequence[str], where: Callable[[int], str]) -> list[str] | list[int]:
-    """Labels from their texts: indices if all are whole numbers, names of classes otherwise.
+    """Labels from strings: indices if all are whole numbers, names of classes otherwise.
 
     Args:
         texts: at least one.
-        where: from a position in `texts` to what names it in a message.
+        where: from a position in `texts` to its description in a message.
 
     Raises:
         UserError: a label is empty or a number with a sign, a point or too many digits; numbers among names.
@@ -61,11 +63,11 @@ def parse_labels(texts: Sequence[str], where: Callable[[int], str]) -> list[str]
     return list(texts)
 
 
-def open_layout(found: Found, place: Place, num_classes: int) -> CsvListing:
-    """List the images that a CSV file names.
+def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) -> CsvListing:
+    """List the images named in a CSV file.
 
     Raises:
-        UserError: the file cannot be read as such, an image does not exist or comes twice, or see `Listing`.
+        UserError: the file is not valid CSV, an image does not exist or comes twice, or see `Listing`.
     """
     path = found.root
     rows, lines = _read(path)
@@ -113,7 +115,7 @@ def _read(path: Path) -> tuple[list[tuple[str, str]], list[int]]:
 
 
 def _check_files(path: Path, names: Sequence[str], lines: Sequence[int]) -> None:
-    """Refuse rows of images that do not exist; every folder is listed once, which is fast on any file system."""
+    """Check that all images exist; lists every folder once, which is fast on any file system."""
     folders: dict[Path, set[str]] = {}
     missing = []
     for name, line in zip(names, lines, strict=True):

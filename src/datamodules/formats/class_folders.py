@@ -7,33 +7,36 @@ import os
 from pathlib import Path
 
 from scatterbrain.errors import UserError
-from src.datamodules.layouts.base import FileListing, Found, Place, class_index, imagenet_synsets, listing, scan_folder
-from src.datamodules.layouts.labels import is_validation_image, synset_in_name
+from src.datamodules.formats.classes import class_index, imagenet_synsets
+from src.datamodules.formats.files import scan_folder
+from src.datamodules.formats.labels import is_validation_image, synset_in_name
+from src.datamodules.formats.listing import FileListing
+from src.datamodules.formats.location import FoundSplit, SplitLocation
+from src.utils.text import abbreviate
 
-# The name of the datasets' module: whoever listens to it hears of what is left out.
-logger = logging.getLogger("src.datamodules.dataset")
+logger = logging.getLogger(__name__)
 
 FORMAT = "class_folders"
-LOOKED_FOR = "class folders in {folder}/"
+SEARCHED_NAMES = "class folders in {folder}/"
 
 
-def find(place: Place) -> list[Found]:
+def find(location: SplitLocation) -> list[FoundSplit]:
     """The split's folders that hold class folders."""
     found = []
-    for folder in place.folders:
+    for folder in location.folders:
         folders, files = scan_folder(folder)
         flat = any(is_validation_image(name) or synset_in_name(name) for name in files)
         if any(name in imagenet_synsets() for name in folders) or (folders and not flat):
-            found.append(Found(FORMAT, folder))
+            found.append(FoundSplit(FORMAT, folder))
     return found
 
 
 class ClassFolders(FileListing):
     """The images `root/<class folder>/<file>`, in sorted order of folder, then file name.
 
-    Every file of a class folder that is not hidden is taken as an image, whatever its extension (some of
-    ImageNet's .JPEG files are PNG). Files beside the class folders, folders inside them and class folders
-    without images are left out with a warning. Links are followed.
+    Every file of a class folder that is not hidden counts as an image, whatever its extension (some of ImageNet's
+    .JPEG files are PNG). Files beside the class folders, folders inside them and class folders without images are
+    skipped with a warning. Links are followed.
 
     Args:
         root: folder of the split, which holds the class folders; `~` is expanded.
@@ -72,24 +75,24 @@ class ClassFolders(FileListing):
             if not files:
                 without_images.append(name)
         if not names:
-            hint = f" (images further down, as in {listing(nested, 1)}, are not taken)" if nested else ""
+            hint = f" (images further down, as in {abbreviate(nested, 1)}, are ignored)" if nested else ""
             raise UserError(
                 f"No images in the {len(classes)} class folders of {root}{hint}. "
                 "Put the images directly in their class folder."
             )
         if without_images:
-            logger.warning("%s: class folders without images: %s", root, listing(without_images))
+            logger.warning("%s: class folders without images: %s", root, abbreviate(without_images))
         if nested:
-            logger.warning("%s: folders inside class folders are left out: %s", root, listing(nested))
+            logger.warning("%s: folders inside class folders are left out: %s", root, abbreviate(nested))
         if loose_files:
-            logger.warning("%s: files outside class folders are left out: %s", root, listing(loose_files))
-        # class folders without images count as classes, unlike those that only labels would name
+            logger.warning("%s: files outside class folders are left out: %s", root, abbreviate(loose_files))
+        # not through `Listing.__init__`, which knows only classes that have images
         self.root = self.folder = root
         self.names = names
         self.classes, self.class_to_index = classes, class_to_index
         self.targets = [class_to_index[label] for label in labels]
 
 
-def open_layout(found: Found, place: Place, num_classes: int) -> ClassFolders:
-    """List what was found, see `ClassFolders`."""
+def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) -> ClassFolders:
+    """List the images, see `ClassFolders`."""
     return ClassFolders(found.root, num_classes)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from scatterbrain.errors import UserError
+from src.checkpoints import convert_t2t_vit_state_dict
+from src.checkpoints.seeded_weights import published_shapes, seeded_tensor, seeded_weights
 from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit
-from src.utils.checkpoint import convert_t2t_vit_state_dict
-from src.utils.named_tensors import named_tensor, named_weights, official_shapes
 
 # Of the recipe behind the stored reference outputs.
 STORED_DRAWS = {
@@ -30,40 +30,40 @@ STORED_WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", STORED_DRAWS)
-def test_draws_are_the_stored_ones(name):
+def test_tensors_are_the_stored_ones(name):
     expected = torch.tensor(STORED_DRAWS[name], dtype=torch.float64)
-    torch.testing.assert_close(named_tensor(name, expected.shape), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(seeded_tensor(name, expected.shape), expected, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("name", STORED_WEIGHTS)
 def test_weights_are_the_stored_ones(name):
     expected = torch.tensor(STORED_WEIGHTS[name], dtype=torch.float64)
-    weights = named_weights({name: expected.shape})
+    weights = seeded_weights({name: expected.shape})
     torch.testing.assert_close(weights[name], expected, rtol=1e-15, atol=0)
 
 
 def test_scalar_and_empty_shapes():
-    assert named_tensor("a", ()).shape == ()
-    assert named_tensor("a", (0, 3)).shape == (0, 3)
+    assert seeded_tensor("a", ()).shape == ()
+    assert seeded_tensor("a", (0, 3)).shape == (0, 3)
 
 
 def test_position_table_is_the_sinusoid_of_the_model():
-    table = named_weights({"pos_embed": (1, 5, 256)})["pos_embed"]
+    table = seeded_weights({"pos_embed": (1, 5, 256)})["pos_embed"]
     model = create_t2t_vit("t2t_vit_7", image_size=32, num_classes=2)
     torch.testing.assert_close(table, model.pos_embed.pe.detach().double(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("variant", ["t2t_vit_7", "t2t_vit_t_14"])
 def test_official_shapes_are_published_keys_that_convert_to_those_of_the_model(variant):
-    shapes = official_shapes(variant, num_classes=3, image_size=32)
+    shapes = published_shapes(variant, num_classes=3, image_size=32)
     assert shapes["pos_embed"] == (1, 5, T2T_VIT_VARIANTS[variant].embed_dim)
     assert shapes["tokens_to_token.attention1.norm1.weight"] == (147,)
     assert shapes["head.weight"] == (3, T2T_VIT_VARIANTS[variant].embed_dim)
     assert not any(key.startswith(("patch_embed", "pos_embed.")) for key in shapes)
     model = create_t2t_vit(variant, image_size=32, num_classes=3)
-    model.load_state_dict(convert_t2t_vit_state_dict(named_weights(shapes)), strict=True)
+    model.load_state_dict(convert_t2t_vit_state_dict(seeded_weights(shapes)), strict=True)
 
 
 def test_official_shapes_names_a_wrong_variant():
     with pytest.raises(UserError, match=r"t2t_vit_77.*Did you mean 't2t_vit_7'"):
-        official_shapes("t2t_vit_77")
+        published_shapes("t2t_vit_77")
