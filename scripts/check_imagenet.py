@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.tools import Parser, check_writable, positive, run_tool
 from src.datamodules.check import check
-from src.datamodules.layouts import FORMATS
+from src.datamodules.formats import FORMATS
 from src.utils.machine import usable_cpus
 
 

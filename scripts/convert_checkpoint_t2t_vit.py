@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scatterbrain.errors import UserError
 from src.analysis.tools import Parser, run_tool, say
-from src.utils.checkpoint import convert_checkpoint_file
+from src.checkpoints import convert_checkpoint_file
 from src.utils.files import sha256_of_file
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.tools import Parser, run_tool, say
+from src.checkpoints import PUBLISHED_CHECKPOINTS, PUBLISHED_URL
 from src.checkpoints.download import download_published
-from src.utils.checkpoint import PUBLISHED_CHECKPOINTS, PUBLISHED_URL
 
 FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "t2tvit"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.tools import Parser, run_tool, say
-from src.utils.checkpoint import export_checkpoint_file
+from src.checkpoints import export_checkpoint_file
 from src.utils.files import sha256_of_file
 
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scatterbrain.errors import UserError
 from src.analysis.tools import Parser, run_tool, say
+from src.checkpoints import read_checkpoint, save_checkpoint
+from src.checkpoints.seeded_weights import published_shapes, seeded_weights
 from src.models.t2t_vit import T2T_VIT_VARIANTS
-from src.utils.checkpoint import read_checkpoint, save_checkpoint
 from src.utils.files import sha256_of_file
-from src.utils.named_tensors import named_weights, official_shapes
 
 
 def build_parser() -> Parser:
@@ -40,7 +40,7 @@ def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Pat
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    weights = named_weights(official_shapes(variant, num_classes, image_size))
+    weights = seeded_weights(published_shapes(variant, num_classes, image_size))
     save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
 
 

@@ -28,11 +28,11 @@ from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.common.inputs import default_scale
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.full import full_attention
+from src.checkpoints import load_checkpoint, read_checkpoint
 from src.datamodules.dataset import ImageFolderDataset
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.models.modules.tokens_to_token import TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_seed
-from src.utils.checkpoint import load_checkpoint, read_checkpoint
 
 LAYERS = ("stages", "backbone", "all")
 # One of the one-hot values, see `StageInputs.with_identity_values`: a power of two, and nothing beside the values.

@@ -24,14 +24,15 @@ from scatterbrain.errors import UserError
 from src.analysis.approximation import spread
 from src.analysis.records import write_rows
 from src.analysis.tools import check_writable, choose_device, console_for_tables, say, without_paths
-from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
-from src.datamodules.layouts.class_folders import ClassFolders
+from src.datamodules.formats import imagenet_synsets, scan_folder
+from src.datamodules.formats.class_folders import ClassFolders
 from src.datamodules.writers import REFERENCE, WRITERS, Photograph, stem
 from src.evaluation.results import Predictions, read_predictions
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
-from src.utils.console import progress_display
 from src.utils.machine import machine_info
+from src.utils.progress import progress_display
+from src.utils.text import abbreviate
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -55,14 +56,14 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     empty = set(folders) - {name.split("/")[0] for name in found.names}
     if empty:
         raise UserError(
-            f"{root}: class folders without images, which other formats lack: {listing(empty)}. Remove them."
+            f"{root}: class folders without images, which other formats lack: {abbreviate(empty)}. Remove them."
         )
     times = Counter(map(stem, found.names))
     odd = [name for name in found.names if times[stem(name)] > 1 or "." in stem(name) or not name.isprintable()]
     if odd:
         raise UserError(
             f"{root}: not every format holds names that are the same without folder and suffix, have a second dot or "
-            f"cannot be printed: {listing(map(ascii, odd))}. Rename the files."
+            f"cannot be printed: {abbreviate(map(ascii, odd))}. Rename the files."
         )
     if arguments.damage >= len(found):
         raise UserError(
@@ -146,7 +147,7 @@ def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
         "first_predictions_equal": int((~other_class).sum()),
         "probability_difference": float(difference[same].max(initial=0.0)),
         "top1": top1,
-        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := listing(images))],
+        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := abbreviate(images))],
     }
 
 

@@ -263,11 +263,6 @@ def write_results(
         save_figure(draw(), arguments.figure)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def figure(value: float) -> str:
     """A positive number to three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from scatterbrain.errors import UserError, did_you_mean
-from src.models.t2t_vit import T2T_VIT_VARIANTS
-from src.utils.checkpoint import (
+from src.checkpoints import (
     PUBLISHED_CHECKPOINTS,
     PUBLISHED_URL,
     CheckpointContents,
@@ -23,6 +22,7 @@ from src.utils.checkpoint import (
     convert_checkpoint_file,
     read_checkpoint,
 )
+from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.files import CHUNK_BYTES, sha256_of_file
 
 SCHEMES = ("https", "http", "file")

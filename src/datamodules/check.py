@@ -19,12 +19,12 @@ from timm.data import RealLabelsImagenet
 
 from scatterbrain.errors import UserError
 from src.datamodules.dataset import load_rgb
+from src.datamodules.formats import Listing, SplitLocation, find_formats, imagenet_synsets
+from src.datamodules.formats.labels import synset_in_name
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts import Listing, Place, find_layouts
-from src.datamodules.layouts.base import imagenet_synsets, listing
-from src.datamodules.layouts.labels import synset_in_name
-from src.utils.console import progress_display
 from src.utils.files import write_json
+from src.utils.progress import progress_display
+from src.utils.text import abbreviate
 
 # Images of ImageNet-1k, and those of each class of the validation set.
 COMPLETE = {"train": 1_281_167, "val": 50_000}
@@ -147,16 +147,16 @@ def check_split(images: Listing, split: str, subset: bool, decode: bool, jobs: i
     if labels["compared_with_real"] >= 5 and labels["agreement_with_real"] < MIN_AGREEMENT:
         wrong.append(f"labels in a wrong order: {labels['agreement_with_real']:.0%} agree with the ReaL labels")
     if not is_imagenet and missing:
-        wrong.append(f"{len(missing)} classes without images: {listing(missing)}")
+        wrong.append(f"{len(missing)} classes without images: {abbreviate(missing)}")
     if is_imagenet and not subset:
         if missing:
-            wrong.append(f"{len(missing)} of 1000 classes are missing: {listing(missing)}")
+            wrong.append(f"{len(missing)} of 1000 classes are missing: {abbreviate(missing)}")
         expected = COMPLETE.get("val" if split.startswith("val") else split)
         if expected is not None and len(images) != expected:
             wrong.append(f"{len(images):,} images, where ImageNet has {expected:,}")
         uneven = [name for name, number in per_class.items() if number not in (0, VALIDATION_PER_CLASS)]
         if split.startswith("val") and uneven:
-            wrong.append(f"{len(uneven)} classes have not {VALIDATION_PER_CLASS} images: {listing(uneven)}")
+            wrong.append(f"{len(uneven)} classes have not {VALIDATION_PER_CLASS} images: {abbreviate(uneven)}")
     present = [number for number in per_class.values() if number]
     return {
         "split": split,
@@ -188,7 +188,7 @@ def summary(report: dict[str, Any], decoded: bool) -> Table:
         table.add_row("labels among the ReaL labels", agreement)
     table.add_row("labels that contradict names", str(labels["contradicted_by_name"]))
     corrupt = [f"{name}: {fault}" for name, fault in report["corrupt"].items()]
-    table.add_row("corrupt" if decoded else "corrupt (headers)", escape(listing(corrupt, 3) if corrupt else "0"))
+    table.add_row("corrupt" if decoded else "corrupt (headers)", escape(abbreviate(corrupt, 3) if corrupt else "0"))
     for name, odd in report["odd"].items():
         table.add_row(escape(f"odd: {name}"), escape(f"{odd['number']:,}, such as {odd['examples'][0]}"))
     table.add_row("wrong", escape("; ".join(report["wrong"]) or "nothing"))
@@ -222,7 +222,7 @@ def check(
     """
     splits = list(dict.fromkeys(split or ["val"]))
     folder = Path(data_dir).expanduser().absolute()
-    if split is None and folder.is_dir() and find_layouts(Place(folder, "train"), format):
+    if split is None and folder.is_dir() and find_formats(SplitLocation(folder, "train"), format):
         splits.append("train")
     reports = []
     for name in splits:

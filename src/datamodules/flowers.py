@@ -15,7 +15,7 @@ from rich.progress import track
 
 from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.dataset import load_rgb
-from src.datamodules.layouts.base import scan_folder
+from src.datamodules.formats import scan_folder
 
 JPEG_LIMIT = 65_500  # pixels, libjpeg's
 FLICKR_ID = re.compile(r"([0-9]+)_")

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import track
 
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.evaluation.results import read_predictions, read_results
 from src.tasks.build import build, build_model
-from src.utils.checkpoint import load_checkpoint
 
 
 @torch.inference_mode()

@@ -30,7 +30,8 @@ from src.analysis.benchmark.baselines import (
 )
 from src.analysis.benchmark.report import DTYPES, shown
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
-from src.analysis.tools import choose_device, first_line
+from src.analysis.tools import choose_device
+from src.utils.text import first_line
 
 # Seeds of the inputs among which one without a fallback tile is looked for.
 OTHER_SEEDS = 20

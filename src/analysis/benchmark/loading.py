@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import shown
 from src.analysis.benchmark.timing import in_turn
+from src.datamodules.formats import imagenet_synsets, scan_folder
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.datamodules.layouts.base import imagenet_synsets, scan_folder
 
 TIMM, TIMM_NORMALISED, OURS, CACHED = "timm", "timm, normalised", "ours", "ours, cached"
 # A pass over few decoded images takes no time: so long are they passed over again, seconds.

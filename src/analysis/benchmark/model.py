@@ -26,11 +26,12 @@ from scatterbrain.errors import UserError
 from src.analysis.benchmark.networks import KINDS, Implementation, build, choose
 from src.analysis.benchmark.report import Bench, cell, shown
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
-from src.analysis.tools import choose_device, figure, first_line, new_table, save_figure
+from src.analysis.tools import choose_device, figure, new_table, save_figure
+from src.checkpoints import save_checkpoint
+from src.checkpoints.seeded_weights import published_shapes, seeded_weights
 from src.tasks.build import check_swappable
-from src.utils.checkpoint import save_checkpoint
 from src.utils.machine import machine_info
-from src.utils.named_tensors import named_weights, official_shapes
+from src.utils.text import first_line
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WARM_UP_CALLS = 3
@@ -184,9 +185,9 @@ class ModelBench(Bench):
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder, "random.pth")
             arguments = self.arguments
-            shapes = official_shapes(arguments.variant, arguments.num_classes, arguments.image_size)
+            shapes = published_shapes(arguments.variant, arguments.num_classes, arguments.image_size)
             save_checkpoint(
-                {"state_dict_ema": {key: x.float() for key, x in named_weights(shapes).items()}}, checkpoint
+                {"state_dict_ema": {key: x.float() for key, x in seeded_weights(shapes).items()}}, checkpoint
             )
             for attention in arguments.attentions:
                 rows = [row for row in self.best() if row["attention"] == attention]

@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import nn
 
-from src.models.inference import inference_form
+from src.models.inference import inference_model
 from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
-from src.utils.fixed_batch import CudaGraphForward, compiled
+from src.utils.static_shapes import CudaGraphForward, compiled
 
 # As --forms names them; peer is a baseline by others, a network of about the same size.
 KINDS = ("published", "module", "inference", "peer")
@@ -130,7 +130,7 @@ def build(implementation: Implementation, arguments: argparse.Namespace, device:
         network = as_published(network)
     network = network.to(device, PRECISIONS[arguments.precision])
     if implementation.kind == "inference":
-        network = inference_form(network)
+        network = inference_model(network)
     call = compiled(network) if implementation.compiled else network
     call = CudaGraphForward(call) if implementation.graph else call
     if not arguments.precision.endswith("mixed"):

@@ -11,7 +11,7 @@ import torch
 from scatterbrain.attention import create_attention
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import DTYPES
-from src.analysis.tools import first_line
+from src.utils.text import first_line
 
 TENSORS = ("output", "gradient of query", "gradient of key", "gradient of value")
 SEED = 0

@@ -28,8 +28,9 @@ from src.analysis.benchmark.precision import TENSORS, outputs
 from src.analysis.benchmark.report import cell, machine_line, print_report, shown
 from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, passes_of, ranking, ratio_to_present
 from src.analysis.benchmark.timing import graph_milliseconds
-from src.analysis.tools import figure, first_line, new_table, positive, until_stopped
+from src.analysis.tools import figure, new_table, positive, until_stopped
 from src.utils.parallel import run_in_processes
+from src.utils.text import first_line
 
 WIDTH = 64
 SCALE = WIDTH**-0.5

@@ -42,13 +42,14 @@ from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure,
 from src.analysis.records import read_rows
 from src.datamodules.dataset import ImageFolderDataset
 from src.distributed.launch import MAX_SEED
-from src.models.inference import inference_form
+from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.provenance import attention_memory_fraction, package_versions
-from src.utils.console import progress_display
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info, usable_cpus
+from src.utils.progress import progress_display
+from src.utils.text import first_line
 
 # Full attention has no budget, and is what the others are compared with.
 BUDGETED = tuple(name for name, kind in ATTENTIONS.items() if kind.fit is not None)
@@ -85,7 +86,7 @@ def swapped(model: T2TViT, attentions: Sequence[AttentionModule]) -> Iterator[T2
 @torch.no_grad()
 def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tensor:
     """First predictions (B,) of a model in its inference form, on its device; nothing waits for the device."""
-    form = inference_form(model)
+    form = inference_model(model)
     return torch.cat([form(part).argmax(1) for part in images.split(batch_size)])
 
 
@@ -216,11 +217,11 @@ def measure_memory(
                 row = measure_point(reference, attention, memory_fraction, seeds, log)
                 met[sizes] = memory_fraction
             except UserError as error:
-                row = case | {"reason": tools.first_line(error)}
+                row = case | {"reason": first_line(error)}
             except torch.OutOfMemoryError:
                 row = case | {"reason": "out of memory"}
             except Exception as error:  # compilers raise many kinds, and the others are still to be measured
-                row = case | {"reason": f"{type(error).__name__}: {tools.first_line(error)}"}
+                row = case | {"reason": f"{type(error).__name__}: {first_line(error)}"}
             if "reason" in row and reference.images.is_cuda:
                 torch.cuda.empty_cache()  # after the error, whose traceback held the tensors
             yield row

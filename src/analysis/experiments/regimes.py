@@ -20,9 +20,10 @@ from rich.table import Table
 from scatterbrain.attention import attention_memory, create_attention
 from scatterbrain.errors import check_whole_number
 from scatterbrain.ops.common.budget import budget_columns, features_for, keys_for
-from scatterbrain.ops.common.dense import dense_logits, naive_support_attention
+from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.sparse.naive import naive_support_attention
 from src.analysis.approximation import ONE_HOT, StageInputs, effective_keys, mean_and_std, relative_error
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.tools import check_figure, check_writable, save_figure, without_paths, write_results

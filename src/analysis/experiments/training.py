@@ -29,8 +29,9 @@ from src.datamodules.sequence_tasks import Task, create_task
 from src.distributed.launch import MAX_SEED
 from src.models.sequence_network import Network
 from src.tasks.provenance import package_versions, seconds_now
-from src.utils.console import progress_display
 from src.utils.machine import machine_info
+from src.utils.progress import progress_display
+from src.utils.text import first_line
 
 TITLES = {"language": "Language: the standard library's sources", "listops": "ListOps"}
 METRICS = {"language": "bits per byte", "listops": "accuracy"}
@@ -238,7 +239,7 @@ class Experiment:
                     self.results.append(training.run(lambda steps: progress.advance(bar, steps)))
                 # the others are still trained: not causal, out of memory, no kernel
                 except (UserError, RuntimeError) as error:
-                    reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else tools.first_line(error)
+                    reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
                     self.skipped.append({"task": name, "attention": attention, "seed": seed, "reason": reason})
                 training = None  # its memory is the next one's
                 progress.update(bar, completed=number * arguments.steps)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scatterbrain.ops.performer import naive_performer_attention
-from src.utils.named_tensors import named_tensor
+from src.checkpoints.seeded_weights import seeded_tensor
 from tests.helpers import OPERATORS, assert_close, draw_inputs, load_golden, operators_and_windows
 
 # Both sides are float64 and add at most a dozen terms.
@@ -93,12 +93,12 @@ def test_specification_gives_the_stored_outputs(golden, entry):
     """Entries such as `sblocal.w7.m10.cold.causal.padded`, see `tests/golden/README.md`."""
     kind, *options = entry.split(".")
     sizes = {option[0]: int(option[1:]) for option in options if option[1:].isdigit()}
-    query, key, value = (named_tensor(name, (2, 50, 2, 16)).transpose(1, 2) for name in ("query", "key", "value"))
+    query, key, value = (seeded_tensor(name, (2, 50, 2, 16)).transpose(1, 2) for name in ("query", "key", "value"))
     if "sharp" in options:
         query, key = 4 * query, 4 * key
     num_projections = sizes.get("m", 2) // (2 if kind == "sblocal" else 1)
     out, _ = OPERATORS["scatterbrain" if kind == "sblocal" else kind].naive(
-        *(query, key, value, named_tensor("projection", (num_projections, 16)), sizes.get("w")),
+        *(query, key, value, seeded_tensor("projection", (num_projections, 16)), sizes.get("w")),
         scale=0.3 if "cold" in options else None,
         is_causal="causal" in options,
         key_lengths=torch.tensor([50, 37]) if "padded" in options else None,
