@@ -30,10 +30,10 @@ from tests.scatterbrain.ops.poison import poisoned_memory
 # Widths around the multiples of what a load, a product or a tile takes; 40 and 72 are those of diffusion models.
 WIDTHS = (1, 2, 8, 15, 16, 17, 20, 24, 32, 33, 36, 40, 48, 56, 64, 65, 72, 80, 88, 96, 104, 112, 120, 127, 128)
 LAYOUTS = ("contiguous", "heads", "qkv", "padded", "offset", "columns", "one sample", "one head")
-# Relative to the RMS of what is expected. Four times what the fixed cases of test_fused_attention.py are held to: here
-# logits of 50 and differences that lose digits up to CANCELLATION_LIMIT come together. An element too many is off by
-# the size of the output.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+# Relative to the RMS of what is expected: twice CANCELLATION_LIMIT (16) roundings of half precision, which is what a sum
+# over all keys less its window may lose before the kernels recompute it. An element read or written wrongly is off by the
+# size of the output.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6.4e-2}
 MARGIN = 256
 
 
@@ -66,7 +66,8 @@ def draw_attention(seed: int, small: bool) -> Attention:
         [torch.float32, torch.float16] if small else [torch.float32, *[torch.bfloat16, torch.float16] * 2]
     )
     # float32 products are written out: wide tiles take minutes to compile, and `auto` does not choose them
-    widest = 48 if small else 64 if dtype == torch.float32 else 128
+    # and wide heads of any dtype are the slowest to compile
+    widest = 48 if small else 128 if dtype != torch.float32 and rng.random() < 0.25 else 64
 
     def width() -> int:
         return rng.choice([x for x in WIDTHS if x <= widest]) if rng.random() < 0.6 else rng.randint(1, widest)
