@@ -30,8 +30,8 @@ from tests.scatterbrain.ops.poison import poisoned_memory
 # Widths around the multiples of what a load, a product or a tile takes; 40 and 72 are those of diffusion models.
 WIDTHS = (1, 2, 8, 15, 16, 17, 20, 24, 32, 33, 36, 40, 48, 56, 64, 65, 72, 80, 88, 96, 104, 112, 120, 127, 128)
 LAYOUTS = ("contiguous", "heads", "qkv", "padded", "offset", "columns", "one sample", "one head")
-# Relative to the RMS of what is expected: twice CANCELLATION_LIMIT (16) roundings of half precision, which is what a sum
-# over all keys less its window may lose before the kernels recompute it. An element read or written wrongly is off by the
+# Relative to the RMS of what is expected: twice CANCELLATION_LIMIT (16) roundings of half precision. So much may a sum
+# over all keys less its window lose before the kernels recompute it. An element read or written wrongly is off by the
 # size of the output.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6.4e-2}
 MARGIN = 256
