@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from scatterbrain.attention import ATTENTIONS, COMPARED
 from scatterbrain.errors import UserError
-from src.distributed.launch import quiet_libraries
+from src.distributed.trainer import quiet_libraries
 from src.models.t2t_vit import create_t2t_vit
+from src.tasks.attention_info import attention_options
 from src.tasks.build import check_swappable
-from src.tasks.provenance import attention_options
-from src.tasks.training import ClassificationTraining
+from src.tasks.classification_training import ClassificationTraining
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -47,7 +47,6 @@ from scatterbrain.ops.common.budget import budget_columns
 from scripts.experiment_regimes import COLOURS, FAINT, INK, mean_and_deviation, positive_numbers, style
 from scripts.measure_approximation import open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
-from src.distributed.launch import MAX_SEED
 from src.models.inference import inference_form
 from src.models.modules.tokens_to_token import STAGE_DIMS, TOKEN_DIM, stage_lengths
 from src.models.t2t_vit import T2TViT
@@ -58,7 +57,9 @@ from src.tasks.approximation import (
     load_model,
     relative_error,
 )
-from src.tasks.provenance import attention_memory_fraction, package_versions
+from src.tasks.attention_info import attention_memory_fraction
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.scripts import (

@@ -40,10 +40,10 @@ from scatterbrain.ops.common.budget import budget_columns, features_for, keys_fo
 from scatterbrain.ops.common.dense import dense_logits, naive_support_attention
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
-from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
 from src.tasks.approximation import ONE_HOT, StageInputs, effective_keys, relative_error
-from src.tasks.provenance import package_versions
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -38,10 +38,10 @@ from scatterbrain.ops.common.windows import window_mask
 from scripts.experiment_regimes import COLOURS, FAINT, INK, full_weights, keep_largest, nearest_of_rank, style
 from scripts.measure_approximation import open_split, spread
 from scripts.plot_attention_maps import draw_grid, draw_token, weight_colours
-from src.distributed.launch import MAX_SEED
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import StageInputs, capture_stage_inputs, create_stage_attentions, load_model
-from src.tasks.provenance import package_versions
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import Parser, check_figure, check_writable, fraction, positive, run_tool, save_figure

@@ -62,9 +62,10 @@ from scripts.listops import (
     first_operator_accuracy,
     majority_accuracy,
 )
-from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
-from src.tasks.provenance import package_versions, seconds_now
+from src.tasks.device_time import seconds_now
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

@@ -39,7 +39,6 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.dataset import ImageFolderDataset, ImageLoader
 from src.datamodules.image_folder import ImageFolderDataModule
-from src.distributed.launch import MAX_SEED
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
@@ -55,7 +54,8 @@ from src.tasks.approximation import (
     load_model,
     relative_errors,
 )
-from src.tasks.provenance import package_versions
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file, write_json
 from src.utils.machine import machine_info
 from src.utils.scripts import (

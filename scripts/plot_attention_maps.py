@@ -36,7 +36,6 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_bounds
 from scripts.measure_approximation import approximation_parser, open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
-from src.distributed.launch import MAX_SEED
 from src.evaluation.comparison import ATTENTION_COLOURS
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
@@ -47,6 +46,7 @@ from src.tasks.approximation import (
     load_model,
     relative_error,
 )
+from src.tasks.options import MAX_SEED
 from src.utils.files import atomic_write
 from src.utils.scripts import Parser, check_writable, choose_device, run_tool
 

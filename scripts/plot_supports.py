@@ -24,7 +24,7 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_mask
 from scatterbrain.ops.sparse.block_sparse import block_layout, layout_support
 from scatterbrain.ops.sparse.window2d import neighbourhood_shape, neighbourhood_support
-from src.distributed.launch import MAX_SEED
+from src.tasks.options import MAX_SEED
 from src.utils.scripts import FIGURE_SUFFIXES, Parser, check_writable, positive, run_tool, save_figure, say
 
 INK, FAINT = "#22262e", "#6b7280"

@@ -24,8 +24,9 @@ from rich.progress import track
 
 from scatterbrain.errors import UserError
 from src.evaluation.results import read_predictions, read_results
-from src.tasks.build import build, build_model
+from src.tasks.build import build_model
 from src.utils.checkpoint import load_checkpoint
+from src.utils.instantiate import build
 from src.utils.scripts import Parser, choose_device, run_tool
 
 

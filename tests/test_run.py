@@ -312,15 +312,12 @@ def test_an_evaluation_that_is_interrupted_and_resumed(command_line, monkeypatch
         interrupted, output, errors = command_line(hydra__run__dir=folder, **options)
     assert (interrupted, errors) == (status, "")
     (line,) = (line for line in output.splitlines() if "stopped after" in line)
-    assert (
-        f"after 3 of 6 images because it was asked to. The same command with eval.resume=true hydra.run.dir={folder}"
-        in (line)
-    )
+    assert f"after 3 of 6 images on request. The same command with eval.resume=true hydra.run.dir={folder}" in (line)
     assert "3 of 6 images of val" in output
     assert not read_results(folder).complete
     again, _, errors = command_line(hydra__run__dir=folder, **options)
     assert (again, errors.count("\n")) == (1, 1)
-    assert errors.startswith(f"Error: {folder} holds an unfinished evaluation. eval.resume=true goes on with it")
+    assert errors.startswith(f"Error: {folder} holds an unfinished evaluation. eval.resume=true resumes it")
     assert command_line(hydra__run__dir=folder, eval__resume="true", **options)[::2] == (0, "")
     assert read_results(folder).complete
     # once more, there is nothing to do
@@ -337,7 +334,7 @@ def test_a_multirun_that_is_interrupted_and_resumed(command_line, monkeypatch, t
         stop_evaluation_at(patch, 10, signal.SIGTERM)
         status, output, errors = command_line("-m", hydra__sweep__dir=sweep, **options)
     assert (status, errors) == (1, "")
-    assert f"with eval.resume=true hydra.sweep.dir={sweep} goes on" in output
+    assert f"with eval.resume=true hydra.sweep.dir={sweep} resumes it" in output
     assert [read_results(path.parent).complete for path in results_of(sweep)] == [True, False]
     evaluated = sweep / "0" / "results.json"
     before = evaluated.stat().st_mtime_ns
@@ -409,11 +406,11 @@ def test_a_training_that_is_interrupted_and_resumed(train_line, monkeypatch, tmp
         interrupted, output, errors = train_line()
     assert (interrupted, errors) == (status, "")
     folder = tmp_path / "trained"
-    assert f"train.resume={folder / 'checkpoints' / 'last.ckpt'} goes on from there" in output
+    assert f"train.resume={folder / 'checkpoints' / 'last.ckpt'} resumes it" in output
     assert not json.loads((folder / "training.json").read_text())["complete"]
     again, _, errors = train_line()
     assert (again, errors.count("\n")) == (1, 1)
-    assert f"Error: {folder} holds a training already. train.resume=true goes on with it" in errors
+    assert f"Error: {folder} holds a training already. train.resume=true resumes it" in errors
     assert train_line(train__resume="true")[::2] == (0, "")
     assert json.loads((folder / "training.json").read_text())["complete"]
 

@@ -173,12 +173,12 @@ def compare_runs(
     incomplete = [folder for folder, run in zip(folders, runs, strict=True) if not run.complete]
     if incomplete:
         names = ", ".join(map(str, incomplete))
-        logger.warning("Left out of the comparison, since it was interrupted (eval.resume=true goes on): %s", names)
+        logger.warning("Left out of the comparison, since it was interrupted (eval.resume=true resumes it): %s", names)
         folders = [folder for folder in folders if folder not in incomplete]
         runs = [run for run in runs if run.complete]
         failed = [*failed, *incomplete]
         if not folders:
-            raise UserError(f"There is nothing to compare: {names} was interrupted. Go on with eval.resume=true.")
+            raise UserError(f"There is nothing to compare: {names} was interrupted. Resume it with eval.resume=true.")
     labels = _labels(folders, runs)
     references = [_reference(index, runs) for index in range(len(runs))]
     _warn_of_unequal_images(folders, runs, references)

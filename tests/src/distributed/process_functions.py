@@ -34,9 +34,9 @@ def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
     import pytest
     from omegaconf import OmegaConf
 
-    from src.distributed.launch import build_trainer, quiet_libraries
+    from src.distributed.trainer import build_trainer, quiet_libraries
+    from src.tasks.classification_training import ClassificationTraining
     from src.tasks.train import _train
-    from src.tasks.training import ClassificationTraining
     from tests.src.tasks.conftest import make_tiny
 
     quiet_libraries()
@@ -68,7 +68,7 @@ def images_of_training(content: dict[str, Any]) -> list[list[tuple[str, int]]]:
     from omegaconf import OmegaConf
 
     from src.datamodules.dataset import ImageDataset
-    from src.distributed.launch import build_trainer, quiet_libraries
+    from src.distributed.trainer import build_trainer, quiet_libraries
     from src.tasks.train import _train
     from tests.src.tasks.conftest import make_tiny
 
@@ -95,8 +95,8 @@ def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
     import pytest
     from omegaconf import OmegaConf
 
-    from src.distributed.launch import build_trainer, quiet_libraries
-    from src.tasks.evaluate import _evaluate
+    from src.distributed.trainer import build_trainer, quiet_libraries
+    from src.tasks.evaluate import evaluate_runs
     from tests.src.tasks.conftest import make_shallow
     from tests.src.tasks.setup import stop_evaluation_at
 
@@ -108,7 +108,7 @@ def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
             if number == 0 and os.environ["LOCAL_RANK"] == "1":
                 stop_evaluation_at(patch, 2, signal.SIGTERM)
             config = OmegaConf.create(content)
-            results, _ = _evaluate(config, build_trainer(config))
+            (results,), _ = evaluate_runs(config, build_trainer(config))
         ends.append((results.complete, results.num_evaluated))
     return ends
 

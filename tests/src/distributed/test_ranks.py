@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 import run
 from scatterbrain.errors import UserError
-from src.distributed import ranks
-from src.distributed.ranks import FailedJobs, Launch, find_launch
+from src.distributed.failed_jobs import ERROR_FILE, FailedJobs
+from src.distributed.launcher import Launch, find_launch
 from tests.src.tasks.setup import (
     assert_same_evaluation,
     compose_config,
@@ -93,7 +93,7 @@ def test_machines_with_different_numbers_of_processes():
     ],
 )
 def test_another_number_of_devices(monkeypatch, tmp_path, options, advice):
-    from src.distributed.launch import build_trainer
+    from src.distributed.trainer import build_trainer
 
     for name, value in (SLURM | {"SLURM_NNODES": "1"}).items():
         monkeypatch.setenv(name, value)
@@ -131,7 +131,7 @@ ranks.GRACE_SECONDS, ranks.ARRIVAL_SECONDS = 0.5, 1.5 if kind == "missing" else 
 
 def work(processes):
     processes.barrier("begun")
-    print(processes.agree("folder", f"/{processes.rank}"), flush=True)
+    print(processes.broadcast("folder", f"/{processes.rank}"), flush=True)
     if kind == "failure" and processes.rank == 1:
         raise UserError("image 7 is damaged.")
     if kind == "bug":
@@ -149,7 +149,7 @@ def work(processes):
 
 
 try:
-    with ranks.joined() as processes:
+    with ranks.join_ranks() as processes:
         try:
             processes.call(lambda: work(processes))
         except UserError as error:
@@ -227,7 +227,7 @@ def test_the_first_process_is_killed():
 def test_a_process_that_never_comes():
     statuses, _, errors = run_program("missing", started=1)
     assert (statuses, len(errors)) == ([1], 1)
-    assert errors[0].startswith("Error: 1 of 2 processes have come after 2 s. Start all of them")
+    assert errors[0].startswith("Error: 1 of 2 processes have arrived after 2 s. Start all of them")
 
 
 # The command
@@ -314,12 +314,12 @@ def test_a_multirun_of_several_processes_is_refused(inputs, tmp_path):
 def test_what_jobs_failed_of_is_told(tmp_path, capsys):
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
-    (tmp_path / "1" / ranks.ERROR_FILE).write_text("Checkpoint x does not exist.\n")
+    (tmp_path / "1" / ERROR_FILE).write_text("Checkpoint x does not exist.\n")
     callback, config = FailedJobs(), OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     callback.on_multirun_end(config)
     assert capsys.readouterr().err == f"Error in {tmp_path / '1'}: Checkpoint x does not exist.\n"
     assert len(FailedJobs.messages) == 1
-    (tmp_path / "1" / ranks.ERROR_FILE).unlink()
+    (tmp_path / "1" / ERROR_FILE).unlink()
     callback.on_multirun_end(config)
     assert FailedJobs.messages == ()
 

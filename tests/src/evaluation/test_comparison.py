@@ -253,7 +253,7 @@ def test_an_interrupted_run_is_left_out_and_named(tmp_path, caplog):
     comparison = compare_runs([full, part], [tmp_path / "2"])
     assert [row.run for row in comparison.rows] == ["0"]
     assert comparison.failed == ["2", "1"]
-    assert f"it was interrupted (eval.resume=true goes on): {part}" in caplog.text
+    assert f"it was interrupted (eval.resume=true resumes it): {part}" in caplog.text
     with pytest.raises(UserError, match=r"There is nothing to compare: .*1 was interrupted"):
         compare_runs([part])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import src.tasks.evaluate as evaluate_module
+import src.tasks.forward as forward_module
 from scatterbrain.errors import UserError
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
@@ -16,13 +16,13 @@ from src.tasks.evaluate import evaluate
 def built(monkeypatch) -> list[torch.dtype]:
     """Dtype of the model of every inference form that is built."""
     dtypes = []
-    inference_form = evaluate_module.inference_form
+    inference_form = forward_module.inference_form
 
     def record(model):
         dtypes.append(next(model.parameters()).dtype)
         return inference_form(model)
 
-    monkeypatch.setattr(evaluate_module, "inference_form", record)
+    monkeypatch.setattr(forward_module, "inference_form", record)
     return dtypes
 
 
@@ -48,7 +48,7 @@ def test_the_form_that_runs_is_told(evaluation, built, tmp_path, fast, precision
 def test_both_forms_give_the_same_figures_for_every_draw(evaluation, built):
     options = {"model___t2tattn_cfg": "sblocal", "eval__num_seeds": 2}
     runs = [
-        evaluate(evaluation("t2t_vit_t_14", fast, model__fast=fast, **options))[1].task.records
+        evaluate(evaluation("t2t_vit_t_14", fast, model__fast=fast, **options))[1].task.records[0]
         for fast in ("on", "off")
     ]
     assert len(built) == 1

@@ -15,11 +15,11 @@ from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
 from src.evaluation.comparison import compare_runs, comparison_markdown
 from src.evaluation.results import read_predictions, read_results, results_table, skipped_info
-from src.tasks.classification import Draws
-from src.tasks.evaluate import evaluate
-from src.tasks.records import ImageRecords
+from src.tasks.classification_evaluation import SeededClassifier
+from src.tasks.evaluate import evaluate, with_runs
+from src.tasks.image_records import ImageRecords
+from src.tasks.resume_state import ResumeState
 from src.tasks.train import train
-from src.tasks.unfinished import UnfinishedEvaluation
 from tests.src.distributed.process_functions import evaluate_in_turn
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import assert_same_evaluation, make_images, stop_evaluation_at
@@ -67,7 +67,7 @@ def content_of(folder: Path) -> dict:
 
 def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Let an evaluation end in a step, with what is on the disk by then, as after kill -9."""
-    evaluate_batch = Draws.step
+    evaluate_batch = SeededClassifier.step
     steps = []
 
     def fail(self, *batch):
@@ -76,7 +76,7 @@ def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
             raise RuntimeError("the power is gone")
         evaluate_batch(self, *batch)
 
-    patch.setattr(Draws, "step", fail)
+    patch.setattr(SeededClassifier, "step", fail)
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -210,7 +210,7 @@ def test_a_stop_while_nothing_could_be_decoded(run, monkeypatch, tmp_path):
     (data / "val" / "c0" / "000.png").write_bytes(b"")
     (data / "val" / "c1" / "001.png").write_bytes(b"")
     with monkeypatch.context() as patch:
-        patch.setattr(UnfinishedEvaluation, "asked_to_stop", property(lambda self: len(self._indices) == 1))
+        patch.setattr(ResumeState, "stop_requested", property(lambda self: len(self._indices) == 1))
         with pytest.raises(SystemExit):
             run(data=data)
     assert not (tmp_path / "run" / "results.json").exists()
@@ -267,9 +267,7 @@ def test_two_processes(evaluation, damaged, tmp_path):
     ):
         options = {"trainer__devices": 2, "eval__resume": resumed, "datamodule__batch_size": 1}
         config = evaluation("t2t_vit_t_14", f"{folder}_run", data=data, **SKIP | options)
-        OmegaConf.set_struct(config, False)
-        config.eval.going_on = ""
-        contents.append(OmegaConf.to_container(config, resolve=True))
+        contents.append(OmegaConf.to_container(with_runs(config, [config]), resolve=True))
     ends = run_processes(evaluate_in_turn, 2, contents)
     assert ends[0][0] is False
     assert ends[1:] == [(True, NUM_IMAGES - 4), (True, NUM_IMAGES - 4), (True, 3)]

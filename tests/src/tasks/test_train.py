@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
+from src.tasks.classification_training import ClassificationTraining
 from src.tasks.evaluate import evaluate
 from src.tasks.train import train
-from src.tasks.training import ClassificationTraining
 from src.utils.checkpoint import load_checkpoint
 from src.utils.files import sha256_of_file
 from tests.src.datamodules import layout_files
@@ -477,7 +477,7 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"scheduler__min_lr": -1}, "scheduler.min_lr=-1 is not valid"),
         ({"scheduler__sched": "cosinus"}, "scheduler cannot be built: .*cosinus"),
         ({"scheduler__sched": "none"}, "scheduler cannot be built: timm knows no sched=none"),
-        ({"scheduler__sched": "plateau"}, "scheduler.sched=plateau follows a figure, which it is not told"),
+        ({"scheduler__sched": "plateau"}, "scheduler.sched=plateau needs a metric, which it is not given"),
         ({"+scheduler__cycle_limit": 2}, "scheduler.sched=cosine does not end with train.epochs=3, but with 6"),
         ({"+scheduler__foo": 1}, "scheduler cannot be built: .*'foo'. Check the options under 'scheduler'"),
         ({"optimizer__opt": "adamm"}, "optimizer cannot be built: .*adamm.* Check the options under 'optimizer'"),
@@ -494,7 +494,7 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"train__redraw_steps": 0}, "train.redraw_steps=0 is not valid"),
         (
             {"train__redraw_steps": 2, "model___t2tattn_cfg": "local"},
-            "draws nothing. Leave it out, or choose .*sblocal",
+            "has no random features. Leave it out, or choose .*sblocal",
         ),
         ({"trainer__accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0 is not valid"),
         ({"trainer__check_val_every_n_epoch": "null"}, "trainer.check_val_every_n_epoch=None is not valid"),

@@ -13,12 +13,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import src.tasks.training as training_module
+import src.tasks.classification_training as training_module
 from scatterbrain.errors import UserError
+from src.distributed.interrupts import stop_on_interrupt
 from src.models.t2t_vit import create_t2t_vit
-from src.tasks.checkpoints import stop_on_interrupt
+from src.tasks.classification_training import ClassificationTraining
 from src.tasks.train import train
-from src.tasks.training import ClassificationTraining
 from tests.src.distributed.process_functions import train_until_killed
 from tests.src.tasks.conftest import NUM_TRAINING_IMAGES
 from tests.src.tasks.setup import (
@@ -275,7 +275,9 @@ def test_a_folder_that_holds_a_training(training, tmp_path):
     train(training(train__max_time="00:00:00"))
     before = contents_of(tmp_path / "run")
     for resume in ("false", tmp_path / "other.ckpt"):
-        with pytest.raises(UserError, match=r"run holds a training already. train.resume=true goes on .*hydra.run.dir"):
+        with pytest.raises(
+            UserError, match=r"run holds a training already. train.resume=true resumes it.*hydra.run.dir"
+        ):
             train(training(train__resume=resume))
     assert contents_of(tmp_path / "run") == before
 
@@ -317,7 +319,9 @@ def test_other_options_than_before(training, stopped_training, tmp_path, changes
         train(training(**options))
     message = str(caught.value)
     assert message.startswith(f"{resume} was trained with ")
-    assert message.endswith(f"Give the same options to go on; or begin anew from its weights with train.ckpt={resume}.")
+    assert message.endswith(
+        f"Give the same options to resume; or start again from its weights with train.ckpt={resume}."
+    )
     for part in told:
         assert part in message
     # options that follow from the seed, and those of the second stage, are told as well
@@ -339,7 +343,7 @@ class Malicious:
     [
         ("missing.ckpt", "There is no checkpoint .*missing.ckpt. Give train.resume the file last.ckpt"),
         (".", "There is no checkpoint"),
-        ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Go on from another one, or begin anew"),
+        ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Resume from another one, or start again"),
         ("cut.ckpt", "cut.ckpt is damaged"),
         ("text.ckpt", "text.ckpt .* is no checkpoint"),
         ("list.ckpt", "list.ckpt is no checkpoint of a training"),
