@@ -822,7 +822,7 @@ def result_tables(bench: Bench) -> Iterator[Table]:
 
 def colour(name: str) -> str:
     """The colour of an attention, for all that is like it too; greys for the forms of full attention."""
-    from src.evaluation.comparison import ATTENTION_COLOURS  # here, as Matplotlib: for figures alone
+    from src.evaluation.colours import ATTENTION_COLOURS  # here, as Matplotlib: for figures alone
 
     # sblocal is not local, nor is local2d another
     attention = max((known for known in ATTENTION_COLOURS if known in name), key=len, default="")

@@ -44,7 +44,7 @@ from scatterbrain.errors import UserError
 from scripts.measure_approximation import spread
 from src.datamodules.layouts.base import imagenet_synsets, listing, scan_folder
 from src.datamodules.layouts.class_folders import ClassFolders
-from src.evaluation.results import Predictions, read_predictions
+from src.evaluation.predictions import Predictions, read_predictions
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
 from src.utils.files import write_json

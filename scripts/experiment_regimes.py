@@ -40,7 +40,7 @@ from scatterbrain.ops.common.budget import budget_columns, features_for, keys_fo
 from scatterbrain.ops.common.dense import dense_logits, naive_support_attention
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
-from src.evaluation.comparison import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS
 from src.tasks.approximation import ONE_HOT, StageInputs, effective_keys, relative_error
 from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED

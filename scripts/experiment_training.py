@@ -62,7 +62,7 @@ from scripts.listops import (
     first_operator_accuracy,
     majority_accuracy,
 )
-from src.evaluation.comparison import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS
 from src.tasks.device_time import seconds_now
 from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED

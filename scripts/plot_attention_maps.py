@@ -36,7 +36,7 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_bounds
 from scripts.measure_approximation import approximation_parser, open_split, spread
 from src.datamodules.dataset import ImageFolderDataset
-from src.evaluation.comparison import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS
 from src.models.t2t_vit import T2TViT
 from src.tasks.approximation import (
     attention_weights,

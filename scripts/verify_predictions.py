@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 
 from scatterbrain.errors import UserError
-from src.evaluation.results import read_predictions, read_results
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results
 from src.tasks.build import build_model
 from src.utils.checkpoint import load_checkpoint
 from src.utils.instantiate import build

@@ -12,7 +12,7 @@ from torch import nn
 
 from scatterbrain.errors import UserError
 from src.datamodules.dataset import ImageLoader
-from src.evaluation.results import Records
+from src.evaluation.records import Records
 from src.tasks.device_time import DeviceTime, seconds_now
 from src.tasks.image_records import ImageRecords
 from src.tasks.prefetch import CudaPrefetcher

@@ -12,16 +12,12 @@ from rich.console import Console
 
 from scatterbrain.errors import UserError
 from src.datamodules.layouts.base import listing
-from src.evaluation.comparison import OnePass, compare_runs, print_comparison, write_comparison
-from src.evaluation.results import (
-    RESULTS_FILE,
-    Results,
-    results_table,
-    skipped_info,
-    summarise,
-    write_predictions,
-    write_results,
-)
+from src.evaluation.comparison import OnePass, compare_runs
+from src.evaluation.comparison_files import print_comparison, write_comparison
+from src.evaluation.predictions import write_predictions
+from src.evaluation.records import summarise
+from src.evaluation.results import RESULTS_FILE, Results, skipped_info, write_results
+from src.evaluation.results_table import results_table
 from src.tasks.classification_evaluation import ClassificationEvaluation
 from src.tasks.environment import peak_memory_mib
 from src.tasks.errors import prefix_errors

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchmetrics import Metric
 
-from src.evaluation.results import MAX_PREDICTIONS, Records
+from src.evaluation.records import MAX_PREDICTIONS, Records
 
 _PER_SEED = ("top5_classes", "top5_probabilities", "losses")
 

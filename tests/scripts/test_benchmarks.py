@@ -17,7 +17,7 @@ import torch
 from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
-from src.evaluation.comparison import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS
 from src.utils import scripts
 from src.utils.files import write_json
 from src.utils.parallel import run_in_processes

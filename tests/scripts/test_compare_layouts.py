@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from scripts import compare_layouts as comparing
-from src.evaluation.results import Predictions
+from src.evaluation.predictions import Predictions
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 

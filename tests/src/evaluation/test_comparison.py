@@ -17,17 +17,16 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from scatterbrain.errors import UserError
-from src.evaluation import comparison as module
-from src.evaluation.comparison import (
-    ComparisonCallback,
-    OnePass,
-    compare_runs,
-    comparison_figure,
-    comparison_markdown,
-    comparison_table,
-    write_comparison,
-)
-from src.evaluation.results import Records, Results, summarise, write_predictions, write_results
+from src.evaluation import comparison_files
+from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.comparison import OnePass, compare_runs
+from src.evaluation.comparison_callback import ComparisonCallback
+from src.evaluation.comparison_figure import comparison_figure
+from src.evaluation.comparison_files import write_comparison
+from src.evaluation.comparison_table import comparison_markdown, comparison_table
+from src.evaluation.predictions import write_predictions
+from src.evaluation.records import Records, summarise
+from src.evaluation.results import Results, write_results
 
 FILES = ["comparison.json", "comparison.md", "comparison.png"]
 NAMES = ["a.png", "b.png", "c.png", "d.png"]
@@ -36,8 +35,8 @@ FULL = [0, 1, 2, 3]
 
 def write_run(folder, attention, first=FULL, names=NAMES, overrides=None, **changes):
     """A run on four images of classes 0, 1, 2, 9, whose first predictions are `first`: one list, or one per seed."""
-    draws = first if isinstance(first[0], list) else [first]
-    classes = np.array([[[label, 10, 11, 12, 13] for label in draw] for draw in draws])
+    seeds = first if isinstance(first[0], list) else [first]
+    classes = np.array([[[label, 10, 11, 12, 13] for label in labels] for labels in seeds])
     records = Records([0, 1, 2, 9], classes, np.full(classes.shape, 0.2), np.ones(classes.shape[:2]))
     values = {
         "model": "t2t_vit_t_14",
@@ -47,7 +46,7 @@ def write_run(folder, attention, first=FULL, names=NAMES, overrides=None, **chan
         "image_size": 224,
         "precision": "32-true",
         "device": "cpu",
-        "seeds": list(range(len(draws))),
+        "seeds": list(range(len(seeds))),
         **summarise(records),
         "images_per_second": 10.0,
         "peak_memory_mib": None,
@@ -243,7 +242,7 @@ def test_files_of_a_comparison(tmp_path, four):
         "| attention | top-1 | to full | published | top-5 | agreement | images/s | speed-up | memory |"
     )
     assert lines[7] == "| local | 50.00 | -25.00 | 80.6 | 50.00 | 75.00 | 25.0 | 2.50x | 3.1 % |"
-    assert lines[8].startswith("| performer | 75.00 ± 35.36 (2 draws) | +0.00 | 77.8-79.0 |")
+    assert lines[8].startswith("| performer | 75.00 ± 35.36 (2 seeds) | +0.00 | 77.8-79.0 |")
     assert lines[-1] == "Runs without complete results: 4."
 
 
@@ -268,7 +267,7 @@ def test_a_failing_writer_leaves_the_old_files(tmp_path, four, monkeypatch):
             file.write(b"half")
             raise RuntimeError("disk")
 
-    monkeypatch.setattr(module, "comparison_figure", lambda _: Broken())
+    monkeypatch.setattr(comparison_files, "comparison_figure", lambda _: Broken())
     with pytest.raises(RuntimeError, match="disk"):
         write_comparison(tmp_path, comparison)
     assert [path.read_bytes() for path in paths] == before
@@ -283,7 +282,7 @@ def test_markdown_keeps_its_columns_when_a_label_has_a_bar(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_figure_has_a_sensible_size_and_no_overlapping_labels(tmp_path, count):
-    attentions = list(module.ATTENTION_COLOURS)[:count]
+    attentions = list(ATTENTION_COLOURS)[:count]
     comparison = compare_runs([write_run(tmp_path / str(i), name) for i, name in enumerate(attentions)])
     path = write_comparison(tmp_path, comparison)[2]
     image = matplotlib.image.imread(path)
@@ -334,7 +333,7 @@ def test_panels_without_values_are_left_out_and_odd_text_is_drawn(tmp_path):
 
 def test_table_for_the_screen(four):
     text = draw(comparison_table(compare_runs(four)))
-    for words in ("81.7.pth.tar", "75.00 ± 35.36 (2 draws)", "77.8-79.0", "2.50x", "3.1 %", "-25.00"):
+    for words in ("81.7.pth.tar", "75.00 ± 35.36 (2 seeds)", "77.8-79.0", "2.50x", "3.1 %", "-25.00"):
         assert words in text
 
 
@@ -423,7 +422,7 @@ def test_callback_in_hydra(tmp_path, fails):
             defaults: [_self_]
             hydra:
               sweep: {dir: out}
-              callbacks: {comparison: {_target_: src.evaluation.comparison.ComparisonCallback}}
+              callbacks: {comparison: {_target_: src.evaluation.comparison_callback.ComparisonCallback}}
             """
         )
     )

@@ -9,21 +9,11 @@ import torch
 from rich.console import Console
 
 from scatterbrain.errors import UserError
-from src.evaluation.published import PublishedFigure, published_top1
-from src.evaluation.results import (
-    PREDICTIONS_FILE,
-    PREDICTIONS_HEADER,
-    RESULTS_FILE,
-    Records,
-    Results,
-    percent_text,
-    read_predictions,
-    read_results,
-    results_table,
-    summarise,
-    write_predictions,
-    write_results,
-)
+from src.evaluation.predictions import PREDICTIONS_FILE, PREDICTIONS_HEADER, read_predictions, write_predictions
+from src.evaluation.published import PublishedAccuracy, published_top1
+from src.evaluation.records import Records, summarise
+from src.evaluation.results import RESULTS_FILE, Results, read_results, write_results
+from src.evaluation.results_table import percent_text, results_table
 
 FIELDS = [
     *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5"),
@@ -96,7 +86,7 @@ def test_summary_by_hand():
     assert all(type(value) is float for value in summary["top1_per_seed"])
 
 
-def test_one_seed_has_no_deviation():
+def test_one_seed_has_no_standard_deviation():
     records = make_records()
     one = Records(records.targets, records.top5_classes[:1], records.top5_probabilities[:1], records.losses[:1])
     assert summarise(one)["top1_std"] is None
@@ -159,7 +149,7 @@ def test_results_file_has_the_fields_in_order_and_comes_back(tmp_path):
     assert read_results(tmp_path) == results
 
 
-def test_results_without_attention_or_deviation(tmp_path):
+def test_results_without_attention_or_standard_deviation(tmp_path):
     results = make_results(model="t2t_vit_14", attention=None, attention_options=None, attention_memory=None)
     write_results(tmp_path, results)
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
@@ -342,18 +332,18 @@ def test_remeasured_figures_round_to_the_published_ones():
 
 @pytest.mark.parametrize(("top1", "difference"), [(77.0, -0.8), (78.5, 0.0), (79.5, 0.5)])
 def test_difference_to_a_range(top1, difference):
-    assert PublishedFigure(77.8, 79.0, "").difference(top1) == pytest.approx(difference)
+    assert PublishedAccuracy(77.8, 79.0, "").difference(top1) == pytest.approx(difference)
 
 
 def test_table_of_one_run():
     results = make_results()
     text = draw(results_table(results, results.published))
-    for words in ("50,000 images of val", "sblocal", "81.00 ± 0.71 (2 draws)", "95.50 %", "0.8750", "12.5", "3.1 %"):
+    for words in ("50,000 images of val", "sblocal", "81.00 ± 0.71 (2 seeds)", "95.50 %", "0.8750", "12.5", "3.1 %"):
         assert words in text
     assert "81.1 % (-0.10 here)" in text
 
 
-def test_table_without_published_figure_or_draws():
+def test_table_without_published_accuracy_or_several_seeds():
     data = {"dir": "/d", "split": "val", "num_images": 20, "num_classes": 10}
     results = make_results(data=data, attention=None, top1_std=None, top1_per_seed=[81.0], attention_memory=None)
     assert results.published is None

@@ -11,7 +11,8 @@ import torch
 
 from scatterbrain.errors import UserError
 from src.distributed.processes import ProcessError, run_processes
-from src.evaluation.results import read_predictions, read_results
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
 from tests.src.distributed.process_functions import fail_in_one, tell_rank
 from tests.src.tasks.conftest import NUM_IMAGES

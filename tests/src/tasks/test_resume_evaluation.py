@@ -20,7 +20,8 @@ import src.datamodules.dataset as dataset
 import src.tasks.resume_state as resume_state
 from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
-from src.evaluation.results import read_predictions, read_results
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results
 from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.evaluate import evaluate, with_runs
 from src.tasks.image_records import ImageRecords

@@ -13,8 +13,11 @@ from omegaconf import OmegaConf
 
 from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
-from src.evaluation.comparison import compare_runs, comparison_markdown
-from src.evaluation.results import read_predictions, read_results, results_table, skipped_info
+from src.evaluation.comparison import compare_runs
+from src.evaluation.comparison_table import comparison_markdown
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results, skipped_info
+from src.evaluation.results_table import results_table
 from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.evaluate import evaluate, with_runs
 from src.tasks.image_records import ImageRecords
