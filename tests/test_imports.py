@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +32,6 @@ UPWARD = {
     ("src.utils.named_tensors", "src.models"),
     ("src.datamodules.cache", "src.utils.scripts"),  # helpers of command-line scripts
 }
-# What an import of run.py must not wait for: `run.py --help` needs none of it.
-SLOW = ("pytorch_lightning", "torchvision", "timm", "matplotlib", "src.tasks", "src.models")
 
 
 def name_of(path: Path) -> str:
@@ -93,19 +89,3 @@ def test_an_upward_import_is_seen(tmp_path):
     path = tmp_path / "module.py"
     path.write_text("import src.tasks.train\n\n\ndef f():\n    from . import x\n    from src import models\n")
     assert list(imports_of("src.utils.module", path)) == ["src.tasks.train", "src.utils.x", "src.models"]
-
-
-def slow_imports(names: tuple[str, ...]) -> str:
-    """Which of the modules run.py imports, in a process of its own, since this one has imported everything."""
-    code = f"import sys, run; print(*[name for name in {names} if name in sys.modules])"
-    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
-    return end.stdout.strip()
-
-
-def test_the_command_line_is_cheap_to_import():
-    assert slow_imports(SLOW) == ""
-
-
-@pytest.mark.xfail(reason="scatterbrain/__init__.py imports its operators, and so torch, with scatterbrain.errors")
-def test_the_command_line_needs_no_torch():
-    assert slow_imports(("torch",)) == ""

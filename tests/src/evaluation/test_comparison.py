@@ -2,15 +2,16 @@ import dataclasses
 import io
 import json
 import logging
-import os
-import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
+import hydra
 import matplotlib.image
 import numpy as np
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -413,8 +414,8 @@ def test_callback_leaves_single_runs_alone(tmp_path, four):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_callback_in_hydra(tmp_path, fails):
-    """A real multirun, in its own process; with a failing run Hydra never calls on_multirun_end."""
+def test_callback_in_hydra(tmp_path, monkeypatch, capsys, fails):
+    """A real multirun; with a failing run Hydra never calls on_multirun_end."""
     (tmp_path / "config.yaml").write_text(
         textwrap.dedent(
             """
@@ -422,49 +423,38 @@ def test_callback_in_hydra(tmp_path, fails):
             defaults: [_self_]
             hydra:
               sweep: {dir: out}
+              job_logging: {disable_existing_loggers: false}
               callbacks: {comparison: {_target_: src.evaluation.comparison_callback.ComparisonCallback}}
             """
         )
     )
-    (tmp_path / "app.py").write_text(
-        textwrap.dedent(
-            """
-            import hydra
-            from pathlib import Path
-            from hydra.core.hydra_config import HydraConfig
-            from tests.src.evaluation.test_comparison import write_run
 
-            @hydra.main(config_path=".", config_name="config", version_base="1.3")
-            def main(config):
-                if config.attention == "bad":
-                    raise ValueError("this run fails")
-                # write_run makes its folder, and Hydra has made this one.
-                scratch = write_run(Path("scratch") / config.attention, config.attention)
-                for file in scratch.iterdir():
-                    file.rename(Path(HydraConfig.get().runtime.output_dir) / file.name)
+    @hydra.main(config_path=str(tmp_path), config_name="config", version_base="1.3")
+    def main(config):
+        if config.attention == "bad":
+            raise ValueError("this run fails")
+        # write_run makes its folder, and Hydra has made this one.
+        scratch = write_run(tmp_path / "scratch" / config.attention, config.attention)
+        for file in scratch.iterdir():
+            file.rename(Path(HydraConfig.get().runtime.output_dir) / file.name)
 
-            main()
-            """
-        )
-    )
-    root = Path(__file__).parents[3]
     sweep = "attention=full,bad,local" if fails else "attention=full,local"
-    result = subprocess.run(
-        [sys.executable, "app.py", "-m", sweep],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py", "-m", sweep])
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit, match=r"^1$") if fails else nullcontext():
+            main()
+    finally:
+        root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+    output, errors = capsys.readouterr()
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [run["attention"] for run in content["runs"]] == ["full", "local"]
     assert all((tmp_path / "out" / name).is_file() for name in FILES)
     if fails:
-        assert result.returncode == 1
-        assert "this run fails" in result.stderr
+        assert "this run fails" in errors
         assert content["failed"] == ["1"]
     else:
-        assert result.returncode == 0, result.stderr
-        assert "comparison.png" in result.stdout
+        assert "comparison.png" in output
         assert content["failed"] == []

@@ -45,7 +45,7 @@ def test_one_failure_ends_all(kind, error, message):
 
 def test_figures_are_those_of_one_process(data, tmp_path, capfd):
     # of true depth: the processes read the table of variants afresh
-    variant, num_processes = "t2t_vit_t_14", 3
+    variant, num_processes = "t2t_vit_t_7", 3
     changes = {"model___t2tattn_cfg": "sblocal", "eval__num_seeds": 2}
     checkpoint = make_checkpoint(tmp_path / "weights.pth", variant)
     arguments = overrides(data, checkpoint, variant, datamodule__batch_size=2, **changes)
