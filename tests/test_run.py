@@ -217,7 +217,7 @@ def test_a_folder_that_holds_results(command_line, tmp_path):
     assert errors.startswith(f"Error: {folder} holds the results of an earlier run.")
 
 
-def test_a_multirun_goes_on_after_a_failed_run(command_line, tmp_path):
+def test_a_multirun_continues_after_a_failed_run(command_line, tmp_path):
     status, output, errors = command_line(
         "-m",
         variant="t2t_vit_t_14",
@@ -499,7 +499,7 @@ def test_several_processes_in_a_multirun_with_a_damaged_image(inputs, tmp_path):
     assert "Loaded t2t_vit_7" in (path.parent / "run.log").read_text()
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_files(tmp_path):
+def test_a_killed_evaluation_resumes_to_the_same_files(tmp_path):
     """SIGKILL in the middle; true depth, as the process reads the table of variants afresh."""
     data = make_images(tmp_path / "data", 100)
     checkpoint = make_checkpoint(tmp_path / "weights.pth", "t2t_vit_t_7")

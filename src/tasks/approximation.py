@@ -258,9 +258,10 @@ def bias_and_spread(
         attentions: at least two modules that differ in their seed.
 
     Returns:
-        Relative errors (attentions, B) as in `relative_errors`; bias (B,), the relative norm of the expected output less
-        full attention, corrected for the variance of a mean over so few seeds (0 where that is larger); spread (B,), root of the expected squared norm about the expected output, relative as well.
-        The expected squared error is the sum of their squares.
+        Relative errors (attentions, B) as in `relative_errors`; bias (B,), the relative norm of the expected output
+        less full attention, corrected for the variance of a mean over so few seeds (0 where that is larger); spread
+        (B,), root of the expected squared norm about the expected output, relative as well. The expected squared error
+        is the sum of their squares.
     """
     full, tensors = _full_attention(inputs, of_weights=False)
     errors, total, squares = [], 0.0, 0.0

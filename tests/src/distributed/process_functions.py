@@ -1,4 +1,4 @@
-"""What the processes of `test_processes.py` do; they import this file, which therefore imports little."""
+"""Functions that tests run in further processes, which import this file: it imports little."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from scatterbrain.errors import UserError
 
 
-def tell_rank(word: str) -> tuple[str, str, str, int]:
+def report_rank(word: str) -> tuple[str, str, str, int]:
     return word, os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"], torch.get_num_threads()
 
 
 def fail_in_one(kind: str) -> None:
-    """Rank 1 fails; rank 0 would wait for ever, or fails of the consequence."""
+    """Rank 1 fails; rank 0 would wait for ever, or fails as a consequence."""
     if os.environ["LOCAL_RANK"] == "1":
         if kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -77,12 +77,12 @@ def images_of_training(content: dict[str, Any]) -> list[list[tuple[str, int]]]:
     decode = ImageDataset.decode
     decoded = []
 
-    def decode_and_tell(self, index):
+    def decode_and_record(self, index):
         if "train" in str(self.paths[index]):
             decoded.append((self.paths[index], self.targets[index]))
         return decode(self, index)
 
-    ImageDataset.decode = decode_and_tell
+    ImageDataset.decode = decode_and_record
     config = OmegaConf.create(content)
     _train(config, build_trainer(config))
     parts = [None] * torch.distributed.get_world_size()
@@ -91,7 +91,7 @@ def images_of_training(content: dict[str, Any]) -> list[list[tuple[str, int]]]:
 
 
 def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
-    """Several evaluations, of which process 1 stops the first in its second batch; whether complete, of how many."""
+    """Several evaluations, of which rank 1 stops the first in its second batch; whether complete, of how many."""
     import pytest
     from omegaconf import OmegaConf
 

@@ -74,7 +74,7 @@ def test_how_a_process_was_started(monkeypatch, variables, launch):
         (SLURM | {"SLURM_PROCID": "first"}, "'first'"),
     ],
 )
-def test_variables_that_are_no_good(monkeypatch, variables, words):
+def test_variables_that_are_not_valid(monkeypatch, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
@@ -118,7 +118,7 @@ def test_trainers_take_their_sizes_from_the_launcher(monkeypatch, name, variable
     assert (trainer.devices, trainer.num_nodes) == (2, 3)
 
 
-# Meeting, failing and leaving
+# Joining, failing and leaving
 
 PROGRAM = """
 import os, signal, sys, time
@@ -139,7 +139,7 @@ def work(processes):
         if processes.rank == 1:
             time.sleep(0.5)
             raise UserError("image 7 is damaged.")
-        raise RuntimeError("Connection closed by peer")  # of which process 1 knows why
+        raise RuntimeError("Connection closed by peer")  # rank 1 has the reason
     if kind == "killed" and processes.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "late" and processes.rank == 1:
@@ -202,30 +202,30 @@ def run_program(kind: str, number: int = 2, **options: int) -> tuple[list[int], 
     return ends_of(slurm_tasks([sys.executable, "-c", PROGRAM, kind], number, **options))
 
 
-def test_a_failure_is_told_once_and_ends_all():
+def test_a_failure_is_reported_once_and_aborts_all():
     begin = time.monotonic()
     statuses, outputs, errors = run_program("failure")
     assert (statuses, errors) == ([1, 1], ["", "Error: image 7 is damaged.\n"])
     assert outputs == ["/0\n", "/0\n"]  # all agree with the first
-    assert time.monotonic() - begin < 60  # nobody waits for those that have gone
+    assert time.monotonic() - begin < 60  # no rank waits for those that have exited
 
 
-def test_who_has_finished_hears_of_a_failure():
+def test_a_finished_rank_fails_with_the_others():
     assert run_program("late")[::2] == ([1, 1], ["", "Error: image 8 is damaged.\n"])
 
 
-def test_the_process_that_knows_why_tells():
+def test_the_rank_with_the_reason_reports():
     assert run_program("bug")[::2] == ([1, 1], ["", "Error: image 7 is damaged.\n"])
 
 
-def test_the_first_process_is_killed():
+def test_rank_0_is_killed():
     statuses, _, errors = run_program("killed")
     assert statuses == [-signal.SIGKILL, 1]
     assert errors[0] == ""
     assert errors[1].startswith("Error: Process 0 ended before its work was done, often for lack of memory. Lower")
 
 
-def test_a_process_that_never_comes():
+def test_a_rank_that_never_arrives():
     statuses, _, errors = run_program("missing", started=1)
     assert (statuses, len(errors)) == ([1], 1)
     assert errors[0].startswith("Error: 1 of 2 processes have arrived after 2 s. Start all of them")
@@ -292,7 +292,7 @@ def test_slurm(inputs, alone, tmp_path):
     assert_that_of_one_process(tmp_path / "run", alone)
 
 
-def test_a_mistake_is_told_once(inputs, tmp_path):
+def test_an_error_is_reported_once(inputs, tmp_path):
     command = [sys.executable, "run.py", "trainer=slurm", *options_of(inputs, eval__ckpt=tmp_path / "no.pth")]
     statuses, _, errors = ends_of(slurm_tasks([*command, f"hydra.run.dir={tmp_path / 'run'}"], 2))
     assert statuses == [1, 1]
@@ -311,7 +311,7 @@ def test_a_multirun_of_several_processes_is_refused(inputs, tmp_path):
 # Jobs that a launcher of Hydra's ran
 
 
-def test_what_jobs_failed_of_is_told(tmp_path, capsys):
+def test_errors_of_failed_jobs_are_reported(tmp_path, capsys):
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / ERROR_FILE).write_text("Checkpoint x does not exist.\n")

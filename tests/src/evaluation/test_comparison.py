@@ -171,7 +171,7 @@ def test_different_images_of_the_same_data_are_an_error(tmp_path):
         compare_runs([full, other])
 
 
-def test_missing_files_and_no_runs_are_told(tmp_path, four):
+def test_missing_files_and_no_runs_are_reported(tmp_path, four):
     with pytest.raises(UserError, match="nothing to compare"):
         compare_runs([])
     (four[1] / "predictions.csv").unlink()
@@ -182,7 +182,7 @@ def test_missing_files_and_no_runs_are_told(tmp_path, four):
 # Labels
 
 
-def test_labels_of_a_repeated_attention_tell_the_overrides_that_differ(tmp_path):
+def test_labels_of_a_repeated_attention_name_the_overrides_that_differ(tmp_path):
     common = ["experiment=e", "trainer.devices=1"]
     folders = [
         write_run(tmp_path / "0", "full", overrides=[*common, "model/t2tattn_cfg=full", "x.window=3"]),
@@ -203,7 +203,7 @@ def test_labels_keep_whole_keys_that_end_alike(tmp_path):
     ]
 
 
-def test_labels_without_overrides_tell_results_or_the_folder(tmp_path):
+def test_labels_without_overrides_name_results_or_the_folder(tmp_path):
     folders = [
         write_run(tmp_path / "0", "local"),
         write_run(tmp_path / "1", "local", precision="bf16-mixed"),
@@ -341,7 +341,7 @@ def test_table_for_the_screen(four):
 # Callback
 
 
-def test_one_pass_is_told(tmp_path, four):
+def test_one_pass_is_described(tmp_path, four):
     one_pass = OnePass(attentions=4, forward_passes=8, seconds=20.0, peak_memory_mib=1234.5)
     described = one_pass.describe(5000)
     assert described == (
@@ -386,7 +386,7 @@ def test_callback_without_results_warns(tmp_path, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_callback_tells_what_cannot_be_compared(tmp_path, four, caplog):
+def test_callback_reports_what_cannot_be_compared(tmp_path, four, caplog):
     (four[0] / "results.json").write_text("{")
     ComparisonCallback().on_multirun_end(sweep_config(tmp_path))
     assert "could not be compared" in caplog.text

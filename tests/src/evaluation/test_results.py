@@ -165,7 +165,7 @@ def test_results_without_attention_or_standard_deviation(tmp_path):
         ({"attention_options": [{"scale": math.nan}]}, r"attention_options\[0\]\.scale is nan"),
     ],
 )
-def test_nan_is_told_and_leaves_the_old_file(tmp_path, changes, culprit):
+def test_nan_is_reported_and_leaves_the_old_file(tmp_path, changes, culprit):
     write_results(tmp_path, make_results())
     before = (tmp_path / RESULTS_FILE).read_bytes()
     with pytest.raises(UserError, match=f"network produced NaN.*{culprit}"):
@@ -194,7 +194,7 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path):
         (lambda text: text.replace("0.875", '"low"'), "loss must be a number"),
     ],
 )
-def test_damaged_results_are_told(tmp_path, damage, message):
+def test_damaged_results_are_reported(tmp_path, damage, message):
     path = write_results(tmp_path, make_results())
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=message) as caught:
@@ -202,7 +202,7 @@ def test_damaged_results_are_told(tmp_path, damage, message):
     assert str(path) in str(caught.value)
 
 
-def test_missing_files_are_told(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"results\.json does not exist"):
         read_results(tmp_path)
     with pytest.raises(UserError, match=r"predictions\.csv does not exist"):
@@ -273,7 +273,7 @@ def test_wrong_paths_are_refused(tmp_path, names):
         (lambda text: "", "header"),
     ],
 )
-def test_damaged_predictions_are_told(tmp_path, damage, message):
+def test_damaged_predictions_are_reported(tmp_path, damage, message):
     path = write_predictions(tmp_path, ["a.png", "b.png", "c.png", "d.png"], make_records())
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=f"{PREDICTIONS_FILE} is damaged.*{message}"):
@@ -302,7 +302,7 @@ def test_header_is_that_of_the_contract():
         ("t2t_vit_14_wide", None, "79.8"),
     ],
 )
-def test_published_figures(model, attention, text):
+def test_published_accuracies(model, attention, text):
     assert published_top1(model, attention, 1000, 224).text == text
 
 
@@ -322,7 +322,7 @@ def test_nothing_is_published_for_anything_else(arguments):
     assert published_top1(*arguments) is None
 
 
-def test_remeasured_figures_round_to_the_published_ones():
+def test_remeasured_accuracies_round_to_the_published_ones():
     for name, depth in (("t2t_vit", (7, 10, 12, 14, 19, 24)), ("t2t_vit_t", (14, 19, 24))):
         for layers in depth:
             figure = published_top1(f"{name}_{layers}", None, 1000, 224)
@@ -354,7 +354,7 @@ def test_table_without_published_accuracy_or_several_seeds():
     assert "81.00 %" in text
 
 
-def test_figures_of_a_part_of_the_images_say_so_and_are_compared_with_nothing_published():
+def test_results_of_a_part_of_the_images_say_so_and_are_not_compared_with_published_ones():
     results = make_results(complete=False, num_evaluated=1_200)
     assert make_results().published is not None
     assert results.published is None

@@ -1,4 +1,4 @@
-"""Evaluations in this process: their figures against the model applied by hand, and every option that matters."""
+"""Evaluations in this process: their results against the model applied by hand, and every option."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def apply_by_hand(objects: Munch, variant: str, checkpoint, attention=None, seed
 @pytest.mark.parametrize(
     ("variant", "attention"), [("t2t_vit_7", None), ("t2t_vit_t_14", "sblocal"), ("t2t_vit_t_14", "performer")]
 )
-def test_figures_and_predictions_are_those_of_the_model(evaluation, checkpoints, tmp_path, variant, attention):
+def test_results_and_predictions_are_those_of_the_model(evaluation, checkpoints, tmp_path, variant, attention):
     changes = {} if attention is None else {"model___t2tattn_cfg": attention}
     results, objects = evaluate(evaluation(variant, datamodule__batch_size=1, **changes))
     logits, targets = apply_by_hand(objects, variant, checkpoints[variant], attention)
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_files(evaluation, tmp_path):
     assert first == second
 
 
-def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
+def test_seeds_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
     decoded = []
     decode = dataset.load_rgb
     monkeypatch.setattr(dataset, "load_rgb", lambda path: decoded.append(path.name) or decode(path))
@@ -132,7 +132,7 @@ def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, 
     np.testing.assert_allclose(first, records.top5_probabilities[0], rtol=1e-7)
 
 
-def test_without_random_features_several_draws_are_one(evaluation):
+def test_without_random_features_several_seeds_are_one(evaluation):
     results, _ = evaluate(evaluation(eval__num_seeds=4))
     assert results.seeds == [1111]
 
@@ -303,7 +303,7 @@ def test_lack_of_memory_names_the_batch_size(evaluation, monkeypatch):
         evaluate(evaluation(model__fast="off"))
 
 
-def test_the_csv_logger_has_the_figures(evaluation, tmp_path):
+def test_the_csv_logger_has_the_metrics(evaluation, tmp_path):
     results, _ = evaluate(evaluation())
     header, row = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
     figures = dict(zip(header.split(","), row.split(","), strict=True))
@@ -311,7 +311,7 @@ def test_the_csv_logger_has_the_figures(evaluation, tmp_path):
     assert float(figures["test/loss"]) == pytest.approx(results.loss, rel=1e-6)
 
 
-def test_the_tensorboard_logger_has_the_figures(evaluation, tmp_path):
+def test_the_tensorboard_logger_has_the_metrics(evaluation, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     results, _ = evaluate(evaluation(logger="tensorboard"))
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))

@@ -1,4 +1,4 @@
-"""Copies to the device beside its work: what waits for what (on the CPU with stand-ins for streams and events)."""
+"""Copies to the device during its work: what waits for what (on the CPU with stand-ins for streams and events)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from src.tasks.prefetch import CudaPrefetcher
 
 
 class Recorder:
-    """Stands in for streams and events, and writes down what is asked of them."""
+    """Stands in for streams and events, and records the calls."""
 
     def __init__(self, patch):
         self.log = []

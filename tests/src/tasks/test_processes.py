@@ -1,4 +1,4 @@
-"""Several processes on the CPU: the same figures as one, and a failure in one ends all, at once and with its reason."""
+"""Several processes on the CPU: the same results as one, and a failure in one aborts all with its reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from src.distributed.processes import ProcessError, run_processes
 from src.evaluation.predictions import read_predictions
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
-from tests.src.distributed.process_functions import fail_in_one, tell_rank
+from tests.src.distributed.process_functions import fail_in_one, report_rank
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import compose_config, make_checkpoint, overrides
 
 
 def test_rank_0_answers_and_the_environment_stays_as_it_was():
     before = dict(os.environ)
-    word, rank, port, threads = run_processes(tell_rank, 2, "hello")
+    word, rank, port, threads = run_processes(report_rank, 2, "hello")
     assert (word, rank, threads) == ("hello", "0", max(1, torch.get_num_threads() // 2))
     assert port.isdigit()
     assert dict(os.environ) == before
@@ -43,7 +43,7 @@ def test_one_failure_ends_all(kind, error, message):
     assert time.monotonic() - started < 60
 
 
-def test_figures_are_those_of_one_process(data, tmp_path, capfd):
+def test_results_are_those_of_one_process(data, tmp_path, capfd):
     # of true depth: the processes read the table of variants afresh
     variant, num_processes = "t2t_vit_t_7", 3
     changes = {"model___t2tattn_cfg": "sblocal", "eval__num_seeds": 2}

@@ -1,4 +1,4 @@
-"""Evaluations that are interrupted and go on: the files of an uninterrupted one, and everything that is refused."""
+"""Evaluations that are interrupted and resumed: the files of an uninterrupted one, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def records_file(folder: Path, rank: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_evaluation_goes_on_to_the_same_files(
+def test_an_interrupted_evaluation_resumes_to_the_same_files(
     evaluation, interrupt, resume, decoded, tmp_path, caplog, number
 ):
     options = {**OPTIONS, "eval__num_seeds": 2}
@@ -231,7 +231,7 @@ def rename_one(data: Path) -> None:
     ],
     ids=str,
 )
-def test_another_evaluation_does_not_go_on(interrupt, resume, checkpoints, tmp_path, changes, message):
+def test_another_evaluation_is_not_resumed(interrupt, resume, checkpoints, tmp_path, changes, message):
     interrupt(2, **OPTIONS)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     if "eval__ckpt" in changes:
@@ -251,7 +251,7 @@ def test_another_evaluation_does_not_go_on(interrupt, resume, checkpoints, tmp_p
     assert before.items() <= after.items()
 
 
-def test_what_was_moved_goes_on(evaluation, interrupt, resume, data, checkpoints, tmp_path):
+def test_a_moved_evaluation_resumes(evaluation, interrupt, resume, data, checkpoints, tmp_path):
     """Where images and weights are is nothing of the evaluation."""
     interrupt(2, **OPTIONS)
     shutil.copytree(data, tmp_path / "moved")
@@ -263,7 +263,7 @@ def test_what_was_moved_goes_on(evaluation, interrupt, resume, data, checkpoints
     assert_same_evaluation(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_machine_goes_on_with_a_warning(interrupt, resume, monkeypatch, caplog):
+def test_another_machine_resumes_with_a_warning(interrupt, resume, monkeypatch, caplog):
     interrupt(2, **OPTIONS)
     monkeypatch.setattr("src.tasks.evaluation_runs.device_name", lambda trainer: "another")
     results, _ = resume(**OPTIONS)
@@ -284,7 +284,7 @@ def test_a_finished_evaluation_is_left_alone(evaluation, resume, tmp_path, caplo
         evaluate(evaluation("t2t_vit_t_14", **OPTIONS))
 
 
-def test_nothing_to_go_on_with_is_a_beginning(resume):
+def test_resume_without_a_state_starts(resume):
     results, _ = resume("t2t_vit_7")
     assert (results.complete, results.num_evaluated) == (True, NUM_IMAGES)
 
@@ -298,7 +298,7 @@ def test_a_stop_before_the_first_image_writes_nothing(evaluation, monkeypatch, t
     assert not (tmp_path / "run" / "unfinished").exists()
 
 
-def test_figures_that_are_no_numbers_are_nothing_to_go_on_with(evaluation, monkeypatch, tmp_path):
+def test_nan_leaves_nothing_to_resume(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", lambda self, images: torch.full((len(images), 5), np.nan))
     for _ in range(2):
         with pytest.raises(UserError, match="NaN"):
@@ -331,7 +331,7 @@ def fill_batch(table: ImageRecords, indices: torch.Tensor) -> None:
         table.update(draw, indices, torch.randn(len(indices), 7, generator=generator), indices % 7)
 
 
-def test_it_is_saved_now_and_then_alone(monkeypatch, tmp_path):
+def test_saves_are_as_far_apart_as_requested(monkeypatch, tmp_path):
     now = 100.0
     monkeypatch.setattr(resume_state.time, "monotonic", lambda: now)
     writes = []
@@ -350,7 +350,7 @@ def test_it_is_saved_now_and_then_alone(monkeypatch, tmp_path):
     assert len(writes) == 4
 
 
-def test_rows_come_back_bit_for_bit(tmp_path):
+def test_rows_are_restored_bit_for_bit(tmp_path):
     batches = [torch.tensor([2 * first, 2 * first + 4]) for first in (0, 1, 4, 5)]
     part, table = ResumeState(tmp_path, {"a": 1}, {}, 0, 0), table_of(16)
     part.restore([table, table])
@@ -376,7 +376,7 @@ def test_rows_come_back_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_a_save_that_is_broken_off_is_made_once_more(monkeypatch, tmp_path, written):
+def test_an_interrupted_save_is_repeated(monkeypatch, tmp_path, written):
     part, table = ResumeState(tmp_path, {}, {}, 0, 0), table_of(8)
     part.restore([table])
     fill_batch(table, torch.tensor([3]))
@@ -399,7 +399,7 @@ def test_a_save_that_is_broken_off_is_made_once_more(monkeypatch, tmp_path, writ
     assert [batch["indices"].tolist() for batch in again._saved] == [[3], [5]]
 
 
-def test_a_disk_that_is_full_costs_no_evaluation(monkeypatch, tmp_path, caplog):
+def test_a_full_disk_does_not_stop_the_evaluation(monkeypatch, tmp_path, caplog):
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -412,7 +412,7 @@ def test_a_disk_that_is_full_costs_no_evaluation(monkeypatch, tmp_path, caplog):
     assert caplog.text.count("cannot be written (No space left on device): from here on, nothing is saved") == 1
 
 
-def test_nothing_in_the_file_is_run(tmp_path):
+def test_nothing_in_the_file_is_executed(tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, batches=np.array([Path("x")], dtype=object))
     contents = [b"[{}, {}]", buffer.getvalue()]
@@ -433,7 +433,7 @@ def test_files_of_other_processes_are_compared_too(tmp_path):
 
 
 def test_two_processes(evaluation, tmp_path):
-    """One of two is asked to stop: both save, the first writes what both have, and both go on."""
+    """One of two ranks gets a request to stop: both save, rank 0 writes the results of both, and both resume."""
     contents = []
     for folder, resumed in (("run", "false"), ("run", "true"), ("whole", "false")):
         options = {"trainer__devices": 2, "eval__resume": resumed, "eval__num_seeds": 2}

@@ -1,4 +1,4 @@
-"""`eval.attentions`: the figures of runs of their own, each image decoded once, and everything that can be refused."""
+"""`eval.attentions`: the results of runs of their own, each image decoded once, and everything that can be refused."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_configuration_of_each_is_in_its_folder(together, tmp_path):
         assert config.paths.output_dir == str(tmp_path / "together" / str(number))
 
 
-def test_the_comparison_tells_of_the_pass(together, tmp_path):
+def test_the_comparison_describes_the_pass(together, tmp_path):
     _, objects = together(eval__num_seeds=2)
     comparison = json.loads((tmp_path / "together" / "comparison.json").read_text())
     assert [row["run"] for row in comparison["runs"]] == ["0", "1", "2", "3"]

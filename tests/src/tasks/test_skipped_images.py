@@ -1,4 +1,4 @@
-"""Evaluations that leave out images which cannot be decoded: figures of the others, and a list of those left out."""
+"""Evaluations that skip images which cannot be decoded: results of the others, and a list of those skipped."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_figures_are_those_of_the_other_images(evaluation, run, data, damaged, tmp_path, caplog, capsys, cache):
+def test_results_are_those_of_the_other_images(evaluation, run, data, damaged, tmp_path, caplog, capsys, cache):
     # one image at a time, so that batches hold the same images: the figures are the same to the last digit
     options = {"datamodule__batch_size": 1, "eval__num_seeds": 2}
     if cache:
@@ -123,7 +123,7 @@ def test_nothing_damaged(run, data, tmp_path, caplog):
 
 
 def test_an_error_by_default_and_then_it_is_skipped(run, tmp_path):
-    """Whoever meets a damaged image at the end of a long evaluation need not begin anew."""
+    """A damaged image at the end of a long evaluation does not cost what is finished."""
     options = {"eval__save_seconds": 0, "datamodule__on_error": "raise"}
     with pytest.raises(UserError, match=r"Cannot decode the image .*c0/005.png: the file is empty. Remove or replace"):
         run(**options)
@@ -133,8 +133,8 @@ def test_an_error_by_default_and_then_it_is_skipped(run, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 2, BATCHES])
-def test_an_interrupted_evaluation_goes_on_to_the_same_files(run, monkeypatch, tmp_path, step):
-    """What was not reached is not listed, and what was is not forgotten."""
+def test_an_interrupted_evaluation_resumes_to_the_same_files(run, monkeypatch, tmp_path, step):
+    """Images that were not reached are not listed, those that were are kept."""
     with monkeypatch.context() as patch:
         stop_evaluation_at(patch, step, signal.SIGTERM)
         with pytest.raises(SystemExit):
@@ -256,7 +256,7 @@ def test_runs_of_different_images_are_not_compared_silently(evaluation, run, tmp
 
 
 def test_two_processes(evaluation, damaged, tmp_path):
-    """One of two that is left without any image; and two that are interrupted and go on."""
+    """One of two ranks that has no image left; and two that are interrupted and resume."""
     none = make_images(tmp_path / "none", 5)
     names = sorted((none / "val").rglob("*.png"))
     for path in names[1::2]:

@@ -1,4 +1,4 @@
-"""Trainings in this process: weights, rates and figures against what is computed by hand, and every option."""
+"""Trainings in this process: weights, rates and metrics against what is computed by hand, and every option."""
 
 from __future__ import annotations
 
@@ -436,7 +436,7 @@ def test_a_stop_before_the_first_epoch_is_over(training, tmp_path):
     assert not (tmp_path / "run" / "training.png").exists()
 
 
-def test_the_csv_logger_has_the_figures(training, tmp_path):
+def test_the_csv_logger_has_the_metrics(training, tmp_path):
     summary, _ = train(training(logger="csv", trainer__log_every_n_steps=1))
     with open(tmp_path / "run" / "csv" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -608,7 +608,7 @@ def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path,
         while not last.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
-        if not ended.wait(60):  # a second one ends whatever does not end by itself
+        if not ended.wait(60):  # a second one ends what does not exit by itself
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

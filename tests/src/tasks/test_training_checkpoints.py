@@ -1,4 +1,4 @@
-"""A training that is stopped, in whatever way, and goes on: as if nothing had happened, or not at all."""
+"""A training that is stopped in any way and resumed: exactly as an uninterrupted one, or refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# Going on exactly
+# Resuming exactly
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
     assert_same_training(read_last(tmp_path / "at_once"), read_last(tmp_path / "killed"))
 
 
-def test_in_another_folder_the_best_checkpoint_comes_along(training, monkeypatch, tmp_path, recwarn):
+def test_in_another_folder_the_best_checkpoint_is_copied(training, monkeypatch, tmp_path, recwarn):
     watch(monkeypatch, 20.0, 10.0, 30.0)
     for update, folder in ((BATCHES + 1, "first"), (2 * BATCHES + 1, "second"), (None, "third")):
         previous = {"second": "first", "third": "second"}.get(folder)
@@ -169,7 +169,7 @@ def test_a_finished_training_is_left_as_it_is(training, monkeypatch, tmp_path):
     assert torch.equal(objects.model.head.weight, averaged["model.head.weight"])
 
 
-def test_figures_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
+def test_metrics_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         stop_at(patch, BATCHES + 1)
         train(training(logger="csv"))
@@ -184,7 +184,7 @@ def test_figures_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_update_in_hand(training, monkeypatch, tmp_path, number):
+def test_a_signal_stops_after_the_current_update(training, monkeypatch, tmp_path, number):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         stop_at(patch, 3, number)
@@ -208,7 +208,7 @@ def test_a_signal_in_the_last_update_stops_nothing(training, monkeypatch, tmp_pa
     assert json.loads((tmp_path / "run" / "training.json").read_text())["complete"]
 
 
-def test_the_message_says_how_to_go_on(training, tmp_path, caplog):
+def test_the_message_says_how_to_resume(training, tmp_path, caplog):
     with caplog.at_level("INFO"):
         train(training(train__max_time="00:00:00"))
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
