@@ -462,10 +462,10 @@ def test_help_explains_itself_and_imports_no_torch(tmp_path):
     assert {"full", "local", "performer", "sblocal", "pairedcluster"} <= set(re.findall(r"[a-z0-9-]+", attentions))
 
 
-def test_cfg_job_shows_the_configuration(tmp_path):
-    done = start("--cfg", "job", "model/t2tattn_cfg=local", tmp_path=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "name: local" in done.stdout
+def test_cfg_job_shows_the_configuration(run_py, tmp_path):
+    status, output, errors = run_py(["--cfg", "job", "model/t2tattn_cfg=local"])
+    assert (status, errors) == (0, "")
+    assert "name: local" in output
     assert not (tmp_path / "logs").exists()
 
 
@@ -476,11 +476,12 @@ def test_nothing_at_all(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_traceback_on_request(tmp_path):
-    done = start(tmp_path=tmp_path, HYDRA_FULL_ERROR="1")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("Error: No checkpoint given.")
+def test_the_traceback_on_request(run_py, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    status, _, errors = run_py([])
+    assert status == 1
+    assert "Traceback" in errors
+    assert errors.splitlines()[-1].startswith("Error: No checkpoint given.")
 
 
 def test_several_processes_in_a_multirun_with_a_damaged_image(inputs, tmp_path):

@@ -62,34 +62,6 @@ def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
     return summaries
 
 
-def images_of_training(content: dict[str, Any]) -> list[list[tuple[str, int]]]:
-    """Names and classes of the images that each process of a training is given, in order; by rank."""
-    import pytest
-    from omegaconf import OmegaConf
-
-    from src.datamodules.dataset import ImageDataset
-    from src.distributed.trainer import build_trainer, quiet_libraries
-    from src.tasks.train import _train
-    from tests.src.tasks.conftest import make_tiny
-
-    quiet_libraries()
-    make_tiny(pytest.MonkeyPatch())
-    decode = ImageDataset.decode
-    decoded = []
-
-    def decode_and_record(self, index):
-        if "train" in str(self.paths[index]):
-            decoded.append((self.paths[index], self.targets[index]))
-        return decode(self, index)
-
-    ImageDataset.decode = decode_and_record
-    config = OmegaConf.create(content)
-    _train(config, build_trainer(config))
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, decoded)
-    return parts
-
-
 def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
     """Several evaluations, of which rank 1 stops the first in its second batch; whether complete, of how many."""
     import pytest

@@ -12,13 +12,15 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from scatterbrain.errors import UserError
+from src.datamodules.dataset import ImageDataset
 from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.classification_training import ClassificationTraining
@@ -26,8 +28,9 @@ from src.tasks.evaluate import evaluate
 from src.tasks.train import train
 from src.utils.checkpoint import load_checkpoint
 from src.utils.files import sha256_of_file
+from src.utils.instantiate import build
 from tests.src.datamodules import layout_files
-from tests.src.distributed.process_functions import images_of_training, train_in_turn
+from tests.src.distributed.process_functions import train_in_turn
 from tests.src.tasks.conftest import NUM_IMAGES, NUM_TRAINING_IMAGES, make_tiny
 from tests.src.tasks.setup import (
     CONFIG_DIR,
@@ -577,15 +580,37 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
     assert results.loss == pytest.approx(last["val_loss"], rel=1e-6)
 
 
-def test_processes_share_the_shards_without_repeats(tmp_path):
-    """Three processes, each with an image a step: over three passes, every image comes three times, shard by shard."""
+def images_of_training(
+    config: DictConfig, patch: pytest.MonkeyPatch, rank: int, world_size: int
+) -> list[tuple[str, int]]:
+    """Names and classes of the images that a rank of a training is given in its first epoch, in order."""
+    decode = ImageDataset.decode
+    decoded = []
+
+    def decode_and_record(self, index):
+        decoded.append((self.paths[index], self.targets[index]))
+        return decode(self, index)
+
+    datamodule = build(config.datamodule, "datamodule")
+    datamodule.setup("fit")
+    datamodule.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, global_step=0, accumulate_grad_batches=1, training=True
+    )
+    with patch.context() as during:
+        during.setattr(ImageDataset, "decode", decode_and_record)
+        assert len(list(datamodule.train_dataloader())) == 8
+    return decoded
+
+
+def test_processes_share_the_shards_without_repeats(tmp_path, monkeypatch):
+    """Three ranks, each with an image a step: over three passes, every image comes three times, shard by shard."""
     for split in ("train", "val"):
         layout_files.shards(tmp_path / "data", split)
     options = {"trainer__devices": 3, "datamodule__batch_size": 1, "datamodule__passes_per_epoch": 3}
     options |= {"datamodule__shuffle_shards": 1, "train__epochs": 1, "model__num_classes": 1000}
     options |= {"datamodule__augmentation__mixup_prob": 0, "scheduler__warmup_epochs": 0}  # of pairs of images
     config = compose_config(training_overrides(tmp_path / "data", **options), tmp_path / "run")
-    parts = run_processes(images_of_training, 3, OmegaConf.to_container(config, resolve=True))
+    parts = [images_of_training(config, monkeypatch, rank, 3) for rank in range(3)]
     steps = [image for step in zip(*parts, strict=True) for image in step]
     assert len(steps) == 3 * 8
     for number in range(3):
