@@ -137,8 +137,8 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
     if interrupted.is_set():
         raise KeyboardInterrupt
     models = {run.classifier.name: run.classifier.model for run in runs}
-    models = Munch(models=models) if config.compare else Munch(model=runs[0].classifier.model)
-    return results, Munch(models, datamodule=datamodule, task=task, trainer=trainer)
+    objects = {"models": models} if config.compare else {"model": runs[0].classifier.model}
+    return results, Munch(**objects, datamodule=datamodule, task=task, trainer=trainer)
 
 
 def _test(

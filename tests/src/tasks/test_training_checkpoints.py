@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from omegaconf import OmegaConf
 
 import src.tasks.classification_training as training_module
 from scatterbrain.errors import UserError
-from src.distributed.interrupts import stop_on_interrupt
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.train import train
@@ -229,43 +227,6 @@ def test_two_interrupts_stop_at_once(training, monkeypatch, tmp_path):
         train(training())
     assert read_last(tmp_path / "run")["global_step"] == BATCHES
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_the_second_interrupt_is_one():
-    asked = []
-    with stop_on_interrupt(lambda: asked.append(True)) as interrupted:
-        signal.raise_signal(signal.SIGINT)
-        assert (asked, interrupted.is_set()) == ([True], True)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_an_interrupt_is_none_of_the_workers_business():
-    with stop_on_interrupt(lambda: os._exit(3)) as interrupted:
-        process = multiprocessing.get_context("fork").Process(target=signal.raise_signal, args=(signal.SIGINT,))
-        process.start()
-        process.join(60)
-        assert process.exitcode == 0
-        assert not interrupted.is_set()
-
-
-def test_handlers_are_left_alone_where_they_cannot_be_set():
-    before = signal.getsignal(signal.SIGINT)
-    seen = []
-
-    def work():
-        with stop_on_interrupt(lambda: None):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        work()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert seen == [before, signal.SIG_IGN]
 
 
 # What is refused

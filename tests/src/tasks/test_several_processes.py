@@ -1,46 +1,16 @@
-"""Several processes on the CPU: the same results as one, and a failure in one aborts all with its reason."""
+"""Evaluations by several processes on the CPU: the same results as by one, and strategies that are refused."""
 
 from __future__ import annotations
 
-import os
-import time
-
 import numpy as np
 import pytest
-import torch
 
 from scatterbrain.errors import UserError
-from src.distributed.processes import ProcessError, run_processes
 from src.evaluation.predictions import read_predictions
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
-from tests.src.distributed.process_functions import fail_in_one, report_rank
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import compose_config, make_checkpoint, overrides
-
-
-def test_rank_0_answers_and_the_environment_stays_as_it_was():
-    before = dict(os.environ)
-    word, rank, port, threads = run_processes(report_rank, 2, "hello")
-    assert (word, rank, threads) == ("hello", "0", max(1, torch.get_num_threads() // 2))
-    assert port.isdigit()
-    assert dict(os.environ) == before
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "message"),
-    [
-        ("user", UserError, "^image 7 is damaged.$"),
-        ("late", UserError, "^image 7 is damaged.$"),
-        ("killed", UserError, "Process 1 ended by SIGKILL .*Lower"),
-        ("bug", ProcessError, "Process 1 of 2 failed:(.|\n)*fail_in_one(.|\n)*ZeroDivisionError: a bug"),
-    ],
-)
-def test_one_failure_ends_all(kind, error, message):
-    started = time.monotonic()
-    with pytest.raises(error, match=message):
-        run_processes(fail_in_one, 2, kind)
-    assert time.monotonic() - started < 60
 
 
 def test_results_are_those_of_one_process(data, tmp_path, capfd):
