@@ -1,8 +1,8 @@
-"""Error of an attention against full attention, on the queries, keys and values of a trained T2T-ViT.
+"""How close an attention comes to full attention on what a trained T2T-ViT really asks of it.
 
-The inputs of both token stages, and of the blocks of the backbone, are captured while the network runs with full
-attention, so that the error of each layer is independent: an approximation in stage 1 does not change the inputs of
-stage 2.
+Queries, keys and values of both token stages, and of the blocks of the backbone, are taken from the network as it runs
+with full attention, so that the error of each layer stands alone: stage 2 is not judged on what an approximation in
+stage 1 has left of the image.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit, stage_s
 from src.utils.checkpoint import load_checkpoint, read_checkpoint
 
 LAYERS = ("stages", "backbone", "all")
-# The 1 of one-hot values in `StageInputs.with_identity_values`: a power of two, negligible beside the values.
+# One of the one-hot values, see `StageInputs.with_identity_values`: a power of two, and nothing beside the values.
 ONE_HOT = 2.0**-40
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """Inputs of the attention of one layer: a token stage (one head) or a block of the backbone (several).
+    """What the attention of one layer works on: a token stage (one head) or a block of the backbone (several).
 
     Attributes:
         query: (B, T, H, E).
@@ -54,11 +54,11 @@ class StageInputs:
         return replace(self, **tensors)
 
     def with_identity_values(self) -> StageInputs:
-        """The same with one-hot values appended to the values (D + S), whose averages are the matrix of weights.
+        """The same with one-hot values behind the values (D + S), whose averages are the matrix of weights.
 
-        The weights then come from the fast operator, which is much faster than the dense specification
-        (`need_weights=True`). The one-hot values are `ONE_HOT` in place of 1, so that an attention that clusters by
-        values forms the same clusters as without them. Float32 or float64.
+        So the weights are those of the fast operator, which has them in a small part of the time that the dense
+        specification (`need_weights=True`) takes. The values stay, and the one-hot ones are `ONE_HOT` in place of 1:
+        an attention that clusters by values makes the clusters that it makes without them. Float32 or float64.
         """
         batch, num_keys, heads, _ = self.value.shape
         identity = torch.eye(num_keys, dtype=self.value.dtype, device=self.value.device)
@@ -67,7 +67,7 @@ class StageInputs:
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
-    """The T2T-ViT of a checkpoint, with full attention and its weights.
+    """Build the T2T-ViT that a checkpoint is of, with full attention, and load the checkpoint.
 
     Args:
         path: any checkpoint that `read_checkpoint` reads.
@@ -137,7 +137,7 @@ def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> 
             for attention in attentions:
                 hooks.enter_context(attention.register_forward_pre_hook(capture))
         if layers == "stages":
-            model.patch_embed(images)  # the backbone follows both stages and is not needed
+            model.patch_embed(images)  # the backbone comes behind both stages and is not needed
             return tuple(captured)
         for block in model.blocks:
             num_heads = block.attn.num_heads
@@ -146,7 +146,7 @@ def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> 
                 tensors = rearrange(out, "b n (three h e) -> three b n h e", three=3, h=num_heads)
                 captured.append(StageInputs(*tensors, scale=default_scale(tensors[0], None)))
 
-            # its attention is a function, which has no hook; this layer's output is its input
+            # its attention is a function, which has no hook; what it works on is this map's output
             hooks.enter_context(block.attn.qkv.register_forward_hook(split))
         model.forward_features(images)
     return tuple(captured)
@@ -159,7 +159,7 @@ def create_stage_attentions(
 
     Args:
         name: one of `ATTENTIONS`.
-        model: with a swappable attention; gives the sequence lengths, the softmax scales and the device.
+        model: with a swappable attention, which tells the sequence lengths, the softmax scales and the device.
         memory_fraction: see `create_attention`.
         seed: seed of the random features; each stage derives its own.
 
@@ -192,7 +192,7 @@ def create_block_attentions(
 
     Args:
         name: one of `ATTENTIONS`.
-        model: gives the sequence length, class token included, the width of a head, and the device.
+        model: which tells the sequence length, class token included, the width of a head, and the device.
         memory_fraction: see `create_attention`.
         seed: seed of the random features; each block derives its own.
 
@@ -215,7 +215,7 @@ def create_block_attentions(
             seed=len(model.blocks) * seed + number,  # no two pairs (seed, block) share one
         )
         modules.append(module.to(device).eval())
-    # some attentions check a length on their first call only; all blocks are alike
+    # some attentions refuse a length on their first call only; all blocks are alike
     query, key, value = torch.zeros(3, 1, length, 1, dim_heads, dtype=model.cls_token.dtype, device=device)
     with torch.no_grad():
         modules[0](query, key, value)
@@ -248,41 +248,39 @@ def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_
 
 
 @torch.no_grad()
-def bias_and_spread(
-    inputs: StageInputs, attentions: Sequence[nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Errors of one attention under several seeds, with their bias and their spread over the seeds.
+def bias_and_spread(inputs: StageInputs, draws: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Errors of the draws of one attention, and what of them is common to all draws and what is not.
 
     Args:
         inputs: of one layer.
-        attentions: at least two modules that differ in their seed.
+        draws: at least two modules that differ in their seed.
 
     Returns:
-        Relative errors (attentions, B) as in `relative_errors`; bias (B,), the relative norm of the expected output
-        less full attention, corrected for the variance of a mean over so few seeds (0 where that is larger); spread
-        (B,), root of the expected squared norm about the expected output, relative as well. The expected squared error
-        is the sum of their squares.
+        Relative errors (draws, B) as in `relative_errors`; bias (B,), the relative norm of the expected output less
+        full attention, estimated without the part that a mean of so many draws still has from their spread (0 where
+        that is larger); spread (B,), root of the expected squared norm about the expected output, relative as well.
+        The expected squared error is the sum of their squares.
     """
     full, tensors = _full_attention(inputs, of_weights=False)
     errors, total, squares = [], 0.0, 0.0
-    for attention in attentions:
+    for attention in draws:
         out = attention(*tensors)[0]
         errors.append(relative_error(out, full))
-        # relative to full attention, which is close: sums of squares of small numbers lose little precision
+        # about full attention, which is close: sums of squares of small numbers lose little
         difference = (out - full).double().flatten(1)
         total = total + difference
         squares = squares + difference.square().sum(1)
-    mean = (total / len(attentions)).square().sum(1)
-    variance = (squares - len(attentions) * mean) / (len(attentions) - 1)
+    mean = (total / len(draws)).square().sum(1)
+    variance = (squares - len(draws) * mean) / (len(draws) - 1)
     norm = full.double().flatten(1).square().sum(1)
-    bias = (mean - variance / len(attentions)).clamp_min(0)
+    bias = (mean - variance / len(draws)).clamp_min(0)
     return torch.stack(errors), (bias / norm).sqrt(), (variance / norm).sqrt()
 
 
 def _full_attention(
     inputs: StageInputs, of_weights: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Output of full attention, or its weights times `ONE_HOT`, and its query, key and value."""
+    """Output of full attention, or its weights times `ONE_HOT`, and the query, key and value that it is of."""
     if of_weights:
         inputs = inputs.with_identity_values()
     tensors = (inputs.query, inputs.key, inputs.value)

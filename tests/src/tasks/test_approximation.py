@@ -213,7 +213,7 @@ def test_one_image_of_a_batch(model, stages):
         assert alone[0, 0].item() == pytest.approx(relative_errors(inputs, attentions)[0, 1].item(), rel=ROUNDING)
 
 
-def test_the_model_follows_from_the_checkpoint(checkpoints, shallow, images):
+def test_a_checkpoint_tells_its_model(checkpoints, shallow, images):
     name, model = load_model(checkpoints["t2t_vit_t_14"])
     assert (name, model.image_size, model.num_classes) == ("t2t_vit_t_14", IMAGE_SIZE, NUM_CLASSES)
     assert not model.training
