@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import run
 import src.datamodules.dataset as dataset
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
+from tests.hydra_helpers import hydra_restored
 from tests.src.tasks.conftest import make_shallow, make_tiny
 from tests.src.tasks.setup import (
     assert_same_evaluation,
@@ -72,16 +72,14 @@ def run_py(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOG_DIR", str(tmp_path / "logs"))
     for name in ("DATA_DIR", "CHECKPOINT", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
 
     def call(arguments: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         status = run.run(sys.argv)
         return status, *capsys.readouterr()
 
-    yield call
-    root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+    with hydra_restored():
+        yield call
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from src.evaluation.comparison_table import comparison_markdown, comparison_tabl
 from src.evaluation.predictions import write_predictions
 from src.evaluation.records import Records, summarise
 from src.evaluation.results import Results, write_results
+from tests.hydra_helpers import hydra_restored
 
 FILES = ["comparison.json", "comparison.md", "comparison.png"]
 NAMES = ["a.png", "b.png", "c.png", "d.png"]
@@ -441,13 +442,8 @@ def test_callback_in_hydra(tmp_path, monkeypatch, capsys, fails):
     sweep = "attention=full,bad,local" if fails else "attention=full,local"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["app.py", "-m", sweep])
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        with pytest.raises(SystemExit, match=r"^1$") if fails else nullcontext():
-            main()
-    finally:
-        root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+    with hydra_restored(), pytest.raises(SystemExit, match=r"^1$") if fails else nullcontext():
+        main()
     output, errors = capsys.readouterr()
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [run["attention"] for run in content["runs"]] == ["full", "local"]
