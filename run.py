@@ -19,51 +19,53 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from scatterbrain.errors import UserError, did_you_mean
-from src.distributed import ranks
+from src.distributed.failed_jobs import ERROR_FILE, FailedJobs
+from src.distributed.launcher import find_launch
+from src.distributed.ranks import RankFailed, Ranks, RanksMissingError, join_ranks, quiet_hydra_options
 from src.utils.cli import report, run_cli
 
 ROOT = Path(__file__).resolve().parent
 _failures: list[UserError] = []
 
 
-# absolute: found from any folder, and by whoever imports this file
+# absolute: found from any working directory, and when this file is imported
 @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="config")
 def main(config: DictConfig) -> None:
     """Run the task of `config.mode`; in a multirun, a run that fails does not stop the others."""
     job = HydraConfig.get()
-    # a launcher of Hydra's may call this in a process of its own, where nothing else of this file runs
+    # a launcher of Hydra may call this in another process, where nothing else of this file runs
     remote = not job.launcher["_target_"].startswith("hydra._internal.")
     if remote:
-        sys.argv[:] = ["run.py", *job.overrides.task]  # for the results, in place of the launcher's own command
+        sys.argv[:] = ["run.py", *job.overrides.task]  # the command in the results, in place of the launcher's
     try:
-        with ranks.joined() as processes:
-            config.paths.output_dir = processes.agree("output_dir", config.paths.output_dir)
-            error_file = Path(config.paths.output_dir, ranks.ERROR_FILE)
-            if processes.rank == 0:
+        with join_ranks() as ranks:
+            config.paths.output_dir = ranks.broadcast("output_dir", config.paths.output_dir)
+            error_file = Path(config.paths.output_dir, ERROR_FILE)
+            if ranks.rank == 0:
                 error_file.unlink(missing_ok=True)
             try:
-                processes.call(lambda: _run_task(config))
+                ranks.call(lambda: _run_task(config))
             except UserError as error:
-                # not raised: Hydra would print lines of its own, and in a multirun leave out the comparison
+                # not raised: Hydra would print its own lines, and skip the comparison of a multirun
                 report(error, f"run {job.job.num}" if job.mode == RunMode.MULTIRUN else None)
                 _failures.append(error)
                 if remote:
                     error_file.write_text(str(error))
-            except ranks.PeerFailed:  # which has told
+            except RankFailed:  # which has reported
                 if not remote:
                     raise
             except Exception as error:
-                if remote:  # otherwise only that of process 0 would be known
+                if remote:  # otherwise only that of rank 0 would be known
                     traceback.print_exc()
                     error_file.write_text(f"{type(error).__name__}: {error}; the traceback is in the job's log")
                 raise
-    except ranks.PeersMissingError as error:
+    except RanksMissingError as error:
         report(error)
         _failures.append(error)
 
 
 def _run_task(config: DictConfig) -> None:
-    # imported here: `--help` and a misspelt option should not wait for PyTorch
+    # imported here: `--help` and a misspelt option need not import PyTorch
     from src.tasks.evaluate import evaluate
     from src.tasks.train import train
 
@@ -74,28 +76,28 @@ def _run_task(config: DictConfig) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run the command line `argv` (the program's name first) and return its exit status, see `run_cli`."""
+    """Exit status of the command line `argv` (the program's name first), see `run_cli`."""
     _failures.clear()
-    ranks.FailedJobs.messages = ()
+    FailedJobs.messages = ()
     argv[1:] = _with_options_of_attentions(argv[1:])
-    if ranks.find_launch() is None:
+    if find_launch() is None:
         status = _run_command(argv)
     else:
         try:
-            with ranks.joined() as processes:
-                argv[1:] += ranks.silent_options(processes)
-                status = _run_command(argv, processes)
+            with join_ranks() as ranks:
+                argv[1:] += quiet_hydra_options(ranks.rank)
+                status = _run_command(argv, ranks)
         except UserError as error:
             report(error)
             return 1
-    return 1 if _failures or ranks.FailedJobs.messages else status
+    return 1 if _failures or FailedJobs.messages else status
 
 
-def _run_command(argv: list[str], processes: ranks.Peers | None = None) -> int:
-    """`run_cli` of `main`, one of several `processes` where there are such."""
+def _run_command(argv: list[str], ranks: Ranks | None = None) -> int:
+    """Exit status of `main`, as one of several `ranks` where a launcher started them."""
 
     def call_main() -> None:
-        # a sweep's jobs find this file's modules from wherever it was started
+        # for the jobs of a sweep, which may start in another folder
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         try:
             main()
@@ -112,10 +114,10 @@ def _run_command(argv: list[str], processes: ranks.Peers | None = None) -> int:
                 ) from error
             raise
 
-    if processes is None:
+    if ranks is None:
         return run_cli(call_main, argv)
 
-    def call_as_one_of_several() -> None:
+    def call_as_rank() -> None:
         if {"-m", "--multirun"} & set(argv):
             raise UserError(
                 "A multirun cannot be one of several processes that a launcher started. Start each run by itself, or "
@@ -124,16 +126,16 @@ def _run_command(argv: list[str], processes: ranks.Peers | None = None) -> int:
         call_main()
 
     try:
-        return run_cli(lambda: processes.call(call_as_one_of_several), argv)
+        return run_cli(lambda: ranks.call(call_as_rank), argv)
     except Exception:
-        traceback.print_exc()  # here, since the launcher ends this process when it hears of the failure
+        traceback.print_exc()  # here, since the launcher kills this process after the failure
         return 1
 
 
 def _with_options_of_attentions(arguments: list[str]) -> list[str]:
     """With `eval.attentions`, `model.t2tattn1_cfg.x=1` as `++model.t2tattn1_cfg.x=1`.
 
-    The options of the token stages are those of each attention, and Hydra composes without any.
+    Hydra composes the model without an attention then, so that its options are new keys.
     """
     if not any(re.match(r"\+{0,2}eval\.attentions=(?!null$|\[\s*\]$)", argument) for argument in arguments):
         return arguments

@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
-from src.distributed.launch import build_trainer
+from src.distributed.trainer import build_trainer
 from src.models.t2t_vit import T2T_VIT_VARIANTS
-from src.tasks.build import attention_name, build, build_group, build_model
+from src.tasks.attention_info import attention_name
+from src.tasks.build import build_model
+from src.utils.instantiate import build, build_group
 from tests.src.tasks.setup import CONFIG_DIR, EXPERIMENT, TRAINING_EXPERIMENT, compose_config
 
 TRANSFORMER_VARIANTS = [name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer"]

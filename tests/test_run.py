@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import run
 import src.datamodules.dataset as dataset
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
+from tests.hydra_helpers import hydra_restored
 from tests.src.tasks.conftest import make_shallow, make_tiny
 from tests.src.tasks.setup import (
     assert_same_evaluation,
@@ -72,16 +72,14 @@ def run_py(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOG_DIR", str(tmp_path / "logs"))
     for name in ("DATA_DIR", "CHECKPOINT", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
 
     def call(arguments: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         status = run.run(sys.argv)
         return status, *capsys.readouterr()
 
-    yield call
-    root.handlers[:], root.level = handlers, level  # Hydra's hold the stdout of this test
+    with hydra_restored():
+        yield call
 
 
 @pytest.fixture
@@ -217,7 +215,7 @@ def test_a_folder_that_holds_results(command_line, tmp_path):
     assert errors.startswith(f"Error: {folder} holds the results of an earlier run.")
 
 
-def test_a_multirun_goes_on_after_a_failed_run(command_line, tmp_path):
+def test_a_multirun_continues_after_a_failed_run(command_line, tmp_path):
     status, output, errors = command_line(
         "-m",
         variant="t2t_vit_t_14",
@@ -312,15 +310,12 @@ def test_an_evaluation_that_is_interrupted_and_resumed(command_line, monkeypatch
         interrupted, output, errors = command_line(hydra__run__dir=folder, **options)
     assert (interrupted, errors) == (status, "")
     (line,) = (line for line in output.splitlines() if "stopped after" in line)
-    assert (
-        f"after 3 of 6 images because it was asked to. The same command with eval.resume=true hydra.run.dir={folder}"
-        in (line)
-    )
+    assert f"after 3 of 6 images on request. The same command with eval.resume=true hydra.run.dir={folder}" in (line)
     assert "3 of 6 images of val" in output
     assert not read_results(folder).complete
     again, _, errors = command_line(hydra__run__dir=folder, **options)
     assert (again, errors.count("\n")) == (1, 1)
-    assert errors.startswith(f"Error: {folder} holds an unfinished evaluation. eval.resume=true goes on with it")
+    assert errors.startswith(f"Error: {folder} holds an unfinished evaluation. eval.resume=true resumes it")
     assert command_line(hydra__run__dir=folder, eval__resume="true", **options)[::2] == (0, "")
     assert read_results(folder).complete
     # once more, there is nothing to do
@@ -337,7 +332,7 @@ def test_a_multirun_that_is_interrupted_and_resumed(command_line, monkeypatch, t
         stop_evaluation_at(patch, 10, signal.SIGTERM)
         status, output, errors = command_line("-m", hydra__sweep__dir=sweep, **options)
     assert (status, errors) == (1, "")
-    assert f"with eval.resume=true hydra.sweep.dir={sweep} goes on" in output
+    assert f"with eval.resume=true hydra.sweep.dir={sweep} resumes it" in output
     assert [read_results(path.parent).complete for path in results_of(sweep)] == [True, False]
     evaluated = sweep / "0" / "results.json"
     before = evaluated.stat().st_mtime_ns
@@ -409,11 +404,11 @@ def test_a_training_that_is_interrupted_and_resumed(train_line, monkeypatch, tmp
         interrupted, output, errors = train_line()
     assert (interrupted, errors) == (status, "")
     folder = tmp_path / "trained"
-    assert f"train.resume={folder / 'checkpoints' / 'last.ckpt'} goes on from there" in output
+    assert f"train.resume={folder / 'checkpoints' / 'last.ckpt'} resumes it" in output
     assert not json.loads((folder / "training.json").read_text())["complete"]
     again, _, errors = train_line()
     assert (again, errors.count("\n")) == (1, 1)
-    assert f"Error: {folder} holds a training already. train.resume=true goes on with it" in errors
+    assert f"Error: {folder} holds a training already. train.resume=true resumes it" in errors
     assert train_line(train__resume="true")[::2] == (0, "")
     assert json.loads((folder / "training.json").read_text())["complete"]
 
@@ -465,10 +460,10 @@ def test_help_explains_itself_and_imports_no_torch(tmp_path):
     assert {"full", "local", "performer", "sblocal", "pairedcluster"} <= set(re.findall(r"[a-z0-9-]+", attentions))
 
 
-def test_cfg_job_shows_the_configuration(tmp_path):
-    done = start("--cfg", "job", "model/t2tattn_cfg=local", tmp_path=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "name: local" in done.stdout
+def test_cfg_job_shows_the_configuration(run_py, tmp_path):
+    status, output, errors = run_py(["--cfg", "job", "model/t2tattn_cfg=local"])
+    assert (status, errors) == (0, "")
+    assert "name: local" in output
     assert not (tmp_path / "logs").exists()
 
 
@@ -479,11 +474,12 @@ def test_nothing_at_all(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_traceback_on_request(tmp_path):
-    done = start(tmp_path=tmp_path, HYDRA_FULL_ERROR="1")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("Error: No checkpoint given.")
+def test_the_traceback_on_request(run_py, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    status, _, errors = run_py([])
+    assert status == 1
+    assert "Traceback" in errors
+    assert errors.splitlines()[-1].startswith("Error: No checkpoint given.")
 
 
 def test_several_processes_in_a_multirun_with_a_damaged_image(inputs, tmp_path):
@@ -502,7 +498,7 @@ def test_several_processes_in_a_multirun_with_a_damaged_image(inputs, tmp_path):
     assert "Loaded t2t_vit_7" in (path.parent / "run.log").read_text()
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_files(tmp_path):
+def test_a_killed_evaluation_resumes_to_the_same_files(tmp_path):
     """SIGKILL in the middle; true depth, as the process reads the table of variants afresh."""
     data = make_images(tmp_path / "data", 100)
     checkpoint = make_checkpoint(tmp_path / "weights.pth", "t2t_vit_t_7")

@@ -1,8 +1,7 @@
-"""One process per device on this machine, started and watched by a process that does no work of its own.
+"""Starts one process per device on this machine and collects their results; the first failure ends all of them.
 
-Lightning would start the command line again for every further device: within a multirun that starts the whole sweep
-again, and where one process fails, the others are killed together with everything else in the sweep. Here each process
-gets a function and its arguments, the first failure ends the others, and its message reaches the caller.
+Lightning would start the command line again for every further device: in a multirun that starts the whole sweep again,
+and a failure in one process kills the sweep. Here each process gets a function and its arguments.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ from typing import Any
 import torch
 
 from scatterbrain.errors import UserError
-
-# A process that fails takes its peers' collectives down with it: how long to wait for the one that knows why.
-REASON_SECONDS = 5.0
-EXIT_SECONDS = 30.0
+from src.distributed.timeouts import EXIT_SECONDS, REASON_SECONDS
 
 
 class ProcessError(RuntimeError):
@@ -35,7 +31,7 @@ class ProcessError(RuntimeError):
 
 @dataclass
 class _Outcome:
-    """What a process sends back: the value of the function, or its traceback and the message to the user if any."""
+    """Result of a process: the value of the function, or its traceback and the message to the user if any."""
 
     value: Any = None
     traceback: str | None = None
@@ -43,10 +39,10 @@ class _Outcome:
 
 
 def run_processes(function: Callable[..., Any], num_processes: int, *arguments: Any) -> Any:
-    """Call `function(*arguments)` in `num_processes` new processes that can form one process group.
+    """What `function(*arguments)` returns in rank 0 of `num_processes` new processes that can form a process group.
 
-    Each finds its rank in LOCAL_RANK and where to meet the others in MASTER_ADDR and MASTER_PORT, as Lightning and
-    torch expect them, and has its share of the CPUs for its threads (unless OMP_NUM_THREADS is set).
+    LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as Lightning and torch expect them. The threads of this process are
+    shared out (unless OMP_NUM_THREADS is set).
 
     Args:
         function: a function of a module, not a closure.
@@ -57,7 +53,7 @@ def run_processes(function: Callable[..., Any], num_processes: int, *arguments: 
         What the process of rank 0 returned.
 
     Raises:
-        UserError: as raised in a process, the first to tell; a process was killed.
+        UserError: the first that a process raised; a process was killed.
         ProcessError: anything else that a process raised.
     """
     context = multiprocessing.get_context("spawn")
@@ -74,7 +70,7 @@ def run_processes(function: Callable[..., Any], num_processes: int, *arguments: 
                 target=_run, args=(sender, {**environment, "LOCAL_RANK": str(rank)}, threads, function, arguments)
             )
             process.start()
-            sender.close()  # the process's own copy is then the last, and its end is seen here
+            sender.close()  # the process then holds the only copy, so its exit shows as end of file
             processes.append(process)
             receivers.append(receiver)
         value = _collect(receivers, processes)
@@ -83,12 +79,12 @@ def run_processes(function: Callable[..., Any], num_processes: int, *arguments: 
         return value
     finally:
         for process in processes:
-            process.kill()  # not terminate: a process that waits for its peers handles no signals
+            process.kill()  # not terminate: a process blocked in a collective handles no signals
             process.join()
 
 
 def _collect(receivers: list[Any], processes: list[Any]) -> Any:
-    """Value of rank 0 once every process has sent its outcome; the most telling failure is raised."""
+    """Value of rank 0 once every process has sent its outcome; an error of the user's is raised before any other."""
     pending = dict(zip(receivers, range(len(receivers)), strict=True))
     values: dict[int, Any] = {}
     failure: ProcessError | None = None
@@ -103,7 +99,7 @@ def _collect(receivers: list[Any], processes: list[Any]) -> Any:
             try:
                 outcome = receiver.recv()
             except EOFError:
-                raise UserError(_describe_end(rank, processes[rank])) from None
+                raise UserError(_exit_message(rank, processes[rank])) from None
             if outcome.message is not None:
                 raise UserError(outcome.message) from ProcessError(outcome.traceback)
             if outcome.traceback is None:
@@ -116,7 +112,7 @@ def _collect(receivers: list[Any], processes: list[Any]) -> Any:
     return values[0]
 
 
-def _describe_end(rank: int, process: Any) -> str:
+def _exit_message(rank: int, process: Any) -> str:
     process.join(EXIT_SECONDS)
     code = process.exitcode
     how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit status {code}"
@@ -131,7 +127,7 @@ def _run(
 ) -> None:
     """Body of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ.update(environment)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
@@ -145,8 +141,8 @@ def _run(
     logging.shutdown()
 
 
-def _end_with_parent() -> None:
-    """A process whose parent was killed must not go on holding a device."""
+def _exit_with_parent() -> None:
+    """Exit when the parent is killed, so that no orphan holds a device."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Published accuracies on the ImageNet-1k validation set, to stand beside what a run measures."""
+"""Published accuracies on the ImageNet-1k validation set, to compare results with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SCATTERBRAIN_SOURCE = "Scatterbrain (Chen, Dao et al., NeurIPS 2021), reference 
 
 
 @dataclass(frozen=True)
-class PublishedFigure:
-    """A published top-1 accuracy, or the range of one that varies with the random draw.
+class PublishedAccuracy:
+    """A published top-1 accuracy, or the range of one that varies with the seed.
 
     Args:
         low: smallest published top-1, percent.
-        high: largest published top-1, percent; equal to `low` where one figure was published.
+        high: largest published top-1, percent; equal to `low` where one accuracy was published.
         source: who published it.
         remeasured_top1: top-1 of the published checkpoint measured again, percent, to three places; None if
             it was not.
@@ -33,7 +33,7 @@ class PublishedFigure:
 
     @property
     def text(self) -> str:
-        """The figure as it was published: `"81.7"`, or `"77.8-79.0"` for a range."""
+        """The accuracy as it was published: `"81.7"`, or `"77.8-79.0"` for a range."""
         return f"{self.low:.1f}" if self.low == self.high else f"{self.low:.1f}-{self.high:.1f}"
 
     def difference(self, top1: float) -> float:
@@ -48,41 +48,41 @@ class PublishedFigure:
         return top1 - min(max(top1, self.low), self.high)
 
 
-def _figure(
+def _published(
     low: float, high: float, top1: float | None = None, top5: float | None = None, source: str = T2T_VIT_SOURCE
-) -> PublishedFigure:
-    return PublishedFigure(low, high, source, top1, top5)
+) -> PublishedAccuracy:
+    return PublishedAccuracy(low, high, source, top1, top5)
 
 
 # Models with their own token stages: Performer in `t2t_vit_*`, full attention in `t2t_vit_t_*`.
 _VARIANTS = {
-    "t2t_vit_7": _figure(71.7, 71.7, 71.676, 90.886),
-    "t2t_vit_10": _figure(75.2, 75.2, 75.150, 92.806),
-    "t2t_vit_12": _figure(76.5, 76.5, 76.480, 93.484),
-    "t2t_vit_14": _figure(81.5, 81.5, 81.500, 95.666),
-    "t2t_vit_19": _figure(81.9, 81.9, 81.932, 95.744),
-    "t2t_vit_24": _figure(82.3, 82.3, 82.276, 95.886),
-    "t2t_vit_t_14": _figure(81.7, 81.7, 81.688, 95.852),
-    "t2t_vit_t_19": _figure(82.4, 82.4, 82.442, 96.082),
-    "t2t_vit_t_24": _figure(82.6, 82.6, 82.554, 96.064),
-    "t2t_vit_14_resnext": _figure(81.5, 81.5),
-    "t2t_vit_14_wide": _figure(79.8, 79.8),
+    "t2t_vit_7": _published(71.7, 71.7, 71.676, 90.886),
+    "t2t_vit_10": _published(75.2, 75.2, 75.150, 92.806),
+    "t2t_vit_12": _published(76.5, 76.5, 76.480, 93.484),
+    "t2t_vit_14": _published(81.5, 81.5, 81.500, 95.666),
+    "t2t_vit_19": _published(81.9, 81.9, 81.932, 95.744),
+    "t2t_vit_24": _published(82.3, 82.3, 82.276, 95.886),
+    "t2t_vit_t_14": _published(81.7, 81.7, 81.688, 95.852),
+    "t2t_vit_t_19": _published(82.4, 82.4, 82.442, 96.082),
+    "t2t_vit_t_24": _published(82.6, 82.6, 82.554, 96.064),
+    "t2t_vit_14_resnext": _published(81.5, 81.5),
+    "t2t_vit_14_wide": _published(79.8, 79.8),
 }
 
 # Models whose full attention was replaced after training.
 _SWAPPED = {
-    ("t2t_vit_t_14", "local"): _figure(80.6, 80.6, source=SCATTERBRAIN_SOURCE),
-    ("t2t_vit_t_14", "performer"): _figure(77.8, 79.0, source=SCATTERBRAIN_SOURCE),
-    ("t2t_vit_t_14", "sblocal"): _figure(81.1, 81.1, source=SCATTERBRAIN_SOURCE),
+    ("t2t_vit_t_14", "local"): _published(80.6, 80.6, source=SCATTERBRAIN_SOURCE),
+    ("t2t_vit_t_14", "performer"): _published(77.8, 79.0, source=SCATTERBRAIN_SOURCE),
+    ("t2t_vit_t_14", "sblocal"): _published(81.1, 81.1, source=SCATTERBRAIN_SOURCE),
 }
 
 
 def published_top1(
     model: str, attention: str | None, num_classes: int, image_size: int, num_images: int | None = None
-) -> PublishedFigure | None:
+) -> PublishedAccuracy | None:
     """The published top-1 accuracy of a model with a given attention in its token stages.
 
-    The figures hold for the whole ImageNet-1k validation set at 224 px; for anything else there is none.
+    They hold for the whole ImageNet-1k validation set at 224 px; for anything else there is none.
 
     Args:
         model: name of the variant, such as `"t2t_vit_t_14"`.
@@ -92,7 +92,7 @@ def published_top1(
         num_images: number of images evaluated; None (the default) leaves it unchecked.
 
     Returns:
-        The figure, or None where none was published.
+        The accuracy, or None where none was published.
     """
     if num_classes != NUM_CLASSES or image_size != IMAGE_SIZE or num_images not in (None, NUM_IMAGES):
         return None

@@ -1,21 +1,28 @@
-"""How long a device works on a part of what it is asked for."""
+"""Time that a device takes for a part of its work."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from src.tasks.provenance import seconds_now
+
+def seconds_now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has finished its queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 class DeviceTime:
-    """Adds up the time that a device takes for some of its work.
+    """Adds up the time that a device takes for a part of its work.
 
-    On CUDA it is the device's own clock that is read, and nobody waits for the device; elsewhere the host waits for
-    what was asked for.
+    On CUDA it is measured by events, without synchronisation; elsewhere the host waits for the work.
 
     Args:
         device: what does the work, on its current stream.
@@ -28,7 +35,7 @@ class DeviceTime:
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Count the work that is asked for within."""
+        """Measure the work that is queued within."""
         if self._device.type != "cuda":
             begin = seconds_now(self._device)
             yield
@@ -39,12 +46,12 @@ class DeviceTime:
         yield
         end.record()
         self._pending.append((begin, end))
-        # in order, so that no more are kept than there is work on its way
+        # in order: no more events are kept than there is work in the queue
         while self._pending and self._pending[0][1].query():
             self._add()
 
     def seconds(self) -> float:
-        """The time so far; waits for the work."""
+        """Seconds so far; waits for the work."""
         while self._pending:
             self._pending[0][1].synchronize()
             self._add()

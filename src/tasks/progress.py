@@ -26,11 +26,10 @@ class _TextColumn(ProgressColumn):
 
 
 class ImageProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with what the task tells of its progress: `progress_so_far()`, a text.
+    """Lightning's rich progress bar with the text of the task's `progress_so_far()`.
 
     Args:
-        refresh_rate: updates per second. The task may have to wait for the device to tell, which is not done more
-            often than it can be seen.
+        refresh_rate: updates per second, 1 by default. The task may have to wait for the device at each.
         **options: those of `RichProgressBar`.
     """
 
@@ -41,7 +40,7 @@ class ImageProgressBar(RichProgressBar):
 
     @property
     def test_description(self) -> str:
-        """What stands before the bar."""
+        """Label of the bar."""
         return "Evaluating"
 
     def configure_columns(self, trainer: Trainer) -> list:
@@ -60,15 +59,15 @@ class ImageProgressBar(RichProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the text now and then, and after the last batch."""
-        if self.is_enabled:  # the number of batches is known to the process that shows them alone
+        """Update the text at the refresh rate, and after the last batch."""
+        if self.is_enabled:  # only the rank that shows the bar knows the number of batches
             self._read(pl_module, batch_idx + 1 == self.total_test_batches_current_dataloader)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the text now and then, and after the last batch."""
+        """Update the text at the refresh rate, and after the last batch."""
         if self.is_enabled:
             self._read(pl_module, trainer.is_last_batch)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

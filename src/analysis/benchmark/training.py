@@ -20,8 +20,8 @@ from src.analysis.benchmark.timing import in_turn, seconds_per_call
 from src.analysis.tools import choose_device, figure, new_table
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.build import check_swappable
-from src.tasks.provenance import attention_options
-from src.tasks.training import ClassificationTraining
+from src.tasks.environment import attention_options
+from src.tasks.classification_training import ClassificationTraining
 from src.utils.text import first_line
 
 BASELINE = "full"

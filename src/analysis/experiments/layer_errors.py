@@ -24,7 +24,7 @@ from src.datamodules.dataset import ImageLoader
 from src.distributed.launch import MAX_SEED
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.provenance import package_versions
+from src.tasks.environment import package_versions
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info
 

@@ -45,7 +45,7 @@ from src.distributed.launch import MAX_SEED
 from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.provenance import attention_memory_fraction, package_versions
+from src.tasks.environment import attention_memory_fraction, package_versions
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.progress import progress_display

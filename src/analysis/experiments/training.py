@@ -28,7 +28,7 @@ from src.analysis.records import read_rows
 from src.datamodules.sequence_tasks import Task, create_task
 from src.distributed.launch import MAX_SEED
 from src.models.sequence_network import Network
-from src.tasks.provenance import package_versions, seconds_now
+from src.tasks.environment import package_versions, seconds_now
 from src.utils.machine import machine_info
 from src.utils.progress import progress_display
 from src.utils.text import first_line

@@ -1,4 +1,4 @@
-"""What the processes of `test_processes.py` do; they import this file, which therefore imports little."""
+"""Functions that tests run in further processes, which import this file: it imports little."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from scatterbrain.errors import UserError
 
 
-def tell_rank(word: str) -> tuple[str, str, str, int]:
+def report_rank(word: str) -> tuple[str, str, str, int]:
     return word, os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"], torch.get_num_threads()
 
 
 def fail_in_one(kind: str) -> None:
-    """Rank 1 fails; rank 0 would wait for ever, or fails of the consequence."""
+    """Rank 1 fails; rank 0 would wait for ever, or fails as a consequence."""
     if os.environ["LOCAL_RANK"] == "1":
         if kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -34,9 +34,9 @@ def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
     import pytest
     from omegaconf import OmegaConf
 
-    from src.distributed.launch import build_trainer, quiet_libraries
+    from src.distributed.trainer import build_trainer, quiet_libraries
+    from src.tasks.classification_training import ClassificationTraining
     from src.tasks.train import _train
-    from src.tasks.training import ClassificationTraining
     from tests.src.tasks.conftest import make_tiny
 
     quiet_libraries()
@@ -62,41 +62,13 @@ def train_in_turn(contents: list[dict[str, Any]], folder: Path) -> list[Any]:
     return summaries
 
 
-def images_of_training(content: dict[str, Any]) -> list[list[tuple[str, int]]]:
-    """Names and classes of the images that each process of a training is given, in order; by rank."""
-    import pytest
-    from omegaconf import OmegaConf
-
-    from src.datamodules.dataset import ImageDataset
-    from src.distributed.launch import build_trainer, quiet_libraries
-    from src.tasks.train import _train
-    from tests.src.tasks.conftest import make_tiny
-
-    quiet_libraries()
-    make_tiny(pytest.MonkeyPatch())
-    decode = ImageDataset.decode
-    decoded = []
-
-    def decode_and_tell(self, index):
-        if "train" in str(self.paths[index]):
-            decoded.append((self.paths[index], self.targets[index]))
-        return decode(self, index)
-
-    ImageDataset.decode = decode_and_tell
-    config = OmegaConf.create(content)
-    _train(config, build_trainer(config))
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, decoded)
-    return parts
-
-
 def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
-    """Several evaluations, of which process 1 stops the first in its second batch; whether complete, of how many."""
+    """Several evaluations, of which rank 1 stops the first in its second batch; whether complete, of how many."""
     import pytest
     from omegaconf import OmegaConf
 
-    from src.distributed.launch import build_trainer, quiet_libraries
-    from src.tasks.evaluate import _evaluate
+    from src.distributed.trainer import build_trainer, quiet_libraries
+    from src.tasks.evaluate import evaluate_runs
     from tests.src.tasks.conftest import make_shallow
     from tests.src.tasks.setup import stop_evaluation_at
 
@@ -108,7 +80,7 @@ def evaluate_in_turn(contents: list[dict[str, Any]]) -> list[tuple[bool, int]]:
             if number == 0 and os.environ["LOCAL_RANK"] == "1":
                 stop_evaluation_at(patch, 2, signal.SIGTERM)
             config = OmegaConf.create(content)
-            results, _ = _evaluate(config, build_trainer(config))
+            (results,), _ = evaluate_runs(config, build_trainer(config))
         ends.append((results.complete, results.num_evaluated))
     return ends
 

@@ -1,4 +1,4 @@
-"""Processes that torchrun or SLURM started: one result, one voice, one end; and jobs that a launcher of Hydra's ran."""
+"""Ranks that torchrun or SLURM started: one result, one log, abort on first failure; and jobs of a Hydra launcher."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import run
-from scatterbrain.errors import UserError
-from src.distributed import ranks
-from src.distributed.ranks import FailedJobs, Launch, find_launch
+from src.distributed.failed_jobs import ERROR_FILE, FailedJobs
+from src.tasks.evaluate import evaluate
 from tests.src.tasks.setup import (
     assert_same_evaluation,
     compose_config,
@@ -29,95 +28,10 @@ from tests.src.tasks.setup import (
 )
 
 ROOT = Path(__file__).parents[3]
-# of torchrun and SLURM, in the environment that the tests run in
-FOREIGN = re.compile("SLURM_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 NUM_IMAGES = 9
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in filter(FOREIGN.match, list(os.environ)):
-        monkeypatch.delenv(name)
-
-
-# How a process was started
-
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
-SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "evaluate"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "launch"),
-    [
-        ({}, None),
-        (TORCHRUN, Launch("torchrun", 3, 4, 2)),
-        (SLURM, Launch("SLURM", 1, 4, 2)),
-        (SLURM | TORCHRUN, Launch("torchrun", 3, 4, 2)),
-        (SLURM | {"SLURM_NTASKS": "1"}, None),
-        (SLURM | {"SLURM_JOB_NAME": "interactive"}, None),
-    ],
-    ids=["alone", "torchrun", "srun", "srun torchrun", "one task", "interactive"],
-)
-def test_how_a_process_was_started(monkeypatch, variables, launch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert find_launch() == launch
-    if launch is not None:
-        assert launch.per_node == 2
-
-
-@pytest.mark.parametrize(
-    ("variables", "words"),
-    [
-        ({name: value for name, value in TORCHRUN.items() if name != "RANK"}, "The variable RANK is not set."),
-        (SLURM | {"SLURM_PROCID": "first"}, "'first'"),
-    ],
-)
-def test_variables_that_are_no_good(monkeypatch, variables, words):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=words):
-        find_launch()
-
-
-def test_machines_with_different_numbers_of_processes():
-    with pytest.raises(UserError, match=r"torchrun started 3 processes on 2 machines\. Start the same number on each"):
-        _ = Launch("torchrun", 0, 3, 2).per_node
-
-
-@pytest.mark.parametrize(
-    ("options", "advice"),
-    [
-        (["trainer.devices=1"], "trainer.devices=4 trainer.num_nodes=1, or trainer=slurm,"),
-        (["trainer.devices=4", "trainer.num_nodes=2"], "trainer.devices=4 trainer.num_nodes=1, or trainer=slurm,"),
-    ],
-)
-def test_another_number_of_devices(monkeypatch, tmp_path, options, advice):
-    from src.distributed.launch import build_trainer
-
-    for name, value in (SLURM | {"SLURM_NNODES": "1"}).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"SLURM started 4 process.*{re.escape(advice)}"):
-        build_trainer(compose_config(["trainer.accelerator=cpu", *options], tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("name", "variables"),
-    [
-        ("torchrun", {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}),
-        ("slurm", {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "3"}),
-    ],
-)
-def test_trainers_take_their_sizes_from_the_launcher(monkeypatch, name, variables):
-    trainer = compose_config([f"trainer={name}"]).trainer
-    assert (trainer.devices, trainer.num_nodes) == (1, 1)
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    trainer = compose_config([f"trainer={name}"]).trainer
-    assert (trainer.devices, trainer.num_nodes) == (2, 3)
-
-
-# Meeting, failing and leaving
+# Joining, failing and leaving
 
 PROGRAM = """
 import os, signal, sys, time
@@ -131,14 +45,14 @@ ranks.GRACE_SECONDS, ranks.ARRIVAL_SECONDS = 0.5, 1.5 if kind == "missing" else 
 
 def work(processes):
     processes.barrier("begun")
-    print(processes.agree("folder", f"/{processes.rank}"), flush=True)
+    print(processes.broadcast("folder", f"/{processes.rank}"), flush=True)
     if kind == "failure" and processes.rank == 1:
         raise UserError("image 7 is damaged.")
     if kind == "bug":
         if processes.rank == 1:
             time.sleep(0.5)
             raise UserError("image 7 is damaged.")
-        raise RuntimeError("Connection closed by peer")  # of which process 1 knows why
+        raise RuntimeError("Connection closed by peer")  # rank 1 has the reason
     if kind == "killed" and processes.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "late" and processes.rank == 1:
@@ -149,7 +63,7 @@ def work(processes):
 
 
 try:
-    with ranks.joined() as processes:
+    with ranks.join_ranks() as processes:
         try:
             processes.call(lambda: work(processes))
         except UserError as error:
@@ -201,33 +115,33 @@ def run_program(kind: str, number: int = 2, **options: int) -> tuple[list[int], 
     return ends_of(slurm_tasks([sys.executable, "-c", PROGRAM, kind], number, **options))
 
 
-def test_a_failure_is_told_once_and_ends_all():
+def test_a_failure_is_reported_once_and_aborts_all():
     begin = time.monotonic()
     statuses, outputs, errors = run_program("failure")
     assert (statuses, errors) == ([1, 1], ["", "Error: image 7 is damaged.\n"])
     assert outputs == ["/0\n", "/0\n"]  # all agree with the first
-    assert time.monotonic() - begin < 60  # nobody waits for those that have gone
+    assert time.monotonic() - begin < 60  # no rank waits for those that have exited
 
 
-def test_who_has_finished_hears_of_a_failure():
+def test_a_finished_rank_fails_with_the_others():
     assert run_program("late")[::2] == ([1, 1], ["", "Error: image 8 is damaged.\n"])
 
 
-def test_the_process_that_knows_why_tells():
+def test_the_rank_with_the_reason_reports():
     assert run_program("bug")[::2] == ([1, 1], ["", "Error: image 7 is damaged.\n"])
 
 
-def test_the_first_process_is_killed():
+def test_rank_0_is_killed():
     statuses, _, errors = run_program("killed")
     assert statuses == [-signal.SIGKILL, 1]
     assert errors[0] == ""
     assert errors[1].startswith("Error: Process 0 ended before its work was done, often for lack of memory. Lower")
 
 
-def test_a_process_that_never_comes():
+def test_a_rank_that_never_arrives():
     statuses, _, errors = run_program("missing", started=1)
     assert (statuses, len(errors)) == ([1], 1)
-    assert errors[0].startswith("Error: 1 of 2 processes have come after 2 s. Start all of them")
+    assert errors[0].startswith("Error: 1 of 2 processes have arrived after 2 s. Start all of them")
 
 
 # The command
@@ -248,8 +162,7 @@ def options_of(inputs: Path, **changes: object) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(inputs) -> Path:
     """The evaluation of a single process."""
-    command = [sys.executable, "run.py", *options_of(inputs, hydra__run__dir=inputs / "alone")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    evaluate(compose_config(options_of(inputs), inputs / "alone"))
     return inputs / "alone"
 
 
@@ -265,7 +178,7 @@ def assert_that_of_one_process(folder: Path, alone: Path) -> None:
 def test_torchrun(inputs, alone, tmp_path):
     end = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone"),
             *("run.py", "trainer=torchrun", *options_of(inputs, hydra__run__dir=tmp_path / "run")),
         ],
         cwd=ROOT,
@@ -277,7 +190,7 @@ def test_torchrun(inputs, alone, tmp_path):
     assert end.returncode == 0, end.stderr
     assert end.stdout.count("9 images of val") == 1
     assert_that_of_one_process(tmp_path / "run", alone)
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["device"].startswith("4 x cpu")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["device"].startswith("3 x cpu")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         *(".hydra", "csv", "predictions.csv", "results.json", "run.log"),
     ]
@@ -285,14 +198,14 @@ def test_torchrun(inputs, alone, tmp_path):
 
 def test_slurm(inputs, alone, tmp_path):
     command = [sys.executable, "run.py", "trainer=slurm", *options_of(inputs, hydra__run__dir=tmp_path / "run")]
-    statuses, outputs, errors = ends_of(slurm_tasks(command, 3))
-    assert (statuses, errors) == ([0] * 3, [""] * 3)
+    statuses, outputs, errors = ends_of(slurm_tasks(command, 2))
+    assert (statuses, errors) == ([0] * 2, [""] * 2)
     assert "9 images of val" in outputs[0]
-    assert outputs[1:] == ["", ""]
+    assert outputs[1] == ""
     assert_that_of_one_process(tmp_path / "run", alone)
 
 
-def test_a_mistake_is_told_once(inputs, tmp_path):
+def test_an_error_is_reported_once(inputs, tmp_path):
     command = [sys.executable, "run.py", "trainer=slurm", *options_of(inputs, eval__ckpt=tmp_path / "no.pth")]
     statuses, _, errors = ends_of(slurm_tasks([*command, f"hydra.run.dir={tmp_path / 'run'}"], 2))
     assert statuses == [1, 1]
@@ -311,15 +224,15 @@ def test_a_multirun_of_several_processes_is_refused(inputs, tmp_path):
 # Jobs that a launcher of Hydra's ran
 
 
-def test_what_jobs_failed_of_is_told(tmp_path, capsys):
+def test_errors_of_failed_jobs_are_reported(tmp_path, capsys):
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
-    (tmp_path / "1" / ranks.ERROR_FILE).write_text("Checkpoint x does not exist.\n")
+    (tmp_path / "1" / ERROR_FILE).write_text("Checkpoint x does not exist.\n")
     callback, config = FailedJobs(), OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     callback.on_multirun_end(config)
     assert capsys.readouterr().err == f"Error in {tmp_path / '1'}: Checkpoint x does not exist.\n"
     assert len(FailedJobs.messages) == 1
-    (tmp_path / "1" / ranks.ERROR_FILE).unlink()
+    (tmp_path / "1" / ERROR_FILE).unlink()
     callback.on_multirun_end(config)
     assert FailedJobs.messages == ()
 

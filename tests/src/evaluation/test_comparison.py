@@ -2,32 +2,33 @@ import dataclasses
 import io
 import json
 import logging
-import os
-import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
+import hydra
 import matplotlib.image
 import numpy as np
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from scatterbrain.errors import UserError
-from src.evaluation import comparison as module
-from src.evaluation.comparison import (
-    ComparisonCallback,
-    OnePass,
-    compare_runs,
-    comparison_figure,
-    comparison_markdown,
-    comparison_table,
-    write_comparison,
-)
-from src.evaluation.results import Records, Results, summarise, write_predictions, write_results
+from src.evaluation import comparison_files
+from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.comparison import OnePass, compare_runs
+from src.evaluation.comparison_callback import ComparisonCallback
+from src.evaluation.comparison_figure import comparison_figure
+from src.evaluation.comparison_files import write_comparison
+from src.evaluation.comparison_table import comparison_markdown, comparison_table
+from src.evaluation.predictions import write_predictions
+from src.evaluation.records import Records, summarise
+from src.evaluation.results import Results, write_results
+from tests.hydra_helpers import hydra_restored
 
 FILES = ["comparison.json", "comparison.md", "comparison.png"]
 NAMES = ["a.png", "b.png", "c.png", "d.png"]
@@ -36,8 +37,8 @@ FULL = [0, 1, 2, 3]
 
 def write_run(folder, attention, first=FULL, names=NAMES, overrides=None, **changes):
     """A run on four images of classes 0, 1, 2, 9, whose first predictions are `first`: one list, or one per seed."""
-    draws = first if isinstance(first[0], list) else [first]
-    classes = np.array([[[label, 10, 11, 12, 13] for label in draw] for draw in draws])
+    seeds = first if isinstance(first[0], list) else [first]
+    classes = np.array([[[label, 10, 11, 12, 13] for label in labels] for labels in seeds])
     records = Records([0, 1, 2, 9], classes, np.full(classes.shape, 0.2), np.ones(classes.shape[:2]))
     values = {
         "model": "t2t_vit_t_14",
@@ -47,7 +48,7 @@ def write_run(folder, attention, first=FULL, names=NAMES, overrides=None, **chan
         "image_size": 224,
         "precision": "32-true",
         "device": "cpu",
-        "seeds": list(range(len(draws))),
+        "seeds": list(range(len(seeds))),
         **summarise(records),
         "images_per_second": 10.0,
         "peak_memory_mib": None,
@@ -171,7 +172,7 @@ def test_different_images_of_the_same_data_are_an_error(tmp_path):
         compare_runs([full, other])
 
 
-def test_missing_files_and_no_runs_are_told(tmp_path, four):
+def test_missing_files_and_no_runs_are_reported(tmp_path, four):
     with pytest.raises(UserError, match="nothing to compare"):
         compare_runs([])
     (four[1] / "predictions.csv").unlink()
@@ -182,7 +183,7 @@ def test_missing_files_and_no_runs_are_told(tmp_path, four):
 # Labels
 
 
-def test_labels_of_a_repeated_attention_tell_the_overrides_that_differ(tmp_path):
+def test_labels_of_a_repeated_attention_name_the_overrides_that_differ(tmp_path):
     common = ["experiment=e", "trainer.devices=1"]
     folders = [
         write_run(tmp_path / "0", "full", overrides=[*common, "model/t2tattn_cfg=full", "x.window=3"]),
@@ -203,7 +204,7 @@ def test_labels_keep_whole_keys_that_end_alike(tmp_path):
     ]
 
 
-def test_labels_without_overrides_tell_results_or_the_folder(tmp_path):
+def test_labels_without_overrides_name_results_or_the_folder(tmp_path):
     folders = [
         write_run(tmp_path / "0", "local"),
         write_run(tmp_path / "1", "local", precision="bf16-mixed"),
@@ -243,7 +244,7 @@ def test_files_of_a_comparison(tmp_path, four):
         "| attention | top-1 | to full | published | top-5 | agreement | images/s | speed-up | memory |"
     )
     assert lines[7] == "| local | 50.00 | -25.00 | 80.6 | 50.00 | 75.00 | 25.0 | 2.50x | 3.1 % |"
-    assert lines[8].startswith("| performer | 75.00 ± 35.36 (2 draws) | +0.00 | 77.8-79.0 |")
+    assert lines[8].startswith("| performer | 75.00 ± 35.36 (2 seeds) | +0.00 | 77.8-79.0 |")
     assert lines[-1] == "Runs without complete results: 4."
 
 
@@ -253,7 +254,7 @@ def test_an_interrupted_run_is_left_out_and_named(tmp_path, caplog):
     comparison = compare_runs([full, part], [tmp_path / "2"])
     assert [row.run for row in comparison.rows] == ["0"]
     assert comparison.failed == ["2", "1"]
-    assert f"it was interrupted (eval.resume=true goes on): {part}" in caplog.text
+    assert f"it was interrupted (eval.resume=true resumes it): {part}" in caplog.text
     with pytest.raises(UserError, match=r"There is nothing to compare: .*1 was interrupted"):
         compare_runs([part])
 
@@ -268,7 +269,7 @@ def test_a_failing_writer_leaves_the_old_files(tmp_path, four, monkeypatch):
             file.write(b"half")
             raise RuntimeError("disk")
 
-    monkeypatch.setattr(module, "comparison_figure", lambda _: Broken())
+    monkeypatch.setattr(comparison_files, "comparison_figure", lambda _: Broken())
     with pytest.raises(RuntimeError, match="disk"):
         write_comparison(tmp_path, comparison)
     assert [path.read_bytes() for path in paths] == before
@@ -283,7 +284,7 @@ def test_markdown_keeps_its_columns_when_a_label_has_a_bar(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_figure_has_a_sensible_size_and_no_overlapping_labels(tmp_path, count):
-    attentions = list(module.ATTENTION_COLOURS)[:count]
+    attentions = list(ATTENTION_COLOURS)[:count]
     comparison = compare_runs([write_run(tmp_path / str(i), name) for i, name in enumerate(attentions)])
     path = write_comparison(tmp_path, comparison)[2]
     image = matplotlib.image.imread(path)
@@ -334,14 +335,14 @@ def test_panels_without_values_are_left_out_and_odd_text_is_drawn(tmp_path):
 
 def test_table_for_the_screen(four):
     text = draw(comparison_table(compare_runs(four)))
-    for words in ("81.7.pth.tar", "75.00 ± 35.36 (2 draws)", "77.8-79.0", "2.50x", "3.1 %", "-25.00"):
+    for words in ("81.7.pth.tar", "75.00 ± 35.36 (2 seeds)", "77.8-79.0", "2.50x", "3.1 %", "-25.00"):
         assert words in text
 
 
 # Callback
 
 
-def test_one_pass_is_told(tmp_path, four):
+def test_one_pass_is_described(tmp_path, four):
     one_pass = OnePass(attentions=4, forward_passes=8, seconds=20.0, peak_memory_mib=1234.5)
     described = one_pass.describe(5000)
     assert described == (
@@ -386,7 +387,7 @@ def test_callback_without_results_warns(tmp_path, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_callback_tells_what_cannot_be_compared(tmp_path, four, caplog):
+def test_callback_reports_what_cannot_be_compared(tmp_path, four, caplog):
     (four[0] / "results.json").write_text("{")
     ComparisonCallback().on_multirun_end(sweep_config(tmp_path))
     assert "could not be compared" in caplog.text
@@ -414,8 +415,8 @@ def test_callback_leaves_single_runs_alone(tmp_path, four):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_callback_in_hydra(tmp_path, fails):
-    """A real multirun, in its own process; with a failing run Hydra never calls on_multirun_end."""
+def test_callback_in_hydra(tmp_path, monkeypatch, capsys, fails):
+    """A real multirun; with a failing run Hydra never calls on_multirun_end."""
     (tmp_path / "config.yaml").write_text(
         textwrap.dedent(
             """
@@ -423,49 +424,33 @@ def test_callback_in_hydra(tmp_path, fails):
             defaults: [_self_]
             hydra:
               sweep: {dir: out}
-              callbacks: {comparison: {_target_: src.evaluation.comparison.ComparisonCallback}}
+              job_logging: {disable_existing_loggers: false}
+              callbacks: {comparison: {_target_: src.evaluation.comparison_callback.ComparisonCallback}}
             """
         )
     )
-    (tmp_path / "app.py").write_text(
-        textwrap.dedent(
-            """
-            import hydra
-            from pathlib import Path
-            from hydra.core.hydra_config import HydraConfig
-            from tests.src.evaluation.test_comparison import write_run
 
-            @hydra.main(config_path=".", config_name="config", version_base="1.3")
-            def main(config):
-                if config.attention == "bad":
-                    raise ValueError("this run fails")
-                # write_run makes its folder, and Hydra has made this one.
-                scratch = write_run(Path("scratch") / config.attention, config.attention)
-                for file in scratch.iterdir():
-                    file.rename(Path(HydraConfig.get().runtime.output_dir) / file.name)
+    @hydra.main(config_path=str(tmp_path), config_name="config", version_base="1.3")
+    def main(config):
+        if config.attention == "bad":
+            raise ValueError("this run fails")
+        # write_run makes its folder, and Hydra has made this one.
+        scratch = write_run(tmp_path / "scratch" / config.attention, config.attention)
+        for file in scratch.iterdir():
+            file.rename(Path(HydraConfig.get().runtime.output_dir) / file.name)
 
-            main()
-            """
-        )
-    )
-    root = Path(__file__).parents[3]
     sweep = "attention=full,bad,local" if fails else "attention=full,local"
-    result = subprocess.run(
-        [sys.executable, "app.py", "-m", sweep],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py", "-m", sweep])
+    with hydra_restored(), pytest.raises(SystemExit, match=r"^1$") if fails else nullcontext():
+        main()
+    output, errors = capsys.readouterr()
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [run["attention"] for run in content["runs"]] == ["full", "local"]
     assert all((tmp_path / "out" / name).is_file() for name in FILES)
     if fails:
-        assert result.returncode == 1
-        assert "this run fails" in result.stderr
+        assert "this run fails" in errors
         assert content["failed"] == ["1"]
     else:
-        assert result.returncode == 0, result.stderr
-        assert "comparison.png" in result.stdout
+        assert "comparison.png" in output
         assert content["failed"] == []

@@ -9,21 +9,11 @@ import torch
 from rich.console import Console
 
 from scatterbrain.errors import UserError
-from src.evaluation.published import PublishedFigure, published_top1
-from src.evaluation.results import (
-    PREDICTIONS_FILE,
-    PREDICTIONS_HEADER,
-    RESULTS_FILE,
-    Records,
-    Results,
-    percent_text,
-    read_predictions,
-    read_results,
-    results_table,
-    summarise,
-    write_predictions,
-    write_results,
-)
+from src.evaluation.predictions import PREDICTIONS_FILE, PREDICTIONS_HEADER, read_predictions, write_predictions
+from src.evaluation.published import PublishedAccuracy, published_top1
+from src.evaluation.records import Records, summarise
+from src.evaluation.results import RESULTS_FILE, Results, read_results, write_results
+from src.evaluation.results_table import percent_text, results_table
 
 FIELDS = [
     *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5"),
@@ -96,7 +86,7 @@ def test_summary_by_hand():
     assert all(type(value) is float for value in summary["top1_per_seed"])
 
 
-def test_one_seed_has_no_deviation():
+def test_one_seed_has_no_standard_deviation():
     records = make_records()
     one = Records(records.targets, records.top5_classes[:1], records.top5_probabilities[:1], records.losses[:1])
     assert summarise(one)["top1_std"] is None
@@ -159,7 +149,7 @@ def test_results_file_has_the_fields_in_order_and_comes_back(tmp_path):
     assert read_results(tmp_path) == results
 
 
-def test_results_without_attention_or_deviation(tmp_path):
+def test_results_without_attention_or_standard_deviation(tmp_path):
     results = make_results(model="t2t_vit_14", attention=None, attention_options=None, attention_memory=None)
     write_results(tmp_path, results)
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
@@ -175,7 +165,7 @@ def test_results_without_attention_or_deviation(tmp_path):
         ({"attention_options": [{"scale": math.nan}]}, r"attention_options\[0\]\.scale is nan"),
     ],
 )
-def test_nan_is_told_and_leaves_the_old_file(tmp_path, changes, culprit):
+def test_nan_is_reported_and_leaves_the_old_file(tmp_path, changes, culprit):
     write_results(tmp_path, make_results())
     before = (tmp_path / RESULTS_FILE).read_bytes()
     with pytest.raises(UserError, match=f"network produced NaN.*{culprit}"):
@@ -204,7 +194,7 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path):
         (lambda text: text.replace("0.875", '"low"'), "loss must be a number"),
     ],
 )
-def test_damaged_results_are_told(tmp_path, damage, message):
+def test_damaged_results_are_reported(tmp_path, damage, message):
     path = write_results(tmp_path, make_results())
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=message) as caught:
@@ -212,7 +202,7 @@ def test_damaged_results_are_told(tmp_path, damage, message):
     assert str(path) in str(caught.value)
 
 
-def test_missing_files_are_told(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"results\.json does not exist"):
         read_results(tmp_path)
     with pytest.raises(UserError, match=r"predictions\.csv does not exist"):
@@ -283,7 +273,7 @@ def test_wrong_paths_are_refused(tmp_path, names):
         (lambda text: "", "header"),
     ],
 )
-def test_damaged_predictions_are_told(tmp_path, damage, message):
+def test_damaged_predictions_are_reported(tmp_path, damage, message):
     path = write_predictions(tmp_path, ["a.png", "b.png", "c.png", "d.png"], make_records())
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=f"{PREDICTIONS_FILE} is damaged.*{message}"):
@@ -312,7 +302,7 @@ def test_header_is_that_of_the_contract():
         ("t2t_vit_14_wide", None, "79.8"),
     ],
 )
-def test_published_figures(model, attention, text):
+def test_published_accuracies(model, attention, text):
     assert published_top1(model, attention, 1000, 224).text == text
 
 
@@ -332,7 +322,7 @@ def test_nothing_is_published_for_anything_else(arguments):
     assert published_top1(*arguments) is None
 
 
-def test_remeasured_figures_round_to_the_published_ones():
+def test_remeasured_accuracies_round_to_the_published_ones():
     for name, depth in (("t2t_vit", (7, 10, 12, 14, 19, 24)), ("t2t_vit_t", (14, 19, 24))):
         for layers in depth:
             figure = published_top1(f"{name}_{layers}", None, 1000, 224)
@@ -342,18 +332,18 @@ def test_remeasured_figures_round_to_the_published_ones():
 
 @pytest.mark.parametrize(("top1", "difference"), [(77.0, -0.8), (78.5, 0.0), (79.5, 0.5)])
 def test_difference_to_a_range(top1, difference):
-    assert PublishedFigure(77.8, 79.0, "").difference(top1) == pytest.approx(difference)
+    assert PublishedAccuracy(77.8, 79.0, "").difference(top1) == pytest.approx(difference)
 
 
 def test_table_of_one_run():
     results = make_results()
     text = draw(results_table(results, results.published))
-    for words in ("50,000 images of val", "sblocal", "81.00 ± 0.71 (2 draws)", "95.50 %", "0.8750", "12.5", "3.1 %"):
+    for words in ("50,000 images of val", "sblocal", "81.00 ± 0.71 (2 seeds)", "95.50 %", "0.8750", "12.5", "3.1 %"):
         assert words in text
     assert "81.1 % (-0.10 here)" in text
 
 
-def test_table_without_published_figure_or_draws():
+def test_table_without_published_accuracy_or_several_seeds():
     data = {"dir": "/d", "split": "val", "num_images": 20, "num_classes": 10}
     results = make_results(data=data, attention=None, top1_std=None, top1_per_seed=[81.0], attention_memory=None)
     assert results.published is None
@@ -364,7 +354,7 @@ def test_table_without_published_figure_or_draws():
     assert "81.00 %" in text
 
 
-def test_figures_of_a_part_of_the_images_say_so_and_are_compared_with_nothing_published():
+def test_results_of_a_part_of_the_images_say_so_and_are_not_compared_with_published_ones():
     results = make_results(complete=False, num_evaluated=1_200)
     assert make_results().published is not None
     assert results.published is None

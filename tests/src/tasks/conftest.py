@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-import src.evaluation.training as training_module
+import src.evaluation.training_summary as training_module
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.tasks.train import train
 from tests.src.tasks.setup import (

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from src.checkpoints.seeded_weights import published_shapes, seeded_weights
-from src.tasks.classification import Draws
-from src.tasks.training import ClassificationTraining
+from src.tasks.classification_evaluation import SeededClassifier
+from src.tasks.classification_training import ClassificationTraining
+from src.checkpoints.seeded_weights import seeded_weights, published_shapes
 
 CONFIG_DIR = str(Path(__file__).parents[3] / "configs")
 EXPERIMENT = "imagenet-t2tvit-eval"
@@ -119,7 +119,7 @@ def stop_at(patch: pytest.MonkeyPatch, update: int, number: int = signal.SIGTERM
 
 def stop_evaluation_at(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Let the process get the signal `number` while it evaluates a batch, the first step of all being number 1."""
-    evaluate_batch = Draws.step
+    evaluate_batch = SeededClassifier.step
     steps = []
 
     def evaluate_and_signal(self, *batch):
@@ -128,7 +128,7 @@ def stop_evaluation_at(patch: pytest.MonkeyPatch, step: int, number: int = signa
             signal.raise_signal(number)
         evaluate_batch(self, *batch)
 
-    patch.setattr(Draws, "step", evaluate_and_signal)
+    patch.setattr(SeededClassifier, "step", evaluate_and_signal)
 
 
 def assert_same_evaluation(ours: Path, theirs: Path) -> None:

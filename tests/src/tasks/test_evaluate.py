@@ -1,4 +1,4 @@
-"""Evaluations in this process: their figures against the model applied by hand, and every option that matters."""
+"""Evaluations in this process: their results against the model applied by hand, and every option."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from munch import Munch
 
 import src.datamodules.dataset as dataset
-import src.distributed.launch as launch
+import src.distributed.trainer as trainer_module
 from scatterbrain.errors import UserError
-from src.checkpoints import load_checkpoint
-from src.evaluation.results import read_predictions
+from src.evaluation.predictions import read_predictions
 from src.models.t2t_vit import T2TViT, create_t2t_vit
-from src.tasks.classification import Draws
+from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.evaluate import evaluate
 from src.utils.files import sha256_of_file
 from tests.src.tasks.conftest import NUM_IMAGES
@@ -59,7 +58,7 @@ def apply_by_hand(objects: Munch, variant: str, checkpoint, attention=None, seed
 @pytest.mark.parametrize(
     ("variant", "attention"), [("t2t_vit_7", None), ("t2t_vit_t_14", "sblocal"), ("t2t_vit_t_14", "performer")]
 )
-def test_figures_and_predictions_are_those_of_the_model(evaluation, checkpoints, tmp_path, variant, attention):
+def test_results_and_predictions_are_those_of_the_model(evaluation, checkpoints, tmp_path, variant, attention):
     changes = {} if attention is None else {"model___t2tattn_cfg": attention}
     results, objects = evaluate(evaluation(variant, datamodule__batch_size=1, **changes))
     logits, targets = apply_by_hand(objects, variant, checkpoints[variant], attention)
@@ -77,7 +76,7 @@ def test_figures_and_predictions_are_those_of_the_model(evaluation, checkpoints,
     assert stored.targets.tolist() == targets.tolist()
     assert stored.classes.tolist() == classes.tolist()
     # normalised in another order of operations; what is written has eight digits
-    recorded = objects.task.records.top5_probabilities[0]
+    recorded = objects.task.records[0].top5_probabilities[0]
     np.testing.assert_allclose(recorded, probabilities.numpy(), rtol=1e-5)
     np.testing.assert_allclose(stored.probabilities, recorded, rtol=1e-7)
 
@@ -111,7 +110,7 @@ def test_the_same_seed_gives_the_same_files(evaluation, tmp_path):
     assert first == second
 
 
-def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
+def test_seeds_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
     decoded = []
     decode = dataset.load_rgb
     monkeypatch.setattr(dataset, "load_rgb", lambda path: decoded.append(path.name) or decode(path))
@@ -120,11 +119,11 @@ def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, 
     assert sorted(decoded) == [f"{index:03}.png" for index in range(NUM_IMAGES)]
     assert several.seeds == [1111, 1112, 1113]
 
-    records = objects.task.records
+    records = objects.task.records[0]
     assert not np.array_equal(records.losses[0], records.losses[1])
     for draw in (1, 2):
         single, alone = evaluate(evaluation("t2t_vit_t_14", f"single{draw}", seed=1111 + draw, **options))
-        np.testing.assert_array_equal(alone.task.records.losses[0], records.losses[draw])
+        np.testing.assert_array_equal(alone.task.records[0].losses[0], records.losses[draw])
         assert several.top1_per_seed[draw] == single.top1
     assert several.top1 == pytest.approx(np.mean(several.top1_per_seed))
     assert several.top1_std == pytest.approx(np.std(several.top1_per_seed, ddof=1))
@@ -132,7 +131,7 @@ def test_draws_are_those_of_single_runs_and_images_are_decoded_once(evaluation, 
     np.testing.assert_allclose(first, records.top5_probabilities[0], rtol=1e-7)
 
 
-def test_without_random_features_several_draws_are_one(evaluation):
+def test_without_random_features_several_seeds_are_one(evaluation):
     results, _ = evaluate(evaluation(eval__num_seeds=4))
     assert results.seeds == [1111]
 
@@ -166,7 +165,7 @@ def test_rows_that_a_checkpoint_was_trained_with(evaluation, trained_with_rows, 
     with torch.no_grad():
         logits = torch.cat([by_hand(dataset[index][0][None]) for index in range(len(dataset))])
     expected = F.cross_entropy(logits, torch.tensor(dataset.targets), reduction="none")
-    np.testing.assert_allclose(objects.task.records.losses[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(objects.task.records[0].losses[0], expected, rtol=1e-5)
     assert results.random_features == origin
 
 
@@ -192,10 +191,10 @@ def test_precision(evaluation, precision, reported, tolerance):
     exact, reference = evaluate(evaluation(folder="exact"))
     results, objects = evaluate(evaluation(trainer__precision=precision))
     assert results.precision == reported
-    losses, expected = objects.task.records.losses, reference.task.records.losses
+    losses, expected = objects.task.records[0].losses, reference.task.records[0].losses
     np.testing.assert_allclose(losses, expected, rtol=tolerance, atol=tolerance)
     assert not np.array_equal(losses, expected)
-    kept = objects.task.image_records.losses.dtype
+    kept = objects.task.classifiers[0].image_records.losses.dtype
     assert kept == (torch.float64 if precision == "64-true" else torch.float32)
     assert exact.precision == "32-true"
 
@@ -258,7 +257,7 @@ def test_compiled_equals_eager(evaluation):
         )
         _, compiled = evaluate(evaluation("t2t_vit_t_14", "compiled", eval__compile="true", **options))
     assert len(calls) == 1
-    np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=1e-5)
+    np.testing.assert_allclose(compiled.task.records[0].losses, eager.task.records[0].losses, rtol=1e-5)
 
 
 def test_a_compiled_model_sees_one_batch_size(evaluation, monkeypatch):
@@ -276,8 +275,8 @@ def test_a_compiled_model_sees_one_batch_size(evaluation, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_model)
     _, compiled = evaluate(evaluation(folder="compiled", datamodule__batch_size=4, eval__compile="true"))
     assert set(sizes) == {4}
-    np.testing.assert_array_equal(compiled.task.records.top5_classes, eager.task.records.top5_classes)
-    np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=1e-5)
+    np.testing.assert_array_equal(compiled.task.records[0].top5_classes, eager.task.records[0].top5_classes)
+    np.testing.assert_allclose(compiled.task.records[0].losses, eager.task.records[0].losses, rtol=1e-5)
 
 
 def test_a_compiler_that_fails_is_one_error(evaluation, monkeypatch):
@@ -303,7 +302,7 @@ def test_lack_of_memory_names_the_batch_size(evaluation, monkeypatch):
         evaluate(evaluation(model__fast="off"))
 
 
-def test_the_csv_logger_has_the_figures(evaluation, tmp_path):
+def test_the_csv_logger_has_the_metrics(evaluation, tmp_path):
     results, _ = evaluate(evaluation())
     header, row = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
     figures = dict(zip(header.split(","), row.split(","), strict=True))
@@ -311,7 +310,7 @@ def test_the_csv_logger_has_the_figures(evaluation, tmp_path):
     assert float(figures["test/loss"]) == pytest.approx(results.loss, rel=1e-6)
 
 
-def test_the_tensorboard_logger_has_the_figures(evaluation, tmp_path):
+def test_the_tensorboard_logger_has_the_metrics(evaluation, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     results, _ = evaluate(evaluation(logger="tensorboard"))
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -361,6 +360,10 @@ def test_weights_that_give_nan_leave_no_results(evaluation, checkpoints, tmp_pat
 class NoWaiting(pl.Callback):
     """Lets whatever makes the host wait for the device fail, from the second step on: the first one warms up."""
 
+    @classmethod
+    def in_place_of_callbacks(cls, config, group):
+        return [cls()] if group == "callbacks" else []
+
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         torch.cuda.set_sync_debug_mode("error")
 
@@ -374,7 +377,7 @@ class NoWaiting(pl.Callback):
 def test_steps_on_cuda_wait_for_nothing(evaluation, monkeypatch, datamodule, options):
     changes = {"trainer__accelerator": "gpu", "model___t2tattn_cfg": "sblocal", "datamodule__batch_size": 2, **options}
     changes |= SYNTHETIC if datamodule == "synthetic" else {}
-    monkeypatch.setattr(launch, "build_group", lambda config, group: [NoWaiting()] if group == "callbacks" else [])
+    monkeypatch.setattr(trainer_module, "build_group", NoWaiting.in_place_of_callbacks)
     try:
         results, _ = evaluate(evaluation("t2t_vit_t_14", **changes))
     finally:
@@ -393,8 +396,10 @@ def test_a_compiled_model_on_cuda_sees_every_draw(evaluation, precision):
     _, eager = evaluate(evaluation("t2t_vit_t_14", "eager", **options))
     _, compiled = evaluate(evaluation("t2t_vit_t_14", "compiled", eval__compile="true", **options))
     tolerance = 1e-4 if precision == "32-true" else 3e-2
-    np.testing.assert_allclose(compiled.task.records.losses, eager.task.records.losses, rtol=tolerance, atol=tolerance)
-    assert not np.array_equal(compiled.task.records.losses[0], compiled.task.records.losses[1])
+    np.testing.assert_allclose(
+        compiled.task.records[0].losses, eager.task.records[0].losses, rtol=tolerance, atol=tolerance
+    )
+    assert not np.array_equal(compiled.task.records[0].losses[0], compiled.task.records[0].losses[1])
 
 
 def test_a_process_that_decodes_and_is_killed(evaluation, monkeypatch, tmp_path):
@@ -422,7 +427,7 @@ def test_too_little_shared_memory(evaluation, monkeypatch):
             "out of shared memory. Please try to raise your shared memory limit."
         )
 
-    monkeypatch.setattr(Draws, "step", fail)
+    monkeypatch.setattr(SeededClassifier, "step", fail)
     with pytest.raises(UserError, match="or give a container more shared memory: docker run --shm-size=8g"):
         evaluate(evaluation("t2t_vit_7"))
 
@@ -431,6 +436,6 @@ def test_other_errors_stay_as_they_are(evaluation, monkeypatch):
     def fail(self, *batch):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Draws, "step", fail)
+    monkeypatch.setattr(SeededClassifier, "step", fail)
     with pytest.raises(RuntimeError, match=r"^a bug$"):
         evaluate(evaluation("t2t_vit_7"))

@@ -1,4 +1,4 @@
-"""`model.fast`: which form of the model an evaluation runs."""
+"""`model.fast`: whether an evaluation runs the inference model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import src.tasks.evaluate as evaluate_module
+import src.tasks.forward as forward_module
 from scatterbrain.errors import UserError
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
@@ -14,15 +14,15 @@ from src.tasks.evaluate import evaluate
 
 @pytest.fixture
 def built(monkeypatch) -> list[torch.dtype]:
-    """Dtype of the model of every inference form that is built."""
+    """Dtype of the model of every inference model that is built."""
     dtypes = []
-    inference_model = evaluate_module.inference_model
+    inference_model = forward_module.inference_model
 
     def record(model):
         dtypes.append(next(model.parameters()).dtype)
         return inference_model(model)
 
-    monkeypatch.setattr(evaluate_module, "inference_model", record)
+    monkeypatch.setattr(forward_module, "inference_model", record)
     return dtypes
 
 
@@ -37,7 +37,7 @@ def built(monkeypatch) -> list[torch.dtype]:
         ("auto", "bf16-mixed", None),
     ],
 )
-def test_the_form_that_runs_is_told(evaluation, built, tmp_path, fast, precision, form):
+def test_results_say_which_model_ran(evaluation, built, tmp_path, fast, precision, form):
     options = {"model__fast": fast, "trainer__precision": precision}
     results, _ = evaluate(evaluation("t2t_vit_7", **options))
     assert built == ([] if form is None else [form])
@@ -45,10 +45,10 @@ def test_the_form_that_runs_is_told(evaluation, built, tmp_path, fast, precision
     assert read_results(tmp_path / "run").fast is results.fast
 
 
-def test_both_forms_give_the_same_figures_for_every_draw(evaluation, built):
+def test_both_models_give_the_same_results_for_every_seed(evaluation, built):
     options = {"model___t2tattn_cfg": "sblocal", "eval__num_seeds": 2}
     runs = [
-        evaluate(evaluation("t2t_vit_t_14", fast, model__fast=fast, **options))[1].task.records
+        evaluate(evaluation("t2t_vit_t_14", fast, model__fast=fast, **options))[1].task.records[0]
         for fast in ("on", "off")
     ]
     assert len(built) == 1

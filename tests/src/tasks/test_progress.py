@@ -1,4 +1,4 @@
-"""The progress bar: how often it reads what the task tells of its progress."""
+"""The progress bar: how often it reads the progress of the task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from src.tasks.progress import ImageProgressBar
 
 
 @pytest.mark.parametrize(("refresh_rate", "read"), [(1, [0, 4, 8, 9]), (2, [0, 2, 4, 6, 8, 9]), (100, list(range(10)))])
-def test_the_task_is_asked_no_more_often_than_it_shows(refresh_rate, read, monkeypatch):
+def test_the_task_is_read_no_more_often_than_the_bar_is_drawn(refresh_rate, read, monkeypatch):
     bar = ImageProgressBar(refresh_rate=refresh_rate)
     seen = []
     for batch in range(10):

@@ -1,4 +1,4 @@
-"""Evaluations that are interrupted and go on: the files of an uninterrupted one, and everything that is refused."""
+"""Evaluations that are interrupted and resumed: the files of an uninterrupted one, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 import src.datamodules.dataset as dataset
-import src.tasks.unfinished as unfinished
+import src.tasks.resume_state as resume_state
 from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
-from src.evaluation.results import read_predictions, read_results
-from src.tasks.classification import Draws
-from src.tasks.evaluate import evaluate
-from src.tasks.records import ImageRecords
-from src.tasks.unfinished import UnfinishedEvaluation
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results
+from src.tasks.classification_evaluation import SeededClassifier
+from src.tasks.evaluate import evaluate, with_runs
+from src.tasks.image_records import ImageRecords
+from src.tasks.resume_state import ResumeState
 from tests.src.distributed.process_functions import evaluate_in_turn
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import assert_same_evaluation, make_images, stop_evaluation_at
@@ -71,7 +72,7 @@ def records_file(folder: Path, rank: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_evaluation_goes_on_to_the_same_files(
+def test_an_interrupted_evaluation_resumes_to_the_same_files(
     evaluation, interrupt, resume, decoded, tmp_path, caplog, number
 ):
     options = {**OPTIONS, "eval__num_seeds": 2}
@@ -80,7 +81,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_files(
     interrupt(3, number, **options)
     assert signal.getsignal(number) is handler
     assert f"stopped after 6 of {NUM_IMAGES} images" in caplog.text
-    assert f"with eval.resume=true hydra.run.dir={ours} goes on from there" in caplog.text
+    assert f"with eval.resume=true hydra.run.dir={ours} resumes it" in caplog.text
     evaluate(evaluation("t2t_vit_t_14", "whole", **options))
 
     # what there is of the images so far is right
@@ -134,7 +135,7 @@ def test_several_attentions(evaluation, interrupt, resume, decoded, tmp_path):
         results = read_results(run / str(number))
         assert (results.complete, results.num_evaluated) == (False, 6)
     assert not (run / "comparison.json").exists()
-    with pytest.raises(UserError, match=r"run holds an unfinished evaluation. eval.resume=true goes on"):
+    with pytest.raises(UserError, match=r"run holds an unfinished evaluation. eval.resume=true resumes it"):
         evaluate(evaluation("t2t_vit_t_14", **options))
     with pytest.raises(UserError, match=r"attention=\['full', 'sblocal'\] \(now \['full', 'local'\]\)"):
         resume(**options | {"eval__attentions": "[full,local]"})
@@ -153,7 +154,7 @@ def test_several_attentions(evaluation, interrupt, resume, decoded, tmp_path):
 
 
 def test_a_signal_that_ends_the_decoding_processes_too(evaluation, monkeypatch, resume, decoded, tmp_path, caplog):
-    step = Draws.step
+    step = SeededClassifier.step
     steps = []
 
     def lose_workers(self, *batch):
@@ -165,10 +166,10 @@ def test_a_signal_that_ends_the_decoding_processes_too(evaluation, monkeypatch, 
 
     config = evaluation("t2t_vit_t_14", **OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr(Draws, "step", lose_workers)
+        patch.setattr(SeededClassifier, "step", lose_workers)
         with pytest.raises(SystemExit):
             evaluate(config)
-    assert "stopped because it was asked to, and is saved as far as it is. The same command with" in caplog.text
+    assert "stopped on request and is saved up to its last batch. The same command with" in caplog.text
     evaluate(evaluation("t2t_vit_t_14", "whole", **OPTIONS))
     decoded.clear()
     resume(**OPTIONS)
@@ -191,7 +192,7 @@ def test_a_file_that_is_cut_off_anywhere(evaluation, interrupt, resume, decoded,
     evaluate(evaluation("t2t_vit_t_14", "whole", **options))
     interrupt(4, **options)
     whole = records_file(tmp_path / "run").read_bytes()
-    ends = [end for _, end in unfinished._records(records_file(tmp_path / "run"))]
+    ends = [end for _, end in resume_state._blocks(records_file(tmp_path / "run"))]
     assert ends[-1] == len(whole)
     # cut off within the description, before and within the first batch, within the head of the third and before the
     # last; and with zeros in place of what had not reached the disk
@@ -230,7 +231,7 @@ def rename_one(data: Path) -> None:
     ],
     ids=str,
 )
-def test_another_evaluation_does_not_go_on(interrupt, resume, checkpoints, tmp_path, changes, message):
+def test_another_evaluation_is_not_resumed(interrupt, resume, checkpoints, tmp_path, changes, message):
     interrupt(2, **OPTIONS)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     if "eval__ckpt" in changes:
@@ -250,7 +251,7 @@ def test_another_evaluation_does_not_go_on(interrupt, resume, checkpoints, tmp_p
     assert before.items() <= after.items()
 
 
-def test_what_was_moved_goes_on(evaluation, interrupt, resume, data, checkpoints, tmp_path):
+def test_a_moved_evaluation_resumes(evaluation, interrupt, resume, data, checkpoints, tmp_path):
     """Where images and weights are is nothing of the evaluation."""
     interrupt(2, **OPTIONS)
     shutil.copytree(data, tmp_path / "moved")
@@ -262,12 +263,12 @@ def test_what_was_moved_goes_on(evaluation, interrupt, resume, data, checkpoints
     assert_same_evaluation(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_machine_goes_on_with_a_warning(interrupt, resume, monkeypatch, caplog):
+def test_another_machine_resumes_with_a_warning(interrupt, resume, monkeypatch, caplog):
     interrupt(2, **OPTIONS)
-    monkeypatch.setattr("src.tasks.evaluate.device_name", lambda trainer: "another")
+    monkeypatch.setattr("src.tasks.evaluation_runs.device_name", lambda trainer: "another")
     results, _ = resume(**OPTIONS)
     assert results.device == "another"
-    assert re.search(r"The evaluation began with device=cpu .* \(now another\). Its figures may differ", caplog.text)
+    assert re.search(r"The evaluation began with device=cpu .* \(now another\). Its results may differ", caplog.text)
 
 
 def test_a_finished_evaluation_is_left_alone(evaluation, resume, tmp_path, caplog):
@@ -283,13 +284,13 @@ def test_a_finished_evaluation_is_left_alone(evaluation, resume, tmp_path, caplo
         evaluate(evaluation("t2t_vit_t_14", **OPTIONS))
 
 
-def test_nothing_to_go_on_with_is_a_beginning(resume):
+def test_resume_without_a_state_starts(resume):
     results, _ = resume("t2t_vit_7")
     assert (results.complete, results.num_evaluated) == (True, NUM_IMAGES)
 
 
 def test_a_stop_before_the_first_image_writes_nothing(evaluation, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(UnfinishedEvaluation, "asked_to_stop", True)
+    monkeypatch.setattr(ResumeState, "stop_requested", True)
     with pytest.raises(SystemExit):
         evaluate(evaluation())
     assert f"stopped after 0 of {NUM_IMAGES} images" in caplog.text
@@ -297,7 +298,7 @@ def test_a_stop_before_the_first_image_writes_nothing(evaluation, monkeypatch, t
     assert not (tmp_path / "run" / "unfinished").exists()
 
 
-def test_figures_that_are_no_numbers_are_nothing_to_go_on_with(evaluation, monkeypatch, tmp_path):
+def test_nan_leaves_nothing_to_resume(evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr("src.models.t2t_vit.T2TViT.forward", lambda self, images: torch.full((len(images), 5), np.nan))
     for _ in range(2):
         with pytest.raises(UserError, match="NaN"):
@@ -330,13 +331,13 @@ def fill_batch(table: ImageRecords, indices: torch.Tensor) -> None:
         table.update(draw, indices, torch.randn(len(indices), 7, generator=generator), indices % 7)
 
 
-def test_it_is_saved_now_and_then_alone(monkeypatch, tmp_path):
+def test_saves_are_as_far_apart_as_requested(monkeypatch, tmp_path):
     now = 100.0
-    monkeypatch.setattr(unfinished.time, "monotonic", lambda: now)
+    monkeypatch.setattr(resume_state.time, "monotonic", lambda: now)
     writes = []
-    monkeypatch.setattr(unfinished.os, "fsync", lambda file: writes.append(now))
-    part, table = UnfinishedEvaluation(tmp_path, {}, {}, 0, save_seconds=10), table_of(80)
-    part.start([table])
+    monkeypatch.setattr(resume_state.os, "fsync", lambda file: writes.append(now))
+    part, table = ResumeState(tmp_path, {}, {}, 0, save_seconds=10), table_of(80)
+    part.restore([table])
     for number in range(20):
         now = 100.0 + 2 * number
         indices = torch.arange(4 * number, 4 * number + 4)
@@ -349,20 +350,20 @@ def test_it_is_saved_now_and_then_alone(monkeypatch, tmp_path):
     assert len(writes) == 4
 
 
-def test_rows_come_back_bit_for_bit(tmp_path):
+def test_rows_are_restored_bit_for_bit(tmp_path):
     batches = [torch.tensor([2 * first, 2 * first + 4]) for first in (0, 1, 4, 5)]
-    part, table = UnfinishedEvaluation(tmp_path, {"a": 1}, {}, 0, 0), table_of(16)
-    part.start([table, table])
+    part, table = ResumeState(tmp_path, {"a": 1}, {}, 0, 0), table_of(16)
+    part.restore([table, table])
     for number, indices in enumerate(batches):
         fill_batch(table, indices)
         part.add(number, indices)
 
     items = [[torch.zeros(2), indices, indices] for indices in batches]
-    again = UnfinishedEvaluation(tmp_path, {"a": 1}, {}, 0, 0)
-    rest = again.rest_of(DataLoader(items, batch_size=None))
+    again = ResumeState(tmp_path, {"a": 1}, {}, 0, 0)
+    rest = again.remaining_batches(DataLoader(items, batch_size=None))
     assert [batch[-1].tolist() for batch in rest] == [indices.tolist() for indices in batches[2:]]
     tables = [table_of(16), table_of(16)]
-    again.start(tables)
+    again.restore(tables)
     for each in tables:
         assert each.count.sum(0).tolist() == [2, 0, 2, 0, 2, 0, 2] + 9 * [0]
         for number, indices in enumerate(batches[2:]):
@@ -371,13 +372,13 @@ def test_rows_come_back_bit_for_bit(tmp_path):
         for name in ("count", "targets", "top5_classes", "top5_probabilities", "losses"):
             assert torch.equal(getattr(each, name), getattr(table, name)), name
     # the batches that were evaluated once more are in the file once
-    assert UnfinishedEvaluation(tmp_path, {"a": 1}, {}, 0, 0).num_saved == 4
+    assert ResumeState(tmp_path, {"a": 1}, {}, 0, 0).num_saved == 4
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_a_save_that_is_broken_off_is_made_once_more(monkeypatch, tmp_path, written):
-    part, table = UnfinishedEvaluation(tmp_path, {}, {}, 0, 0), table_of(8)
-    part.start([table])
+def test_an_interrupted_save_is_repeated(monkeypatch, tmp_path, written):
+    part, table = ResumeState(tmp_path, {}, {}, 0, 0), table_of(8)
+    part.restore([table])
     fill_batch(table, torch.tensor([3]))
     part.add(0, torch.tensor([3]))
     fill_batch(table, torch.tensor([5]))
@@ -389,57 +390,55 @@ def test_a_save_that_is_broken_off_is_made_once_more(monkeypatch, tmp_path, writ
         raise RuntimeError("a signal")
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished.os, "fsync", break_off)
+        patch.setattr(resume_state.os, "fsync", break_off)
         with pytest.raises(RuntimeError, match="a signal"):
             part.add(1, torch.tensor([5]))
     part.save()
-    again = UnfinishedEvaluation(tmp_path, {}, {}, 0, 0)
+    again = ResumeState(tmp_path, {}, {}, 0, 0)
     assert again.num_saved == 2
     assert [batch["indices"].tolist() for batch in again._saved] == [[3], [5]]
 
 
-def test_a_disk_that_is_full_costs_no_evaluation(monkeypatch, tmp_path, caplog):
+def test_a_full_disk_does_not_stop_the_evaluation(monkeypatch, tmp_path, caplog):
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(unfinished.os, "fsync", fail)
-    part, table = UnfinishedEvaluation(tmp_path, {}, {}, 0, 0), table_of(8)
-    part.start([table])
+    monkeypatch.setattr(resume_state.os, "fsync", fail)
+    part, table = ResumeState(tmp_path, {}, {}, 0, 0), table_of(8)
+    part.restore([table])
     for number in range(2):
         fill_batch(table, torch.tensor([number]))
         part.add(number, torch.tensor([number]))
     assert caplog.text.count("cannot be written (No space left on device): from here on, nothing is saved") == 1
 
 
-def test_nothing_in_the_file_is_run(tmp_path):
+def test_nothing_in_the_file_is_executed(tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, batches=np.array([Path("x")], dtype=object))
     contents = [b"[{}, {}]", buffer.getvalue()]
     path = records_file(tmp_path)
     path.parent.mkdir()
-    path.write_bytes(b"".join(unfinished._HEAD.pack(b"EVAL", len(x), zlib.crc32(x)) + x for x in contents))
-    with pytest.raises(UserError, match=r"process-0.records holds something else than arrays, which was not run"):
-        UnfinishedEvaluation(tmp_path, {}, {}, 0, 0)
+    path.write_bytes(b"".join(resume_state._HEAD.pack(b"EVAL", len(x), zlib.crc32(x)) + x for x in contents))
+    with pytest.raises(UserError, match=r"process-0.records holds something else than arrays, which was not executed"):
+        ResumeState(tmp_path, {}, {}, 0, 0)
 
 
 def test_files_of_other_processes_are_compared_too(tmp_path):
-    part, table = UnfinishedEvaluation(tmp_path, {"trainer.devices": 2}, {}, 1, 0), table_of(2)
-    part.start([table])
+    part, table = ResumeState(tmp_path, {"trainer.devices": 2}, {}, 1, 0), table_of(2)
+    part.restore([table])
     fill_batch(table, torch.tensor([1]))
     part.add(0, torch.tensor([1]))
     with pytest.raises(UserError, match=r"with trainer.devices=2 \(now 1\)"):
-        UnfinishedEvaluation(tmp_path, {"trainer.devices": 1}, {}, 0, 0)
+        ResumeState(tmp_path, {"trainer.devices": 1}, {}, 0, 0)
 
 
 def test_two_processes(evaluation, tmp_path):
-    """One of two is asked to stop: both save, the first writes what both have, and both go on."""
+    """One of two ranks gets a request to stop: both save, rank 0 writes the results of both, and both resume."""
     contents = []
     for folder, resumed in (("run", "false"), ("run", "true"), ("whole", "false")):
         options = {"trainer__devices": 2, "eval__resume": resumed, "eval__num_seeds": 2}
         config = evaluation("t2t_vit_t_14", folder, **OPTIONS | options | {"datamodule__batch_size": 1})
-        OmegaConf.set_struct(config, False)
-        config.eval.going_on = ""
-        contents.append(OmegaConf.to_container(config, resolve=True))
+        contents.append(OmegaConf.to_container(with_runs(config, [config]), resolve=True))
     ends = run_processes(evaluate_in_turn, 2, contents)
     # images 0, 2, ..., 10 of process 0 were all evaluated, and 1 and 3 of process 1
     assert ends == [(False, 8), (True, NUM_IMAGES), (True, NUM_IMAGES)]

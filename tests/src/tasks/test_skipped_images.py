@@ -1,4 +1,4 @@
-"""Evaluations that leave out images which cannot be decoded: figures of the others, and a list of those left out."""
+"""Evaluations that skip images which cannot be decoded: results of the others, and a list of those skipped."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from omegaconf import OmegaConf
 
 from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
-from src.evaluation.comparison import compare_runs, comparison_markdown
-from src.evaluation.results import read_predictions, read_results, results_table, skipped_info
-from src.tasks.classification import Draws
-from src.tasks.evaluate import evaluate
-from src.tasks.records import ImageRecords
+from src.evaluation.comparison import compare_runs
+from src.evaluation.comparison_table import comparison_markdown
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results, skipped_info
+from src.evaluation.results_table import results_table
+from src.tasks.classification_evaluation import SeededClassifier
+from src.tasks.evaluate import evaluate, with_runs
+from src.tasks.image_records import ImageRecords
+from src.tasks.resume_state import ResumeState
 from src.tasks.train import train
-from src.tasks.unfinished import UnfinishedEvaluation
 from tests.src.distributed.process_functions import evaluate_in_turn
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import assert_same_evaluation, make_images, stop_evaluation_at
@@ -67,7 +70,7 @@ def content_of(folder: Path) -> dict:
 
 def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Let an evaluation end in a step, with what is on the disk by then, as after kill -9."""
-    evaluate_batch = Draws.step
+    evaluate_batch = SeededClassifier.step
     steps = []
 
     def fail(self, *batch):
@@ -76,11 +79,11 @@ def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
             raise RuntimeError("the power is gone")
         evaluate_batch(self, *batch)
 
-    patch.setattr(Draws, "step", fail)
+    patch.setattr(SeededClassifier, "step", fail)
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_figures_are_those_of_the_other_images(evaluation, run, data, damaged, tmp_path, caplog, capsys, cache):
+def test_results_are_those_of_the_other_images(evaluation, run, data, damaged, tmp_path, caplog, capsys, cache):
     # one image at a time, so that batches hold the same images: the figures are the same to the last digit
     options = {"datamodule__batch_size": 1, "eval__num_seeds": 2}
     if cache:
@@ -120,7 +123,7 @@ def test_nothing_damaged(run, data, tmp_path, caplog):
 
 
 def test_an_error_by_default_and_then_it_is_skipped(run, tmp_path):
-    """Whoever meets a damaged image at the end of a long evaluation need not begin anew."""
+    """A damaged image at the end of a long evaluation does not cost what is finished."""
     options = {"eval__save_seconds": 0, "datamodule__on_error": "raise"}
     with pytest.raises(UserError, match=r"Cannot decode the image .*c0/005.png: the file is empty. Remove or replace"):
         run(**options)
@@ -130,8 +133,8 @@ def test_an_error_by_default_and_then_it_is_skipped(run, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 2, BATCHES])
-def test_an_interrupted_evaluation_goes_on_to_the_same_files(run, monkeypatch, tmp_path, step):
-    """What was not reached is not listed, and what was is not forgotten."""
+def test_an_interrupted_evaluation_resumes_to_the_same_files(run, monkeypatch, tmp_path, step):
+    """Images that were not reached are not listed, those that were are kept."""
     with monkeypatch.context() as patch:
         stop_evaluation_at(patch, step, signal.SIGTERM)
         with pytest.raises(SystemExit):
@@ -210,7 +213,7 @@ def test_a_stop_while_nothing_could_be_decoded(run, monkeypatch, tmp_path):
     (data / "val" / "c0" / "000.png").write_bytes(b"")
     (data / "val" / "c1" / "001.png").write_bytes(b"")
     with monkeypatch.context() as patch:
-        patch.setattr(UnfinishedEvaluation, "asked_to_stop", property(lambda self: len(self._indices) == 1))
+        patch.setattr(ResumeState, "stop_requested", property(lambda self: len(self._indices) == 1))
         with pytest.raises(SystemExit):
             run(data=data)
     assert not (tmp_path / "run" / "results.json").exists()
@@ -253,7 +256,7 @@ def test_runs_of_different_images_are_not_compared_silently(evaluation, run, tmp
 
 
 def test_two_processes(evaluation, damaged, tmp_path):
-    """One of two that is left without any image; and two that are interrupted and go on."""
+    """One of two ranks that has no image left; and two that are interrupted and resume."""
     none = make_images(tmp_path / "none", 5)
     names = sorted((none / "val").rglob("*.png"))
     for path in names[1::2]:
@@ -267,9 +270,7 @@ def test_two_processes(evaluation, damaged, tmp_path):
     ):
         options = {"trainer__devices": 2, "eval__resume": resumed, "datamodule__batch_size": 1}
         config = evaluation("t2t_vit_t_14", f"{folder}_run", data=data, **SKIP | options)
-        OmegaConf.set_struct(config, False)
-        config.eval.going_on = ""
-        contents.append(OmegaConf.to_container(config, resolve=True))
+        contents.append(OmegaConf.to_container(with_runs(config, [config]), resolve=True))
     ends = run_processes(evaluate_in_turn, 2, contents)
     assert ends[0][0] is False
     assert ends[1:] == [(True, NUM_IMAGES - 4), (True, NUM_IMAGES - 4), (True, 3)]

@@ -1,4 +1,4 @@
-"""Trainings in this process: weights, rates and figures against what is computed by hand, and every option."""
+"""Trainings in this process: weights, rates and metrics against what is computed by hand, and every option."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from scatterbrain.errors import UserError
-from src.checkpoints import load_checkpoint
+from src.datamodules.dataset import ImageDataset
 from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
+from src.tasks.classification_training import ClassificationTraining
 from src.tasks.evaluate import evaluate
 from src.tasks.train import train
-from src.tasks.training import ClassificationTraining
+from src.checkpoints import load_checkpoint
 from src.utils.files import sha256_of_file
+from src.utils.instantiate import build
 from tests.src.datamodules import format_files
-from tests.src.distributed.process_functions import images_of_training, train_in_turn
+from tests.src.distributed.process_functions import train_in_turn
 from tests.src.tasks.conftest import NUM_IMAGES, NUM_TRAINING_IMAGES, make_tiny
 from tests.src.tasks.setup import (
     CONFIG_DIR,
@@ -436,7 +439,7 @@ def test_a_stop_before_the_first_epoch_is_over(training, tmp_path):
     assert not (tmp_path / "run" / "training.png").exists()
 
 
-def test_the_csv_logger_has_the_figures(training, tmp_path):
+def test_the_csv_logger_has_the_metrics(training, tmp_path):
     summary, _ = train(training(logger="csv", trainer__log_every_n_steps=1))
     with open(tmp_path / "run" / "csv" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -477,7 +480,7 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"scheduler__min_lr": -1}, "scheduler.min_lr=-1 is not valid"),
         ({"scheduler__sched": "cosinus"}, "scheduler cannot be built: .*cosinus"),
         ({"scheduler__sched": "none"}, "scheduler cannot be built: timm knows no sched=none"),
-        ({"scheduler__sched": "plateau"}, "scheduler.sched=plateau follows a figure, which it is not told"),
+        ({"scheduler__sched": "plateau"}, "scheduler.sched=plateau needs a metric, which it is not given"),
         ({"+scheduler__cycle_limit": 2}, "scheduler.sched=cosine does not end with train.epochs=3, but with 6"),
         ({"+scheduler__foo": 1}, "scheduler cannot be built: .*'foo'. Check the options under 'scheduler'"),
         ({"optimizer__opt": "adamm"}, "optimizer cannot be built: .*adamm.* Check the options under 'optimizer'"),
@@ -494,7 +497,7 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"train__redraw_steps": 0}, "train.redraw_steps=0 is not valid"),
         (
             {"train__redraw_steps": 2, "model___t2tattn_cfg": "local"},
-            "draws nothing. Leave it out, or choose .*sblocal",
+            "has no random features. Leave it out, or choose .*sblocal",
         ),
         ({"trainer__accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0 is not valid"),
         ({"trainer__check_val_every_n_epoch": "null"}, "trainer.check_val_every_n_epoch=None is not valid"),
@@ -577,15 +580,37 @@ def test_two_processes(training_data, evaluation_of, tmp_path, monkeypatch):
     assert results.loss == pytest.approx(last["val_loss"], rel=1e-6)
 
 
-def test_processes_share_the_shards_without_repeats(tmp_path):
-    """Three processes, each with an image a step: over three passes, every image comes three times, shard by shard."""
+def images_of_training(
+    config: DictConfig, patch: pytest.MonkeyPatch, rank: int, world_size: int
+) -> list[tuple[str, int]]:
+    """Names and classes of the images that a rank of a training is given in its first epoch, in order."""
+    decode = ImageDataset.decode
+    decoded = []
+
+    def decode_and_record(self, index):
+        decoded.append((self.paths[index], self.targets[index]))
+        return decode(self, index)
+
+    datamodule = build(config.datamodule, "datamodule")
+    datamodule.setup("fit")
+    datamodule.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, global_step=0, accumulate_grad_batches=1, training=True
+    )
+    with patch.context() as during:
+        during.setattr(ImageDataset, "decode", decode_and_record)
+        assert len(list(datamodule.train_dataloader())) == 8
+    return decoded
+
+
+def test_processes_share_the_shards_without_repeats(tmp_path, monkeypatch):
+    """Three ranks, each with an image a step: over three passes, every image comes three times, shard by shard."""
     for split in ("train", "val"):
         format_files.shards(tmp_path / "data", split)
     options = {"trainer__devices": 3, "datamodule__batch_size": 1, "datamodule__passes_per_epoch": 3}
     options |= {"datamodule__shuffle_shards": 1, "train__epochs": 1, "model__num_classes": 1000}
     options |= {"datamodule__augmentation__mixup_prob": 0, "scheduler__warmup_epochs": 0}  # of pairs of images
     config = compose_config(training_overrides(tmp_path / "data", **options), tmp_path / "run")
-    parts = run_processes(images_of_training, 3, OmegaConf.to_container(config, resolve=True))
+    parts = [images_of_training(config, monkeypatch, rank, 3) for rank in range(3)]
     steps = [image for step in zip(*parts, strict=True) for image in step]
     assert len(steps) == 3 * 8
     for number in range(3):
@@ -608,7 +633,7 @@ def test_ctrl_c_stops_several_processes_after_an_update(training_data, tmp_path,
         while not last.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
-        if not ended.wait(60):  # a second one ends whatever does not end by itself
+        if not ended.wait(60):  # a second one ends what does not exit by itself
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

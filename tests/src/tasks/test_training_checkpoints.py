@@ -1,4 +1,4 @@
-"""A training that is stopped, in whatever way, and goes on: as if nothing had happened, or not at all."""
+"""A training that is stopped in any way and resumed: exactly as an uninterrupted one, or refused."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-import src.tasks.training as training_module
+import src.tasks.classification_training as training_module
 from scatterbrain.errors import UserError
 from src.models.t2t_vit import create_t2t_vit
-from src.tasks.checkpoints import stop_on_interrupt
+from src.tasks.classification_training import ClassificationTraining
 from src.tasks.train import train
-from src.tasks.training import ClassificationTraining
 from tests.src.distributed.process_functions import train_until_killed
 from tests.src.tasks.conftest import NUM_TRAINING_IMAGES
 from tests.src.tasks.setup import (
@@ -41,7 +39,7 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# Going on exactly
+# Resuming exactly
 
 
 @pytest.mark.parametrize(
@@ -139,7 +137,7 @@ def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
     assert_same_training(read_last(tmp_path / "at_once"), read_last(tmp_path / "killed"))
 
 
-def test_in_another_folder_the_best_checkpoint_comes_along(training, monkeypatch, tmp_path, recwarn):
+def test_in_another_folder_the_best_checkpoint_is_copied(training, monkeypatch, tmp_path, recwarn):
     watch(monkeypatch, 20.0, 10.0, 30.0)
     for update, folder in ((BATCHES + 1, "first"), (2 * BATCHES + 1, "second"), (None, "third")):
         previous = {"second": "first", "third": "second"}.get(folder)
@@ -169,7 +167,7 @@ def test_a_finished_training_is_left_as_it_is(training, monkeypatch, tmp_path):
     assert torch.equal(objects.model.head.weight, averaged["model.head.weight"])
 
 
-def test_figures_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
+def test_metrics_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         stop_at(patch, BATCHES + 1)
         train(training(logger="csv"))
@@ -184,7 +182,7 @@ def test_figures_of_the_csv_logger_are_kept(training, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_update_in_hand(training, monkeypatch, tmp_path, number):
+def test_a_signal_stops_after_the_current_update(training, monkeypatch, tmp_path, number):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         stop_at(patch, 3, number)
@@ -208,7 +206,7 @@ def test_a_signal_in_the_last_update_stops_nothing(training, monkeypatch, tmp_pa
     assert json.loads((tmp_path / "run" / "training.json").read_text())["complete"]
 
 
-def test_the_message_says_how_to_go_on(training, tmp_path, caplog):
+def test_the_message_says_how_to_resume(training, tmp_path, caplog):
     with caplog.at_level("INFO"):
         train(training(train__max_time="00:00:00"))
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -231,43 +229,6 @@ def test_two_interrupts_stop_at_once(training, monkeypatch, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_second_interrupt_is_one():
-    asked = []
-    with stop_on_interrupt(lambda: asked.append(True)) as interrupted:
-        signal.raise_signal(signal.SIGINT)
-        assert (asked, interrupted.is_set()) == ([True], True)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_an_interrupt_is_none_of_the_workers_business():
-    with stop_on_interrupt(lambda: os._exit(3)) as interrupted:
-        process = multiprocessing.get_context("fork").Process(target=signal.raise_signal, args=(signal.SIGINT,))
-        process.start()
-        process.join(60)
-        assert process.exitcode == 0
-        assert not interrupted.is_set()
-
-
-def test_handlers_are_left_alone_where_they_cannot_be_set():
-    before = signal.getsignal(signal.SIGINT)
-    seen = []
-
-    def work():
-        with stop_on_interrupt(lambda: None):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        work()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert seen == [before, signal.SIG_IGN]
-
-
 # What is refused
 
 
@@ -275,7 +236,9 @@ def test_a_folder_that_holds_a_training(training, tmp_path):
     train(training(train__max_time="00:00:00"))
     before = contents_of(tmp_path / "run")
     for resume in ("false", tmp_path / "other.ckpt"):
-        with pytest.raises(UserError, match=r"run holds a training already. train.resume=true goes on .*hydra.run.dir"):
+        with pytest.raises(
+            UserError, match=r"run holds a training already. train.resume=true resumes it.*hydra.run.dir"
+        ):
             train(training(train__resume=resume))
     assert contents_of(tmp_path / "run") == before
 
@@ -317,7 +280,9 @@ def test_other_options_than_before(training, stopped_training, tmp_path, changes
         train(training(**options))
     message = str(caught.value)
     assert message.startswith(f"{resume} was trained with ")
-    assert message.endswith(f"Give the same options to go on; or begin anew from its weights with train.ckpt={resume}.")
+    assert message.endswith(
+        f"Give the same options to resume; or start again from its weights with train.ckpt={resume}."
+    )
     for part in told:
         assert part in message
     # options that follow from the seed, and those of the second stage, are told as well
@@ -339,7 +304,7 @@ class Malicious:
     [
         ("missing.ckpt", "There is no checkpoint .*missing.ckpt. Give train.resume the file last.ckpt"),
         (".", "There is no checkpoint"),
-        ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Go on from another one, or begin anew"),
+        ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Resume from another one, or start again"),
         ("cut.ckpt", "cut.ckpt is damaged"),
         ("text.ckpt", "text.ckpt .* is no checkpoint"),
         ("list.ckpt", "list.ckpt is no checkpoint of a training"),

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from scripts import verify_predictions
-from src.evaluation.results import PREDICTIONS_FILE
+from src.evaluation.predictions import PREDICTIONS_FILE
 from src.tasks.evaluate import evaluate
 
 

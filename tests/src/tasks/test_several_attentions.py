@@ -1,4 +1,4 @@
-"""`eval.attentions`: the figures of runs of their own, each image decoded once, and everything that can be refused."""
+"""`eval.attentions`: the results of runs of their own, each image decoded once, and everything that can be refused."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import src.datamodules.dataset as dataset
-import src.distributed.launch as launch
+import src.distributed.trainer as trainer_module
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
 from src.models.inference import InferenceT2TViT
 from src.models.t2t_vit import T2TViT, create_t2t_vit
-from src.tasks.attentions import attention_configs, share_modules
-from src.tasks.classification import Draws
+from src.tasks.attention_configs import attention_configs
+from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.device_time import DeviceTime
 from src.tasks.evaluate import evaluate
+from src.tasks.forward import share_modules
+from src.checkpoints import load_checkpoint
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import EXPERIMENT, IMAGE_SIZE, NUM_CLASSES, compose_config, make_checkpoint, overrides
 from tests.src.tasks.test_evaluate import SYNTHETIC, NoWaiting
@@ -78,7 +80,7 @@ def test_each_attention_has_the_files_of_a_run_of_its_own_and_images_are_decoded
     assert len({result.loss for result in results}) == len(NAMES)
     assert [len(result.seeds) for result in results] == [1, 1, 2, 2]
     assert not (tmp_path / "together" / "results.json").exists()
-    assert objects.task.seconds >= sum(objects.task.device_seconds.values()) > 0
+    assert objects.task.seconds >= sum(objects.task.seconds_of) > 0
 
 
 def test_the_configuration_of_each_is_in_its_folder(together, tmp_path):
@@ -89,7 +91,7 @@ def test_the_configuration_of_each_is_in_its_folder(together, tmp_path):
         assert config.paths.output_dir == str(tmp_path / "together" / str(number))
 
 
-def test_the_comparison_tells_of_the_pass(together, tmp_path):
+def test_the_comparison_describes_the_pass(together, tmp_path):
     _, objects = together(eval__num_seeds=2)
     comparison = json.loads((tmp_path / "together" / "comparison.json").read_text())
     assert [row["run"] for row in comparison["runs"]] == ["0", "1", "2", "3"]
@@ -103,9 +105,9 @@ def test_the_comparison_tells_of_the_pass(together, tmp_path):
 @pytest.mark.parametrize(("batch_size", "timed"), [(4, NUM_IMAGES - 4), (NUM_IMAGES, NUM_IMAGES)])
 def test_the_rate_is_that_of_its_own_forward_passes_after_the_first_batch(together, batch_size, timed):
     results, objects = together(["full", "sblocal"], eval__num_seeds=3, datamodule__batch_size=batch_size)
-    for result, draws in zip(results, (1, 3), strict=True):
-        assert result.seconds == objects.task.device_seconds[result.attention]
-        assert result.images_per_second == pytest.approx(timed * draws / result.seconds, rel=1e-6)
+    for result, num_seeds, seconds in zip(results, (1, 3), objects.task.seconds_of, strict=True):
+        assert result.seconds == seconds
+        assert result.images_per_second == pytest.approx(timed * num_seeds / result.seconds, rel=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"eval__attentions": "[]"}, {"eval__attentions": "null"}])
@@ -123,13 +125,13 @@ def storages(module: nn.Module) -> set[int]:
 @pytest.mark.parametrize("fast", ["on", "off"])
 def test_weights_are_in_memory_once(together, monkeypatch, fast):
     evaluated = []
-    start = Draws.start
+    start = SeededClassifier.start
 
     def record(self, *arguments):
         start(self, *arguments)
         evaluated.append((self.model, self._forward))
 
-    monkeypatch.setattr(Draws, "start", record)
+    monkeypatch.setattr(SeededClassifier, "start", record)
     together(model__fast=fast)
     for index in (0, 1):  # the models, and what is evaluated in their place
         first = storages(evaluated[0][index])
@@ -335,7 +337,7 @@ def test_two_processes(data, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"trainer__precision": "bf16-true"}])
 def test_steps_on_cuda_wait_for_nothing(together, monkeypatch, options):
     changes = {"datamodule__batch_size": 2, "eval__num_seeds": 2, **SYNTHETIC, **options}
-    monkeypatch.setattr(launch, "build_group", lambda config, group: [NoWaiting()] if group == "callbacks" else [])
+    monkeypatch.setattr(trainer_module, "build_group", NoWaiting.in_place_of_callbacks)
     try:
         results, _ = together(trainer__accelerator="gpu", **changes)
     finally:

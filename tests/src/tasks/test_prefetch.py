@@ -1,4 +1,4 @@
-"""Copies to the device beside its work: what waits for what (on the CPU with stand-ins for streams and events)."""
+"""Copies to the device during its work: what waits for what (on the CPU with stand-ins for streams and events)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import contextlib
 import pytest
 import torch
 
-from src.tasks.transfer import OverlappedTransfer
+from src.tasks.prefetch import CudaPrefetcher
 
 
 class Recorder:
-    """Stands in for streams and events, and writes down what is asked of them."""
+    """Stands in for streams and events, and records the calls."""
 
     def __init__(self, patch):
         self.log = []
@@ -56,11 +56,11 @@ class Recorder:
 
 def test_copies_have_their_stream_and_the_host_stays_near(monkeypatch):
     recorder = Recorder(monkeypatch)
-    transfer = OverlappedTransfer(torch.device("cpu"), ahead=2)
+    prefetcher = CudaPrefetcher(torch.device("cpu"), ahead=2)
     batch = [torch.arange(3), torch.ones(2)]
     for number in range(4):
         recorder.log.clear()
-        copies = transfer(batch)
+        copies = prefetcher(batch)
         assert all(torch.equal(a, b) for a, b in zip(copies, batch, strict=True))
         waits = [] if number < 2 else [f"host waits for event {number - 2}"]
         copied = ["on copy", "off", "compute waits for copy", "kept for compute", "kept for compute"]
@@ -69,12 +69,12 @@ def test_copies_have_their_stream_and_the_host_stays_near(monkeypatch):
 
 @pytest.mark.gpu
 def test_batches_arrive_while_the_device_is_busy():
-    transfer = OverlappedTransfer(torch.device("cuda"))
+    prefetcher = CudaPrefetcher(torch.device("cuda"))
     weight = torch.randn(2048, 2048, device="cuda")
     batches = [torch.randint(256, (512, 1024), dtype=torch.uint8).pin_memory() for _ in range(12)]
     sums = []
     for batch in batches:
-        (copy,) = transfer([batch])
+        (copy,) = prefetcher([batch])
         for _ in range(20):
             weight @ weight
         sums.append(copy.sum())

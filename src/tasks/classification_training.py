@@ -1,4 +1,4 @@
-"""Image classification: what a training step, a validation step and their figures are."""
+"""The Lightning module of a training: training step, validation step and their metrics."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from scatterbrain.errors import UserError
-from src.tasks.provenance import seconds_now
+from src.tasks.device_time import seconds_now
 
 logger = logging.getLogger(__name__)
 
-# Where a training checkpoint keeps what is ours: the configuration, the history, and sums of an unfinished epoch.
+# Entry of a training checkpoint with the configuration, the history, and sums of the current epoch.
 CHECKPOINT_KEY = "training"
 
 
 class ClassificationTraining(pl.LightningModule):
-    """Trains a classifier on batches whose augmentation is finished, and watches it on others.
+    """Trains a classifier on augmented batches, and validates it on others.
 
     Args:
         model: module (B, 3, size, size) -> (B, num_classes). If its attribute `has_random_features` is true it has
@@ -32,15 +32,15 @@ class ClassificationTraining(pl.LightningModule):
         num_classes: number of classes.
         make_optimizer: from the model to its optimizer.
         make_scheduler: from the optimizer to one of timm's schedulers.
-        seed: seed of the run: random features are drawn again from the seeds that follow it.
-        redraw_steps: updates between two draws of the random features; None keeps the first ones.
+        seed: seed of the run: random features are redrawn from the seeds that follow it.
+        redraw_steps: updates between two redraws of the random features; None keeps the first ones.
         compile_model: run the training steps through `torch.compile`.
         run_config: plain dict that is stored in checkpoints.
 
     Attributes:
         history: one dict for each finished epoch: `epoch` (from 1), `step` (updates so far), `lr` (after the epoch),
             `train_loss`, `val_loss` (nats), `val_top1`, `val_top5` (percent; the three absent where the epoch had no
-            validation), `images_per_second` (of training, all processes), `seconds` (of training).
+            validation), `images_per_second` (of training, all ranks), `seconds` (of training).
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class ClassificationTraining(pl.LightningModule):
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.val_top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
         self.val_loss = MeanMetric()
-        # of the epoch so far, on this process; a MeanMetric would wait for the device in every step
+        # of the epoch so far, on this rank; a MeanMetric would synchronise with the device in every step
         self._loss_sum: torch.Tensor | float = 0.0
         self._num_batches = self._images_seen = 0
         self._seconds_before = 0.0  # of the epoch, before the training was resumed in it
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer, and a schedule that is told of every update and every epoch."""
+        """The optimizer, and a schedule that is stepped on every update and every epoch."""
         optimizer = self._make_optimizer(self.model)
         self._scheduler = self._make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Tell timm's scheduler of an update; it knows whether that concerns it."""
+        """Step timm's scheduler on an update; one that steps on epochs ignores it."""
         scheduler.step_update(num_updates=self.global_step)
 
     def on_fit_start(self) -> None:
-        """Compile, now that every copy of the module that callbacks keep has been made."""
+        """Compile the model, after callbacks have made their copies of the module."""
         # a trainer of precision bf16-true has cast it along with the model, too coarse for a sum over images
         self.val_loss.set_dtype(torch.float32)
         if self._compile_model:
@@ -94,12 +94,12 @@ class ClassificationTraining(pl.LightningModule):
         self._clock_started = seconds_now(self.device) - self._seconds_before
 
     def on_train_epoch_start(self) -> None:
-        """Begin to count."""
+        """Reset the sums of the epoch."""
         self._loss_sum, self._num_batches, self._images_seen = 0.0, 0, 0
         self._clock_started = seconds_now(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Draw the random features again when it is time; a resumed training finds the same rows."""
+        """Redraw the random features when it is time; a resumed training draws the same ones."""
         if self.redraw_steps is not None and self.global_step and self.global_step % self.redraw_steps == 0:
             self.model.redraw_projections(self.seed + self.global_step // self.redraw_steps)
 
@@ -116,7 +116,7 @@ class ClassificationTraining(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the loss now and then, and stop where it is no number any more."""
+        """Log the loss at intervals, and stop when it is not finite."""
         is_last = self.trainer.is_last_batch
         if is_last:
             self._clock_ended = seconds_now(self.device)
@@ -144,23 +144,23 @@ class ClassificationTraining(pl.LightningModule):
         self.val_loss.update(F.cross_entropy(logits, targets, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures over all images of all processes."""
+        """Log the metrics over all images of all ranks."""
         self.log_dict(
             {
                 "val/top1": 100 * self.val_top1.compute(),
                 "val/top5": 100 * self.val_top5.compute(),
                 "val/loss": self.val_loss.compute(),
             },
-            # they are of all processes already
+            # they are reduced over the ranks already
             sync_dist=False,
         )
         for metric in (self.val_top1, self.val_top5, self.val_loss):
             metric.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Add the epoch to the history, and move the schedule on."""
+        """Add the epoch to the history, and step the schedule."""
         self._scheduler.step(self.current_epoch + 1)
-        mean = self._mean_over_processes(self._loss_sum) / self._num_batches
+        mean = self._mean_over_ranks(self._loss_sum) / self._num_batches
         seconds = self._clock_ended - self._clock_started
         entry: dict[str, float] = {
             "epoch": self.current_epoch + 1,
@@ -168,44 +168,44 @@ class ClassificationTraining(pl.LightningModule):
             "lr": self._learning_rate(),
             "train_loss": mean,
         }
-        figures = self.trainer.callback_metrics
+        metrics = self.trainer.callback_metrics
         if (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0:
-            entry |= {f"val_{name}": float(figures[f"val/{name}"]) for name in ("loss", "top1", "top5")}
+            entry |= {f"val_{name}": float(metrics[f"val/{name}"]) for name in ("loss", "top1", "top5")}
         entry |= {
             "images_per_second": self._images_seen * self.trainer.world_size / seconds,
             "seconds": seconds,
         }
         self.history.append(entry)
         self.log_dict({"train/loss": mean, "images_per_second": entry["images_per_second"]})
-        logger.info(_line(entry, self.trainer.max_epochs))
+        logger.info(_epoch_message(entry, self.trainer.max_epochs))
 
     def _learning_rate(self) -> float:
         return max(group["lr"] for group in self._scheduler.optimizer.param_groups)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the configuration, the history and what was counted in the epoch; plain types alone."""
+        """Store the configuration, the history and the sums of the epoch, as plain types."""
         checkpoint[CHECKPOINT_KEY] = {
             "config": self._run_config,
             "history": self.history,
-            "loss_sum": self._mean_over_processes(self._loss_sum),
+            "loss_sum": self._mean_over_ranks(self._loss_sum),
             "num_batches": self._num_batches,
             "images_seen": self._images_seen,
             "seconds": seconds_now(self.device) - self._clock_started,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where `on_save_checkpoint` left off."""
+        """Restore what `on_save_checkpoint` stored."""
         state = checkpoint[CHECKPOINT_KEY]
         self.history = list(state["history"])
         self._loss_sum, self._num_batches = state["loss_sum"], state["num_batches"]
         self._images_seen, self._seconds_before = state["images_seen"], state["seconds"]
 
-    def _mean_over_processes(self, value: torch.Tensor | float) -> float:
+    def _mean_over_ranks(self, value: torch.Tensor | float) -> float:
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
 
 
-def _line(entry: Mapping[str, float], num_epochs: int) -> str:
-    """One epoch of the history in words."""
+def _epoch_message(entry: Mapping[str, float], num_epochs: int) -> str:
+    """One epoch of the history, for the log."""
     parts = [f"loss {entry['train_loss']:.4f}"]
     if "val_top1" in entry:
         parts.append(f"validation loss {entry['val_loss']:.4f}, top-1 {entry['val_top1']:.2f} %")

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written whole, read without running code, and complete enough to go on from."""
+"""Checkpoints of a training: atomic writes, reads that execute no code, and all that a resumed training needs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,10 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from scatterbrain.errors import UserError, is_number
+from src.distributed.interrupts import on_sigterm
+from src.evaluation.training_summary import best_epoch
+from src.tasks.classification_training import CHECKPOINT_KEY
 from src.checkpoints import save_checkpoint
-from src.evaluation.training import best_epoch
-from src.tasks.training import CHECKPOINT_KEY
 from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -31,21 +29,21 @@ logger = logging.getLogger(__name__)
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
 
-_GO_ON, _SAVE, _TIME_IS_UP, _ASKED_TO_STOP = range(4)
+_CONTINUE, _SAVE, _TIME_IS_UP, _STOP_REQUESTED = range(4)
 
 
-class TrainingStopped(Exception):  # noqa: N818 - as StopIteration, it is no error
-    """The training was stopped before its end; where to go on from is on the disk."""
+class TrainingStopped(Exception):  # noqa: N818 - like StopIteration, not an error
+    """The training was stopped before its end; the checkpoint to resume from is on the disk."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, whole or not at all, and without running any code in them."""
+    """Lightning's input and output of checkpoints, with atomic writes and without executing code in them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint under its name once it is complete.
 
         Raises:
-            UserError: it cannot be written, for one because the disk is full.
+            UserError: it cannot be written, for example because the disk is full.
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(checkpoint, path)
@@ -62,7 +60,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint to go on from.
+    """The content of a checkpoint to resume from.
 
     Raises:
         UserError: the file is missing, damaged, or no such checkpoint.
@@ -74,10 +72,10 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on damaged input
         fault = "holds code, which was not run" if isinstance(error, pickle.UnpicklingError) else "is damaged"
-        raise UserError(f"{path} {fault}, or is no checkpoint. Go on from another one, or begin anew.") from error
+        raise UserError(f"{path} {fault}, or is no checkpoint. Resume from another one, or start again.") from error
     if not isinstance(checkpoint, dict) or not {"loops", "optimizer_states", CHECKPOINT_KEY} <= checkpoint.keys():
         raise UserError(
-            f"{path} is no checkpoint of a training by this project, so it cannot be gone on from. For weights alone, "
+            f"{path} is no checkpoint of a training by this project, so it cannot be resumed. For weights alone, "
             f"give train.ckpt={path}."
         )
     return checkpoint
@@ -86,7 +84,7 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
 class BestCheckpoint(Checkpoint):
     """Keeps `best.ckpt`, of the first of the epochs with the best validation accuracy.
 
-    Which one that is follows from the history of the training, wherever its earlier part was written.
+    It is found by the history of the training, which a resumed one continues in any folder.
 
     Args:
         dirpath: folder of the checkpoint.
@@ -96,7 +94,7 @@ class BestCheckpoint(Checkpoint):
         self.path = Path(dirpath) / BEST_CHECKPOINT
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the best checkpoint along where the training goes on in another folder."""
+        """Copy the best checkpoint where the training resumes in another folder."""
         best = Path(trainer.ckpt_path).with_name(BEST_CHECKPOINT)
         if trainer.is_global_zero and best.is_file() and not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,10 +109,10 @@ class BestCheckpoint(Checkpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` such that an interrupted training can go on from it exactly.
+    """Keeps `last.ckpt`, from which an interrupted training resumes exactly.
 
     It is written at the end of each epoch, within an epoch every `minutes_between`, and when the training stops before
-    its end: because its time is up, or by Ctrl-C or SIGTERM, in each case after the update in hand.
+    its end: because its time is up, or by Ctrl-C or SIGTERM, in each case after the current update.
 
     Args:
         dirpath: folder of the checkpoint.
@@ -131,24 +129,22 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / LAST_CHECKPOINT
         self._seconds_between = 60 * minutes_between
         self._max_time = None if max_time is None else _parse_time(max_time)
-        self._asked_to_stop = threading.Event()
+        self._stop_requested = threading.Event()
 
-    def ask_to_stop(self) -> None:
-        """Stop after the update in hand; safe to call from a signal handler."""
-        self._asked_to_stop.set()
+    def request_stop(self) -> None:
+        """Stop after the current update; safe to call from a signal handler."""
+        self._stop_requested.set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks, and take SIGTERM for a request to stop."""
+        """Start the clocks, and let SIGTERM request a stop."""
         self._started = self._saved = time.monotonic()
-        # in place of Lightning's handler, which Lightning puts back in the end: it would leave at once where gradients
-        # wait for an update, and after the last epoch
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda signum, frame: self.ask_to_stop())
+        # Lightning's handler would exit at once while gradients wait for an update, and after the last epoch
+        on_sigterm(self.request_stop)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, or save and stop, where it is time.
+        """Save, or save and stop, when it is time.
 
         Raises:
             TrainingStopped: the training is to stop.
@@ -157,12 +153,12 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         action = self._next_action(trainer)
-        if action != _GO_ON:
+        if action != _CONTINUE:
             self._save(trainer)
         self._stop_after(action, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save; stop where it is time.
+        """Save; stop when it is time.
 
         Raises:
             TrainingStopped: the training is to stop, and not at its end anyway.
@@ -172,62 +168,29 @@ class LastCheckpoint(Checkpoint):
             self._stop_after(self._next_action(trainer), trainer)
 
     def _next_action(self, trainer: Trainer) -> int:
-        now, action = time.monotonic(), _GO_ON
+        now, action = time.monotonic(), _CONTINUE
         if now - self._saved > self._seconds_between:
             action = _SAVE
         if self._max_time is not None and now - self._started > self._max_time:
             action = _TIME_IS_UP
-        if self._asked_to_stop.is_set():
-            action = _ASKED_TO_STOP
-        if trainer.world_size > 1:  # all processes do what the most urgent of them wants
+        if self._stop_requested.is_set():
+            action = _STOP_REQUESTED
+        if trainer.world_size > 1:  # all ranks take the most urgent action of any of them
             together = torch.tensor(float(action), device=trainer.strategy.root_device)
             action = int(trainer.strategy.reduce(together, reduce_op="max"))
         return action
 
     def _stop_after(self, action: int, trainer: Trainer) -> None:
-        if action in (_TIME_IS_UP, _ASKED_TO_STOP):
-            reason = "its time is up" if action == _TIME_IS_UP else "it was asked to"
+        if action in (_TIME_IS_UP, _STOP_REQUESTED):
+            reason = "because its time is up" if action == _TIME_IS_UP else "on request"
             raise TrainingStopped(
-                f"The training stopped after {trainer.global_step:,} updates because {reason}. The same command with "
-                f"train.resume={self.path} goes on from there."
+                f"The training stopped after {trainer.global_step:,} updates {reason}. The same command with "
+                f"train.resume={self.path} resumes it."
             )
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
-
-
-@contextmanager
-def stop_on_interrupt(ask_to_stop: Callable[[], None], step: str = "update") -> Iterator[threading.Event]:
-    """Let the first Ctrl-C ask for a stop; the second one interrupts as usual.
-
-    Args:
-        ask_to_stop: called within a signal handler.
-        step: what is finished before the stop, for the message.
-
-    Yields:
-        Whether there was one.
-    """
-    interrupted = threading.Event()
-    # one of several processes ignores it, since the parent decides
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
-        yield interrupted
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if os.getpid() != process:  # a worker, forked with this handler
-            return
-        signal.signal(signal.SIGINT, previous)
-        logger.warning("Stopping after this %s. Ctrl-C once more stops at once.", step)
-        interrupted.set()
-        ask_to_stop()
-
-    process = os.getpid()
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _parse_time(text: str) -> float:

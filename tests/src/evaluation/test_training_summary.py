@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from scatterbrain.errors import UserError
-from src.evaluation.training import (
+from src.evaluation.training_summary import (
     TrainingSummary,
     best_epoch,
     training_figure,

@@ -1,4 +1,4 @@
-"""What differs between two configurations of the same work, in words."""
+"""Options that differ between two configurations, for messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def option_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The options that differ, as `"name=old (now new)"`.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.tasks.records import ImageRecords
+from src.tasks.image_records import ImageRecords
 
 
 def test_rows_hold_what_softmax_and_cross_entropy_give():
     logits = torch.randn(2, 6, 7, dtype=torch.float64)
     targets = torch.tensor([0, 6, 3, 3, 1, 5])
-    records = ImageRecords(6, 7, num_draws=2, dtype=torch.float64)
+    records = ImageRecords(6, 7, num_seeds=2, dtype=torch.float64)
     for draw in range(2):
         for rows in (torch.tensor([4, 0, 2]), torch.tensor([1, 5, 3])):
             records.update(draw, rows, logits[draw, rows], targets[rows])
@@ -51,7 +51,7 @@ def test_an_image_missed_or_counted_twice_is_an_error(rows):
 
 
 def test_accuracy_so_far_counts_the_rows_there_are():
-    records = ImageRecords(4, 3, num_draws=2)
+    records = ImageRecords(4, 3, num_seeds=2)
     rows = torch.tensor([2, 0])
     best = torch.tensor([[9.0, 1, 2], [1.0, 9, 2]])  # classes 0 and 1
     records.update(0, rows, best, torch.tensor([0, 0]))

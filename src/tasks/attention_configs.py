@@ -1,18 +1,16 @@
-"""`eval.attentions`: several attentions in one run, each with its own config and all with the same weights."""
+"""The configuration of each attention of an evaluation: the model's own, or those of `eval.attentions`."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import nn
 
 from scatterbrain.errors import UserError, did_you_mean
 
@@ -22,8 +20,8 @@ GROUP_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "model" / "t2ta
 STAGES = ("t2tattn1_cfg", "t2tattn2_cfg")
 
 
-def chosen_attentions(config: DictConfig) -> list[str]:
-    """The names that `config.eval.attentions` lists; none where a run evaluates the one attention of its model.
+def requested_attentions(config: DictConfig) -> list[str]:
+    """The names in `config.eval.attentions`; none where the attention of the model itself is evaluated.
 
     Raises:
         UserError: no list, a name that is unknown or listed twice, or another choice that contradicts it: a multirun,
@@ -64,7 +62,7 @@ def attention_configs(config: DictConfig, names: Sequence[str]) -> list[DictConf
 
     Args:
         config: the composed configuration of all; its stages hold nothing but such options.
-        names: choices of the group `model/t2tattn_cfg`, see `chosen_attentions`.
+        names: choices of the group `model/t2tattn_cfg`, see `requested_attentions`.
 
     Returns:
         One configuration for each name; the folder of number i is the subfolder i of `config.paths.output_dir`, as
@@ -76,15 +74,15 @@ def attention_configs(config: DictConfig, names: Sequence[str]) -> list[DictConf
     groups = [OmegaConf.load(GROUP_FOLDER / f"{name}.yaml") for name in names]
     for stage in STAGES:
         for option, value in _options(config, stage).items():
-            having = [name for name, group in zip(names, groups, strict=True) if option in group[stage]]
-            if not having:
+            holders = [name for name, group in zip(names, groups, strict=True) if option in group[stage]]
+            if not holders:
                 known = {key for group in groups for key in group[stage]} - {"name"}
                 raise UserError(
                     f"None of eval.attentions={','.join(names)} has the option 'model.{stage}.{option}'. "
                     f"{did_you_mean(option, known)}"
                 )
-            if len(having) < len(names):
-                logger.info("model.%s.%s=%s is for %s alone.", stage, option, value, ", ".join(having))
+            if len(holders) < len(names):
+                logger.info("model.%s.%s=%s applies to %s alone.", stage, option, value, ", ".join(holders))
     configs = []
     for number, group in enumerate(groups):
         own = copy.deepcopy(config)
@@ -102,42 +100,3 @@ def _options(config: DictConfig, stage: str) -> dict[str, Any]:
     """Options of a token stage that were given apart from its attention, interpolations left as they are."""
     options = config.model.get(stage)
     return {} if options is None else OmegaConf.to_container(options, resolve=False)
-
-
-@contextmanager
-def naming(attention: str) -> Iterator[None]:
-    """Let what fails tell which attention it was.
-
-    Raises:
-        UserError: in place of one.
-        OSError: as it is, with the name of its file.
-        RuntimeError: in place of any other exception, which is its cause.
-    """
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"Attention {attention}: {error}") from error
-    except OSError:
-        raise
-    except Exception as error:
-        raise RuntimeError(f"Attention {attention} failed, {type(error).__name__}: {error}") from error
-
-
-def share_modules(network: nn.Module, source: nn.Module, own: Sequence[nn.Module]) -> None:
-    """Let a network use the modules, parameters and buffers of another of the same structure, but for some modules.
-
-    Args:
-        network: changed in place.
-        source: the network whose modules are used.
-        own: modules of `network`, at any depth, that it keeps.
-    """
-    kept = {id(module) for module in own}
-    for name, child in list(network.named_children()):
-        if id(child) in kept:
-            continue
-        if any(id(module) in kept for module in child.modules()):
-            share_modules(child, source.get_submodule(name), own)
-        else:
-            network.register_module(name, source.get_submodule(name))
-    for tensors, theirs in ((network._parameters, source._parameters), (network._buffers, source._buffers)):
-        tensors.update({name: theirs[name] for name in tensors})

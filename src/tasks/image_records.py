@@ -1,4 +1,4 @@
-"""What an evaluation keeps of every image, exact on any number of processes."""
+"""Loss and predictions of every image, exact on any number of ranks."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 import torch.nn.functional as F
 from torchmetrics import Metric
 
-from src.evaluation.results import MAX_PREDICTIONS, Records
+from src.evaluation.records import MAX_PREDICTIONS, Records
 
-_PER_DRAW = ("top5_classes", "top5_probabilities", "losses")
+_PER_SEED = ("top5_classes", "top5_probabilities", "losses")
 
 
 class ImageRecords(Metric):
-    """Loss and best classes of each image under each draw of the random features.
+    """Loss and best classes of each image under each seed of the random features.
 
-    Each process fills the rows of its own images; the sum over processes is the whole table. A row filled twice, or
-    never, shows in `count`, so that no figure can come from a wrong number of images.
+    Each rank fills the rows of its own images; the sum over ranks is the whole table. A row filled twice, or never,
+    shows in `count`, so that no result can come from a wrong number of images.
 
     Args:
-        num_images: number of images N, over all processes.
+        num_images: number of images N, over all ranks.
         num_classes: number of classes.
-        num_draws: number of draws K.
-        dtype: of losses and probabilities, float32 or float64; logits are brought to it before the softmax. Not
-            every device has float64.
+        num_seeds: number of seeds K, 1 by default.
+        dtype: of losses and probabilities, float32 (the default) or float64; logits are cast to it before the softmax.
+            Not every device has float64.
 
     Attributes:
         partial: whether images may be missing; `compute` then leaves them out.
-        skipped: rows of the images, over all processes, that could not be decoded: these have to be missing.
-        evaluated: (N,) bool on the CPU, which images are in the table over all processes; set by `compute`.
+        skipped: rows of the images, over all ranks, that could not be decoded: these have to be missing.
+        evaluated: (N,) bool on the CPU, which images are in the table over all ranks; set by `compute`.
     """
 
     full_state_update = False
@@ -38,38 +38,38 @@ class ImageRecords(Metric):
     evaluated: torch.Tensor | None = None
 
     def __init__(
-        self, num_images: int, num_classes: int, num_draws: int = 1, dtype: torch.dtype = torch.float32
+        self, num_images: int, num_classes: int, num_seeds: int = 1, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         width = min(MAX_PREDICTIONS, num_classes)
         for name, shape, kind in (
-            ("count", (num_draws, num_images), torch.int32),
+            ("count", (num_seeds, num_images), torch.int32),
             ("targets", (num_images,), torch.int64),
-            ("top5_classes", (num_draws, num_images, width), torch.int64),
-            ("top5_probabilities", (num_draws, num_images, width), dtype),
-            ("losses", (num_draws, num_images), dtype),
+            ("top5_classes", (num_seeds, num_images, width), torch.int64),
+            ("top5_probabilities", (num_seeds, num_images, width), dtype),
+            ("losses", (num_seeds, num_images), dtype),
         ):
             self.add_state(name, torch.zeros(shape, dtype=kind), dist_reduce_fx="sum")
 
-    def update(self, draw: int, indices: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    def update(self, seed_index: int, indices: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Fill the rows of a batch.
 
         Args:
-            draw: which draw of the random features, in [0, K).
+            seed_index: number of the seed, in [0, K).
             indices: (B,) rows of the images.
             logits: (B, num_classes), of any float dtype.
             targets: (B,) classes.
         """
         logits = logits.to(self.losses.dtype)
         probabilities, classes = logits.softmax(-1).topk(self.top5_classes.shape[-1])
-        self.count[draw, indices] += 1
+        self.count[seed_index, indices] += 1
         self.targets[indices] = targets
-        self.top5_classes[draw, indices] = classes
-        self.top5_probabilities[draw, indices] = probabilities
-        self.losses[draw, indices] = F.cross_entropy(logits, targets, reduction="none")
+        self.top5_classes[seed_index, indices] = classes
+        self.top5_probabilities[seed_index, indices] = probabilities
+        self.losses[seed_index, indices] = F.cross_entropy(logits, targets, reduction="none")
 
     def contents(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is kept of some images of this process, images first; on the device, not waited for.
+        """The rows of some images of this rank, images first; on the device, without synchronisation.
 
         Args:
             indices: (B,) rows of the images.
@@ -77,11 +77,11 @@ class ImageRecords(Metric):
         Returns:
             `targets` (B,), `top5_classes` and `top5_probabilities` (B, K, P), `losses` (B, K).
         """
-        tables = {name: getattr(self, name)[:, indices].movedim(1, 0) for name in _PER_DRAW}
+        tables = {name: getattr(self, name)[:, indices].movedim(1, 0) for name in _PER_SEED}
         return {"targets": self.targets[indices], **tables}
 
     def fill(self, indices: torch.Tensor, contents: Mapping[str, torch.Tensor]) -> None:
-        """Fill rows with what `contents` returned, bit for bit, under every draw.
+        """Fill rows with what `contents` returned, bit for bit, under every seed.
 
         Args:
             indices: (B,) rows of the images.
@@ -90,21 +90,21 @@ class ImageRecords(Metric):
         indices = indices.to(self.count.device)
         self.count[:, indices] += 1
         self.targets[indices] = contents["targets"].to(self.targets)
-        for name in _PER_DRAW:
+        for name in _PER_SEED:
             table = getattr(self, name)
             table[:, indices] = contents[name].to(table).movedim(0, 1)
 
     def top1_so_far(self) -> torch.Tensor:
-        """Top-1 accuracy in percent over the rows of this process, draws taken together; on the device, to be read."""
+        """Top-1 accuracy in percent over the rows of this rank and all seeds, a tensor on the device."""
         filled = self.count > 0
         hits = filled & (self.top5_classes[..., 0] == self.targets)
         return 100 * hits.sum() / filled.sum().clamp(min=1)
 
     def compute(self) -> Records:
-        """The table over all processes, without the images skipped; with `partial`, of the images that are in it.
+        """The table over all ranks, without the images skipped; with `partial`, of the images that are in it.
 
         Raises:
-            RuntimeError: an image was not counted exactly once for each draw, or one that was skipped was counted.
+            RuntimeError: an image was not counted exactly once for each seed, or a skipped one was counted.
             UserError: there are no images.
         """
         expected = torch.ones_like(self.count[0], dtype=torch.bool)
@@ -118,4 +118,4 @@ class ImageRecords(Metric):
                 f"number {first}: {self.count[:, first].tolist()} times."
             )
         self.evaluated = evaluated.cpu()
-        return Records(self.targets[evaluated], *(getattr(self, name)[:, evaluated] for name in _PER_DRAW))
+        return Records(self.targets[evaluated], *(getattr(self, name)[:, evaluated] for name in _PER_SEED))

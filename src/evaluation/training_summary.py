@@ -1,4 +1,4 @@
-"""What a training leaves behind: `training.json` (settings, figures, history) and `training.png` (its curves)."""
+"""The summary of a training: `training.json` (settings, results, history) and `training.png` (its curves)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class TrainingSummary:
         model: name of the variant.
         attention: name of the token stages' attention config; None for a model that keeps its own.
         started_from: path and SHA-256 of the weights the training began with; both None for random ones.
-        data: `dir`, `train` and `num_train_images`, `watched` and `num_watched_images`, `num_classes`.
+        data: `dir`, `train` and `num_train_images`, `watched` and `num_watched_images` (those validated on),
+            `num_classes`.
         image_size: side of the input, pixels.
         precision: Lightning's name of it.
         device: name of the device.
         seed: of weights, order, augmentation and random features.
-        epochs: epochs asked for.
+        epochs: epochs requested.
         complete: whether all of them were trained.
         updates: updates of the weights so far.
         images_per_update: over all processes and accumulated batches.
@@ -45,7 +46,7 @@ class TrainingSummary:
         images_per_second: median over the epochs, the first left out where there are more (it warms up).
         seconds: of training in the finished epochs, without validation.
         peak_memory_mib: peak memory of the device since the training was last started, MiB; None on the CPU.
-        versions: version of Python and of each library that matters.
+        versions: version of Python and of each library that may change results.
         command: the command that was run.
         history: one entry for each epoch, see `ClassificationTraining`.
     """
@@ -92,7 +93,7 @@ def typical_rate(history: list[dict[str, float]]) -> float | None:
 def write_training(folder: str | os.PathLike[str], summary: TrainingSummary) -> None:
     """Write `training.json`, and `training.png` where an epoch is finished.
 
-    A figure that is no number, such as a loss that overflowed once, is written as null.
+    NaN and infinity, such as a loss that overflowed once, are written as null.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -149,7 +150,7 @@ def training_figure(summary: TrainingSummary) -> Figure:
 
 
 def training_table(summary: TrainingSummary) -> Table:
-    """The table that ends a training, for `rich.print`: one line per figure."""
+    """The table that ends a training, for `rich.print`: one line per result."""
     data = summary.data
     title = (
         f"{data['num_train_images']:,} images of {data['train']}, {data['num_watched_images']:,} of {data['watched']}"

@@ -1,0 +1,156 @@
+"""The runs of an evaluation, one per attention: classifier with weights and seeds, and metadata of its results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import Logger
+
+from scatterbrain.errors import UserError
+from src.datamodules.image_folder import ImageFolderDataModule
+from src.datamodules.synthetic import SyntheticDataModule
+from src.models.t2t_vit import T2TViT
+from src.tasks.attention_info import attention_memory_fraction, attention_name, attention_options
+from src.tasks.build import build_model
+from src.tasks.classification_evaluation import MakeForward, SeededClassifier
+from src.tasks.environment import command_line, device_name, package_versions
+from src.tasks.errors import prefix_errors
+from src.tasks.forward import ForwardFactory, share_modules
+from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
+from src.utils.files import sha256_of_file
+from src.utils.instantiate import build_group
+
+logger = logging.getLogger(__name__)
+
+DataModule = ImageFolderDataModule | SyntheticDataModule
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """One attention of an evaluation.
+
+    Args:
+        output_dir: folder of its results.
+        config: its configuration, as of a run of its own.
+        classifier: its model with weights and seeds; all runs share the modules beside the attention.
+        metadata: the fields of `Results` that are known before the test.
+        loggers: of Lightning, for its metrics.
+    """
+
+    output_dir: Path
+    config: DictConfig
+    classifier: SeededClassifier
+    metadata: dict[str, Any]
+    loggers: Sequence[Logger]
+
+
+def build_runs(config: DictConfig, trainer: Trainer, datamodule: DataModule, fast: bool) -> list[EvaluationRun]:
+    """The runs of `config.runs`.
+
+    Args:
+        config: see `evaluate.with_runs`.
+        trainer: of all runs.
+        datamodule: of all runs, set up.
+        fast: evaluate the inference models.
+
+    Raises:
+        UserError: a model, a checkpoint or a logger that does not fit.
+    """
+    all_loggers = [build_group(run.logger, "logger") for run in config.runs]
+    checkpoint = Path(config.eval.ckpt).expanduser()
+    contents = read_checkpoint(checkpoint)
+    make_forward = ForwardFactory(fast, config.eval.compile, _full_batch(trainer, datamodule))
+    classifiers: list[SeededClassifier] = []
+    for run in config.runs:
+        name = run.model.t2tattn1_cfg.name if config.compare else None
+        with prefix_errors(name):
+            classifier = _build_classifier(run, checkpoint, contents, make_forward, name)
+        if classifiers:
+            share_modules(classifier.model, classifiers[0].model, classifier.model.token_attentions)
+        classifiers.append(classifier)
+    sha256 = sha256_of_file(checkpoint)
+    return [
+        EvaluationRun(
+            output_dir=Path(run.paths.output_dir),
+            config=run,
+            classifier=classifier,
+            metadata=_metadata(run, trainer, datamodule, sha256, classifier),
+            loggers=loggers,
+        )
+        for run, classifier, loggers in zip(config.runs, classifiers, all_loggers, strict=True)
+    ]
+
+
+def _full_batch(trainer: Trainer, datamodule: DataModule) -> int | None:
+    """Images of a full batch where any batch may lack some; None where the first one is full."""
+    if datamodule.on_error == "raise":
+        return None
+    return min(datamodule.batch_size, -(-len(datamodule.test_dataset) // trainer.world_size))
+
+
+def _build_classifier(
+    config: DictConfig, checkpoint: Path, contents: CheckpointContents, make_forward: MakeForward, name: str | None
+) -> SeededClassifier:
+    model = build_model(config.model)
+    load_contents(model, contents, checkpoint)
+    redraw = _uses_seeds(config, holds_random_features(contents, model))
+    return SeededClassifier(model, _seeds(config, model), redraw, make_forward, name)
+
+
+def _uses_seeds(config: DictConfig, stored: bool) -> bool:
+    """Whether random features are drawn from the seeds, in place of those that a checkpoint was trained with.
+
+    Args:
+        config: the configuration.
+        stored: whether the checkpoint holds random projections for the model's attention.
+    """
+    redraw, several = config.eval.redraw, config.eval.num_seeds > 1
+    if redraw is False and several:
+        raise UserError("eval.redraw=false keeps the checkpoint's random features. Leave out eval.num_seeds.")
+    if redraw is False and not stored:
+        raise UserError(
+            f"eval.redraw=false, but {config.eval.ckpt} holds no random features for this attention. Leave it out."
+        )
+    return bool(redraw) or several or not stored
+
+
+def _seeds(config: DictConfig, model: T2TViT) -> list[int]:
+    """`eval.num_seeds` seeds from `seed` on; one for a model without random features."""
+    number = config.eval.num_seeds
+    if number > 1 and not model.has_random_features:
+        logger.info("This attention has no random features: eval.num_seeds=%d is one evaluation.", number)
+        number = 1
+    return [config.seed + offset for offset in range(number)]
+
+
+def _metadata(
+    config: DictConfig, trainer: Trainer, datamodule: DataModule, sha256: str, classifier: SeededClassifier
+) -> dict[str, Any]:
+    model = classifier.model
+    random_features = "seeds" if classifier.redraw else "checkpoint"
+    return {
+        "model": config.model.name,
+        "attention": attention_name(config.model, model),
+        "checkpoint": {"path": str(config.eval.ckpt), "sha256": sha256},
+        "data": {
+            "dir": str(datamodule.data_dir),
+            "split": datamodule.test_split,
+            "num_images": len(datamodule.test_dataset),
+            "num_classes": config.model.num_classes,
+        },
+        "image_size": config.model.image_size,
+        "precision": str(trainer.precision),
+        "device": device_name(trainer),
+        "seeds": classifier.seeds,
+        "versions": package_versions(),
+        "command": command_line(),
+        "attention_options": attention_options(model),
+        "attention_memory": attention_memory_fraction(model),
+        "random_features": random_features if model.has_random_features else None,
+    }

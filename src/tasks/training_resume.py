@@ -1,0 +1,89 @@
+"""`train.resume`: the checkpoint to resume from, which has to be of a training with the same options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import CSVLogger
+
+from scatterbrain.errors import UserError
+from src.tasks.classification_training import CHECKPOINT_KEY
+from src.tasks.option_changes import option_changes
+from src.tasks.training_checkpoints import LAST_CHECKPOINT, read_training_checkpoint
+
+# Options that must be the same in a resumed training: all but paths and those that change its speed alone.
+COMPARED = (
+    *("seed", "model", "optimizer", "scheduler"),
+    *(f"train.{name}" for name in ("epochs", "lr_batch", "ema_decay", "redraw_steps")),
+    *(f"trainer.{name}" for name in ("precision", "devices", "num_nodes", "accumulate_grad_batches")),
+    *("trainer.gradient_clip_val", "trainer.check_val_every_n_epoch"),
+    *(
+        f"datamodule.{name}"
+        for name in (
+            *("batch_size", "image_size", "num_classes", "interpolation", "crop_pct", "mean", "std", "test_split"),
+            *("train_split", "holdout", "passes_per_epoch", "shuffle_shards", "on_device", "seed", "augmentation"),
+        )
+    ),
+)
+
+
+def compared_options(config: DictConfig) -> dict[str, Any]:
+    """The options that must be the same in a resumed training, by their full names."""
+    return {name: plain_option(config, name) for name in COMPARED}
+
+
+def plain_option(config: DictConfig, name: str) -> Any:
+    """An option or group of the configuration as plain types."""
+    part = OmegaConf.select(config, name)
+    return OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+
+
+def checkpoint_to_resume(config: DictConfig) -> Path | None:
+    """The checkpoint to resume from; None for a new training.
+
+    Raises:
+        UserError: the output folder holds a training that `train.resume` does not name.
+    """
+    output_dir = Path(config.paths.output_dir)
+    own, resume = output_dir / "checkpoints" / LAST_CHECKPOINT, config.train.resume
+    if resume is True:
+        return own if own.exists() else None
+    if own.exists() and (not resume or Path(resume).expanduser().resolve() != own.resolve()):
+        raise UserError(
+            f"{output_dir} holds a training already. train.resume=true resumes it; or choose another hydra.run.dir."
+        )
+    return None if resume is False or resume is None else Path(resume).expanduser()
+
+
+def read_earlier(path: Path, compared: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a training checkpoint that describe the training so far, with its number of `updates`.
+
+    Args:
+        path: the checkpoint.
+        compared: see `compared_options`.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is of a training with other options.
+    """
+    checkpoint = read_training_checkpoint(path)
+    earlier = {**checkpoint[CHECKPOINT_KEY], "updates": checkpoint["global_step"]}
+    changes = option_changes({name: earlier["config"].get(name) for name in compared}, compared)
+    if changes:
+        raise UserError(
+            f"{path} was trained with {', '.join(changes)}. Give the same options to resume; or start again from its "
+            f"weights with train.ckpt={path}."
+        )
+    return earlier
+
+
+def keep_logged_metrics(trainer: Trainer, updates: int) -> None:
+    """Rename the metrics file of a training's first `updates`, which Lightning's CSV logger would overwrite."""
+    for trainer_logger in trainer.loggers:
+        if isinstance(trainer_logger, CSVLogger) and trainer.is_global_zero:
+            path = Path(trainer_logger.log_dir) / "metrics.csv"
+            if path.exists():
+                path.rename(path.with_name(f"metrics_to_{updates}.csv"))

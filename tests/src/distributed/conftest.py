@@ -1,0 +1,17 @@
+"""An environment without the variables of torchrun and SLURM."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+# of torchrun and SLURM, in the environment that the tests run in
+FOREIGN = re.compile("SLURM_|TORCHELASTIC_|(RANK|LOCAL_RANK|WORLD_SIZE|GROUP_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in filter(FOREIGN.match, list(os.environ)):
+        monkeypatch.delenv(name)

@@ -1,0 +1,91 @@
+"""Imports point one way: run.py -> src.tasks -> models, data, evaluation and ranks -> src.utils -> scatterbrain."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = {"scatterbrain", "src.utils"}
+# Every package, and the packages that it may import beside itself.
+ALLOWED = {
+    "scatterbrain": set(),
+    "src.utils": {"scatterbrain"},
+    "src.ops": {"scatterbrain"},  # aliases of the library
+    "src.models": BASE,
+    "src.checkpoints": {*BASE, "src.models"},
+    "src.datamodules": BASE,
+    "src.evaluation": BASE,
+    "src.distributed": BASE,
+}
+ALLOWED["src.tasks"] = set(ALLOWED)
+ALLOWED["src.analysis"] = set(ALLOWED)
+ALLOWED["run"] = set(ALLOWED)
+# Names that the outside relies on, kept where they were.
+ALIASES = {("src.utils.checkpoint", "src.checkpoints")}
+# Imports that run upward and are to be removed, as (module, package).
+UPWARD = {
+    ("src.utils.checkpoint", "src.models"),  # moves to src.checkpoints
+    ("src.checkpoints.seeded_weights", "src.models"),
+    ("src.datamodules.cache", "src.utils.scripts"),  # helpers of command-line scripts
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(module: str) -> str:
+    """`src.tasks` of `src.tasks.train`; the first part of anything outside `src`."""
+    return ".".join(module.split(".")[: 2 if module.startswith("src.") else 1])
+
+
+def modules() -> dict[str, Path]:
+    paths = [ROOT / "run.py", *(ROOT / "src").rglob("*.py"), *(ROOT / "scatterbrain").rglob("*.py")]
+    return {name_of(path): path for path in paths}
+
+
+def imports_of(module: str, path: Path) -> Iterator[str]:
+    """Full names of what a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+            parts = base[: len(base) - node.level + 1] if node.level else []
+            origin = ".".join([*parts, *filter(None, [node.module])])
+            # `from src import tasks` imports src.tasks
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_point_one_way(package):
+    wrong = []
+    for module, path in MODULES.items():
+        if package_of(module) != package:
+            continue
+        for imported in imports_of(module, path):
+            target = package_of(imported)
+            if imported.split(".")[0] not in ("run", "src", "scatterbrain", "scripts", "tests", "notebooks"):
+                continue
+            for_scripts = imported.startswith("src.utils.scripts") and package not in ("src.utils", "src.analysis")
+            if target not in {package, *ALLOWED[package]} or for_scripts:
+                wrong.append((module, "src.utils.scripts" if for_scripts else target))
+    assert not set(wrong) - ALIASES - UPWARD
+
+
+def test_every_package_has_its_place():
+    assert {package_of(module) for module in MODULES} - {"src"} <= ALLOWED.keys()
+
+
+def test_an_upward_import_is_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("import src.tasks.train\n\n\ndef f():\n    from . import x\n    from src import models\n")
+    assert list(imports_of("src.utils.module", path)) == ["src.tasks.train", "src.utils.x", "src.models"]
