@@ -27,7 +27,7 @@ from src.analysis.tools import check_writable, choose_device, console_for_tables
 from src.datamodules.formats import imagenet_synsets, scan_folder
 from src.datamodules.formats.class_folders import ClassFolders
 from src.datamodules.writers import REFERENCE, WRITERS, Photograph, stem
-from src.evaluation.results import Predictions, read_predictions
+from src.evaluation.predictions import Predictions, read_predictions
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
 from src.utils.machine import machine_info

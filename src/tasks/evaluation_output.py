@@ -11,7 +11,6 @@ from pytorch_lightning import Trainer
 from rich.console import Console
 
 from scatterbrain.errors import UserError
-from src.datamodules.formats.base import listing
 from src.evaluation.comparison import OnePass, compare_runs
 from src.evaluation.comparison_files import print_comparison, write_comparison
 from src.evaluation.predictions import write_predictions
@@ -22,6 +21,7 @@ from src.tasks.classification_evaluation import ClassificationEvaluation
 from src.tasks.environment import peak_memory_mib
 from src.tasks.errors import prefix_errors
 from src.tasks.evaluation_runs import DataModule, EvaluationRun
+from src.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
 
@@ -176,4 +176,4 @@ def skipped_images(task: ClassificationEvaluation, datamodule: DataModule) -> di
 
 def list_skipped(skipped: Mapping[str | Path, str]) -> str:
     """The first few skipped images with their reasons, for a message."""
-    return listing(f"{name} ({reason})" for name, reason in skipped.items())
+    return abbreviate(f"{name} ({reason})" for name, reason in skipped.items())

@@ -13,6 +13,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import Logger
 
 from scatterbrain.errors import UserError
+from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.synthetic import SyntheticDataModule
 from src.models.t2t_vit import T2TViT
@@ -22,7 +23,6 @@ from src.tasks.classification_evaluation import MakeForward, SeededClassifier
 from src.tasks.environment import command_line, device_name, package_versions
 from src.tasks.errors import prefix_errors
 from src.tasks.forward import ForwardFactory, share_modules
-from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build_group
 

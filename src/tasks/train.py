@@ -12,6 +12,7 @@ from pytorch_lightning import Trainer, seed_everything
 from rich.console import Console
 
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
@@ -39,7 +40,6 @@ from src.tasks.optimization import make_scheduler, optimizer_factory
 from src.tasks.training_checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, LastCheckpoint, TrainingStopped
 from src.tasks.training_options import averages_weights, check_covers_whole_training, check_training_options
 from src.tasks.training_resume import checkpoint_to_resume, compared_options, keep_logged_metrics, read_earlier
-from src.checkpoints import load_checkpoint
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
 

@@ -18,10 +18,10 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from scatterbrain.errors import UserError, is_number
+from src.checkpoints import save_checkpoint
 from src.distributed.interrupts import on_sigterm
 from src.evaluation.training_summary import best_epoch
 from src.tasks.classification_training import CHECKPOINT_KEY
-from src.checkpoints import save_checkpoint
 from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)

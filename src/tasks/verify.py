@@ -12,8 +12,10 @@ from rich.progress import track
 
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
-from src.evaluation.results import read_predictions, read_results
-from src.tasks.build import build, build_model
+from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results
+from src.tasks.build import build_model
+from src.utils.instantiate import build
 
 
 @torch.inference_mode()

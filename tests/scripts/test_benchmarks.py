@@ -23,7 +23,7 @@ from src.analysis.benchmark.attention import AttentionBench
 from src.analysis.benchmark.timing import peak_bytes
 from src.analysis.records import write_rows
 from src.analysis.tools import until_stopped
-from src.evaluation.comparison import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS
 from src.utils.parallel import run_in_processes
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]

@@ -15,7 +15,7 @@ from PIL import Image
 from scripts.compare_formats import build_parser, main
 from src.analysis import formats as comparing
 from src.datamodules.writers import write_class_folders
-from src.evaluation.results import Predictions
+from src.evaluation.predictions import Predictions
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 

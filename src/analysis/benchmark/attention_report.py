@@ -35,7 +35,7 @@ def other_sizes(sizes: Mapping[str, int]) -> str:
 
 def colour(name: str) -> str:
     """The colour of an attention and of all that is like it; greys for implementations of full attention."""
-    from src.evaluation.comparison import ATTENTION_COLOURS  # here, as Matplotlib: for figures alone
+    from src.evaluation.colours import ATTENTION_COLOURS
 
     # sblocal is not local, nor is local2d another
     attention = max((known for known in ATTENTION_COLOURS if known in name), key=len, default="")

@@ -19,8 +19,8 @@ from src.analysis.benchmark.report import cell, shown
 from src.analysis.benchmark.timing import in_turn, seconds_per_call
 from src.analysis.tools import choose_device, figure, new_table
 from src.models.t2t_vit import create_t2t_vit
+from src.tasks.attention_info import attention_options
 from src.tasks.build import check_swappable
-from src.tasks.environment import attention_options
 from src.tasks.classification_training import ClassificationTraining
 from src.utils.text import first_line
 

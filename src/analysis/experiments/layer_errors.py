@@ -21,10 +21,10 @@ from src.analysis import approximation
 from src.analysis.records import write_rows
 from src.analysis.tools import check_writable, choose_device, console_for_tables, new_table, say
 from src.datamodules.dataset import ImageLoader
-from src.distributed.launch import MAX_SEED
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info
 

@@ -41,11 +41,12 @@ from src.analysis.approximation import (
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.records import read_rows
 from src.datamodules.dataset import ImageFolderDataset
-from src.distributed.launch import MAX_SEED
 from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.environment import attention_memory_fraction, package_versions
+from src.tasks.attention_info import attention_memory_fraction
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info, usable_cpus
 from src.utils.progress import progress_display

@@ -27,8 +27,8 @@ from scatterbrain.ops.sparse.naive import naive_support_attention
 from src.analysis.approximation import ONE_HOT, StageInputs, effective_keys, mean_and_std, relative_error
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.tools import check_figure, check_writable, save_figure, without_paths, write_results
-from src.distributed.launch import MAX_SEED
 from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.machine import machine_info
 
 DATA = {"normal": "independent tokens", "clustered": "tokens around shared centres"}

@@ -34,9 +34,9 @@ from src.analysis.experiments.regimes import full_weights, keep_largest, nearest
 from src.analysis.plots import style
 from src.analysis.plots.style import COLOURS, FAINT, INK, LEGEND
 from src.analysis.tools import check_figure, check_writable, write_results
-from src.distributed.launch import MAX_SEED
 from src.models.t2t_vit import T2TViT
 from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info
 

@@ -26,9 +26,10 @@ from src.analysis import tools
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.records import read_rows
 from src.datamodules.sequence_tasks import Task, create_task
-from src.distributed.launch import MAX_SEED
 from src.models.sequence_network import Network
-from src.tasks.environment import package_versions, seconds_now
+from src.tasks.device_time import seconds_now
+from src.tasks.environment import package_versions
+from src.tasks.options import MAX_SEED
 from src.utils.machine import machine_info
 from src.utils.progress import progress_display
 from src.utils.text import first_line

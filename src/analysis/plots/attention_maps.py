@@ -25,8 +25,8 @@ from src.analysis import approximation
 from src.analysis.plots import style
 from src.analysis.tools import check_writable, choose_device, say
 from src.datamodules.dataset import ImageFolderDataset
-from src.distributed.launch import MAX_SEED
 from src.models.t2t_vit import T2TViT
+from src.tasks.options import MAX_SEED
 from src.utils.files import atomic_write
 
 NAMES = {"full": "Full", "local": "Local", "performer": "Performer", "sblocal": "Scatterbrain"}

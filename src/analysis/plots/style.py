@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 
-from src.evaluation.comparison import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS
 
 INK, FAINT, GRID, OTHER, EDGE = "#22262e", "#6b7280", "#e5e7eb", "#8a8f98", "#c4c8cf"
 # An attention has one colour in every figure; the oracles are darker shades of sparse, low-rank and both.

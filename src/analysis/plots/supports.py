@@ -16,7 +16,7 @@ from scatterbrain.ops.sparse.block_sparse import block_layout, layout_support
 from scatterbrain.ops.sparse.window2d import neighbourhood_shape, neighbourhood_support
 from src.analysis.plots.style import EDGE, FAINT, INK, new_figure
 from src.analysis.tools import check_figure, save_figure, say
-from src.distributed.launch import MAX_SEED
+from src.tasks.options import MAX_SEED
 
 GROUND, SEEN = "#eef0f3", "#2f6fb7"
 LAYOUTS = {"longformer": "Longformer", "bigbird": "BigBird", "openai": "OpenAI, fixed"}

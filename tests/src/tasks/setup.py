@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
+from src.checkpoints.seeded_weights import published_shapes, seeded_weights
 from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.classification_training import ClassificationTraining
-from src.checkpoints.seeded_weights import seeded_weights, published_shapes
 
 CONFIG_DIR = str(Path(__file__).parents[3] / "configs")
 EXPERIMENT = "imagenet-t2tvit-eval"

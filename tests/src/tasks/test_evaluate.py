@@ -16,6 +16,7 @@ from munch import Munch
 import src.datamodules.dataset as dataset
 import src.distributed.trainer as trainer_module
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.evaluation.predictions import read_predictions
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.classification_evaluation import SeededClassifier

@@ -21,7 +21,6 @@ from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.device_time import DeviceTime
 from src.tasks.evaluate import evaluate
 from src.tasks.forward import share_modules
-from src.checkpoints import load_checkpoint
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import EXPERIMENT, IMAGE_SIZE, NUM_CLASSES, compose_config, make_checkpoint, overrides
 from tests.src.tasks.test_evaluate import SYNTHETIC, NoWaiting

@@ -20,13 +20,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from scatterbrain.errors import UserError
+from src.checkpoints import load_checkpoint
 from src.datamodules.dataset import ImageDataset
 from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.evaluate import evaluate
 from src.tasks.train import train
-from src.checkpoints import load_checkpoint
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
 from tests.src.datamodules import format_files
