@@ -149,6 +149,10 @@ def attention_fwd_kernel(
         projection = load_projection(projection_ptr, E, BE, R, M, MP)
         mean = tl.trans(tl.load(mean_ptr + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]))
         weight = tl.load(weight_ptr + group * MP + f)
+        if HAS_LENGTHS:
+            # A sequence without keys has LOG_ZERO here, on whose scale a fused multiply-add is off by 2^70. Features
+            # would overflow, and the output, zero times their sum, be nan.
+            weight = tl.where(end > 0, weight, 0.0)
         # accumulators of the products with the projection start from here, which saves an addition for each element
         query_start = (tl.where(f < M, weight - LOG_M, LOG_ZERO) / feature_scale)[None, :].broadcast_to(BM, MP)
         if MP <= MAX_KEYS_AS_COLUMNS:
