@@ -222,7 +222,7 @@ def test_means_of_the_blocks(backbone):
 
 def test_what_the_backbone_cannot_have_is_left_out_and_named(backbone):
     found, printed = backbone
-    reason = "5 tokens are no image of lines of 2: give image_width, tokens of a line."
+    reason = "5 tokens are no image with rows of 2: give image_width, tokens of a row."
     assert found["skipped"] == [{"attention": "local2d", "layer": "backbone", "reason": reason}]
     assert printed.splitlines()[-1] == f"local2d left out of the backbone: {reason}"
 
