@@ -143,7 +143,7 @@ def create_attention(
     softmax_temp: float | None = None,
     memory_fraction: float = 1 / 32,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> AttentionModule:
     """Attention module whose sizes (window, features, clusters) fit a memory budget.
 

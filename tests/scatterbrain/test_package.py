@@ -63,7 +63,7 @@ def test_metadata_of_the_wheel(wheel):
         metadata = email.message_from_bytes(archive.read(name))
     assert (metadata["Name"], metadata["Version"]) == ("scatterbrain-attention", scatterbrain.__version__)
     assert [x for x in metadata.get_all("Requires-Dist") if "extra ==" not in x] == ["torch>=2.6"]
-    assert set(metadata.get_all("Provides-Extra")) == {"experiment", "timm", "transformers", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"experiment", "timm", "transformers", "dev", "docs"}
 
 
 def test_the_installed_wheel_runs_outside_the_checkout(wheel, tmp_path):
@@ -89,7 +89,7 @@ print(tuple(module(*(x.transpose(1, 2) for x in (query, key, value)))[0].shape))
 
 
 def requirements(lines) -> set[str]:
-    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    return {text for line in lines if (text := line.split("#")[0].strip())}
 
 
 def test_requirements_are_those_of_the_package_and_its_extras():
@@ -98,6 +98,7 @@ def test_requirements_are_those_of_the_package_and_its_extras():
     listed = requirements((ROOT / "requirements.txt").read_text().splitlines())
     assert listed == {*project["dependencies"], *extras["experiment"], *extras["dev"]}
     assert set(extras["timm"]) <= set(extras["experiment"])
+    assert requirements((ROOT / "docs/requirements.txt").read_text().splitlines()) == set(extras["docs"])
 
 
 # Imports ------------------------------------------------------------------------------------------------------------
