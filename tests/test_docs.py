@@ -116,6 +116,7 @@ def test_links_lead_somewhere(page):
         path = (folder / name).resolve() if name else ROOT / page
         assert path.is_relative_to(ROOT), f"{page}: {target} leads out of the repository"
         assert path.is_file(), f"{page}: {target} does not exist; correct the link"
+        assert path.suffix != ".py", f"{page}: {target} is not on the site, which has no code; name it without a link"
         if anchor:
             assert anchor in anchors(path), f"{page}: no heading of {path.name} has the anchor #{anchor}"
 
