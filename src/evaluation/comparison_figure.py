@@ -10,11 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS, OTHER_COLOUR
 from src.evaluation.comparison import Comparison, ComparisonRow
 from src.evaluation.results_table import percent_text
 
-_OTHER_COLOUR = "#8a8f98"
 _INK = "#22262e"
 _FAINT = "#6b7280"
 _LABEL_WIDTH = 30  # characters
@@ -83,7 +82,7 @@ def _escape_dollars(text: str) -> str:
 
 
 def _colour(row: ComparisonRow) -> str:
-    return ATTENTION_COLOURS.get(row.attention or "", _OTHER_COLOUR)
+    return ATTENTION_COLOURS.get(row.attention or "", OTHER_COLOUR)
 
 
 def _write_values(axes: Axes, texts: Sequence[str]) -> None:

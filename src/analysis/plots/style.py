@@ -9,16 +9,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 
-from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS, OTHER_COLOUR
 
-INK, FAINT, GRID, OTHER, EDGE = "#22262e", "#6b7280", "#e5e7eb", "#8a8f98", "#c4c8cf"
-# An attention has one colour in every figure; the oracles are darker shades of sparse, low-rank and both.
+INK, FAINT, GRID, EDGE = "#22262e", "#6b7280", "#e5e7eb", "#c4c8cf"
+OTHER = OTHER_COLOUR
+# An attention has one colour in every figure; the oracles have those of sparse, low-rank and both.
 COLOURS = {
-    "largest": "#1d4f8c",
-    "svd": "#b5651d",
-    "largest+svd": "#1c7a48",
-    "topk": "#1d4f8c",
-    "sbtopk": "#145a36",
+    "largest": ATTENTION_COLOURS["local"],
+    "svd": ATTENTION_COLOURS["performer"],
+    "largest+svd": ATTENTION_COLOURS["sblocal"],
+    "topk": ATTENTION_COLOURS["pairedcluster"],
+    "sbtopk": ATTENTION_COLOURS["full"],
     "uniform": OTHER,
 } | ATTENTION_COLOURS
 LEGEND = {"fontsize": 7.5, "frameon": False, "labelcolor": INK}
