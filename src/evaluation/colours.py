@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Okabe and Ito's palette, which readers with any kind of colour vision can tell apart. It has eight colours: the
 # attentions that the text compares have one each, and the others are grey and have their names beside them.
-OTHER_COLOUR = "#8a8f98"
+OTHER_COLOUR = "#b4b9c0"
 _HIGHLIGHTED = {
     "full": "#000000",
     "local": "#0072b2",
