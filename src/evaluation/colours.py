@@ -1,29 +1,27 @@
-"""Colours of the attentions in every figure."""
+"""Colours and markers of the attentions, the same in every figure."""
 
 from __future__ import annotations
 
-# Attentions of one family have similar hues.
-ATTENTION_COLOURS = {
-    "full": "#3b4252",
-    "local": "#3b7dc4",
-    "performer": "#e08a1e",
-    "sblocal": "#2e9e62",
-    "smyrf": "#8e63c7",
-    "sbsmyrf": "#5fb98a",
-    "reformer": "#b06ac0",
-    "linear-attention-performer": "#c9a227",
-    "combination-local-performer": "#1f9aa6",
-    "combination-smyrf-performer": "#69a9b0",
-    "bs-bigbird": "#6f9fd8",
-    "bs-longformer": "#5583bd",
-    "bs-openai": "#93b7e0",
-    "sbbs-bigbird": "#4c8f3f",
-    "sbbs-longformer": "#7bb661",
-    "sbbs-openai": "#a5c95c",
-    "local2d": "#2f5f9e",
-    "sblocal2d": "#1f7a4a",
-    "cluster": "#d1495b",
-    "sbcluster": "#b5344a",
-    "pairedcluster": "#8f1d3f",
-    "sbpairedcluster": "#6b0f2f",
+# Okabe and Ito's palette, which readers with any kind of colour vision can tell apart. It has eight colours: the
+# attentions that the text compares have one each, and the others are grey and have their names beside them.
+OTHER_COLOUR = "#b4b9c0"
+_HIGHLIGHTED = {
+    "full": "#000000",
+    "local": "#0072b2",
+    "performer": "#e69f00",
+    "sblocal": "#009e73",
+    "smyrf": "#cc79a7",
+    "cluster": "#56b4e9",
+    "pairedcluster": "#d55e00",
 }
+# By what an attention computes exactly, or in place of it.
+_FAMILIES = {
+    "o": ("full", "local", "sblocal", "local2d", "sblocal2d"),
+    "D": ("performer", "linear-attention-performer"),
+    "^": ("smyrf", "sbsmyrf", "reformer"),
+    "P": ("combination-local-performer", "combination-smyrf-performer"),
+    "s": ("bs-bigbird", "bs-longformer", "bs-openai", "sbbs-bigbird", "sbbs-longformer", "sbbs-openai"),
+    "v": ("cluster", "sbcluster", "pairedcluster", "sbpairedcluster"),
+}
+ATTENTION_MARKERS = {name: marker for marker, names in _FAMILIES.items() for name in names}
+ATTENTION_COLOURS = {name: _HIGHLIGHTED.get(name, OTHER_COLOUR) for name in ATTENTION_MARKERS}

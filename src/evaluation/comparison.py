@@ -66,6 +66,13 @@ class ComparisonRow:
     published: PublishedAccuracy | None
     num_images: int | None = None
 
+    @property
+    def sampling_error(self) -> float | None:
+        """Standard error of `top1` that the number of images gives, points; None where that is not known."""
+        if not self.num_images:
+            return None
+        return (self.top1 * (100.0 - self.top1) / self.num_images) ** 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnePass:

@@ -10,11 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS, OTHER_COLOUR
 from src.evaluation.comparison import Comparison, ComparisonRow
 from src.evaluation.results_table import percent_text
 
-_OTHER_COLOUR = "#8a8f98"
 _INK = "#22262e"
 _FAINT = "#6b7280"
 _LABEL_WIDTH = 30  # characters
@@ -23,8 +22,8 @@ _LABEL_WIDTH = 30  # characters
 def comparison_figure(comparison: Comparison) -> Figure:
     """The comparison as a figure: one line per run, one panel per quantity.
 
-    Panels are top-1 (with the standard deviation over seeds, published accuracies as diamonds), agreement with full
-    attention, images per second, and attention memory; those without any value are left out.
+    Panels are top-1 (bars: standard deviation over seeds; bands: sampling error of the images; diamonds: published),
+    agreement with full attention, images per second, and attention memory; those without any value are left out.
 
     Args:
         comparison: the runs.
@@ -83,7 +82,7 @@ def _escape_dollars(text: str) -> str:
 
 
 def _colour(row: ComparisonRow) -> str:
-    return ATTENTION_COLOURS.get(row.attention or "", _OTHER_COLOUR)
+    return ATTENTION_COLOURS.get(row.attention or "", OTHER_COLOUR)
 
 
 def _write_values(axes: Axes, texts: Sequence[str]) -> None:
@@ -114,8 +113,10 @@ def _draw_top1(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
             full[0], color=ATTENTION_COLOURS["full"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1
         )
     for number, row in enumerate(rows):
-        std = row.top1_std or 0.0
-        values += [row.top1 - std, row.top1 + std]
+        sampling = row.sampling_error or 0.0
+        widest = max(row.top1_std or 0.0, sampling)
+        values += [row.top1 - widest, row.top1 + widest]
+        axes.plot([row.top1 - sampling, row.top1 + sampling], [number] * 2, color=_colour(row), linewidth=7, alpha=0.25)
         if row.published is not None:
             ends = sorted({row.published.low, row.published.high})
             values += ends
@@ -137,7 +138,7 @@ def _draw_top1(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     _set_percent_limits(axes, values)
     _write_values(axes, texts)
     published = any(row.published is not None for row in rows)
-    axes.set_xlabel("top-1 accuracy, %" + (" (◇ published)" if published else ""))
+    axes.set_xlabel("top-1 accuracy, %" + (" (◇ published)" if published else "") + "\nbar: seeds, band: images")
 
 
 def _draw_agreement(axes: Axes, rows: Sequence[ComparisonRow]) -> None:

@@ -38,7 +38,7 @@ _NOTES = {
     "top-1": "top-1, top-5: accuracy in percent, mean (± sample standard deviation) over seeds of the random features",
     "to full": "to full: points of top-1 above the run with full attention",
     "published": "published: top-1 on the whole ImageNet validation set",
-    "agreement": "agreement: percent of images given the same first class as with full attention",
+    "agreement": "agreement: percent of images given the same first class as with full attention, with the first seed",
     "speed-up": "speed-up: images/s over those with full attention",
     "memory": "memory: of the attention in both token stages, relative to the full attention matrix",
 }
@@ -87,6 +87,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         "",
         *(f"- {_NOTES[heading]}." for heading, _ in columns if heading in _NOTES),
     ]
+    if errors := [row.sampling_error for row in comparison.rows if row.sampling_error]:
+        lines.append(f"- the number of images alone gives a top-1 a standard error of up to {max(errors):.2f} points.")
     if comparison.one_pass is not None:
         one_pass = comparison.one_pass.describe(comparison.common["data"]["num_images"])
         lines.append(f"- images/s: of the device's work on that attention alone, without the loader; {one_pass}.")

@@ -140,19 +140,23 @@ class AttentionReport(Bench):
         axes = drawing.subplots(1, len(passes), squeeze=False)[0]
         for axis, attention_pass in zip(axes, passes, strict=True):
             rows = [row for row in self.results if row["pass"] == attention_pass and row["kind"] != "seed"]
+            baselines = itertools.cycle("sDvXP*")  # most of them are grey
             for name in dict.fromkeys(row["name"] for row in rows):
                 line = [row for row in rows if row["name"] == name]
                 marker, dashes = MARKERS[line[0]["kind"]]
+                if line[0]["kind"] == "baseline":
+                    marker = next(baselines)
                 if line[0]["kind"] == "growth":
                     # at the length that the sizes come from, the attention itself is the point
                     own = name.split(" as at ")[0]
                     line += [row for row in rows if (row["length"], row["name"]) == (self.arguments.growth_length, own)]
                     line.sort(key=lambda row: row["length"])
-                values = [statistics.median(rounds(row)) for row in line]
+                # of one sequence: the batch may differ between lengths
+                values = [statistics.median(rounds(row)) / self.batches[row["length"]] for row in line]
                 style = {"marker": marker, "linestyle": dashes, "color": colour(name)}
                 axis.plot([row["length"] for row in line], values, label=name, **style)
             of_device = any(row["device_milliseconds"] is not None for row in rows)
-            unit = "milliseconds of the device" if of_device else "milliseconds"
+            unit = "milliseconds of the device per sequence" if of_device else "milliseconds per sequence"
             axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=unit, title=attention_pass)
             axis.set_xticks(arguments.lengths, [str(length) for length in arguments.lengths])
             axis.minorticks_off()

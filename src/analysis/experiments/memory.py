@@ -38,9 +38,10 @@ from src.analysis.approximation import (
     relative_error,
     spread,
 )
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
+from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
 from src.analysis.records import read_rows
 from src.datamodules.dataset import ImageFolderDataset
+from src.evaluation.colours import ATTENTION_MARKERS
 from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
@@ -55,8 +56,8 @@ from src.utils.text import first_line
 # Full attention has no budget, and is what the others are compared with.
 BUDGETED = tuple(name for name, kind in ATTENTIONS.items() if kind.fit is not None)
 MEMORY_FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
-# drawn strong, in the order of the legend; the others are thin
-STRONG = ("local", "performer", "sblocal", "cluster", "pairedcluster")
+# drawn strong, in the order of the legend; the others are thin, with their names at the ends of their lines
+STRONG = ("local", "performer", "sblocal", "smyrf", "cluster", "pairedcluster")
 ERROR_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
 
 Row = dict[str, Any]
@@ -249,7 +250,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     # strong lines last, over the others, and first in the legend
     strong = [name for name in STRONG if name in names]
     thin = [name for name in names if name not in STRONG]
-    figure = new_figure(11, 5.2)
+    figure = new_figure(14, 5.2)
     panels = figure.subplots(1, 3)
     panels[2].sharey(panels[1])
     for name in thin + strong:
@@ -261,7 +262,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         for axes, each, most in zip(panels, points, (100, math.inf, math.inf), strict=True):
             draw_curve(axes, each, name, most)
     panels[0].axhline(100, color=COLOURS["full"], linewidth=2, label="full")
-    panels[0].set_title("first predictions that agree with full attention's, %")
+    panels[0].set_title("agreement with full attention, %")
     for stage, axes in enumerate(panels[1:], start=1):
         axes.axhline(1, color=FAINT, linewidth=0.8, linestyle=DOTTED)
         axes.set_yscale("log")
@@ -272,9 +273,14 @@ def draw(rows: Sequence[Row]) -> Figure:
         set_ticks(axes.xaxis, [2**-power for power in range(12, -1, -1)], fraction_text)
         axes.set_xlabel("memory, of full attention's")
         style(axes)
+    figure.canvas.draw()  # limits and sizes of the panels are known then
+    for axes in panels:
+        lines = {line.get_label(): line for line in axes.lines}
+        ends = [(*(float(each[-1]) for each in lines[name].get_data()), name, COLOURS[name]) for name in thin]
+        label_ends(axes, ends)
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    order = ["full", *strong, *thin]
-    options = {"loc": "outside lower center", "handlelength": 1.6, "ncols": 6, **LEGEND}
+    order = ["full", *strong]
+    options = {"loc": "outside lower center", "handlelength": 1.6, "ncols": len(order), **LEGEND}
     figure.legend([handles[name] for name in order], order, **options)
     return figure
 
@@ -294,8 +300,8 @@ def draw_curve(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]], na
     stds = [value["std"] or 0.0 for _, value in points]
     strong = name in STRONG
     colour = COLOURS[name]
-    options = {"color": colour, "marker": "o", "label": name, "zorder": 3 if strong else 2}
-    options |= {"linewidth": 2, "markersize": 4} if strong else {"linewidth": 0.8, "markersize": 1.8, "alpha": 0.75}
+    options = {"color": colour, "marker": ATTENTION_MARKERS.get(name, "o"), "label": name, "zorder": 3 if strong else 2}
+    options |= {"linewidth": 2, "markersize": 4} if strong else {"linewidth": 0.8, "markersize": 2.5, "alpha": 0.75}
     axes.plot(memory, means, **options)
     if any(stds):
         # a band below zero has no place on a logarithmic axis

@@ -57,6 +57,12 @@ LONGEST = 4096  # dense matrices of weights in float64
 # from equal weights to a single key, for both kinds of data
 TEMPERATURES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0, 5.0, 9.0, 16.0)
 SHARES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)  # ticks
+VARIANCE_COLOURS = {
+    "independent": COLOURS["performer"],
+    "cosh": COLOURS["smyrf"],
+    "orthogonal": COLOURS["local"],
+    "orthogonal cosh": COLOURS["sblocal"],
+}
 SQUARED_NORMS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
@@ -303,15 +309,19 @@ def measure_variance(
         seed: of the random projections.
 
     Returns:
-        For each squared norm and kind of `rows` (`independent`, `cosh`, `orthogonal`): `measured`, its `std_error` and
-        `predicted` (None for orthogonal rows).
+        For each squared norm and kind of `rows` (`independent`, `cosh`, `orthogonal`, and `orthogonal cosh` as
+        Scatterbrain has them): `measured`, its `std_error` and `predicted` (None for orthogonal rows).
     """
     generator = torch.Generator().manual_seed(seed)
     independent = torch.randn(num_samples * num_features, num_features, generator=generator, dtype=torch.float64)
+    orthogonal = draw_projection(len(independent), num_features, seed)
+    # M / 2 rows of each block of M orthogonal ones: samples share no block
+    halves = orthogonal.view(num_samples, num_features, num_features)[:, : num_features // 2].flatten(0, 1)
     kinds = {
         "independent": (independent, False),
         "cosh": (independent[: len(independent) // 2], True),
-        "orthogonal": (draw_projection(len(independent), num_features, seed), False),
+        "orthogonal": (orthogonal, False),
+        "orthogonal cosh": (halves, True),
     }
     rows = []
     for squared_norm in squared_norms:
@@ -327,7 +337,7 @@ def measure_variance(
             squares = (ratio - 1).square()  # unbiased: the mean is known
             row = {"squared_norm": squared_norm, "rows": kind, "measured": squares.mean().item()}
             row["std_error"] = squares.std().item() / num_samples**0.5
-            row["predicted"] = None if kind == "orthogonal" else predicted_variance(squared_norm, num_features, cosh)
+            row["predicted"] = None if "orthogonal" in kind else predicted_variance(squared_norm, num_features, cosh)
             rows.append(row)
     return rows
 
@@ -390,8 +400,7 @@ def draw_variance(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The variance as measured (points) and by its formula (lines)."""
     figure = new_figure(4.4, 3.2)
     axes = figure.add_subplot()
-    colours = {"independent": COLOURS["performer"], "cosh": COLOURS["sblocal"], "orthogonal": COLOURS["local"]}
-    for kind, colour in colours.items():
+    for kind, colour in VARIANCE_COLOURS.items():
         chosen = [row for row in rows if row["rows"] == kind]
         norms = [row["squared_norm"] for row in chosen]
         options = {"fmt": "o", "color": colour, "markersize": 4, "label": f"{kind} rows, measured"}

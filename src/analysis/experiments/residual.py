@@ -40,7 +40,7 @@ from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 from src.utils.machine import machine_info
 
-SUPPORTS = {"local": "window", "smyrf": "clusters", "topk": "top-k"}
+SUPPORTS = {"local": "window", "smyrf": "smyrf", "topk": "top-k"}
 PARTS = ("full", "sparse", "residual")
 ERRORS = {
     "sparse": "sparse alone",

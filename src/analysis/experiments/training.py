@@ -23,9 +23,10 @@ from scatterbrain.attention import attention_memory, create_attention
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
+from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, OTHER, label_ends, new_figure, style
 from src.analysis.records import read_rows
 from src.datamodules.sequence_tasks import Task, create_task
+from src.evaluation.colours import ATTENTION_MARKERS
 from src.models.sequence_network import Network
 from src.tasks.device_time import seconds_now
 from src.tasks.environment import package_versions
@@ -45,7 +46,6 @@ EVALUATION_BATCHES = 4  # training batches that an evaluation takes at a time
 WARM_UP = 1 / 20  # of the training, in which the learning rate rises
 WEIGHT_DECAY = 0.01
 LARGEST_GRADIENT = 1.0
-LEGEND_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -343,9 +343,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
 def draw(content: Mapping[str, Any]) -> Figure:
     """Held-out metric against step, a panel for each task, of `Experiment.report`."""
     tasks = list(content["tasks"])
-    most = max(len(by_attention(content, task)) for task in tasks)
-    rows = -(-(most + 2) // LEGEND_COLUMNS)  # and the baselines
-    figure = new_figure(5.6 * len(tasks), 3.6 + 0.17 * rows)
+    figure = new_figure(6.6 * len(tasks), 4.2)
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
         draw_task(axes, content, task)
     return figure
@@ -354,14 +352,18 @@ def draw(content: Mapping[str, Any]) -> Figure:
 def draw_task(axes: Axes, content: Mapping[str, Any], task: str) -> None:
     """Draw the curves of all attentions, means over seeds with their range; baselines dashed."""
     scale = 1 if task == "language" else 100
+    ends = []
     for name, results in by_attention(content, task).items():
         curves = [{point["step"]: scale * point["metric"] for point in result["curve"]} for result in results]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[step] for curve in curves] for step in steps]
         colour = COLOURS[name]
-        options = {"color": colour, "linewidth": 2.2 if name == "full" else 1.4}
+        options = {"color": colour, "linewidth": 2.2 if name == "full" else 0.8 if colour == OTHER else 1.4}
+        options |= {"marker": ATTENTION_MARKERS[name], "markersize": 3, "zorder": 2 if colour == OTHER else 3}
         label = f"{name}: {as_metric(task, mean_metric(results))}"
-        axes.plot(steps, [statistics.fmean(each) for each in values], label=label, **options)
+        axes.plot(steps, [statistics.fmean(each) for each in values], **options)
+        if steps:
+            ends.append((steps[-1], statistics.fmean(values[-1]), label, colour))
         if len(curves) > 1:
             low, high = [min(each) for each in values], [max(each) for each in values]
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -374,8 +376,10 @@ def draw_task(axes: Axes, content: Mapping[str, Any], task: str) -> None:
     unit = "" if task == "language" else " in %"
     axes.set(xlabel="step", ylabel=f"{METRICS[task]}{unit}, held out", title=TITLES[task])
     style(axes)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.13)}  # below: curves are everywhere above
-    axes.legend(**LEGEND | {"fontsize": 7, "ncols": LEGEND_COLUMNS} | place)
+    # below: curves are everywhere above
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), **LEGEND | {"fontsize": 7, "ncols": 2})
+    axes.figure.canvas.draw()  # limits and size of the panel are known then
+    label_ends(axes, ends, 7)
 
 
 def run(arguments: argparse.Namespace) -> int:

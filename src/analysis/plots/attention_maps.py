@@ -200,7 +200,8 @@ def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
     axes.set_title(sizes, fontsize=8.5, color=style.INK, pad=4)
     label, colour = NAMES.get(name, name), style.COLOURS.get(name, style.OTHER)
     where = {"transform": axes.transAxes, "ha": "center"}
-    axes.text(0.5, 1.12, label, fontsize=11, fontweight="bold", color=colour, **where)
+    ink = style.INK if colour == style.OTHER else colour  # grey is for lines
+    axes.text(0.5, 1.12, label, fontsize=11, fontweight="bold", color=ink, **where)
     axes.set_xlabel(f"spread over {item.effective_keys:,.0f} keys", fontsize=8.5, color=style.INK, labelpad=3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,16 +11,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 
-from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.colours import ATTENTION_COLOURS, OTHER_COLOUR
 
-INK, FAINT, GRID, OTHER, EDGE = "#22262e", "#6b7280", "#e5e7eb", "#8a8f98", "#c4c8cf"
-# An attention has one colour in every figure; the oracles are darker shades of sparse, low-rank and both.
+INK, FAINT, GRID, EDGE = "#22262e", "#6b7280", "#e5e7eb", "#c4c8cf"
+OTHER = OTHER_COLOUR
+# An attention has one colour in every figure; the oracles have those of sparse, low-rank and both.
 COLOURS = {
-    "largest": "#1d4f8c",
-    "svd": "#b5651d",
-    "largest+svd": "#1c7a48",
-    "topk": "#1d4f8c",
-    "sbtopk": "#145a36",
+    "largest": ATTENTION_COLOURS["local"],
+    "svd": ATTENTION_COLOURS["performer"],
+    "largest+svd": ATTENTION_COLOURS["sblocal"],
+    "topk": "#882255",
+    "sbtopk": "#332288",
     "uniform": OTHER,
 } | ATTENTION_COLOURS
 LEGEND = {"fontsize": 7.5, "frameon": False, "labelcolor": INK}
@@ -42,6 +45,49 @@ def style(axes: Axes) -> None:
     axes.xaxis.label.set(fontsize=9, color=INK)
     axes.yaxis.label.set(fontsize=9, color=INK)
     axes.title.set(fontsize=9.5, color=INK)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 6.5) -> None:
+    """Write texts beside a panel, each as near to the end of its line as the others allow.
+
+    Args:
+        axes: with its limits and scales set; the texts stand right of it.
+        ends: x and y of a line's end in the units of the data, its text, and its colour.
+        size: of the text, points.
+    """
+    transform = axes.transData + axes.transAxes.inverted()
+    places = sorted((*transform.transform((x, y)), text, colour) for x, y, text, colour in ends)
+    places.sort(key=lambda place: place[1])
+    height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72 or 1
+    gap = 1.25 * size / height
+    heights: list[float] = []
+    for _, y, _, _ in places:
+        heights.append(max(y, heights[-1] + gap) if heights else max(y, 0.0))
+    # those above the panel move down again
+    top = 1.0
+    for number in reversed(range(len(heights))):
+        heights[number] = min(heights[number], top)
+        top = heights[number] - gap
+    for (x, y, text, colour), height in zip(places, heights, strict=True):
+        axes.annotate(
+            text,
+            xy=(x, y),
+            xytext=(1.06, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=size,
+            color=FAINT if colour == OTHER else colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def weight_colours() -> ScalarMappable:

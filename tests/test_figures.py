@@ -1,0 +1,379 @@
+"""Numbers in the tables of README and docs are those of the JSON files beside them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("README.md", "docs/*.md", "checkpoints/demo/README.md")
+    for path in ROOT.glob(pattern)
+)
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+# The values of a cell's numbers, in their order; None where a cell has nothing to compare.
+Values = tuple[float, ...] | None
+# For each row below the heading, how its first cell begins, and the values of the other cells.
+Expected = list[tuple[str, list[Values]]]
+
+
+@functools.cache
+def load(path: str) -> dict[str, Any]:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def find(path: str, key: str = "results", **wanted: Any) -> dict[str, Any]:
+    """The only row of a file with these entries."""
+    rows = [row for row in load(path)[key] if all(row[name] == value for name, value in wanted.items())]
+    assert len(rows) == 1, f"{path}: {len(rows)} rows have {wanted}"
+    return rows[0]
+
+
+def plain(cell: str) -> str:
+    """A cell without Markdown."""
+    return (
+        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell)
+        .replace("*", "")
+        .replace("`", "")
+        .replace("\N{MULTIPLICATION SIGN}", "x")
+        .strip()
+    )
+
+
+@functools.cache
+def tables(page: str) -> list[list[list[str]]]:
+    """The tables of a page: rows of cells, the heading first."""
+    found: list[list[list[str]]] = []
+    previous = ""
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            if not previous.startswith("|"):
+                found.append([])
+            if not re.fullmatch(r"[|:\- ]+", line) or found[-1] == []:
+                found[-1].append([plain(cell) for cell in line[1:-1].split("|")])
+        previous = line
+    return found
+
+
+def shows(text: str, value: float) -> bool:
+    """Whether a number as written is the value, rounded to its decimals."""
+    digits = len(text.partition(".")[2])
+    # either way for a value on the edge
+    return abs(float(text.replace(",", "")) - value) <= 0.5 * 10**-digits * (1 + 1e-6)
+
+
+def mean_std(entry: dict[str, Any]) -> Values:
+    return (entry["mean"],) if entry["std"] is None else (entry["mean"], entry["std"])
+
+
+def accuracy(names: tuple[str, ...], text_columns: int) -> Expected:
+    """Top-1, agreement and output errors of the demo's network, after columns of text."""
+    rows: Expected = []
+    for name in names:
+        if name == "full":
+            values: list[Values] = [(load("docs/data/experiment_memory.json")["full_attention"]["top1"],), (100,)]
+            values += [(0,), (0,)]
+        else:
+            row = find("docs/data/experiment_memory.json", attention=name, memory_fraction=1 / 32)
+            values = [mean_std(row["top1"]), mean_std(row["agreement"])]
+            for stage in (1, 2):
+                error = find("checkpoints/demo/approximation.json", attention=name, stage=stage)
+                values.append(mean_std(error["output_error"]))
+        rows.append((name, [None] * text_columns + values))
+    return rows
+
+
+FOUR = ("full", "local", "performer", "sblocal")
+
+
+def output_error() -> Expected:
+    path = "docs/data/approximation_demo.json"
+    rows: Expected = [("full", [None, None, (0,), (0,)])]
+    names = ("local", "performer", "sblocal", "smyrf", "sbsmyrf", "combination-local-performer", "cluster", "sbcluster")
+    for name in (*names, "pairedcluster", "sbpairedcluster"):
+        first, second = (find(path, attention=name, stage=stage) for stage in (1, 2))
+        one, two = first["options"], second["options"]
+        sizes: dict[str, list[Values]] = {
+            "local": [(one.get("local_context"), two.get("local_context")), None],
+            "performer": [None, (one.get("nb_features"), two.get("nb_features"))],
+            "smyrf": [None, None],
+            "cluster": [None, (one.get("num_landmarks"), two.get("num_landmarks"))],
+            "sbsmyrf": [None, (one.get("nb_features"), two.get("nb_features"))],
+            "combination-local-performer": [None, None],
+            "pairedcluster": [
+                None,
+                tuple(each.get(key) for key in ("num_landmarks", "num_query_landmarks") for each in (one, two)),
+            ],
+            "sbpairedcluster": [(one.get("num_exact"), two.get("num_exact")), None],
+        }
+        for both, low_rank in (("sblocal", "nb_features"), ("sbcluster", "num_landmarks")):
+            pairs = ((each.get("local_context"), each.get(low_rank)) for each in (one, two))
+            sizes[both] = list(zip(*pairs, strict=True))
+        errors: list[Values] = [(each["output_error"]["mean"],) for each in (first, second)]
+        rows.append((name, sizes[name] + errors))
+    return rows
+
+
+def family() -> Expected:
+    rows: Expected = []
+    for row in load("docs/data/family_comparison.json")["runs"]:
+        values = [row[key] for key in ("top1", "agreement", "images_per_second", "speedup")]
+        rows.append((row["attention"], [(value,) for value in (*values, 100 * row["attention_memory"])]))
+    return rows
+
+
+def scaling() -> Expected:
+    rows: Expected = []
+    for name in ("sblocal", "cluster", "pairedcluster"):
+        values: list[Values] = []
+        for device in ("cpu", "h100"):
+            for length in (4096, 65536):
+                path = f"docs/data/scaling_{device}.json"
+                label = name if length == 4096 else f"{name} as at 4096"
+                row, baseline = find(path, name=label, length=length), find(path, name="SDPA", length=length)
+                ratio = row["ratio_to_sdpa"]
+                if device == "h100":
+                    ratio = row["device_milliseconds"] / baseline["device_milliseconds"]
+                values.append((ratio,))
+        rows.append((name, values))
+    return rows
+
+
+def device_time(name: str, length: int, direction: str) -> float:
+    row = find("docs/data/benchmark_attention_h100.json", name=name, length=length, **{"pass": direction})
+    return 1000 * row["device_milliseconds"]
+
+
+def gpu_speed() -> Expected:
+    """Microseconds and speed-up of README's table."""
+    rows: Expected = []
+    for label, length, name in (
+        ("128 x 3,136", 3136, "sblocal"),
+        ("16 x 12,544", 12544, "sblocal as at 3136"),
+        ("1 x 65,536", 65536, "sblocal as at 3136"),
+    ):
+        values: list[Values] = []
+        for direction in ("forward", "training"):
+            full, ours = (device_time(each, length, direction) for each in ("SDPA cuDNN", name))
+            values += [(full,), (ours,), (full / ours,)]
+        rows.append((label, values))
+    return rows
+
+
+def gpu_attention() -> Expected:
+    rows: Expected = []
+    for label, length, suffix in (
+        ("128 x 784", 784, ""),
+        ("the same", 784, ", no fallback"),
+        ("128 x 3,136", 3136, ""),
+        ("the same", 3136, ", no fallback"),
+        ("16 x 12,544, 49", 12544, " as at 3136"),
+        ("16 x 12,544, 196", 12544, ""),
+        ("1 x 65,536, 49", 65536, " as at 3136"),
+        ("1 x 65,536, 1,024", 65536, ""),
+    ):
+        parts = [
+            (device_time("SDPA cuDNN", length, each), device_time(f"sblocal{suffix}", length, each))
+            for each in ("forward", "training")
+        ]
+        (full, ours), (full_both, ours_both) = parts
+        others: list[Values] = [None, None]
+        if "fallback" not in suffix:
+            others = [(device_time(f"{name}{suffix}", length, "forward"),) for name in ("local", "performer")]
+        values = [(full,), (ours,), (full / ours,), *others, (full_both,), (ours_both,), (full_both / ours_both,)]
+        rows.append((label, values))
+    return rows
+
+
+def gpu_model() -> Expected:
+    rows: Expected = []
+    for label, name in (
+        ("as published", "published"),
+        ("the same, compiled", "published, compiled"),
+        ("the same, compiled, as a CUDA graph", "published, compiled, CUDA graph"),
+        ("inference implementation, full attention", "inference full, CUDA graph"),
+        ("inference implementation, sblocal", "inference sblocal, CUDA graph"),
+        ("the same, compiled", "inference sblocal, compiled, CUDA graph"),
+        ("timm", "timm vit_small_patch16_224"),
+        ("the same, compiled, as a CUDA graph", "timm vit_small_patch16_224, compiled, CUDA graph"),
+    ):
+        small, large = (find("docs/data/benchmark_model_h100.json", name=name, batch=batch) for batch in (128, 512))
+        memory = small["peak_memory_mib"] / 1024
+        rows.append((label, [(small["images_per_second"],), (large["images_per_second"],), (memory,)]))
+    return rows
+
+
+def cpu_attention() -> Expected:
+    rows: Expected = []
+    for label, name in (
+        ("SDPA", "SDPA"),
+        ("local", "local"),
+        ("performer", "performer"),
+        ("sblocal", "sblocal"),
+        ("the published implementation", "published form of sblocal"),
+    ):
+        values: list[Values] = []
+        for length in (784, 3136, 12544):
+            row = find("docs/data/benchmark_attention_cpu.json", name=name, length=length, **{"pass": "forward"})
+            values.append((row["milliseconds"],) if name == "SDPA" else (row["milliseconds"], row["ratio_to_sdpa"]))
+        if name in ("SDPA", "published form of sblocal"):
+            values.append(None)
+        else:
+            wanted = {"name": f"{name} as at 3136", "length": 12544, "pass": "forward"}
+            row = find("docs/data/benchmark_attention_cpu.json", **wanted)
+            values.append((row["milliseconds"], row["ratio_to_sdpa"]))
+        rows.append((label, values))
+    return rows
+
+
+def cpu_model() -> Expected:
+    content = load("docs/data/benchmark_model_cpu.json")
+
+    def best(name: str) -> dict[str, Any]:
+        return find("docs/data/benchmark_model_cpu.json", name=name, batch=content["best_batch"][name])
+
+    full, ours = best("inference full"), best("inference sblocal")
+    return [
+        ("as published", [(best("published")["images_per_second"],), None]),
+        ("inference implementation, full", [(full["images_per_second"],), (full["speed_over_published"],)]),
+        # the 16 and the 224 are of the name of timm's network
+        ("inference implementation, sblocal", [(ours["images_per_second"],), (ours["speed_over_published"], 16, 224)]),
+    ]
+
+
+def backbone() -> Expected:
+    rows = load("docs/data/approximation_backbone.json")["results"]
+    means = [
+        statistics.fmean(row["output_error"]["mean"] for row in rows if row["attention"] == name)
+        for name in ("local", "performer", "sblocal", "cluster", "pairedcluster")
+    ]
+    # the first column has a value, too
+    return [("", [(mean,) for mean in means])]
+
+
+def training_from_scratch() -> Expected:
+    names = ("local", "combination-local-performer", "bs-bigbird", "full", "sblocal", "performer")
+    path = "docs/data/experiment_training.json"
+    return [("bits per byte", [(find(path, task="language", attention=name)["metric"],) for name in names])]
+
+
+def formats() -> Expected:
+    rows: Expected = []
+    for label, name in (
+        ("class folders", "class_folders"),
+        ("flat folder and CSV", "csv"),
+        ("tar", "tar"),
+        ("WebDataset", "webdataset"),
+        ("parquet", "parquet"),
+    ):
+        whole, damaged = (find(f"docs/data/{each}.json", format=name) for each in ("formats", "formats_damaged"))
+        keys = ("labels_equal", "first_predictions_equal", "probability_difference")
+        compared: list[Values] = [None] * 3 if name == "class_folders" else [(whole[key],) for key in keys]
+        same: Values = None if name == "class_folders" else (damaged["first_predictions_equal"],)
+        images: list[Values] = [(damaged["num_images"],), (damaged["num_skipped"],), same]
+        rows.append((label, [(whole["num_images"],), *compared, *images]))
+    return rows
+
+
+def loading() -> Expected:
+    names = (("timm's", "timm"), ("ours", "ours"), ("ours, from the cache", "ours, cached"))
+    found = [(label, find("docs/data/benchmark_loading_cpu.json", loader=name)) for label, name in names]
+    return [(label, [(row["images_per_second"],), (row["ratio_to_timm"],)]) for label, row in found]
+
+
+def training_step() -> Expected:
+    path = "docs/data/benchmark_training_h100.json"
+    rows: Expected = []
+    for name in ("full", "sblocal"):
+        row = find(path, attention=name)
+        time = (row["milliseconds"],) if name == "full" else (row["milliseconds"], row["time_ratio_to_full"])
+        rows.append((name, [time, (row["peak_memory_mib"] / 1024,)]))
+    return rows
+
+
+def card_training() -> Expected:
+    rows: Expected = []
+    for label, name, images in (("CIFAR-10", "training_cifar10", 10_000), ("flowers", "training_flowers", 200)):
+        content = load(f"checkpoints/demo/{name}.json")
+        last = content["history"][-1]
+        assert content["data"]["num_watched_images"] == images
+        seen = content["updates"] * content["images_per_update"] / 1e6
+        speed = content["images_per_second"]
+        # to hundreds, and beside it the number of CPU cores of that machine
+        rate: Values = (round(speed, -2), 16) if name == "training_cifar10" else (round(speed, -2),)
+        values: list[Values] = [(seen,), (content["updates"],), (content["seconds"],), rate, (last["train_loss"],)]
+        rows.append((label, [*values, (last["val_top1"], images)]))
+    return rows
+
+
+# Page, how the table's heading begins, and what its rows have to show.
+CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
+    ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
+    ("README.md", "batch x tokens|forward", gpu_speed),
+    ("checkpoints/demo/README.md", "attention|top-1", lambda: accuracy(FOUR, 0)),
+    ("checkpoints/demo/README.md", "part|images seen", card_training),
+    ("docs/attentions.md", "name|exact weights|low-rank part|error", output_error),
+    ("docs/attentions.md", "attention|top-1", family),
+    ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
+    ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
+    ("docs/benchmarks.md", "images/s|batch 128", gpu_model),
+    ("docs/benchmarks.md", "|784 tokens", cpu_attention),
+    ("docs/benchmarks.md", "|images/s", cpu_model),
+    ("docs/data_formats.md", "format|images", formats),
+    ("docs/data_formats.md", "loader|images/s", loading),
+    ("docs/findings.md", "window alone", backbone),
+    ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/training.md", "attention|time|memory", training_step),
+]
+# Tables of results that a command on the page prints, and no file has.
+WITHOUT_FILE = {("docs/demo.md", "attention|top-1"), ("docs/benchmarks.md", "machine|photographs")}
+# Tables of options, files and limits; their numbers are no results.
+NO_RESULTS = ("option|", "datamodule.format|", "|call|", "operator|", "|fused kernels")
+
+
+def heading(rows: list[list[str]]) -> str:
+    return "|".join(rows[0])
+
+
+@pytest.mark.parametrize(("page", "first", "expected"), CHECKED, ids=[f"{page} {first}" for page, first, _ in CHECKED])
+def test_a_table_shows_what_its_file_has(page, first, expected):
+    found = [rows for rows in tables(page) if heading(rows).startswith(first)]
+    assert len(found) == 1, f"{page}: {len(found)} tables begin with '{first}'"
+    wanted = expected()
+    assert len(found[0]) - 1 == len(wanted), f"{page}, '{first}': the file has {len(wanted)} rows"
+    for cells, (label, values) in zip(found[0][1:], wanted, strict=True):
+        assert cells[0].startswith(label), f"{page}, '{first}': {cells[0]} is where {label} belongs"
+        shown = cells if label == "" else cells[1:]
+        for cell, each in zip(shown, values, strict=True):
+            if each is None:
+                continue
+            numbers = NUMBER.findall(cell)
+            assert len(numbers) == len(each), f"{page}, {cells[0]}: '{cell}' should show {each}"
+            wrong = [text for text, value in zip(numbers, each, strict=True) if not shows(text, value)]
+            assert not wrong, f"{page}, {cells[0]}: '{cell}' is {each} in the file; correct the page"
+
+
+def test_every_table_with_numbers_is_compared_or_has_no_file():
+    known = {(page, first) for page, first, _ in CHECKED} | WITHOUT_FILE
+    for page in PAGES:
+        for rows in tables(page):
+            if heading(rows).startswith(NO_RESULTS) or not any(NUMBER.search(cell) for row in rows[1:] for cell in row):
+                continue
+            found = [first for name, first in known if name == page and heading(rows).startswith(first)]
+            assert found, f"{page}: nothing compares the table '{heading(rows)}' with its file; add it to CHECKED"
+
+
+def test_numbers_are_compared_as_rounded():
+    assert shows("0.11", 0.1146)
+    assert not shows("0.12", 0.1146)
+    assert shows("2,679", 2679.32)
+    assert not shows("3.9", 3.82)
