@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from src.analysis.benchmark.timing import peak_bytes
 from src.analysis.records import write_rows
 from src.analysis.tools import until_stopped
 from src.evaluation.colours import ATTENTION_COLOURS
-from src.utils.parallel import run_in_processes
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]
 
@@ -419,27 +417,6 @@ def test_on_cuda_each_length_is_measured_on_its_own():
     assert bench.measured_together() == [(32, 64)]
     bench.device = torch.device("cuda")
     assert bench.measured_together() == [(32,), (64,)]
-
-
-def test_processes_work_through_their_cases_whatever_happens_to_some(tmp_path):
-    ignored = f"import signal; signal.getsignal(signal.SIGINT) == signal.SIG_IGN and open({str(tmp_path / '0')!r}, 'w')"
-    cases = [ignored, "raise RuntimeError", "import os; os._exit(3)"]
-    cases += [f"open({str(tmp_path / str(number))!r}, 'w')" for number in range(1, 6)]
-    calls = []
-    run_in_processes(exec, cases, 2, lambda: calls.append(1))
-    assert sorted(item.name for item in tmp_path.iterdir()) == list("012345")
-    assert len(calls) == len(cases)
-    assert not multiprocessing.active_children()
-
-
-def test_processes_end_with_an_interrupt():
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_processes(exec, ["import time; time.sleep(60)", "pass", "pass"], 2, interrupt)
-    assert not multiprocessing.active_children()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_colours_are_those_of_all_figures():
