@@ -12,7 +12,7 @@ largest weights of each query, of the sizes that Scatterbrain has them (half of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -22,8 +22,7 @@ from src.analysis.tools import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add("checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
     add("--num-images", type=positive, default=4, metavar="N", help="photographs, spread evenly (4)")
     add("--num-queries", type=positive, default=784, metavar="N", help="rows of the matrix, spread evenly (784)")
@@ -31,9 +30,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,30 +18,26 @@ an attention and SDPA both have it at every length; otherwise, and on the CPU, i
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
 from src.analysis.experiments.scaling import ATTENTION_LINES, FIT_FROM, run
-from src.analysis.tools import Parser, comma_separated, positive, run_tool
+from src.analysis.tools import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--inputs", nargs="+", required=True, metavar="FILE", help="of benchmark_attention.py, one for each device")
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": ATTENTION_LINES, "metavar": "NAMES"}
-    add("--attentions", **names, help=f"those in a file are drawn ({','.join(ATTENTION_LINES)})")
+    parser.add("attentions", default=",".join(ATTENTION_LINES), help="those in a file are drawn (%(default)s)")
     add("--fit-from", type=positive, default=FIT_FROM, metavar="N", help=f"shortest length of the fit ({FIT_FROM})")
     parser.add("figure")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,13 +22,12 @@ of SMYRF and Reformer sort the padding's queries among the others.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
-from src.analysis.experiments.training import COMPARED, PRECISIONS, run
+from src.analysis.experiments.training import COMPARED, PRECISIONS, Experiment
 from src.analysis.tools import Parser, comma_separated, positive, positive_number, run_tool
 from src.datamodules.sequence_tasks import TASKS
 
@@ -37,8 +36,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tasks", type=comma_separated(TASKS), default=TASKS, metavar="NAMES", help=f"({','.join(TASKS)})")
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": COMPARED, "metavar": "NAMES"}
-    add("--attentions", **names, help=f"({','.join(COMPARED)})")
+    parser.add("attentions", default=",".join(COMPARED))
     add("--steps", type=positive, default=1500, metavar="N", help="of a training (1500)")
     add("--batch-size", type=positive, default=32, metavar="B", help="(32)")
     add("--length", type=positive, default=1024, metavar="N", help="tokens (1024)")
@@ -56,9 +54,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, lambda arguments: Experiment(arguments).main())
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,18 +25,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
 from src.analysis.approximation import LAYERS
 from src.analysis.experiments.layer_errors import run
-from src.analysis.tools import Parser, comma_separated, positive, run_tool
+from src.analysis.tools import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add("checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": ("local", "performer", "sblocal")}
-    add("--attentions", **names, metavar="NAMES", help=f"of {', '.join(ATTENTIONS)} (local,performer,sblocal)")
+    parser.add("attentions", default="local,performer,sblocal")
     add("--layers", choices=LAYERS, default="stages", help="token stages, blocks of the backbone, or all (stages)")
     seeds = {"type": positive, "default": 3, "metavar": "K"}
     add("--num-seeds", "--num-draws", **seeds, help="seeds of the random features (3)")
@@ -49,7 +46,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join([Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
-    return run_tool(build_parser(), lambda arguments: run(arguments, command), argv)
+    return run_tool(build_parser, lambda arguments: run(arguments, command), argv)
 
 
 if __name__ == "__main__":

@@ -14,26 +14,23 @@ Ctrl-C and SIGTERM end the run with the results so far.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.analysis.benchmark.report import make_parser
 from src.analysis.benchmark.tiles import SHAPES, Shape, tune
 from src.analysis.tools import Parser, run_tool
 
 
 def build_parser() -> Parser:
-    parser = make_parser(__doc__, "dtype", "passes", dtype="bfloat16")
+    parser = Parser(__doc__, "dtype", "passes", dtype="bfloat16")
     shapes = f"sequences, tokens, window, random projections ({' '.join(map(str, SHAPES))})"
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=SHAPES, metavar="B,N,W,R", help=shapes)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), tune, argv)
-
+main = partial(run_tool, build_parser, tune)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -34,9 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     return verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

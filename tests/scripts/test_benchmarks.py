@@ -16,7 +16,7 @@ from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
 from src.analysis import tools
-from src.analysis.benchmark import attention, attention_report, baselines, report
+from src.analysis.benchmark import attention, attention_report, baselines
 from src.analysis.benchmark import precision as precision_errors
 from src.analysis.benchmark.attention import AttentionBench
 from src.analysis.benchmark.timing import peak_bytes
@@ -51,7 +51,7 @@ def rows(times, **wanted):
     return [row for row in times["results"] if all(row[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize("attention_pass", report.PASSES)
+@pytest.mark.parametrize("attention_pass", tools.PASSES)
 @pytest.mark.parametrize("length", [64, 128])
 def test_every_attention_is_timed(times, length, attention_pass):
     found = rows(times, length=length, kind="attention") and rows(times, length=length, **{"pass": attention_pass})
@@ -75,7 +75,7 @@ def test_sizes_are_kept_for_the_growth(times):
     (own,) = rows(times, name="sblocal", length=128, **{"pass": "forward"})
     assert (kept["length"], kept["window"], kept["features"]) == (64, own["window"], own["features"])
     grown = {(row["name"], row["pass"]) for row in times["growth"]}
-    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in report.PASSES}
+    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in tools.PASSES}
     assert all(row["factor"] > 0 for row in times["growth"])
 
 
@@ -229,7 +229,7 @@ def test_baselines_compute_what_they_are_compared_with(name):
     ("device_times", "drawn", "unit"),
     [((None, None), [3.0, 5.0], "milliseconds"), ((0.5, 2.0), [0.5, 2.0], "milliseconds of the device")],
 )
-def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch, device_times, drawn, unit):
+def test_the_figure_shows_what_the_device_takes_where_that_is_known(device_times, drawn, unit):
     made = [
         {
             "name": "full",
@@ -245,10 +245,7 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch,
         passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1, growth_length=64
     )
     bench = SimpleNamespace(arguments=arguments, results=made, device=torch.device("cpu"))
-    figures = []
-    monkeypatch.setattr(attention_report, "save_figure", lambda figure, path: figures.append(figure))
-    attention_report.AttentionReport.plot(bench, "times.png")
-    (axis,) = figures[0].axes
+    (axis,) = attention_report.AttentionReport.draw(bench).axes
     assert axis.get_lines()[0].get_ydata().tolist() == drawn
     assert axis.get_ylabel() == unit
 
@@ -347,20 +344,20 @@ def test_what_is_complete_outlives_a_signal(
 ):
     monkeypatch.setattr(AttentionBench, "measured_together", lambda bench: groups)
     contents = stop_at(monkeypatch, measurement, number, tmp_path)
-    genuine = AttentionBench.plot
+    genuine = AttentionBench.draw
 
-    def plot(*arguments):
+    def draw(*arguments):
         signal.raise_signal(number)  # they often come twice
-        genuine(*arguments)
+        return genuine(*arguments)
 
-    monkeypatch.setattr(AttentionBench, "plot", plot)
+    monkeypatch.setattr(AttentionBench, "draw", draw)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     output, figure = tmp_path / "times.json", tmp_path / "times.png"
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == f"Interrupted. Missing: {missing}."
-    for each in [(n, name) for n in (32, 64) for name in report.PASSES]:
+    for each in [(n, name) for n in (32, 64) for name in tools.PASSES]:
         assert ("N = {}, {}:".format(*each) in printed.out) == (each in complete)
     times = read(output)
     assert times["complete"] is False
@@ -396,8 +393,7 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
             raise OSError(28, "No space left on device")
         write_rows(path, content)
 
-    for module in (tools, report):  # while it runs, and at the end
-        monkeypatch.setattr(module, "write_rows", write)
+    monkeypatch.setattr(tools, "write_rows", write)  # while it runs, and at the end
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True

@@ -316,7 +316,7 @@ def test_what_is_complete_outlives_a_signal(number, folder, monkeypatch, tmp_pat
     assert main(options(folder, f"--output={output}", f"--figure={figure}")) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == "Interrupted after 3 of 6 configurations."
+    assert captured.err.splitlines()[-1] == "Interrupted. Missing: performer 1/4, sblocal 1/16, sblocal 1/4."
     assert "performer" in captured.out
     assert contents[0]["complete"] is False
     assert [row["attention"] for row in contents[0]["results"]] == ["local", "local", "performer"]
@@ -367,8 +367,8 @@ def refuses(capsys, given, message, began=False):
         (["--checkpoint={folder}/none.pth"], "none.pth"),
         (["--split=none"], "none is not a folder"),
         (["--attentions=local,full"], "'full' is unknown"),
-        (["--memory-fractions=1/4,2"], "'1/4,2' holds a fraction above 1"),
-        (["--memory-fractions=0"], "'0' holds a number that is not positive"),
+        (["--memory-fractions=1/4,2"], "memory_fraction=2.0 has to lie in (0, 1]"),
+        (["--memory-fractions=0"], "'0' is not a positive number"),
         (["--memory-fractions=1/x"], "'1/x' is not a number or a fraction"),
         (["--seed=-1"], "--seed=-1 is not valid"),
         (["--num-seeds=0"], "'0' is not an integer of at least 1"),

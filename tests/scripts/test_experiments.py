@@ -212,7 +212,7 @@ def test_families_count_who_errs_least():
     [
         (["--length=5000"], "length=5000 is not valid. Give a whole number from 2 to 4096."),
         (["--data=normal,other"], "'other' is unknown"),
-        (["--temperatures=1,-1"], "'1,-1' holds a number that is not positive"),
+        (["--temperatures=1,-1"], "'-1' is not a positive number"),
         (["--memory-fractions=2"], "memory_fraction=2.0 has to lie in (0, 1]"),
         (["--seed=-1"], "seed=-1 is not valid"),
         (["--figure={folder}/f.jpg"], "the name has to end in .png, .pdf or .svg."),

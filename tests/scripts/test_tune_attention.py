@@ -13,7 +13,7 @@ from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
 from scripts import tune_attention as script
 from src.analysis.benchmark import precision
 from src.analysis.benchmark import tiles as tune
-from src.analysis.benchmark.report import PASSES, print_report
+from src.analysis.tools import PASSES, print_report
 
 SHAPE = tune.Shape(2, 96, 5, 3)
 START = Tiles(sum_rows=32, query_tiles=2)

@@ -14,8 +14,6 @@ from scatterbrain.ops.common.projection import draw_projection
 # query, key and value to output; (B, N, H, E) each, unless stated otherwise
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# What every time is divided by: PyTorch's scaled_dot_product_attention as it chooses its kernel.
-BASELINE = "SDPA"
 CUDA_BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,

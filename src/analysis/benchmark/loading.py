@@ -16,8 +16,8 @@ from timm.data import create_loader
 from torch.utils.data import DataLoader
 
 from scatterbrain.errors import UserError
-from src.analysis.benchmark.report import shown
 from src.analysis.benchmark.timing import in_turn
+from src.analysis.tools import shown
 from src.datamodules.formats import imagenet_synsets, scan_folder
 from src.datamodules.image_folder import ImageFolderDataModule
 

@@ -17,23 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.networks import KINDS, Implementation, build, choose
-from src.analysis.benchmark.report import Bench, cell, shown
+from src.analysis.benchmark.report import Bench, cell
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
-from src.analysis.tools import choose_device, figure, new_table, save_figure
-from src.checkpoints import save_checkpoint
-from src.checkpoints.seeded_weights import published_shapes, seeded_weights
+from src.analysis.tools import choose_device, compose_config, figure, new_table, shown
+from src.checkpoints.seeded_weights import save_seeded_checkpoint
 from src.tasks.build import check_swappable
 from src.utils.machine import machine_info
 from src.utils.text import first_line
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WARM_UP_CALLS = 3
 # On CUDA calls are repeated until a sample takes this long: a few launches would show the queue, not the device.
 SHORTEST_SAMPLE_SECONDS = 0.05
@@ -185,10 +183,7 @@ class ModelBench(Bench):
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder, "random.pth")
             arguments = self.arguments
-            shapes = published_shapes(arguments.variant, arguments.num_classes, arguments.image_size)
-            save_checkpoint(
-                {"state_dict_ema": {key: x.float() for key, x in seeded_weights(shapes).items()}}, checkpoint
-            )
+            save_seeded_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, checkpoint)
             for attention in arguments.attentions:
                 rows = [row for row in self.best() if row["attention"] == attention]
                 rows = [row for row in rows if row["kind"] == "inference"] or rows
@@ -242,11 +237,7 @@ class ModelBench(Bench):
         }
         if alone["attention"] != "full":
             overrides["model.t2tattn1_cfg.memory_fraction"] = arguments.memory_fraction
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("config", [f"{name}={value}" for name, value in overrides.items()])
-        # not in the command line: paths would have to be quoted
-        config.paths.output_dir, config.eval.ckpt = str(output_dir), str(checkpoint)
-        return config
+        return compose_config(overrides, {"paths.output_dir": output_dir, "eval.ckpt": checkpoint})
 
     # Output -----------------------------------------------------------------------------------------------------------
 
@@ -274,10 +265,8 @@ class ModelBench(Bench):
         """Best batches and evaluations, for JSON."""
         return {"best_batch": {row["name"]: row["batch"] for row in self.best()}, "end_to_end": self.end_to_end}
 
-    def plot(self, path: str) -> None:
-        """Draw bars of the images per second of each implementation at its best batch."""
-        from matplotlib.figure import Figure
-
+    def draw(self) -> Figure:
+        """Bars of the images per second of each implementation at its best batch."""
         best, info = self.best(), machine_info(self.device)
         machine = info["gpu"] or f"{info['processor']}, {info['threads']} threads"
         colours = dict(zip(KINDS, ("black", "tab:blue", "tab:red", "grey"), strict=True))
@@ -291,7 +280,7 @@ class ModelBench(Bench):
         axis.set_xlabel("images per second")
         arguments = self.arguments
         axis.set_title(f"{arguments.variant}, {arguments.image_size} px, {arguments.precision} on {machine}")
-        save_figure(drawing, path)
+        return drawing
 
 
 def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argparse.Namespace:

@@ -21,9 +21,9 @@ from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
 from src.analysis.benchmark.precision import TENSORS, outputs
-from src.analysis.benchmark.report import DTYPES, machine_line, print_report, shown
+from src.analysis.benchmark.report import DTYPES, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds
-from src.analysis.tools import figure, new_table, positive, until_stopped
+from src.analysis.tools import figure, new_table, positive, print_report, shown, until_stopped
 from src.utils.text import first_line
 
 WIDTH = 64

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from scatterbrain.errors import UserError
-from src.analysis.benchmark.report import cell, shown
+from src.analysis.benchmark.report import cell
 from src.analysis.benchmark.timing import in_turn, seconds_per_call
-from src.analysis.tools import choose_device, figure, new_table
+from src.analysis.tools import choose_device, figure, new_table, shown
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.attention_info import attention_options
 from src.tasks.build import check_swappable

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch.utils.data import Subset
 
@@ -18,15 +16,12 @@ from scatterbrain.attention import attention_memory
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from src.analysis import approximation
-from src.analysis.records import write_rows
-from src.analysis.tools import check_writable, choose_device, console_for_tables, new_table, say
+from src.analysis.tools import choose_device, new_table, print_report, provenance, shown, write_results
 from src.datamodules.dataset import ImageLoader
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
-from src.utils.machine import machine_info
 
 BACKBONE, MEAN_OF_BLOCKS = "backbone", "blocks"
 
@@ -194,7 +189,6 @@ def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Ta
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Measure, print and write what the options of `scripts/measure_approximation.py` name."""
-    check_writable(arguments.output)
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
     seeds = list(range(arguments.seed, arguments.seed + arguments.num_seeds))
     device = choose_device(arguments.device)
@@ -206,7 +200,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     chosen = approximation.spread(len(dataset), arguments.limit or len(dataset))
     of_matrix = {chosen[number] for number in approximation.spread(len(chosen), arguments.matrix_images)}
     loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
-    for images, _, positions in track(loader, "Photographs", console=Console(stderr=True), transient=True):
+    for images, _, positions in shown(loader, "Photographs"):
         wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
         for records, inputs in zip(
             layers, approximation.capture_inputs(model, images.to(device), arguments.layers), strict=True
@@ -219,27 +213,27 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
         f"(matrix: {len(of_matrix)}) ± std over {len(seeds)} seeds"
     )
-    console_for_tables(132).print(error_table([*rows, *means], sharpness, title))
-    for row in skipped:
-        say(f"{row['attention']} left out of the {row['layer']}: {row['reason']}")
-    if arguments.output is not None:
-        data = {"dir": arguments.data_dir, "split": arguments.split}
-        data |= {"num_images": len(chosen), "num_matrix_images": len(of_matrix)}
-        checkpoint = Path(arguments.checkpoint).expanduser()
-        content = {
-            "machine": machine_info(device),
-            "versions": package_versions(),
-            "command": command,
-            "model": name,
-            "checkpoint": {"path": arguments.checkpoint, "sha256": sha256_of_file(checkpoint)},
-            "data": data,
-            "image_size": model.image_size,
-            "memory_fraction": arguments.memory_fraction,
-            "seeds": seeds,
-            "full_attention": sharpness,
-            "results": rows,
-            "layers": arguments.layers,
-            "backbone_means": means,
-            "skipped": skipped,
-        }
-        write_rows(arguments.output, content)
+    lines = (f"{row['attention']} left out of the {row['layer']}: {row['reason']}" for row in skipped)
+    print_report([error_table([*rows, *means], sharpness, title)], *lines)
+    content = {
+        **provenance(device),
+        "command": command,
+        "model": name,
+        "checkpoint": {
+            "path": arguments.checkpoint,
+            "sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
+        },
+        "data": {
+            **{"dir": arguments.data_dir, "split": arguments.split},
+            **{"num_images": len(chosen), "num_matrix_images": len(of_matrix)},
+        },
+        "image_size": model.image_size,
+        "memory_fraction": arguments.memory_fraction,
+        "seeds": seeds,
+        "full_attention": sharpness,
+        "results": rows,
+        "layers": arguments.layers,
+        "backbone_means": means,
+        "skipped": skipped,
+    }
+    write_results(arguments, content)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,10 +44,9 @@ from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.attention_info import attention_memory_fraction
-from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
-from src.utils.machine import machine_info, usable_cpus
+from src.utils.machine import usable_cpus
 from src.utils.progress import progress_display
 from src.utils.text import first_line
 
@@ -338,11 +336,12 @@ def skipped_lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{attention} left out at {', '.join(fractions)}: {reason}."
 
 
-class Experiment:
+class Experiment(tools.Run):
     """One run of the script: its options, and the rows so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds)
+        budget_columns(1, max(arguments.memory_fractions))  # refuses what is out of range
         self.device = tools.choose_device(arguments.device)
         on_cuda = self.device.type == "cuda"
         self.arguments = argparse.Namespace(**vars(arguments))
@@ -355,9 +354,9 @@ class Experiment:
         self.cases = [(name, part) for name in arguments.attentions for part in arguments.memory_fractions]
 
     @property
-    def complete(self) -> bool:
-        """Whether every configuration was measured or left out for a reason."""
-        return len(self.rows) == len(self.cases)
+    def missing(self) -> list[str]:
+        """Configurations that were not reached."""
+        return [f"{name} {fraction_text(part)}" for name, part in self.cases[len(self.rows) :]]
 
     @property
     def results(self) -> list[Row]:
@@ -390,13 +389,24 @@ class Experiment:
         if not self.results:
             raise UserError(f"Nothing could be measured. {next(skipped_lines(self.rows))}")
 
+    def tables(self) -> list[Table]:
+        """See `memory_table`."""
+        return [memory_table(self.rows, self.reference.top1)]
+
+    def notes(self) -> Iterator[str]:
+        """See `skipped_lines`."""
+        return skipped_lines(self.rows)
+
+    def draw(self) -> Figure:
+        """See `draw`."""
+        return draw(self.rows)
+
     def report(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
         arguments = self.arguments
         return {
-            "complete": self.complete,
-            "machine": machine_info(self.device),
-            "versions": package_versions(),
+            "complete": not self.missing,
+            **tools.provenance(self.device),
             "model": self.name,
             "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
             "image_size": self.model.image_size,
@@ -410,27 +420,3 @@ class Experiment:
             "results": self.results,
             "skipped": [row for row in self.rows if "reason" in row],
         }
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write and draw what the options of `scripts/experiment_memory.py` name; the exit status."""
-    tools.check_writable(arguments.output)
-    tools.check_figure(arguments.figure)
-    experiment = Experiment(arguments)
-    return tools.saved_until_stopped(experiment.run, experiment.report, arguments.output, lambda: conclude(experiment))
-
-
-def conclude(experiment: Experiment) -> int:
-    """Print what is complete and write the files; the exit status."""
-    arguments = experiment.arguments
-    if not experiment.results:
-        print("Interrupted. Nothing was written.", file=sys.stderr)
-        return 1
-    tools.console_for_tables(120).print(memory_table(experiment.rows, experiment.reference.top1))
-    for line in skipped_lines(experiment.rows):
-        tools.say(line)
-    tools.write_results(arguments, experiment.report(), lambda: draw(experiment.rows))
-    if experiment.complete:
-        return 0
-    print(f"Interrupted after {len(experiment.rows)} of {len(experiment.cases)} configurations.", file=sys.stderr)
-    return 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +26,7 @@ from src.analysis.records import read_rows
 from src.datamodules.sequence_tasks import Task, create_task
 from src.models.sequence_network import Network
 from src.tasks.device_time import seconds_now
-from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED
-from src.utils.machine import machine_info
 from src.utils.progress import progress_display
 from src.utils.text import first_line
 
@@ -201,7 +197,7 @@ class Training:
         )
 
 
-class Experiment:
+class Experiment(tools.Run):
     """All trainings of a run of the script with these options; `UserError` for a value out of range."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -245,7 +241,22 @@ class Experiment:
                 training = None  # its memory is the next one's
                 progress.update(bar, completed=number * arguments.steps)
                 save()
+        if not self.results:
+            raise UserError(f"No training was completed. {self.notes()[0]}")
 
+    def tables(self) -> list[Table]:
+        """See `result_tables`."""
+        return result_tables(self.report())
+
+    def notes(self) -> list[str]:
+        """See `notes`."""
+        return notes(self.report())
+
+    def draw(self) -> Figure:
+        """See `draw`."""
+        return draw(self.report())
+
+    @property
     def missing(self) -> list[str]:
         """Trainings that were not reached."""
         done = {(each.seed, each.task, each.attention) for each in self.results}
@@ -256,9 +267,8 @@ class Experiment:
     def report(self) -> dict[str, Any]:
         """Everything, for a file."""
         return {
-            "complete": not self.missing(),
-            "machine": machine_info(self.device),
-            "versions": package_versions(),
+            "complete": not self.missing,
+            **tools.provenance(self.device),
             "settings": tools.without_paths(self.arguments),
             "tasks": self.tasks,
             "results": [asdict(result) for result in self.results],
@@ -376,31 +386,3 @@ def draw_task(axes: Axes, content: Mapping[str, Any], task: str) -> None:
     style(axes)
     place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.13)}  # below: curves are everywhere above
     axes.legend(**LEGEND | {"fontsize": 7, "ncols": LEGEND_COLUMNS} | place)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Train, print, write and draw what the options of `scripts/experiment_training.py` name; the exit status."""
-    tools.check_writable(arguments.output)
-    tools.check_figure(arguments.figure)
-    experiment = Experiment(arguments)
-    end = functools.partial(conclude, arguments, experiment)
-    return tools.saved_until_stopped(experiment.run, experiment.report, arguments.output, end)
-
-
-def conclude(arguments: argparse.Namespace, experiment: Experiment) -> int:
-    """Print what is complete and write the files; the exit status."""
-    content, missing = experiment.report(), experiment.missing()
-    if not content["results"] and missing:
-        print("Interrupted. Nothing was written.", file=sys.stderr)
-        return 1
-    if not content["results"]:
-        raise UserError(f"No training was completed. {notes(content)[0]}")
-    console = Console(width=120)
-    for table in result_tables(content):
-        console.print(table, "")
-    for line in notes(content):
-        tools.say(line)
-    tools.write_results(arguments, content, lambda: draw(content))
-    if missing:
-        print(f"Interrupted. Missing: {', '.join(missing)}.", file=sys.stderr)
-    return 1 if missing else 0
