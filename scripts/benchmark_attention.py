@@ -4,9 +4,8 @@ Machines are shared and noisy, so what counts are ratios: in each round every ca
 turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
 and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
 clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
-in rows of their own. Where Scatterbrain's kernels recompute tiles of queries exactly because the subtraction cancels,
-which depends on the inputs (README.md of the kernels), the number of these fallback tiles is reported, and inputs
-without any have a row of their own.
+in rows of their own. Scatterbrain's kernels recompute tiles of queries exactly where the subtraction cancels: the
+number of these fallback tiles is reported, and inputs without any have a row of their own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted.
 

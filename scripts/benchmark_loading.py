@@ -1,8 +1,7 @@
 """Rate at which images are loaded for an evaluation: by timm's loader, by ours, and by ours from its cache.
 
-All of them return the same bytes, resized and cropped: what timm's workers give to its prefetcher, and ours to the
-device, both of which normalise there. Beside them is timm's loader without the prefetcher, whose workers normalise. In
-each round every loader passes over all images in turn; the median of the rounds is reported. The images have been read
+All of them return the same bytes, resized and cropped; timm's loader without the prefetcher also normalises. In each
+round every loader passes over all images in turn; the median of the rounds is reported. The images have been read
 before, so that files come from memory.
 
     python scripts/benchmark_loading.py --data-dir /path/to/imagenet
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 
 from src.analysis.benchmark.loading import TIMM_NORMALISED, make_candidates, measure
 from src.analysis.benchmark.report import header, machine_line
-from src.analysis.tools import Parser, figure, new_table, positive, print_report, run_tool, write_results
+from src.analysis.tools import Parser, digits, new_table, positive, print_report, run_tool, write_results
 from src.utils.machine import usable_cpus
 
 
@@ -44,8 +43,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     columns = ("loader", "images/s", "ratio to timm")
     table = new_table(f"{title}{arguments.num_workers} workers", columns, columns[:1])
     for row in rows:
-        table.add_row(row["loader"], figure(row["images_per_second"]), f"{row['ratio_to_timm']:.2f}")
-    made = "" if seconds is None else f" Making the cache took {figure(seconds)} s."
+        table.add_row(row["loader"], digits(row["images_per_second"]), f"{row['ratio_to_timm']:.2f}")
+    made = "" if seconds is None else f" Making the cache took {digits(seconds)} s."
     note = f"Median of {arguments.rounds} rounds, the loaders in turn; bytes but for '{TIMM_NORMALISED}'.{made}"
     device = torch.device("cpu")
     print_report([table], note, machine_line(device))

@@ -6,9 +6,9 @@
     inference   the same weights as evaluations run them; on CUDA recorded as a CUDA graph
     peer        timm's vit_small_patch16_224, a network of about the size of t2t_vit_t_14
 
---compile adds each of them under torch.compile; on CUDA those too are recorded as CUDA graphs, the published form with
-and without. At each batch all are built and warmed up, and then each runs once in each round, in turn; the medians of
-the rounds are reported, and the medians of the ratios within a round. Batches of images are on the device.
+--compile adds each of them under torch.compile; on CUDA those too are recorded as CUDA graphs, the published
+implementation with and without. Each runs once in each round, in turn; the medians of the rounds are reported, and the
+medians of the ratios within a round. Batches of images are on the device.
 
 Memory is what PyTorch takes from the device for one implementation alone: images, weights, everything in between, and
 what a CUDA graph keeps. It is counted on CUDA alone. --end-to-end adds whole evaluations, as run.py does them, of

@@ -1,9 +1,8 @@
 """Time and memory of a training step of a T2T-ViT under each attention, beside full attention in the same run.
 
-A step is what the training does with a batch that is on the device: forward, cross-entropy with soft targets, backward,
-update by AdamW. In each round every attention runs in turn, alone on the device, the others' weights and optimizers
-being in the host's memory meanwhile; the median of the rounds is reported. Memory is the peak of PyTorch's allocator
-during the steps: images, weights, gradients, optimizer, and all that the step keeps; it is counted on CUDA alone.
+A step is forward, cross-entropy with soft targets, backward and update by AdamW, of a batch that is on the device. In
+each round every attention runs in turn, alone on the device; the median of the rounds is reported. Memory is the peak
+of PyTorch's allocator during the steps, on CUDA.
 
     python scripts/benchmark_training.py --variant t2t_vit_t_14 --batch-size 256
 """

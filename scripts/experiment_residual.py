@@ -1,10 +1,9 @@
 """What a sparse support leaves of a trained network's attention, and whether a low rank fits that.
 
 Photographs run through a T2T-ViT with full attention. In both token stages the matrix of weights is split into the
-part on a sparse support and the residual, full less sparse, which is what Scatterbrain's low-rank part has to fit
-(Chen et al., "Scatterbrain", NeurIPS 2021, section 3). The singular values of all three give the rank that each needs,
-and the maps of one token show what is left. Supports: the local window, the clusters of SMYRF, and as an oracle the
-largest weights of each query, of the sizes that Scatterbrain has them (half of the memory).
+part on a sparse support and the residual, which Scatterbrain's low-rank part has to fit (Chen et al., "Scatterbrain",
+NeurIPS 2021, section 3). The singular values of all three give the rank that each needs. Supports: the local window,
+SMYRF's clusters, and as an oracle the largest weights of each query, each with half of the memory.
 
     python scripts/experiment_residual.py --checkpoint FILE --data-dir data/flowers
 """

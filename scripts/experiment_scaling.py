@@ -1,12 +1,10 @@
 """How time and memory of the attentions grow with the sequence length N, from results of benchmark_attention.py.
 
 The claim is that Scatterbrain is linear in N where full attention is quadratic (Chen et al., "Scatterbrain", NeurIPS
-2021, section 4). It is one about constant sizes (window, features, clusters): with a budget that is a fraction of the
-N x N matrix they grow with N, and everything is quadratic. So the rows here are those whose sizes fit --growth-length
-of the benchmark, at every N. The exponent is the slope of the logarithm of the time, or memory, of one sequence against
-that of N, by least squares over the lengths from --fit-from on; below, what does not depend on N hides the growth.
-Where that is still so, as on a GPU with a single sequence, see the exponent of the last step, from the longest length
-but one to the longest.
+2021, section 4), with constant sizes (window, features, clusters). So the rows here are those whose sizes fit
+--growth-length of the benchmark, at every N. The exponent is the slope of the logarithm of the time, or memory, of one
+sequence against that of N, by least squares over the lengths from --fit-from on; below, what does not depend on N hides
+the growth. The exponent of the last step is from the longest length but one to the longest.
 
 On CUDA the time is that of the replay of a graph ("device"), without what the host needs to start the kernels, where
 an attention and SDPA both have it at every length; otherwise, and on the CPU, it is that of the whole call ("call").

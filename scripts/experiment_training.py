@@ -1,17 +1,9 @@
 """Networks trained from scratch with each attention: a causal language model of bytes, and ListOps.
 
-Chen et al., "Scatterbrain", NeurIPS 2021, section 5, trains on language (WikiText-103, enwik8) and on the Long Range
-Arena; here are both in small, from data that any machine has: the sources of Python's standard library, split by file,
-and random nested lists (`src/datamodules/listops.py`). The networks differ in nothing but the attention: the
-initial weights, the batches and the schedule are the same, and the attentions have the same memory.
-
-The language model is causal; an attention that cannot be is left out, with its reason. A causal window of W keys shows
-W // 2 + 1 of them, as its other half lies behind the query: its memory is counted in full all the same.
-ListOps is bidirectional, its expressions fill half to all of the length, and the rest is hidden by key lengths. Its
-value is read from a token before the expression. A network that knows the outermost operator alone, which is the next
-token, is right a third of the time: that baseline stands beside the most frequent value. Two things count against
-sparse attentions there: the answer's token sees through a window no further than depth times half of it, and the hashes
-of SMYRF and Reformer sort the padding's queries among the others.
+Chen et al., "Scatterbrain", NeurIPS 2021, section 5, trains on language and on the Long Range Arena; here are both in
+small, from data that any machine has: the sources of Python's standard library, split by file, and random nested lists.
+Initial weights, batches, schedule and the attentions' memory are the same for all. An attention that cannot be causal
+is left out of the language model. A causal window of W keys shows W // 2 + 1 of them; its memory is counted in full.
 
     python scripts/experiment_training.py --output training.json --figure training.png
 

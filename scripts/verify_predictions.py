@@ -9,7 +9,6 @@ definition of the attention in its token stages: no batching, no workers, no fas
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,11 +29,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    return verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device))
-
-
-main = partial(run_tool, build_parser, run)
+main = partial(run_tool, build_parser, lambda x: verify(x.run, x.limit, x.batch_size, choose_device(x.device)))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,9 +21,18 @@ from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.approximation import spread
+from src.analysis.benchmark.loading import count_classes
 from src.analysis.benchmark.report import machine_line
-from src.analysis.tools import choose_device, compose_config, print_report, without_paths, write_results
-from src.datamodules.formats import imagenet_synsets, scan_folder
+from src.analysis.tools import (
+    choose_device,
+    compose_config,
+    new_table,
+    print_report,
+    split_folder,
+    without_paths,
+    write_results,
+)
+from src.datamodules.formats import scan_folder
 from src.datamodules.formats.class_folders import ClassFolders
 from src.datamodules.writers import REFERENCE, WRITERS, Photograph, stem
 from src.evaluation.predictions import Predictions, read_predictions
@@ -43,14 +52,10 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     Raises:
         UserError: no such folder, no images in a class folder, names that not every format holds, too many to damage.
     """
-    root = Path(arguments.data_dir).expanduser() / arguments.split
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder. Correct --data-dir and --split: the split's class folders are read.")
-    folders = scan_folder(root)[0]
-    counted = 1000 if any(name in imagenet_synsets() for name in folders) else max(1, len(folders))
-    arguments.num_classes = arguments.num_classes or counted
+    root = split_folder(arguments.data_dir, arguments.split)
+    arguments.num_classes = arguments.num_classes or count_classes(root)
     found = ClassFolders(root, arguments.num_classes)
-    empty = set(folders) - {name.split("/")[0] for name in found.names}
+    empty = set(scan_folder(root)[0]) - {name.split("/")[0] for name in found.names}
     if empty:
         raise UserError(
             f"{root}: class folders without images, which other formats lack: {abbreviate(empty)}. Remove them."
@@ -181,11 +186,9 @@ def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], fol
 def result_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Table:
     """Table with one row for each format."""
     title = f"{arguments.variant} with {arguments.attention}, {arguments.image_size} px, batch {arguments.batch_size}"
-    table = Table("format", title=title, title_justify="left")
-    equal = ("same\nlabel", "same first\nprediction")
-    for header in ("images", "skipped", *equal, "largest difference\nof a probability", "top-1 %"):
-        table.add_column(header, justify="right")
-    table.add_column("result")
+    counts = ("images", "skipped", "same\nlabel", "same first\nprediction")
+    headers = ("format", *counts, "largest difference\nof a probability", "top-1 %", "result")
+    table = new_table(title, headers, ("format", "result"))
     styles = dict.fromkeys(("num_images", "num_skipped", "labels_equal", "first_predictions_equal"), ",")
     styles |= {"probability_difference": ".1e", "top1": ".2f"}
     for row in rows:

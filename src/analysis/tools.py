@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
@@ -176,6 +177,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def split_folder(data_dir: str | os.PathLike[str], split: str) -> Path:
+    """Folder of a split's class folders; `UserError` where there is none."""
+    root = Path(data_dir).expanduser() / split
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder. Give --data-dir the folder that holds '{split}', or another --split.")
+    return root
+
+
 def without_paths(arguments: argparse.Namespace, *others: str) -> dict[str, Any]:
     """Options for a file of results: without the names of files, which are not part of the results, and `others`."""
     return {name: value for name, value in vars(arguments).items() if name not in ("output", "figure", *others)}
@@ -212,11 +221,8 @@ def run_tool(
 def until_stopped(work: Callable[[], None], then: Callable[[], T]) -> T:
     """What `then` returns, after work that is done, or stopped by Ctrl-C or by SIGTERM, with which batch systems stop.
 
-    Only the first of the signals counts: they are often sent twice, and `then` saves what there is.
-
-    Args:
-        work: may be stopped anywhere, by KeyboardInterrupt.
-        then: follows in both cases, but not where `work` fails.
+    Only the first of the signals counts: they are often sent twice, and `then` saves what there is. It does not follow
+    where `work` fails.
     """
     before = {}
 
@@ -323,6 +329,6 @@ def write_results(
         save_figure(draw(), arguments.figure)
 
 
-def figure(value: float) -> str:
+def digits(value: float) -> str:
     """A positive number to three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

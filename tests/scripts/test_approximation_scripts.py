@@ -17,10 +17,6 @@ from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scripts import measure_approximation, plot_attention_maps
 from src.analysis.approximation import (
     attention_weights,
-    capture_inputs,
-    capture_stage_inputs,
-    create_block_attentions,
-    create_stage_attentions,
     effective_keys,
     largest_logit,
     load_model,
@@ -29,6 +25,12 @@ from src.analysis.approximation import (
 )
 from src.analysis.plots import attention_maps
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.models.attention_inputs import (
+    capture_inputs,
+    capture_stage_inputs,
+    create_block_attentions,
+    create_stage_attentions,
+)
 from src.utils.files import sha256_of_file
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 

@@ -76,7 +76,7 @@ def test_a_temporary_cache_is_gone_afterwards(data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--split", "test"], "There is no folder"),
+        (["--split", "test"], "test is not a folder. Give --data-dir"),
         (["--rounds", "0"], "--rounds"),
         (["--output", "/nowhere/file.json"], "cannot be written"),
     ],

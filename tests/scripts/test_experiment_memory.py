@@ -14,8 +14,9 @@ from PIL import Image
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from scripts.experiment_memory import main
-from src.analysis.approximation import capture_stage_inputs, load_model
+from src.analysis.approximation import load_model
 from src.analysis.experiments import memory
+from src.models.attention_inputs import capture_stage_inputs
 from src.models.t2t_vit import create_t2t_vit
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
@@ -316,7 +317,7 @@ def test_what_is_complete_outlives_a_signal(number, folder, monkeypatch, tmp_pat
     assert main(options(folder, f"--output={output}", f"--figure={figure}")) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == "Interrupted. Missing: performer 1/4, sblocal 1/16, sblocal 1/4."
+    assert captured.err.splitlines()[-1] == "Interrupted. Missing: performer 1/4, bs-openai 1/16, bs-openai 1/4."
     assert "performer" in captured.out
     assert contents[0]["complete"] is False
     assert [row["attention"] for row in contents[0]["results"]] == ["local", "local", "performer"]

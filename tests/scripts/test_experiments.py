@@ -14,8 +14,9 @@ from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.common.windows import window_mask
 from scripts import experiment_regimes, experiment_residual
-from src.analysis.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
+from src.analysis.approximation import effective_keys, load_model, relative_error
 from src.analysis.experiments import regimes, residual
+from src.models.attention_inputs import StageInputs, capture_stage_inputs
 from tests.src.tasks.setup import make_checkpoint, make_images
 
 LENGTH, WIDTH = 64, 8

@@ -14,7 +14,7 @@ from rich.table import Table
 from src.analysis.benchmark.baselines import WRITTEN_OUT
 from src.analysis.benchmark.report import BASELINE, Bench, cell, sizes_text
 from src.analysis.benchmark.timing import median_ratio
-from src.analysis.tools import figure, new_table
+from src.analysis.tools import digits, new_table
 
 Row = Mapping[str, Any]
 
@@ -98,9 +98,9 @@ class AttentionReport(Bench):
             "M": lambda row: str(row["features"] or "-"),
             "others": lambda row: other_sizes(row["sizes"]) or "-",
             "fallback": lambda row: cell(row["fallback_tiles"], str),
-            "MiB": lambda row: figure(row["temporary_bytes"] / 2**20),
-            "ms": lambda row: figure(row["milliseconds"]),
-            "device\nms": lambda row: cell(row["device_milliseconds"], figure),
+            "MiB": lambda row: digits(row["temporary_bytes"] / 2**20),
+            "ms": lambda row: digits(row["milliseconds"]),
+            "device\nms": lambda row: cell(row["device_milliseconds"], digits),
             "time/\nSDPA": lambda row: f"{row['ratio_to_sdpa']:.3f}",
             "MiB/\nSDPA": lambda row: f"{row['temporary_bytes'] / max(1, baseline['temporary_bytes']):.2f}",
         }

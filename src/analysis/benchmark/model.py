@@ -26,7 +26,7 @@ from scatterbrain.errors import UserError
 from src.analysis.benchmark.networks import KINDS, Implementation, build, choose
 from src.analysis.benchmark.report import Bench, cell
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
-from src.analysis.tools import choose_device, compose_config, figure, new_table, shown
+from src.analysis.tools import choose_device, compose_config, digits, new_table, shown
 from src.checkpoints.seeded_weights import save_seeded_checkpoint
 from src.tasks.build import check_swappable
 from src.utils.machine import machine_info
@@ -249,15 +249,15 @@ class ModelBench(Bench):
         keys = ("images_per_second", "milliseconds", "peak_memory_mib", "speed_over_published", "first_call_seconds")
         table = new_table(title, columns, columns[:1])
         for row in self.best():
-            table.add_row(row["name"], str(row["batch"]), *(cell(row[key], figure) for key in keys))
+            table.add_row(row["name"], str(row["batch"]), *(cell(row[key], digits) for key in keys))
         yield table
         if self.end_to_end:
             columns = ("attention", "batch", "images", "images/s", "network\nalone", "part of it", "MiB")
             table = new_table("Whole evaluations of images in memory", columns, columns[:1])
             for row in self.end_to_end:
                 counts = (str(row["batch"]), f"{row['num_images']:,}")
-                rates = (figure(row["images_per_second"]), figure(row["images_per_second_alone"]))
-                ratio, memory = f"{row['ratio_to_alone']:.3f}", cell(row["peak_memory_mib"], figure)
+                rates = (digits(row["images_per_second"]), digits(row["images_per_second_alone"]))
+                ratio, memory = f"{row['ratio_to_alone']:.3f}", cell(row["peak_memory_mib"], digits)
                 table.add_row(row["attention"], *counts, *rates, ratio, memory)
             yield table
 
@@ -273,7 +273,7 @@ class ModelBench(Bench):
         drawing = Figure(figsize=(9, 1.2 + 0.35 * len(best)), layout="constrained")
         axis, rates = drawing.subplots(), [row["images_per_second"] for row in best]
         bars = axis.barh([row["name"] for row in best], rates, color=[colours[row["kind"]] for row in best])
-        labels = [f"{figure(rate)} (batch {row['batch']})" for rate, row in zip(rates, best, strict=True)]
+        labels = [f"{digits(rate)} (batch {row['batch']})" for rate, row in zip(rates, best, strict=True)]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.3)

@@ -23,7 +23,7 @@ from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_til
 from src.analysis.benchmark.precision import TENSORS, outputs
 from src.analysis.benchmark.report import DTYPES, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds
-from src.analysis.tools import figure, new_table, positive, print_report, shown, until_stopped
+from src.analysis.tools import digits, new_table, positive, print_report, shown, until_stopped
 from src.utils.text import first_line
 
 WIDTH = 64
@@ -217,7 +217,7 @@ def result_table(searches: Mapping[Shape, Search]) -> Table:
     for shape, search in searches.items():
         present = search.present_milliseconds
         times = (present, search.milliseconds, search.milliseconds / present if present < math.inf else math.inf)
-        table.add_row(str(shape), str(search.tried), *(figure(x) if math.isfinite(x) else "-" for x in times))
+        table.add_row(str(shape), str(search.tried), *(digits(x) if math.isfinite(x) else "-" for x in times))
     return table
 
 

@@ -18,6 +18,7 @@ from scatterbrain.errors import UserError, check_whole_number
 from src.analysis import approximation
 from src.analysis.tools import choose_device, new_table, print_report, provenance, shown, write_results
 from src.datamodules.dataset import ImageLoader
+from src.models.attention_inputs import StageInputs, capture_inputs, create_block_attentions, create_stage_attentions
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
@@ -59,7 +60,7 @@ class LayerRecords:
         self.effective_keys: list[float] = []
         self.largest_logits: list[float] = []
 
-    def update(self, inputs: approximation.StageInputs, of_matrix: Sequence[int]) -> None:
+    def update(self, inputs: StageInputs, of_matrix: Sequence[int]) -> None:
         """Take a batch of which the images `of_matrix` have their matrices compared, one at a time."""
         for name, modules in self.samples.items():
             if len(modules) > 1:
@@ -129,7 +130,7 @@ def layer_records(
 
     records, skipped = [], []
     if layers != "backbone":
-        samples = {name: modules_by_layer(approximation.create_stage_attentions, name) for name in attentions}
+        samples = {name: modules_by_layer(create_stage_attentions, name) for name in attentions}
         lengths = stage_lengths(model.image_size)
         for number, (full, length) in enumerate(zip(model.token_attentions, lengths, strict=True)):
             of_stage = {name: modules[number] for name, modules in samples.items()}
@@ -138,13 +139,13 @@ def layer_records(
         samples = {}
         for name in attentions:
             try:
-                samples[name] = modules_by_layer(approximation.create_block_attentions, name)
+                samples[name] = modules_by_layer(create_block_attentions, name)
             except UserError as error:
                 skipped.append({"attention": name, "layer": BACKBONE, "reason": str(error)})
         if not samples:
             raise UserError(skipped[0]["reason"])
         length = model.patch_embed.num_patches + 1
-        for number, full in enumerate(approximation.create_block_attentions("full", model)):
+        for number, full in enumerate(create_block_attentions("full", model)):
             of_block = {name: modules[number] for name, modules in samples.items()}
             records.append(LayerRecords(f"block {number + 1}", None, length, full, of_block))
     return records, skipped
@@ -202,9 +203,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
     for images, _, positions in shown(loader, "Photographs"):
         wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
-        for records, inputs in zip(
-            layers, approximation.capture_inputs(model, images.to(device), arguments.layers), strict=True
-        ):
+        for records, inputs in zip(layers, capture_inputs(model, images.to(device), arguments.layers), strict=True):
             records.update(inputs, wanted)
 
     rows = [row for records in layers for row in records.approximations()]
@@ -215,18 +214,13 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     )
     lines = (f"{row['attention']} left out of the {row['layer']}: {row['reason']}" for row in skipped)
     print_report([error_table([*rows, *means], sharpness, title)], *lines)
+    data = {"dir": arguments.data_dir, "split": arguments.split}
     content = {
         **provenance(device),
         "command": command,
         "model": name,
-        "checkpoint": {
-            "path": arguments.checkpoint,
-            "sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
-        },
-        "data": {
-            **{"dir": arguments.data_dir, "split": arguments.split},
-            **{"num_images": len(chosen), "num_matrix_images": len(of_matrix)},
-        },
+        "checkpoint": {"path": arguments.checkpoint, "sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())},
+        "data": data | {"num_images": len(chosen), "num_matrix_images": len(of_matrix)},
         "image_size": model.image_size,
         "memory_fraction": arguments.memory_fraction,
         "seeds": seeds,

@@ -26,20 +26,11 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
-from src.analysis.approximation import (
-    StageInputs,
-    capture_stage_inputs,
-    create_stage_attentions,
-    load_model,
-    open_split,
-    over_seeds,
-    plus_minus,
-    relative_error,
-    spread,
-)
+from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus, relative_error, spread
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.records import read_rows
 from src.datamodules.dataset import ImageFolderDataset
+from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
@@ -116,11 +107,6 @@ class Reference:
         return cls(model, images, labels, batch_size, predict(model, images, batch_size), stages, outputs)
 
     @property
-    def num_error_images(self) -> int:
-        """Number of photographs of the output errors."""
-        return sum(len(pair[0].query) for pair in self.stages)
-
-    @property
     def top1(self) -> float:
         """Accuracy of full attention in percent."""
         return percent(self.predictions == self.labels)
@@ -140,11 +126,6 @@ class Reference:
 def percent(hits: torch.Tensor) -> float:
     """Share of the entries that are true, in percent."""
     return 100 * hits.sum().item() / len(hits)
-
-
-def is_random(attention: str) -> bool:
-    """Whether an attention depends on its seed."""
-    return hasattr(ATTENTIONS[attention].module, "redraw_projection")
 
 
 @torch.no_grad()
@@ -204,7 +185,8 @@ def measure_memory(
     for memory_fraction in memory_fractions:
         budget_columns(1, memory_fraction)  # refuses what is out of range, before anything is measured
     for attention in attentions:
-        seeds = range(seed, seed + (num_seeds if is_random(attention) else 1))
+        is_random = hasattr(ATTENTIONS[attention].module, "redraw_projection")
+        seeds = range(seed, seed + (num_seeds if is_random else 1))
         met: dict[str, float] = {}
         for memory_fraction in memory_fractions:
             case = {"attention": attention, "memory_fraction": memory_fraction}
@@ -411,7 +393,7 @@ class Experiment(tools.Run):
             "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
             "image_size": self.model.image_size,
             "num_images": len(self.reference.images),
-            "num_error_images": self.reference.num_error_images,
+            "num_error_images": sum(len(pair[0].query) for pair in self.reference.stages),
             "settings": {
                 name: getattr(arguments, name)
                 for name in ("split", "attentions", "memory_fractions", "num_seeds", "seed", "batch_size")

@@ -19,19 +19,12 @@ from rich.table import Table
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns, features_for, keys_for
 from scatterbrain.ops.common.windows import window_mask
-from src.analysis.approximation import (
-    StageInputs,
-    capture_stage_inputs,
-    create_stage_attentions,
-    load_model,
-    open_split,
-    pixels_of,
-    spread,
-)
+from src.analysis.approximation import load_model, open_split, pixels_of, spread
 from src.analysis.experiments.regimes import full_weights, keep_largest, nearest_of_rank
 from src.analysis.plots import style
 from src.analysis.plots.style import COLOURS, FAINT, INK, LEGEND
 from src.analysis.tools import new_table, print_report, provenance, shown, write_results
+from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
@@ -234,7 +227,7 @@ def draw(rows: Sequence[Mapping[str, Any]], maps: Sequence[Maps], pixels: np.nda
     grid = above.subplots(2, len(maps[0].grids) + 1)
     for stage, (item, line) in enumerate(zip(maps, grid, strict=True), start=1):
         side = len(item.grids["full attention"])
-        style.draw_photograph(line[0], pixels, side)
+        line[0].imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
         line[0].set_ylabel(f"stage {stage}, {side} \N{MULTIPLICATION SIGN} {side} tokens", fontsize=9, color=INK)
         for axes, (title, values) in zip(line[1:], item.grids.items(), strict=True):
             style.draw_grid(axes, values, style.weight_colours())

@@ -17,8 +17,7 @@ from rich.table import Table
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import BASELINE, sizes_text
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, INK, LEGEND, new_figure, style
-from src.analysis.tools import figure as digits
-from src.analysis.tools import new_table, print_report, save_figure
+from src.analysis.tools import digits, new_table, print_report, save_figure
 from src.evaluation.results import read_json
 
 ATTENTION_LINES = ("sblocal", "pairedcluster", "cluster", "local", "performer")
@@ -90,31 +89,27 @@ def read_scaling(path: str | os.PathLike[str], attentions: Sequence[str] = ATTEN
     """
     content = read_json(path, REMEDY)
     try:
-        return _scaling(content, attentions, os.fspath(path))
+        settings, machine = content["settings"], content["machine"]
+        growth_length = settings["growth_length"]
+        batch, lengths = settings["batch"], settings["lengths"]
+        batches = dict(zip(lengths, batch * len(lengths) if len(batch) == 1 else batch, strict=True))
+        rows = [row for row in content["results"] if row["pass"] == "forward"]
+        baseline = {row["length"]: row for row in rows if row["name"] == BASELINE}
+        found = {BASELINE: baseline} | {name: _constant_sizes(rows, name, growth_length) for name in attentions}
+        if not baseline or not any(found[name] for name in attentions):
+            raise UserError(
+                f"{os.fspath(path)} has no forward pass of SDPA and one of {', '.join(attentions)}. Run "
+                "benchmark_attention.py with --passes forward and these --attentions."
+            )
+        lines = tuple(_line(name, by_length, baseline, batches) for name, by_length in found.items() if by_length)
+        device = settings["device"]
+        maker = machine["gpu"] if device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
+        title = f"{'GPU' if device == 'cuda' else 'CPU'}: {maker}, {settings['dtype']}"
+        return Scaling(device, title, growth_length, {x: batches[x] for x in sorted(baseline)}, lines)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{os.fspath(path)} is not a file of benchmark_attention.py. {REMEDY}") from error
-
-
-def _scaling(content: dict[str, Any], attentions: Sequence[str], path: str) -> Scaling:
-    settings, machine = content["settings"], content["machine"]
-    growth_length = settings["growth_length"]
-    batch, lengths = settings["batch"], settings["lengths"]
-    batches = dict(zip(lengths, batch * len(lengths) if len(batch) == 1 else batch, strict=True))
-    rows = [row for row in content["results"] if row["pass"] == "forward"]
-    baseline = {row["length"]: row for row in rows if row["name"] == BASELINE}
-    found = {BASELINE: baseline} | {name: _constant_sizes(rows, name, growth_length) for name in attentions}
-    if not baseline or not any(found[name] for name in attentions):
-        raise UserError(
-            f"{path} has no forward pass of SDPA and one of {', '.join(attentions)}. Run benchmark_attention.py with "
-            "--passes forward and these --attentions."
-        )
-    lines = tuple(_line(name, by_length, baseline, batches) for name, by_length in found.items() if by_length)
-    device = settings["device"]
-    maker = machine["gpu"] if device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
-    title = f"{'GPU' if device == 'cuda' else 'CPU'}: {maker}, {settings['dtype']}"
-    return Scaling(device, title, growth_length, {x: batches[x] for x in sorted(baseline)}, lines)
 
 
 def _constant_sizes(rows: Sequence[dict[str, Any]], name: str, growth_length: int) -> dict[int, dict[str, Any]]:

@@ -22,6 +22,7 @@ from src.analysis import approximation
 from src.analysis.plots import style
 from src.analysis.tools import choose_device, say, shown
 from src.datamodules.dataset import ImageFolderDataset
+from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
 from src.utils.files import atomic_write
@@ -107,7 +108,7 @@ def stage_maps(
     the query, as fractions of height and width.
     """
     stages = []
-    for stage, inputs in enumerate(approximation.capture_stage_inputs(model, image[None])):
+    for stage, inputs in enumerate(capture_stage_inputs(model, image[None])):
         num_tokens = inputs.query.shape[1]
         side = round(num_tokens**0.5)
         token = tuple(int(fraction * side) for fraction in where)
@@ -175,7 +176,7 @@ def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
                 below = place(left, top + HEADING + PANEL + CAPTION)
                 draw_map(above, stage, name)
                 if name == "full":
-                    style.draw_photograph(below, photograph.pixels, stage.side)
+                    below.imshow(photograph.pixels, extent=(-0.5, stage.side - 0.5, stage.side - 0.5, -0.5))
                     below.set_xlabel("the photograph", fontsize=8.5, color=style.INK, labelpad=3)
                 else:
                     draw_difference(below, stage, name)
@@ -251,7 +252,7 @@ def plot(arguments: argparse.Namespace) -> None:
     model.to(device)
     dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
     attentions = {
-        name: approximation.create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
+        name: create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
         for name in arguments.attentions
     }
     chosen = choose_images(dataset, arguments.images)
