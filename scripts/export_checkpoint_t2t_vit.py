@@ -1,4 +1,4 @@
-"""Write the weights of a T2T-ViT checkpoint in the published layout: `{"state_dict_ema": ...}` with published keys.
+"""Write the weights of a T2T-ViT checkpoint in the published format: `{"state_dict_ema": ...}` with published keys.
 
 A training's checkpoint (`checkpoints/last.ckpt`) is made to be resumed: it holds the optimizer's state and is six times
 as large as its weights. This takes the weights alone, averaged ones where they were averaged, to ship or to share.

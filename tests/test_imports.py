@@ -26,12 +26,6 @@ ALLOWED["src.analysis"] = set(ALLOWED)
 ALLOWED["run"] = set(ALLOWED)
 # Names that the outside relies on, kept where they were.
 ALIASES = {("src.utils.checkpoint", "src.checkpoints")}
-# Imports that run upward and are to be removed, as (module, package).
-UPWARD = {
-    ("src.utils.checkpoint", "src.models"),  # moves to src.checkpoints
-    ("src.checkpoints.seeded_weights", "src.models"),
-    ("src.datamodules.cache", "src.utils.scripts"),  # helpers of command-line scripts
-}
 
 
 def name_of(path: Path) -> str:
@@ -75,10 +69,9 @@ def test_imports_point_one_way(package):
             target = package_of(imported)
             if imported.split(".")[0] not in ("run", "src", "scatterbrain", "scripts", "tests", "notebooks"):
                 continue
-            for_scripts = imported.startswith("src.utils.scripts") and package not in ("src.utils", "src.analysis")
-            if target not in {package, *ALLOWED[package]} or for_scripts:
-                wrong.append((module, "src.utils.scripts" if for_scripts else target))
-    assert not set(wrong) - ALIASES - UPWARD
+            if target not in {package, *ALLOWED[package]}:
+                wrong.append((module, target))
+    assert not set(wrong) - ALIASES
 
 
 def test_every_package_has_its_place():

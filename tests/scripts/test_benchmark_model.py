@@ -245,7 +245,7 @@ def test_a_form_that_fails_is_listed(name, at, error, reason, monkeypatch, capsy
     assert f"{name} left out at batch 2: {reason}." in capsys.readouterr().out
 
 
-def test_a_reason_is_told_once_for_all_batches(monkeypatch, capsys):
+def test_a_reason_is_reported_once_for_all_batches(monkeypatch, capsys):
     fail(monkeypatch, "module local", RuntimeError("no kernel"))
     options = ["--batches", "2,3", "--repeats", "1", "--forms", "published,module", "--attentions", "local"]
     assert benchmark.main([*SMALL, *options]) == 0

@@ -81,7 +81,7 @@ def test_sizes_are_kept_for_the_growth(times):
 
 @pytest.fixture(scope="module")
 def clustered(tmp_path_factory):
-    """Figures and tables of attentions whose sizes are neither a window nor features, and of two that have some."""
+    """Results and tables of attentions whose sizes are neither a window nor features, and of two that have some."""
     output, text = tmp_path_factory.mktemp("clustered") / "times.json", io.StringIO()
     options = ["--attentions", "full,cluster,pairedcluster,sbpairedcluster,sbcluster,bs-bigbird", "--no-peers"]
     options += ["--lengths", "64,128", "--passes", "forward", "--repeats", "1", "--memory-fraction", "1/4"]
@@ -473,7 +473,7 @@ def test_precision(tmp_path, capsys):
     assert all(name in printed for name in (*COMPARED, *BOUNDS))
 
 
-def test_figures_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):
+def test_values_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):
     genuine = precision_errors.outputs
 
     def broken(module, tensors):

@@ -1,4 +1,4 @@
-"""The experiment of growth: exponents and crossings that are put in come out, and what is no such file is told."""
+"""The experiment of growth: exponents and crossings that are put in come out, and what is no such file is refused."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Candidate:
     milliseconds: list[float] = field(default_factory=list)
 
     def row(self, batch: int, published: Sequence[float] | None) -> dict[str, Any]:
-        """Results for JSON; `published` is the time of the published form, uncompiled, in the same rounds."""
+        """Results for JSON; `published` is the time of the published implementation, uncompiled, in the same rounds."""
         median = statistics.median(self.milliseconds)
         return {
             "name": self.implementation.name,

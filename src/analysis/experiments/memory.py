@@ -44,7 +44,7 @@ from src.utils.text import first_line
 # Full attention has no budget, and is what the others are compared with.
 BUDGETED = tuple(name for name, kind in ATTENTIONS.items() if kind.fit is not None)
 MEMORY_FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
-# drawn strong, in the order of the legend; the others are thin
+# thick lines, in the order of the legend; the others are thin
 STRONG = ("local", "performer", "sblocal", "cluster", "pairedcluster")
 ERROR_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
 
@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 
 def load_photographs(dataset: ImageFolderDataset, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, 3, size, size) in channels-last memory, which the inference form reads as it is, and labels (B,)."""
+    """Images (B, 3, size, size) in channels-last memory, which the inference model reads as it is, and labels (B,)."""
     with ThreadPoolExecutor(usable_cpus()) as pool:
         items = list(pool.map(dataset.__getitem__, positions))
     images = torch.stack([image for image, _, _ in items]).contiguous(memory_format=torch.channels_last)
@@ -75,9 +75,9 @@ def swapped(model: T2TViT, attentions: Sequence[AttentionModule]) -> Iterator[T2
 
 @torch.no_grad()
 def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """First predictions (B,) of a model in its inference form, on its device; nothing waits for the device."""
-    form = inference_model(model)
-    return torch.cat([form(part).argmax(1) for part in images.split(batch_size)])
+    """First predictions (B,) of a model, by its inference implementation; nothing waits for the device."""
+    fast = inference_model(model)
+    return torch.cat([fast(part).argmax(1) for part in images.split(batch_size)])
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def draw_tokens(data: str, length: int, width: int, num_centres: int, seed: int)
 
 
 def low_rank_logits(query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor, scale: float) -> torch.Tensor:
-    """What `dense_low_rank_logits` gives in the cosh form, (B, H, T, S) float64, in one product and much faster.
+    """What `dense_low_rank_logits` gives with cosh features, (B, H, T, S) float64, in one product and much faster.
 
     Terms below 1e-300 of the largest feature of their query times that of their key count as 1e-300.
     """
