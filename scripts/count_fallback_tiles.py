@@ -27,7 +27,8 @@ from src.analysis.tools import Parser, new_table, positive, print_report, run_to
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, "std", "num-seeds", "output", num_seeds=12)
+    parser = Parser(__doc__, "std", "output")
+    parser.add("num-seeds", default=12, help="(%(default)s)")
     shapes = f"sequences, tokens, window, random projections ({' '.join(map(str, SHAPES[:2]))})"
     option = parser.add_argument
     option("--shapes", type=Shape.parse, nargs="+", default=SHAPES[:2], metavar="B,N,W,R", help=shapes)
