@@ -4,9 +4,8 @@ Machines are shared and noisy, so what counts are ratios: in each round every ca
 turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
 and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
 clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
-in rows of their own. Where Scatterbrain's kernels recompute tiles of queries exactly because the subtraction cancels,
-which depends on the inputs (README.md of the kernels), the number of these fallback tiles is reported, and inputs
-without any have a row of their own.
+in rows of their own. Scatterbrain's kernels recompute tiles of queries exactly where the subtraction cancels: the
+number of these fallback tiles is reported, and inputs without any have a row of their own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted.
 
@@ -17,19 +16,15 @@ after each of them, with "complete": false until all are done.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.benchmark.report import make_parser
 from src.analysis.tools import (
     Parser,
-    check_figure,
-    check_writable,
     positive,
     positive_list,
     positive_sequence,
@@ -39,7 +34,7 @@ from src.analysis.tools import (
 
 def build_parser() -> Parser:
     shared = ("attentions", "passes", "device", "dtype", "dim", "memory-fraction", "std", "threads", "repeats")
-    parser = make_parser(__doc__, *shared, "no-peers", "output", "figure")
+    parser = Parser(__doc__, *shared, "no-peers", "output", "figure")
     option = parser.add_argument
     option("--lengths", type=positive_list, default="784,3136,12544", metavar="N,...", help="(%(default)s)")
     batch = "of all lengths, or one of each length, from the shortest to the longest (%(default)s)"
@@ -52,15 +47,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def benchmark(arguments: argparse.Namespace) -> int:
-    check_writable(arguments.output)
-    check_figure(arguments.figure)
-    return AttentionBench(arguments).main()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), benchmark, argv)
-
+main = partial(run_tool, build_parser, lambda arguments: AttentionBench(arguments).main())
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,9 +6,9 @@
     inference   the same weights as evaluations run them; on CUDA recorded as a CUDA graph
     peer        timm's vit_small_patch16_224, a network of about the size of t2t_vit_t_14
 
---compile adds each of them under torch.compile; on CUDA those too are recorded as CUDA graphs, the published form with
-and without. At each batch all are built and warmed up, and then each runs once in each round, in turn; the medians of
-the rounds are reported, and the medians of the ratios within a round. Batches of images are on the device.
+--compile adds each of them under torch.compile; on CUDA those too are recorded as CUDA graphs, the published
+implementation with and without. Each runs once in each round, in turn; the medians of the rounds are reported, and the
+medians of the ratios within a round. Batches of images are on the device.
 
 Memory is what PyTorch takes from the device for one implementation alone: images, weights, everything in between, and
 what a CUDA graph keeps. It is counted on CUDA alone. --end-to-end adds whole evaluations, as run.py does them, of
@@ -22,22 +22,20 @@ each of them, with "complete": false until all are done.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.model import ModelBench
 from src.analysis.benchmark.networks import KINDS, PRECISIONS
-from src.analysis.benchmark.report import make_parser
-from src.analysis.tools import Parser, check_figure, check_writable, comma_separated, positive_list, run_tool
+from src.analysis.tools import Parser, comma_separated, positive_list, run_tool
 
 
 def build_parser() -> Parser:
     shared = ("variant", "attentions", "image-size", "num-classes", "memory-fraction", "device", "threads", "repeats")
-    parser = make_parser(__doc__, *shared, "compile", "no-peers", "output", "figure", repeats="7")
+    parser = Parser(__doc__, *shared, "compile", "no-peers", "output", "figure", repeats="7")
     option = parser.add_argument
     option("--forms", type=comma_separated(KINDS), default=",".join(KINDS), metavar="NAMES", help="(%(default)s)")
     batches = "the best one is reported (32,128,256,512 on CUDA, 8 on the CPU)"
@@ -48,15 +46,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def benchmark(arguments: argparse.Namespace) -> int:
-    check_writable(arguments.output)
-    check_figure(arguments.figure)
-    return ModelBench(arguments).main()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), benchmark, argv)
-
+main = partial(run_tool, build_parser, lambda arguments: ModelBench(arguments).main())
 
 if __name__ == "__main__":
     sys.exit(main())

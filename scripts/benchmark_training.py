@@ -1,9 +1,8 @@
 """Time and memory of a training step of a T2T-ViT under each attention, beside full attention in the same run.
 
-A step is what the training does with a batch that is on the device: forward, cross-entropy with soft targets, backward,
-update by AdamW. In each round every attention runs in turn, alone on the device, the others' weights and optimizers
-being in the host's memory meanwhile; the median of the rounds is reported. Memory is the peak of PyTorch's allocator
-during the steps: images, weights, gradients, optimizer, and all that the step keeps; it is counted on CUDA alone.
+A step is forward, cross-entropy with soft targets, backward and update by AdamW, of a batch that is on the device. In
+each round every attention runs in turn, alone on the device; the median of the rounds is reported. Memory is the peak
+of PyTorch's allocator during the steps, on CUDA.
 
     python scripts/benchmark_training.py --variant t2t_vit_t_14 --batch-size 256
 """
@@ -12,20 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.analysis.benchmark.report import header, machine_line, make_parser, print_report
+from src.analysis.benchmark.report import header, machine_line
 from src.analysis.benchmark.training import PRECISIONS, TrainingBench
-from src.analysis.tools import Parser, check_writable, positive, run_tool, write_results
+from src.analysis.tools import Parser, positive, print_report, run_tool, write_results
 from src.distributed.launch import quiet_libraries
 
 
 def build_parser() -> Parser:
     shared = ("variant", "attentions", "image-size", "num-classes", "memory-fraction", "device", "threads", "rounds")
-    parser = make_parser(__doc__, *shared, "output", variant="t2t_vit_t_7")
+    parser = Parser(__doc__, *shared, "output", variant="t2t_vit_t_7")
     option = parser.add_argument
     option("--batch-size", type=positive, metavar="B", help="(256 on CUDA, 8 on the CPU)")
     option("--precision", choices=PRECISIONS, help="(bf16-mixed on CUDA, 32 on the CPU)")
@@ -34,7 +33,6 @@ def build_parser() -> Parser:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    check_writable(arguments.output)
     quiet_libraries()
     bench = TrainingBench(arguments)
     bench.run()
@@ -47,9 +45,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     write_results(arguments, {**header(arguments, bench.device), "results": bench.results()})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), benchmark, argv)
-
+main = partial(run_tool, build_parser, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,14 +17,13 @@ which an evaluation ignores) occurs in ImageNet itself and is not wrong.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.analysis.tools import Parser, check_writable, positive, run_tool
+from src.analysis.tools import Parser, positive, run_tool
 from src.datamodules.check import check
 from src.datamodules.formats import FORMATS
 from src.utils.machine import usable_cpus
@@ -40,18 +39,11 @@ def build_parser() -> Parser:
     add("--subset", action="store_true", help="accept that ImageNet is not complete")
     add("--decode", action="store_true", help="decode the images")
     add("--jobs", type=positive, default=usable_cpus(), help="threads (default: one per CPU)")
-    add("--output", metavar="FILE", help="write the report as JSON")
+    parser.add("output", help="write the report as JSON")
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    check_writable(arguments.output)
-    return check(**vars(arguments))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, lambda arguments: check(**vars(arguments)))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ its images, labels or first predictions; differences of probabilities are only r
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -28,27 +28,21 @@ from src.analysis.tools import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "split", "variant", "image-size", "output", variant="t2t_vit_t_7")
     add = parser.add_argument
     checkpoint = "checkpoints/demo/t2t_vit_t_7_flowers.pth.tar"
     add("--data-dir", default="data/flowers", metavar="DIR", help="folder that holds the split's (data/flowers)")
-    parser.add("split")
     add("--checkpoint", default=checkpoint, metavar="FILE", help=f"({checkpoint})")
-    add("--variant", default="t2t_vit_t_7", metavar="NAME", help="one of t2t_vit_t_* (t2t_vit_t_7)")
     add("--attention", choices=tuple(ATTENTIONS), default="sblocal", metavar="NAME", help="(sblocal)")
     add("--num-classes", type=positive, metavar="N", help="outputs of the model (as many as class folders)")
-    add("--image-size", type=positive, default=224, metavar="N", help="in pixels (224)")
     add("--batch-size", type=positive, default=8, metavar="B", help="(8)")
     add("--num-workers", type=int, metavar="N", help="processes that decode (as many as there are CPUs, at most 16)")
     add("--damage", type=positive, default=0, metavar="K", help="cut K images, evenly spread, to a third (none)")
     add("--keep", metavar="DIR", help="new folder for the formats, and their evaluations in runs/ (a temporary one)")
-    parser.add("output")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

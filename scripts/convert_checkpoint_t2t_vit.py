@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -50,9 +50,7 @@ def convert(arguments: argparse.Namespace) -> int:
     return int(failed)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), convert, argv, "The originals are whole; run the same command again.")
-
+main = partial(run_tool, build_parser, convert, interrupted="The originals are whole; run the same command again.")
 
 if __name__ == "__main__":
     sys.exit(main())

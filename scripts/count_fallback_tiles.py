@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,23 +21,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.fallback_tiles import CANCELLATION_LIMIT, count
-from src.analysis.benchmark.report import header, make_parser, print_report, shown
+from src.analysis.benchmark.report import header
 from src.analysis.benchmark.tiles import SHAPES, WIDTH, Shape
-from src.analysis.tools import Parser, check_writable, new_table, positive, run_tool, write_results
+from src.analysis.tools import Parser, new_table, positive, print_report, run_tool, shown, write_results
 
 
 def build_parser() -> Parser:
-    parser = make_parser(__doc__, "std", "output")
+    parser = Parser(__doc__, "std", "output")
+    parser.add("num-seeds", default=12, help="(%(default)s)")
     shapes = f"sequences, tokens, window, random projections ({' '.join(map(str, SHAPES[:2]))})"
     option = parser.add_argument
     option("--shapes", type=Shape.parse, nargs="+", default=SHAPES[:2], metavar="B,N,W,R", help=shapes)
-    option("--num-seeds", type=positive, default=12, metavar="K", help="(%(default)s)")
     option("--tile", type=positive, default=32, metavar="ROWS", help="queries of a tile (%(default)s)")
     return parser
 
 
 def count_all(arguments: argparse.Namespace) -> None:
-    check_writable(arguments.output)
     rows = []
     cases = [(shape, seed) for shape in arguments.shapes for seed in range(arguments.num_seeds)]
     for shape, seed in shown(cases, "Counting"):
@@ -56,9 +55,7 @@ def count_all(arguments: argparse.Namespace) -> None:
     write_results(arguments, {**header(arguments, torch.device("cpu"), **settings), "results": rows})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), count_all, argv)
-
+main = partial(run_tool, build_parser, count_all)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,9 +6,8 @@ and kept.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -30,13 +29,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def fetch(arguments: argparse.Namespace) -> None:
-    say(download_published(**vars(arguments)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), fetch, argv, "No half-written file was left.")
-
+main = partial(
+    run_tool,
+    build_parser,
+    lambda arguments: say(download_published(**vars(arguments))),
+    interrupted="No half-written file was left.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,9 @@
 """What accuracy, agreement with full attention and output error each attention has for its memory: a curve for each.
 
 A T2T-ViT that was trained with full attention has it swapped in both token stages for one of each kind, at several
-memory budgets and seeds of what is random. Every photograph runs through it: top-1 accuracy, and the share of
-photographs whose first prediction is that of full attention. Some photographs, spread evenly, give the relative
-Frobenius error of the output of each stage, on the queries, keys and values of the network with full attention, so
-that stage 2 does not suffer from stage 1. Memory is that of the attention's sizes by the rule of
-`scatterbrain.ops.common.budget`; block-sparse attentions and Reformer take more than their budget.
+memory budgets and seeds. All photographs give the top-1 accuracy, and the share whose first prediction is that of full
+attention; some give the relative Frobenius error of the output of each stage, on the inputs that full attention has.
+Memory follows from the sizes (`scatterbrain.ops.common.budget`); block-sparse attentions and Reformer exceed it.
 
 Ctrl-C and SIGTERM end the run with the configurations that are complete by then. --output is written after each
 attention, with "complete": false until all are done.
@@ -15,32 +13,21 @@ attention, with "complete": false until all are done.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.analysis.experiments.memory import BUDGETED, MEMORY_FRACTIONS, run
+from src.analysis.experiments.memory import BUDGETED, MEMORY_FRACTIONS, Experiment
 from src.analysis.tools import Parser, comma_separated, positive, positive_numbers, run_tool
 
 
-def memory_fractions(text: str) -> tuple[float, ...]:
-    """Type of an option that takes memory fractions, such as 1/32 or 0.1, separated by commas, ascending."""
-    fractions = positive_numbers(text)
-    if fractions[-1] > 1:
-        raise argparse.ArgumentTypeError(f"'{text}' holds a fraction above 1, more than full attention has")
-    return fractions
-
-
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add("checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
-    names = {"type": comma_separated(BUDGETED), "default": BUDGETED, "metavar": "NAMES"}
-    add("--attentions", **names, help=f"to compare with full attention ({','.join(BUDGETED)})")
-    fractions = {"type": memory_fractions, "default": MEMORY_FRACTIONS, "metavar": "F,..."}
+    parser.add("attentions", type=comma_separated(BUDGETED), default=",".join(BUDGETED))
+    fractions = {"type": positive_numbers, "default": MEMORY_FRACTIONS, "metavar": "F,..."}
     add("--memory-fractions", **fractions, help="budgets (1/64,1/32,1/16,1/8,1/4)")
     add("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
     add("--error-images", type=positive, default=16, metavar="N", help="photographs of the output errors (16)")
@@ -49,9 +36,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, lambda arguments: Experiment(arguments).main())
 
 if __name__ == "__main__":
     sys.exit(main())

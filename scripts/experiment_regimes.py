@@ -15,7 +15,7 @@ matrix of rank r, and both. A second figure checks the variance of the random fe
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -36,14 +36,11 @@ def build_parser() -> Parser:
     add("--temperatures", default=TEMPERATURES, **numbers, help=f"softmax scale in multiples of E ** -0.5 ({betas})")
     add("--memory-fractions", default=(1 / 32, 1 / 8), **numbers, help="budgets (1/32,1/8)")
     add("--variance-samples", type=positive, default=20_000, metavar="K", help="of the random features (20000)")
-    add("--variance-figure", metavar="FILE", help="draw the variance: .png, .pdf or .svg")
-    parser.add("num-seeds", "seed", "threads", "output", "figure")
+    parser.add("variance-figure", "num-seeds", "seed", "threads", "output", "figure")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

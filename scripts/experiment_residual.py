@@ -1,10 +1,9 @@
 """What a sparse support leaves of a trained network's attention, and whether a low rank fits that.
 
 Photographs run through a T2T-ViT with full attention. In both token stages the matrix of weights is split into the
-part on a sparse support and the residual, full less sparse, which is what Scatterbrain's low-rank part has to fit
-(Chen et al., "Scatterbrain", NeurIPS 2021, section 3). The singular values of all three give the rank that each needs,
-and the maps of one token show what is left. Supports: the local window, the clusters of SMYRF, and as an oracle the
-largest weights of each query, of the sizes that Scatterbrain has them (half of the memory).
+part on a sparse support and the residual, which Scatterbrain's low-rank part has to fit (Chen et al., "Scatterbrain",
+NeurIPS 2021, section 3). The singular values of all three give the rank that each needs. Supports: the local window,
+SMYRF's clusters, and as an oracle the largest weights of each query, each with half of the memory.
 
     python scripts/experiment_residual.py --checkpoint FILE --data-dir data/flowers
 """
@@ -12,7 +11,7 @@ largest weights of each query, of the sizes that Scatterbrain has them (half of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -22,8 +21,7 @@ from src.analysis.tools import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add("checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
     add("--num-images", type=positive, default=4, metavar="N", help="photographs, spread evenly (4)")
     add("--num-queries", type=positive, default=784, metavar="N", help="rows of the matrix, spread evenly (784)")
@@ -31,9 +29,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

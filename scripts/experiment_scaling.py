@@ -1,12 +1,10 @@
 """How time and memory of the attentions grow with the sequence length N, from results of benchmark_attention.py.
 
 The claim is that Scatterbrain is linear in N where full attention is quadratic (Chen et al., "Scatterbrain", NeurIPS
-2021, section 4). It is one about constant sizes (window, features, clusters): with a budget that is a fraction of the
-N x N matrix they grow with N, and everything is quadratic. So the rows here are those whose sizes fit --growth-length
-of the benchmark, at every N. The exponent is the slope of the logarithm of the time, or memory, of one sequence against
-that of N, by least squares over the lengths from --fit-from on; below, what does not depend on N hides the growth.
-Where that is still so, as on a GPU with a single sequence, see the exponent of the last step, from the longest length
-but one to the longest.
+2021, section 4), with constant sizes (window, features, clusters). So the rows here are those whose sizes fit
+--growth-length of the benchmark, at every N. The exponent is the slope of the logarithm of the time, or memory, of one
+sequence against that of N, by least squares over the lengths from --fit-from on; below, what does not depend on N hides
+the growth. The exponent of the last step is from the longest length but one to the longest.
 
 On CUDA the time is that of the replay of a graph ("device"), without what the host needs to start the kernels, where
 an attention and SDPA both have it at every length; otherwise, and on the CPU, it is that of the whole call ("call").
@@ -18,30 +16,26 @@ an attention and SDPA both have it at every length; otherwise, and on the CPU, i
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
 from src.analysis.experiments.scaling import ATTENTION_LINES, FIT_FROM, run
-from src.analysis.tools import Parser, comma_separated, positive, run_tool
+from src.analysis.tools import Parser, positive, run_tool
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--inputs", nargs="+", required=True, metavar="FILE", help="of benchmark_attention.py, one for each device")
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": ATTENTION_LINES, "metavar": "NAMES"}
-    add("--attentions", **names, help=f"those in a file are drawn ({','.join(ATTENTION_LINES)})")
+    parser.add("attentions", default=",".join(ATTENTION_LINES), help="those in a file are drawn (%(default)s)")
     add("--fit-from", type=positive, default=FIT_FROM, metavar="N", help=f"shortest length of the fit ({FIT_FROM})")
     parser.add("figure")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

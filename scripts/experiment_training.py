@@ -1,17 +1,9 @@
 """Networks trained from scratch with each attention: a causal language model of bytes, and ListOps.
 
-Chen et al., "Scatterbrain", NeurIPS 2021, section 5, trains on language (WikiText-103, enwik8) and on the Long Range
-Arena; here are both in small, from data that any machine has: the sources of Python's standard library, split by file,
-and random nested lists (`src/datamodules/listops.py`). The networks differ in nothing but the attention: the
-initial weights, the batches and the schedule are the same, and the attentions have the same memory.
-
-The language model is causal; an attention that cannot be is left out, with its reason. A causal window of W keys shows
-W // 2 + 1 of them, as its other half lies behind the query: its memory is counted in full all the same.
-ListOps is bidirectional, its expressions fill half to all of the length, and the rest is hidden by key lengths. Its
-value is read from a token before the expression. A network that knows the outermost operator alone, which is the next
-token, is right a third of the time: that baseline stands beside the most frequent value. Two things count against
-sparse attentions there: the answer's token sees through a window no further than depth times half of it, and the hashes
-of SMYRF and Reformer sort the padding's queries among the others.
+Chen et al., "Scatterbrain", NeurIPS 2021, section 5, trains on language and on the Long Range Arena; here are both in
+small, from data that any machine has: the sources of Python's standard library, split by file, and random nested lists.
+Initial weights, batches, schedule and the attentions' memory are the same for all. An attention that cannot be causal
+is left out of the language model. A causal window of W keys shows W // 2 + 1 of them; its memory is counted in full.
 
     python scripts/experiment_training.py --output training.json --figure training.png
 
@@ -22,13 +14,12 @@ of SMYRF and Reformer sort the padding's queries among the others.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
-from src.analysis.experiments.training import COMPARED, PRECISIONS, run
+from src.analysis.experiments.training import COMPARED, PRECISIONS, Experiment
 from src.analysis.tools import Parser, comma_separated, positive, positive_number, run_tool
 from src.datamodules.sequence_tasks import TASKS
 
@@ -37,8 +28,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tasks", type=comma_separated(TASKS), default=TASKS, metavar="NAMES", help=f"({','.join(TASKS)})")
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": COMPARED, "metavar": "NAMES"}
-    add("--attentions", **names, help=f"({','.join(COMPARED)})")
+    parser.add("attentions", default=",".join(COMPARED))
     add("--steps", type=positive, default=1500, metavar="N", help="of a training (1500)")
     add("--batch-size", type=positive, default=32, metavar="B", help="(32)")
     add("--length", type=positive, default=1024, metavar="N", help="tokens (1024)")
@@ -56,9 +46,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, lambda arguments: Experiment(arguments).main())
 
 if __name__ == "__main__":
     sys.exit(main())

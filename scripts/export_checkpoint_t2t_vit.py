@@ -1,4 +1,4 @@
-"""Write the weights of a T2T-ViT checkpoint in the published layout: `{"state_dict_ema": ...}` with published keys.
+"""Write the weights of a T2T-ViT checkpoint in the published format: `{"state_dict_ema": ...}` with published keys.
 
 A training's checkpoint (`checkpoints/last.ckpt`) is made to be resumed: it holds the optimizer's state and is six times
 as large as its weights. This takes the weights alone, averaged ones where they were averaged, to ship or to share.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -33,9 +33,7 @@ def export(arguments: argparse.Namespace) -> None:
     say(f"{arguments.file}: exported to {output}\n{summary}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), export, argv)
-
+main = partial(run_tool, build_parser, export)
 
 if __name__ == "__main__":
     sys.exit(main())

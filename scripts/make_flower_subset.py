@@ -7,9 +7,8 @@ metadata to OUTPUT/val/<class>/. OUTPUT/ATTRIBUTION.md says where they come from
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -32,13 +31,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def make(arguments: argparse.Namespace) -> None:
-    say(make_subset(**vars(arguments)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), make, argv, "No half-made folder was left.")
-
+main = partial(
+    run_tool,
+    build_parser,
+    lambda arguments: say(make_subset(**vars(arguments))),
+    interrupted="No half-made folder was left.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

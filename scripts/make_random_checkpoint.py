@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from scatterbrain.errors import UserError
 from src.analysis.tools import Parser, run_tool, say
-from src.checkpoints import read_checkpoint, save_checkpoint
-from src.checkpoints.seeded_weights import published_shapes, seeded_weights
+from src.checkpoints import read_checkpoint
+from src.checkpoints.seeded_weights import save_seeded_checkpoint
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.utils.files import sha256_of_file
 
@@ -31,29 +31,17 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_checkpoint(variant: str, num_classes: int, image_size: int, output: Path) -> None:
-    """Write the checkpoint.
-
-    Raises:
-        UserError: unknown variant, sizes out of range, or `output` exists or cannot be written.
-    """
+def make(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output).expanduser()
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    weights = seeded_weights(published_shapes(variant, num_classes, image_size))
-    save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, output)
-
-
-def make(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output).expanduser()
-    make_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
+    save_seeded_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
     summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))
     say(f"{output}: random weights, accuracy means nothing\n{summary}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), make, argv)
-
+main = partial(run_tool, build_parser, make)
 
 if __name__ == "__main__":
     sys.exit(main())

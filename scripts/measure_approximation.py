@@ -8,10 +8,8 @@ photographs, spread evenly, also give the error of the matrix of attention weigh
 effective number of keys (exp of the entropy of a query's weights) and its largest logit.
 
 --layers measures the blocks of the backbone too, or alone: 197 tokens, the class token among them, in several heads of
-width 64. There 1/32 is 6 columns, which pay for a window of 6 keys, 6 clusters, 3 features, or 3 keys and 2 features;
-clusters of queries are a single one. Give a larger --memory-fraction, such as 1/8: 24 columns. Blocks of a block-sparse
-attention have 16 tokens at least, and spend more than the budget; the column `memory` has what is spent. What is not
-defined at this length is left out, and a line says why.
+width 64. There 1/32 is 6 columns only; give a larger --memory-fraction, such as 1/8. The column `memory` has what is
+spent. An attention that is not defined at this length is left out, and a line says why.
 
     python scripts/measure_approximation.py --checkpoint FILE --data-dir data/flowers
 """
@@ -25,18 +23,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
-from src.analysis.approximation import LAYERS
 from src.analysis.experiments.layer_errors import run
-from src.analysis.tools import Parser, comma_separated, positive, run_tool
+from src.analysis.tools import Parser, positive, run_tool
+from src.models.attention_inputs import LAYERS
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add("checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": ("local", "performer", "sblocal")}
-    add("--attentions", **names, metavar="NAMES", help=f"of {', '.join(ATTENTIONS)} (local,performer,sblocal)")
+    parser.add("attentions", default="local,performer,sblocal")
     add("--layers", choices=LAYERS, default="stages", help="token stages, blocks of the backbone, or all (stages)")
     seeds = {"type": positive, "default": 3, "metavar": "K"}
     add("--num-seeds", "--num-draws", **seeds, help="seeds of the random features (3)")
@@ -49,7 +44,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join([Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
-    return run_tool(build_parser(), lambda arguments: run(arguments, command), argv)
+    return run_tool(build_parser, lambda arguments: run(arguments, command), argv)
 
 
 if __name__ == "__main__":

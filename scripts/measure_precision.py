@@ -10,28 +10,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.precision import TENSORS, UserError, measure
-from src.analysis.benchmark.report import DTYPES, header, make_parser, print_report, shown
+from src.analysis.benchmark.report import DTYPES, header
 from src.analysis.tools import (
     Parser,
-    check_writable,
     choose_device,
     comma_separated,
     fraction,
     new_table,
     positive,
+    print_report,
     run_tool,
+    shown,
     write_results,
 )
 
 
 def build_parser() -> Parser:
-    parser = make_parser(__doc__, "attentions", "device", "dim", "memory-fraction", "threads", "output")
+    parser = Parser(__doc__, "attentions", "device", "dim", "memory-fraction", "threads", "output")
     option, dtypes = parser.add_argument, ",".join(DTYPES)
     option("--dtypes", type=comma_separated(tuple(DTYPES)), default=dtypes, metavar="NAMES", help="(%(default)s)")
     option("--length", type=positive, default=784, metavar="N", help="(%(default)s)")
@@ -41,7 +42,6 @@ def build_parser() -> Parser:
 
 
 def measure_all(arguments: argparse.Namespace) -> int:
-    check_writable(arguments.output)
     if not arguments.logits > 0:
         raise UserError(f"--logits {arguments.logits} has to be positive.")
     device = choose_device(arguments.device)
@@ -68,9 +68,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), measure_all, argv)
-
+main = partial(run_tool, build_parser, measure_all)
 
 if __name__ == "__main__":
     sys.exit(main())

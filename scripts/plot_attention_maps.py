@@ -10,33 +10,28 @@ each attention.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from scatterbrain.attention import ATTENTIONS
 from src.analysis.plots.attention_maps import NAMES, plot
-from src.analysis.tools import Parser, comma_separated, run_tool
+from src.analysis.tools import Parser, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
-    parser.add("checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
-    names = {"type": comma_separated(tuple(ATTENTIONS)), "default": tuple(NAMES), "metavar": "NAMES"}
-    add("--attentions", **names, help=f"of {', '.join(ATTENTIONS)} ({','.join(NAMES)})")
+    parser.add("attentions", default=",".join(NAMES))
     add("--images", nargs="+", metavar="PATH", help="in the split's folder (two, from different classes)")
     token = {"nargs": 2, "type": float, "default": (0.5, 0.5), "metavar": ("ROW", "COL")}
     add("--token", **token, help="as fractions of height and width in [0, 1) (0.5 0.5)")
     parser.add("memory-fraction", "seed", "device", "threads")
-    add("--output", default="attention_maps.png", metavar="FILE", help="(attention_maps.png)")
+    parser.add("output", default="attention_maps.png", help="(attention_maps.png)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), plot, argv)
-
+main = partial(run_tool, build_parser, plot)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,13 +8,13 @@ The tokens are those of a square image in raster order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.plots.supports import plot
-from src.analysis.tools import Parser, positive, run_tool
+from src.analysis.tools import Parser, figure_file, positive, run_tool
 
 
 def build_parser() -> Parser:
@@ -24,13 +24,11 @@ def build_parser() -> Parser:
     add("--window", type=positive, default=25, metavar="W", help="keys of a window (25)")
     add("--block", type=positive, default=14, metavar="N", help="tokens of a block (14)")
     add("--seed", type=int, default=0, metavar="N", help="of BigBird's random blocks (0)")
-    add("--output", default="supports.png", metavar="FILE", help=".png, .pdf or .svg (supports.png)")
+    add("--output", type=figure_file, default="supports.png", metavar="FILE", help=".png, .pdf or .svg (supports.png)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), plot, argv)
-
+main = partial(run_tool, build_parser, plot)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,9 +9,8 @@ definition of the attention in its token stages: no batching, no workers, no fas
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
@@ -30,13 +29,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    return verify(arguments.run, arguments.limit, arguments.batch_size, choose_device(arguments.device))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(build_parser(), run, argv)
-
+main = partial(run_tool, build_parser, lambda x: verify(x.run, x.limit, x.batch_size, choose_device(x.device)))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,15 +16,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.approximation import spread
-from src.analysis.records import write_rows
-from src.analysis.tools import check_writable, choose_device, console_for_tables, say, without_paths
-from src.datamodules.formats import imagenet_synsets, scan_folder
+from src.analysis.benchmark.loading import count_classes
+from src.analysis.benchmark.report import machine_line
+from src.analysis.tools import (
+    choose_device,
+    compose_config,
+    new_table,
+    print_report,
+    split_folder,
+    without_paths,
+    write_results,
+)
+from src.datamodules.formats import scan_folder
 from src.datamodules.formats.class_folders import ClassFolders
 from src.datamodules.writers import REFERENCE, WRITERS, Photograph, stem
 from src.evaluation.predictions import Predictions, read_predictions
@@ -33,8 +41,6 @@ from src.tasks.evaluate import evaluate
 from src.utils.machine import machine_info
 from src.utils.progress import progress_display
 from src.utils.text import abbreviate
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # Predictions, their images without folder and suffix; images that were skipped; top-1 in percent.
 Evaluation = tuple[Predictions, set[str], float]
@@ -46,14 +52,10 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     Raises:
         UserError: no such folder, no images in a class folder, names that not every format holds, too many to damage.
     """
-    root = Path(arguments.data_dir).expanduser() / arguments.split
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder. Correct --data-dir and --split: the split's class folders are read.")
-    folders = scan_folder(root)[0]
-    counted = 1000 if any(name in imagenet_synsets() for name in folders) else max(1, len(folders))
-    arguments.num_classes = arguments.num_classes or counted
+    root = split_folder(arguments.data_dir, arguments.split)
+    arguments.num_classes = arguments.num_classes or count_classes(root)
     found = ClassFolders(root, arguments.num_classes)
-    empty = set(folders) - {name.split("/")[0] for name in found.names}
+    empty = set(scan_folder(root)[0]) - {name.split("/")[0] for name in found.names}
     if empty:
         raise UserError(
             f"{root}: class folders without images, which other formats lack: {abbreviate(empty)}. Remove them."
@@ -100,13 +102,10 @@ def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) ->
         "callbacks": "none",
         "logger": "none",
     }
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("config", [f"{name}={value}" for name, value in overrides.items()])
     output_dir = folder / "runs" / format
     output_dir.mkdir(parents=True)
-    # not in the command line: paths would have to be quoted
-    config.paths.output_dir, config.datamodule.data_dir = str(output_dir), str(folder / format)
-    config.eval.ckpt = arguments.checkpoint
+    paths = {"paths.output_dir": output_dir, "datamodule.data_dir": folder / format, "eval.ckpt": arguments.checkpoint}
+    config = compose_config(overrides, paths)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -187,11 +186,9 @@ def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], fol
 def result_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Table:
     """Table with one row for each format."""
     title = f"{arguments.variant} with {arguments.attention}, {arguments.image_size} px, batch {arguments.batch_size}"
-    table = Table("format", title=title, title_justify="left")
-    equal = ("same\nlabel", "same first\nprediction")
-    for header in ("images", "skipped", *equal, "largest difference\nof a probability", "top-1 %"):
-        table.add_column(header, justify="right")
-    table.add_column("result")
+    counts = ("images", "skipped", "same\nlabel", "same first\nprediction")
+    headers = ("format", *counts, "largest difference\nof a probability", "top-1 %", "result")
+    table = new_table(title, headers, ("format", "result"))
     styles = dict.fromkeys(("num_images", "num_skipped", "labels_equal", "first_predictions_equal"), ",")
     styles |= {"probability_difference": ".1e", "top1": ".2f"}
     for row in rows:
@@ -203,7 +200,6 @@ def result_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print and write what the options of `scripts/compare_formats.py` name; the exit status."""
-    check_writable(arguments.output)
     check_swappable(arguments.variant)
     keep = arguments.keep and Path(arguments.keep).expanduser()
     if keep and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
@@ -211,14 +207,12 @@ def run(arguments: argparse.Namespace) -> int:
     images = read_photographs(arguments)
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="formats-") as folder:
         rows = list(compare_all(arguments, images, Path(folder)))
-    console_for_tables(120).print(result_table(rows, arguments))
-    machine = machine_info(choose_device("auto"))
-    say(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
+    device = choose_device("auto")
+    print_report([result_table(rows, arguments)], machine_line(device))
     differing = [row for row in rows if row.get("differences")]
-    if arguments.output is not None:
-        settings = without_paths(arguments, "data_dir", "checkpoint", "keep")
-        content = {"machine": machine, "settings": settings, "equal": not differing, "results": rows}
-        write_rows(arguments.output, content)
+    settings = without_paths(arguments, "data_dir", "checkpoint", "keep")
+    content = {"machine": machine_info(device), "settings": settings, "equal": not differing, "results": rows}
+    write_results(arguments, content)
     for row in differing:
         print(f"Error: {row['format']} differs from {REFERENCE} in {', '.join(row['differences'])}.", file=sys.stderr)
     return 1 if differing else 0

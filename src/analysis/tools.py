@@ -5,25 +5,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from scatterbrain.attention import ATTENTIONS, COMPARED
 from scatterbrain.errors import UserError, did_you_mean
 from src.analysis.records import write_rows
 from src.utils.files import atomic_write
+from src.utils.machine import machine_info
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from omegaconf import DictConfig
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+# Characters in a line of the tables where they are not shown on a terminal.
+TABLE_WIDTH = 132
 
 T = TypeVar("T")
 
@@ -31,18 +38,21 @@ T = TypeVar("T")
 class Parser(argparse.ArgumentParser):
     """Raises `UserError` where argparse would print its usage and exit with status 2; options are not abbreviated."""
 
-    def __init__(self, description: str | None = None, **options: Any) -> None:
-        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(description=description, **(defaults | options))
+    def __init__(self, description: str | None, *names: str, **defaults: Any) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.add(*names)
+        self.set_defaults(**defaults)
 
     def error(self, message: str) -> None:
         """Raise `UserError`."""
         raise UserError(f"{message[:1].upper()}{message[1:]}. --help lists the options.")
 
     def add(self, *names: str, **changes: Any) -> None:
-        """Add options that several tools have, see `COMMON_OPTIONS`; `changes` go to each of them."""
+        """Add options that several tools have, see `OPTIONS`; `changes` go to each of them."""
         for name in names:
-            self.add_argument(f"--{name}", **(COMMON_OPTIONS[name] | changes))
+            self.add_argument(f"--{name}", **(OPTIONS[name] | changes))
 
 
 def comma_separated(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -96,13 +106,27 @@ def positive_number(text: str) -> float:
 
 def positive_numbers(text: str) -> tuple[float, ...]:
     """Type of an option that takes positive numbers, separated by commas, ascending."""
-    numbers = tuple(sorted({fraction(part) for part in text.split(",")}))
-    if not all(0 < number < math.inf for number in numbers):
-        raise argparse.ArgumentTypeError(f"'{text}' holds a number that is not positive")
-    return numbers
+    return tuple(sorted(set(map(positive_number, text.split(",")))))
 
 
-COMMON_OPTIONS: dict[str, dict[str, Any]] = {
+def result_file(text: str) -> str:
+    """Type of an option that takes a file to write; refused before minutes are spent on what would go there."""
+    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: it has to be a file in a folder that exists")
+    return text
+
+
+def figure_file(text: str) -> str:
+    """Type of an option that takes a figure to write."""
+    if Path(text).suffix.lower() not in FIGURE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text}: the name has to end in .png, .pdf or .svg")
+    return result_file(text)
+
+
+PASSES = ("forward", "training")
+_NAMES = {"metavar": "NAMES", "help": "separated by commas (%(default)s)"}
+# Defaults that are text are parsed, as a command line is.
+OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"required": True, "metavar": "FILE", "help": "of one of the t2t_vit_t_* variants"},
     "data-dir": {"required": True, "metavar": "DIR", "help": "folder that holds the split's folder"},
     "split": {"default": "val", "metavar": "NAME", "help": "folder of the class folders (val)"},
@@ -111,9 +135,39 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     "num-seeds": {"type": positive, "default": 3, "metavar": "K", "help": "seeds of what is random (3)"},
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "(auto: CUDA where it is)"},
     "threads": {"type": positive, "metavar": "T", "help": "CPU threads (PyTorch's choice)"},
-    "output": {"metavar": "FILE", "help": "write the results as JSON"},
-    "figure": {"metavar": "FILE", "help": "draw them: .png, .pdf or .svg"},
+    "output": {"type": result_file, "metavar": "FILE", "help": "write the results as JSON"},
+    "figure": {"type": figure_file, "metavar": "FILE", "help": "draw them: .png, .pdf or .svg"},
+    "attentions": {"type": comma_separated(tuple(ATTENTIONS)), "default": ",".join(COMPARED), **_NAMES},
+    "passes": {"type": comma_separated(PASSES), "default": ",".join(PASSES), **_NAMES},
+    "dtype": {"choices": ("float32", "bfloat16", "float16"), "default": "float32", "help": "(%(default)s)"},
+    "dim": {"type": positive, "default": "64", "metavar": "E", "help": "width of a head (%(default)s)"},
+    "variant": {"default": "t2t_vit_t_14", "metavar": "NAME", "help": "one of t2t_vit_t_* (%(default)s)"},
+    "image-size": {"type": positive, "default": "224", "metavar": "N", "help": "in pixels (%(default)s)"},
+    "num-classes": {"type": positive, "default": "1000", "metavar": "N", "help": "(%(default)s)"},
+    "std": {
+        "type": fraction,
+        "default": "1",
+        "metavar": "S",
+        "help": "std of queries and keys (%(default)s)",
+    },
+    "repeats": {"type": positive, "default": "15", "metavar": "R", "help": "rounds (%(default)s)"},
+    "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
+    "compile": {"action": "store_true", "help": "run through torch.compile"},
+    "no-peers": {"action": "store_true", "help": "leave out the implementations of others"},
+    "variance-figure": {"type": figure_file, "metavar": "FILE", "help": "draw the variance: .png, .pdf or .svg"},
 }
+
+
+def compose_config(overrides: Mapping[str, Any], paths: Mapping[str, str | Path]) -> DictConfig:
+    """The configuration of a run of `run.py`; paths are set afterwards, or they would have to be quoted."""
+    from hydra import compose, initialize_config_dir  # here and below: --help does not need them
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
+        config = compose("config", [f"{name}={value}" for name, value in overrides.items()])
+    for name, path in paths.items():
+        OmegaConf.update(config, name, str(path))
+    return config
 
 
 def choose_device(name: str) -> torch.device:
@@ -123,18 +177,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_writable(*paths: str | None) -> None:
-    """Raise `UserError` for a path that cannot be written, before minutes are spent on what would go there."""
-    for path in paths:
-        if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
-            raise UserError(f"{path} cannot be written: it has to be a file in a folder that exists.")
-
-
-def check_figure(path: str | None, option: str = "--figure") -> None:
-    """Raise `UserError` for a figure whose suffix is none of `FIGURE_SUFFIXES`, or that cannot be written."""
-    check_writable(path)
-    if path is not None and Path(path).suffix.lower() not in FIGURE_SUFFIXES:
-        raise UserError(f"{option} {path}: the name has to end in .png, .pdf or .svg.")
+def split_folder(data_dir: str | os.PathLike[str], split: str) -> Path:
+    """Folder of a split's class folders; `UserError` where there is none."""
+    root = Path(data_dir).expanduser() / split
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder. Give --data-dir the folder that holds '{split}', or another --split.")
+    return root
 
 
 def without_paths(arguments: argparse.Namespace, *others: str) -> dict[str, Any]:
@@ -143,22 +191,22 @@ def without_paths(arguments: argparse.Namespace, *others: str) -> dict[str, Any]
 
 
 def run_tool(
-    parser: argparse.ArgumentParser,
+    build_parser: Callable[[], argparse.ArgumentParser],
     work: Callable[[argparse.Namespace], int | None],
-    argv: Sequence[str] | None,
+    argv: Sequence[str] | None = None,
     interrupted: str = "Nothing was written.",
 ) -> int:
     """Exit status of a tool; 1 after an error of the user's, which is one line on stderr, and after Ctrl-C.
 
     Args:
-        parser: of its options; `--threads`, where it has it, is the number of CPU threads of the work.
+        build_parser: of its options; `--threads`, where it has it, is the number of CPU threads of the work.
         work: what it does with them; its exit status, None for 0.
         argv: the command line without the tool's name; None is that of the process.
         interrupted: what Ctrl-C leaves, a sentence.
     """
     before = torch.get_num_threads()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = build_parser().parse_args(argv)
         torch.set_num_threads(getattr(arguments, "threads", None) or before)
         return work(arguments) or 0
     except UserError as error:
@@ -173,59 +221,73 @@ def run_tool(
 def until_stopped(work: Callable[[], None], then: Callable[[], T]) -> T:
     """What `then` returns, after work that is done, or stopped by Ctrl-C or by SIGTERM, with which batch systems stop.
 
-    Only the first of the signals counts: they are often sent twice, and `then` saves what there is.
-
-    Args:
-        work: may be stopped anywhere, by KeyboardInterrupt.
-        then: follows in both cases, but not where `work` fails.
+    Only the first of the signals counts: they are often sent twice, and `then` saves what there is. It does not follow
+    where `work` fails.
     """
-    heeded = True
+    before = {}
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
 
     def stop(*_: object) -> None:
-        nonlocal heeded
-        if heeded:
-            heeded = False
-            raise KeyboardInterrupt
+        ignore()
+        raise KeyboardInterrupt
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # one that is ignored stays so: nohup and background jobs of a shell want it
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, stop)
     try:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    # one that is ignored stays so: nohup and background jobs of a shell want it
+                    if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                        before[number] = signal.signal(number, stop)
             work()
-            heeded = False
-        except KeyboardInterrupt:
-            heeded = False
+            ignore()
         return then()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def saved_until_stopped(
-    run: Callable[[Console, Callable[[], None]], None],
-    report: Callable[[], Any],
-    output: str | None,
-    then: Callable[[], T],
-) -> T:
-    """`until_stopped` for work whose results are written as it runs.
+class Run:
+    """Work whose results are saved whenever a part is complete, and which Ctrl-C or SIGTERM may end between parts.
 
-    Args:
-        run: the work; it is given a console for its progress, and what it calls whenever a part is complete.
-        report: everything there is so far, for `write_rows`.
-        output: file that it is written to; None for none.
-        then: follows, and writes the file for the last time.
+    Subclasses have `arguments`, `results`, and `missing`, names of the parts not yet measured; and define
+    `run(console, save)`, `report()` (for `write_rows`), `tables()`, `notes()` (lines below the tables) and `draw()`.
     """
 
-    def save() -> None:
-        if output is not None:
-            with contextlib.suppress(UserError, OSError):  # the last write tries again, and reports it
-                write_rows(output, report())
+    def main(self) -> int:
+        """Run until done or stopped; returns the exit status: 1 where something is missing."""
 
-    return until_stopped(lambda: run(Console(stderr=True), save), then)
+        def save() -> None:
+            if self.arguments.output is not None:
+                with contextlib.suppress(UserError, OSError):  # the last write tries again, and reports it
+                    write_rows(self.arguments.output, self.report())
+
+        return until_stopped(lambda: self.run(Console(stderr=True), save), self.finish)
+
+    def finish(self) -> int:
+        """Print what is complete and write the files; returns the exit status."""
+        if not self.results:
+            print("Interrupted. Nothing was written.", file=sys.stderr)
+            return 1
+        print_report(self.tables(), *self.notes())
+        write_results(self.arguments, self.report(), self.draw)
+        if self.missing:
+            print(f"Interrupted. Missing: {', '.join(self.missing)}.", file=sys.stderr)
+        return 1 if self.missing else 0
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions of the packages, which results are stored with."""
+    from src.tasks.environment import package_versions  # imports Lightning, which --help does not need
+
+    return {"machine": machine_info(device), "versions": package_versions()}
+
+
+def shown(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a progress bar on stderr that is gone at the end."""
+    yield from track(items, description, total, console=Console(stderr=True), transient=True)
 
 
 def say(text: str) -> None:
@@ -233,10 +295,14 @@ def say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def console_for_tables(width: int) -> Console:
-    """Standard output: as wide as the terminal, or `width` in a file or a pipe, where rich would guess too little."""
+def print_report(tables: Iterable[Table], *lines: str) -> None:
+    """Print tables, as wide as the terminal or `TABLE_WIDTH` in a file or a pipe, and lines below them."""
     console = Console()
-    return console if console.is_terminal else Console(width=width)
+    console = console if console.is_terminal else Console(width=TABLE_WIDTH)
+    for table in tables:
+        console.print(table, "")
+    for line in lines:
+        say(line)
 
 
 def new_table(title: str, headers: Sequence[str], left: Sequence[str] = (), **options: Any) -> Table:
@@ -263,6 +329,6 @@ def write_results(
         save_figure(draw(), arguments.figure)
 
 
-def figure(value: float) -> str:
+def digits(value: float) -> str:
     """A positive number to three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

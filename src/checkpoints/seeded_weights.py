@@ -7,13 +7,14 @@ in `tests/golden` and the checkpoints of `scripts/make_random_checkpoint.py` use
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from src.checkpoints import unconvert_key
+from src.checkpoints import save_checkpoint, unconvert_key
 from src.models.t2t_vit import create_t2t_vit, sinusoid_table
 
 
@@ -80,3 +81,9 @@ def published_shapes(variant_name: str, num_classes: int = 1000, image_size: int
     with torch.device("meta"):  # only the shapes are needed
         model = create_t2t_vit(variant_name, image_size=image_size, num_classes=num_classes)
     return {unconvert_key(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def save_seeded_checkpoint(variant: str, num_classes: int, image_size: int, path: str | os.PathLike[str]) -> None:
+    """Write a published checkpoint of seeded weights, see `published_shapes` and `save_checkpoint` for the errors."""
+    weights = seeded_weights(published_shapes(variant, num_classes, image_size))
+    save_checkpoint({"state_dict_ema": {key: tensor.float() for key, tensor in weights.items()}}, path)

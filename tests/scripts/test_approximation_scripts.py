@@ -17,10 +17,6 @@ from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scripts import measure_approximation, plot_attention_maps
 from src.analysis.approximation import (
     attention_weights,
-    capture_inputs,
-    capture_stage_inputs,
-    create_block_attentions,
-    create_stage_attentions,
     effective_keys,
     largest_logit,
     load_model,
@@ -29,6 +25,12 @@ from src.analysis.approximation import (
 )
 from src.analysis.plots import attention_maps
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.models.attention_inputs import (
+    capture_inputs,
+    capture_stage_inputs,
+    create_block_attentions,
+    create_stage_attentions,
+)
 from src.utils.files import sha256_of_file
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
@@ -89,16 +91,16 @@ def test_errors_are_means_over_images_and_seeds(measured, model, batch, name, st
     some = [1, 5]  # the middles of two halves of seven
     for kind, images in (("output_error", batch), ("matrix_error", batch[some])):
         inputs = capture_stage_inputs(model, images)[stage - 1]
-        draws = relative_errors(inputs, modules, of_weights=kind == "matrix_error").mean(1).tolist()
-        assert row[kind]["per_seed"] == pytest.approx(draws, rel=ROUNDING)
-        assert row[kind]["mean"] == pytest.approx(statistics.fmean(draws), rel=ROUNDING)
+        values = relative_errors(inputs, modules, of_weights=kind == "matrix_error").mean(1).tolist()
+        assert row[kind]["per_seed"] == pytest.approx(values, rel=ROUNDING)
+        assert row[kind]["mean"] == pytest.approx(statistics.fmean(values), rel=ROUNDING)
         if name == "local":
             assert row[kind]["std"] is None
         else:
-            # a small difference of the draws, whose own rounding it has
-            expected = abs(draws[0] - draws[1]) / 2**0.5
-            assert row[kind]["std"] == pytest.approx(expected, abs=ROUNDING * draws[0])
-            assert expected > 100 * ROUNDING * draws[0]
+            # a small difference of the values, whose own rounding it has
+            expected = abs(values[0] - values[1]) / 2**0.5
+            assert row[kind]["std"] == pytest.approx(expected, abs=ROUNDING * values[0])
+            assert expected > 100 * ROUNDING * values[0]
 
 
 def test_sharpness_of_full_attention(measured, model, batch):
@@ -133,7 +135,7 @@ def test_a_part_of_the_photographs(folder, tmp_path, capsys, measured):
     arguments = options(folder, limit=3, num_seeds=1, output=output)
     assert measure_approximation.main([*arguments, "--attentions", "sblocal,full,sblocal"]) == 0
     found = json.loads(output.read_text())
-    # twelve matrices are asked for, and there are no more than three photographs
+    # twelve matrices are requested, and there are no more than three photographs
     assert (found["data"]["num_images"], found["data"]["num_matrix_images"]) == (3, 3)
     assert [(row["attention"], row["stage"]) for row in found["results"]] == [
         ("sblocal", 1),
@@ -188,8 +190,8 @@ def test_errors_of_the_blocks(backbone, model, batch):
         assert row["memory"] == min(1, modules[0].memory_columns(5) / 5)
         assert (row["bias"] is None) == (row["spread"] is None) == (len(seeds) == 1)
         for kind, captured in inputs.items():
-            draws = relative_errors(captured[number], modules, of_weights=kind == "matrix_error").mean(1).tolist()
-            assert row[kind]["per_seed"] == pytest.approx(draws, rel=ROUNDING)
+            values = relative_errors(captured[number], modules, of_weights=kind == "matrix_error").mean(1).tolist()
+            assert row[kind]["per_seed"] == pytest.approx(values, rel=ROUNDING)
     for row, layer, stage in zip(found["full_attention"], layers, inputs["matrix_error"], strict=True):
         assert (row["layer"], row["stage"], row["num_tokens"]) == (layer, None, 5)
         assert row["scale"] == stage.scale
@@ -207,12 +209,12 @@ def test_means_of_the_blocks(backbone):
         rows = [row for row in found["results"] if row["attention"] == mean["attention"]]
         assert len(rows) == 7
         for kind in ("output_error", "matrix_error"):
-            draws = [statistics.fmean(each) for each in zip(*(row[kind]["per_seed"] for row in rows), strict=True)]
-            assert mean[kind]["per_seed"] == pytest.approx(draws)
+            values = [statistics.fmean(each) for each in zip(*(row[kind]["per_seed"] for row in rows), strict=True)]
+            assert mean[kind]["per_seed"] == pytest.approx(values)
             assert mean[kind]["mean"] == pytest.approx(statistics.fmean(row[kind]["mean"] for row in rows))
             if mean["attention"] == "sblocal":
-                # a draw is one of all blocks, so that the deviations of the blocks do not add
-                assert mean[kind]["std"] == pytest.approx(statistics.stdev(draws))
+                # a seed is that of all blocks, so that the standard deviations of the blocks do not add
+                assert mean[kind]["std"] == pytest.approx(statistics.stdev(values))
         for kind in ("bias", "spread"):
             expected = None if mean["attention"] != "sblocal" else statistics.fmean(row[kind] for row in rows)
             assert mean[kind] == (expected if expected is None else pytest.approx(expected))
@@ -367,7 +369,7 @@ def refused(script, arguments, capsys):
         *((script, {"output": "{folder}/none/x.png"}, "has to be a file in a folder that exists") for script in BOTH),
         (measure_approximation, {"layers": "block"}, "--layers: invalid choice: 'block'"),
         (measure_approximation, {"layers": "backbone", "memory_fraction": 0}, "memory_fraction=0.0 has to lie in"),
-        (measure_approximation, {"num_seeds": 0}, "--num-seeds/--num-draws: '0' is not an integer of at least 1"),
+        (measure_approximation, {"num_seeds": 0}, "--num-seeds/--num-values: '0' is not an integer of at least 1"),
         (measure_approximation, {"limit": "-1"}, "--limit: '-1' is not an integer of at least 1"),
         (measure_approximation, {"matrix_images": 0}, "--matrix-images: '0' is not an integer of at least 1"),
         (measure_approximation, {"batch_size": "x"}, "--batch-size: 'x' is not an integer of at least 1"),

@@ -76,12 +76,12 @@ def test_a_temporary_cache_is_gone_afterwards(data_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--split", "test"], "There is no folder"),
+        (["--split", "test"], "test is not a folder. Give --data-dir"),
         (["--rounds", "0"], "--rounds"),
         (["--output", "/nowhere/file.json"], "cannot be written"),
     ],
 )
-def test_what_is_wrong_is_told(data_dir, capsys, options, words):
+def test_what_is_wrong_is_reported(data_dir, capsys, options, words):
     assert benchmark.main(["--data-dir", str(data_dir), *SMALL, *options]) == 1
     assert words in capsys.readouterr().err
 

@@ -138,17 +138,14 @@ def test_whole_evaluations(content):
         assert row["ratio_to_alone"] > 0
 
 
-def test_the_figure_has_a_bar_for_each_form(content, monkeypatch, tmp_path):
+def test_the_figure_has_a_bar_for_each_form(content):
     assert (content[1] / "model.png").read_bytes().startswith(b"\x89PNG")
-    drawn = []
-    monkeypatch.setattr(model, "save_figure", lambda drawing, path: drawn.append(drawing))
     bench = ModelBench(parse(*QUICK, "--attentions", "local"))
     bench.results = [
         {"name": each.name, "kind": each.kind, "batch": 2, "images_per_second": 100.0 + number}
         for number, each in enumerate(bench.implementations)
     ]
-    bench.plot(str(tmp_path / "model.png"))
-    axis = drawn[0].axes[0]
+    axis = bench.draw().axes[0]
     assert [bar.get_width() for bar in axis.patches] == [100, 101, 102]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["published", "module local", "inference local"]
 
@@ -248,7 +245,7 @@ def test_a_form_that_fails_is_listed(name, at, error, reason, monkeypatch, capsy
     assert f"{name} left out at batch 2: {reason}." in capsys.readouterr().out
 
 
-def test_a_reason_is_told_once_for_all_batches(monkeypatch, capsys):
+def test_a_reason_is_reported_once_for_all_batches(monkeypatch, capsys):
     fail(monkeypatch, "module local", RuntimeError("no kernel"))
     options = ["--batches", "2,3", "--repeats", "1", "--forms", "published,module", "--attentions", "local"]
     assert benchmark.main([*SMALL, *options]) == 0
@@ -291,13 +288,13 @@ def stop_at(monkeypatch, batch, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_batches_that_are_complete_outlive_a_signal(number, monkeypatch, tmp_path, capsys):
     stop_at(monkeypatch, 3, number)
-    genuine = ModelBench.plot
+    genuine = ModelBench.draw
 
-    def plot(*arguments):
+    def draw(*arguments):
         signal.raise_signal(number)  # they often come twice
-        genuine(*arguments)
+        return genuine(*arguments)
 
-    monkeypatch.setattr(ModelBench, "plot", plot)
+    monkeypatch.setattr(ModelBench, "draw", draw)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     output, figure = tmp_path / "model.json", tmp_path / "model.png"
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1

@@ -195,7 +195,7 @@ def test_memory_of_cuda_is_that_of_one_network_alone(tmp_path):
     assert among_others["performer"]["memory_ratio_to_full"] < 1
 
 
-def test_other_faults_are_told_in_one_line(capsys, monkeypatch):
+def test_other_faults_are_reported_in_one_line(capsys, monkeypatch):
     fail(monkeypatch, "local", RuntimeError("no kernel for this.\nC++ stack"))
     assert benchmark.main([*SMALL, *QUICK, "--attentions", "local"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "Error: local fails (no kernel for this)."

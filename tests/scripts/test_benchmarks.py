@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -17,14 +16,13 @@ from scatterbrain.attention import ATTENTIONS, COMPARED, create_attention
 from scripts import benchmark_attention as benchmark
 from scripts import measure_precision as precision
 from src.analysis import tools
-from src.analysis.benchmark import attention, attention_report, baselines, report
+from src.analysis.benchmark import attention, attention_report, baselines
 from src.analysis.benchmark import precision as precision_errors
 from src.analysis.benchmark.attention import AttentionBench
 from src.analysis.benchmark.timing import peak_bytes
 from src.analysis.records import write_rows
 from src.analysis.tools import until_stopped
 from src.evaluation.colours import ATTENTION_COLOURS
-from src.utils.parallel import run_in_processes
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]
 
@@ -53,7 +51,7 @@ def rows(times, **wanted):
     return [row for row in times["results"] if all(row[key] == value for key, value in wanted.items())]
 
 
-@pytest.mark.parametrize("attention_pass", report.PASSES)
+@pytest.mark.parametrize("attention_pass", tools.PASSES)
 @pytest.mark.parametrize("length", [64, 128])
 def test_every_attention_is_timed(times, length, attention_pass):
     found = rows(times, length=length, kind="attention") and rows(times, length=length, **{"pass": attention_pass})
@@ -77,13 +75,13 @@ def test_sizes_are_kept_for_the_growth(times):
     (own,) = rows(times, name="sblocal", length=128, **{"pass": "forward"})
     assert (kept["length"], kept["window"], kept["features"]) == (64, own["window"], own["features"])
     grown = {(row["name"], row["pass"]) for row in times["growth"]}
-    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in report.PASSES}
+    assert grown == {(name, x) for name in ("SDPA", *COMPARED) for x in tools.PASSES}
     assert all(row["factor"] > 0 for row in times["growth"])
 
 
 @pytest.fixture(scope="module")
 def clustered(tmp_path_factory):
-    """Figures and tables of attentions whose sizes are neither a window nor features, and of two that have some."""
+    """Results and tables of attentions whose sizes are neither a window nor features, and of two that have some."""
     output, text = tmp_path_factory.mktemp("clustered") / "times.json", io.StringIO()
     options = ["--attentions", "full,cluster,pairedcluster,sbpairedcluster,sbcluster,bs-bigbird", "--no-peers"]
     options += ["--lengths", "64,128", "--passes", "forward", "--repeats", "1", "--memory-fraction", "1/4"]
@@ -231,7 +229,7 @@ def test_baselines_compute_what_they_are_compared_with(name):
     ("device_times", "drawn", "unit"),
     [((None, None), [3.0, 5.0], "milliseconds"), ((0.5, 2.0), [0.5, 2.0], "milliseconds of the device")],
 )
-def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch, device_times, drawn, unit):
+def test_the_figure_shows_what_the_device_takes_where_that_is_known(device_times, drawn, unit):
     made = [
         {
             "name": "full",
@@ -247,10 +245,7 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch,
         passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1, growth_length=64
     )
     bench = SimpleNamespace(arguments=arguments, results=made, device=torch.device("cpu"))
-    figures = []
-    monkeypatch.setattr(attention_report, "save_figure", lambda figure, path: figures.append(figure))
-    attention_report.AttentionReport.plot(bench, "times.png")
-    (axis,) = figures[0].axes
+    (axis,) = attention_report.AttentionReport.draw(bench).axes
     assert axis.get_lines()[0].get_ydata().tolist() == drawn
     assert axis.get_ylabel() == unit
 
@@ -349,20 +344,20 @@ def test_what_is_complete_outlives_a_signal(
 ):
     monkeypatch.setattr(AttentionBench, "measured_together", lambda bench: groups)
     contents = stop_at(monkeypatch, measurement, number, tmp_path)
-    genuine = AttentionBench.plot
+    genuine = AttentionBench.draw
 
-    def plot(*arguments):
+    def draw(*arguments):
         signal.raise_signal(number)  # they often come twice
-        genuine(*arguments)
+        return genuine(*arguments)
 
-    monkeypatch.setattr(AttentionBench, "plot", plot)
+    monkeypatch.setattr(AttentionBench, "draw", draw)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     output, figure = tmp_path / "times.json", tmp_path / "times.png"
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(output), "--figure", str(figure)]) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == f"Interrupted. Missing: {missing}."
-    for each in [(n, name) for n in (32, 64) for name in report.PASSES]:
+    for each in [(n, name) for n in (32, 64) for name in tools.PASSES]:
         assert ("N = {}, {}:".format(*each) in printed.out) == (each in complete)
     times = read(output)
     assert times["complete"] is False
@@ -398,8 +393,7 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
             raise OSError(28, "No space left on device")
         write_rows(path, content)
 
-    for module in (tools, report):  # while it runs, and at the end
-        monkeypatch.setattr(module, "write_rows", write)
+    monkeypatch.setattr(tools, "write_rows", write)  # while it runs, and at the end
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True
@@ -419,27 +413,6 @@ def test_on_cuda_each_length_is_measured_on_its_own():
     assert bench.measured_together() == [(32, 64)]
     bench.device = torch.device("cuda")
     assert bench.measured_together() == [(32,), (64,)]
-
-
-def test_processes_work_through_their_cases_whatever_happens_to_some(tmp_path):
-    ignored = f"import signal; signal.getsignal(signal.SIGINT) == signal.SIG_IGN and open({str(tmp_path / '0')!r}, 'w')"
-    cases = [ignored, "raise RuntimeError", "import os; os._exit(3)"]
-    cases += [f"open({str(tmp_path / str(number))!r}, 'w')" for number in range(1, 6)]
-    calls = []
-    run_in_processes(exec, cases, 2, lambda: calls.append(1))
-    assert sorted(item.name for item in tmp_path.iterdir()) == list("012345")
-    assert len(calls) == len(cases)
-    assert not multiprocessing.active_children()
-
-
-def test_processes_end_with_an_interrupt():
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_in_processes(exec, ["import time; time.sleep(60)", "pass", "pass"], 2, interrupt)
-    assert not multiprocessing.active_children()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_colours_are_those_of_all_figures():
@@ -500,7 +473,7 @@ def test_precision(tmp_path, capsys):
     assert all(name in printed for name in (*COMPARED, *BOUNDS))
 
 
-def test_figures_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):
+def test_values_that_are_not_finite_fail(tmp_path, capsys, monkeypatch):
     genuine = precision_errors.outputs
 
     def broken(module, tensors):

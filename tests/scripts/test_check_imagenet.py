@@ -135,7 +135,7 @@ def with_orientation(value):
     ],
 )
 @pytest.mark.parametrize("decode", [False, True])
-def test_odd_images_are_told_and_not_wrong(check, tmp_path, content, odd, decode):
+def test_odd_images_are_reported_and_not_wrong(check, tmp_path, content, odd, decode):
     files.class_folders(tmp_path, "train")
     files.write(tmp_path / "train/n01440764/n01440764_99.JPEG", content)
     status, reports = check(tmp_path, "--split", "train", "--subset", *["--decode"] * decode)
@@ -162,9 +162,9 @@ def test_corrupt_images_are_wrong(check, tmp_path, monkeypatch, layout, content,
     layout(tmp_path, "val")
     status, reports = check(tmp_path, "--subset")
     assert status == 1
-    ((name, told),) = reports["val"]["corrupt"].items()
+    ((name, reported),) = reports["val"]["corrupt"].items()
     assert Path(name).stem == Path(bad).stem
-    assert told == fault
+    assert reported == fault
     assert reports["val"]["wrong"] == ["1 corrupt images"]
 
 
@@ -199,7 +199,7 @@ def test_fuzz(check, tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["nowhere"], "The data folder"),
         (["."], "Looked for"),
@@ -209,13 +209,13 @@ def test_fuzz(check, tmp_path, seed):
         ([], "data_dir|DIR"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, capsys, arguments, told):
+def test_mistakes_are_reported_in_one_line(tmp_path, monkeypatch, capsys, arguments, reported):
     monkeypatch.chdir(tmp_path)
     assert check_imagenet.main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: ")
     assert captured.err.count("\n") == 1
-    assert any(part in captured.err for part in told.split("|"))
+    assert any(part in captured.err for part in reported.split("|"))
 
 
 def test_names_are_not_markup(check, tmp_path, capsys):

@@ -206,7 +206,7 @@ def test_images_are_matched_by_name():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--split=test"], "test is not a folder. Correct --data-dir and --split"),
+        (["--split=test"], "test is not a folder. Give --data-dir"),
         (["--split=val/c0"], "holds 3 files but no class folders"),
         ([f"--damage={NUM_IMAGES}"], f"--damage {NUM_IMAGES}: of {NUM_IMAGES} images, one at least has to be left"),
         (["--damage=none"], "'none' is not an integer"),

@@ -14,8 +14,9 @@ from PIL import Image
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from scripts.experiment_memory import main
-from src.analysis.approximation import capture_stage_inputs, load_model
+from src.analysis.approximation import load_model
 from src.analysis.experiments import memory
+from src.models.attention_inputs import capture_stage_inputs
 from src.models.t2t_vit import create_t2t_vit
 from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, make_checkpoint, make_images
 
@@ -96,7 +97,7 @@ def test_reference_is_full_attention(reference, model, photographs):
     assert reference.top1 == pytest.approx(100 * (expected == labels).double().mean().item())
     # 5 of 12, spread evenly, in batches of 4
     assert [len(pair[1].query) for pair in reference.stages] == [4, 1]
-    assert reference.num_error_images == 5
+    assert sum(len(pair[0].query) for pair in reference.stages) == 5
     query = capture_stage_inputs(model, images[[1, 3, 6, 8, 10]])[1].query
     # float32 sums in batches of other sizes
     torch.testing.assert_close(torch.cat([pair[1].query for pair in reference.stages]), query, rtol=0, atol=1e-4)
@@ -316,7 +317,7 @@ def test_what_is_complete_outlives_a_signal(number, folder, monkeypatch, tmp_pat
     assert main(options(folder, f"--output={output}", f"--figure={figure}")) == 1
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == "Interrupted after 3 of 6 configurations."
+    assert captured.err.splitlines()[-1] == "Interrupted. Missing: performer 1/4, bs-openai 1/16, bs-openai 1/4."
     assert "performer" in captured.out
     assert contents[0]["complete"] is False
     assert [row["attention"] for row in contents[0]["results"]] == ["local", "local", "performer"]
@@ -367,8 +368,8 @@ def refuses(capsys, given, message, began=False):
         (["--checkpoint={folder}/none.pth"], "none.pth"),
         (["--split=none"], "none is not a folder"),
         (["--attentions=local,full"], "'full' is unknown"),
-        (["--memory-fractions=1/4,2"], "'1/4,2' holds a fraction above 1"),
-        (["--memory-fractions=0"], "'0' holds a number that is not positive"),
+        (["--memory-fractions=1/4,2"], "memory_fraction=2.0 has to lie in (0, 1]"),
+        (["--memory-fractions=0"], "'0' is not a positive number"),
         (["--memory-fractions=1/x"], "'1/x' is not a number or a fraction"),
         (["--seed=-1"], "--seed=-1 is not valid"),
         (["--num-seeds=0"], "'0' is not an integer of at least 1"),

@@ -1,4 +1,4 @@
-"""The experiment of growth: exponents and crossings that are put in come out, and what is no such file is told."""
+"""The experiment of growth: exponents and crossings that are put in come out, and what is no such file is refused."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def without(value, *names):
         (content(), ["--attentions", "smyrf"], "times.json has no forward pass of SDPA and one of smyrf"),
         (content(), ["--attentions", "sblocl"], "'sblocl' is unknown. Did you mean 'sblocal'"),
         (content(), ["--fit-from", "0"], "--fit-from: '0' is not an integer of at least 1"),
-        (content(), ["--figure", "scaling.doc"], "--figure scaling.doc: the name has to end in .png"),
+        (content(), ["--figure", "scaling.doc"], "--figure: scaling.doc: the name has to end in .png"),
     ],
 )
 def test_mistakes_are_one_line(write, tmp_path, capsys, value, options, message):

@@ -17,6 +17,7 @@ from scatterbrain.errors import UserError
 from scripts.experiment_training import main
 from src.analysis.experiments import training
 from src.datamodules import listops, sequence_tasks
+from src.tasks import sequence_training
 
 CPU = torch.device("cpu")
 LENGTH = 32
@@ -182,7 +183,7 @@ def test_score_of_language_is_in_bits(tasks):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_later_byte_never_changes_an_earlier_logit(tasks, name):
-    network = training.create_network(tasks["language"], name, RECIPE, seed=0).double().eval()
+    network = sequence_training.create_network(tasks["language"], name, RECIPE, seed=0).double().eval()
     tokens = torch.randint(256, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = network(tokens)
@@ -198,7 +199,7 @@ def test_a_later_byte_never_changes_an_earlier_logit(tasks, name):
 @pytest.mark.parametrize("name", training.COMPARED)
 def test_keys_and_values_of_padding_are_hidden(tasks, name):
     (attention, _) = (
-        block.attention.double() for block in training.create_network(tasks["listops"], name, RECIPE, 0).blocks
+        block.attention.double() for block in sequence_training.create_network(tasks["listops"], name, RECIPE, 0).blocks
     )
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, LENGTH, 2, 8, generator=generator, dtype=torch.float64)
@@ -215,7 +216,7 @@ def test_keys_and_values_of_padding_are_hidden(tasks, name):
 # same, is not hidden from them. It is in no weighted sum, see above.
 @pytest.mark.parametrize("name", [name for name in training.COMPARED if name not in ("smyrf", "sbsmyrf", "reformer")])
 def test_padding_is_hidden(tasks, name):
-    network = training.create_network(tasks["listops"], name, RECIPE, seed=0).double().eval()
+    network = sequence_training.create_network(tasks["listops"], name, RECIPE, seed=0).double().eval()
     tokens, lengths, _ = tasks["listops"].held_out(slice(0, 8))
     assert (tokens[:, 0] == listops.CLASS).all()
     assert ((tokens != listops.PADDING).sum(1) == lengths).all()
@@ -247,7 +248,7 @@ def test_attentions_share_weights_and_batches(tasks, task):
 
 
 def test_blocks_have_features_of_their_own(tasks):
-    network = training.create_network(tasks["language"], "performer", RECIPE, seed=0)
+    network = sequence_training.create_network(tasks["language"], "performer", RECIPE, seed=0)
     one, two = (block.attention.projection_matrix for block in network.blocks)
     assert not torch.equal(one, two)
 
@@ -262,7 +263,7 @@ def test_each_expression_comes_once_in_a_pass(tasks):
 
 
 def test_learning_rate():
-    rates = [training.learning_rate(progress, 2.0) for progress in (0, 0.025, 0.05, 0.525, 1)]
+    rates = [sequence_training.learning_rate(progress, 2.0) for progress in (0, 0.025, 0.05, 0.525, 1)]
     assert rates == pytest.approx([0, 1, 2, 1, 0])
 
 
@@ -280,7 +281,7 @@ def test_it_learns_and_the_warm_up_changes_nothing(tasks):
     assert runs[0].memory <= 1 / 4
     # by hand: the first loss is that of the weights as they were drawn
     task = tasks["language"]
-    network = training.create_network(task, "sblocal", recipe, 0)
+    network = sequence_training.create_network(task, "sblocal", recipe, 0)
     tokens, _, targets = task.batch(trained[0].order[0])
     loss = torch.nn.functional.cross_entropy(network(tokens).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(trained[0].losses[0], loss.detach())

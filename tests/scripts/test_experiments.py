@@ -14,8 +14,9 @@ from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.common.windows import window_mask
 from scripts import experiment_regimes, experiment_residual
-from src.analysis.approximation import StageInputs, capture_stage_inputs, effective_keys, load_model, relative_error
+from src.analysis.approximation import effective_keys, load_model, relative_error
 from src.analysis.experiments import regimes, residual
+from src.models.attention_inputs import StageInputs, capture_stage_inputs
 from tests.src.tasks.setup import make_checkpoint, make_images
 
 LENGTH, WIDTH = 64, 8
@@ -212,7 +213,7 @@ def test_families_count_who_errs_least():
     [
         (["--length=5000"], "length=5000 is not valid. Give a whole number from 2 to 4096."),
         (["--data=normal,other"], "'other' is unknown"),
-        (["--temperatures=1,-1"], "'1,-1' holds a number that is not positive"),
+        (["--temperatures=1,-1"], "'-1' is not a positive number"),
         (["--memory-fractions=2"], "memory_fraction=2.0 has to lie in (0, 1]"),
         (["--seed=-1"], "seed=-1 is not valid"),
         (["--figure={folder}/f.jpg"], "the name has to end in .png, .pdf or .svg."),

@@ -21,16 +21,15 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, is_fast, unsupported
 from src.analysis.benchmark.attention_report import AttentionReport
 from src.analysis.benchmark.baselines import (
-    BASELINE,
     QUADRATIC_MEMORY,
     Function,
     fast_transformers_baselines,
     heads_first,
     pytorch_baselines,
 )
-from src.analysis.benchmark.report import DTYPES, shown
+from src.analysis.benchmark.report import BASELINE, DTYPES
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
-from src.analysis.tools import choose_device
+from src.analysis.tools import choose_device, shown
 from src.utils.text import first_line
 
 # Seeds of the inputs among which one without a fallback tile is looked for.

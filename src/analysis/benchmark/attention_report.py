@@ -8,17 +8,16 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from src.analysis.benchmark.baselines import BASELINE, WRITTEN_OUT
-from src.analysis.benchmark.report import Bench, cell
+from src.analysis.benchmark.baselines import WRITTEN_OUT
+from src.analysis.benchmark.report import BASELINE, Bench, cell, sizes_text
 from src.analysis.benchmark.timing import median_ratio
-from src.analysis.tools import figure, new_table, save_figure
+from src.analysis.tools import digits, new_table
 
 Row = Mapping[str, Any]
 
-# How the tables call the numbers of clusters.
-SYMBOLS = {"num_landmarks": "C", "num_query_landmarks": "Q", "num_exact": "X"}
 MARKERS = {"attention": ("o", "-"), "growth": ("^", "--"), "baseline": ("s", ":")}
 
 
@@ -29,8 +28,7 @@ def rounds(row: Row) -> list[float]:
 
 def other_sizes(sizes: Mapping[str, int]) -> str:
     """Sizes beside window and features, as the tables have them; empty where there are none."""
-    others = {name: size for name, size in sizes.items() if name not in ("local_context", "nb_features")}
-    return ", ".join(f"{SYMBOLS.get(name, name.removeprefix('num_'))} {size}" for name, size in others.items())
+    return sizes_text({name: size for name, size in sizes.items() if name not in ("local_context", "nb_features")})
 
 
 def colour(name: str) -> str:
@@ -100,14 +98,14 @@ class AttentionReport(Bench):
             "M": lambda row: str(row["features"] or "-"),
             "others": lambda row: other_sizes(row["sizes"]) or "-",
             "fallback": lambda row: cell(row["fallback_tiles"], str),
-            "MiB": lambda row: figure(row["temporary_bytes"] / 2**20),
-            "ms": lambda row: figure(row["milliseconds"]),
-            "device\nms": lambda row: cell(row["device_milliseconds"], figure),
+            "MiB": lambda row: digits(row["temporary_bytes"] / 2**20),
+            "ms": lambda row: digits(row["milliseconds"]),
+            "device\nms": lambda row: cell(row["device_milliseconds"], digits),
             "time/\nSDPA": lambda row: f"{row['ratio_to_sdpa']:.3f}",
             "MiB/\nSDPA": lambda row: f"{row['temporary_bytes'] / max(1, baseline['temporary_bytes']):.2f}",
         }
         caption = "W keys in the window, M features"
-        if any(SYMBOLS.keys() & row["sizes"] for row in rows):
+        if any("num_landmarks" in row["sizes"] for row in rows):
             caption += ", C clusters of keys, Q of queries, X exact keys"
         caption += "; MiB: memory of one call, inputs not counted"
         if not any(other_sizes(row["sizes"]) for row in rows):
@@ -130,10 +128,8 @@ class AttentionReport(Bench):
             table.add_section()
         return table
 
-    def plot(self, path: str) -> None:
-        """Draw time against length, one panel for each pass; the device's where that is known."""
-        from matplotlib.figure import Figure
-
+    def draw(self) -> Figure:
+        """Time against length, one panel for each pass; the device's where that is known."""
         arguments = self.arguments
         passes = [name for name in arguments.passes if any(row["pass"] == name for row in self.results)]
         drawing = Figure(figsize=(6 * len(passes), 5), layout="constrained")
@@ -164,4 +160,4 @@ class AttentionReport(Bench):
         axes[-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
         batch = ", ".join(str(number) for number in arguments.batch)
         drawing.suptitle(f"{arguments.dtype} on {self.device.type}, batch {batch}, heads {arguments.heads}")
-        save_figure(drawing, path)
+        return drawing

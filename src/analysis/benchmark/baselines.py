@@ -14,8 +14,6 @@ from scatterbrain.ops.common.projection import draw_projection
 # query, key and value to output; (B, N, H, E) each, unless stated otherwise
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# What every time is divided by: PyTorch's scaled_dot_product_attention as it chooses its kernel.
-BASELINE = "SDPA"
 CUDA_BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -38,16 +36,6 @@ def heads_first(function: Function) -> Function:
     return attend
 
 
-def sdpa_through(backend: SDPBackend) -> Function:
-    """Full attention by one of PyTorch's kernels, (B, H, N, E)."""
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return attend
-
-
 def softmax_written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Full attention with its N x N matrix, (B, H, N, E)."""
     return torch.softmax(query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5, dim=-1) @ value
@@ -56,7 +44,8 @@ def softmax_written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 def pytorch_baselines(device: torch.device) -> dict[str, Function]:
     """Full attention by each of PyTorch's kernels for the device, and written out."""
     backends = CUDA_BACKENDS if device.type == "cuda" else {}
-    found = {name: sdpa_through(backend) for name, backend in backends.items()} | {WRITTEN_OUT: softmax_written_out}
+    found = {name: sdpa_kernel(backend)(F.scaled_dot_product_attention) for name, backend in backends.items()}
+    found[WRITTEN_OUT] = softmax_written_out
     return {name: heads_first(function) for name, function in found.items()}
 
 

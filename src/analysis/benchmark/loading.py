@@ -15,9 +15,8 @@ from timm.data import ImageDataset as TimmImages
 from timm.data import create_loader
 from torch.utils.data import DataLoader
 
-from scatterbrain.errors import UserError
-from src.analysis.benchmark.report import shown
 from src.analysis.benchmark.timing import in_turn
+from src.analysis.tools import shown, split_folder
 from src.datamodules.formats import imagenet_synsets, scan_folder
 from src.datamodules.image_folder import ImageFolderDataModule
 
@@ -51,18 +50,13 @@ class Candidate:
 
 def count_classes(split: Path) -> int:
     """Outputs of a model of a split's class folders."""
-    if not split.is_dir():
-        raise UserError(
-            f"There is no folder {split}. Give --data-dir the folder that holds the split's folder, and name the split "
-            "with --split: timm reads folders only."
-        )
     folders = scan_folder(split)[0]
     return 1000 if any(name in imagenet_synsets() for name in folders) else max(1, len(folders))
 
 
 def make_candidates(arguments: argparse.Namespace, cache_dir: Path) -> tuple[list[Candidate], float | None]:
     """The loaders, and the seconds in which the cache was made; None where it was there."""
-    split = Path(arguments.data_dir).expanduser() / arguments.split
+    split = split_folder(arguments.data_dir, arguments.split)
     common = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **PIXELS}
     options = {"num_classes": count_classes(split), "image_size": arguments.image_size, **common}
     ours, cached = (

@@ -17,23 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.networks import KINDS, Implementation, build, choose
-from src.analysis.benchmark.report import Bench, cell, shown
+from src.analysis.benchmark.report import Bench, cell
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
-from src.analysis.tools import choose_device, figure, new_table, save_figure
-from src.checkpoints import save_checkpoint
-from src.checkpoints.seeded_weights import published_shapes, seeded_weights
+from src.analysis.tools import choose_device, compose_config, digits, new_table, shown
+from src.checkpoints.seeded_weights import save_seeded_checkpoint
 from src.tasks.build import check_swappable
 from src.utils.machine import machine_info
 from src.utils.text import first_line
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WARM_UP_CALLS = 3
 # On CUDA calls are repeated until a sample takes this long: a few launches would show the queue, not the device.
 SHORTEST_SAMPLE_SECONDS = 0.05
@@ -53,7 +51,7 @@ class Candidate:
     milliseconds: list[float] = field(default_factory=list)
 
     def row(self, batch: int, published: Sequence[float] | None) -> dict[str, Any]:
-        """Results for JSON; `published` is the time of the published form, uncompiled, in the same rounds."""
+        """Results for JSON; `published` is the time of the published implementation, uncompiled, in the same rounds."""
         median = statistics.median(self.milliseconds)
         return {
             "name": self.implementation.name,
@@ -185,10 +183,7 @@ class ModelBench(Bench):
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder, "random.pth")
             arguments = self.arguments
-            shapes = published_shapes(arguments.variant, arguments.num_classes, arguments.image_size)
-            save_checkpoint(
-                {"state_dict_ema": {key: x.float() for key, x in seeded_weights(shapes).items()}}, checkpoint
-            )
+            save_seeded_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, checkpoint)
             for attention in arguments.attentions:
                 rows = [row for row in self.best() if row["attention"] == attention]
                 rows = [row for row in rows if row["kind"] == "inference"] or rows
@@ -242,11 +237,7 @@ class ModelBench(Bench):
         }
         if alone["attention"] != "full":
             overrides["model.t2tattn1_cfg.memory_fraction"] = arguments.memory_fraction
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("config", [f"{name}={value}" for name, value in overrides.items()])
-        # not in the command line: paths would have to be quoted
-        config.paths.output_dir, config.eval.ckpt = str(output_dir), str(checkpoint)
-        return config
+        return compose_config(overrides, {"paths.output_dir": output_dir, "eval.ckpt": checkpoint})
 
     # Output -----------------------------------------------------------------------------------------------------------
 
@@ -258,15 +249,15 @@ class ModelBench(Bench):
         keys = ("images_per_second", "milliseconds", "peak_memory_mib", "speed_over_published", "first_call_seconds")
         table = new_table(title, columns, columns[:1])
         for row in self.best():
-            table.add_row(row["name"], str(row["batch"]), *(cell(row[key], figure) for key in keys))
+            table.add_row(row["name"], str(row["batch"]), *(cell(row[key], digits) for key in keys))
         yield table
         if self.end_to_end:
             columns = ("attention", "batch", "images", "images/s", "network\nalone", "part of it", "MiB")
             table = new_table("Whole evaluations of images in memory", columns, columns[:1])
             for row in self.end_to_end:
                 counts = (str(row["batch"]), f"{row['num_images']:,}")
-                rates = (figure(row["images_per_second"]), figure(row["images_per_second_alone"]))
-                ratio, memory = f"{row['ratio_to_alone']:.3f}", cell(row["peak_memory_mib"], figure)
+                rates = (digits(row["images_per_second"]), digits(row["images_per_second_alone"]))
+                ratio, memory = f"{row['ratio_to_alone']:.3f}", cell(row["peak_memory_mib"], digits)
                 table.add_row(row["attention"], *counts, *rates, ratio, memory)
             yield table
 
@@ -274,24 +265,22 @@ class ModelBench(Bench):
         """Best batches and evaluations, for JSON."""
         return {"best_batch": {row["name"]: row["batch"] for row in self.best()}, "end_to_end": self.end_to_end}
 
-    def plot(self, path: str) -> None:
-        """Draw bars of the images per second of each implementation at its best batch."""
-        from matplotlib.figure import Figure
-
+    def draw(self) -> Figure:
+        """Bars of the images per second of each implementation at its best batch."""
         best, info = self.best(), machine_info(self.device)
         machine = info["gpu"] or f"{info['processor']}, {info['threads']} threads"
         colours = dict(zip(KINDS, ("black", "tab:blue", "tab:red", "grey"), strict=True))
         drawing = Figure(figsize=(9, 1.2 + 0.35 * len(best)), layout="constrained")
         axis, rates = drawing.subplots(), [row["images_per_second"] for row in best]
         bars = axis.barh([row["name"] for row in best], rates, color=[colours[row["kind"]] for row in best])
-        labels = [f"{figure(rate)} (batch {row['batch']})" for rate, row in zip(rates, best, strict=True)]
+        labels = [f"{digits(rate)} (batch {row['batch']})" for rate, row in zip(rates, best, strict=True)]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.3)
         axis.set_xlabel("images per second")
         arguments = self.arguments
         axis.set_title(f"{arguments.variant}, {arguments.image_size} px, {arguments.precision} on {machine}")
-        save_figure(drawing, path)
+        return drawing
 
 
 def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argparse.Namespace:

@@ -133,11 +133,4 @@ def build(implementation: Implementation, arguments: argparse.Namespace, device:
         network = inference_model(network)
     call = compiled(network) if implementation.compiled else network
     call = CudaGraphForward(call) if implementation.graph else call
-    if not arguments.precision.endswith("mixed"):
-        return call
-
-    def autocast_call(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return call(images)
-
-    return autocast_call
+    return torch.autocast(device.type, torch.bfloat16)(call) if arguments.precision.endswith("mixed") else call

@@ -1,20 +1,16 @@
-"""Measurement of the kernels' tile settings on a GPU, and the rows of their table."""
+"""The search for the kernels' tile settings on a GPU, by coordinate descent, and the rows of their table."""
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import functools
-import itertools
-import os
+import math
 import statistics
 import sys
-import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from rich.table import Table
@@ -25,11 +21,9 @@ from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
 from src.analysis.benchmark.precision import TENSORS, outputs
-from src.analysis.benchmark.report import cell, machine_line, print_report, shown
-from src.analysis.benchmark.tile_search import GROUPS, Search, Trial, passes_of, ranking, ratio_to_present
+from src.analysis.benchmark.report import DTYPES, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds
-from src.analysis.tools import figure, new_table, positive, until_stopped
-from src.utils.parallel import run_in_processes
+from src.analysis.tools import digits, new_table, positive, print_report, shown, until_stopped
 from src.utils.text import first_line
 
 WIDTH = 64
@@ -38,15 +32,23 @@ SEED = 0
 # RMS of the difference from float64 over the RMS of the result, as in the tests of the kernels.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 GRADIENT_TOLERANCE = {name: 2 * value for name, value in TOLERANCE.items()} | {torch.float32: 1e-5}
-# The specification holds matrices N x N for each feature: it is taken on this many tokens at most, ...
-MOST_CHECKED = 1024
-# ... of sequences of a length that leaves the same remainder by every tile, so that masks fall as in the whole.
-REMAINDER = 512
-ROWS_SHOWN = 10
-# Graph replays of each timing.
+# Registers that let two, three and four warps share a part of an SM, and None: what the compiler takes.
+STAGES, WARPS, REGISTERS = (2, 3, 4), (1, 2, 4, 8), (None, 128, 168, 232)
+# Values of each setting, in the order of the search; matrix products take 16 rows at least.
+VALUES: dict[str, tuple[int | None, ...]] = {
+    **{"sum_rows": (16, 32, 64, 128, 256), "sum_programs": (64, 128, 256, 512, 1024, 2048, 4096)},
+    **{"sum_warps": (2, 4, 8), "sum_stages": STAGES},
+    **{"query_rows": (16, 32, 64, 128), "key_rows": (16, 32, 64, 128), "query_tiles": (1, 2, 4, 8, 16)},
+    **{"query_warps": WARPS, "query_stages": STAGES, "query_registers": REGISTERS},
+    **{"dq_rows": (16, 32), "dq_keys": (16, 32, 64, 128)},
+    **{"dq_warps": WARPS, "dq_stages": STAGES, "dq_registers": REGISTERS},
+    **{"dk_rows": (16, 32), "dk_queries": (16, 32, 64, 128)},
+    **{"dk_warps": WARPS, "dk_stages": STAGES, "dk_registers": REGISTERS},
+}
+MAX_SWEEPS = 4
+# A candidate replaces the best so far where it is faster by this part: less is noise.
+MIN_GAIN = 0.01
 REPEATS = 15
-# A candidate may take this long to compile and run; the process of one that hangs is ended.
-CANDIDATE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -76,140 +78,121 @@ class Shape:
 
     @property
     def checked_length(self) -> int:
-        """Length at which results are compared with the specification."""
-        return self.length if self.length <= MOST_CHECKED else REMAINDER + self.length % REMAINDER
+        """Length at which results are compared with the specification, whose matrices are N x N for each feature.
 
-    @property
-    def checked_sequences(self) -> list[int]:
-        """Sequences that are compared with the specification: the first and the last."""
-        return sorted({0, self.batch - 1})
-
-    def specification(self, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-        """Output and gradients in float64, on the CPU, of the sequences that are compared."""
-        *tensors, projection = inputs(self, self.checked_length, dtype, device)
-        options = {"projection": projection.double(), "window": self.window, "scale": SCALE}
-        attend = functools.partial(naive_scatterbrain_attention, **options)
-        return [x.cpu() for x in outputs(attend, [x[self.checked_sequences].double() for x in tensors])]
+        It leaves the same remainder by every tile, so that masks fall as in the whole.
+        """
+        return self.length if self.length <= 1024 else 512 + self.length % 512
 
 
 SHAPES = (Shape(128, 3136, 49, 12), Shape(128, 784, 12, 3), Shape(16, 12544, 49, 12), Shape(1, 65536, 49, 12))
 
 
-@functools.lru_cache(maxsize=2)
-def inputs(shape: Shape, length: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    """Query, key, value and gradient (B, 1, length, 64), and projection (R, 64): the same in every process."""
-    generator = torch.Generator(device).manual_seed(SEED)
-    size = (shape.batch, 1, length, WIDTH)
-    tensors = (torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(4))
-    return *tensors, draw_projection(shape.projections, WIDTH, SEED).to(device, dtype)
-
-
-@dataclass(frozen=True)
 class Workload:
-    """Calls of the kernels on one shape, and what they are compared with, see `Shape.specification`."""
+    """Calls of the kernels on one shape, their time, and their errors against the float64 specification."""
 
-    shape: Shape
-    dtype: torch.dtype
-    device: str
-    expected: Sequence[torch.Tensor]
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, passes: Sequence[str]) -> None:
+        self.shape, self.dtype, self.device, self.passes = shape, dtype, device, passes
+        self.checked = sorted({0, shape.batch - 1})  # sequences that are compared
+        *tensors, projection = self.inputs(shape.checked_length)
+        options = {"projection": projection.double(), "window": shape.window, "scale": SCALE}
+        attend = functools.partial(naive_scatterbrain_attention, **options)
+        self.expected = [x.cpu() for x in outputs(attend, [x[self.checked].double() for x in tensors])]
+
+    def inputs(self, length: int) -> tuple[torch.Tensor, ...]:
+        """Query, key, value and gradient (B, 1, length, 64), and projection (R, 64): the same at each call."""
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        size = (self.shape.batch, 1, length, WIDTH)
+        tensors = (torch.randn(size, generator=generator, device=self.device).to(self.dtype) for _ in range(4))
+        return *tensors, draw_projection(self.shape.projections, WIDTH, SEED).to(self.device, self.dtype)
 
     def call(self, length: int, attention_pass: str) -> Callable[[], Sequence[torch.Tensor]]:
         """One call, giving the output and, in training, the gradients."""
-        *tensors, projection = inputs(self.shape, length, self.dtype, self.device)
+        *tensors, projection = self.inputs(length)
 
         def attend(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
             return (attention(*tensors, self.shape.window, scale=SCALE, projection=projection, cosh=True),)
 
-        def forward() -> tuple[torch.Tensor]:
-            with torch.inference_mode():
-                return attend(*tensors[:3])
-
+        forward = torch.inference_mode()(lambda: attend(*tensors[:3]))
         return forward if attention_pass == "forward" else functools.partial(outputs, attend, tensors)
 
-    def check(self, tiles: Tiles, passes: Sequence[str]) -> str | None:
-        """What is wrong with a candidate's results, None where nothing is.
-
-        It runs at the full shape, which compiles what will be timed, and on a slice that is compared.
-
-        Raises:
-            Exception: whatever the compiler or the device raise.
-        """
-        for attention_pass in passes:
-            for length in dict.fromkeys((self.shape.length, self.shape.checked_length)):
-                with use_tiles(tiles):
-                    results = self.call(length, attention_pass)()
-                if not all(bool(x.isfinite().all()) for x in results):
-                    return f"wrong: {attention_pass} gives values that are not finite"
+    def error(self, tiles: Tiles) -> str | None:
+        """What is wrong with the results of a candidate, None where nothing is."""
+        for attention_pass in self.passes:
+            with use_tiles(tiles):
+                results = self.call(self.shape.checked_length, attention_pass)()
             for name, expected, result in zip(TENSORS, self.expected, results, strict=False):
-                result = result[self.shape.checked_sequences].double().cpu()
-                error = ((result - expected).norm() / expected.norm()).item()
+                error = ((result[self.checked].double().cpu() - expected).norm() / expected.norm()).item()
                 tolerance = (TOLERANCE if name == "output" else GRADIENT_TOLERANCE)[self.dtype]
                 if not error <= tolerance:
                     return f"wrong: {attention_pass}, {name}: {error:.2g} is above {tolerance:.2g}"
         return None
 
-    def milliseconds(self, tiles: Tiles, attention_pass: str) -> float | None:
-        """Device time of a call of a candidate, None where it cannot be captured in a CUDA graph."""
+    def milliseconds(self, tiles: Tiles) -> float | None:
+        """Device time of a candidate, geometric mean over the passes; None where a CUDA graph cannot capture it."""
         with use_tiles(tiles):
-            found = graph_milliseconds(self.call(self.shape.length, attention_pass), REPEATS)
-        torch.cuda.empty_cache()  # what graphs leave behind only another graph could use, and the processes need memory
-        return found
+            calls = (self.call(self.shape.length, attention_pass) for attention_pass in self.passes)
+            found = [graph_milliseconds(call, REPEATS) for call in calls]
+        torch.cuda.empty_cache()  # what a graph leaves behind, only another graph could use
+        return None if None in found else statistics.geometric_mean(found)
 
 
-# Candidates in other processes ----------------------------------------------------------------------------------------
+@dataclass
+class Search:
+    """The tiles of one shape: `run` changes one setting at a time, as long as that makes the kernels faster.
 
-Check = Callable[[Tiles, tuple[str, ...]], str | None]
-
-
-def device_works() -> bool:
-    """Whether the device still takes work in this process: after an illegal access it does not."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def check_one(check: Check, passes: tuple[str, ...], seconds: float, case: tuple[Tiles, Path]) -> None:
-    """Write to a file why a candidate is left out; end the process where it hangs or breaks the device."""
-    tiles, path = case
-    path.write_text(f"its process ended, or it took more than {seconds:g} s", encoding="utf-8")
-    with open(os.devnull, "w", encoding="utf-8") as nothing:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=nothing)
-        try:
-            reason = check(tiles, passes) or ""
-        except Exception as error:  # whatever the compiler or the device raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-        faulthandler.cancel_dump_traceback_later()
-    path.write_text(reason, encoding="utf-8")
-    if not device_works():
-        os._exit(1)
-
-
-def check_all(
-    check: Check,
-    jobs: int,
-    candidates: Sequence[Tiles],
-    passes: tuple[str, ...],
-    seconds: float = CANDIDATE_SECONDS,
-    method: str = "spawn",
-) -> dict[Tiles, str | None]:
-    """Why candidates are left out, or None: `check` runs them in other processes, where they can do no harm.
-
-    A candidate may take `seconds`. Processes are spawned: one that is forked from a process with CUDA cannot use it.
+    Attributes:
+        best: the fastest tiles so far; before `run` the present ones.
+        milliseconds: their time; infinite where the present ones do not run.
+        present_milliseconds: that of the tiles it started from.
+        tried: number of candidates.
+        left_out: reasons why candidates do not count, with their number.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cases = [(tiles, Path(folder, str(number))) for number, tiles in enumerate(candidates)]
-        waiting, before = cases, None
-        while waiting != before:  # as long as there is progress: processes that ended are replaced
-            run_in_processes(functools.partial(check_one, check, passes, seconds), waiting, jobs, method=method)
-            before, waiting = waiting, [case for case in waiting if not case[1].exists()]
-        lost = "no process could check it"
-        return {x: (path.read_text(encoding="utf-8") or None) if path.exists() else lost for x, path in cases}
 
+    best: Tiles
+    milliseconds: float = math.inf
+    present_milliseconds: float = math.inf
+    tried: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
-# Output ---------------------------------------------------------------------------------------------------------------
+    def run(self, workload: Workload) -> None:
+        """Search; a workload of the forward pass alone leaves the gradients' settings as they are.
+
+        Raises:
+            RuntimeError: the device no longer works, as after an illegal access.
+        """
+        seen: set[Tiles] = set()
+        self.attempt(workload, self.best, seen)
+        self.present_milliseconds = self.milliseconds
+        names = [name for name in VALUES if "training" in workload.passes or not name.startswith(("dq_", "dk_"))]
+        for _ in range(MAX_SWEEPS):
+            before = self.best
+            for name in names:
+                for value in VALUES[name]:
+                    self.attempt(workload, replace(self.best, **{name: value}), seen)
+            if self.best == before:
+                return
+
+    def attempt(self, workload: Workload, tiles: Tiles, seen: set[Tiles]) -> None:
+        """Time a candidate that is new; it becomes the best where it is faster, and right."""
+        if tiles in seen:
+            return
+        seen.add(tiles)
+        self.tried += 1
+        try:
+            milliseconds = workload.milliseconds(tiles)
+            faster = milliseconds is not None and milliseconds < (1 - MIN_GAIN) * self.milliseconds
+            reason = "a CUDA graph cannot capture it" if milliseconds is None else None
+            if faster:
+                reason = workload.error(tiles)
+        except Exception as error:  # whatever the compiler raises
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # raises where the device is lost
+        if reason is not None:
+            self.left_out[reason] += 1
+        elif faster:
+            self.best, self.milliseconds = tiles, milliseconds
 
 
 def table_rows(found: Mapping[Shape, Tiles], itemsize: int, device_class: int) -> list[str]:
@@ -218,69 +201,27 @@ def table_rows(found: Mapping[Shape, Tiles], itemsize: int, device_class: int) -
     `itemsize` is that of the dtype in bytes, `device_class` the major version of the compute capability.
     """
     lines: list[str] = []
-    taken = set()
     for shape in sorted(found, key=lambda shape: (shape.length, shape.window, shape.padded_features)):
-        key = (shape.length, shape.window, shape.padded_features)
-        # the table does not know of B: a second row of the same shape would never be reached
-        prefix = "    # " if key in taken else "    "
-        note = "; the row above is taken" if key in taken else ""
-        taken.add(key)
-        lines.append(f"    # measured with B = {shape.batch}{note}")
         changed = (x.name for x in fields(Tiles) if getattr(found[shape], x.name) != getattr(Tiles(), x.name))
         tiles = f"Tiles({', '.join(f'{name}={getattr(found[shape], name)}' for name in changed)})"
-        row = f"({', '.join(map(str, (*key, itemsize, device_class)))}, {tiles}),"
-        lines += textwrap.wrap(row, 120, initial_indent=prefix, subsequent_indent=f"{prefix}    ")
+        row = f"({shape.length}, {shape.window}, {shape.padded_features}, {itemsize}, {device_class}, {tiles}),"
+        lines += [f"    # measured with B = {shape.batch}"]
+        lines += textwrap.wrap(row, 120, initial_indent="    ", subsequent_indent=" " * 8)
     return lines
 
 
-def result_table(shape: Shape, group: str, search: Search) -> Table:
-    """The best of a group and the present settings; what was left out stands below."""
-    names, passes = GROUPS[group], passes_of(group, search.passes)
-    trials = search.trials[group]
-    present = trials.get(search.present[group])
-    ranked = ranking(trials)
-    rows = ranked[:ROWS_SHOWN] + [trial for trial in ranked[ROWS_SHOWN:] if trial is present]
-    columns = [*(name.replace("_", "\n") for name in names), *(f"{name}\nms" for name in passes), "ratio", ""]
-    title = f"{shape}: {group}, {len(ranked)} measured"
-    table = new_table(title, columns, columns[-1:], caption="\n".join(left_out(trials)))
-    for trial in rows:
-        # later groups change other settings
-        chosen = all(getattr(trial.tiles, name) == getattr(search.best, name) for name in names)
-        marks = ["present"] * (trial is present) + ["chosen"] * chosen
-        times = (figure(statistics.median(trial.milliseconds[name])) for name in passes)
-        ratio = cell(ratio_to_present(trial, present), "{:.3f}".format)
-        table.add_row(*(str(getattr(trial.tiles, name)) for name in names), *times, ratio, ", ".join(marks))
+def result_table(searches: Mapping[Shape, Search]) -> Table:
+    """A row for each shape."""
+    columns = ("shape", "tried", "present ms", "best ms", "ratio")
+    table = new_table("Tiles of the fused attention", columns, columns[:1])
+    for shape, search in searches.items():
+        present = search.present_milliseconds
+        times = (present, search.milliseconds, search.milliseconds / present if present < math.inf else math.inf)
+        table.add_row(str(shape), str(search.tried), *(digits(x) if math.isfinite(x) else "-" for x in times))
     return table
 
 
-def left_out(trials: Mapping[Tiles, Trial]) -> list[str]:
-    """Why candidates were left out, and how many."""
-    reasons = Counter(trial.reason for trial in trials.values() if trial.reason is not None)
-    return [f"left out {number}: {reason}" for reason, number in reasons.most_common()]
-
-
-# The run --------------------------------------------------------------------------------------------------------------
-
-
-def check_shapes(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `UserError` for a shape that the kernels do not take, before minutes are spent."""
-    token = torch.empty(1, 1, 1, WIDTH, dtype=dtype, device=device)
-    for shape in shapes:
-        reason = unsupported(token, token, token.new_empty(shape.projections, WIDTH), cosh=True)
-        if reason is not None:
-            raise UserError(f"--shapes {shape}: the fused attention cannot run this: {reason}.")
-
-
-def make_search(shape: Shape, dtype: torch.dtype, passes: Sequence[str], jobs: int) -> Search:
-    """The search of a shape on the GPU."""
-    device = torch.device("cuda")
-    workload = Workload(shape, dtype, device.type, shape.specification(dtype, device.type))
-    torch.cuda.empty_cache()  # the specification takes far more than the kernels, and the processes need memory
-    start = tiles_for(shape.length, shape.window, shape.padded_features, WIDTH, dtype, device)
-    return Search(start, passes, functools.partial(check_all, workload.check, jobs), workload.milliseconds)
-
-
-def tune(shapes: Sequence[Shape], dtype: torch.dtype, passes: Sequence[str], jobs: int) -> int:
+def tune(arguments: argparse.Namespace) -> int:
     """Search the tiles of each shape until done or stopped, and print the results; returns the exit status.
 
     Raises:
@@ -288,32 +229,42 @@ def tune(shapes: Sequence[Shape], dtype: torch.dtype, passes: Sequence[str], job
     """
     if not torch.cuda.is_available():
         raise UserError("Tiles are measured on a CUDA device, and PyTorch finds none here.")
-    device = torch.device("cuda")
+    device, dtype = torch.device("cuda"), DTYPES[arguments.dtype]
+    shapes = tuple(dict.fromkeys(arguments.shapes))
     check_shapes(shapes, dtype, device)
     # before anything runs: after a fault the device answers nothing
     machine, device_class = machine_line(device), torch.cuda.get_device_capability(device)[0]
-    groups = [name for name in GROUPS if passes_of(name, passes)]
     searches: dict[Shape, Search] = {}
     broken_off = ["interrupted"]
 
     def search_all() -> None:
         try:
-            for shape, group in shown(list(itertools.product(shapes, groups)), "Searching"):
-                if shape not in searches:
-                    searches[shape] = make_search(shape, dtype, passes, jobs)
-                searches[shape].run_group(group)
+            for shape in shown(shapes, "Searching"):
+                start = tiles_for(shape.length, shape.window, shape.padded_features, WIDTH, dtype, device)
+                workload = Workload(shape, dtype, device, arguments.passes)
+                searches[shape] = Search(start)
+                searches[shape].run(workload)
             broken_off.clear()
         except RuntimeError as error:  # the device or its memory: what was measured before is kept
-            broken_off[0] = f"broken off at {shape}, {group}: {first_line(error)}"
+            broken_off[0] = f"broken off at {shape}: {first_line(error)}"
 
     def finish() -> int:
-        found = {shape: search.best for shape, search in searches.items() if search.measured}
+        found = {shape: search.best for shape, search in searches.items() if math.isfinite(search.milliseconds)}
         rows = table_rows(found, dtype.itemsize, device_class)
         head = "Rows for TABLE of scatterbrain/ops/scatterbrain/triton/tiles.py:" if rows else "Nothing was measured."
-        tables = [result_table(shape, name, search) for shape, search in searches.items() for name in search.trials]
-        print_report(tables, head, *rows, machine)
+        reasons = [f"{shape}: {n} left out: {x}" for shape in searches for x, n in searches[shape].left_out.items()]
+        print_report([result_table(searches)] if searches else [], *reasons, head, *rows, machine)
         for reason in broken_off:
             print(f"Error: {reason}.", file=sys.stderr)
         return len(broken_off)
 
     return until_stopped(search_all, finish)
+
+
+def check_shapes(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `UserError` for a shape that the kernels do not take, before minutes are spent."""
+    token = torch.empty(1, 1, 1, WIDTH, dtype=dtype, device=device)
+    for shape in shapes:
+        reason = unsupported(token, token, token.new_empty(shape.projections, WIDTH), cosh=True)
+        if reason is not None:
+            raise UserError(f"--shapes {shape}: the fused attention cannot run this: {reason}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -39,10 +39,7 @@ def seconds_per_call(call: Callable[[], object], number: int, device: torch.devi
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / number
-    begin = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - begin) / number
+    return timeit.timeit(call, number=number) / number
 
 
 def graph_milliseconds(call: Callable[[], object], repeats: int) -> float | None:

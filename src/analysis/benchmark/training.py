@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from scatterbrain.errors import UserError
-from src.analysis.benchmark.report import cell, shown
+from src.analysis.benchmark.report import cell
 from src.analysis.benchmark.timing import in_turn, seconds_per_call
-from src.analysis.tools import choose_device, figure, new_table
+from src.analysis.tools import choose_device, digits, new_table, shown
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.attention_info import attention_options
 from src.tasks.build import check_swappable
@@ -170,10 +170,10 @@ class TrainingBench:
         """One row for each attention."""
         arguments = self.arguments
         shapes: dict[str, tuple[str, Callable[[float], str]]] = {
-            "ms": ("milliseconds", figure),
-            "images/s": ("images_per_second", figure),
+            "ms": ("milliseconds", digits),
+            "images/s": ("images_per_second", digits),
             "time/full": ("time_ratio_to_full", "{:.3f}".format),
-            "MiB": ("peak_memory_mib", figure),
+            "MiB": ("peak_memory_mib", digits),
             "MiB/full": ("memory_ratio_to_full", "{:.3f}".format),
         }
         title = f"Training step of {arguments.variant}: {arguments.image_size} px, batch {arguments.batch_size}, "

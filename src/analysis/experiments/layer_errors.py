@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch.utils.data import Subset
 
@@ -18,15 +16,13 @@ from scatterbrain.attention import attention_memory
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from src.analysis import approximation
-from src.analysis.records import write_rows
-from src.analysis.tools import check_writable, choose_device, console_for_tables, new_table, say
+from src.analysis.tools import choose_device, new_table, print_report, provenance, shown, write_results
 from src.datamodules.dataset import ImageLoader
+from src.models.attention_inputs import StageInputs, capture_inputs, create_block_attentions, create_stage_attentions
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
-from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
-from src.utils.machine import machine_info
 
 BACKBONE, MEAN_OF_BLOCKS = "backbone", "blocks"
 
@@ -64,7 +60,7 @@ class LayerRecords:
         self.effective_keys: list[float] = []
         self.largest_logits: list[float] = []
 
-    def update(self, inputs: approximation.StageInputs, of_matrix: Sequence[int]) -> None:
+    def update(self, inputs: StageInputs, of_matrix: Sequence[int]) -> None:
         """Take a batch of which the images `of_matrix` have their matrices compared, one at a time."""
         for name, modules in self.samples.items():
             if len(modules) > 1:
@@ -134,7 +130,7 @@ def layer_records(
 
     records, skipped = [], []
     if layers != "backbone":
-        samples = {name: modules_by_layer(approximation.create_stage_attentions, name) for name in attentions}
+        samples = {name: modules_by_layer(create_stage_attentions, name) for name in attentions}
         lengths = stage_lengths(model.image_size)
         for number, (full, length) in enumerate(zip(model.token_attentions, lengths, strict=True)):
             of_stage = {name: modules[number] for name, modules in samples.items()}
@@ -143,13 +139,13 @@ def layer_records(
         samples = {}
         for name in attentions:
             try:
-                samples[name] = modules_by_layer(approximation.create_block_attentions, name)
+                samples[name] = modules_by_layer(create_block_attentions, name)
             except UserError as error:
                 skipped.append({"attention": name, "layer": BACKBONE, "reason": str(error)})
         if not samples:
             raise UserError(skipped[0]["reason"])
         length = model.patch_embed.num_patches + 1
-        for number, full in enumerate(approximation.create_block_attentions("full", model)):
+        for number, full in enumerate(create_block_attentions("full", model)):
             of_block = {name: modules[number] for name, modules in samples.items()}
             records.append(LayerRecords(f"block {number + 1}", None, length, full, of_block))
     return records, skipped
@@ -194,7 +190,6 @@ def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Ta
 
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Measure, print and write what the options of `scripts/measure_approximation.py` name."""
-    check_writable(arguments.output)
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
     seeds = list(range(arguments.seed, arguments.seed + arguments.num_seeds))
     device = choose_device(arguments.device)
@@ -206,11 +201,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     chosen = approximation.spread(len(dataset), arguments.limit or len(dataset))
     of_matrix = {chosen[number] for number in approximation.spread(len(chosen), arguments.matrix_images)}
     loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
-    for images, _, positions in track(loader, "Photographs", console=Console(stderr=True), transient=True):
+    for images, _, positions in shown(loader, "Photographs"):
         wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]
-        for records, inputs in zip(
-            layers, approximation.capture_inputs(model, images.to(device), arguments.layers), strict=True
-        ):
+        for records, inputs in zip(layers, capture_inputs(model, images.to(device), arguments.layers), strict=True):
             records.update(inputs, wanted)
 
     rows = [row for records in layers for row in records.approximations()]
@@ -219,27 +212,22 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         f"{name}: relative error against full attention, mean of {len(chosen)} photographs "
         f"(matrix: {len(of_matrix)}) ± std over {len(seeds)} seeds"
     )
-    console_for_tables(132).print(error_table([*rows, *means], sharpness, title))
-    for row in skipped:
-        say(f"{row['attention']} left out of the {row['layer']}: {row['reason']}")
-    if arguments.output is not None:
-        data = {"dir": arguments.data_dir, "split": arguments.split}
-        data |= {"num_images": len(chosen), "num_matrix_images": len(of_matrix)}
-        checkpoint = Path(arguments.checkpoint).expanduser()
-        content = {
-            "machine": machine_info(device),
-            "versions": package_versions(),
-            "command": command,
-            "model": name,
-            "checkpoint": {"path": arguments.checkpoint, "sha256": sha256_of_file(checkpoint)},
-            "data": data,
-            "image_size": model.image_size,
-            "memory_fraction": arguments.memory_fraction,
-            "seeds": seeds,
-            "full_attention": sharpness,
-            "results": rows,
-            "layers": arguments.layers,
-            "backbone_means": means,
-            "skipped": skipped,
-        }
-        write_rows(arguments.output, content)
+    lines = (f"{row['attention']} left out of the {row['layer']}: {row['reason']}" for row in skipped)
+    print_report([error_table([*rows, *means], sharpness, title)], *lines)
+    data = {"dir": arguments.data_dir, "split": arguments.split}
+    content = {
+        **provenance(device),
+        "command": command,
+        "model": name,
+        "checkpoint": {"path": arguments.checkpoint, "sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())},
+        "data": data | {"num_images": len(chosen), "num_matrix_images": len(of_matrix)},
+        "image_size": model.image_size,
+        "memory_fraction": arguments.memory_fraction,
+        "seeds": seeds,
+        "full_attention": sharpness,
+        "results": rows,
+        "layers": arguments.layers,
+        "backbone_means": means,
+        "skipped": skipped,
+    }
+    write_results(arguments, content)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,29 +26,19 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
-from src.analysis.approximation import (
-    StageInputs,
-    capture_stage_inputs,
-    create_stage_attentions,
-    load_model,
-    open_split,
-    over_seeds,
-    plus_minus,
-    relative_error,
-    spread,
-)
+from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus, relative_error, spread
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
 from src.analysis.records import read_rows
 from src.datamodules.dataset import ImageFolderDataset
 from src.evaluation.colours import ATTENTION_MARKERS
+from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.inference import inference_model
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.attention_info import attention_memory_fraction
-from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
-from src.utils.machine import machine_info, usable_cpus
+from src.utils.machine import usable_cpus
 from src.utils.progress import progress_display
 from src.utils.text import first_line
 
@@ -64,7 +53,7 @@ Row = dict[str, Any]
 
 
 def load_photographs(dataset: ImageFolderDataset, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B, 3, size, size) in channels-last memory, which the inference form reads as it is, and labels (B,)."""
+    """Images (B, 3, size, size) in channels-last memory, which the inference model reads as it is, and labels (B,)."""
     with ThreadPoolExecutor(usable_cpus()) as pool:
         items = list(pool.map(dataset.__getitem__, positions))
     images = torch.stack([image for image, _, _ in items]).contiguous(memory_format=torch.channels_last)
@@ -87,9 +76,9 @@ def swapped(model: T2TViT, attentions: Sequence[AttentionModule]) -> Iterator[T2
 
 @torch.no_grad()
 def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """First predictions (B,) of a model in its inference form, on its device; nothing waits for the device."""
-    form = inference_model(model)
-    return torch.cat([form(part).argmax(1) for part in images.split(batch_size)])
+    """First predictions (B,) of a model, by its inference implementation; nothing waits for the device."""
+    fast = inference_model(model)
+    return torch.cat([fast(part).argmax(1) for part in images.split(batch_size)])
 
 
 @dataclass(frozen=True)
@@ -119,11 +108,6 @@ class Reference:
         return cls(model, images, labels, batch_size, predict(model, images, batch_size), stages, outputs)
 
     @property
-    def num_error_images(self) -> int:
-        """Number of photographs of the output errors."""
-        return sum(len(pair[0].query) for pair in self.stages)
-
-    @property
     def top1(self) -> float:
         """Accuracy of full attention in percent."""
         return percent(self.predictions == self.labels)
@@ -143,11 +127,6 @@ class Reference:
 def percent(hits: torch.Tensor) -> float:
     """Share of the entries that are true, in percent."""
     return 100 * hits.sum().item() / len(hits)
-
-
-def is_random(attention: str) -> bool:
-    """Whether an attention depends on its seed."""
-    return hasattr(ATTENTIONS[attention].module, "redraw_projection")
 
 
 @torch.no_grad()
@@ -207,7 +186,8 @@ def measure_memory(
     for memory_fraction in memory_fractions:
         budget_columns(1, memory_fraction)  # refuses what is out of range, before anything is measured
     for attention in attentions:
-        seeds = range(seed, seed + (num_seeds if is_random(attention) else 1))
+        is_random = hasattr(ATTENTIONS[attention].module, "redraw_projection")
+        seeds = range(seed, seed + (num_seeds if is_random else 1))
         met: dict[str, float] = {}
         for memory_fraction in memory_fractions:
             case = {"attention": attention, "memory_fraction": memory_fraction}
@@ -344,11 +324,12 @@ def skipped_lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{attention} left out at {', '.join(fractions)}: {reason}."
 
 
-class Experiment:
+class Experiment(tools.Run):
     """One run of the script: its options, and the rows so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds)
+        budget_columns(1, max(arguments.memory_fractions))  # refuses what is out of range
         self.device = tools.choose_device(arguments.device)
         on_cuda = self.device.type == "cuda"
         self.arguments = argparse.Namespace(**vars(arguments))
@@ -361,9 +342,9 @@ class Experiment:
         self.cases = [(name, part) for name in arguments.attentions for part in arguments.memory_fractions]
 
     @property
-    def complete(self) -> bool:
-        """Whether every configuration was measured or left out for a reason."""
-        return len(self.rows) == len(self.cases)
+    def missing(self) -> list[str]:
+        """Configurations that were not reached."""
+        return [f"{name} {fraction_text(part)}" for name, part in self.cases[len(self.rows) :]]
 
     @property
     def results(self) -> list[Row]:
@@ -396,18 +377,29 @@ class Experiment:
         if not self.results:
             raise UserError(f"Nothing could be measured. {next(skipped_lines(self.rows))}")
 
+    def tables(self) -> list[Table]:
+        """See `memory_table`."""
+        return [memory_table(self.rows, self.reference.top1)]
+
+    def notes(self) -> Iterator[str]:
+        """See `skipped_lines`."""
+        return skipped_lines(self.rows)
+
+    def draw(self) -> Figure:
+        """See `draw`."""
+        return draw(self.rows)
+
     def report(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
         arguments = self.arguments
         return {
-            "complete": self.complete,
-            "machine": machine_info(self.device),
-            "versions": package_versions(),
+            "complete": not self.missing,
+            **tools.provenance(self.device),
             "model": self.name,
             "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
             "image_size": self.model.image_size,
             "num_images": len(self.reference.images),
-            "num_error_images": self.reference.num_error_images,
+            "num_error_images": sum(len(pair[0].query) for pair in self.reference.stages),
             "settings": {
                 name: getattr(arguments, name)
                 for name in ("split", "attentions", "memory_fractions", "num_seeds", "seed", "batch_size")
@@ -416,27 +408,3 @@ class Experiment:
             "results": self.results,
             "skipped": [row for row in self.rows if "reason" in row],
         }
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write and draw what the options of `scripts/experiment_memory.py` name; the exit status."""
-    tools.check_writable(arguments.output)
-    tools.check_figure(arguments.figure)
-    experiment = Experiment(arguments)
-    return tools.saved_until_stopped(experiment.run, experiment.report, arguments.output, lambda: conclude(experiment))
-
-
-def conclude(experiment: Experiment) -> int:
-    """Print what is complete and write the files; the exit status."""
-    arguments = experiment.arguments
-    if not experiment.results:
-        print("Interrupted. Nothing was written.", file=sys.stderr)
-        return 1
-    tools.console_for_tables(120).print(memory_table(experiment.rows, experiment.reference.top1))
-    for line in skipped_lines(experiment.rows):
-        tools.say(line)
-    tools.write_results(arguments, experiment.report(), lambda: draw(experiment.rows))
-    if experiment.complete:
-        return 0
-    print(f"Interrupted after {len(experiment.rows)} of {len(experiment.cases)} configurations.", file=sys.stderr)
-    return 1

@@ -13,8 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from scatterbrain.attention import attention_memory, create_attention
@@ -24,12 +22,11 @@ from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.sparse.naive import naive_support_attention
-from src.analysis.approximation import ONE_HOT, StageInputs, effective_keys, mean_and_std, relative_error
+from src.analysis.approximation import effective_keys, mean_and_std, relative_error
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
-from src.analysis.tools import check_figure, check_writable, save_figure, without_paths, write_results
-from src.tasks.environment import package_versions
+from src.analysis.tools import new_table, print_report, provenance, save_figure, shown, without_paths, write_results
+from src.models.attention_inputs import ONE_HOT, StageInputs
 from src.tasks.options import MAX_SEED
-from src.utils.machine import machine_info
 
 DATA = {"normal": "independent tokens", "clustered": "tokens around shared centres"}
 ATTENTIONS = ("local", "smyrf", "performer", "sblocal", "sbsmyrf", "cluster", "sbcluster", "pairedcluster")
@@ -93,7 +90,7 @@ def draw_tokens(data: str, length: int, width: int, num_centres: int, seed: int)
 
 
 def low_rank_logits(query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor, scale: float) -> torch.Tensor:
-    """What `dense_low_rank_logits` gives in the cosh form, (B, H, T, S) float64, in one product and much faster.
+    """What `dense_low_rank_logits` gives with cosh features, (B, H, T, S) float64, in one product and much faster.
 
     Terms below 1e-300 of the largest feature of their query times that of their key count as 1e-300.
     """
@@ -415,9 +412,8 @@ def draw_variance(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Table of `compare_families`: regimes with the least error, and the largest error of each."""
-    table = Table(title="Regimes in which each has the least error of the matrix (its largest error)")
-    for header in ("data", "memory", "family", "sparse", "low-rank", "both"):
-        table.add_column(header, no_wrap=True)
+    headers = ("data", "memory", "family", "sparse", "low-rank", "both")
+    table = new_table("Regimes in which each has the least error of the matrix (its largest error)", headers, headers)
     for row in summary:
         cells = (f"{row[name]} ({row['worst'][name]:.2f})" for name in ("sparse", "low_rank", "both"))
         table.add_row(row["data"], f"{row['memory_fraction']:.4g}", row["family"], *cells)
@@ -426,19 +422,14 @@ def summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write and draw what the options of `scripts/experiment_regimes.py` name."""
-    check_writable(arguments.output)
-    for path in (arguments.figure, arguments.variance_figure):
-        check_figure(path)
     names = ("data", "length", "width", "centres", "temperatures", "memory_fractions", "num_seeds", "seed")
     options = {name: getattr(arguments, name) for name in names}
-    console = Console(stderr=True)
-    rows = measure_regimes(**options, progress=lambda cases: track(cases, "Regimes", console=console, transient=True))
+    rows = measure_regimes(**options, progress=lambda cases: shown(cases, "Regimes"))
     variance = measure_variance(num_samples=arguments.variance_samples, seed=arguments.seed)
     summary = compare_families(rows)
-    Console().print(summary_table(summary))
+    print_report([summary_table(summary)])
     content = {
-        "machine": machine_info(torch.device("cpu")),
-        "versions": package_versions(),
+        **provenance(torch.device("cpu")),
         "settings": without_paths(arguments, "variance_figure"),
         "summary": summary,
         "regimes": rows,

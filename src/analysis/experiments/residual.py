@@ -14,31 +14,20 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns, features_for, keys_for
 from scatterbrain.ops.common.windows import window_mask
-from src.analysis.approximation import (
-    StageInputs,
-    capture_stage_inputs,
-    create_stage_attentions,
-    load_model,
-    open_split,
-    pixels_of,
-    spread,
-)
+from src.analysis.approximation import load_model, open_split, pixels_of, spread
 from src.analysis.experiments.regimes import full_weights, keep_largest, nearest_of_rank
 from src.analysis.plots import style
 from src.analysis.plots.style import COLOURS, FAINT, INK, LEGEND
-from src.analysis.tools import check_figure, check_writable, write_results
+from src.analysis.tools import new_table, print_report, provenance, shown, write_results
+from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
-from src.tasks.environment import package_versions
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
-from src.utils.machine import machine_info
 
 SUPPORTS = {"local": "window", "smyrf": "smyrf", "topk": "top-k"}
 PARTS = ("full", "sparse", "residual")
@@ -238,7 +227,7 @@ def draw(rows: Sequence[Mapping[str, Any]], maps: Sequence[Maps], pixels: np.nda
     grid = above.subplots(2, len(maps[0].grids) + 1)
     for stage, (item, line) in enumerate(zip(maps, grid, strict=True), start=1):
         side = len(item.grids["full attention"])
-        style.draw_photograph(line[0], pixels, side)
+        line[0].imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
         line[0].set_ylabel(f"stage {stage}, {side} \N{MULTIPLICATION SIGN} {side} tokens", fontsize=9, color=INK)
         for axes, (title, values) in zip(line[1:], item.grids.items(), strict=True):
             style.draw_grid(axes, values, style.weight_colours())
@@ -274,9 +263,9 @@ def draw_spectra(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def residual_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Table of the numbers of singular values, and of the errors at equal memory."""
-    table = Table(title="Singular values that hold 90 / 99 % of the energy, and errors of the matrix at equal memory")
-    for header in ("stage", "support", "energy on it", *PARTS, *ERRORS.values()):
-        table.add_column(header)
+    headers = ("stage", "support", "energy on it", *PARTS, *(name.replace(", ", ",\n") for name in ERRORS.values()))
+    title = "Singular values that hold 90 / 99 % of the energy, and errors of the matrix at equal memory"
+    table = new_table(title, headers, headers)
     for row in rows:
         counts = (" / ".join(f"{count:.0f}" for count in row["num_values"][part].values()) for part in PARTS)
         errors = (f"{row['equal_memory'][name]:.3f}" for name in ERRORS)
@@ -293,8 +282,6 @@ def photograph_maps(model: T2TViT, image: torch.Tensor, memory: float, seed: int
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write and draw what the options of `scripts/experiment_residual.py` name."""
-    check_writable(arguments.output)
-    check_figure(arguments.figure)
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
     if not 0 < arguments.memory_fraction <= 0.5:
         raise UserError(f"--memory-fraction={arguments.memory_fraction:g} has to lie in (0, 0.5].")
@@ -303,12 +290,10 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = spread(len(dataset), arguments.num_images)
     images = [dataset[position][0] for position in chosen]
     memory, seed = arguments.memory_fraction, arguments.seed
-    shown = track(images, "Photographs", console=Console(stderr=True), transient=True)
-    rows = measure_residuals(model, shown, memory, arguments.num_queries, seed)
-    Console(width=120).print(residual_table(rows))
+    rows = measure_residuals(model, shown(images, "Photographs"), memory, arguments.num_queries, seed)
+    print_report([residual_table(rows)])
     content = {
-        "machine": machine_info(torch.device("cpu")),
-        "versions": package_versions(),
+        **provenance(torch.device("cpu")),
         "model": name,
         "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
         "images": [dataset.paths[position] for position in chosen],

@@ -15,17 +15,15 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from scatterbrain.errors import UserError
+from src.analysis.benchmark.report import BASELINE, sizes_text
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, INK, LEGEND, new_figure, style
-from src.analysis.tools import check_figure, console_for_tables, new_table, save_figure
-from src.analysis.tools import figure as digits
+from src.analysis.tools import digits, new_table, print_report, save_figure
 from src.evaluation.results import read_json
 
-BASELINE = "SDPA"
 ATTENTION_LINES = ("sblocal", "pairedcluster", "cluster", "local", "performer")
 FIT_FROM = 1024
 QUANTITIES = {"milliseconds": "time of one sequence, ms", "mebibytes": "memory of one sequence, MiB"}
 REMEDY = "Give --inputs what benchmark_attention.py has written by --output."
-LETTERS = {"local_context": "W", "nb_features": "M", "num_landmarks": "C", "num_query_landmarks": "Q", "num_exact": "X"}
 
 
 @dataclass(frozen=True)
@@ -91,31 +89,27 @@ def read_scaling(path: str | os.PathLike[str], attentions: Sequence[str] = ATTEN
     """
     content = read_json(path, REMEDY)
     try:
-        return _scaling(content, attentions, os.fspath(path))
+        settings, machine = content["settings"], content["machine"]
+        growth_length = settings["growth_length"]
+        batch, lengths = settings["batch"], settings["lengths"]
+        batches = dict(zip(lengths, batch * len(lengths) if len(batch) == 1 else batch, strict=True))
+        rows = [row for row in content["results"] if row["pass"] == "forward"]
+        baseline = {row["length"]: row for row in rows if row["name"] == BASELINE}
+        found = {BASELINE: baseline} | {name: _constant_sizes(rows, name, growth_length) for name in attentions}
+        if not baseline or not any(found[name] for name in attentions):
+            raise UserError(
+                f"{os.fspath(path)} has no forward pass of SDPA and one of {', '.join(attentions)}. Run "
+                "benchmark_attention.py with --passes forward and these --attentions."
+            )
+        lines = tuple(_line(name, by_length, baseline, batches) for name, by_length in found.items() if by_length)
+        device = settings["device"]
+        maker = machine["gpu"] if device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
+        title = f"{'GPU' if device == 'cuda' else 'CPU'}: {maker}, {settings['dtype']}"
+        return Scaling(device, title, growth_length, {x: batches[x] for x in sorted(baseline)}, lines)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{os.fspath(path)} is not a file of benchmark_attention.py. {REMEDY}") from error
-
-
-def _scaling(content: dict[str, Any], attentions: Sequence[str], path: str) -> Scaling:
-    settings, machine = content["settings"], content["machine"]
-    growth_length = settings["growth_length"]
-    batch, lengths = settings["batch"], settings["lengths"]
-    batches = dict(zip(lengths, batch * len(lengths) if len(batch) == 1 else batch, strict=True))
-    rows = [row for row in content["results"] if row["pass"] == "forward"]
-    baseline = {row["length"]: row for row in rows if row["name"] == BASELINE}
-    found = {BASELINE: baseline} | {name: _constant_sizes(rows, name, growth_length) for name in attentions}
-    if not baseline or not any(found[name] for name in attentions):
-        raise UserError(
-            f"{path} has no forward pass of SDPA and one of {', '.join(attentions)}. Run benchmark_attention.py with "
-            "--passes forward and these --attentions."
-        )
-    lines = tuple(_line(name, by_length, baseline, batches) for name, by_length in found.items() if by_length)
-    device = settings["device"]
-    maker = machine["gpu"] if device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
-    title = f"{'GPU' if device == 'cuda' else 'CPU'}: {maker}, {settings['dtype']}"
-    return Scaling(device, title, growth_length, {x: batches[x] for x in sorted(baseline)}, lines)
 
 
 def _constant_sizes(rows: Sequence[dict[str, Any]], name: str, growth_length: int) -> dict[int, dict[str, Any]]:
@@ -174,8 +168,7 @@ def growth_table(scaling: Scaling, fit_from: int = FIT_FROM) -> Table:
         faster = "-" if line.name == BASELINE else f"from N = {first:,} on" if first else never
         table.add_row(
             line.name,
-            ", ".join(f"{LETTERS.get(name, name.removeprefix('num_'))} {size}" for name, size in line.sizes.items())
-            or "-",
+            sizes_text(line.sizes) or "-",
             line.clock,
             *("-" if exponent is None else f"{exponent:.2f}" for exponent in (time, line.last_step(), memory)),
             faster,
@@ -255,11 +248,8 @@ def draw_guides(axes: Axes, lengths: Sequence[int]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, print and draw what the options of `scripts/experiment_scaling.py` name."""
-    check_figure(arguments.figure)
     scalings = [read_scaling(path, arguments.attentions) for path in arguments.inputs]
-    console = console_for_tables(132)
     for scaling in scalings:
-        console.print(point_table(scaling), "")
-        console.print(growth_table(scaling, arguments.fit_from), "")
+        print_report([point_table(scaling), growth_table(scaling, arguments.fit_from)])
     if arguments.figure is not None:
         save_figure(draw(scalings), arguments.figure)

@@ -12,19 +12,17 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_bounds
 from src.analysis import approximation
 from src.analysis.plots import style
-from src.analysis.tools import check_writable, choose_device, say
+from src.analysis.tools import choose_device, say, shown
 from src.datamodules.dataset import ImageFolderDataset
+from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
 from src.utils.files import atomic_write
@@ -48,8 +46,6 @@ DOTS_PER_INCH = 400 / 3
 PANEL, GAP, MARGIN = 168, 12, 12
 # From top to bottom: header, then for each photograph and stage: heading, maps, caption, differences, caption.
 HEADER, HEADING, CAPTION = 120, 75, 24
-# Number of the picture's 256 colours for each colour map (odd: no change has one), and for text and ground.
-MAP_SHADES, TEXT_SHADES = 49, 16
 LEAST_WIDTH = 2 * MARGIN + 4 * PANEL + 3 * GAP
 
 
@@ -112,7 +108,7 @@ def stage_maps(
     the query, as fractions of height and width.
     """
     stages = []
-    for stage, inputs in enumerate(approximation.capture_stage_inputs(model, image[None])):
+    for stage, inputs in enumerate(capture_stage_inputs(model, image[None])):
         num_tokens = inputs.query.shape[1]
         side = round(num_tokens**0.5)
         token = tuple(int(fraction * side) for fraction in where)
@@ -180,7 +176,7 @@ def draw(photographs: Sequence[Photograph], conditions: str) -> Figure:
                 below = place(left, top + HEADING + PANEL + CAPTION)
                 draw_map(above, stage, name)
                 if name == "full":
-                    style.draw_photograph(below, photograph.pixels, stage.side)
+                    below.imshow(photograph.pixels, extent=(-0.5, stage.side - 0.5, stage.side - 0.5, -0.5))
                     below.set_xlabel("the photograph", fontsize=8.5, color=style.INK, labelpad=3)
                 else:
                     draw_difference(below, stage, name)
@@ -232,43 +228,17 @@ def window_edges(side: int, token: tuple[int, int], window: int) -> list[tuple[t
     return edges
 
 
-def choose_colours(photographs: Sequence[Photograph]) -> np.ndarray:
-    """At most 256 colours, (number, 3) in [0, 255]: those of maps, bars and text, the rest for the photographs."""
-    colours = [
-        colours.cmap(np.linspace(0, 1, MAP_SHADES))[:, :3]
-        for colours in (style.weight_colours(), style.change_colours())
-    ]
-    colours.append(
-        to_rgba_array([style.COLOURS.get(name, style.OTHER) for name in photographs[0].stages[0].maps])[:, :3]
-    )
-    colours.append(np.linspace((0, 0, 0), (1, 1, 1), TEXT_SHADES))
-    drawn = np.rint(255 * np.concatenate(colours)).astype(np.uint8)
-    pixels = np.rint(255 * np.concatenate([photograph.pixels for photograph in photographs])).astype(np.uint8)
-    chosen = Image.fromarray(pixels).quantize(256 - len(drawn), kmeans=1).getpalette()
-    return np.concatenate([drawn, np.reshape(chosen, (-1, 3))])
-
-
-def write_png(figure: Figure, colours: np.ndarray, path: str) -> None:
-    """Write a figure in at most 256 colours (number, 3), which takes a third of the bytes and looks the same.
-
-    Raises:
-        UserError: the path cannot be written.
-    """
+def write_png(figure: Figure, path: str) -> None:
+    """Write a figure in 256 colours, which takes a third of the bytes and looks the same."""
     figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(np.int32)
-    # Pillow's own search for the nearest colour is approximate: white ground would come out as some near-white
-    codes, numbers = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
-    found = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1)
-    nearest = torch.cdist(torch.tensor(found).float(), torch.tensor(colours).float()).argmin(1).numpy()
-    picture = Image.fromarray(nearest[numbers].reshape(pixels.shape[:2]).astype(np.uint8))
-    picture.putpalette(colours.astype(np.uint8).ravel().tolist())
+    pixels = np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    picture = Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
     with atomic_write(path, "wb") as file:
         picture.save(file, format="png", optimize=True)
 
 
 def plot(arguments: argparse.Namespace) -> None:
     """Compute and draw the maps that the options of `scripts/plot_attention_maps.py` name."""
-    check_writable(arguments.output)
     if Path(arguments.output).suffix.lower() != ".png":
         raise UserError(f"--output {arguments.output}: the name has to end in .png.")
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
@@ -283,17 +253,17 @@ def plot(arguments: argparse.Namespace) -> None:
     model.to(device)
     dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
     attentions = {
-        name: approximation.create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
+        name: create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
         for name in arguments.attentions
     }
     chosen = choose_images(dataset, arguments.images)
     photographs = []
-    for position in track(chosen, "Photographs", console=Console(stderr=True), transient=True):
+    for position in shown(chosen, "Photographs"):
         image = dataset[position][0]
         stages = stage_maps(model, attentions, image.to(device), arguments.token)
         photographs.append(Photograph(dataset.paths[position], approximation.pixels_of(image), stages))
     conditions = (
         f"{variant}, {100 * arguments.memory_fraction:.3g} % of full attention's memory, seed {arguments.seed}."
     )
-    write_png(draw(photographs, conditions), choose_colours(photographs), arguments.output)
+    write_png(draw(photographs, conditions), arguments.output)
     say(arguments.output)

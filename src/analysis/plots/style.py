@@ -105,11 +105,6 @@ def draw_grid(axes: Axes, values: np.ndarray, colours: ScalarMappable) -> None:
     axes.imshow(values, norm=colours.norm, cmap=colours.cmap, interpolation="nearest")
 
 
-def draw_photograph(axes: Axes, pixels: np.ndarray, side: int) -> None:
-    """Draw pixels (height, width, 3) in [0, 1] in the coordinates of side * side tokens."""
-    axes.imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
-
-
 def draw_token(axes: Axes, token: tuple[int, int]) -> None:
     """Draw a ring around a token (row, column), visible on any colour."""
     row, column = token

@@ -15,7 +15,7 @@ from scatterbrain.ops.common.windows import window_mask
 from scatterbrain.ops.sparse.block_sparse import block_layout, layout_support
 from scatterbrain.ops.sparse.window2d import neighbourhood_shape, neighbourhood_support
 from src.analysis.plots.style import EDGE, FAINT, INK, new_figure
-from src.analysis.tools import check_figure, save_figure, say
+from src.analysis.tools import save_figure, say
 from src.tasks.options import MAX_SEED
 
 GROUND, SEEN = "#eef0f3", "#2f6fb7"
@@ -58,7 +58,6 @@ def draw(masks: Mapping[str, torch.Tensor]) -> Figure:
 
 def plot(arguments: argparse.Namespace) -> None:
     """Draw the supports that the options of `scripts/plot_supports.py` name."""
-    check_figure(arguments.output, "--output")
     check_whole_number("--length", arguments.length, 1, LONGEST)
     check_whole_number("--seed", arguments.seed, 0, MAX_SEED)
     side = math.isqrt(arguments.length)

@@ -14,18 +14,20 @@ from scatterbrain.ops.local import naive_local_attention
 from scatterbrain.ops.performer import naive_performer_attention
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from src.analysis.approximation import (
-    StageInputs,
     attention_weights,
     bias_and_spread,
-    capture_inputs,
-    capture_stage_inputs,
-    create_block_attentions,
-    create_stage_attentions,
     effective_keys,
     largest_logit,
     load_model,
     relative_error,
     relative_errors,
+)
+from src.models.attention_inputs import (
+    StageInputs,
+    capture_inputs,
+    capture_stage_inputs,
+    create_block_attentions,
+    create_stage_attentions,
 )
 from src.models.t2t_vit import T2T_VIT_VARIANTS, create_t2t_vit
 from tests.helpers import assert_close
