@@ -103,7 +103,7 @@ def check_labels(images: Listing) -> dict[str, Any]:
         known = real.get(f"ILSVRC2012_val_{number[1]}.JPEG") if number else None
         if known and classes[target] in imagenet_synsets():
             compared += 1
-            agreeing += target in known
+            agreeing += imagenet_synsets()[classes[target]] in known
         synset = synset_in_name(name)
         if synset is not None and classes[target] in imagenet_synsets() and synset != classes[target]:
             contradictions.append(f"{name} as {classes[target]}")
@@ -118,7 +118,7 @@ def check_labels(images: Listing) -> dict[str, Any]:
 def check_split(images: Listing, split: str, subset: bool, decode: bool, jobs: int) -> dict[str, Any]:
     """The report on one split; `check` says what the options are."""
     counts = Counter(images.targets)
-    is_imagenet = all(name in imagenet_synsets() for name in images.class_to_index)
+    is_imagenet = all(imagenet_synsets().get(name) == index for name, index in images.class_to_index.items())
     classes = imagenet_synsets() if is_imagenet else images.class_to_index
     per_class = {name: counts.get(index, 0) for name, index in classes.items()}
     missing = [name for name, number in per_class.items() if number == 0]

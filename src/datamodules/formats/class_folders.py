@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from scatterbrain.errors import UserError
-from src.datamodules.formats.classes import class_index, imagenet_synsets
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, class_index, imagenet_synsets
 from src.datamodules.formats.files import scan_folder
 from src.datamodules.formats.labels import is_validation_image, synset_in_name
 from src.datamodules.formats.listing import FileListing
@@ -41,6 +41,7 @@ class ClassFolders(FileListing):
     Args:
         root: folder of the split, which holds the class folders; `~` is expanded.
         num_classes: outputs of the model, see `class_index`.
+        numbering: of the classes, see `class_index`.
 
     Raises:
         UserError: no class folders, no images, or class folders that do not fit `num_classes`.
@@ -48,7 +49,9 @@ class ClassFolders(FileListing):
 
     format = FORMAT
 
-    def __init__(self, root: str | os.PathLike[str], num_classes: int = 1000) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], num_classes: int = 1000, numbering: ClassNumbering = DEFAULT_NUMBERING
+    ) -> None:
         root = Path(root).expanduser()
         if not root.is_dir():
             raise UserError(f"{root} is not a folder. Give the folder that holds the class folders.")
@@ -60,7 +63,7 @@ class ClassFolders(FileListing):
                 f"{root.name}/n01440764/ILSVRC2012_val_00000293.JPEG."
             )
         try:
-            class_to_index = class_index(classes, num_classes)
+            class_to_index = class_index(classes, num_classes, numbering=numbering)
         except UserError as error:
             raise UserError(f"{root}: {error}") from None
 
@@ -95,4 +98,4 @@ class ClassFolders(FileListing):
 
 def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) -> ClassFolders:
     """List the images, see `ClassFolders`."""
-    return ClassFolders(found.root, num_classes)
+    return ClassFolders(found.root, num_classes, location.numbering)

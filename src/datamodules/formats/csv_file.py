@@ -78,7 +78,12 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     names = [PurePosixPath(os.path.relpath(name, folder) if os.path.isabs(name) else name).as_posix() for name in paths]
     order = sorted(range(len(names)), key=lambda index: names[index].split("/"))
     return CsvListing(
-        folder, [names[index] for index in order], [labels[index] for index in order], num_classes, root=path
+        folder,
+        [names[index] for index in order],
+        [labels[index] for index in order],
+        num_classes,
+        root=path,
+        numbering=location.numbering,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -34,6 +36,34 @@ def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
     except PermissionError:
         raise UserError(f"{folder} cannot be read: permission denied. Grant it to the user who runs this.") from None
     return sorted(folders), sorted(files)
+
+
+def open_file(path: str | os.PathLike[str]) -> int:
+    """Descriptor of a regular file, open for reading; the caller closes it.
+
+    Opening a FIFO would wait for a writer, and reading a device may never end.
+
+    Raises:
+        OSError: it cannot be opened or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.ENXIO, "not a regular file", os.fspath(path))
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: see `open_file`.
+    """
+    with os.fdopen(open_file(path), "rb") as file:
+        return file.read()
 
 
 def expand_braces(text: str) -> list[str]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scatterbrain.errors import UserError
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering
 from src.datamodules.formats.csv_file import parse_labels
 from src.datamodules.formats.files import check_complete, files_matching, series
 from src.datamodules.formats.listing import Listing
@@ -85,7 +86,7 @@ class ParquetListing(Listing):
 
     Args:
         root: file or folder that holds the split.
-        names: see `Listing`; likewise `labels` and `num_classes`.
+        names: see `Listing`; likewise `labels`, `num_classes` and `numbering`.
         files: the files, sorted.
         groups: (G, 3) index of the file, index in the file and number of rows of each row group, in the order of the
             images.
@@ -101,8 +102,9 @@ class ParquetListing(Listing):
         num_classes: int,
         files: Sequence[Path],
         groups: np.ndarray,
+        numbering: ClassNumbering = DEFAULT_NUMBERING,
     ) -> None:
-        super().__init__(root, names, labels, num_classes)
+        super().__init__(root, names, labels, num_classes, numbering=numbering)
         self._files = list(files)
         self._groups = groups
         self._ends = np.cumsum(groups[:, 2])
@@ -215,7 +217,13 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     if len({type(label) for label in labels}) > 1:
         raise UserError(f"{found.root} has indices and names among its labels. Give one of the two throughout.")
     return ParquetListing(
-        found.root, names, labels, num_classes, found.files, np.array(groups, dtype=np.int64).reshape(-1, 3)
+        found.root,
+        names,
+        labels,
+        num_classes,
+        found.files,
+        np.array(groups, dtype=np.int64).reshape(-1, 3),
+        location.numbering,
     )
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from scatterbrain.errors import UserError, did_you_mean
 from src.datamodules.formats import class_folders, csv_file, flat, parquet, tar, webdataset
 from src.datamodules.formats.class_folders import ClassFolders
-from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, imagenet_synsets
 from src.datamodules.formats.files import pattern, scan_folder
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
@@ -97,7 +97,12 @@ def open_split(location: SplitLocation, num_classes: int = 1000, format: str = "
 
 
 def open_listing(
-    data_dir: str | os.PathLike[str] | None, split: str, option: str, num_classes: int = 1000, format: str = "auto"
+    data_dir: str | os.PathLike[str] | None,
+    split: str,
+    option: str,
+    num_classes: int = 1000,
+    format: str = "auto",
+    numbering: ClassNumbering = DEFAULT_NUMBERING,
 ) -> Listing:
     """The images of a split, or an error that says what was found instead.
 
@@ -107,11 +112,12 @@ def open_listing(
         option: name of the option that `split` comes from, for messages.
         num_classes: outputs of the model.
         format: see `open_split`.
+        numbering: of the classes, see `class_index`.
 
     Raises:
         UserError: `data_dir` is missing, it does not hold the split, or see `open_split`.
     """
-    location = SplitLocation(_check_data_dir(data_dir, split), split, option)
+    location = SplitLocation(_check_data_dir(data_dir, split), split, option, numbering)
     found = open_split(location, num_classes, format)
     if found is not None:
         return found
@@ -122,7 +128,7 @@ def open_listing(
         )
     folder = _split_folder(location, format)
     try:
-        return ClassFolders(folder, num_classes)
+        return ClassFolders(folder, num_classes, numbering)
     except UserError as error:
         if format != "auto":
             raise

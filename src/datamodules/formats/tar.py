@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.datamodules.formats.archives import TarMember, members
-from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, imagenet_synsets
 from src.datamodules.formats.files import files_matching
 from src.datamodules.formats.labels import image_labels, label_folders
 from src.datamodules.formats.listing import Listing
@@ -57,7 +57,7 @@ class TarListing(Listing):
 
     Args:
         root: file or folder that holds the split.
-        names: see `Listing`; likewise `labels`, `num_classes` and `what`.
+        names: see `Listing`; likewise `labels`, `num_classes` and `numbering`.
         sources: the archive members, in the order of `names`.
     """
 
@@ -70,8 +70,9 @@ class TarListing(Listing):
         labels: Sequence[str] | Sequence[int],
         sources: Sequence[TarMember],
         num_classes: int,
+        numbering: ClassNumbering = DEFAULT_NUMBERING,
     ) -> None:
-        super().__init__(root, names, labels, num_classes)
+        super().__init__(root, names, labels, num_classes, numbering=numbering)
         # arrays, not a million objects
         self._files = sorted({source.archive for source in sources})
         index_of = {path: index for index, path in enumerate(self._files)}
@@ -122,4 +123,4 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     images.sort(key=lambda image: image[0].split("/"))
     names = [name for name, _ in images]
     labels = image_labels(names, label_folders(location, found.root), found.root) if names else []
-    return TarListing(found.root, names, labels, [member for _, member in images], num_classes)
+    return TarListing(found.root, names, labels, [member for _, member in images], num_classes, location.numbering)
