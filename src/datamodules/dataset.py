@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from scatterbrain.errors import UserError
 from src.datamodules.formats import Listing
 from src.datamodules.formats.class_folders import ClassFolders
-from src.datamodules.formats.listing import ImageSource
+from src.datamodules.formats.listing import ImageSource, read_source
 
+_TIFF_BITS = 258  # tag BitsPerSample
 # Errors that concern a single file, rather than the machine or the disk.
-_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
+_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO)
 
 
 class ImageError(UserError):
@@ -37,7 +39,10 @@ class ImageError(UserError):
 
 
 def load_rgb(source: ImageSource) -> Image.Image:
-    """Decode a whole image, whatever its mode and format, to RGB as timm does.
+    """Decode a whole image, whatever its mode and format, to RGB with 8 bits.
+
+    As timm does, except that Pillow's conversion clips grey images of 16 bits at 255, which makes them white; here they
+    are scaled by 1 / 257. Grey images with 32-bit integers or floats have no known range and are refused.
 
     Args:
         source: a `Path`, or an image in an archive.
@@ -51,8 +56,8 @@ def load_rgb(source: ImageSource) -> Image.Image:
     """
     data = None
     try:
-        data = source.read_bytes()
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        data = read_source(source)
+        return _to_rgb(Image.open(io.BytesIO(data)))
     except UserError:
         raise
     # On damaged input, Pillow's format plugins raise many types (OSError, SyntaxError, ValueError, struct.error,
@@ -71,6 +76,23 @@ def load_rgb(source: ImageSource) -> Image.Image:
         if _concerns_one_image(error, source, was_read=data is not None):
             raise ImageError(message, reason) from error
         raise UserError(message) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB.
+
+    Raises:
+        ValueError: grey values of an unknown range.
+    """
+    # some versions of Pillow decode a PNG or PGM file with 16 bits to mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = (getattr(image, "tag_v2", None) or {}).get(_TIFF_BITS, (16,))[0]
+        grey = np.asarray(image).astype(np.float32) * (255 / (2**bits - 1))
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point"
+        raise ValueError(f"its grey values are {kind} (mode {image.mode}) of an unknown range, not 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def _concerns_one_image(error: Exception, source: ImageSource, was_read: bool) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
-from src.datamodules.formats.files import files_matching
+from src.datamodules.formats.files import files_matching, read_file
 from src.datamodules.formats.listing import FileListing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 
@@ -90,7 +90,7 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
 def _read(path: Path) -> tuple[list[tuple[str, str]], list[int]]:
     """Path and label of each row, and the line of each."""
     try:
-        reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(read_file(path).decode("utf-8-sig"), newline=""), strict=True)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text in UTF-8. Save it as such.") from None

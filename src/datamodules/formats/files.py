@@ -12,11 +12,15 @@ from pathlib import Path, PurePosixPath
 from scatterbrain.errors import UserError
 from src.utils.text import abbreviate
 
+# Without O_NONBLOCK, opening a FIFO would wait; without O_NOCTTY, a terminal could take control of the process.
+_READ_ONLY = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
+
 
 def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files directly in `folder`, links followed, hidden ones left out.
 
-    A broken link counts as a file, so that reading it raises an error: skipped, it would silently change the results.
+    A broken or circular link, a FIFO and a device count as files, so that reading them raises an error: skipped, they
+    would silently change the results.
 
     Args:
         folder: an existing folder.
@@ -32,21 +36,28 @@ def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (folders if _is_folder(entry) else files).append(entry.name)
     except PermissionError:
         raise UserError(f"{folder} cannot be read: permission denied. Grant it to the user who runs this.") from None
     return sorted(folders), sorted(files)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a circular link
+        return False
+
+
 def open_file(path: str | os.PathLike[str]) -> int:
     """Descriptor of a regular file, open for reading; the caller closes it.
 
-    Opening a FIFO would wait for a writer, and reading a device may never end.
+    Reading a FIFO waits for a writer, and reading a device may never end.
 
     Raises:
         OSError: it cannot be opened or is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(path, _READ_ONLY)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor

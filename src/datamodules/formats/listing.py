@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from scatterbrain.errors import UserError
 from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, index_of_labels
+from src.datamodules.formats.files import read_file
 from src.utils.text import abbreviate
 
 
@@ -22,6 +23,16 @@ class ImageSource(Protocol):
 
     def read_bytes(self) -> bytes:
         """The encoded bytes of the image."""
+
+
+def read_source(source: ImageSource) -> bytes:
+    """The encoded bytes of an image.
+
+    Raises:
+        UserError: bytes are missing.
+        OSError: the file cannot be read, or is no regular file.
+    """
+    return read_file(source) if isinstance(source, Path) else source.read_bytes()
 
 
 class Listing:
@@ -106,7 +117,7 @@ class Listing:
             UserError: bytes are missing.
             OSError: the file cannot be read.
         """
-        return self.source(position).read_bytes()
+        return read_source(self.source(position))
 
 
 class FileListing(Listing):

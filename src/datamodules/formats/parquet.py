@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scatterbrain.errors import UserError
 from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering
 from src.datamodules.formats.csv_file import parse_labels
-from src.datamodules.formats.files import check_complete, files_matching, series
+from src.datamodules.formats.files import check_complete, files_matching, open_file, series
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 from src.utils.text import first_line
@@ -184,12 +184,17 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
+def _open(pyarrow: Any, path: Path) -> Any:
+    os.close(open_file(path))  # checks that it is a regular file
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+
+
 def _read_group(path: Path, number: int) -> Any:
     """The bytes of the images of one row group."""
     pyarrow = _pyarrow(path)
     try:
         # without PyArrow's thread pool, which does not survive the fork of a worker process
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with _open(pyarrow, path) as file:
             table = file.read_row_group(number, columns=["image.bytes"], use_threads=False)
             return table.column("image").combine_chunks().field("bytes")
     except (pyarrow.ArrowException, OSError) as error:
@@ -231,7 +236,7 @@ def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
     """Labels, names of the images where there are any, and rows of each row group."""
     pyarrow = _pyarrow(path)
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with _open(pyarrow, path) as file:
             columns = [file.schema.column(index).path for index in range(len(file.schema))]
             missing = [name for name in ("image.bytes", "label") if name not in columns]
             if missing:
