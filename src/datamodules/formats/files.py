@@ -12,12 +12,35 @@ from pathlib import Path, PurePosixPath
 from scatterbrain.errors import UserError
 from src.utils.text import abbreviate
 
+# What operating systems and NAS put beside files: never a class, and never an image. In lower case.
+_SYSTEM_FOLDERS = (
+    "@eadir",
+    "__macosx",
+    "lost+found",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+)
+_NO_IMAGE = re.compile(r"(eh)?thumbs\.db|desktop\.ini|icon\r|(readme|licen[sc]e)(\.(txt|md|rst|html?))?", re.IGNORECASE)
 # Without O_NONBLOCK, opening a FIFO would wait; without O_NOCTTY, a terminal could take control of the process.
 _READ_ONLY = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
 
 
+def is_system_folder(name: str) -> bool:
+    """Whether a folder is known to hold neither a class nor images, such as `lost+found`."""
+    return name.lower() in _SYSTEM_FOLDERS
+
+
+def is_no_image(name: str) -> bool:
+    """Whether a file is known not to be an image, such as `Thumbs.db` or `README.txt`."""
+    return _NO_IMAGE.fullmatch(name) is not None
+
+
 def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the folders and of the files directly in `folder`, links followed, hidden ones left out.
+    """Sorted names of the folders and of the files directly in `folder`, links followed.
+
+    Hidden files and folders, and system folders such as `lost+found`, are left out.
 
     A broken or circular link, a FIFO and a device count as files, so that reading them raises an error: skipped, they
     would silently change the results.
@@ -39,7 +62,7 @@ def scan_folder(folder: Path) -> tuple[list[str], list[str]]:
                     (folders if _is_folder(entry) else files).append(entry.name)
     except PermissionError:
         raise UserError(f"{folder} cannot be read: permission denied. Grant it to the user who runs this.") from None
-    return sorted(folders), sorted(files)
+    return sorted(name for name in folders if not is_system_folder(name)), sorted(files)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
