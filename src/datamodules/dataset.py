@@ -38,7 +38,7 @@ class ImageError(UserError):
         self.reason = reason
 
 
-def load_rgb(source: ImageSource) -> Image.Image:
+def load_rgb(source: ImageSource, max_pixels: int | None = None) -> Image.Image:
     """Decode a whole image, whatever its mode and format, to RGB with 8 bits.
 
     As timm does, except that Pillow's conversion clips grey images of 16 bits at 255, which makes them white; here they
@@ -46,6 +46,8 @@ def load_rgb(source: ImageSource) -> Image.Image:
 
     Args:
         source: a `Path`, or an image in an archive.
+        max_pixels: largest width times height; None is Pillow's limit, 178,956,970 by default. A larger value raises
+            Pillow's limit in this process.
 
     Returns:
         The image in mode RGB.
@@ -57,7 +59,7 @@ def load_rgb(source: ImageSource) -> Image.Image:
     data = None
     try:
         data = read_source(source)
-        return _to_rgb(Image.open(io.BytesIO(data)))
+        return _to_rgb(_open(data, max_pixels))
     except UserError:
         raise
     # On damaged input, Pillow's format plugins raise many types (OSError, SyntaxError, ValueError, struct.error,
@@ -72,10 +74,25 @@ def load_rgb(source: ImageSource) -> Image.Image:
         else:
             reason = " ".join(str(error).split()) or type(error).__name__
         remedy = getattr(source, "remedy", "Remove or replace the file.")
+        if isinstance(error, Image.DecompressionBombError):
+            reason = reason.partition(", could be")[0].rstrip(".")
+            remedy = "Remove it, reduce it, or allow more pixels: datamodule.max_image_pixels=..."
         message = f"Cannot decode the image {source}: {reason}. {remedy}"
         if _concerns_one_image(error, source, was_read=data is not None):
             raise ImageError(message, reason) from error
         raise UserError(message) from error
+
+
+def _open(data: bytes, max_pixels: int | None) -> Image.Image:
+    if max_pixels is None:
+        return Image.open(io.BytesIO(data))
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    image = Image.open(io.BytesIO(data))
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {max_pixels} pixels")
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -111,6 +128,7 @@ class ImageDataset(Dataset):
     Args:
         listing: the images of one split, in any format.
         transform: from a PIL image in mode RGB to a tensor (3, size, size).
+        max_pixels: see `load_rgb`.
 
     Attributes:
         listing: as given.
@@ -121,8 +139,14 @@ class ImageDataset(Dataset):
         targets: class index of each image, in the order of `paths`.
     """
 
-    def __init__(self, listing: Listing, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        listing: Listing,
+        transform: Callable[[Image.Image], torch.Tensor],
+        max_pixels: int | None = None,
+    ) -> None:
         self.listing = listing
+        self.max_pixels = max_pixels
         self.transform = transform
         self.root = listing.root
         self.classes, self.class_to_index = listing.classes, listing.class_to_index
@@ -153,7 +177,7 @@ class ImageDataset(Dataset):
         Raises:
             UserError: the file cannot be decoded.
         """
-        return load_rgb(self.listing.source(self._positions[index]))
+        return load_rgb(self.listing.source(self._positions[index]), self.max_pixels)
 
     def subset(self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None) -> ImageDataset:
         """The images at `indices` of `paths`, in that order, with another transform if one is given."""

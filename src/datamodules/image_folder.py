@@ -93,6 +93,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             archive, is always raised. Training refuses `"skip"`.
         class_order: order in which the classes are numbered, see `ClassNumbering`.
         labels: indices of classes named after ImageNet-1k synsets, see `ClassNumbering`.
+        max_image_pixels: largest width times height of an image in a file; None is Pillow's limit, see `load_rgb`.
 
     Attributes:
         test_dataset: an `ImageDataset` after `setup`, None before.
@@ -128,6 +129,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         on_error: str = "raise",
         class_order: str = "sorted",
         labels: str = "auto",
+        max_image_pixels: int | None = None,
     ) -> None:
         super().__init__(image_size, num_classes, batch_size, seed, mean, std, pin_memory)
         check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
@@ -135,6 +137,8 @@ class ImageFolderDataModule(ClassificationDataModule):
             check_whole_number("datamodule.shuffle_shards", shuffle_shards, 1)
         if num_workers is not None:
             check_whole_number("datamodule.num_workers", num_workers, 0)
+        if max_image_pixels is not None:
+            check_whole_number("datamodule.max_image_pixels", max_image_pixels, 1)
         if interpolation not in INTERPOLATIONS:
             raise UserError(
                 f"datamodule.interpolation={interpolation!r} is not valid. "
@@ -170,6 +174,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         # use_prefetcher leaves the normalisation to the device
         self._test_pixels = create_transform(**options, use_prefetcher=True)
         self._pixel_options = {"image_size": image_size, "crop_pct": float(crop_pct), "interpolation": interpolation}
+        if max_image_pixels is not None:  # decides which images are missing in a cache
+            self._pixel_options["max_image_pixels"] = max_image_pixels
+        self.max_image_pixels = max_image_pixels
         self._augmentation_options = {"interpolation": interpolation, **(augmentation or {})}
         self.augmentation: Augmentation | None = None
         # with on_device: the training images as squares, and their original aspect ratios
@@ -361,4 +368,4 @@ class ImageFolderDataModule(ClassificationDataModule):
         """The images of the split that `option` names."""
         split = getattr(self, option)
         listing = open_listing(self.data_dir, split, option, self.num_classes, self.format, self.class_numbering)
-        return ImageDataset(listing, transform)
+        return ImageDataset(listing, transform, self.max_image_pixels)

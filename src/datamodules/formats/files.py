@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -167,6 +168,17 @@ def pattern(files: Sequence[Path]) -> str:
 def files_matching(folders: Iterable[Path], matches: Callable[[str], bool]) -> list[Path]:
     """Files directly in `folders` whose names match."""
     return [folder / name for folder in folders if folder.is_dir() for name in scan_folder(folder)[1] if matches(name)]
+
+
+def unpack_command(archive: Path, folder: Path) -> str | None:
+    """The command that unpacks a compressed archive into a folder; None if its name is not that of one."""
+    name = archive.name.lower()
+    source, target = shlex.quote(str(archive)), shlex.quote(str(folder))
+    if name.endswith(".zip"):
+        return f"unzip {source} -d {target}"
+    if re.search(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", name):
+        return f"tar -xf {source} -C {target}"
+    return f"7z x {source} -o{target}" if name.endswith((".7z", ".rar")) else None
 
 
 def is_hidden(member: str) -> bool:

@@ -232,19 +232,46 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     )
 
 
+def _check_columns(pyarrow: Any, path: Path, schema: Any) -> bool:
+    """Whether images have a name; checks that the columns are those that Hugging Face writes.
+
+    Raises:
+        UserError: a column is missing, there twice or of another type.
+    """
+    types = pyarrow.types
+    columns = {field.name: field.type for field in schema}
+    image, label = columns.get("image"), columns.get("label")
+    parts = {}
+    if image is not None and types.is_struct(image):
+        parts = {image.field(index).name: image.field(index).type for index in range(image.num_fields)}
+        columns |= {f"image.{name}": part for name, part in parts.items()}
+    remedy = "Give files with the columns image.bytes and label, as Hugging Face writes them."
+    for name in ("image.bytes", "label"):
+        if name not in columns or "bytes" not in parts:
+            raise UserError(f"{path} has no column '{name}'; it has {', '.join(list(columns)[:8])}. {remedy}")
+    twice = [name for name in ("image", "label") if schema.names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has {schema.names.count(twice[0])} columns '{twice[0]}'. {remedy}")
+    values = label.value_type if types.is_dictionary(label) else label
+    allowed = {
+        "image.bytes": types.is_binary(parts["bytes"]) or types.is_large_binary(parts["bytes"]),
+        # values of other types are named by their row
+        "label": not types.is_nested(values) and not types.is_temporal(values),
+    }
+    for name, right in allowed.items():
+        if not right:
+            kind = "bytes" if name == "image.bytes" else "whole numbers or text"
+            raise UserError(f"{path}: the column '{name}' holds {columns[name]} in place of {kind}. {remedy}")
+    return "path" in parts and (types.is_string(parts["path"]) or types.is_large_string(parts["path"]))
+
+
 def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
     """Labels, names of the images where there are any, and rows of each row group."""
     pyarrow = _pyarrow(path)
     try:
         with _open(pyarrow, path) as file:
-            columns = [file.schema.column(index).path for index in range(len(file.schema))]
-            missing = [name for name in ("image.bytes", "label") if name not in columns]
-            if missing:
-                raise UserError(
-                    f"{path} has no column '{missing[0]}'; it has {', '.join(columns[:8])}. Give files with the "
-                    "columns image.bytes and label, as Hugging Face writes them."
-                )
-            wanted = ["label"] + (["image.path"] if "image.path" in columns else [])
+            named = _check_columns(pyarrow, path, file.schema_arrow)
+            wanted = ["label"] + (["image.path"] if named else [])
             table = file.read(columns=wanted, use_threads=False)
             labels = table.column("label").to_pylist()
             names = [None] * len(labels)

@@ -12,7 +12,7 @@ from scatterbrain.errors import UserError, did_you_mean
 from src.datamodules.formats import class_folders, csv_file, flat, parquet, tar, webdataset
 from src.datamodules.formats.class_folders import ClassFolders
 from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, imagenet_synsets
-from src.datamodules.formats.files import pattern, scan_folder
+from src.datamodules.formats.files import files_matching, pattern, scan_folder, unpack_command
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 from src.utils.text import abbreviate
@@ -121,6 +121,7 @@ def open_listing(
     found = open_split(location, num_classes, format)
     if found is not None:
         return found
+    _refuse_compressed(location)
     if format not in ("auto", class_folders.FORMAT):
         raise UserError(
             f"No split '{split}' in the format {format}. {_describe_search(location, format)} Choose another format by "
@@ -135,6 +136,21 @@ def open_listing(
         raise UserError(f"{error} {_describe_search(location)}") from None
 
 
+def _refuse_compressed(location: SplitLocation) -> None:
+    """Raise a `UserError` if the split is there as a compressed archive, whose images cannot be read in any order."""
+    stems = {f"{start}{stem}" for stem in location.stems for start in ("", "ILSVRC2012_img_")}
+    archives = location.named_files + files_matching(
+        dict.fromkeys([location.data_dir, *location.folders]), lambda name: name.split(".")[0] in stems
+    )
+    for path in archives:
+        if command := unpack_command(path, location.data_dir):
+            folder = location.data_dir / path.name.split(".")[0]
+            raise UserError(
+                f"{path} is a compressed archive, from which images cannot be read in any order. Unpack it, so that "
+                f"{folder} holds the class folders, and give datamodule.{location.option}={folder.name}: {command}"
+            )
+
+
 def _check_data_dir(data_dir: str | os.PathLike[str] | None, split: str) -> Path:
     # "???" is OmegaConf's mark of a missing value
     if data_dir is None or str(data_dir) in ("", "???"):
@@ -145,6 +161,11 @@ def _check_data_dir(data_dir: str | os.PathLike[str] | None, split: str) -> Path
     data_dir = Path(data_dir).expanduser().absolute()
     if not data_dir.is_dir():
         problem = "is a file, not a folder" if data_dir.exists() else "does not exist"
+        if data_dir.is_file() and (command := unpack_command(data_dir, data_dir.parent)):
+            raise UserError(
+                f"The data folder {data_dir} is a compressed archive. Unpack it, and give datamodule.data_dir the "
+                f"folder that holds '{split}': {command}"
+            )
         raise UserError(
             f"The data folder {data_dir} {problem}. Give datamodule.data_dir (or DATA_DIR in the file .env) "
             f"the folder that holds '{split}'."
