@@ -82,7 +82,7 @@ def read_class_order(path: str) -> list[str]:
     """
     try:
         text = read_file(Path(path).expanduser()).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"datamodule.class_order={path} is neither sorted nor natural, and no file that can be read: "
             f"{getattr(error, 'strerror', None) or first_line(error)}. Give a file with one class a line."
@@ -91,7 +91,7 @@ def read_class_order(path: str) -> list[str]:
     if text.lstrip()[:1] in ("[", "{"):
         try:
             names = _names_in_json(json.loads(text))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, IndexError, RecursionError):
             names = None
     if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise UserError(

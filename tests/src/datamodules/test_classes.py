@@ -164,6 +164,7 @@ def test_a_file_of_classes_names_the_indices_of_a_table(tmp_path):
         ('{"a": ', "does not list classes"),
         ("a\nb", "lists 2 classes, but the model has 3"),
         ("a\nb\nd", "1 of 3 class folders are not in"),
+        ('{"0": []}', "does not list classes"),
         (b"\xff\xfe", "no file that can be read"),
         (None, "no file that can be read: No such file"),
     ],
