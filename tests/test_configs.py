@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -176,6 +177,17 @@ def test_every_experiment(name, tmp_path):
 def test_the_checkpoint_to_fine_tune_may_come_from_the_environment(name, monkeypatch):
     monkeypatch.setenv("CHECKPOINT", "/from/CHECKPOINT")
     assert compose_config([f"experiment={name}"]).train.ckpt == "/from/CHECKPOINT"
+
+
+def test_checkpoints_named_in_configs_exist():
+    root = Path(CONFIG_DIR).parent
+    named = {
+        name
+        for path in Path(CONFIG_DIR).rglob("*.yaml")
+        for name in re.findall(r"checkpoints/demo/\S+", path.read_text())
+    }
+    assert named
+    assert all((root / name).is_file() for name in named)
 
 
 def test_datamodule_follows_the_model(tmp_path):

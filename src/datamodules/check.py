@@ -21,6 +21,7 @@ from scatterbrain.errors import UserError
 from src.datamodules.dataset import load_rgb
 from src.datamodules.formats import Listing, SplitLocation, find_formats, imagenet_synsets
 from src.datamodules.formats.labels import synset_in_name
+from src.datamodules.formats.listing import read_source
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.utils.files import write_json
 from src.utils.progress import progress_display
@@ -51,7 +52,7 @@ def look_at(images: Listing, position: int, decode: bool) -> tuple[str | None, l
     """The fault of an image, None where it is not corrupt, and its oddities."""
     source = images.source(position)
     try:
-        data = source.read_bytes()
+        data = read_source(source)
     except (UserError, OSError) as error:
         return f"cannot be read: {getattr(error, 'strerror', None) or error}", []
     if not data:
@@ -62,7 +63,7 @@ def look_at(images: Listing, position: int, decode: bool) -> tuple[str | None, l
             expected = _SUFFIXES.get(PurePosixPath(images.names[position]).suffix.lower())
             if expected and image.format != expected:
                 odd.append(f"{image.format} in {PurePosixPath(images.names[position]).suffix}")
-            if image.mode in ("L", "LA", "I;16", "1"):
+            if image.mode in ("L", "LA", "I;16", "I;16B", "I", "F", "1"):
                 odd.append("grayscale")
             elif image.mode != "RGB":
                 odd.append(image.mode)
@@ -103,7 +104,7 @@ def check_labels(images: Listing) -> dict[str, Any]:
         known = real.get(f"ILSVRC2012_val_{number[1]}.JPEG") if number else None
         if known and classes[target] in imagenet_synsets():
             compared += 1
-            agreeing += target in known
+            agreeing += imagenet_synsets()[classes[target]] in known
         synset = synset_in_name(name)
         if synset is not None and classes[target] in imagenet_synsets() and synset != classes[target]:
             contradictions.append(f"{name} as {classes[target]}")
@@ -118,7 +119,7 @@ def check_labels(images: Listing) -> dict[str, Any]:
 def check_split(images: Listing, split: str, subset: bool, decode: bool, jobs: int) -> dict[str, Any]:
     """The report on one split; `check` says what the options are."""
     counts = Counter(images.targets)
-    is_imagenet = all(name in imagenet_synsets() for name in images.class_to_index)
+    is_imagenet = all(imagenet_synsets().get(name) == index for name, index in images.class_to_index.items())
     classes = imagenet_synsets() if is_imagenet else images.class_to_index
     per_class = {name: counts.get(index, 0) for name, index in classes.items()}
     missing = [name for name, number in per_class.items() if number == 0]

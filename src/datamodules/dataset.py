@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -17,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from scatterbrain.errors import UserError
 from src.datamodules.formats import Listing
 from src.datamodules.formats.class_folders import ClassFolders
-from src.datamodules.formats.listing import ImageSource
+from src.datamodules.formats.listing import ImageSource, read_source
 
+_TIFF_BITS = 258  # tag BitsPerSample
 # Errors that concern a single file, rather than the machine or the disk.
-_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO)
+_FILE_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO)
 
 
 class ImageError(UserError):
@@ -36,11 +38,16 @@ class ImageError(UserError):
         self.reason = reason
 
 
-def load_rgb(source: ImageSource) -> Image.Image:
-    """Decode a whole image, whatever its mode and format, to RGB as timm does.
+def load_rgb(source: ImageSource, max_pixels: int | None = None) -> Image.Image:
+    """Decode a whole image, whatever its mode and format, to RGB with 8 bits.
+
+    As timm does, except that Pillow's conversion clips grey images of 16 bits at 255, which makes them white; here they
+    are scaled by 1 / 257. Grey images with 32-bit integers or floats have no known range and are refused.
 
     Args:
         source: a `Path`, or an image in an archive.
+        max_pixels: largest width times height; None is Pillow's limit, 178,956,970 by default. A larger value raises
+            Pillow's limit in this process.
 
     Returns:
         The image in mode RGB.
@@ -51,8 +58,8 @@ def load_rgb(source: ImageSource) -> Image.Image:
     """
     data = None
     try:
-        data = source.read_bytes()
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        data = read_source(source)
+        return _to_rgb(_open(data, max_pixels))
     except UserError:
         raise
     # On damaged input, Pillow's format plugins raise many types (OSError, SyntaxError, ValueError, struct.error,
@@ -67,10 +74,42 @@ def load_rgb(source: ImageSource) -> Image.Image:
         else:
             reason = " ".join(str(error).split()) or type(error).__name__
         remedy = getattr(source, "remedy", "Remove or replace the file.")
+        if isinstance(error, Image.DecompressionBombError):
+            reason = reason.partition(", could be")[0].rstrip(".")
+            remedy = "Remove it, reduce it, or allow more pixels: datamodule.max_image_pixels=..."
         message = f"Cannot decode the image {source}: {reason}. {remedy}"
         if _concerns_one_image(error, source, was_read=data is not None):
             raise ImageError(message, reason) from error
         raise UserError(message) from error
+
+
+def _open(data: bytes, max_pixels: int | None) -> Image.Image:
+    if max_pixels is None:
+        return Image.open(io.BytesIO(data))
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    image = Image.open(io.BytesIO(data))
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {max_pixels} pixels")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB.
+
+    Raises:
+        ValueError: grey values of an unknown range.
+    """
+    # some versions of Pillow decode a PNG or PGM file with 16 bits to mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = (getattr(image, "tag_v2", None) or {}).get(_TIFF_BITS, (16,))[0]
+        grey = np.asarray(image).astype(np.float32) * (255 / (2**bits - 1))
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point"
+        raise ValueError(f"its grey values are {kind} (mode {image.mode}) of an unknown range, not 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def _concerns_one_image(error: Exception, source: ImageSource, was_read: bool) -> bool:
@@ -89,6 +128,7 @@ class ImageDataset(Dataset):
     Args:
         listing: the images of one split, in any format.
         transform: from a PIL image in mode RGB to a tensor (3, size, size).
+        max_pixels: see `load_rgb`.
 
     Attributes:
         listing: as given.
@@ -99,8 +139,14 @@ class ImageDataset(Dataset):
         targets: class index of each image, in the order of `paths`.
     """
 
-    def __init__(self, listing: Listing, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        listing: Listing,
+        transform: Callable[[Image.Image], torch.Tensor],
+        max_pixels: int | None = None,
+    ) -> None:
         self.listing = listing
+        self.max_pixels = max_pixels
         self.transform = transform
         self.root = listing.root
         self.classes, self.class_to_index = listing.classes, listing.class_to_index
@@ -131,7 +177,7 @@ class ImageDataset(Dataset):
         Raises:
             UserError: the file cannot be decoded.
         """
-        return load_rgb(self.listing.source(self._positions[index]))
+        return load_rgb(self.listing.source(self._positions[index]), self.max_pixels)
 
     def subset(self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None) -> ImageDataset:
         """The images at `indices` of `paths`, in that order, with another transform if one is given."""

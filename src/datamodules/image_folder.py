@@ -33,7 +33,7 @@ from src.datamodules.base import ClassificationDataModule
 from src.datamodules.cache import CachedImages, CachedLoader, DecodedCache
 from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.device_augmentation import decode_images
-from src.datamodules.formats import check_format, imagenet_synsets, open_listing
+from src.datamodules.formats import ClassNumbering, check_format, imagenet_synsets, open_listing
 from src.datamodules.sampling import ShardedSampler, TrainingSampler, derive_seed, hold_out
 from src.utils.machine import usable_cpus
 from src.utils.text import abbreviate
@@ -91,6 +91,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         on_error: what an evaluation does with an image that cannot be decoded: `"raise"` ends it with an error that
             names the image, `"skip"` leaves the image out. An error of more than one image, such as a truncated
             archive, is always raised. Training refuses `"skip"`.
+        class_order: order in which the classes are numbered, see `ClassNumbering`.
+        labels: indices of classes named after ImageNet-1k synsets, see `ClassNumbering`.
+        max_image_pixels: largest width times height of an image in a file; None is Pillow's limit, see `load_rgb`.
 
     Attributes:
         test_dataset: an `ImageDataset` after `setup`, None before.
@@ -124,6 +127,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         format: str = "auto",
         cache_dir: str | os.PathLike[str] | None = None,
         on_error: str = "raise",
+        class_order: str = "sorted",
+        labels: str = "auto",
+        max_image_pixels: int | None = None,
     ) -> None:
         super().__init__(image_size, num_classes, batch_size, seed, mean, std, pin_memory)
         check_whole_number("datamodule.passes_per_epoch", passes_per_epoch, 1)
@@ -131,6 +137,8 @@ class ImageFolderDataModule(ClassificationDataModule):
             check_whole_number("datamodule.shuffle_shards", shuffle_shards, 1)
         if num_workers is not None:
             check_whole_number("datamodule.num_workers", num_workers, 0)
+        if max_image_pixels is not None:
+            check_whole_number("datamodule.max_image_pixels", max_image_pixels, 1)
         if interpolation not in INTERPOLATIONS:
             raise UserError(
                 f"datamodule.interpolation={interpolation!r} is not valid. "
@@ -149,6 +157,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             raise UserError(f"datamodule.cache_dir={cache_dir!r} is not valid. Give a folder, or null for no cache.")
         if on_error not in ON_ERROR:
             raise UserError(f"datamodule.on_error={on_error!r} is not valid. {did_you_mean(on_error, ON_ERROR)}")
+        self.class_numbering = ClassNumbering(class_order, labels)
         self.data_dir = data_dir
         self.num_workers = min(16, usable_cpus()) if num_workers is None else num_workers
         self.test_split = test_split
@@ -165,6 +174,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         # use_prefetcher leaves the normalisation to the device
         self._test_pixels = create_transform(**options, use_prefetcher=True)
         self._pixel_options = {"image_size": image_size, "crop_pct": float(crop_pct), "interpolation": interpolation}
+        if max_image_pixels is not None:  # decides which images are missing in a cache
+            self._pixel_options["max_image_pixels"] = max_image_pixels
+        self.max_image_pixels = max_image_pixels
         self._augmentation_options = {"interpolation": interpolation, **(augmentation or {})}
         self.augmentation: Augmentation | None = None
         # with on_device: the training images as squares, and their original aspect ratios
@@ -229,8 +241,10 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.val_dataset = self._dataset("test_split", self.test_transform)
         if self.val_dataset.class_to_index != images.class_to_index:
             different = set(self.val_dataset.class_to_index.items()) ^ set(images.class_to_index.items())
-            # a subset of ImageNet's classes keeps its indices, so another split may lack some of them
-            if any(name not in imagenet_synsets() for name, _ in different):
+            # a subset of ImageNet's classes, or of those in a file, keeps its indices: another split may lack some
+            if not self.class_numbering.from_file and any(
+                imagenet_synsets().get(name) != index for name, index in different
+            ):
                 raise UserError(
                     f"{images.root} and {self.val_dataset.root} do not hold the same class folders: "
                     f"{abbreviate({name for name, _ in different})}. Give both the same."
@@ -353,4 +367,5 @@ class ImageFolderDataModule(ClassificationDataModule):
     def _dataset(self, option: str, transform: Callable[[Image.Image], Any]) -> ImageDataset:
         """The images of the split that `option` names."""
         split = getattr(self, option)
-        return ImageDataset(open_listing(self.data_dir, split, option, self.num_classes, self.format), transform)
+        listing = open_listing(self.data_dir, split, option, self.num_classes, self.format, self.class_numbering)
+        return ImageDataset(listing, transform, self.max_image_pixels)

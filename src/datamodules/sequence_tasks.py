@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
+from src.datamodules.formats.files import read_file
 from src.datamodules.listops import (
     CLASS,
     NUM_CLASSES,
@@ -188,7 +189,7 @@ def library_sources(folder: str | Path | None = None, limit: int = CORPUS_BYTES)
     texts: tuple[list[bytes], list[bytes]] = ([], [])
     digest, size, files = hashlib.sha256(), 0, 0
     for files, name in enumerate(sorted(paths), start=1):
-        text = paths[name].read_bytes()
+        text = read_file(paths[name])
         digest.update(text)
         size += len(text)
         texts[files % HELD_OUT_FILES == 0].append(text)

@@ -28,7 +28,7 @@ def evaluation_command(config: DictConfig, summary: TrainingSummary) -> str:
         "eval.ckpt": summary.checkpoints["last"],
     }
     defaults = inspect.signature(ImageFolderDataModule).parameters
-    for name in ("test_split", "interpolation", "crop_pct", "mean", "std"):
+    for name in ("test_split", "class_order", "labels", "interpolation", "crop_pct", "mean", "std"):
         value = plain_option(config.datamodule, name)
         default = defaults[name].default
         if value != (list(default) if isinstance(default, tuple) else default):

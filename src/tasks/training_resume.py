@@ -26,6 +26,7 @@ COMPARED = (
         for name in (
             *("batch_size", "image_size", "num_classes", "interpolation", "crop_pct", "mean", "std", "test_split"),
             *("train_split", "holdout", "passes_per_epoch", "shuffle_shards", "on_device", "seed", "augmentation"),
+            *("class_order", "labels"),
         )
     ),
 )
@@ -71,7 +72,10 @@ def read_earlier(path: Path, compared: Mapping[str, Any]) -> dict[str, Any]:
     """
     checkpoint = read_training_checkpoint(path)
     earlier = {**checkpoint[CHECKPOINT_KEY], "updates": checkpoint["global_step"]}
-    changes = option_changes({name: earlier["config"].get(name) for name in compared}, compared)
+    # trainings of earlier versions do not have these options
+    later = {"datamodule.class_order": "sorted", "datamodule.labels": "auto"}
+    before = {name: value for name, value in later.items() if compared.get(name) is not None} | earlier["config"]
+    changes = option_changes({name: before.get(name) for name in compared}, compared)
     if changes:
         raise UserError(
             f"{path} was trained with {', '.join(changes)}. Give the same options to resume; or start again from its "

@@ -35,6 +35,7 @@ from src.datamodules.cache.writer import (
     open_for_writing,
 )
 from src.datamodules.dataset import ImageDataset, ImageLoader
+from src.datamodules.formats.files import open_file, read_file
 from src.utils.files import name_for_json, write_json
 from src.utils.progress import progress_display
 
@@ -202,11 +203,11 @@ class DecodedCache:
         images, checksums = self.partial_folder / IMAGES_FILE, self.partial_folder / CHECKSUMS_FILE
         if not images.exists() or not checksums.exists():
             return 0
-        content = checksums.read_bytes()
+        content = read_file(checksums)
         itemsize = CHECKSUM_DTYPE.itemsize
         found = np.frombuffer(content[: len(content) // itemsize * itemsize], CHECKSUM_DTYPE)
         done, missing, zeros = 0, missing_checksum(self.bytes_per_image), bytes(self.bytes_per_image)
-        with open(images, "rb") as file:
+        with os.fdopen(open_file(images), "rb") as file:
             # the checksums are verified since not every disk flushes when fsync requests it
             while done < min(len(found), len(self.dataset)):
                 image = file.read(self.bytes_per_image)

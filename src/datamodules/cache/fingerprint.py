@@ -16,6 +16,8 @@ import torchvision
 from src.datamodules.dataset import ImageDataset
 
 _STAT_THREADS = 16
+# of `load_rgb`: raised when it decodes an image to other pixels
+_DECODER = 2
 
 
 def source_digest(dataset: ImageDataset) -> str:
@@ -39,10 +41,11 @@ def source_digest(dataset: ImageDataset) -> str:
     return digest.hexdigest()
 
 
-def library_versions() -> dict[str, str | None]:
-    """Versions of the libraries that decode and resize."""
+def library_versions() -> dict[str, str | int | None]:
+    """Versions of `load_rgb` and the libraries that decode and resize."""
     turbo = PIL.features.version_feature("libjpeg_turbo")
     return {
+        "decoder": _DECODER,
         "pillow": PIL.__version__,
         "jpeg": f"turbo {turbo}" if turbo else PIL.features.version_codec("jpg"),
         "timm": timm.__version__,

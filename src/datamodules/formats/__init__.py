@@ -4,7 +4,7 @@ One module per format, with `find(location)`, which looks at names of files only
 `list_images(found, location, num_classes)`.
 """
 
-from src.datamodules.formats.classes import class_index, imagenet_synsets
+from src.datamodules.formats.classes import ClassNumbering, class_index, imagenet_synsets
 from src.datamodules.formats.files import scan_folder
 from src.datamodules.formats.listing import ImageSource, Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
@@ -12,6 +12,7 @@ from src.datamodules.formats.recognition import FORMATS, check_format, find_form
 
 __all__ = [
     "FORMATS",
+    "ClassNumbering",
     "FoundSplit",
     "ImageSource",
     "Listing",

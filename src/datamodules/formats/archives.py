@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
-from src.datamodules.formats.files import is_hidden
+from src.datamodules.formats.files import is_hidden, open_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_OPEN = 32  # file descriptors per process
@@ -22,7 +22,7 @@ class _Descriptor:
     """An open file, closed with its last reference, so that eviction from the cache cannot interrupt a read."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.number = open_file(path)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -105,7 +105,7 @@ def members(archive: Path, within: TarMember | None = None, limit: int | None = 
     named = archive if within is None else within
     try:
         begin, end = (0, archive.stat().st_size) if within is None else (within.offset, within.offset + within.size)
-        with open(archive, "rb") as file:
+        with os.fdopen(open_file(archive), "rb") as file:
             file.seek(begin)
             start = file.read(8)
             for magic, program in _COMPRESSED.items():

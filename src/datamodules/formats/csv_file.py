@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
-from src.datamodules.formats.files import files_matching
+from src.datamodules.formats.files import files_matching, read_file
 from src.datamodules.formats.listing import FileListing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 
@@ -78,14 +78,19 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     names = [PurePosixPath(os.path.relpath(name, folder) if os.path.isabs(name) else name).as_posix() for name in paths]
     order = sorted(range(len(names)), key=lambda index: names[index].split("/"))
     return CsvListing(
-        folder, [names[index] for index in order], [labels[index] for index in order], num_classes, root=path
+        folder,
+        [names[index] for index in order],
+        [labels[index] for index in order],
+        num_classes,
+        root=path,
+        numbering=location.numbering,
     )
 
 
 def _read(path: Path) -> tuple[list[tuple[str, str]], list[int]]:
     """Path and label of each row, and the line of each."""
     try:
-        reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(read_file(path).decode("utf-8-sig"), newline=""), strict=True)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text in UTF-8. Save it as such.") from None

@@ -58,7 +58,11 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     if others:
         logger.warning("%s: files that are not named as ImageNet's are left out: %s", found.root, abbreviate(others))
     return FlatListing(
-        found.root, names, image_labels(names, label_folders(location, found.root), found.root), num_classes
+        found.root,
+        names,
+        image_labels(names, label_folders(location, found.root), found.root),
+        num_classes,
+        numbering=location.numbering,
     )
 
 

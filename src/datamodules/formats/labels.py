@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from scatterbrain.errors import UserError
 from src.datamodules.formats.classes import imagenet_synsets
+from src.datamodules.formats.files import read_file
 from src.datamodules.formats.location import KAGGLE_FOLDERS, SplitLocation
 from src.datamodules.formats.matlab import MatlabError, read_structure
 from src.utils.text import abbreviate
@@ -179,7 +180,7 @@ def _read_kit(source: Path, name: str) -> bytes:
             # it may have been extracted into a folder of the same name
             for folder in (source, source / DEVKIT):
                 if (folder / name).is_file():
-                    return (folder / name).read_bytes()
+                    return read_file(folder / name)
         else:
             with tarfile.open(source) as archive:
                 for member in archive:
@@ -193,7 +194,7 @@ def _read_kit(source: Path, name: str) -> bytes:
 
 def _read_solution(source: Path) -> dict[int, str]:
     try:
-        text = source.read_text("utf-8-sig")
+        text = read_file(source).decode("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text)))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read: {error}. Fetch it again.") from error

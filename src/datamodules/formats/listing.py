@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scatterbrain.errors import UserError
-from src.datamodules.formats.classes import index_of_labels
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, index_of_labels
+from src.datamodules.formats.files import read_file
 from src.utils.text import abbreviate
 
 
@@ -22,6 +23,16 @@ class ImageSource(Protocol):
 
     def read_bytes(self) -> bytes:
         """The encoded bytes of the image."""
+
+
+def read_source(source: ImageSource) -> bytes:
+    """The encoded bytes of an image.
+
+    Raises:
+        UserError: bytes are missing.
+        OSError: the file cannot be read, or is no regular file.
+    """
+    return read_file(source) if isinstance(source, Path) else source.read_bytes()
 
 
 class Listing:
@@ -35,6 +46,7 @@ class Listing:
         labels: class of each image: names of classes, see `class_index`, or indices.
         num_classes: outputs of the model.
         what: what the classes are (`classes`, `class folders`), for messages.
+        numbering: of the classes, see `class_index`.
 
     Attributes:
         root: as given.
@@ -56,6 +68,7 @@ class Listing:
         labels: Sequence[str] | Sequence[int],
         num_classes: int,
         what: str = "classes",
+        numbering: ClassNumbering = DEFAULT_NUMBERING,
     ) -> None:
         self.root = root
         self.names = list(names)
@@ -65,7 +78,7 @@ class Listing:
             twice = [name for name, number in Counter(self.names).items() if number > 1]
             raise UserError(f"{root} has images twice: {abbreviate(twice)}. Remove the duplicates.")
         try:
-            self.class_to_index = index_of_labels(set(labels), num_classes, what)
+            self.class_to_index = index_of_labels(set(labels), num_classes, what, numbering)
         except UserError as error:
             raise UserError(f"{root}: {error}") from None
         by_label = (
@@ -104,7 +117,7 @@ class Listing:
             UserError: bytes are missing.
             OSError: the file cannot be read.
         """
-        return self.source(position).read_bytes()
+        return read_source(self.source(position))
 
 
 class FileListing(Listing):

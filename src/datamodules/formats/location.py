@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scatterbrain.errors import UserError
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering
 from src.datamodules.formats.files import expand_braces
 from src.utils.text import abbreviate
 
@@ -23,11 +24,13 @@ class SplitLocation:
         data_dir: an existing folder.
         split: name of the split: a folder, file or pattern of files in `data_dir`.
         option: the option that names it, such as `test_split`.
+        numbering: of its classes, see `class_index`.
     """
 
     data_dir: Path
     split: str
     option: str = "test_split"
+    numbering: ClassNumbering = DEFAULT_NUMBERING
 
     @property
     def folders(self) -> list[Path]:

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scatterbrain.errors import UserError
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering
 from src.datamodules.formats.csv_file import parse_labels
-from src.datamodules.formats.files import check_complete, files_matching, series
+from src.datamodules.formats.files import check_complete, files_matching, open_file, series
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 from src.utils.text import first_line
@@ -85,7 +86,7 @@ class ParquetListing(Listing):
 
     Args:
         root: file or folder that holds the split.
-        names: see `Listing`; likewise `labels` and `num_classes`.
+        names: see `Listing`; likewise `labels`, `num_classes` and `numbering`.
         files: the files, sorted.
         groups: (G, 3) index of the file, index in the file and number of rows of each row group, in the order of the
             images.
@@ -101,8 +102,9 @@ class ParquetListing(Listing):
         num_classes: int,
         files: Sequence[Path],
         groups: np.ndarray,
+        numbering: ClassNumbering = DEFAULT_NUMBERING,
     ) -> None:
-        super().__init__(root, names, labels, num_classes)
+        super().__init__(root, names, labels, num_classes, numbering=numbering)
         self._files = list(files)
         self._groups = groups
         self._ends = np.cumsum(groups[:, 2])
@@ -182,12 +184,17 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
+def _open(pyarrow: Any, path: Path) -> Any:
+    os.close(open_file(path))  # checks that it is a regular file
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+
+
 def _read_group(path: Path, number: int) -> Any:
     """The bytes of the images of one row group."""
     pyarrow = _pyarrow(path)
     try:
         # without PyArrow's thread pool, which does not survive the fork of a worker process
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with _open(pyarrow, path) as file:
             table = file.read_row_group(number, columns=["image.bytes"], use_threads=False)
             return table.column("image").combine_chunks().field("bytes")
     except (pyarrow.ArrowException, OSError) as error:
@@ -215,23 +222,56 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
     if len({type(label) for label in labels}) > 1:
         raise UserError(f"{found.root} has indices and names among its labels. Give one of the two throughout.")
     return ParquetListing(
-        found.root, names, labels, num_classes, found.files, np.array(groups, dtype=np.int64).reshape(-1, 3)
+        found.root,
+        names,
+        labels,
+        num_classes,
+        found.files,
+        np.array(groups, dtype=np.int64).reshape(-1, 3),
+        location.numbering,
     )
+
+
+def _check_columns(pyarrow: Any, path: Path, schema: Any) -> bool:
+    """Whether images have a name; checks that the columns are those that Hugging Face writes.
+
+    Raises:
+        UserError: a column is missing, there twice or of another type.
+    """
+    types = pyarrow.types
+    columns = {field.name: field.type for field in schema}
+    image, label = columns.get("image"), columns.get("label")
+    parts = {}
+    if image is not None and types.is_struct(image):
+        parts = {image.field(index).name: image.field(index).type for index in range(image.num_fields)}
+        columns |= {f"image.{name}": part for name, part in parts.items()}
+    remedy = "Give files with the columns image.bytes and label, as Hugging Face writes them."
+    for name in ("image.bytes", "label"):
+        if name not in columns or "bytes" not in parts:
+            raise UserError(f"{path} has no column '{name}'; it has {', '.join(list(columns)[:8])}. {remedy}")
+    twice = [name for name in ("image", "label") if schema.names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has {schema.names.count(twice[0])} columns '{twice[0]}'. {remedy}")
+    values = label.value_type if types.is_dictionary(label) else label
+    allowed = {
+        "image.bytes": types.is_binary(parts["bytes"]) or types.is_large_binary(parts["bytes"]),
+        # values of other types are named by their row
+        "label": not types.is_nested(values) and not types.is_temporal(values),
+    }
+    for name, right in allowed.items():
+        if not right:
+            kind = "bytes" if name == "image.bytes" else "whole numbers or text"
+            raise UserError(f"{path}: the column '{name}' holds {columns[name]} in place of {kind}. {remedy}")
+    return "path" in parts and (types.is_string(parts["path"]) or types.is_large_string(parts["path"]))
 
 
 def _columns(path: Path) -> tuple[list[int | str], list[str | None], list[int]]:
     """Labels, names of the images where there are any, and rows of each row group."""
     pyarrow = _pyarrow(path)
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            columns = [file.schema.column(index).path for index in range(len(file.schema))]
-            missing = [name for name in ("image.bytes", "label") if name not in columns]
-            if missing:
-                raise UserError(
-                    f"{path} has no column '{missing[0]}'; it has {', '.join(columns[:8])}. Give files with the "
-                    "columns image.bytes and label, as Hugging Face writes them."
-                )
-            wanted = ["label"] + (["image.path"] if "image.path" in columns else [])
+        with _open(pyarrow, path) as file:
+            named = _check_columns(pyarrow, path, file.schema_arrow)
+            wanted = ["label"] + (["image.path"] if named else [])
             table = file.read(columns=wanted, use_threads=False)
             labels = table.column("label").to_pylist()
             names = [None] * len(labels)

@@ -11,8 +11,8 @@ from types import ModuleType
 from scatterbrain.errors import UserError, did_you_mean
 from src.datamodules.formats import class_folders, csv_file, flat, parquet, tar, webdataset
 from src.datamodules.formats.class_folders import ClassFolders
-from src.datamodules.formats.classes import imagenet_synsets
-from src.datamodules.formats.files import pattern, scan_folder
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, imagenet_synsets
+from src.datamodules.formats.files import files_matching, pattern, scan_folder, unpack_command
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
 from src.utils.text import abbreviate
@@ -97,7 +97,12 @@ def open_split(location: SplitLocation, num_classes: int = 1000, format: str = "
 
 
 def open_listing(
-    data_dir: str | os.PathLike[str] | None, split: str, option: str, num_classes: int = 1000, format: str = "auto"
+    data_dir: str | os.PathLike[str] | None,
+    split: str,
+    option: str,
+    num_classes: int = 1000,
+    format: str = "auto",
+    numbering: ClassNumbering = DEFAULT_NUMBERING,
 ) -> Listing:
     """The images of a split, or an error that says what was found instead.
 
@@ -107,14 +112,16 @@ def open_listing(
         option: name of the option that `split` comes from, for messages.
         num_classes: outputs of the model.
         format: see `open_split`.
+        numbering: of the classes, see `class_index`.
 
     Raises:
         UserError: `data_dir` is missing, it does not hold the split, or see `open_split`.
     """
-    location = SplitLocation(_check_data_dir(data_dir, split), split, option)
+    location = SplitLocation(_check_data_dir(data_dir, split), split, option, numbering)
     found = open_split(location, num_classes, format)
     if found is not None:
         return found
+    _refuse_compressed(location)
     if format not in ("auto", class_folders.FORMAT):
         raise UserError(
             f"No split '{split}' in the format {format}. {_describe_search(location, format)} Choose another format by "
@@ -122,11 +129,26 @@ def open_listing(
         )
     folder = _split_folder(location, format)
     try:
-        return ClassFolders(folder, num_classes)
+        return ClassFolders(folder, num_classes, numbering)
     except UserError as error:
         if format != "auto":
             raise
         raise UserError(f"{error} {_describe_search(location)}") from None
+
+
+def _refuse_compressed(location: SplitLocation) -> None:
+    """Raise a `UserError` if the split is there as a compressed archive, whose images cannot be read in any order."""
+    stems = {f"{start}{stem}" for stem in location.stems for start in ("", "ILSVRC2012_img_")}
+    archives = location.named_files + files_matching(
+        dict.fromkeys([location.data_dir, *location.folders]), lambda name: name.split(".")[0] in stems
+    )
+    for path in archives:
+        if command := unpack_command(path, location.data_dir):
+            folder = location.data_dir / path.name.split(".")[0]
+            raise UserError(
+                f"{path} is a compressed archive, from which images cannot be read in any order. Unpack it, so that "
+                f"{folder} holds the class folders, and give datamodule.{location.option}={folder.name}: {command}"
+            )
 
 
 def _check_data_dir(data_dir: str | os.PathLike[str] | None, split: str) -> Path:
@@ -139,6 +161,11 @@ def _check_data_dir(data_dir: str | os.PathLike[str] | None, split: str) -> Path
     data_dir = Path(data_dir).expanduser().absolute()
     if not data_dir.is_dir():
         problem = "is a file, not a folder" if data_dir.exists() else "does not exist"
+        if data_dir.is_file() and (command := unpack_command(data_dir, data_dir.parent)):
+            raise UserError(
+                f"The data folder {data_dir} is a compressed archive. Unpack it, and give datamodule.data_dir the "
+                f"folder that holds '{split}': {command}"
+            )
         raise UserError(
             f"The data folder {data_dir} {problem}. Give datamodule.data_dir (or DATA_DIR in the file .env) "
             f"the folder that holds '{split}'."

@@ -5,6 +5,7 @@ Also archives of class folders, and a folder of the training set's 1,000 archive
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -12,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.datamodules.formats.archives import TarMember, members
-from src.datamodules.formats.classes import imagenet_synsets
-from src.datamodules.formats.files import files_matching
+from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, imagenet_synsets
+from src.datamodules.formats.files import files_matching, is_no_image, is_system_folder
 from src.datamodules.formats.labels import image_labels, label_folders
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
+from src.utils.text import abbreviate
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "tar"
 SEARCHED_NAMES = "ILSVRC2012_img_{split}.tar or {split}.tar"
@@ -57,7 +61,7 @@ class TarListing(Listing):
 
     Args:
         root: file or folder that holds the split.
-        names: see `Listing`; likewise `labels`, `num_classes` and `what`.
+        names: see `Listing`; likewise `labels`, `num_classes` and `numbering`.
         sources: the archive members, in the order of `names`.
     """
 
@@ -70,8 +74,9 @@ class TarListing(Listing):
         labels: Sequence[str] | Sequence[int],
         sources: Sequence[TarMember],
         num_classes: int,
+        numbering: ClassNumbering = DEFAULT_NUMBERING,
     ) -> None:
-        super().__init__(root, names, labels, num_classes)
+        super().__init__(root, names, labels, num_classes, numbering=numbering)
         # arrays, not a million objects
         self._files = sorted({source.archive for source in sources})
         index_of = {path: index for index, path in enumerate(self._files)}
@@ -102,6 +107,11 @@ class TarListing(Listing):
         return self._file.astype(np.int64)
 
 
+def _is_no_image(path: str) -> bool:
+    *folders, name = path.split("/")
+    return is_no_image(name) or any(map(is_system_folder, folders))
+
+
 def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) -> TarListing:
     """List the images of one archive or of one archive per class.
 
@@ -118,8 +128,12 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
                 images += [(f"{synset}/{inner.path}", inner) for inner in members(path, member)]
             else:
                 images.append((prefix + member.path, member))
+    known = [name for name, _ in images if _is_no_image(name)]
+    if known:
+        logger.warning("%s: files that are no images are left out: %s", found.root, abbreviate(known))
+        images = [image for image in images if not _is_no_image(image[0])]
     # the order of class folders: "a/b" comes before "a-b/a"
     images.sort(key=lambda image: image[0].split("/"))
     names = [name for name, _ in images]
     labels = image_labels(names, label_folders(location, found.root), found.root) if names else []
-    return TarListing(found.root, names, labels, [member for _, member in images], num_classes)
+    return TarListing(found.root, names, labels, [member for _, member in images], num_classes, location.numbering)

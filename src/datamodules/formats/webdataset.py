@@ -68,7 +68,7 @@ def list_images(found: FoundSplit, location: SplitLocation, num_classes: int) ->
             texts.append(_text(label))
             sources.append(image)
     labels = parse_labels(texts, lambda index: f"the .cls of {sources[index]}") if texts else []
-    return WebDatasetListing(found.root, names, labels, sources, num_classes)
+    return WebDatasetListing(found.root, names, labels, sources, num_classes, location.numbering)
 
 
 def _samples(path: Path) -> list[tuple[TarMember, TarMember]]:

@@ -134,9 +134,9 @@ def test_other_names_are_numbered_in_sorted_order():
 
 
 def test_synsets_need_a_thousand_classes():
-    message = message_of(class_index, ["n01440764", "n02123045"], 2)
+    message = message_of(class_index, ["n01440764", "n02123045"], 3)
     assert "n01440764, n02123045" in message
-    assert "the model has 2" in message
+    assert "the model has 3" in message
     assert "model.num_classes=1000" in message
 
 

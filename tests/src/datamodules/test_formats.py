@@ -987,3 +987,37 @@ def test_formats_are_recognised_from_names_alone(tmp_path):
     files.write(tmp_path / "val.csv", b"")
     assert [found.format for found in find_formats(SplitLocation(tmp_path, "val"))] == ["tar", "csv"]
     assert np.all([str(found).endswith(")") for found in find_formats(SplitLocation(tmp_path, "val"))])
+
+
+@needs_pyarrow
+def test_parquet_columns_of_odd_types_are_one_message_or_read(tmp_path):
+    import pyarrow.parquet as pq
+
+    content, path = encoded("PNG"), tmp_path / "val.parquet"
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    images = pyarrow.array([{"bytes": content, "path": "a"}, {"bytes": content, "path": "b"}], kind)
+    refused = {
+        "the column 'label' holds list": {"image": images, "label": [[0], [1]]},
+        "the column 'label' holds struct": {"image": images, "label": [{"a": 0}, {"a": 1}]},
+        "the column 'label' holds timestamp": {
+            "image": images,
+            "label": pyarrow.array([0, 1]).cast(pyarrow.timestamp("ns")),
+        },
+        "the column 'image.bytes' holds int64": {"image": [{"bytes": 1}, {"bytes": 2}], "label": [0, 1]},
+        "the column 'image.bytes' holds string": {"image": [{"bytes": "a"}, {"bytes": "b"}], "label": [0, 1]},
+        "has no column 'image.bytes'; it has image.bytes, label.": {"image.bytes": [content] * 2, "label": [0, 1]},
+        "has no column 'image.bytes'; it has image, label.": {"image": [[{"bytes": content}]] * 2, "label": [0, 1]},
+        "has 2 columns 'label'": pyarrow.table([images, [0, 1], [0, 1]], ["image", "label", "label"]),
+        "has 2 columns 'image'": pyarrow.table([images, images, [0, 1]], ["image", "image", "label"]),
+    }
+    for expected, columns in refused.items():
+        pq.write_table(columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns), path)
+        report = message(tmp_path, num_classes=2)
+        assert expected in report
+        assert str(path) in report
+    for name in (1, b"a", ["a"], {"x": 1}):  # not a name: images are numbered
+        rows = [{"bytes": content, "path": name}] * 2
+        pq.write_table(pyarrow.table({"image": rows, "label": [0, 1]}), path)
+        listing = listing_of(tmp_path, num_classes=2)
+        assert listing.names == ["val.parquet/000000", "val.parquet/000001"]
+        assert listing.read(1) == content

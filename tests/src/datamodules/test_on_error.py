@@ -17,6 +17,7 @@ from src.datamodules.cache import entry as entry_module
 from src.datamodules.cache import writer as writer_module
 from src.datamodules.cache.writer import CHECKSUMS_FILE, ENTRY_FILE, IMAGES_FILE
 from src.datamodules.dataset import ImageDataset, ImageError
+from src.datamodules.formats import listing as listing_module
 from tests.src.datamodules.format_files import shards
 from tests.src.datamodules.setup import datamodule, message_of, write_images
 
@@ -155,7 +156,7 @@ def test_faults_of_the_machine_are_errors(data_dir, monkeypatch, number):
     def fail(path):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(listing_module, "read_file", fail)
     assert os.strerror(number) in message_of(lambda: list(module(data_dir).test_dataloader()))
 
 
@@ -177,7 +178,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(data_dir, monkeypatch):
     def fail(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(listing_module, "read_file", fail)
     monkeypatch.setattr(dataset_module.os, "access", lambda path, mode: Path(path).name != "a")
     with pytest.raises(UserError) as caught:
         list(module(data_dir).test_dataloader())

@@ -247,6 +247,7 @@ def test_a_folder_that_holds_a_training(training, tmp_path):
     ("changes", "told"),
     [
         ({"seed": 3}, ["seed=42 (now 3)"]),
+        ({"datamodule__class_order": "natural"}, ["datamodule.class_order=sorted (now natural)"]),
         ({"model__drop_path_rate": 0.3}, ["model.drop_path_rate=0.1 (now 0.3)"]),
         ({"model__t2tattn1_cfg__nb_features": 4}, ["model.t2tattn1_cfg.nb_features=None (now 4)"]),
         (
