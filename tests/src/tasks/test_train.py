@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import WeightAveraging
 
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
@@ -486,6 +487,12 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"optimizer__opt": "adamm"}, "optimizer cannot be built: .*adamm.* Check the options under 'optimizer'"),
         ({"+optimizer__foo": 1}, "optimizer cannot be built: .*'foo'"),
         ({"optimizer__lr": 0}, "optimizer.lr=0 is not valid. Give a learning rate above 0"),
+        ({"optimizer__lr": "inf"}, "optimizer.lr=inf is not valid. Give a learning rate above 0, and finite"),
+        ({"optimizer__lr": "nan"}, "optimizer.lr=nan is not valid"),
+        ({"optimizer__weight_decay": "inf"}, "optimizer.weight_decay=inf is not valid"),
+        ({"scheduler__warmup_lr": "inf"}, "scheduler.warmup_lr=inf is not valid"),
+        ({"trainer__gradient_clip_val": "nan"}, "trainer.gradient_clip_val=nan is not valid"),
+        ({"trainer__gradient_clip_val": -1}, "trainer.gradient_clip_val=-1 is not valid"),
         ({"optimizer__weight_decay": "a"}, "optimizer.weight_decay=a is not valid"),
         ({"train__epochs": 0}, "train.epochs=0 is not valid"),
         ({"train__lr_batch": 0}, "train.lr_batch=0 is not valid"),
@@ -525,6 +532,53 @@ def test_a_loss_that_is_no_number(training, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"The loss became nan at update 6. Lower optimizer.lr, .*gradient_clip_val=1"):
         train(training())
     assert read_last(tmp_path / "run")["global_step"] == BATCHES
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+@pytest.mark.parametrize("ema_decay", ["null", 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(training, monkeypatch, tmp_path, value, ema_decay):
+    end = ClassificationTraining.on_train_epoch_end
+
+    def on_train_epoch_end(self):
+        end(self)  # after the validation, so that nothing else sees it
+        if self.current_epoch == 1:
+            self.model.blocks[0].mlp.fc1.weight.data[0, 0] = value
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_epoch_end", on_train_epoch_end)
+    message = rf"The weights became NaN or infinite \('model.blocks.0.mlp.fc1.weight'\) at update {2 * BATCHES}. Lower"
+    with pytest.raises(UserError, match=message):
+        train(training(train__ema_decay=ema_decay))
+    assert read_last(tmp_path / "run")["global_step"] == BATCHES
+    assert read_last(tmp_path / "run", "best.ckpt")["global_step"] == BATCHES
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+def test_averaged_weights_that_are_no_numbers(training, monkeypatch, tmp_path):
+    end = ClassificationTraining.on_train_epoch_end
+
+    def on_train_epoch_end(self):
+        end(self)
+        (averaging,) = (each for each in self.trainer.callbacks if isinstance(each, WeightAveraging))
+        averaging._average_model.module.model.head.bias.data[0] = float("nan")
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_epoch_end", on_train_epoch_end)
+    with pytest.raises(UserError, match=r"The averaged weights became NaN or infinite \('model.head.bias'\) at update"):
+        train(training())
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_a_validation_loss_that_is_no_number(training, monkeypatch, tmp_path):
+    end = ClassificationTraining.on_train_batch_end
+
+    def on_train_batch_end(self, *arguments):
+        end(self, *arguments)
+        if self.trainer.is_last_batch:
+            self.model.head.bias.data[0] = float("nan")
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(UserError, match=rf"The validation loss became nan at update {BATCHES}. Lower optimizer.lr"):
+        train(training(train__ema_decay="null"))
     assert not (tmp_path / "run" / "training.json").exists()
 
 
