@@ -27,7 +27,7 @@ from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.evaluate import evaluate
-from src.tasks.train import train
+from src.tasks.train import train, warn_of_short_average
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
 from tests.src.datamodules import format_files
@@ -351,8 +351,10 @@ def test_fine_tuning_begins_with_the_weights_of_a_checkpoint(training, watched, 
 def test_another_number_of_classes_needs_a_new_head(training, tmp_path):
     config = training(train__ckpt=tmp_path / "weights.pth")
     make_checkpoint(tmp_path / "weights.pth", TRAINING_VARIANT, 7)
-    with pytest.raises(UserError, match=r"weights.pth has 7 classes, but the model has 5 classes"):
+    with pytest.raises(UserError, match=r"weights.pth has 7 classes, but the model has 5 classes") as caught:
         train(config)
+    remedy = "use train.new_head=true for a new classifier, or model.num_classes=7 to keep the file's."
+    assert str(caught.value).endswith(remedy)
 
 
 @pytest.mark.parametrize("experiment", ["imagenet-t2tvit-finetune", "flowers-t2tvit-finetune", "flowers-t2tvit-train"])
@@ -379,6 +381,36 @@ def test_the_best_epoch_is_the_first_of_the_best(training, monkeypatch, tmp_path
     assert summary.checkpoints == {
         name: str(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last")
     }
+
+
+@pytest.mark.parametrize(
+    ("ema_decay", "warning"),
+    [
+        (0.99996, "With train.ema_decay=0.99996, 3 updates leave 100.0 % of the starting weights in the averaged"),
+        (0.9, "With train.ema_decay=0.9, 3 updates leave 72.9 % of the starting weights in the averaged weights"),
+        (0.3, None),
+        ("null", None),
+    ],
+)
+def test_averages_of_few_updates_are_warned_of(training, caplog, ema_decay, warning):
+    options = {"train__epochs": 1, "scheduler__warmup_epochs": 0, "train__lr_batch": 512}
+    with caplog.at_level("INFO"):
+        train(training(train__ema_decay=ema_decay, **options))
+    warnings = [record.getMessage() for record in caplog.records if "train.ema_decay" in record.getMessage()]
+    assert len(warnings) == (warning is not None)
+    if warning is not None:
+        assert warnings[0].startswith(warning)
+        assert "Give train.ema_decay=" in warnings[0]
+    assert "Learning rate 7.81e-05: optimizer.lr=0.01 times 4/512 (train.lr_batch)" in caplog.text
+
+
+def test_the_warning_names_a_decay_that_needs_none(caplog):
+    for updates in (20, 1000):
+        warn_of_short_average(0.99996, updates)
+        better = float(re.search(r"Give train.ema_decay=([0-9.]+)", caplog.text)[1])
+        caplog.clear()
+        warn_of_short_average(better, updates)
+        assert not caplog.text
 
 
 def test_held_out_images(training, tmp_path):
