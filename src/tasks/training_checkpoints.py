@@ -73,7 +73,9 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}. Give train.resume the file {LAST_CHECKPOINT} of a training.")
+        special = path.exists() and not path.is_dir()
+        fault = f"{path} is not a regular file" if special else f"There is no checkpoint {path}"
+        raise UserError(f"{fault}. Give train.resume the file {LAST_CHECKPOINT} of a training.")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on damaged input

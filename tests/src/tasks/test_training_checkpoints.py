@@ -306,6 +306,7 @@ class Malicious:
     [
         ("missing.ckpt", "There is no checkpoint .*missing.ckpt. Give train.resume the file last.ckpt"),
         (".", "There is no checkpoint"),
+        ("fifo.ckpt", "fifo.ckpt is not a regular file. Give train.resume the file last.ckpt"),
         ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Resume from another one, or start again"),
         ("cut.ckpt", "cut.ckpt is damaged"),
         ("text.ckpt", "text.ckpt .* is no checkpoint"),
@@ -317,6 +318,7 @@ class Malicious:
 def test_a_file_that_cannot_be_gone_on_from(training, stopped_training, tmp_path, name, fault):
     config = training(train__resume=tmp_path / name)
     whole = (stopped_training / "checkpoints" / "last.ckpt").read_bytes()
+    os.mkfifo(tmp_path / "fifo.ckpt")
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.ckpt").write_text("not a checkpoint at all")
