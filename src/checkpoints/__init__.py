@@ -1,7 +1,7 @@
 """T2T-ViT checkpoints: reading, conversion, loading into a model, writing.
 
 A checkpoint comes in many wrappings: `{"state_dict_ema": ...}` as published, `{"state_dict": ...}` of a training run,
-a bare state dict, a Lightning checkpoint, safetensors; with or without the `module.` of a parallel wrapper. All of
+a bare state dict, a Lightning checkpoint, safetensors; with or without the prefixes of wrappers. All of
 them are reduced to one state dict in the keys of `create_t2t_vit`'s models. No code in a file is ever run.
 """
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 
 from scatterbrain.errors import UserError
 from src.checkpoints.published import PUBLISHED_CHECKPOINTS
+from src.checkpoints.unpickling import CodeError, load_weights
+
+logger = logging.getLogger(__name__)
 
 
 def load_file(path: Path) -> tuple[Any, str]:
@@ -26,7 +29,8 @@ def load_file(path: Path) -> tuple[Any, str]:
         path: the file.
 
     Returns:
-        What the file holds, tensors on the CPU; and its format, `"torch"` or `"safetensors"`.
+        What the file holds, tensors on the CPU and objects of other classes `Skipped`; and its format, `"torch"` or
+        `"safetensors"`.
 
     Raises:
         UserError: the file is missing, empty, truncated, a web page, a Git LFS pointer or an archive, or contains code.
@@ -70,13 +74,13 @@ def _load(path: Path) -> tuple[Any, str]:
         with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True), "torch"
     except Exception as error:  # damaged bytes can raise anything, OSError included
-        # torch.load's message for a pickle that refers to a function or class that is not plain data.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise UserError(
-                f"{path} contains code ({refused[1]}), which was not run. Get the checkpoint from a source "
-                "you trust, saved as weights alone: torch.save(model.state_dict(), ...)."
-            ) from error
+        if isinstance(error, pickle.UnpicklingError) and is_torch:
+            try:
+                return load_weights(path), "torch"
+            except CodeError as code:
+                raise UserError(code_message(path, str(code))) from error
+            except Exception as second:
+                logger.debug("%s cannot be read: %s", path, second)
         if is_torch:
             raise UserError(
                 f"{path} ({size:,} bytes) is truncated or damaged, or not a file of torch.save. Download it again "
@@ -85,6 +89,14 @@ def _load(path: Path) -> tuple[Any, str]:
         raise UserError(
             f"{path} is not a checkpoint: neither a file of torch.save nor a safetensors file. Check the path."
         ) from error
+
+
+def code_message(path: Path, name: str) -> str:
+    """Message that a file was refused for the function or class `name`."""
+    return (
+        f"{path} contains code ({name}), which was not run. Get the checkpoint from a source "
+        "you trust, saved as weights alone: torch.save(model.state_dict(), ...)."
+    )
 
 
 def _check_is_file(path: Path) -> None:

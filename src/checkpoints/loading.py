@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 HEAD_PREFIX = "head."
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, new_head: bool = False) -> None:
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, new_head: bool = False, new_head_option: str | None = None
+) -> None:
     """Load the weights of a checkpoint into a model, strictly, or leave the model as it was.
 
     Reads every format of `read_checkpoint`. Two things may differ between file and model: the position table is
@@ -37,16 +39,22 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, new_head:
         model: a model of `create_t2t_vit`.
         path: the checkpoint; `~` is expanded.
         new_head: ignore the file's classifier, whatever its number of classes, and keep that of the model.
+        new_head_option: the option that sets `new_head`, for the message about another number of classes.
 
     Raises:
         UserError: the file cannot be read, is not a T2T-ViT checkpoint, or does not fit the model: the message
             names what the file holds and the option that selects it.
     """
-    load_contents(model, read_checkpoint(path), path, new_head=new_head)
+    load_contents(model, read_checkpoint(path), path, new_head=new_head, new_head_option=new_head_option)
 
 
 def load_contents(
-    model: nn.Module, contents: CheckpointContents, path: str | os.PathLike[str], *, new_head: bool = False
+    model: nn.Module,
+    contents: CheckpointContents,
+    path: str | os.PathLike[str],
+    *,
+    new_head: bool = False,
+    new_head_option: str | None = None,
 ) -> None:
     """Like `load_checkpoint`, for a file that is already read; `path` is for messages."""
     expected = model.state_dict()
@@ -55,7 +63,7 @@ def load_contents(
         head = [key for key in expected if key.startswith(HEAD_PREFIX)]
         contents = dataclasses.replace(contents, num_classes=expected[head[0]].shape[0])
         state_dict.update({key: expected[key] for key in head})
-    _check_architecture(model, expected, contents, path)
+    _check_architecture(model, expected, contents, path, new_head_option)
 
     _resolve_projections(state_dict, expected, path)
 
@@ -100,6 +108,7 @@ def _check_architecture(
     expected: Mapping[str, torch.Tensor],
     contents: CheckpointContents,
     path: str | os.PathLike[str],
+    new_head_option: str | None,
 ) -> None:
     """Raise a UserError that names the right options if variant or number of classes of file and model differ."""
     if any(key not in expected for key in ARCHITECTURE_KEYS):
@@ -117,10 +126,12 @@ def _check_architecture(
     if contents.num_classes != num_classes:
         held.append(_count_classes(contents.num_classes))
         wanted.append(_count_classes(num_classes))
-        options.append(f"model.num_classes={contents.num_classes}")
+        options.append(new_head_option or f"model.num_classes={contents.num_classes}")
     if not held:
         return
     remedy = f"use {' '.join(options)}"
+    if new_head_option in options:
+        remedy += f" for a new classifier, or model.num_classes={contents.num_classes} to keep the file's"
     if theirs != ours and not theirs.variants:
         remedy = f"use a checkpoint of one of: {', '.join(T2T_VIT_VARIANTS)}"
     raise UserError(

@@ -21,16 +21,21 @@ from src.checkpoints.architecture import (
     infer_architecture,
 )
 from src.checkpoints.conversion import convert_t2t_vit_state_dict
-from src.checkpoints.files import load_file
+from src.checkpoints.files import code_message, load_file
+from src.checkpoints.unpickling import Skipped
 from src.models.modules.tokens_to_token import TOTAL_STRIDE
 
 logger = logging.getLogger(__name__)
 
 # Where files keep their state dict, by priority: published accuracies are those of the averaged weights.
-STATE_DICT_KEYS = ("state_dict_ema", "state_dict", "net")
-# Prefixes that wrappers (DataParallel, torch.compile) add to every key.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-LIGHTNING_PREFIX = "model."
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+MAX_NESTING = 4  # of a checkpoint in a checkpoint
+# What wrappers (DataParallel, torch.compile, FSDP, activation checkpointing) add to the names of what they wrap.
+WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+# Attributes in which training code and Lightning modules keep the network.
+NETWORK_NAMES = frozenset(("model", "net", "backbone"))
+# Keys of every T2T-ViT, by which the network's prefix is found.
+ANCHORS = ("cls_token", "blocks.0.mlp.fc1.weight")
 # Random projections belong to the attention that a model is built with, not to the trained weights.
 PROJECTION_SUFFIX = ".projection_matrix"
 
@@ -44,7 +49,7 @@ class CheckpointContents:
         architecture: sizes of the network.
         num_classes: number of classes.
         image_size: height and width in pixels of the images that the position table belongs to.
-        source_key: where the file keeps the weights: `"state_dict_ema"`, `"state_dict"`, `"net"`, or `"bare"`.
+        source_key: where the file keeps the weights: one of `STATE_DICT_KEYS`, several joined by dots, or `"bare"`.
         converted: whether the file already is what `convert_checkpoint_file` would write.
         file_format: `"torch"` or `"safetensors"`.
     """
@@ -84,10 +89,10 @@ class CheckpointContents:
 def read_checkpoint(path: str | os.PathLike[str]) -> CheckpointContents:
     """Read a T2T-ViT checkpoint of any supported format, and check it.
 
-    Formats: files of `torch.save` (with `state_dict_ema`, `state_dict` or `net`, in this order, or bare; Lightning
-    checkpoints, whose model is stored under `model.`) and safetensors files; published or converted keys; with or
-    without the prefix of a parallel or compiled wrapper. The format is detected from the content, not from the name.
-    No code in a file is run.
+    Formats: files of `torch.save` (with one of `STATE_DICT_KEYS`, in this order, or bare; Lightning checkpoints, whose
+    network is stored under `model.`, `net.` or `backbone.`) and safetensors files; published or converted keys; with or
+    without the prefixes of wrappers. The format is detected from the content, not from the name. No code in a file is
+    run; objects other than dense tensors are skipped.
 
     Args:
         path: the file; `~` is expanded.
@@ -97,12 +102,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> CheckpointContents:
 
     Raises:
         UserError: the file is missing, empty, truncated, a web page, a Git LFS pointer, an archive, or contains code;
-            it holds no T2T-ViT; or its weights are damaged (NaN, infinite), quantised or sparse.
+            it holds no T2T-ViT, or several networks; or its weights are damaged (NaN, infinite, fewer than their
+            shapes claim), quantised, nested or sparse.
     """
     path = Path(path).expanduser()
     checkpoint, file_format = load_file(path)
     stored, source_key = _find_state_dict(checkpoint, path)
-    bare = _strip_wrappers(stored, is_lightning="pytorch-lightning_version" in checkpoint)
+    bare = _strip_wrappers(stored, path, is_lightning="pytorch-lightning_version" in checkpoint)
     try:
         state_dict = convert_t2t_vit_state_dict(bare)
     except UserError as error:
@@ -128,35 +134,54 @@ def read_checkpoint(path: str | os.PathLike[str]) -> CheckpointContents:
 
 def _find_state_dict(checkpoint: Any, path: Path) -> tuple[Mapping[str, Any], str]:
     """The state dict in a loaded checkpoint, and its key there (`"bare"` if the checkpoint is the state dict)."""
-    if not isinstance(checkpoint, Mapping):
-        raise UserError(
-            f"{path} holds a {type(checkpoint).__name__}, not a state dict. "
-            "Save one: torch.save(model.state_dict(), ...)."
-        )
-    # A disabled EMA may be stored as None or as an empty dict.
-    found = [key for key in STATE_DICT_KEYS if isinstance(checkpoint.get(key), Mapping) and checkpoint[key]]
-    if found:
+    source_key = "bare"
+    for _ in range(MAX_NESTING):
+        if isinstance(checkpoint, Skipped) and not checkpoint:
+            raise UserError(code_message(path, checkpoint.full_name))
+        if not isinstance(checkpoint, Mapping):
+            raise UserError(
+                f"{path} holds a {type(checkpoint).__name__}, not a state dict. "
+                "Save one: torch.save(model.state_dict(), ...)."
+            )
+        # A disabled EMA may be stored as None or as an empty dict.
+        found = [key for key in STATE_DICT_KEYS if _may_hold_weights(checkpoint.get(key))]
+        if not found:
+            break
         if len(found) > 1:
             logger.info("%s: '%s' is used, '%s' is not.", path, found[0], "', '".join(found[1:]))
-        return checkpoint[found[0]], found[0]
+        checkpoint = checkpoint[found[0]]
+        source_key = found[0] if source_key == "bare" else f"{source_key}.{found[0]}"
     if not checkpoint or any(key in checkpoint for key in STATE_DICT_KEYS):
         raise UserError(f"{path} holds no weights: its state dict is empty. Use another checkpoint.")
-    return checkpoint, "bare"
+    return checkpoint, source_key
 
 
-def _strip_wrappers(state_dict: Mapping[str, Any], is_lightning: bool) -> dict[str, Any]:
-    """State dict without the prefixes that wrappers add to every key."""
-    state_dict = {str(key): value for key, value in state_dict.items()}
-    if is_lightning:
-        # Keys outside `model.` belong to the task (loss, metrics), not to the network.
-        network = {key: value for key, value in state_dict.items() if key.startswith(LIGHTNING_PREFIX)}
-        state_dict = {key.removeprefix(LIGHTNING_PREFIX): value for key, value in network.items()} or state_dict
-    while state_dict:
-        shared = [prefix for prefix in WRAPPER_PREFIXES if all(key.startswith(prefix) for key in state_dict)]
-        if not shared:
-            break
-        state_dict = {key.removeprefix(shared[0]): value for key, value in state_dict.items()}
-    return state_dict
+def _may_hold_weights(value: Any) -> bool:
+    """Whether an entry of a checkpoint is a state dict, or an object of a network's class, which is to be refused."""
+    return isinstance(value, Skipped) or (isinstance(value, Mapping) and bool(value))
+
+
+def _strip_wrappers(state_dict: Mapping[str, Any], path: Path, is_lightning: bool) -> dict[str, Any]:
+    """State dict without the prefixes that wrappers, training code and Lightning modules add to the keys."""
+    stripped: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        name = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
+        if name in stripped:
+            raise UserError(
+                f"{path} holds '{name}' twice, once under '{key}'. Use a checkpoint that holds one network."
+            )
+        stripped[name] = value
+    prefixes = {key.removesuffix(anchor) for key in stripped for anchor in ANCHORS if key.endswith(anchor)}
+    prefixes = sorted(prefix for prefix in prefixes if set(prefix.split(".")[:-1]) <= NETWORK_NAMES)
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path} holds several networks, under {name_some(prefixes)}. Save one "
+            "of them alone: torch.save(model.state_dict(), ...)."
+        )
+    (prefix,) = prefixes or ("",)
+    inside = {key.removeprefix(prefix): value for key, value in stripped.items() if key.startswith(prefix)}
+    # In a Lightning checkpoint, keys outside belong to the task (loss, metrics), not to the network.
+    return inside if is_lightning or len(inside) == len(stripped) else stripped
 
 
 def _check_is_t2t_vit(state_dict: Mapping[str, Any], path: Path, found: list[str]) -> None:
@@ -180,17 +205,27 @@ def _check_is_t2t_vit(state_dict: Mapping[str, Any], path: Path, found: list[str
 
 
 def _check_tensors(state_dict: Mapping[str, Any], path: Path) -> None:
-    """Raise a UserError unless every value is a dense floating-point tensor of finite numbers."""
+    """Raise a UserError unless every value is a dense floating-point tensor of finite numbers that the file holds."""
+    size = path.stat().st_size
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise UserError(
                 f"{path}: '{key}' is a {type(tensor).__name__}, not a tensor. "
                 "Save the state dict alone: torch.save(model.state_dict(), ...)."
             )
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        is_dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
+        if not (tensor.is_floating_point() and is_dense):
+            layout = "nested" if tensor.is_nested else tensor.layout
             raise UserError(
-                f"{path}: '{key}' is a tensor of {tensor.dtype} on {tensor.device} with layout {tensor.layout}; "
+                f"{path}: '{key}' is a tensor of {tensor.dtype} on {tensor.device} with layout {layout}; "
                 "weights are dense floating-point tensors. Use an unquantised checkpoint."
+            )
+        # A shape costs nothing to claim; memory is needed only once the values are read.
+        claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if claimed > min(held, size):
+            raise UserError(
+                f"{path} is damaged: '{key}' has shape {tuple(tensor.shape)}, {claimed:,} bytes, of which the file "
+                f"holds {min(held, size):,}. Use another checkpoint, or download this one again."
             )
         # Cast because isfinite is not implemented for float8.
         if not torch.isfinite(tensor.float()).all():

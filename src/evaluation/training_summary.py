@@ -130,7 +130,8 @@ def training_figure(summary: TrainingSummary) -> Figure:
     losses.plot(epochs, [entry["train_loss"] for entry in summary.history], label="training", **options)
     if validated:
         times = [entry["epoch"] for entry in validated]
-        losses.plot(times, [entry["val_loss"] for entry in validated], label="validation", **options)
+        label = "validation" if summary.ema_decay is None else "validation, averaged weights"
+        losses.plot(times, [entry["val_loss"] for entry in validated], label=label, **options)
         accuracy.plot(times, [entry["val_top1"] for entry in validated], color="C1", **options)
         epoch, top1 = summary.best["epoch"], summary.best["top1"]
         accuracy.axhline(top1, color="0.6", linewidth=0.8, linestyle="--")

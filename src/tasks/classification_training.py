@@ -123,10 +123,7 @@ class ClassificationTraining(pl.LightningModule):
         if is_last or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             loss = float(self._last_loss)
             if not math.isfinite(loss):
-                raise UserError(
-                    f"The loss became {loss} at update {self.global_step}. Lower optimizer.lr, lengthen "
-                    "scheduler.warmup_epochs, set trainer.gradient_clip_val=1, or use trainer.precision=32-true."
-                )
+                raise not_finite(f"The loss became {loss}", self.global_step)
             self.log_dict({"train/loss_step": loss, "lr": self._learning_rate()})
 
     def progress_so_far(self) -> str:
@@ -158,7 +155,11 @@ class ClassificationTraining(pl.LightningModule):
             metric.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Add the epoch to the history, and step the schedule."""
+        """Add the epoch to the history, and step the schedule.
+
+        Raises:
+            UserError: the validation loss is not finite.
+        """
         self._scheduler.step(self.current_epoch + 1)
         mean = self._mean_over_ranks(self._loss_sum) / self._num_batches
         seconds = self._clock_ended - self._clock_started
@@ -171,6 +172,8 @@ class ClassificationTraining(pl.LightningModule):
         metrics = self.trainer.callback_metrics
         if (self.current_epoch + 1) % self.trainer.check_val_every_n_epoch == 0:
             entry |= {f"val_{name}": float(metrics[f"val/{name}"]) for name in ("loss", "top1", "top5")}
+            if not math.isfinite(entry["val_loss"]):
+                raise not_finite(f"The validation loss became {entry['val_loss']}", self.global_step)
         entry |= {
             "images_per_second": self._images_seen * self.trainer.world_size / seconds,
             "seconds": seconds,
@@ -202,6 +205,14 @@ class ClassificationTraining(pl.LightningModule):
 
     def _mean_over_ranks(self, value: torch.Tensor | float) -> float:
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
+
+
+def not_finite(what: str, update: int) -> UserError:
+    """The error of a training whose loss or weights are no longer finite."""
+    return UserError(
+        f"{what} at update {update}. Lower optimizer.lr, lengthen scheduler.warmup_epochs, set "
+        "trainer.gradient_clip_val=1, or use trainer.precision=32-true."
+    )
 
 
 def _epoch_message(entry: Mapping[str, float], num_epochs: int) -> str:

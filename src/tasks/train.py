@@ -86,7 +86,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
     started_from = {"path": None, "sha256": None} if earlier is None else earlier["config"]["started_from"]
     if earlier is None and config.train.ckpt is not None:
         checkpoint = Path(config.train.ckpt).expanduser()
-        load_checkpoint(model, checkpoint, new_head=config.train.new_head)
+        load_checkpoint(model, checkpoint, new_head=config.train.new_head, new_head_option="train.new_head=true")
         started_from = {"path": str(config.train.ckpt), "sha256": sha256_of_file(checkpoint)}
     if config.train.redraw_steps is not None and not model.has_random_features:
         raise UserError(
@@ -120,6 +120,14 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         len(datamodule.val_dataset),
         _validation_images(datamodule),
     )
+    logger.info(
+        "Learning rate %.3g: optimizer.lr=%g%s",
+        scale * config.optimizer.lr,
+        config.optimizer.lr,
+        "" if config.train.lr_batch is None else f" times {images_per_update}/{config.train.lr_batch} (train.lr_batch)",
+    )
+    if averages_weights(trainer):
+        warn_of_short_average(config.train.ema_decay, config.train.epochs * updates_per_epoch)
     reset_peak_memory(trainer)
     stopped = None
     (last,) = (callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
@@ -182,6 +190,19 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
     if interrupted.is_set():
         raise KeyboardInterrupt
     return summary, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
+
+
+def warn_of_short_average(decay: float, updates: int) -> None:
+    """Log a warning where an average over so many updates is mostly of the weights that training starts from."""
+    if (kept := decay**updates) > 0.1:
+        logger.warning(
+            "With train.ema_decay=%g, %s updates leave %.1f %% of the starting weights in the averaged weights, which "
+            "are validated and saved. Give train.ema_decay=%.4g for so short a training, or null for no averaging.",
+            decay,
+            f"{updates:,}",
+            100 * kept,
+            max(0.0, 1 - 10 / updates),
+        )
 
 
 def _validation_images(datamodule: ImageFolderDataModule) -> str:

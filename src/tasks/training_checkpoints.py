@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import pickle
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from scatterbrain.errors import UserError, is_number
 from src.checkpoints import save_checkpoint
 from src.distributed.interrupts import on_sigterm
 from src.evaluation.training_summary import best_epoch
-from src.tasks.classification_training import CHECKPOINT_KEY
+from src.tasks.classification_training import CHECKPOINT_KEY, not_finite
 from src.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
+# Entry of a training checkpoint with the checksum of all other entries.
+CHECKSUM_KEY = "checksum"
 
 _CONTINUE, _SAVE, _TIME_IS_UP, _STOP_REQUESTED = range(4)
 
@@ -40,13 +44,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's input and output of checkpoints, with atomic writes and without executing code in them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint under its name once it is complete.
+        """Write a checkpoint with its checksum, under its name once it is complete.
 
         Raises:
-            UserError: it cannot be written, for example because the disk is full.
+            UserError: it cannot be written, for example because the disk is full; or weights or averaged weights are
+                not finite.
         """
+        _check_finite_weights(checkpoint)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(checkpoint, path)
+        save_checkpoint({**checkpoint, CHECKSUM_KEY: content_checksum(checkpoint)}, path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -63,11 +69,13 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
     """The content of a checkpoint to resume from.
 
     Raises:
-        UserError: the file is missing, damaged, or no such checkpoint.
+        UserError: the file is missing, damaged, edited, or no such checkpoint.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}. Give train.resume the file {LAST_CHECKPOINT} of a training.")
+        special = path.exists() and not path.is_dir()
+        fault = f"{path} is not a regular file" if special else f"There is no checkpoint {path}"
+        raise UserError(f"{fault}. Give train.resume the file {LAST_CHECKPOINT} of a training.")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on damaged input
@@ -78,7 +86,66 @@ def read_training_checkpoint(path: str | os.PathLike[str], map_location: Any = "
             f"{path} is no checkpoint of a training by this project, so it cannot be resumed. For weights alone, "
             f"give train.ckpt={path}."
         )
+    stored = checkpoint.pop(CHECKSUM_KEY, None)
+    try:
+        intact = stored == content_checksum(checkpoint)
+    except Exception:  # damaged content can raise anything
+        intact = False
+    if not intact:
+        raise UserError(
+            f"{path} is damaged or was edited: its content is not that of its checksum. Resume from another one, or "
+            f"start again from its weights with train.ckpt={path}."
+        )
     return checkpoint
+
+
+def content_checksum(content: Any) -> str:
+    """SHA-256 of nested dicts, lists, tuples, sets, tensors and plain values, whatever the file that holds them.
+
+    Raises:
+        TypeError: a tensor that is not dense.
+    """
+    digest = hashlib.sha256()
+    _hash_into(digest, content)
+    return digest.hexdigest()
+
+
+def _hash_into(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            raise TypeError(f"a tensor of layout {value.layout}")
+        value = value.detach()
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # a view that repeats elements: its shape may be too large for the memory
+            digest.update(f"{value.stride()} ".encode())
+            value = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)} ".encode())
+        for key, item in value.items():
+            digest.update(f"{key!r} ".encode(errors="surrogatepass"))
+            _hash_into(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)} ".encode())
+        for item in value:
+            _hash_into(digest, item)
+    elif isinstance(value, set):  # its order differs between processes
+        digest.update(f"set {sorted(map(repr, value))} ".encode(errors="surrogatepass"))
+    else:
+        digest.update(f"{value!r} ".encode(errors="surrogatepass"))
+
+
+def _check_finite_weights(checkpoint: Mapping[str, Any]) -> None:
+    """Raise a UserError unless the weights and the averaged weights of a checkpoint are finite."""
+    averaged = "current_model_state" in checkpoint  # the averages are under `state_dict` then
+    states = {"averaged weights" if averaged else "weights": checkpoint["state_dict"]}
+    if averaged:
+        states = {"weights": checkpoint["current_model_state"], **states}
+    for kind, state in states.items():
+        for key, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise not_finite(f"The {kind} became NaN or infinite ('{key}')", checkpoint["global_step"])
 
 
 class BestCheckpoint(Checkpoint):

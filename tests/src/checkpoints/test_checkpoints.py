@@ -2,16 +2,29 @@
 
 import argparse
 import collections
+import dataclasses
+import datetime
+import enum
+import functools
 import logging
 import math
 import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
 import tarfile
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities.parsing import AttributeDict
 from torch import nn
 
 from scatterbrain.errors import UserError
@@ -26,6 +39,7 @@ from src.checkpoints import (
 )
 from src.checkpoints.architecture import infer_architecture
 from src.checkpoints.seeded_weights import published_shapes, seeded_weights
+from src.checkpoints.unpickling import load_weights
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViTVariant, create_t2t_vit
 
 NUM_CLASSES = 5
@@ -120,6 +134,18 @@ def write_lightning(state_dict, path):
     torch.save({"pytorch-lightning_version": "2.5.0", "epoch": 3, "state_dict": task}, path)
 
 
+def write_lightning_net(state_dict, path):
+    task = {**prefixed("net._orig_mod.", state_dict), "criterion.weight": torch.ones(3)}
+    torch.save({"pytorch-lightning_version": "2.5.0", "epoch": 3, "state_dict": task}, path)
+
+
+def write_fsdp(state_dict, path):
+    """Prefixes in the middle of a key, as wrapped blocks have them."""
+    inner = {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1._fsdp_wrapped_module.", key): x for key, x in state_dict.items()}
+    assert inner != state_dict
+    torch.save(prefixed("_fsdp_wrapped_module._orig_mod.", inner), path)
+
+
 def write_training_run(state_dict, path):
     options = argparse.Namespace(model="t2t_vit_t_14", lr=1e-3)
     torch.save({"epoch": 3, "args": options, "metric": 81.7, "state_dict": state_dict}, path)
@@ -136,6 +162,15 @@ FORMATS = {
     "legacy": (write_legacy, "bare"),
     "module": (lambda sd, path: torch.save({"state_dict_ema": prefixed("module.", sd)}, path), "state_dict_ema"),
     "compiled": (lambda sd, path: torch.save(prefixed("module._orig_mod.", sd), path), "bare"),
+    "model": (lambda sd, path: torch.save({"model": sd, "epoch": 3}, path), "model"),
+    "model_state_dict": (
+        lambda sd, path: torch.save({"model_state_dict": prefixed("net.", sd)}, path),
+        "model_state_dict",
+    ),
+    "two_levels": (lambda sd, path: torch.save({"model": {"state_dict": sd}}, path), "model.state_dict"),
+    "backbone": (lambda sd, path: torch.save(prefixed("model.backbone.", sd), path), "bare"),
+    "lightning_net": (write_lightning_net, "state_dict"),
+    "fsdp": (write_fsdp, "bare"),
     "converted": (lambda sd, path: torch.save(convert_t2t_vit_state_dict(sd), path), "bare"),
     "lightning": (write_lightning, "state_dict"),
     "safetensors": (safetensors.torch.save_file, "bare"),
@@ -162,6 +197,76 @@ def test_every_format_loads_whatever_its_name(tmp_path, name, file_name):
     model = make_model()
     assert load_checkpoint(model, path) is None
     assert_loaded(model, official)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    width: int = 3
+
+
+HARMLESS = {
+    "numpy": lambda: {"top1": np.float64(81.7), "rng": np.random.get_state(), "grid": np.arange(3)},
+    "generator": lambda: np.random.default_rng(0),
+    "rng": lambda: {"python": random.getstate(), "torch": torch.get_rng_state()},
+    "defaultdict": lambda: collections.defaultdict(list, loss=[1.0]),
+    "deque": lambda: collections.deque([1, 2]),
+    "times": lambda: [datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(1)],
+    "path": lambda: pathlib.Path("a/b"),
+    "omegaconf": lambda: OmegaConf.create({"a": 1, "b": [1, {"c": "${a}"}]}),
+    "attributes": lambda: AttributeDict(lr=0.1),
+    "partial": lambda: functools.partial(torch.optim.AdamW, lr=0.1),
+    "network": lambda: nn.Sequential(nn.Linear(2, 2), nn.GELU()),
+    "enum": lambda: {Colour.RED: "a"},
+    "dataclass": Settings,
+    "sets": lambda: [frozenset([1]), {2}, range(3), slice(1), 1j, 10**700, bytearray(3)],
+    "parameter": lambda: nn.Parameter(torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", HARMLESS)
+def test_weights_load_beside_objects_of_other_classes(tmp_path, name, zipped):
+    official = make_official()
+    path = tmp_path / "weights.ckpt"
+    weights = {key: tensor.half() if "norm" in key else tensor for key, tensor in official.items()}
+    weights["head.weight"] = nn.Parameter(weights["head.weight"])
+    content = {"hyper_parameters": HARMLESS[name](), "state_dict": weights, "x": np.float32(1)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    model = make_model()
+    load_checkpoint(model, path)
+    assert_loaded(model, {key: tensor.float() for key, tensor in weights.items()})
+
+
+def test_the_state_dict_may_be_a_mapping_of_another_class(tmp_path):
+    path = tmp_path / "weights.ckpt"
+    official = make_official()
+    torch.save({"model": AttributeDict(official)}, path)
+    assert list(read_checkpoint(path).state_dict) == list(convert_t2t_vit_state_dict(official))
+
+
+def test_views_and_shared_storage_are_read_as_they_were(tmp_path):
+    path = tmp_path / "weights.ckpt"
+    official = make_official()
+    both = torch.cat([official["norm.weight"], official["norm.bias"]])
+    official["norm.weight"], official["norm.bias"] = both.chunk(2)
+    official["head.weight"] = official["head.weight"].t().contiguous().t()
+    torch.save({"time": datetime.timedelta(1), "seen": torch.ones(2, dtype=torch.uint16), "model": official}, path)
+    state_dict = read_checkpoint(path).state_dict
+    for key in ("norm.weight", "norm.bias", "head.weight"):
+        assert torch.equal(state_dict[key], official[key])
+
+
+def test_several_networks_in_a_file_are_refused(tmp_path):
+    path = tmp_path / "weights.ckpt"
+    both = {**prefixed("model.", make_official()), **prefixed("net.", make_official())}
+    torch.save({"pytorch-lightning_version": "2.5.0", "state_dict": both}, path)
+    fails_with(lambda: read_checkpoint(path), path, "several networks", "'model.', 'net.'")
+    torch.save({**make_official(), "module.norm.bias": torch.zeros(64)}, path)
+    fails_with(lambda: read_checkpoint(path), path, "'norm.bias' twice")
 
 
 def test_a_safetensors_file_that_begins_like_a_pickle_loads(tmp_path):
@@ -362,6 +467,12 @@ def test_sizes_of_no_known_variant_are_reported(tmp_path, monkeypatch):
     )
 
 
+def make_nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)])
+
+
 def edited(**changes):
     """Published state dict with entries replaced (dots as double underscores), or removed where None."""
     official = make_official()
@@ -436,6 +547,11 @@ def test_folder(tmp_path):
     fails_with(lambda: read_checkpoint(tmp_path), f"{tmp_path} is a folder", "Give a file in it.")
     (tmp_path / "a.pth").touch()
     fails_with(lambda: read_checkpoint(tmp_path), f"such as {tmp_path / 'a.pth'}")
+
+
+def test_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    fails_with(lambda: read_checkpoint(tmp_path / "weights.pth"), "weights.pth is not a regular file")
 
 
 def test_device_file():
@@ -516,6 +632,58 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, zipped):
     assert trace.exists(), "the file is not hostile, so the test proves nothing"
 
 
+class Calls:
+    """What a hostile file holds: unpickled by an ordinary reader, it calls `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (Calls(os.system, "touch trace"), "system"),
+        (Calls(eval, "open('trace', 'w')"), "builtins.eval"),
+        (Calls(exec, "open('trace', 'w')"), "builtins.exec"),
+        (Calls(subprocess.Popen, ["touch", "trace"]), "subprocess.Popen"),
+        (Calls(getattr, nn.Linear, "forward"), "builtins.getattr"),
+        (Calls(open, "trace", "w"), "open"),
+        (Calls(torch.load, "trace"), "torch.serialization.load"),
+        (Calls(np.save, "trace", 1), "numpy.save"),
+        (Calls(pathlib.Path.touch, pathlib.Path("trace")), "getattr"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_code_beside_harmless_objects_is_refused_and_not_run(tmp_path, monkeypatch, call, named, zipped):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pth"
+    content = {"time": datetime.timedelta(1), "extra": {"deep": [call]}, "model": make_official()}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    fails_with(lambda: load_checkpoint(make_model(), path), path, "contains code", named, "was not run")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_nothing_is_imported(tmp_path):
+    (tmp_path / "unheard_of.py").write_text("class Options:\n    pass\n")
+    path = tmp_path / "weights.pth"
+    script = "import sys, torch, unheard_of; torch.save({'o': unheard_of.Options(), 'w': torch.ones(2)}, sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, path], check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    content = load_weights(path)
+    assert torch.equal(content["w"], torch.ones(2))
+    assert content["o"].full_name == "unheard_of.Options"
+    assert "unheard_of" not in sys.modules
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "net"])
+def test_a_whole_network_under_a_key_is_refused_by_name(tmp_path, key):
+    torch.save({key: nn.Linear(2, 2)}, tmp_path / "weights.pth")
+    fails_with(lambda: read_checkpoint(tmp_path / "weights.pth"), "contains code", "torch.nn.modules.linear.Linear")
+
+
 def test_a_whole_pickled_network_is_refused_by_name(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "weights.pth")
     fails_with(
@@ -539,7 +707,8 @@ VIT = {
         (RESNET, ["is not a T2T-ViT checkpoint", "'conv1.weight', 'bn1.weight', 'fc.bias'"]),
         ({"state_dict": RESNET}, ["'conv1.weight'"]),
         (VIT, ["is not a T2T-ViT checkpoint", "'pos_embed'", "and 2 more"]),
-        ({"model": RESNET, "epoch": 3}, ["is not a T2T-ViT checkpoint", "'model', 'epoch'"]),
+        ({"network": RESNET, "epoch": 3}, ["is not a T2T-ViT checkpoint", "'network', 'epoch'"]),
+        ({"model": RESNET, "epoch": 3}, ["is not a T2T-ViT checkpoint", "'conv1.weight'"]),
         ({}, ["holds no weights", "Use another checkpoint"]),
         ({"state_dict_ema": {}}, ["holds no weights"]),
         ([1, 2], ["holds a list", "torch.save(model.state_dict(), ...)"]),
@@ -552,6 +721,7 @@ VIT = {
         "nested_resnet",
         "vit",
         "unknown_key",
+        "nested_in_model",
         "empty",
         "empty_ema",
         "list",
@@ -577,6 +747,15 @@ def test_content_that_is_no_t2t_vit(tmp_path, content, parts):
         ({"norm__bias": torch.zeros(64, dtype=torch.complex64)}, ["'norm.bias'", "torch.complex64"]),
         ({"norm__bias": torch.zeros(64).to_sparse()}, ["'norm.bias'", "sparse"]),
         ({"norm__bias": torch.zeros(64, device="meta")}, ["'norm.bias'", "meta"]),
+        (
+            {"norm__bias": torch.zeros(1).expand(10**6, 10**6)},
+            ["is damaged", "'norm.bias' has shape (1000000, 1000000)"],
+        ),
+        ({"note": torch.zeros(1).expand(10**6, 10**6)}, ["is damaged", "'note' has shape"]),
+        ({"head__weight": torch.zeros(1).expand(10**6, 10**6)}, ["is damaged", "'head.weight' has shape"]),
+        ({"cls_token": torch.zeros(1).expand(1, 1, 10**12)}, ["is damaged", "'cls_token' has shape"]),
+        ({"norm__bias": make_nested()}, ["'norm.bias'", "layout nested", "dense"]),
+        ({"head__weight": make_nested()}, ["'head.weight'", "layout nested", "dense"]),
         ({"note": "mine"}, ["'note' is a str", "torch.save(model.state_dict(), ...)"]),
         ({"pos_embed": torch.zeros(1, 7, 64)}, ["position table has shape (1, 7, 64)"]),
         ({"pos_embed": torch.zeros(5, 64)}, ["position table has shape (5, 64)"]),
@@ -584,11 +763,36 @@ def test_content_that_is_no_t2t_vit(tmp_path, content, parts):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
+@pytest.mark.parametrize("beside", [{}, {"time": datetime.timedelta(1)}], ids=["plain", "beside_objects"])
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-def test_damaged_content(tmp_path, changes, parts):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_damaged_content(tmp_path, changes, parts, beside):
     path = tmp_path / "weights.pth"
-    torch.save(edited(**changes), path)
-    fails_with(lambda: read_checkpoint(path), path, *parts)
+    content = edited(**changes)
+    torch.save({"state_dict": content, **beside} if beside else content, path)
+    unread = beside and not {"sparse", "meta", "layout nested"}.isdisjoint(parts)  # no dense tensor: it is not built
+    fails_with(lambda: read_checkpoint(path), path, *(parts[:1] if unread else parts))
+
+
+@pytest.mark.parametrize("beside", [{}, {"time": datetime.timedelta(1)}], ids=["plain", "beside_objects"])
+def test_a_shape_beyond_its_storage_is_refused(tmp_path, beside):
+    path = tmp_path / "weights.pth"
+    weights = make_official()
+    weights["norm.bias"] = torch.zeros(5, 1).expand(5, 3).as_strided((5, 3), (1, 0))
+    torch.save({"state_dict": weights, **beside}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    # the sizes 5 and 3 and strides 1 and 0 of the pickle become 255 and 3, and 255 and 0
+    (pickled,) = (name for name in members if name.endswith("data.pkl"))
+    sizes = re.compile(rb"K\x05K\x03\x86(q.|r....)K\x01K\x00\x86", re.DOTALL)
+    members[pickled], count = sizes.subn(
+        lambda match: b"K\xffK\x03\x86" + match[1] + b"K\xffK\x00\x86", members[pickled]
+    )
+    assert count == 1
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    fails_with(lambda: read_checkpoint(path), path, "damaged")
 
 
 # --- conversion of files -----------------------------------------------------------------------------------------

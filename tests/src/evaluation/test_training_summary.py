@@ -132,12 +132,13 @@ def test_a_folder_that_is_missing(tmp_path):
         write_training(tmp_path / "missing", make_summary())
 
 
-def test_the_curves_are_those_of_the_history():
-    losses, accuracy, rate = training_figure(make_summary()).axes
+@pytest.mark.parametrize(("ema_decay", "label"), [(None, "validation"), (0.99996, "validation, averaged weights")])
+def test_the_curves_are_those_of_the_history(ema_decay, label):
+    losses, accuracy, rate = training_figure(make_summary(ema_decay=ema_decay)).axes
     training, validation = losses.lines
     assert (training.get_label(), list(training.get_xdata())) == ("training", [1, 2, 3, 4])
     assert list(training.get_ydata()) == [4.0, 2.0, 4.0 / 3, 1.0]
-    assert (validation.get_label(), list(validation.get_xdata())) == ("validation", [1, 2, 4])
+    assert (validation.get_label(), list(validation.get_xdata())) == (label, [1, 2, 4])
     assert list(validation.get_ydata()) == [5.0, 2.5, 1.25]
     curve, best = accuracy.lines
     assert list(curve.get_ydata()) == [10.0, 30.0, 30.0]

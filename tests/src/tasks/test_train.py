@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import WeightAveraging
 
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
@@ -26,7 +27,7 @@ from src.distributed.processes import run_processes
 from src.models.t2t_vit import T2TViT, create_t2t_vit, sinusoid_table
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.evaluate import evaluate
-from src.tasks.train import train
+from src.tasks.train import train, warn_of_short_average
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
 from tests.src.datamodules import format_files
@@ -350,8 +351,10 @@ def test_fine_tuning_begins_with_the_weights_of_a_checkpoint(training, watched, 
 def test_another_number_of_classes_needs_a_new_head(training, tmp_path):
     config = training(train__ckpt=tmp_path / "weights.pth")
     make_checkpoint(tmp_path / "weights.pth", TRAINING_VARIANT, 7)
-    with pytest.raises(UserError, match=r"weights.pth has 7 classes, but the model has 5 classes"):
+    with pytest.raises(UserError, match=r"weights.pth has 7 classes, but the model has 5 classes") as caught:
         train(config)
+    remedy = "use train.new_head=true for a new classifier, or model.num_classes=7 to keep the file's."
+    assert str(caught.value).endswith(remedy)
 
 
 @pytest.mark.parametrize("experiment", ["imagenet-t2tvit-finetune", "flowers-t2tvit-finetune", "flowers-t2tvit-train"])
@@ -378,6 +381,36 @@ def test_the_best_epoch_is_the_first_of_the_best(training, monkeypatch, tmp_path
     assert summary.checkpoints == {
         name: str(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last")
     }
+
+
+@pytest.mark.parametrize(
+    ("ema_decay", "warning"),
+    [
+        (0.99996, "With train.ema_decay=0.99996, 3 updates leave 100.0 % of the starting weights in the averaged"),
+        (0.9, "With train.ema_decay=0.9, 3 updates leave 72.9 % of the starting weights in the averaged weights"),
+        (0.3, None),
+        ("null", None),
+    ],
+)
+def test_averages_of_few_updates_are_warned_of(training, caplog, ema_decay, warning):
+    options = {"train__epochs": 1, "scheduler__warmup_epochs": 0, "train__lr_batch": 512}
+    with caplog.at_level("INFO"):
+        train(training(train__ema_decay=ema_decay, **options))
+    warnings = [record.getMessage() for record in caplog.records if "train.ema_decay" in record.getMessage()]
+    assert len(warnings) == (warning is not None)
+    if warning is not None:
+        assert warnings[0].startswith(warning)
+        assert "Give train.ema_decay=" in warnings[0]
+    assert "Learning rate 7.81e-05: optimizer.lr=0.01 times 4/512 (train.lr_batch)" in caplog.text
+
+
+def test_the_warning_names_a_decay_that_needs_none(caplog):
+    for updates in (20, 1000):
+        warn_of_short_average(0.99996, updates)
+        better = float(re.search(r"Give train.ema_decay=([0-9.]+)", caplog.text)[1])
+        caplog.clear()
+        warn_of_short_average(better, updates)
+        assert not caplog.text
 
 
 def test_held_out_images(training, tmp_path):
@@ -486,6 +519,12 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"optimizer__opt": "adamm"}, "optimizer cannot be built: .*adamm.* Check the options under 'optimizer'"),
         ({"+optimizer__foo": 1}, "optimizer cannot be built: .*'foo'"),
         ({"optimizer__lr": 0}, "optimizer.lr=0 is not valid. Give a learning rate above 0"),
+        ({"optimizer__lr": "inf"}, "optimizer.lr=inf is not valid. Give a learning rate above 0, and finite"),
+        ({"optimizer__lr": "nan"}, "optimizer.lr=nan is not valid"),
+        ({"optimizer__weight_decay": "inf"}, "optimizer.weight_decay=inf is not valid"),
+        ({"scheduler__warmup_lr": "inf"}, "scheduler.warmup_lr=inf is not valid"),
+        ({"trainer__gradient_clip_val": "nan"}, "trainer.gradient_clip_val=nan is not valid"),
+        ({"trainer__gradient_clip_val": -1}, "trainer.gradient_clip_val=-1 is not valid"),
         ({"optimizer__weight_decay": "a"}, "optimizer.weight_decay=a is not valid"),
         ({"train__epochs": 0}, "train.epochs=0 is not valid"),
         ({"train__lr_batch": 0}, "train.lr_batch=0 is not valid"),
@@ -525,6 +564,53 @@ def test_a_loss_that_is_no_number(training, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"The loss became nan at update 6. Lower optimizer.lr, .*gradient_clip_val=1"):
         train(training())
     assert read_last(tmp_path / "run")["global_step"] == BATCHES
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+@pytest.mark.parametrize("ema_decay", ["null", 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(training, monkeypatch, tmp_path, value, ema_decay):
+    end = ClassificationTraining.on_train_epoch_end
+
+    def on_train_epoch_end(self):
+        end(self)  # after the validation, so that nothing else sees it
+        if self.current_epoch == 1:
+            self.model.blocks[0].mlp.fc1.weight.data[0, 0] = value
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_epoch_end", on_train_epoch_end)
+    message = rf"The weights became NaN or infinite \('model.blocks.0.mlp.fc1.weight'\) at update {2 * BATCHES}. Lower"
+    with pytest.raises(UserError, match=message):
+        train(training(train__ema_decay=ema_decay))
+    assert read_last(tmp_path / "run")["global_step"] == BATCHES
+    assert read_last(tmp_path / "run", "best.ckpt")["global_step"] == BATCHES
+    assert not (tmp_path / "run" / "training.json").exists()
+
+
+def test_averaged_weights_that_are_no_numbers(training, monkeypatch, tmp_path):
+    end = ClassificationTraining.on_train_epoch_end
+
+    def on_train_epoch_end(self):
+        end(self)
+        (averaging,) = (each for each in self.trainer.callbacks if isinstance(each, WeightAveraging))
+        averaging._average_model.module.model.head.bias.data[0] = float("nan")
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_epoch_end", on_train_epoch_end)
+    with pytest.raises(UserError, match=r"The averaged weights became NaN or infinite \('model.head.bias'\) at update"):
+        train(training())
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_a_validation_loss_that_is_no_number(training, monkeypatch, tmp_path):
+    end = ClassificationTraining.on_train_batch_end
+
+    def on_train_batch_end(self, *arguments):
+        end(self, *arguments)
+        if self.trainer.is_last_batch:
+            self.model.head.bias.data[0] = float("nan")
+
+    monkeypatch.setattr(ClassificationTraining, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(UserError, match=rf"The validation loss became nan at update {BATCHES}. Lower optimizer.lr"):
+        train(training(train__ema_decay="null"))
     assert not (tmp_path / "run" / "training.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from scatterbrain.errors import UserError
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.train import train
+from src.tasks.training_checkpoints import content_checksum
 from tests.src.distributed.process_functions import train_until_killed
 from tests.src.tasks.conftest import NUM_TRAINING_IMAGES
 from tests.src.tasks.setup import (
@@ -305,6 +307,7 @@ class Malicious:
     [
         ("missing.ckpt", "There is no checkpoint .*missing.ckpt. Give train.resume the file last.ckpt"),
         (".", "There is no checkpoint"),
+        ("fifo.ckpt", "fifo.ckpt is not a regular file. Give train.resume the file last.ckpt"),
         ("empty.ckpt", "empty.ckpt is damaged, or is no checkpoint. Resume from another one, or start again"),
         ("cut.ckpt", "cut.ckpt is damaged"),
         ("text.ckpt", "text.ckpt .* is no checkpoint"),
@@ -316,6 +319,7 @@ class Malicious:
 def test_a_file_that_cannot_be_gone_on_from(training, stopped_training, tmp_path, name, fault):
     config = training(train__resume=tmp_path / name)
     whole = (stopped_training / "checkpoints" / "last.ckpt").read_bytes()
+    os.mkfifo(tmp_path / "fifo.ckpt")
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.ckpt").write_text("not a checkpoint at all")
@@ -326,3 +330,71 @@ def test_a_file_that_cannot_be_gone_on_from(training, stopped_training, tmp_path
         train(config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+EDITS = {
+    "missing_weight": lambda last: last["current_model_state"].pop("model.head.bias"),
+    "missing_averaged_weight": lambda last: last["state_dict"].pop("model.head.bias"),
+    "wrong_shape": lambda last: last["current_model_state"].update({"model.head.bias": torch.zeros(3)}),
+    "huge_shape": lambda last: last["current_model_state"].update(
+        {"model.head.bias": torch.zeros(1).expand(10**6, 10**6)}
+    ),
+    "nested": lambda last: last.update(more=torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])),
+    "sparse": lambda last: last.update(more=torch.eye(2).to_sparse()),
+    "one_value": lambda last: last["current_model_state"]["model.head.bias"].add_(1),
+    "nan": lambda last: last["current_model_state"]["model.head.bias"].fill_(torch.nan),
+    "nan_average": lambda last: last["state_dict"]["model.head.bias"].fill_(torch.nan),
+    "no_average": lambda last: last.pop("averaging_state"),
+    "empty_average": lambda last: last["averaging_state"].clear(),
+    "no_optimizer": lambda last: last["optimizer_states"].clear(),
+    "empty_optimizer": lambda last: last["optimizer_states"][0].clear(),
+    "other_optimizer": lambda last: last["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+    "no_schedule": lambda last: last["lr_schedulers"].clear(),
+    "no_callbacks": lambda last: last["callbacks"].clear(),
+    "no_loops": lambda last: last["loops"].clear(),
+    "other_loops": lambda last: last.update(loops=3),
+    "version": lambda last: last.update({"pytorch-lightning_version": "abc"}),
+    "no_version": lambda last: last.pop("pytorch-lightning_version"),
+    "updates": lambda last: last.update(global_step=last["global_step"] + 1),
+    "epoch": lambda last: last.update(epoch="a"),
+    "history": lambda last: last["training"].update(history=[{}]),
+    "no_checksum": lambda last: last.pop("checksum"),
+    "other_checksum": lambda last: last.update(checksum=3),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants", "ignore:The PyTorch API of nested tensors")
+def test_a_checkpoint_that_was_edited(training, stopped_training, tmp_path, name):
+    content = read_last(stopped_training)
+    EDITS[name](content)
+    torch.save(content, tmp_path / "edited.ckpt")
+    config = training(model___t2tattn_cfg="sblocal", train__resume=tmp_path / "edited.ckpt")
+    with pytest.raises(
+        UserError, match=r"edited.ckpt is damaged or was edited.* Resume from another one, or"
+    ) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    assert not contents_of(tmp_path / "run")
+
+
+def test_a_checkpoint_that_was_only_stored_again(training, stopped_training, tmp_path):
+    torch.save(read_last(stopped_training), tmp_path / "stored.ckpt")
+    options = {"model___t2tattn_cfg": "sblocal", "train__epochs": 3, "train__resume": tmp_path / "stored.ckpt"}
+    summary, _ = train(training(**options))
+    assert (summary.complete, summary.updates) == (True, 3 * BATCHES)
+
+
+def test_the_checksum_is_of_the_content():
+    content = {"a": [torch.ones(2), (1, 2.5)], "b": {"c": None, "d": {"x", "y"}}, "e": torch.ones(0)}
+    checksum = content_checksum(content)
+    assert checksum == content_checksum(copy.deepcopy(content))
+    for changed in (
+        {**content, "a": [torch.ones(2).double(), (1, 2.5)]},
+        {**content, "a": [torch.ones(2, 1), (1, 2.5)]},
+        {**content, "a": [torch.ones(2), [1, 2.5]]},
+        {**content, "a": [torch.ones(2), (1, 2.0)]},
+        {**content, "b": {"c": "None", "d": {"x", "y"}}},
+        {key: content[key] for key in ("a", "b")},
+    ):
+        assert content_checksum(changed) != checksum
