@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
@@ -26,6 +27,9 @@ from src.utils.cli import report, run_cli
 
 ROOT = Path(__file__).resolve().parent
 _failures: list[UserError] = []
+# the folder of a multirun, which is held from its first run to its last
+_locks = ExitStack()
+_locked: set[Path] = set()
 
 
 # absolute: found from any working directory, and when this file is imported
@@ -44,6 +48,8 @@ def main(config: DictConfig) -> None:
             if ranks.rank == 0:
                 error_file.unlink(missing_ok=True)
             try:
+                if job.mode == RunMode.MULTIRUN and not remote:
+                    _lock_sweep(Path(job.runtime.cwd, job.sweep.dir))
                 ranks.call(lambda: _run_task(config))
             except UserError as error:
                 # not raised: Hydra would print its own lines, and skip the comparison of a multirun
@@ -75,21 +81,31 @@ def _run_task(config: DictConfig) -> None:
     modes[config.mode](config)
 
 
+def _lock_sweep(folder: Path) -> None:
+    from src.distributed.folder_lock import locked_folder
+
+    if folder not in _locked:
+        _locks.enter_context(locked_folder(folder))
+        _locked.add(folder)
+
+
 def run(argv: list[str]) -> int:
     """Exit status of the command line `argv` (the program's name first), see `run_cli`."""
     _failures.clear()
     FailedJobs.messages = ()
     argv[1:] = _with_options_of_attentions(argv[1:])
-    if find_launch() is None:
-        status = _run_command(argv)
-    else:
-        try:
-            with join_ranks() as ranks:
-                argv[1:] += quiet_hydra_options(ranks.rank)
-                status = _run_command(argv, ranks)
-        except UserError as error:
-            report(error)
-            return 1
+    _locked.clear()
+    try:
+        with _locks:
+            if find_launch() is None:
+                status = _run_command(argv)
+            else:
+                with join_ranks() as ranks:
+                    argv[1:] += quiet_hydra_options(ranks.rank)
+                    status = _run_command(argv, ranks)
+    except UserError as error:
+        report(error)
+        return 1
     return 1 if _failures or FailedJobs.messages else status
 
 

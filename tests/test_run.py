@@ -17,6 +17,7 @@ import torch
 
 import run
 import src.datamodules.dataset as dataset
+from src.distributed.folder_lock import locked_folder
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
 from tests.hydra_helpers import hydra_restored
@@ -249,6 +250,20 @@ def test_a_multirun_is_compared(command_line, tmp_path):
     for name in ("comparison.md", "comparison.png"):
         assert (sweep / name).stat().st_size > 0
         assert str(sweep / name) in output
+
+
+def test_two_multiruns_in_one_folder(command_line, tmp_path):
+    sweep = tmp_path / "sweep"
+    options = {"variant": "t2t_vit_t_14", "hydra__sweep__dir": sweep, "model___t2tattn_cfg": "full,local"}
+    with locked_folder(sweep):
+        status, _, errors = command_line("-m", **options)
+    assert status == 1
+    assert [line.split(" is in use")[0] for line in errors.splitlines()] == [
+        f"Error in run {number}: {sweep}" for number in range(2)
+    ]
+    assert not results_of(sweep)
+    assert command_line("-m", **options)[0] == 0
+    assert not list(sweep.rglob(".lock"))
 
 
 def without_measurements(row: dict) -> dict:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer, seed_everything
 
 from scatterbrain.errors import UserError
+from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
 from src.evaluation.results import Results
@@ -27,15 +28,24 @@ from src.tasks.errors import WorkersLostError, explain_errors, prefix_errors
 from src.tasks.evaluation_options import check_covers_all_images, check_evaluation_options
 from src.tasks.evaluation_output import (
     collect_results,
+    complete_comparison,
     list_skipped,
     log_skipped,
     log_start,
     log_stop,
+    one_pass_of,
     skipped_images,
     write_runs,
 )
 from src.tasks.evaluation_runs import DataModule, build_runs
-from src.tasks.resume import finished_results, open_resume_state, resume_hint
+from src.tasks.resume import (
+    check_output_folder,
+    compared_settings,
+    describe_evaluation,
+    finished_results,
+    open_resume_state,
+    resume_hint,
+)
 from src.tasks.resume_state import ResumeState
 from src.utils.instantiate import build
 
@@ -65,13 +75,11 @@ def evaluate(config: DictConfig) -> tuple[Results | list[Results], Munch]:
     check_evaluation_options(config)
     names = requested_attentions(config)
     run_configs = attention_configs(config, names) if names else [config]
-    results, objects = finished_results(config, run_configs), Munch()
-    if results:
-        logger.info("%s holds this evaluation, and it is finished: nothing to do.", config.paths.output_dir)
-    else:
+    with locked_folder(config.paths.output_dir):
+        check_output_folder(config, run_configs)
         results, objects = launch(evaluate_runs, with_runs(config, run_configs))
-        if results is None or not results[0].complete:
-            raise SystemExit(1)  # no Exception, after which Hydra would start the next run of a multirun
+    if results is None or not results[0].complete:
+        raise SystemExit(1)  # no Exception, after which Hydra would start the next run of a multirun
     return results if names else results[0], objects
 
 
@@ -93,7 +101,7 @@ def with_runs(config: DictConfig, run_configs: Sequence[DictConfig]) -> DictConf
 
 
 def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] | None, Munch]:
-    """Results of each run in this process; None where no image was evaluated.
+    """Results of each run in this process; None where no image was evaluated, no objects where nothing was left to do.
 
     Args:
         config: see `with_runs`.
@@ -107,7 +115,18 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
     datamodule: DataModule = build(config.datamodule, "datamodule")
     datamodule.setup("test")
     runs = build_runs(config, trainer, datamodule, fast)
-    state = open_resume_state(config, trainer, datamodule, [run.metadata for run in runs], fast)
+    metadata = [run.metadata for run in runs]
+    compared = compared_settings(config, datamodule)
+    finished = finished_results(
+        config, [describe_evaluation([each], fast, compared) for each in metadata], datamodule.on_error
+    )
+    if finished:
+        if trainer.is_global_zero:
+            complete_comparison(config, finished)
+            logger.info("%s holds this evaluation, and it is finished: nothing to do.", config.paths.output_dir)
+        return finished, Munch()
+    environment = {name: metadata[0][name] for name in ("device", "versions")}
+    state = open_resume_state(config, trainer, datamodule, describe_evaluation(metadata, fast, compared), environment)
 
     @contextmanager
     def guard(name: str | None) -> Iterator[None]:
@@ -126,12 +145,15 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
     reset_peak_memory(trainer)
     with stop_on_interrupt(state.request_stop, "batch") as interrupted:
         _test(config, trainer, task, datamodule, state)
-        peak_memory = None if config.compare else peak_memory_mib(trainer)  # that of a pass is not of one attention
-        results = collect_results(runs, task, datamodule, fast, peak_memory)
+        # the memory of a pass is not that of one attention
+        one_pass, peak_memory = (
+            (one_pass_of(runs, task, trainer), None) if config.compare else (None, peak_memory_mib(trainer))
+        )
+        results = collect_results(runs, task, datamodule, fast, peak_memory, compared, one_pass)
         if trainer.is_global_zero:
             if results is not None:
                 with _removed_at_end(state, task):
-                    write_runs(config, trainer, runs, results, task, datamodule)
+                    write_runs(config, runs, results, task, datamodule)
             log_skipped(task, datamodule)
             log_stop(task, config.eval.resume_hint)
     if interrupted.is_set():

@@ -14,6 +14,7 @@ from rich.console import Console
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
 from src.evaluation.training_summary import (
@@ -67,7 +68,8 @@ def train(config: DictConfig) -> tuple[TrainingSummary, Munch]:
     if config.train.ema_decay is None and "ema" in config.callbacks:
         config = config.copy()
         config.callbacks.ema = None
-    return launch(_train, config)
+    with locked_folder(config.paths.output_dir):
+        return launch(_train, config)
 
 
 def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import IO, Any
 from scatterbrain.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+# names of the temporary files of `atomic_write`
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextlib.contextmanager
@@ -75,6 +78,13 @@ def atomic_write(
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def remove_temporary_files(folder: str | os.PathLike[str]) -> None:
+    """Remove what `atomic_write` left in a folder and its subfolders where its process was killed."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def name_for_json(path: str | os.PathLike[str]) -> str:
