@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scatterbrain.errors import UserError
 from src.distributed.launcher import find_launch
-from src.tasks.environment import command_line
+from src.utils.cli import command_line
 from src.utils.files import remove_temporary_files
 
 try:

@@ -187,7 +187,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         raise UserError(f"{os.fspath(path)} does not exist. {remedy}") from error
     except OSError as error:
         raise UserError(f"{os.fspath(path)} cannot be read ({error.strerror}). {remedy}") from error
-    except ValueError as error:  # wrong encoding and wrong JSON alike
+    except (ValueError, RecursionError) as error:  # wrong encoding, wrong JSON and too deep JSON alike
         raise UserError(f"{os.fspath(path)} is damaged ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{os.fspath(path)} is damaged (not a JSON object). {remedy}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from munch import Munch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning import Trainer, seed_everything
 
 from scatterbrain.errors import UserError
@@ -47,7 +48,7 @@ from src.tasks.resume import (
     resume_hint,
 )
 from src.tasks.resume_state import ResumeState
-from src.utils.instantiate import build
+from src.utils.instantiate import build, escape_interpolations
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,15 @@ logger = logging.getLogger(__name__)
 def evaluate(config: DictConfig) -> tuple[Results | list[Results], Munch]:
     """Results of the checkpoint `config.eval.ckpt` on the test split, with one attention or with several in one pass.
 
-    With several devices there is one process for each, and this one only watches them.
+    With several devices there is one process for each, and this one only watches them. In a notebook:
+
+        from hydra import compose, initialize_config_dir
+        with initialize_config_dir("/path/to/configs", version_base="1.3"):
+            config = compose("config", ["experiment=flowers-t2tvit-eval", "paths.output_dir=results"])
+        results, objects = evaluate(config)
 
     Args:
-        config: the composed configuration, see `configs/`.
+        config: the composed configuration, see `configs/`; `paths.output_dir` is created if need be.
 
     Returns:
         The results (rank 0 also writes them to `config.paths.output_dir`), and the objects they come from: `model`,
@@ -72,15 +78,26 @@ def evaluate(config: DictConfig) -> tuple[Results | list[Results], Munch]:
         KeyboardInterrupt: after Ctrl-C, once the results of the images so far are written.
         SystemExit: with status 1, likewise after SIGTERM.
     """
+    output_dir = _output_dir(config)
     check_evaluation_options(config)
     names = requested_attentions(config)
     run_configs = attention_configs(config, names) if names else [config]
-    with locked_folder(config.paths.output_dir):
+    with locked_folder(output_dir):
         check_output_folder(config, run_configs)
         results, objects = launch(evaluate_runs, with_runs(config, run_configs))
     if results is None or not results[0].complete:
         raise SystemExit(1)  # no Exception, after which Hydra would start the next run of a multirun
     return results if names else results[0], objects
+
+
+def _output_dir(config: DictConfig) -> str:
+    try:
+        return str(config.paths.output_dir)
+    except InterpolationResolutionError as error:
+        raise UserError(
+            "Outside of run.py there is no folder for the results. Give one: compose(..., "
+            "overrides=['paths.output_dir=FOLDER', ...])."
+        ) from error
 
 
 def with_runs(config: DictConfig, run_configs: Sequence[DictConfig]) -> DictConfig:
@@ -90,14 +107,14 @@ def with_runs(config: DictConfig, run_configs: Sequence[DictConfig]) -> DictConf
     """
     common = copy.deepcopy(config)
     OmegaConf.set_struct(common, False)
-    common.eval.resume_hint = resume_hint(config)
+    common.eval.resume_hint = escape_interpolations(resume_hint(config))
     # each run has its own; an interpolation between options of the stages is valid there alone
     common.logger = common.model.t2tattn1_cfg = common.model.t2tattn2_cfg = None
     # resolved one by one, since interpolations start at the root
     content = OmegaConf.to_container(common, resolve=True)
     content["compare"] = run_configs[0] is not config
     content["runs"] = [OmegaConf.to_container(run, resolve=True) for run in run_configs]
-    return OmegaConf.create(content)
+    return OmegaConf.create(escape_interpolations(content))
 
 
 def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] | None, Munch]:

@@ -29,7 +29,6 @@ from src.tasks.attention_info import attention_name
 from src.tasks.build import build_model
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.environment import (
-    command_line,
     device_name,
     package_versions,
     peak_memory_mib,
@@ -41,6 +40,7 @@ from src.tasks.optimization import make_scheduler, optimizer_factory
 from src.tasks.training_checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, LastCheckpoint, TrainingStopped
 from src.tasks.training_options import averages_weights, check_covers_whole_training, check_training_options
 from src.tasks.training_resume import checkpoint_to_resume, compared_options, keep_logged_metrics, read_earlier
+from src.utils.cli import command_line
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
 

@@ -45,7 +45,7 @@ def atomic_write(
         The open file.
 
     Raises:
-        UserError: the folder does not exist or cannot be written to, or `path` is a folder.
+        UserError: the folder does not exist or cannot be written to, `path` is a folder, or the disk is full.
         ValueError: another mode, or a text option with `"wb"`.
     """
     if mode not in ("w", "wb"):
@@ -74,9 +74,11 @@ def atomic_write(
             # Without it a crash of the machine could leave an empty file under the new name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # an interrupt must not leave the temporary file behind either
+    except BaseException as error:  # an interrupt must not leave the temporary file behind either
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.strerror is not None and error.filename in (None, str(temporary)):
+            raise UserError(f"{path} cannot be written ({error.strerror}). Check the disk and its quota.") from error
         raise
 
 
