@@ -212,11 +212,10 @@ def test_values_that_hold_interpolations_are_resolved_once(command_line, inputs,
     (data / "weights.pth").symlink_to(inputs / "t2t_vit_7.pth")
     monkeypatch.setenv("DATA_DIR", str(data / "images"))
     monkeypatch.setenv("CHECKPOINT", str(data / "weights.pth"))
-    monkeypatch.setenv("LOG_DIR", str(data / "logs"))
     status, output, errors = command_line(datamodule__data_dir=None, eval__ckpt=None)
     assert (status, errors) == (0, "")
     assert "secret" not in output
-    (path,) = results_of(data / "logs" / "runs")
+    (path,) = results_of(tmp_path / "logs" / "runs")
     assert read_results(path.parent).data["dir"] == str(data / "images")
     assert read_results(path.parent).checkpoint["path"] == str(data / "weights.pth")
 
