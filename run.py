@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
@@ -22,10 +23,14 @@ from scatterbrain.errors import UserError, did_you_mean
 from src.distributed.failed_jobs import ERROR_FILE, FailedJobs
 from src.distributed.launcher import find_launch
 from src.distributed.ranks import RankFailed, Ranks, RanksMissingError, join_ranks, quiet_hydra_options
-from src.utils.cli import report, run_cli
+from src.utils.cli import USER_ERRORS, describe, replace_what_cannot_be_encoded, report, run_cli
+from src.utils.instantiate import escape_interpolations
 
 ROOT = Path(__file__).resolve().parent
-_failures: list[UserError] = []
+_failures: list[Exception] = []
+# the folder of a multirun, which is held from its first run to its last
+_locks = ExitStack()
+_locked: set[Path] = set()
 
 
 # absolute: found from any working directory, and when this file is imported
@@ -39,18 +44,21 @@ def main(config: DictConfig) -> None:
         sys.argv[:] = ["run.py", *job.overrides.task]  # the command in the results, in place of the launcher's
     try:
         with join_ranks() as ranks:
-            config.paths.output_dir = ranks.broadcast("output_dir", config.paths.output_dir)
-            error_file = Path(config.paths.output_dir, ERROR_FILE)
+            output_dir = ranks.broadcast("output_dir", str(config.paths.output_dir))
+            config.paths.output_dir = escape_interpolations(output_dir)
+            error_file = Path(output_dir, ERROR_FILE)
             if ranks.rank == 0:
                 error_file.unlink(missing_ok=True)
             try:
+                if job.mode == RunMode.MULTIRUN and not remote:
+                    _lock_sweep(Path(job.runtime.cwd, job.sweep.dir))
                 ranks.call(lambda: _run_task(config))
-            except UserError as error:
+            except USER_ERRORS as error:
                 # not raised: Hydra would print its own lines, and skip the comparison of a multirun
                 report(error, f"run {job.job.num}" if job.mode == RunMode.MULTIRUN else None)
                 _failures.append(error)
                 if remote:
-                    error_file.write_text(str(error))
+                    error_file.write_text(describe(error))
             except RankFailed:  # which has reported
                 if not remote:
                     raise
@@ -70,26 +78,38 @@ def _run_task(config: DictConfig) -> None:
     from src.tasks.train import train
 
     modes = {"eval": evaluate, "train": train}
-    if config.mode not in modes:
-        raise UserError(f"There is no mode={config.mode}. {did_you_mean(config.mode, modes)}")
-    modes[config.mode](config)
+    mode = config.get("mode")
+    if mode not in modes:
+        raise UserError(f"There is no mode={mode}. {did_you_mean(mode, modes)}")
+    modes[mode](config)
+
+
+def _lock_sweep(folder: Path) -> None:
+    from src.distributed.folder_lock import locked_folder
+
+    if folder not in _locked:
+        _locks.enter_context(locked_folder(folder))
+        _locked.add(folder)
 
 
 def run(argv: list[str]) -> int:
     """Exit status of the command line `argv` (the program's name first), see `run_cli`."""
+    replace_what_cannot_be_encoded()
     _failures.clear()
     FailedJobs.messages = ()
     argv[1:] = _with_options_of_attentions(argv[1:])
-    if find_launch() is None:
-        status = _run_command(argv)
-    else:
-        try:
-            with join_ranks() as ranks:
-                argv[1:] += quiet_hydra_options(ranks.rank)
-                status = _run_command(argv, ranks)
-        except UserError as error:
-            report(error)
-            return 1
+    _locked.clear()
+    try:
+        with _locks:
+            if find_launch() is None:
+                status = _run_command(argv)
+            else:
+                with join_ranks() as ranks:
+                    argv[1:] += quiet_hydra_options(ranks.rank)
+                    status = _run_command(argv, ranks)
+    except UserError as error:
+        report(error)
+        return 1
     return 1 if _failures or FailedJobs.messages else status
 
 
@@ -143,5 +163,5 @@ def _with_options_of_attentions(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    load_dotenv()
+    load_dotenv(interpolate=False)  # values of the environment are plain text
     sys.exit(run(sys.argv))

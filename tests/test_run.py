@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 
 import run
 import src.datamodules.dataset as dataset
+from src.distributed.folder_lock import locked_folder
 from src.evaluation.results import read_results
 from src.tasks.evaluate import evaluate
 from tests.hydra_helpers import hydra_restored
@@ -145,6 +147,14 @@ def results_of(folder: Path) -> list[Path]:
         ({"model__drop_rate": -1}, ["'model'", "-1"]),
         ({"trainer__precision": 3}, ["trainer cannot be built", "Precision 3"]),
         ({"trainer__devices": 0}, ["trainer cannot be built", "devices=0"]),
+        ({"trainer__devices": 1000}, ["trainer.devices=1000", "cores"]),
+        ({"trainer__num_nodes": 2}, ["trainer.num_nodes=2", "on one machine alone", "torchrun or srun"]),
+        ({"+trainer__gradient_clip_val": "nan"}, ["trainer.gradient_clip_val=nan", "finite number"]),
+        ({"model__drop_rate": "inf"}, ["model.drop_rate=inf", "finite number"]),
+        ({"datamodule__data_dir": 3}, ["datamodule.data_dir=3", "Give a path"]),
+        ({"eval__ckpt": "[a]"}, ["eval.ckpt=['a']", "Give a path"]),
+        ({"eval": "null"}, ["eval=None", "eval.NAME=VALUE"]),
+        ({"mode": "null"}, ["mode=null: a group cannot be null", "--help"]),
         ({"trainer__accelerator": "gpuu"}, ["trainer cannot be built", "gpuu"]),
         ({"paths__log_dir": "INPUTS/empty.pth/logs"}, ["empty.pth/logs", "cannot be used"]),
     ],
@@ -168,6 +178,55 @@ def test_no_gpu(command_line):
     assert (
         errors == "Error: trainer cannot be built: No supported gpu backend found. Check the options under 'trainer'.\n"
     )
+
+
+def test_an_error_of_the_file_system_is_one_message(command_line, monkeypatch):
+    """Within the task too, where Hydra would print a line of its own first."""
+
+    def fail(config):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("src.tasks.evaluate.evaluate", fail)
+    status, _, errors = command_line()
+    assert status == 1
+    assert errors == (
+        "Error: A file or connection cannot be used (No space left on device). HYDRA_FULL_ERROR=1 shows which, with "
+        "the traceback.\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "SLURM_PROCID", "MASTER_PORT"])
+def test_variables_of_launchers_that_are_no_numbers(command_line, monkeypatch, name):
+    monkeypatch.setenv(name, "abc")
+    status, _, errors = command_line()
+    assert (status, errors.count("\n")) == (1, 1)
+    assert errors.startswith(f"Error: The environment variable {name}='abc' is not a whole number. Unset it, or")
+
+
+def test_values_that_hold_interpolations_are_resolved_once(command_line, inputs, tmp_path, monkeypatch):
+    """A path may look like an interpolation: it is read as it is, and the environment stays out of it."""
+    monkeypatch.setenv("SECRET", "secret")
+    data = tmp_path / "${oc.env:SECRET}"
+    data.mkdir()
+    (data / "images").symlink_to(inputs / "data")
+    (data / "weights.pth").symlink_to(inputs / "t2t_vit_7.pth")
+    monkeypatch.setenv("DATA_DIR", str(data / "images"))
+    monkeypatch.setenv("CHECKPOINT", str(data / "weights.pth"))
+    status, output, errors = command_line(datamodule__data_dir=None, eval__ckpt=None)
+    assert (status, errors) == (0, "")
+    assert "secret" not in output
+    (path,) = results_of(tmp_path / "logs" / "runs")
+    assert read_results(path.parent).data["dir"] == str(data / "images")
+    assert read_results(path.parent).checkpoint["path"] == str(data / "weights.pth")
+
+
+def test_a_terminal_without_the_characters_of_the_table(command_line, monkeypatch, tmp_path):
+    streams = [io.TextIOWrapper(io.BytesIO(), "latin-1", write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert command_line(callbacks="default")[0] == 0, streams[1].buffer.getvalue()
+    assert len(results_of(tmp_path)) == 1
+    assert b"6 images of val" in streams[0].buffer.getvalue()
 
 
 def test_a_window_of_nothing(command_line):
@@ -249,6 +308,20 @@ def test_a_multirun_is_compared(command_line, tmp_path):
     for name in ("comparison.md", "comparison.png"):
         assert (sweep / name).stat().st_size > 0
         assert str(sweep / name) in output
+
+
+def test_two_multiruns_in_one_folder(command_line, tmp_path):
+    sweep = tmp_path / "sweep"
+    options = {"variant": "t2t_vit_t_14", "hydra__sweep__dir": sweep, "model___t2tattn_cfg": "full,local"}
+    with locked_folder(sweep):
+        status, _, errors = command_line("-m", **options)
+    assert status == 1
+    assert [line.split(" is in use")[0] for line in errors.splitlines()] == [
+        f"Error in run {number}: {sweep}" for number in range(2)
+    ]
+    assert not results_of(sweep)
+    assert command_line("-m", **options)[0] == 0
+    assert not list(sweep.rglob(".lock"))
 
 
 def without_measurements(row: dict) -> dict:

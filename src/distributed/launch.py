@@ -19,7 +19,9 @@ from pytorch_lightning.strategies import ParallelStrategy
 from src.distributed.interrupts import forward_to_children
 from src.distributed.processes import run_processes
 from src.distributed.ranks import barrier
-from src.distributed.trainer import build_trainer, quiet_libraries
+from src.distributed.trainer import build_trainer, check_num_processes, quiet_libraries
+from src.utils.cli import replace_what_cannot_be_encoded
+from src.utils.instantiate import escape_interpolations
 
 # The work of a mode: its summary, which can be sent between processes, and the objects it comes from.
 Work = Callable[[DictConfig, Trainer], tuple[Any, Munch]]
@@ -46,8 +48,9 @@ def launch(work: Work, config: DictConfig) -> tuple[Any, Munch]:
     # no rank begins to write while another still checks what the folder holds
     barrier("checked")
     if number := _processes_to_start(trainer):
+        check_num_processes(trainer, number)
         # resolved here: interpolations may refer to Hydra, which the processes do not have
-        content = OmegaConf.to_container(config, resolve=True)
+        content = escape_interpolations(OmegaConf.to_container(config, resolve=True))
         with forward_to_children():
             return run_processes(_work_in_process, number, work, content, *_process_settings()), Munch()
     return work(config, trainer)
@@ -76,6 +79,7 @@ def _work_in_process(
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
     quiet_libraries()
+    replace_what_cannot_be_encoded()
     config = OmegaConf.create(content)
     return work(config, build_trainer(config))[0]
 

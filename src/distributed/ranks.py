@@ -8,6 +8,7 @@ store that torch opens at MASTER_ADDR:MASTER_PORT, before and beside the process
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ from src.distributed.timeouts import (
     EXIT_SECONDS,
     FAILURE_SECONDS,
     GRACE_SECONDS,
+    NOTICE_SECONDS,
     POLL_SECONDS,
     REASON_SECONDS,
 )
@@ -180,7 +182,12 @@ class Ranks:
 
     def _wait(self, name: str, seconds: float | None = None) -> None:
         deadline = None if seconds is None else time.monotonic() + seconds
+        notice = time.monotonic() + NOTICE_SECONDS if name == "arrived" and self.rank == 0 else math.inf
         while not self._has(name):
+            if time.monotonic() > notice:
+                notice = math.inf
+                here = self._store.add(f"{name}/number", 0)
+                _print_notice(f"Waiting for {self.launch.world_size - here} of {self.launch.world_size} processes.")
             if self._has("failed"):
                 raise RankFailed
             if deadline is not None and time.monotonic() > deadline:
@@ -246,6 +253,10 @@ def barrier(name: str) -> None:
         _joined.barrier(name)
 
 
+def _print_notice(text: str) -> None:
+    print(f"{text} Giving up {ARRIVAL_SECONDS:.0f} s after the start.", file=sys.stderr, flush=True)
+
+
 def quiet_hydra_options(rank: int) -> list[str]:
     """Options with which Hydra leaves no files in a rank other than 0."""
     if rank == 0:
@@ -269,9 +280,16 @@ def _open_store(launch: Launch) -> Any:
         environment = SLURMEnvironment(auto_requeue=False)
         host, port = environment.main_address, environment.main_port
     else:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"The variable {missing[0]} is not set. Start the processes by torchrun or srun.")
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # multi_tenant: the process group, opened later, finds the same server
     is_master = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    text = f"Process {launch.rank} of {launch.world_size} waits for process 0 at MASTER_ADDR:MASTER_PORT={host}:{port}."
+    notice = threading.Timer(NOTICE_SECONDS, _print_notice, [text])
+    notice.daemon = True
+    notice.start()
     try:
         store = TCPStore(
             host,
@@ -287,4 +305,6 @@ def _open_store(launch: Launch) -> Any:
             f"Process {launch.rank} of {launch.world_size} cannot reach the others at {host}:{port}: {reason}. Start "
             "all of them, and see that MASTER_ADDR and MASTER_PORT name a machine and a free port that all reach."
         ) from error
+    finally:
+        notice.cancel()
     return PrefixStore(f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -5,6 +5,8 @@ This file and `ranks.py` import no torch: `run.py` needs them before it knows wh
 
 # Clusters start processes minutes apart; a rank that never comes must still be reported.
 ARRIVAL_SECONDS = 600.0
+# When to say which processes are waited for.
+NOTICE_SECONDS = 30.0
 # A rank that fails breaks the collectives of the others: how long to wait for the one that knows the reason.
 REASON_SECONDS = 5.0
 # After a failure elsewhere, for a rank to finish by itself, which a blocked collective may prevent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -58,6 +59,11 @@ def _cluster_environment(trainer: DictConfig) -> ClusterEnvironment | None:
     """
     launch = find_launch()
     if launch is None:
+        if trainer.num_nodes != 1:
+            raise UserError(
+                f"trainer.num_nodes={trainer.num_nodes}, but this command was started on one machine alone. Start it "
+                "by torchrun or srun on every machine, or leave trainer.num_nodes=1."
+            )
         # a single SLURM task may have several devices, for each of which `launch` starts a process
         return LightningEnvironment() if in_slurm() else None
     devices, num_nodes = str(trainer.devices), trainer.num_nodes
@@ -70,6 +76,20 @@ def _cluster_environment(trainer: DictConfig) -> ClusterEnvironment | None:
         )
     # Lightning must not requeue the job: it would resume from a checkpoint of its own
     return SLURMEnvironment(auto_requeue=False) if launch.launcher == "SLURM" else TorchElasticEnvironment()
+
+
+def check_num_processes(trainer: Trainer, number: int) -> None:
+    """Refuse more processes than a machine without accelerators can run.
+
+    Raises:
+        UserError: there are more than cores, and more than the few that a test may start.
+    """
+    most = max(8, os.cpu_count() or 1)
+    if trainer.strategy.root_device.type == "cpu" and number > most:
+        raise UserError(
+            f"trainer.devices={number} starts as many processes, but this machine has {os.cpu_count()} cores. Give at "
+            f"most trainer.devices={most}."
+        )
 
 
 def quiet_libraries() -> None:

@@ -20,6 +20,11 @@ MARKDOWN_FILE = "comparison.md"
 FIGURE_FILE = "comparison.png"
 
 
+def comparison_paths(folder: str | os.PathLike[str]) -> list[Path]:
+    """The three files of a comparison in a folder."""
+    return [Path(folder) / name for name in (JSON_FILE, MARKDOWN_FILE, FIGURE_FILE)]
+
+
 def write_comparison(folder: str | os.PathLike[str], comparison: Comparison) -> list[Path]:
     """Write `comparison.json`, `comparison.md` and `comparison.png`.
 
@@ -33,7 +38,7 @@ def write_comparison(folder: str | os.PathLike[str], comparison: Comparison) -> 
     Raises:
         UserError: the folder cannot be written to.
     """
-    paths = [Path(folder) / name for name in (JSON_FILE, MARKDOWN_FILE, FIGURE_FILE)]
+    paths = comparison_paths(folder)
     content = {
         "common": comparison.common,
         "runs": [_row_content(row) for row in comparison.rows],

@@ -80,6 +80,8 @@ class Results:
         num_evaluated: number of images evaluated, of `data["num_images"]`; None in files of earlier versions, for all.
         skipped: with `datamodule.on_error=skip`, the images left out, named and sorted as in `predictions.csv`; those
             met so far where `complete` is false. None, and not in the file, where such an image is an error.
+        compared: what else has to be the same for `eval.resume` to accept these results, by the options' names.
+        one_pass: the fields of `OnePass` where several attentions were evaluated in one pass, else None.
     """
 
     model: str
@@ -107,6 +109,8 @@ class Results:
     complete: bool = True
     num_evaluated: int | None = None
     skipped: SkippedInfo | None = None
+    compared: dict[str, Any] | None = None
+    one_pass: dict[str, Any] | None = None
 
     @property
     def published(self) -> PublishedAccuracy | None:
@@ -151,8 +155,9 @@ def write_results(folder: str | os.PathLike[str], results: Results) -> Path:
         UserError: a result is NaN or infinite, or the folder cannot be written to; no file is left then.
     """
     content = dataclasses.asdict(results)
-    if results.skipped is None:
-        del content["skipped"]
+    for name in ("skipped", "compared", "one_pass"):
+        if content[name] is None:
+            del content[name]
     _refuse_non_finite(content, "")
     path = Path(folder) / RESULTS_FILE
     write_json(path, content)
@@ -182,7 +187,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
         raise UserError(f"{os.fspath(path)} does not exist. {remedy}") from error
     except OSError as error:
         raise UserError(f"{os.fspath(path)} cannot be read ({error.strerror}). {remedy}") from error
-    except ValueError as error:  # wrong encoding and wrong JSON alike
+    except (ValueError, RecursionError) as error:  # wrong encoding, wrong JSON and too deep JSON alike
         raise UserError(f"{os.fspath(path)} is damaged ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{os.fspath(path)} is damaged (not a JSON object). {remedy}")

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from scatterbrain.errors import UserError, did_you_mean
+from src.utils.instantiate import escape_interpolations
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def attention_configs(config: DictConfig, names: Sequence[str]) -> list[DictConf
             options = {key: value for key, value in _options(config, stage).items() if key in group[stage]}
             own.model[stage] = OmegaConf.merge(group[stage], options)
         own.eval.attentions = None
-        own.paths.output_dir = str(Path(config.paths.output_dir) / str(number))
+        own.paths.output_dir = escape_interpolations(str(Path(config.paths.output_dir) / str(number)))
         configs.append(own)
     return configs
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shlex
-import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from pytorch_lightning import Trainer
@@ -22,11 +19,6 @@ VERSIONED_PACKAGES = (
     "numpy",
     "pillow",
 )
-
-
-def command_line() -> str:
-    """The command that was run, quoted for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:

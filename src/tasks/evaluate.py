@@ -13,9 +13,11 @@ from contextlib import contextmanager
 
 from munch import Munch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning import Trainer, seed_everything
 
 from scatterbrain.errors import UserError
+from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
 from src.evaluation.results import Results
@@ -27,17 +29,26 @@ from src.tasks.errors import WorkersLostError, explain_errors, prefix_errors
 from src.tasks.evaluation_options import check_covers_all_images, check_evaluation_options
 from src.tasks.evaluation_output import (
     collect_results,
+    complete_comparison,
     list_skipped,
     log_skipped,
     log_start,
     log_stop,
+    one_pass_of,
     skipped_images,
     write_runs,
 )
 from src.tasks.evaluation_runs import DataModule, build_runs
-from src.tasks.resume import finished_results, open_resume_state, resume_hint
+from src.tasks.resume import (
+    check_output_folder,
+    compared_settings,
+    describe_evaluation,
+    finished_results,
+    open_resume_state,
+    resume_hint,
+)
 from src.tasks.resume_state import ResumeState
-from src.utils.instantiate import build
+from src.utils.instantiate import build, escape_interpolations
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +56,15 @@ logger = logging.getLogger(__name__)
 def evaluate(config: DictConfig) -> tuple[Results | list[Results], Munch]:
     """Results of the checkpoint `config.eval.ckpt` on the test split, with one attention or with several in one pass.
 
-    With several devices there is one process for each, and this one only watches them.
+    With several devices there is one process for each, and this one only watches them. In a notebook:
+
+        from hydra import compose, initialize_config_dir
+        with initialize_config_dir("/path/to/configs", version_base="1.3"):
+            config = compose("config", ["experiment=flowers-t2tvit-eval", "paths.output_dir=results"])
+        results, objects = evaluate(config)
 
     Args:
-        config: the composed configuration, see `configs/`.
+        config: the composed configuration, see `configs/`; `paths.output_dir` is created if need be.
 
     Returns:
         The results (rank 0 also writes them to `config.paths.output_dir`), and the objects they come from: `model`,
@@ -62,17 +78,26 @@ def evaluate(config: DictConfig) -> tuple[Results | list[Results], Munch]:
         KeyboardInterrupt: after Ctrl-C, once the results of the images so far are written.
         SystemExit: with status 1, likewise after SIGTERM.
     """
+    output_dir = _output_dir(config)
     check_evaluation_options(config)
     names = requested_attentions(config)
     run_configs = attention_configs(config, names) if names else [config]
-    results, objects = finished_results(config, run_configs), Munch()
-    if results:
-        logger.info("%s holds this evaluation, and it is finished: nothing to do.", config.paths.output_dir)
-    else:
+    with locked_folder(output_dir):
+        check_output_folder(config, run_configs)
         results, objects = launch(evaluate_runs, with_runs(config, run_configs))
-        if results is None or not results[0].complete:
-            raise SystemExit(1)  # no Exception, after which Hydra would start the next run of a multirun
+    if results is None or not results[0].complete:
+        raise SystemExit(1)  # no Exception, after which Hydra would start the next run of a multirun
     return results if names else results[0], objects
+
+
+def _output_dir(config: DictConfig) -> str:
+    try:
+        return str(config.paths.output_dir)
+    except InterpolationResolutionError as error:
+        raise UserError(
+            "Outside of run.py there is no folder for the results. Give one: compose(..., "
+            "overrides=['paths.output_dir=FOLDER', ...])."
+        ) from error
 
 
 def with_runs(config: DictConfig, run_configs: Sequence[DictConfig]) -> DictConfig:
@@ -82,18 +107,18 @@ def with_runs(config: DictConfig, run_configs: Sequence[DictConfig]) -> DictConf
     """
     common = copy.deepcopy(config)
     OmegaConf.set_struct(common, False)
-    common.eval.resume_hint = resume_hint(config)
+    common.eval.resume_hint = escape_interpolations(resume_hint(config))
     # each run has its own; an interpolation between options of the stages is valid there alone
     common.logger = common.model.t2tattn1_cfg = common.model.t2tattn2_cfg = None
     # resolved one by one, since interpolations start at the root
     content = OmegaConf.to_container(common, resolve=True)
     content["compare"] = run_configs[0] is not config
     content["runs"] = [OmegaConf.to_container(run, resolve=True) for run in run_configs]
-    return OmegaConf.create(content)
+    return OmegaConf.create(escape_interpolations(content))
 
 
 def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] | None, Munch]:
-    """Results of each run in this process; None where no image was evaluated.
+    """Results of each run in this process; None where no image was evaluated, no objects where nothing was left to do.
 
     Args:
         config: see `with_runs`.
@@ -107,7 +132,18 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
     datamodule: DataModule = build(config.datamodule, "datamodule")
     datamodule.setup("test")
     runs = build_runs(config, trainer, datamodule, fast)
-    state = open_resume_state(config, trainer, datamodule, [run.metadata for run in runs], fast)
+    metadata = [run.metadata for run in runs]
+    compared = compared_settings(config, datamodule)
+    finished = finished_results(
+        config, [describe_evaluation([each], fast, compared) for each in metadata], datamodule.on_error
+    )
+    if finished:
+        if trainer.is_global_zero:
+            complete_comparison(config, finished)
+            logger.info("%s holds this evaluation, and it is finished: nothing to do.", config.paths.output_dir)
+        return finished, Munch()
+    environment = {name: metadata[0][name] for name in ("device", "versions")}
+    state = open_resume_state(config, trainer, datamodule, describe_evaluation(metadata, fast, compared), environment)
 
     @contextmanager
     def guard(name: str | None) -> Iterator[None]:
@@ -126,12 +162,15 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
     reset_peak_memory(trainer)
     with stop_on_interrupt(state.request_stop, "batch") as interrupted:
         _test(config, trainer, task, datamodule, state)
-        peak_memory = None if config.compare else peak_memory_mib(trainer)  # that of a pass is not of one attention
-        results = collect_results(runs, task, datamodule, fast, peak_memory)
+        # the memory of a pass is not that of one attention
+        one_pass, peak_memory = (
+            (one_pass_of(runs, task, trainer), None) if config.compare else (None, peak_memory_mib(trainer))
+        )
+        results = collect_results(runs, task, datamodule, fast, peak_memory, compared, one_pass)
         if trainer.is_global_zero:
             if results is not None:
                 with _removed_at_end(state, task):
-                    write_runs(config, trainer, runs, results, task, datamodule)
+                    write_runs(config, runs, results, task, datamodule)
             log_skipped(task, datamodule)
             log_stop(task, config.eval.resume_hint)
     if interrupted.is_set():

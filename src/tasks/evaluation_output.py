@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from scatterbrain.errors import UserError
 from src.evaluation.comparison import OnePass, compare_runs
-from src.evaluation.comparison_files import print_comparison, write_comparison
+from src.evaluation.comparison_files import comparison_paths, print_comparison, write_comparison
 from src.evaluation.predictions import write_predictions
 from src.evaluation.records import summarise
 from src.evaluation.results import RESULTS_FILE, Results, skipped_info, write_results
@@ -32,6 +34,8 @@ def collect_results(
     datamodule: DataModule,
     fast: bool,
     peak_memory: float | None,
+    compared: Mapping[str, Any],
+    one_pass: OnePass | None,
 ) -> list[Results] | None:
     """Results of each run after the test; None where no image was evaluated.
 
@@ -41,6 +45,8 @@ def collect_results(
         datamodule: of the test.
         fast: whether the inference models were evaluated.
         peak_memory: of the device, MiB; None on the CPU, and where the pass had several attentions.
+        compared: see `Results`.
+        one_pass: of `eval.attentions`.
     """
     if None in task.records:
         return None
@@ -59,6 +65,8 @@ def collect_results(
             complete=not task.stopped,
             num_evaluated=len(task.evaluated),
             skipped=skipped,
+            compared=dict(compared),
+            one_pass=None if one_pass is None else dataclasses.asdict(one_pass),
             **summarise(task.records[number]),
         )
         for number, run in enumerate(runs)
@@ -67,7 +75,6 @@ def collect_results(
 
 def write_runs(
     config: DictConfig,
-    trainer: Trainer,
     runs: Sequence[EvaluationRun],
     results: Sequence[Results],
     task: ClassificationEvaluation,
@@ -98,20 +105,41 @@ def write_runs(
         else:
             written.append(run.output_dir)
     if config.compare and written and not task.stopped:
-        one_pass = OnePass(
-            attentions=len(runs),
-            forward_passes=num_forward_passes(runs),
-            seconds=task.seconds,
-            peak_memory_mib=peak_memory_mib(trainer),
-        )
-        comparison = compare_runs(written, list(failed), one_pass)
-        print_comparison(comparison, write_comparison(config.paths.output_dir, comparison))
-        logger.info("Done: %s.", one_pass.describe(results[0].data["num_images"]))
+        _compare(config, written, list(failed), results[0])
     if failed:
         raise UserError(" ".join(map(str, failed.values())))
     if not config.compare:
         Console().print(results_table(results[0], results[0].published))
         logger.info("Results: %s", runs[0].output_dir / RESULTS_FILE)
+
+
+def one_pass_of(runs: Sequence[EvaluationRun], task: ClassificationEvaluation, trainer: Trainer) -> OnePass:
+    """Duration and memory of the pass, after the test."""
+    return OnePass(
+        attentions=len(runs),
+        forward_passes=num_forward_passes(runs),
+        seconds=task.seconds,
+        peak_memory_mib=peak_memory_mib(trainer),
+    )
+
+
+def complete_comparison(config: DictConfig, results: Sequence[Results]) -> None:
+    """Compare finished runs whose process was killed before it had written the comparison.
+
+    Args:
+        config: see `evaluate.with_runs`.
+        results: of every run.
+    """
+    if config.compare and not all(path.is_file() for path in comparison_paths(config.paths.output_dir)):
+        _compare(config, [Path(run.paths.output_dir) for run in config.runs], [], results[0])
+
+
+def _compare(config: DictConfig, written: Sequence[Path], failed: Sequence[Path], first: Results) -> None:
+    one_pass = None if first.one_pass is None else OnePass(**first.one_pass)
+    comparison = compare_runs(written, failed, one_pass)
+    print_comparison(comparison, write_comparison(config.paths.output_dir, comparison))
+    if one_pass is not None:
+        logger.info("Done: %s.", one_pass.describe(first.data["num_images"]))
 
 
 def _log_metrics(run: EvaluationRun, result: Results) -> None:

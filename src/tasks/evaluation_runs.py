@@ -20,9 +20,10 @@ from src.models.t2t_vit import T2TViT
 from src.tasks.attention_info import attention_memory_fraction, attention_name, attention_options
 from src.tasks.build import build_model
 from src.tasks.classification_evaluation import MakeForward, SeededClassifier
-from src.tasks.environment import command_line, device_name, package_versions
+from src.tasks.environment import device_name, package_versions
 from src.tasks.errors import prefix_errors
 from src.tasks.forward import ForwardFactory, share_modules
+from src.utils.cli import command_line
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build_group
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -16,38 +18,80 @@ from scatterbrain.errors import UserError
 from src.evaluation.results import RESULTS_FILE, Results, read_results
 from src.tasks.evaluation_output import list_skipped
 from src.tasks.evaluation_runs import DataModule
+from src.tasks.option_changes import option_changes
 from src.tasks.resume_state import ResumeState, names_digest, resume_folder
 
 logger = logging.getLogger(__name__)
 
+_PER_ATTENTION = ("attention", "attention_options", "random_features", "seeds")
 
-def finished_results(config: DictConfig, run_configs: Sequence[DictConfig]) -> list[Results]:
-    """Results of a finished evaluation in the folder, with `eval.resume`; none where there is something to evaluate.
+
+def check_output_folder(config: DictConfig, run_configs: Sequence[DictConfig]) -> None:
+    """Refuse a folder that holds an evaluation which is not to be resumed.
 
     Args:
         config: the configuration of all.
         run_configs: that of each attention.
 
     Raises:
-        UserError: the folder holds an evaluation that is not to be resumed, or cannot be.
+        UserError: it holds results or an unfinished evaluation without `eval.resume`, or results of other attentions.
     """
     output_dir = Path(config.paths.output_dir)
     folders = [Path(run.paths.output_dir) for run in run_configs]
+    if config.eval.resume:
+        others = [path.parent for path in (output_dir / RESULTS_FILE, *output_dir.glob(f"[0-9]*/{RESULTS_FILE}"))]
+        other = next((folder for folder in others if folder not in folders and (folder / RESULTS_FILE).exists()), None)
+        if other is not None:
+            raise UserError(
+                f"{output_dir} holds an evaluation of other attentions (see {other}), but eval.attentions="
+                f"{config.eval.attentions}. Give the same to resume it, or choose another hydra.run.dir."
+            )
+        return
     found = {folder: read_results(folder) for folder in folders if (folder / RESULTS_FILE).exists()}
     complete = [folder for folder, results in found.items() if results.complete]
-    can_resume = resume_folder(output_dir).exists()
-    if config.eval.resume and len(complete) == len(folders):
-        return list(found.values())
-    if complete and not (config.eval.resume and can_resume):
+    # a killed run may have written the results of some attentions alone
+    if len(complete) == len(folders) or (complete and not resume_folder(output_dir).exists()):
         raise UserError(
             f"{complete[0]} holds the results of an earlier run. Choose another hydra.run.dir, or move them away."
         )
-    if (can_resume or found) and not config.eval.resume:
+    if found or resume_folder(output_dir).exists():
         raise UserError(
             f"{output_dir} holds an unfinished evaluation. eval.resume=true resumes it; or choose another "
             "hydra.run.dir."
         )
-    return []
+
+
+def finished_results(config: DictConfig, descriptions: Sequence[Mapping[str, Any]], on_error: str) -> list[Results]:
+    """Results of a finished evaluation in the folder, with `eval.resume`; none where there is something to evaluate.
+
+    Args:
+        config: see `evaluate.with_runs`.
+        descriptions: of each attention alone, see `describe_evaluation`.
+        on_error: of the data module.
+
+    Raises:
+        UserError: results are there of another evaluation, or of one that skipped images which are errors now.
+    """
+    if not config.eval.resume:
+        return []
+    finished = []
+    for run, description in zip(config.runs, descriptions, strict=True):
+        folder = Path(run.paths.output_dir)
+        results = read_results(folder) if (folder / RESULTS_FILE).exists() else None
+        if results is None or not results.complete:
+            continue
+        earlier = _description_of(results)
+        now = json.loads(json.dumps(description))  # as the file returns it
+        different = option_changes(earlier, {name: now.get(name) for name in earlier})
+        if different:
+            raise UserError(
+                f"{folder} holds a finished evaluation with {', '.join(different)}. Give the same to resume it, or "
+                "choose another hydra.run.dir."
+            )
+        if results.skipped is not None and results.skipped["number"] and on_error == "raise":
+            _refuse_skipped(folder, "a finished", results.skipped["images"])
+        finished.append(results)
+    return finished if len(finished) == len(config.runs) else []
 
 
 def resume_hint(config: DictConfig) -> str:
@@ -59,7 +103,11 @@ def resume_hint(config: DictConfig) -> str:
 
 
 def open_resume_state(
-    config: DictConfig, trainer: Trainer, datamodule: DataModule, metadata: Sequence[dict[str, Any]], fast: bool
+    config: DictConfig,
+    trainer: Trainer,
+    datamodule: DataModule,
+    description: Mapping[str, Any],
+    environment: Mapping[str, Any],
 ) -> ResumeState:
     """The resume state in the output folder; the data module then leaves out the batches it holds.
 
@@ -67,8 +115,8 @@ def open_resume_state(
         config: the configuration of all.
         trainer: of all.
         datamodule: its test loader is replaced where there is something to resume.
-        metadata: of the results of each attention.
-        fast: whether the inference models are evaluated.
+        description: see `describe_evaluation`.
+        environment: what may change the results in their last digits.
 
     Raises:
         UserError: it is of another evaluation, or of one that skipped images which are errors now.
@@ -76,18 +124,15 @@ def open_resume_state(
     dataset = datamodule.test_dataset
     state = ResumeState(
         config.paths.output_dir,
-        _description(config, trainer, datamodule, metadata, fast),
-        environment={name: metadata[0][name] for name in ("device", "versions")},
+        # the batches of each rank
+        {**description, "trainer.devices": trainer.world_size},
+        environment,
         rank=trainer.global_rank,
         save_seconds=config.eval.save_seconds,
     )
     if state.skipped and datamodule.on_error == "raise":
         skipped = {dataset.paths[index]: reason for index, reason in state.skipped.items()}
-        raise UserError(
-            f"{config.paths.output_dir} holds an unfinished evaluation that left out {len(skipped)} images, which "
-            f"could not be decoded: {list_skipped(skipped)}. Give datamodule.on_error=skip to resume it, or choose "
-            "another hydra.run.dir."
-        )
+        _refuse_skipped(config.paths.output_dir, "an unfinished", skipped)
     if state.num_saved:
         logger.info("Resuming the evaluation in %s.", config.paths.output_dir)
         load_all = datamodule.test_dataloader
@@ -95,30 +140,59 @@ def open_resume_state(
     return state
 
 
-def _description(
-    config: DictConfig, trainer: Trainer, datamodule: DataModule, metadata: Sequence[dict[str, Any]], fast: bool
-) -> dict[str, Any]:
-    """What has to be the same to resume: everything that results depend on."""
-    dataset, first = datamodule.test_dataset, metadata[0]
-    per_attention: dict[str, Any] = {
-        name: [each[name] for each in metadata]
-        for name in ("attention", "attention_options", "random_features", "seeds")
-    }
-    if len(metadata) == 1:
-        per_attention = {name: values[0] for name, values in per_attention.items()}
+def _refuse_skipped(folder: str | Path, which: str, skipped: Mapping[str | Path, str]) -> NoReturn:
+    raise UserError(
+        f"{folder} holds {which} evaluation that left out {len(skipped)} images, which could not be decoded: "
+        f"{list_skipped(skipped)}. Give datamodule.on_error=skip to resume it, or choose another hydra.run.dir."
+    )
+
+
+def compared_settings(config: DictConfig, datamodule: DataModule) -> dict[str, Any]:
+    """What has to be the same to resume and is no other field of `Results`."""
+    dataset = datamodule.test_dataset
     loading = ("batch_size", "interpolation", "crop_pct", "mean", "std", "num_distinct")
     options = {name: config.datamodule[name] for name in loading if name in config.datamodule}
     return {
-        "model": first["model"],
-        **per_attention,
-        "checkpoint.sha256": first["checkpoint"]["sha256"],
-        "data.split": first["data"]["split"],
-        "data.num_images": len(dataset),
         "data.names.sha256": names_digest(dataset.paths, dataset.targets),
-        "model.num_classes": first["data"]["num_classes"],
-        **{name: first[name] for name in ("image_size", "precision")},
-        "model.fast": fast,
         "eval.compile": config.eval.compile,
-        "trainer.devices": trainer.world_size,
         "datamodule": OmegaConf.to_container(OmegaConf.create(options), resolve=True),
+    }
+
+
+def _description_of(results: Results) -> dict[str, Any]:
+    """What `describe_evaluation` gave for these results, as far as their file has it."""
+    skipped = 0 if results.skipped is None else results.skipped["number"]
+    data = {**results.data, "num_images": results.data["num_images"] + skipped}
+    compared = {} if results.compared is None else results.compared
+    return _common_description({**dataclasses.asdict(results), "data": data}, results.fast, compared) | {
+        name: getattr(results, name) for name in _PER_ATTENTION
+    }
+
+
+def describe_evaluation(
+    metadata: Sequence[Mapping[str, Any]], fast: bool, compared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What has to be the same to resume: everything that results depend on.
+
+    Args:
+        metadata: of the results of each attention.
+        fast: whether the inference models are evaluated.
+        compared: see `compared_settings`.
+    """
+    per_attention: dict[str, Any] = {name: [each[name] for each in metadata] for name in _PER_ATTENTION}
+    if len(metadata) == 1:
+        per_attention = {name: values[0] for name, values in per_attention.items()}
+    return per_attention | _common_description(metadata[0], fast, compared)
+
+
+def _common_description(metadata: Mapping[str, Any], fast: bool, compared: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model": metadata["model"],
+        "checkpoint.sha256": metadata["checkpoint"]["sha256"],
+        "data.split": metadata["data"]["split"],
+        "data.num_images": metadata["data"]["num_images"],
+        "model.num_classes": metadata["data"]["num_classes"],
+        **{name: metadata[name] for name in ("image_size", "precision")},
+        "model.fast": fast,
+        **compared,
     }

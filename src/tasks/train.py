@@ -14,6 +14,7 @@ from rich.console import Console
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
 from src.evaluation.training_summary import (
@@ -28,7 +29,6 @@ from src.tasks.attention_info import attention_name
 from src.tasks.build import build_model
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.environment import (
-    command_line,
     device_name,
     package_versions,
     peak_memory_mib,
@@ -40,6 +40,7 @@ from src.tasks.optimization import make_scheduler, optimizer_factory
 from src.tasks.training_checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, LastCheckpoint, TrainingStopped
 from src.tasks.training_options import averages_weights, check_covers_whole_training, check_training_options
 from src.tasks.training_resume import checkpoint_to_resume, compared_options, keep_logged_metrics, read_earlier
+from src.utils.cli import command_line
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
 
@@ -67,7 +68,8 @@ def train(config: DictConfig) -> tuple[TrainingSummary, Munch]:
     if config.train.ema_decay is None and "ema" in config.callbacks:
         config = config.copy()
         config.callbacks.ema = None
-    return launch(_train, config)
+    with locked_folder(config.paths.output_dir):
+        return launch(_train, config)
 
 
 def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch]:

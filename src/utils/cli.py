@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -14,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from scatterbrain.errors import UserError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# What is reported by its message alone; anything else is a bug.
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError)
 # Whether the user requested tracebacks; set by `run_cli`, which changes the environment variable for Hydra.
 _show_traceback = False
 
@@ -51,6 +56,9 @@ def describe(error: Exception) -> str:
         return _describe_config_key(cause)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be used ({error.strerror}). Check the path, its permissions and its disk."
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"A file or connection cannot be used ({reason}). {FULL_ERROR}=1 shows which, with the traceback."
     return " ".join(str(error).split())
 
 
@@ -99,8 +107,14 @@ def run_cli(main: Callable[[], None], argv: list[str]) -> int:
             if argument.startswith("="):  # Hydra's parser reads it as a group without a name
                 raise UserError(f"Cannot read '{argument}'. Give options as option=value.")
         main()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+    except USER_ERRORS as error:
         report(error)
+        return 1
+    except ValueError as error:
+        if "Config group override must be" not in str(error):  # Hydra's only check that is no HydraException
+            raise
+        nulls = ", ".join(argument for argument in argv[1:] if argument.endswith("=null"))
+        report(UserError(f"{nulls}: a group cannot be null. Leave it out, or choose one of its files (see --help)."))
         return 1
     except SystemExit as end:  # argparse, for an unknown flag: usage and one line
         return 1 if end.code == 2 else int(end.code or 0)
@@ -112,6 +126,18 @@ def run_cli(main: Callable[[], None], argv: list[str]) -> int:
         else:
             os.environ[FULL_ERROR] = before
     return 0
+
+
+def command_line() -> str:
+    """The command that was run, quoted for a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def replace_what_cannot_be_encoded() -> None:
+    """Let stdout and stderr print `?` for a character that the terminal's encoding lacks, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _without_yaml(argument: str) -> str:

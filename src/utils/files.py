@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import IO, Any
 from scatterbrain.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+# names of the temporary files of `atomic_write`
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextlib.contextmanager
@@ -42,7 +45,7 @@ def atomic_write(
         The open file.
 
     Raises:
-        UserError: the folder does not exist or cannot be written to, or `path` is a folder.
+        UserError: the folder does not exist or cannot be written to, `path` is a folder, or the disk is full.
         ValueError: another mode, or a text option with `"wb"`.
     """
     if mode not in ("w", "wb"):
@@ -71,10 +74,19 @@ def atomic_write(
             # Without it a crash of the machine could leave an empty file under the new name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # an interrupt must not leave the temporary file behind either
+    except BaseException as error:  # an interrupt must not leave the temporary file behind either
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.strerror is not None and error.filename in (None, str(temporary)):
+            raise UserError(f"{path} cannot be written ({error.strerror}). Check the disk and its quota.") from error
         raise
+
+
+def remove_temporary_files(folder: str | os.PathLike[str]) -> None:
+    """Remove what `atomic_write` left in a folder and its subfolders where its process was killed."""
+    for path in Path(folder).rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def name_for_json(path: str | os.PathLike[str]) -> str:

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from scatterbrain.errors import UserError
+
+
+def escape_interpolations(content: Any) -> Any:
+    """The content with each `${` in its strings escaped, so that OmegaConf reads the strings as they are.
+
+    Args:
+        content: a string, or nested dicts and lists that are resolved already.
+    """
+    if isinstance(content, dict):
+        return {key: escape_interpolations(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [escape_interpolations(value) for value in content]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", content) if isinstance(content, str) else content
+
+
+def _instantiate(config: DictConfig, **options: Any) -> Any:
+    """`hydra.utils.instantiate`, which resolves values twice, on a config whose values are resolved once."""
+    content = OmegaConf.to_container(config, resolve=True)
+    return hydra.utils.instantiate(escape_interpolations(escape_interpolations(content)), **options)
 
 
 def build(config: DictConfig, group: str, **objects: Any) -> Any:
@@ -25,7 +45,7 @@ def build(config: DictConfig, group: str, **objects: Any) -> Any:
         UserError: the object refuses its arguments; the message is its own.
     """
     try:
-        return hydra.utils.instantiate(config, **objects)
+        return _instantiate(config, **objects)
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
@@ -48,7 +68,7 @@ def build_later(config: DictConfig, group: str, **changes: Any) -> Callable[...,
         UserError: from the function, where it refuses its arguments.
     """
     # the objects it is applied to must not pass through the instantiation, which copies
-    partial = hydra.utils.instantiate(config, _partial_=True, **changes)
+    partial = _instantiate(config, _partial_=True, **changes)
 
     @functools.wraps(partial.func)
     def make(*arguments: Any, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,12 @@ def train_until_killed(content: dict[str, Any], number: int) -> None:
 
     torch.save = half
     train(OmegaConf.create(content))
+
+
+def hold_folder(connection: Connection, folder: Path) -> None:
+    """Hold an output folder until killed."""
+    from src.distributed.folder_lock import locked_folder
+
+    with locked_folder(folder):
+        connection.send("held")
+        time.sleep(600)

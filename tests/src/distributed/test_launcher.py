@@ -40,6 +40,9 @@ def test_how_a_process_was_started(monkeypatch, variables, launch):
     [
         ({name: value for name, value in TORCHRUN.items() if name != "RANK"}, "The variable RANK is not set."),
         (SLURM | {"SLURM_PROCID": "first"}, "'first'"),
+        (SLURM | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 and SLURM_NTASKS=4 of SLURM do not fit"),
+        (TORCHRUN | {"RANK": "5"}, "RANK=5 and WORLD_SIZE=4 of torchrun do not fit"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is not a whole number"),
     ],
 )
 def test_variables_that_are_not_valid(monkeypatch, variables, words):

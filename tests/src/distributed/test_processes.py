@@ -7,10 +7,13 @@ import time
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from scatterbrain.errors import UserError
+from src.distributed import launch
 from src.distributed.processes import ProcessError, run_processes
 from tests.src.distributed.process_functions import fail_in_one, report_rank
+from tests.src.tasks.setup import compose_config
 
 
 def test_rank_0_answers_and_the_environment_stays_as_it_was():
@@ -19,6 +22,15 @@ def test_rank_0_answers_and_the_environment_stays_as_it_was():
     assert (word, rank, threads) == ("hello", "0", max(1, torch.get_num_threads() // 2))
     assert port.isdigit()
     assert dict(os.environ) == before
+
+
+def test_values_of_a_configuration_are_resolved_once(monkeypatch, tmp_path):
+    """Further processes see the strings of this one, also where they look like interpolations."""
+    config = compose_config(["trainer.accelerator=cpu", "trainer.devices=2"], tmp_path)
+    config.name = "\\${oc.env:HOME}"
+    monkeypatch.setattr(launch, "run_processes", lambda function, number, work, content, *rest: content)
+    content, _ = launch.launch(None, config)
+    assert OmegaConf.create(content).name == "${oc.env:HOME}"
 
 
 @pytest.mark.parametrize(

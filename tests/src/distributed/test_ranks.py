@@ -17,7 +17,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import run
+from scatterbrain.errors import UserError
+from src.distributed import ranks
 from src.distributed.failed_jobs import ERROR_FILE, FailedJobs
+from src.distributed.launcher import Launch
 from src.tasks.evaluate import evaluate
 from tests.src.tasks.setup import (
     assert_same_evaluation,
@@ -41,6 +44,7 @@ from scatterbrain.errors import UserError
 
 kind = sys.argv[1]
 ranks.GRACE_SECONDS, ranks.ARRIVAL_SECONDS = 0.5, 1.5 if kind == "missing" else 60.0
+ranks.NOTICE_SECONDS = 0.5 if kind == "missing" else 60.0
 
 
 def work(processes):
@@ -139,9 +143,23 @@ def test_rank_0_is_killed():
 
 
 def test_a_rank_that_never_arrives():
-    statuses, _, errors = run_program("missing", started=1)
-    assert (statuses, len(errors)) == ([1], 1)
-    assert errors[0].startswith("Error: 1 of 2 processes have arrived after 2 s. Start all of them")
+    (process,) = slurm_tasks([sys.executable, "-c", PROGRAM, "missing"], 2, started=1)
+    notice, error = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == 1
+    assert notice == "Waiting for 1 of 2 processes. Giving up 2 s after the start."
+    assert error.startswith("Error: 1 of 2 processes have arrived after 2 s. Start all of them")
+
+
+def test_an_address_that_does_not_answer(monkeypatch, capfd):
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(ranks, "ARRIVAL_SECONDS", 2.0)
+    monkeypatch.setattr(ranks, "NOTICE_SECONDS", 0.3)
+    with pytest.raises(UserError, match=rf"Process 1 of 2 cannot reach the others at 127.0.0.1:{port}"):
+        ranks._open_store(Launch("torchrun", 1, 2, 1))
+    notice = f"Process 1 of 2 waits for process 0 at MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}. Giving up 2 s after"
+    assert notice in capfd.readouterr().err
 
 
 # The command

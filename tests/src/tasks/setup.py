@@ -138,7 +138,7 @@ def assert_same_evaluation(ours: Path, theirs: Path) -> None:
         [
             line
             for line in (folder / "results.json").read_text().splitlines()
-            if not line.startswith(('  "images_per_second"', '  "seconds"', '  "command"'))
+            if not line.lstrip().startswith(('"images_per_second"', '"seconds"', '"command"'))
         ]
         for folder in (ours, theirs)
     ]

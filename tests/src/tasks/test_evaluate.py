@@ -18,12 +18,13 @@ import src.distributed.trainer as trainer_module
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
 from src.evaluation.predictions import read_predictions
+from src.evaluation.results import read_results
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.evaluate import evaluate
 from src.utils.files import sha256_of_file
 from tests.src.tasks.conftest import NUM_IMAGES
-from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES
+from tests.src.tasks.setup import IMAGE_SIZE, NUM_CLASSES, compose_config, overrides
 
 CONTRACT = {
     *("model", "attention", "checkpoint", "data", "image_size", "precision", "device", "seeds", "top1", "top5", "loss"),
@@ -440,3 +441,16 @@ def test_other_errors_stay_as_they_are(evaluation, monkeypatch):
     monkeypatch.setattr(SeededClassifier, "step", fail)
     with pytest.raises(RuntimeError, match=r"^a bug$"):
         evaluate(evaluation("t2t_vit_7"))
+
+
+def test_a_notebook(data, checkpoints, shallow, tmp_path):
+    """Without Hydra's command line: the folder is an option, checked before the work and created."""
+    arguments = overrides(data, checkpoints["t2t_vit_7"], "t2t_vit_7")
+    with pytest.raises(UserError, match=r"Outside of run.py .* overrides=\['paths.output_dir=FOLDER'"):
+        evaluate(compose_config(arguments))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be written to \(Not a directory\)"):
+        evaluate(compose_config([*arguments, f"paths.output_dir={tmp_path}/file/run"]))
+    results, objects = evaluate(compose_config([*arguments, f"paths.output_dir={tmp_path}/new/run"]))
+    assert results == read_results(tmp_path / "new" / "run")
+    assert set(objects) == {"model", "datamodule", "task", "trainer"}

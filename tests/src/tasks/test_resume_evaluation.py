@@ -151,6 +151,38 @@ def test_several_attentions(evaluation, interrupt, resume, decoded, tmp_path):
     again, objects = resume(**options)
     assert not objects
     assert again == results
+    for names, message in (
+        ("[sblocal,full]", r"0 holds a finished evaluation with attention=full \(now sblocal\)"),
+        ("[full]", r"of other attentions \(see .*1\), but eval.attentions=\['full'\]"),
+        ("null", r"of other attentions \(see .*0\), but eval.attentions=None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resume(**options | {"eval__attentions": names, "model___t2tattn_cfg": "full" if names == "null" else None})
+
+
+@pytest.mark.parametrize("left", [1, 2], ids=["results", "comparison"])
+def test_a_process_that_is_killed_while_it_writes(evaluation, resume, monkeypatch, tmp_path, left):
+    """Between the results of two attentions, and in the comparison: what is missing is completed."""
+    options = {"eval__attentions": "[full,sblocal]", "datamodule__batch_size": 4}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    evaluate(evaluation("t2t_vit_t_14", "whole", **options))
+    shutil.copytree(whole, run)
+    written = ["1/results.json", "comparison.json", "comparison.md", "comparison.png"]
+    for name in written[left - 1 :]:
+        (run / name).unlink()
+    # as `atomic_write` names what it has not finished
+    for name in (".comparison.png.0123456789ab.tmp", "1/.results.json.0123456789ab.tmp"):
+        (run / name).write_text("half")
+    results, _ = resume("t2t_vit_t_14", **options)
+    assert [each.complete for each in results] == [True, True]
+    for number in range(2):
+        assert_same_evaluation(run / str(number), whole / str(number))
+    assert {path.relative_to(run) for path in contents_of(run)} >= {
+        path.relative_to(whole) for path in contents_of(whole)
+    }
+    assert not list(run.rglob("*.tmp"))
+    if left == 2:
+        assert (run / "comparison.json").read_bytes() == (whole / "comparison.json").read_bytes()
 
 
 def test_a_signal_that_ends_the_decoding_processes_too(evaluation, monkeypatch, resume, decoded, tmp_path, caplog):
@@ -214,7 +246,7 @@ def rename_one(data: Path) -> None:
     image.rename(image.with_name("0000.png"))
 
 
-@pytest.mark.parametrize(
+OTHERS = pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"eval__ckpt": "other"}, r"with checkpoint.sha256=\w+ \(now \w+\). Give the same"),
@@ -231,24 +263,48 @@ def rename_one(data: Path) -> None:
     ],
     ids=str,
 )
-def test_another_evaluation_is_not_resumed(interrupt, resume, checkpoints, tmp_path, changes, message):
-    interrupt(2, **OPTIONS)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def with_inputs(changes: dict[str, object], checkpoints: dict[str, Path], tmp_path: Path) -> dict[str, object]:
+    """The changes, with other weights and images where they name some."""
     if "eval__ckpt" in changes:
         weights = torch.load(checkpoints["t2t_vit_t_14"], weights_only=True)
         weights["state_dict_ema"]["head.bias"] += 1
         torch.save(weights, tmp_path / "other.pth")
-        changes = {"eval__ckpt": tmp_path / "other.pth"}
-    elif changes.get("data") == "fewer":
-        changes = {"data": make_images(tmp_path / "fewer", 9)}
-    elif changes.get("data") == "renamed":
+        return {"eval__ckpt": tmp_path / "other.pth"}
+    if changes.get("data") == "fewer":
+        return {"data": make_images(tmp_path / "fewer", 9)}
+    if changes.get("data") == "renamed":
         changes = {"data": make_images(tmp_path / "renamed", NUM_IMAGES)}
         rename_one(changes["data"])
+    return changes
+
+
+def contents_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@OTHERS
+def test_another_evaluation_is_not_resumed(interrupt, resume, checkpoints, tmp_path, changes, message):
+    interrupt(2, **OPTIONS)
+    before = contents_of(tmp_path / "run")
     with pytest.raises(UserError, match=f"run holds an unfinished evaluation {message}") as caught:
-        resume(**{**OPTIONS, **changes})
+        resume(**{**OPTIONS, **with_inputs(changes, checkpoints, tmp_path)})
     assert "\n" not in str(caught.value)
-    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert before.items() <= after.items()
+    assert before.items() <= contents_of(tmp_path / "run").items()
+
+
+def test_another_evaluation_does_not_pass_for_a_finished_one(evaluation, resume, checkpoints, tmp_path):
+    evaluate(evaluation("t2t_vit_t_14", **OPTIONS))
+    before = contents_of(tmp_path / "run")
+    for changes, message in OTHERS.args[1]:
+        with pytest.raises(UserError, match=f"run holds a finished evaluation {message}") as caught:
+            resume(**{**OPTIONS, **with_inputs(changes, checkpoints, tmp_path)})
+        assert "\n" not in str(caught.value)
+    for changes in ({"eval__attentions": "[full]"}, {"eval__attentions": "[performer,full]"}):
+        with pytest.raises(UserError, match=r"holds an evaluation of other attentions .* but eval.attentions=\['"):
+            resume(**{"datamodule__batch_size": 2, **changes})
+    assert contents_of(tmp_path / "run") == before
 
 
 def test_a_moved_evaluation_resumes(evaluation, interrupt, resume, data, checkpoints, tmp_path):

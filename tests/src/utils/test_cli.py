@@ -51,6 +51,12 @@ def test_an_error_of_the_file_system_names_the_file(capsys):
     assert "/logs/x cannot be used (Permission denied)" in capsys.readouterr().err
 
 
+def test_an_error_of_the_file_system_without_a_file(capsys):
+    assert run_cli(failing(ConnectionResetError(104, "Connection reset by peer")), ["run.py"]) == 1
+    expected = "Error: A file or connection cannot be used (Connection reset by peer). HYDRA_FULL_ERROR=1 shows which"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_our_own_mistakes_are_raised():
     with pytest.raises(ZeroDivisionError):
         run_cli(failing(ZeroDivisionError()), ["run.py"])

@@ -57,6 +57,19 @@ def test_failed_rename_leaves_no_temporary(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with (
+        pytest.raises(UserError, match=r"file cannot be written \(No space left on device\)"),
+        atomic_write(tmp_path / "file") as file,
+    ):
+        file.write("x")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.name != "posix", reason="umask is of POSIX")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
 def test_permissions_follow_the_umask(tmp_path, umask, mode):
