@@ -24,7 +24,7 @@ from scatterbrain.ops.clusters import (
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
-from scatterbrain.ops.common.inputs import check_window
+from scatterbrain.ops.common.inputs import check_window, query_lengths
 
 
 class ClusterAttention(AttentionModule):
@@ -178,7 +178,7 @@ class PairedClusterAttention(AttentionModule):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return paired_landmark_attention(
             *(query, key, value, self.num_landmarks, self.num_query_landmarks, self.num_exact),
-            query_lengths=_query_lengths(query, key, options["key_lengths"]),
+            query_lengths=query_lengths(query, key, options["key_lengths"]),
             num_steps=self.num_steps,
             value_weight=self.value_weight,
             **options,
@@ -186,18 +186,13 @@ class PairedClusterAttention(AttentionModule):
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         scale, key_lengths = options["scale"], options["key_lengths"]
-        query_lengths = _query_lengths(query, key, key_lengths)
+        lengths = query_lengths(query, key, key_lengths)
         keys = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
-        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, query_lengths)
+        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, lengths)
         return naive_paired_landmark_attention(
-            query, key, value, keys, queries, self.num_exact, scale, key_lengths, query_lengths
+            query, key, value, keys, queries, self.num_exact, scale, key_lengths, lengths
         )[1]
 
 
 # Elements of a summary: a mean key, a mean value and a mass, for heads of width 64.
 SUMMARY_SIZE = 2 * 64 + 1
-
-
-def _query_lengths(query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor | None:
-    """Lengths of the queries of self-attention, whose padding must not move a centroid; None for cross-attention."""
-    return key_lengths if query.shape[2] == key.shape[2] else None

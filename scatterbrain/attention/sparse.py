@@ -19,7 +19,7 @@ from scatterbrain.attention.random_features import RandomFeatureAttention, even_
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import check_inputs, default_scale
+from scatterbrain.ops.common.inputs import check_inputs, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Support
@@ -119,9 +119,10 @@ class SparseAttention(AttentionModule):
         if backend == "naive":
             del options["dropout_p"]
             return self._naive(query, key, value, **options)[0].to(query.dtype)
-        support = self.source(query, key, options["key_lengths"])
-        features = self._log_features(query, key, scale)
-        return support_attention(query, key, value, support, log_features=features, **options)
+        rows = visible_rows(query, key, value, scale, options["is_causal"], options["key_lengths"])
+        support = self.source(rows.query, rows.key, options["key_lengths"])
+        features = self._log_features(rows.query, rows.key, scale)
+        return rows.mark(support_attention(*rows[:3], support, log_features=features, **options))[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return self._naive(query, key, value, **options)[1]
@@ -129,10 +130,11 @@ class SparseAttention(AttentionModule):
     def _naive(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **options
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = visible_rows(query, key, value, scale, options["is_causal"], options["key_lengths"])
+        query, key, value, _ = rows
         support = self.source(query, key, options["key_lengths"]).dense(query.shape[2], key.shape[2])
-        return naive_support_attention(
-            query, key, value, support, scale, self._low_rank_logits(query, key, scale), **options
-        )
+        low_rank = self._low_rank_logits(query, key, scale)
+        return rows.mark(*naive_support_attention(query, key, value, support, scale, low_rank, **options))
 
 
 class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):

@@ -13,7 +13,7 @@ from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_c
 from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, gather_rows, tile_budget
 
 
@@ -82,6 +82,8 @@ def paired_landmark_attention(
             query, key, value, key_labels, query_labels, num_exact, scale, key_lengths, query_lengths
         )
         return out.to(query.dtype)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    query, key, value, _ = rows
     with torch.autocast(query.device.type, enabled=False):
         dtype, (batch, heads) = accumulation_dtype(query.dtype), query.shape[:2]
         centred = valid_points(query, query_lengths).expand(query.shape[:3])
@@ -98,7 +100,7 @@ def paired_landmark_attention(
         size = max(1, tile_budget(query) // largest)
         slices = zip(*(x.split(size) for x in flat), strict=True)
         out = torch.cat([_paired(*each, num_landmarks, num_exact, scale, dropout_p) for each in slices])
-        return out.unflatten(0, (batch, heads)).to(query.dtype)
+        return rows.mark(out.unflatten(0, (batch, heads)).to(query.dtype))[0]
 
 
 def _paired(
@@ -115,8 +117,6 @@ def _paired(
 ) -> torch.Tensor:
     """Output (G, T, D) of paired landmarks over (G, N, width) sequences with `means` (G, Q, E) of the queries."""
     hidden = (key_labels < 0).unsqueeze(-1)
-    # hidden keys and values may hold any value, and 0 * inf is nan
-    key, value = (x.masked_fill(hidden, 0.0) for x in (key, value))
     seen = (key @ (scale * means).transpose(1, 2)).masked_fill(hidden, -math.inf)  # (G, S, Q)
     exact = None
     if num_exact:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.common.windows import window_bounds
+
+# Under a mask, rows beyond these bounds count as not finite. Their products and sums, relative to the finite stand-in
+# FLOOR for -inf, would be nan, also with a weight of zero: norm of a query or key times sqrt(s), and size of a value.
+LARGEST_NORM, LARGEST_VALUE = 1e14, 1e30
 
 
 def check_inputs(
@@ -71,6 +79,87 @@ def default_scale(query: torch.Tensor, scale: float | None) -> float:
 def length_mask(key_lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
     """Boolean (B, S), true for the keys j < key_lengths[b]."""
     return torch.arange(num_keys, device=key_lengths.device) < key_lengths[:, None]
+
+
+def query_lengths(query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor | None:
+    """Lengths of the queries of self-attention, whose padding must not influence other queries; None for others."""
+    return key_lengths if query.shape[2] == key.shape[2] else None
+
+
+class VisibleRows(NamedTuple):
+    """Queries, keys and values without what is hidden, see `visible_rows`.
+
+    Attributes:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        broken: boolean (B, H, T, 1), queries that are not finite or see a key or value that is not; None without a
+            mask.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    broken: torch.Tensor | None
+
+    def mark(self, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Results (B, H, T, any width), nan for the broken queries."""
+        if self.broken is None:
+            return results
+        return tuple(x.masked_fill(self.broken, math.nan) for x in results)
+
+
+def visible_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    window: int | None = None,
+) -> VisibleRows:
+    """Queries, keys and values in which hidden rows are zero, so that they have no influence, whatever they hold.
+
+    A weight of zero does not hide a row: 0 * nan is nan, in sums and in gradients. Keys and values beyond `key_lengths`
+    become zero. So do rows that are not finite where only some queries see them: queries, and with `is_causal` keys and
+    values. `VisibleRows.mark` then sets the outputs that depend on them to nan. Without a mask nothing changes.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        scale: softmax scale.
+        is_causal: hide the keys j > i.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        window: width W of the window that all visible keys lie in; None for none.
+    """
+    if not is_causal and key_lengths is None:
+        return VisibleRows(query, key, value, None)
+    if key_lengths is not None:
+        hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    largest_norm = LARGEST_NORM / math.sqrt(scale)
+    broken = ~_is_bounded(query, 2, largest_norm)
+    query = query.masked_fill(broken, 0.0)
+    if is_causal:
+        bad = ~(_is_bounded(key, 2, largest_norm) & _is_bounded(value, math.inf, LARGEST_VALUE))
+        key, value = key.masked_fill(bad, 0.0), value.masked_fill(bad, 0.0)
+        # number of such keys that each query sees
+        count = bad.cumsum(2)
+        last = torch.arange(query.shape[2], device=key.device)
+        seen = count[:, :, last.clamp_max(key.shape[2] - 1)]
+        if window is not None:
+            before = last - window_bounds(window)[0] - 1
+            earlier = count[:, :, before.clamp(0, key.shape[2] - 1)]
+            seen = seen - earlier.masked_fill((before < 0)[:, None], 0)
+        broken = broken | (seen > 0)
+    return VisibleRows(query, key, value, broken)
+
+
+def _is_bounded(x: torch.Tensor, order: float, bound: float) -> torch.Tensor:
+    """Boolean (B, H, N, 1), true for the rows of (B, H, N, E) with a norm below `bound`; false for nan."""
+    dtype = accumulation_dtype(x.dtype)
+    return torch.linalg.vector_norm(x.detach(), order, dim=-1, keepdim=True, dtype=dtype) < bound
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
 from scatterbrain.ops.full.naive import naive_full_attention
 from scatterbrain.ops.full.sdpa import sdpa_full_attention
 
@@ -46,4 +46,5 @@ def full_attention(
     scale = default_scale(query, scale)
     if choose_backend(backend) == "naive":
         return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)
-    return sdpa_full_attention(query, key, value, scale, is_causal, key_lengths, dropout_p)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    return rows.mark(sdpa_full_attention(*rows[:3], scale, is_causal, key_lengths, dropout_p))[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale, visible_rows
 from scatterbrain.ops.local.naive import naive_local_attention
 from scatterbrain.ops.scatterbrain import triton as fused
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
@@ -60,4 +60,5 @@ def local_attention(
     options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}
     if backend == "triton":
         return fused.attention(query, key, value, window, **options)
-    return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)
+    rows = visible_rows(query, key, value, window=window, **options)
+    return rows.mark(blocked_attention(*rows[:3], window, dropout_p=dropout_p, **options))[0]

@@ -6,7 +6,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
 from scatterbrain.ops.performer.linear import linear_performer_attention
 from scatterbrain.ops.performer.naive import naive_performer_attention
 from scatterbrain.ops.scatterbrain import triton as fused
@@ -67,6 +67,9 @@ def performer_attention(
     options = {"scale": scale, "projection": projection, "is_causal": is_causal, "key_lengths": key_lengths}
     if backend == "triton":
         return fused.attention(query, key, value, 0, eps=eps, **options)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
     if is_causal:
-        return blocked_attention(query, key, value, 0, dropout_p=dropout_p, **options)
-    return linear_performer_attention(query, key, value, projection, scale, key_lengths, dropout_p, eps)
+        out = blocked_attention(*rows[:3], 0, dropout_p=dropout_p, **options)
+    else:
+        out = linear_performer_attention(*rows[:3], projection, scale, key_lengths, dropout_p, eps)
+    return rows.mark(out)[0]
