@@ -63,6 +63,7 @@ def landmark_attention(
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+    num_landmarks = min(num_landmarks, key.shape[2])
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)

@@ -77,6 +77,8 @@ def paired_landmark_attention(
     backend = choose_backend(backend)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
+    num_landmarks, num_exact = (min(number, key.shape[2]) for number in (num_landmarks, num_exact))
+    num_query_landmarks = min(num_query_landmarks, query.shape[2])
     if backend == "naive":
         out, _ = naive_paired_landmark_attention(
             query, key, value, key_labels, query_labels, num_exact, scale, key_lengths, query_lengths

@@ -175,6 +175,8 @@ def blocked_attention(
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
     """
+    # A window of twice the sequence holds every key; tiles grow with its width.
+    window = min(window, 2 * max(query.shape[2], key.shape[2]))
     with torch.autocast(query.device.type, enabled=False):
         return _blocked(
             query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p
