@@ -11,7 +11,7 @@ from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
-from scatterbrain.ops.common.numerics import accumulation_dtype
+from scatterbrain.ops.common.numerics import accumulation_dtype, at_most
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
@@ -63,7 +63,7 @@ def landmark_attention(
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
-    num_landmarks = min(num_landmarks, key.shape[2])
+    num_landmarks = at_most(num_landmarks, key.shape[2])
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)

@@ -14,7 +14,7 @@ from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
-from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, gather_rows, tile_budget
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, at_most, gather_rows, tile_budget
 
 
 def paired_landmark_attention(
@@ -77,8 +77,8 @@ def paired_landmark_attention(
     backend = choose_backend(backend)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
-    num_landmarks, num_exact = (min(number, key.shape[2]) for number in (num_landmarks, num_exact))
-    num_query_landmarks = min(num_query_landmarks, query.shape[2])
+    num_landmarks, num_exact = (at_most(number, key.shape[2]) for number in (num_landmarks, num_exact))
+    num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
     if backend == "naive":
         out, _ = naive_paired_landmark_attention(
             query, key, value, key_labels, query_labels, num_exact, scale, key_lengths, query_lengths
