@@ -51,8 +51,12 @@ class SupportSource(nn.Module):
         """Draw what is random in the support again, in place; nothing where nothing is."""
 
 
+# Supports that a module keeps: more than the lengths that a network alternates between.
+MAX_CACHED_SUPPORTS = 8
+
+
 class FixedSupport(SupportSource):
-    """Base of the supports that depend on the lengths alone: cached, one for each pair of lengths and device."""
+    """Base of the supports that depend on the lengths alone: the last ones are kept, by lengths and device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,9 +69,14 @@ class FixedSupport(SupportSource):
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The support for the lengths of these queries and keys."""
         place = (query.shape[2], key.shape[2], query.device)
-        if place not in self._cache:
-            self._cache[place] = self.make(*place[:2]).to(query.device)
-        return self._cache[place]
+        support = self._cache.pop(place, None)
+        if support is None:
+            support = self.make(*place[:2]).to(query.device)
+            while len(self._cache) >= MAX_CACHED_SUPPORTS:
+                # the one whose last use is longest ago: dictionaries keep the order of insertion
+                del self._cache[next(iter(self._cache))]
+        self._cache[place] = support
+        return support
 
 
 class SparseAttention(AttentionModule):
