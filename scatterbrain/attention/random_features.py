@@ -11,7 +11,6 @@ import torch
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number, did_you_mean
 from scatterbrain.ops.common.features import centre_and_balance, check_centre
-from scatterbrain.ops.common.inputs import check_inputs
 from scatterbrain.ops.common.projection import draw_projection
 
 
@@ -115,7 +114,6 @@ class RandomFeatureAttention(AttentionModule):
         """Queries and keys of the same softmax attention, with less variance of their features."""
         if not self.features.use_statistics:
             return query, key
-        check_inputs(query, key, value, key_lengths)
         return centre_and_balance(query, key, self.features.centre, self.features.balance, key_lengths)
 
     @torch.no_grad()

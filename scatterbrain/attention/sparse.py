@@ -19,7 +19,7 @@ from scatterbrain.attention.random_features import RandomFeatureAttention, even_
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import check_inputs, default_scale, visible_rows
+from scatterbrain.ops.common.inputs import default_scale, visible_rows
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Support
@@ -122,7 +122,6 @@ class SparseAttention(AttentionModule):
         return None
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        check_inputs(query, key, value, options["key_lengths"])
         backend = choose_backend(options.pop("backend"))
         options["scale"] = scale = default_scale(query, options["scale"])
         if backend == "naive":

@@ -10,7 +10,7 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
 from scatterbrain.ops.common.numerics import accumulation_dtype, at_most
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
@@ -56,12 +56,14 @@ def landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     check_dropout(dropout_p)
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
+    if not len(query):
+        return empty_output(query, key, value)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     num_landmarks = at_most(num_landmarks, key.shape[2])
     if backend == "naive":

@@ -13,7 +13,7 @@ from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_c
 from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
 from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, at_most, gather_rows, tile_budget
 
 
@@ -63,7 +63,7 @@ def paired_landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
         raise UserError(
             f"query_lengths has to be integers of shape ({len(query)},), one for each sample, got "
@@ -75,6 +75,8 @@ def paired_landmark_attention(
         raise UserError(f"num_exact={num_exact!r} is not a number of keys; give an integer of at least 0.")
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
+    if not len(query):
+        return empty_output(query, key, value)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
     num_landmarks, num_exact = (at_most(number, key.shape[2]) for number in (num_landmarks, num_exact))

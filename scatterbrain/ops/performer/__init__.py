@@ -6,7 +6,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, visible_rows
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
 from scatterbrain.ops.performer.linear import linear_performer_attention
 from scatterbrain.ops.performer.naive import naive_performer_attention
 from scatterbrain.ops.scatterbrain import triton as fused
@@ -49,7 +49,7 @@ def performer_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths, projection)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
@@ -60,6 +60,8 @@ def performer_attention(
         unsupported=fused.unsupported(query, value, projection, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value, projection),
     )
+    if not len(query):
+        return empty_output(query, key, value)
     if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
         return out.to(query.dtype)

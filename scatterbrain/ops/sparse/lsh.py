@@ -129,7 +129,7 @@ def smyrf_support(
     Raises:
         UserError: shapes or sizes that do not fit.
     """
-    check_inputs(query, key, key, key_lengths)
+    query, key, _, key_lengths = check_inputs(query, key, key, key_lengths)
     check_whole_number("cluster_size", cluster_size, 1)
     width = query.shape[-1]
     if projection.dim() != 2 or projection.shape[1] != width + 2 or not len(projection):
@@ -196,7 +196,7 @@ def reformer_support(
     Raises:
         UserError: shapes or sizes that do not fit.
     """
-    check_inputs(query, key, key, key_lengths)
+    query, key, _, key_lengths = check_inputs(query, key, key, key_lengths)
     check_whole_number("bucket_size", bucket_size, 1)
     width = query.shape[-1]
     if rotations.dim() != 3 or rotations.shape[1] != width or not rotations.numel():
