@@ -26,7 +26,7 @@ from scatterbrain.attention.random_features import option_parameters
 from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
-from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError, check_whole_number, did_you_mean
 from scatterbrain.ops.common.budget import block_for, budget_columns, features_for, keys_for
 from scatterbrain.ops.sparse.lsh import num_reformer_buckets
 
@@ -37,6 +37,8 @@ COMPARED = ("full", "local", "performer", "sblocal")
 # Defaults of the published configurations: hashes, and blocks of a sliding window or of a local group.
 NUM_HASHES = 2
 NUM_WINDOW_BLOCKS = 3
+# Integer options without a minimum of 1.
+MAY_BE_ZERO = ("num_exact", "num_steps")
 # Share of exact keys in what a query cluster of paired clusters sees: more increases the error on T2T-ViT.
 EXACT_SHARE = 1 / 8
 
@@ -177,6 +179,9 @@ def create_attention(
         wanted = parameters[name].annotation if name in parameters else ""
         if wanted in ("int", "int | None") and (isinstance(value, bool) or not isinstance(value, int)):
             raise UserError(f"{name}={value!r} of attention '{config_name}' has to be an integer.")
+        # before the budget divides by them
+        if wanted in ("int", "int | None") and name != "seed":
+            check_whole_number(name, value, 0 if name in MAY_BE_ZERO else 1)
     if kind.fit is not None:
         columns = budget_columns(sequence_length, memory_fraction)
         arguments = kind.fit(columns, sequence_length, options) | arguments
@@ -193,5 +198,9 @@ def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
 
     Returns:
         Fraction in (0, 1].
+
+    Raises:
+        UserError: a length below 1.
     """
+    check_whole_number("sequence_length", sequence_length, 1)
     return min(1.0, attention.memory_columns(sequence_length) / sequence_length)

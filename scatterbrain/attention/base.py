@@ -6,7 +6,14 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import check_dropout, default_scale
+from scatterbrain.ops.common.inputs import (
+    check_dropout,
+    check_inputs,
+    check_scale,
+    check_tensors,
+    default_scale,
+    empty_output,
+)
 
 
 class AttentionModule(nn.Module):
@@ -33,10 +40,8 @@ class AttentionModule(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if softmax_temp is not None and not softmax_temp > 0:
-            raise UserError(f"softmax_temp={softmax_temp} has to be positive; leave it out for E ** -0.5.")
         check_dropout(attention_dropout)
-        self.softmax_temp = softmax_temp
+        self.softmax_temp = None if softmax_temp is None else check_scale("softmax_temp", softmax_temp)
         self.causal = causal
         self.attention_dropout = attention_dropout
         self.backend = backend
@@ -55,7 +60,8 @@ class AttentionModule(nn.Module):
             query: (B, T, H, E).
             key: (B, S, H, E).
             value: (B, S, H, D).
-            key_lengths: (B,) integers, number of keys of each sample; the rest is padding. None for all.
+            key_lengths: (B,) integers, a tensor or a list: number of keys of each sample; the rest is padding. None for
+                all.
             need_weights: also return the dense weights, without dropout. Takes O(T S) memory.
 
         Returns:
@@ -64,7 +70,14 @@ class AttentionModule(nn.Module):
         Raises:
             UserError: shapes, dtypes or options that do not fit.
         """
+        check_tensors(query=query, key=key, value=value)
+        if min(x.dim() for x in (query, key, value)) < 3:
+            raise UserError("query, key and value have to be tensors of four dimensions (B, length, H, width).")
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+        if not len(query):
+            weights = query.new_zeros(*query.shape[:3], key.shape[2]) if need_weights else None
+            return empty_output(query, key, value).transpose(1, 2), weights
         query, key = self._prepare(query, key, value, key_lengths)
         options = {"is_causal": self.causal, "key_lengths": key_lengths, "scale": self.softmax_temp}
         dropout_p = self.attention_dropout if self.training else 0.0

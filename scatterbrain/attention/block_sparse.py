@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.attention.sparse import FixedSupport, SparseAttention, SparseLowRankAttention
+from scatterbrain.errors import check_whole_number
 from scatterbrain.ops.sparse.block_sparse import block_layout, keys_per_query, layout_support
 from scatterbrain.ops.sparse.supports import Support
 
@@ -27,6 +28,7 @@ class BlockLayout(FixedSupport):
 
     def __init__(self, layout: str, block: int, seed: int = 0, **options: int) -> None:
         super().__init__()
+        check_whole_number("block", block, 1)
         self.layout, self.block, self.seed, self.options = layout, block, seed, options
         self._layout(block, block)  # refuse now what does not fit
 
@@ -36,7 +38,9 @@ class BlockLayout(FixedSupport):
 
     def make(self, num_queries: int, num_keys: int) -> Support:
         """The support of the layout for these lengths."""
-        return layout_support(self._layout(num_queries, num_keys), self.block, num_queries, num_keys)
+        # a tile is as long as a block, also where the sequence is shorter
+        block = min(self.block, max(num_queries, num_keys))
+        return layout_support(self._layout(num_queries, num_keys), block, num_queries, num_keys)
 
     def sizes(self) -> dict[str, int]:
         """Tokens of a block."""

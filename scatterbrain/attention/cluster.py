@@ -12,10 +12,12 @@ place of a random one; see `scatterbrain.ops.clusters`. Linear in time and memor
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from scatterbrain.attention.base import AttentionModule, refuse_causal
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_whole_number, is_number
 from scatterbrain.ops.clusters import (
     assign_key_clusters,
     assign_query_clusters,
@@ -24,7 +26,7 @@ from scatterbrain.ops.clusters import (
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
-from scatterbrain.ops.common.inputs import check_window
+from scatterbrain.ops.common.inputs import check_window, query_lengths
 
 
 class ClusterAttention(AttentionModule):
@@ -57,11 +59,7 @@ class ClusterAttention(AttentionModule):
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
         refuse_causal(self, causal)
-        if num_landmarks < 1 or num_steps < 0 or not value_weight >= 0:
-            raise UserError(
-                f"num_landmarks={num_landmarks} has to be at least 1, num_steps={num_steps} and "
-                f"value_weight={value_weight} at least 0."
-            )
+        _check_sizes(value_weight, num_landmarks=num_landmarks, num_steps=num_steps)
         self.num_landmarks, self.num_steps, self.value_weight = num_landmarks, num_steps, value_weight
 
     def sizes(self) -> dict[str, int]:
@@ -157,11 +155,8 @@ class PairedClusterAttention(AttentionModule):
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
         refuse_causal(self, causal)
-        if min(num_landmarks, num_query_landmarks) < 1 or min(num_exact, num_steps) < 0 or not value_weight >= 0:
-            raise UserError(
-                f"num_landmarks={num_landmarks} and num_query_landmarks={num_query_landmarks} have to be at least 1, "
-                f"num_exact={num_exact}, num_steps={num_steps} and value_weight={value_weight} at least 0."
-            )
+        sizes = {"num_landmarks": num_landmarks, "num_query_landmarks": num_query_landmarks}
+        _check_sizes(value_weight, **sizes, num_exact=num_exact, num_steps=num_steps)
         self.num_landmarks, self.num_query_landmarks, self.num_exact = num_landmarks, num_query_landmarks, num_exact
         self.num_steps, self.value_weight = num_steps, value_weight
 
@@ -178,7 +173,7 @@ class PairedClusterAttention(AttentionModule):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return paired_landmark_attention(
             *(query, key, value, self.num_landmarks, self.num_query_landmarks, self.num_exact),
-            query_lengths=_query_lengths(query, key, options["key_lengths"]),
+            query_lengths=query_lengths(query, key, options["key_lengths"]),
             num_steps=self.num_steps,
             value_weight=self.value_weight,
             **options,
@@ -186,18 +181,25 @@ class PairedClusterAttention(AttentionModule):
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         scale, key_lengths = options["scale"], options["key_lengths"]
-        query_lengths = _query_lengths(query, key, key_lengths)
+        lengths = query_lengths(query, key, key_lengths)
         keys = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
-        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, query_lengths)
+        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, lengths)
         return naive_paired_landmark_attention(
-            query, key, value, keys, queries, self.num_exact, scale, key_lengths, query_lengths
+            query, key, value, keys, queries, self.num_exact, scale, key_lengths, lengths
         )[1]
+
+
+def _check_sizes(value_weight: float, **sizes: int) -> None:
+    """Check sizes of at least 1, or 0 for `num_exact` and `num_steps`, and the weight of the values.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    for name, size in sizes.items():
+        check_whole_number(name, size, 0 if name in ("num_exact", "num_steps") else 1)
+    if not is_number(value_weight) or not 0 <= value_weight < math.inf:
+        raise UserError(f"value_weight={value_weight!r} has to be a number of at least 0; 0 clusters the keys alone.")
 
 
 # Elements of a summary: a mean key, a mean value and a mass, for heads of width 64.
 SUMMARY_SIZE = 2 * 64 + 1
-
-
-def _query_lengths(query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor | None:
-    """Lengths of the queries of self-attention, whose padding must not move a centroid; None for cross-attention."""
-    return key_lengths if query.shape[2] == key.shape[2] else None

@@ -40,8 +40,9 @@ class CombinationAttention(AttentionModule):
         outputs, weights = zip(
             *(part(query, key, value, key_lengths, need_weights) for part in self.parts), strict=True
         )
-        mean = sum(weights) / len(weights) if need_weights else None
-        return sum(outputs) / len(outputs), mean
+        # divided first: a sum may overflow where the mean does not
+        mean = sum(each / len(weights) for each in weights) if need_weights else None
+        return sum(each / len(outputs) for each in outputs), mean
 
     def sizes(self) -> dict[str, int]:
         """Those of all parts."""

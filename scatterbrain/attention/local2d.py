@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from scatterbrain.attention.sparse import FixedSupport, SparseAttention, SparseLowRankAttention
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.sparse.supports import Support
 from scatterbrain.ops.sparse.window2d import neighbourhood_shape, neighbourhood_support
 
@@ -24,6 +24,8 @@ class Neighbourhood(FixedSupport):
 
     def __init__(self, num_neighbours: int, image_width: int | None = None) -> None:
         super().__init__()
+        if image_width is not None:
+            check_whole_number("image_width", image_width, 1)
         self.num_neighbours, self.image_width = num_neighbours, image_width
         self.shape = neighbourhood_shape(num_neighbours)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.attention.random_features import RandomFeatureAttention, default_num_features
+from scatterbrain.errors import check_whole_number
 from scatterbrain.ops.performer import naive_performer_attention, performer_attention
 
 
@@ -40,7 +41,9 @@ class PerformerAttention(RandomFeatureAttention):
         backend: str = "auto",
         **features: str | bool,
     ) -> None:
+        check_whole_number("dim_heads", dim_heads, 1)
         nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
+        check_whole_number("nb_features", nb_features, 1)
         super().__init__(dim_heads, nb_features, softmax_temp, causal, seed, attention_dropout, backend, **features)
 
     def sizes(self) -> dict[str, int]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from scatterbrain.attention.base import AttentionModule
-from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError, check_whole_number, did_you_mean
 from scatterbrain.ops.common.features import centre_and_balance, check_centre
-from scatterbrain.ops.common.inputs import check_inputs
 from scatterbrain.ops.common.projection import draw_projection
 
 
@@ -115,7 +114,6 @@ class RandomFeatureAttention(AttentionModule):
         """Queries and keys of the same softmax attention, with less variance of their features."""
         if not self.features.use_statistics:
             return query, key
-        check_inputs(query, key, value, key_lengths)
         return centre_and_balance(query, key, self.features.centre, self.features.balance, key_lengths)
 
     @torch.no_grad()
@@ -134,7 +132,9 @@ def even_features(dim_heads: int, nb_features: int | None) -> int:
     Raises:
         UserError: odd, or none at all.
     """
+    check_whole_number("dim_heads", dim_heads, 1)
     nb_features = default_num_features(dim_heads) if nb_features is None else nb_features
+    check_whole_number("nb_features", nb_features, 0)
     if nb_features < 2 or nb_features % 2:
         raise UserError(
             f"nb_features={nb_features} has to be an even number of at least 2: each random projection gives two."

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from scatterbrain.attention.sparse import SparseAttention, SupportSource
 from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.common.inputs import length_mask, query_lengths
+from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.sparse.lsh import draw_reformer_rotations, reformer_support
 from scatterbrain.ops.sparse.supports import Support
 
@@ -48,7 +50,8 @@ class ReformerBuckets(SupportSource):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The chunks of these queries and keys."""
-        support = reformer_support(query, key, self.projection_matrix, self.bucket_size, key_lengths)
+        lengths = key_lengths, query_lengths(query, key, key_lengths)
+        support = reformer_support(query, key, self.projection_matrix, self.bucket_size, *lengths)
         if not self.leave_out_self:
             return support
         rounds = []
@@ -122,12 +125,12 @@ class ReformerAttention(SparseAttention):
         self.source.redraw(seed)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        return super()._attend(query, self._keys(query, key), value, **options)
+        return super()._attend(query, self._keys(query, key, options["key_lengths"]), value, **options)
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        return super()._weights(query, self._keys(query, key), value, **options)
+        return super()._weights(query, self._keys(query, key, options["key_lengths"]), value, **options)
 
-    def _keys(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def _keys(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor:
         if not self.shared_qk:
             return key
         if query.shape != key.shape:
@@ -135,5 +138,9 @@ class ReformerAttention(SparseAttention):
                 f"Reformer shares queries and keys: query {tuple(query.shape)} and key {tuple(key.shape)} have to be "
                 "of one shape. shared_qk=False takes keys of another length."
             )
-        # in float32: autocast would leave float32 keys beside queries of half precision
-        return F.normalize(query.float(), dim=-1).to(query.dtype)
+        if key_lengths is not None:
+            # padding may hold any value, and the gradient of the norm of nan is nan
+            hidden = ~length_mask(key_lengths, query.shape[2])[:, None, :, None]
+            query = query.masked_fill(hidden, 0.0)
+        # not in half precision; autocast would leave float32 keys beside queries of half precision
+        return F.normalize(query.to(accumulation_dtype(query.dtype)), dim=-1).to(query.dtype)

@@ -11,6 +11,7 @@ import torch
 
 from scatterbrain.attention.sparse import SparseAttention, SparseLowRankAttention, SupportSource
 from scatterbrain.errors import check_whole_number
+from scatterbrain.ops.common.inputs import query_lengths
 from scatterbrain.ops.sparse.lsh import draw_smyrf_projection, smyrf_support
 from scatterbrain.ops.sparse.supports import Support
 
@@ -39,7 +40,8 @@ class SmyrfClusters(SupportSource):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The clusters of these queries and keys."""
-        return smyrf_support(query, key, self.projection_matrix, self.cluster_size, key_lengths)
+        lengths = key_lengths, query_lengths(query, key, key_lengths)
+        return smyrf_support(query, key, self.projection_matrix, self.cluster_size, *lengths)
 
     def sizes(self) -> dict[str, int]:
         """Cluster size and number of hashes."""

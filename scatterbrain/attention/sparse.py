@@ -19,7 +19,7 @@ from scatterbrain.attention.random_features import RandomFeatureAttention, even_
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.dense import dense_low_rank_logits
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import check_inputs, default_scale
+from scatterbrain.ops.common.inputs import default_scale, visible_rows
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.sparse.naive import naive_support_attention
 from scatterbrain.ops.sparse.supports import Support
@@ -51,8 +51,12 @@ class SupportSource(nn.Module):
         """Draw what is random in the support again, in place; nothing where nothing is."""
 
 
+# Supports that a module keeps: more than the lengths that a network alternates between.
+MAX_CACHED_SUPPORTS = 8
+
+
 class FixedSupport(SupportSource):
-    """Base of the supports that depend on the lengths alone: cached, one for each pair of lengths and device."""
+    """Base of the supports that depend on the lengths alone: the last ones are kept, by lengths and device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,9 +69,14 @@ class FixedSupport(SupportSource):
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The support for the lengths of these queries and keys."""
         place = (query.shape[2], key.shape[2], query.device)
-        if place not in self._cache:
-            self._cache[place] = self.make(*place[:2]).to(query.device)
-        return self._cache[place]
+        support = self._cache.pop(place, None)
+        if support is None:
+            support = self.make(*place[:2]).to(query.device)
+            while len(self._cache) >= MAX_CACHED_SUPPORTS:
+                # the one whose last use is longest ago: dictionaries keep the order of insertion
+                del self._cache[next(iter(self._cache))]
+        self._cache[place] = support
+        return support
 
 
 class SparseAttention(AttentionModule):
@@ -113,15 +122,15 @@ class SparseAttention(AttentionModule):
         return None
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        check_inputs(query, key, value, options["key_lengths"])
         backend = choose_backend(options.pop("backend"))
         options["scale"] = scale = default_scale(query, options["scale"])
         if backend == "naive":
             del options["dropout_p"]
             return self._naive(query, key, value, **options)[0].to(query.dtype)
-        support = self.source(query, key, options["key_lengths"])
-        features = self._log_features(query, key, scale)
-        return support_attention(query, key, value, support, log_features=features, **options)
+        rows = visible_rows(query, key, value, scale, options["is_causal"], options["key_lengths"])
+        support = self.source(rows.query, rows.key, options["key_lengths"])
+        features = self._log_features(rows.query, rows.key, scale)
+        return rows.mark(support_attention(*rows[:3], support, log_features=features, **options))[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return self._naive(query, key, value, **options)[1]
@@ -129,10 +138,11 @@ class SparseAttention(AttentionModule):
     def _naive(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **options
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = visible_rows(query, key, value, scale, options["is_causal"], options["key_lengths"])
+        query, key, value, _ = rows
         support = self.source(query, key, options["key_lengths"]).dense(query.shape[2], key.shape[2])
-        return naive_support_attention(
-            query, key, value, support, scale, self._low_rank_logits(query, key, scale), **options
-        )
+        low_rank = self._low_rank_logits(query, key, scale)
+        return rows.mark(*naive_support_attention(query, key, value, support, scale, low_rank, **options))
 
 
 class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):

@@ -8,7 +8,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.inputs import length_mask
-from scatterbrain.ops.common.numerics import accumulation_dtype, gather_rows, tile_budget
+from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, gather_rows, tile_budget
 
 
 def assign_clusters(
@@ -120,6 +120,8 @@ def nearest_centroids(
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
     batch, heads, length, _ = points.shape
+    # every point is a cluster then
+    num_clusters = at_most(num_clusters, length)
     # as many sequences at a time as the budget of tiles allows
     size = max(1, tile_budget(points) // (length * num_clusters))
     with torch.no_grad(), torch.autocast(points.device.type, enabled=False):

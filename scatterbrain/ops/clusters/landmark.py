@@ -10,8 +10,8 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
-from scatterbrain.ops.common.numerics import accumulation_dtype
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
+from scatterbrain.ops.common.numerics import accumulation_dtype, at_most
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
@@ -56,29 +56,32 @@ def landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     check_dropout(dropout_p)
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
+    if not len(query):
+        return empty_output(query, key, value)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+    num_landmarks = at_most(num_landmarks, key.shape[2])
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
     with torch.autocast(query.device.type, enabled=False):
-        log_features = log_landmark_features(query, key, assignment, num_landmarks, scale)
+        log_features = log_landmark_features(rows.query, rows.key, assignment, num_landmarks, scale)
     # The bound that `blocked_attention` requires of features holds for any width: s q.c_b is the mean of a cluster's
     # logits, so it is the logarithm of a weight outside the window, or at most that of an exact weight inside it.
-    return blocked_attention(
-        query,
-        key,
-        value,
+    out = blocked_attention(
+        *rows[:3],
         window,
         scale=scale,
         log_features=log_features,
         key_lengths=key_lengths,
         dropout_p=dropout_p,
     )
+    return rows.mark(out)[0]
 
 
 def log_landmark_features(

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from scatterbrain.ops.common.inputs import visible_rows
+
 
 def naive_landmark_attention(
     query: torch.Tensor,
@@ -28,6 +30,8 @@ def naive_landmark_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
     """
     query, key, value = (x.double() for x in (query, key, value))
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     in_window = (-(window // 2) <= j - i) & (j - i < (window + 1) // 2)  # [T, S]
@@ -38,7 +42,7 @@ def naive_landmark_attention(
         centroids = torch.where(members, mean, centroids)
     exact = scale * query @ key.transpose(-2, -1)
     low_rank = scale * query @ centroids.transpose(-2, -1)
-    return _attend(torch.where(in_window, exact, low_rank), value, _visible(key, key_lengths))
+    return rows.mark(*_attend(torch.where(in_window, exact, low_rank), value, _visible(key, key_lengths)))
 
 
 def naive_paired_landmark_attention(
@@ -66,6 +70,8 @@ def naive_paired_landmark_attention(
         query_lengths: (B,) integers; queries i >= query_lengths[b] do not enter the means p_a. None for all.
     """
     query, key, value = (x.double() for x in (query, key, value))
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     visible = _visible(key, key_lengths)  # [B or 1, 1, 1, S]
     counted = _visible(query, query_lengths).squeeze(2)  # [B or 1, 1, T]
     exact = scale * query @ key.transpose(-2, -1)
@@ -84,7 +90,7 @@ def naive_paired_landmark_attention(
             c = p_logits.masked_fill(~keys, -1e300).softmax(-1) @ key  # [B, H, 1, E]
             of_cluster = torch.where(keys, p_logits + scale * (query - p) @ c.transpose(-2, -1), of_cluster)
         logits = torch.where((query_assignment == a).unsqueeze(-1), of_cluster, logits)
-    return _attend(logits, value, visible)
+    return rows.mark(*_attend(logits, value, visible))
 
 
 def _visible(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

@@ -13,8 +13,8 @@ from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_c
 from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
-from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, gather_rows, tile_budget
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, at_most, gather_rows, tile_budget
 
 
 def paired_landmark_attention(
@@ -63,7 +63,7 @@ def paired_landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
         raise UserError(
             f"query_lengths has to be integers of shape ({len(query)},), one for each sample, got "
@@ -75,13 +75,19 @@ def paired_landmark_attention(
         raise UserError(f"num_exact={num_exact!r} is not a number of keys; give an integer of at least 0.")
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
+    if not len(query):
+        return empty_output(query, key, value)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
+    num_landmarks, num_exact = (at_most(number, key.shape[2]) for number in (num_landmarks, num_exact))
+    num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
     if backend == "naive":
         out, _ = naive_paired_landmark_attention(
             query, key, value, key_labels, query_labels, num_exact, scale, key_lengths, query_lengths
         )
         return out.to(query.dtype)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    query, key, value, _ = rows
     with torch.autocast(query.device.type, enabled=False):
         dtype, (batch, heads) = accumulation_dtype(query.dtype), query.shape[:2]
         centred = valid_points(query, query_lengths).expand(query.shape[:3])
@@ -98,7 +104,7 @@ def paired_landmark_attention(
         size = max(1, tile_budget(query) // largest)
         slices = zip(*(x.split(size) for x in flat), strict=True)
         out = torch.cat([_paired(*each, num_landmarks, num_exact, scale, dropout_p) for each in slices])
-        return out.unflatten(0, (batch, heads)).to(query.dtype)
+        return rows.mark(out.unflatten(0, (batch, heads)).to(query.dtype))[0]
 
 
 def _paired(
@@ -115,8 +121,6 @@ def _paired(
 ) -> torch.Tensor:
     """Output (G, T, D) of paired landmarks over (G, N, width) sequences with `means` (G, Q, E) of the queries."""
     hidden = (key_labels < 0).unsqueeze(-1)
-    # hidden keys and values may hold any value, and 0 * inf is nan
-    key, value = (x.masked_fill(hidden, 0.0) for x in (key, value))
     seen = (key @ (scale * means).transpose(1, 2)).masked_fill(hidden, -math.inf)  # (G, S, Q)
     exact = None
     if num_exact:

@@ -9,7 +9,9 @@ hashes with clusters of 49 keys.
 
 from __future__ import annotations
 
-from scatterbrain.errors import UserError
+import math
+
+from scatterbrain.errors import UserError, is_number
 
 
 def budget_columns(sequence_length: int, memory_fraction: float) -> float:
@@ -22,9 +24,9 @@ def budget_columns(sequence_length: int, memory_fraction: float) -> float:
     Raises:
         UserError: a value out of range.
     """
-    if sequence_length < 1:
-        raise UserError(f"sequence_length={sequence_length} has to be at least 1.")
-    if not 0 < memory_fraction <= 1:
+    if not is_number(sequence_length) or not 1 <= sequence_length < math.inf:
+        raise UserError(f"sequence_length={sequence_length!r} has to be at least 1.")
+    if not is_number(memory_fraction) or not 0 < memory_fraction <= 1:
         raise UserError(f"memory_fraction={memory_fraction} has to lie in (0, 1]; the published value is 1/32.")
     return sequence_length * memory_fraction
 

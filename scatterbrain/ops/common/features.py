@@ -25,7 +25,7 @@ import math
 import torch
 
 from scatterbrain.errors import UserError, did_you_mean
-from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.inputs import length_mask, query_lengths
 from scatterbrain.ops.common.numerics import accumulation_dtype
 
 CENTRES = ("none", "keys", "both")
@@ -113,14 +113,14 @@ def centre_and_balance(
     if centre == "none" and not balance:
         return query, key
     dtype = query.dtype
-    query_lengths = key_lengths if query.shape[2] == key.shape[2] else None
+    lengths = query_lengths(query, key, key_lengths)
     with torch.autocast(query.device.type, enabled=False):
         q, k = (x.to(accumulation_dtype(dtype)) for x in (query, key))
         key_mean = torch.zeros_like(k[:, :, :1]) if centre == "none" else _visible_mean(k, key_lengths)
-        query_mean = _visible_mean(q, query_lengths) if centre == "both" else torch.zeros_like(q[:, :, :1])
+        query_mean = _visible_mean(q, lengths) if centre == "both" else torch.zeros_like(q[:, :, :1])
         k = k - key_mean
         if balance:
-            moments = _second_moment(q - query_mean, query_lengths), _second_moment(k, key_lengths)
+            moments = _second_moment(q - query_mean, lengths), _second_moment(k, key_lengths)
             matrix, inverse = (x.to(q.dtype) for x in balancing(*moments))
             q, k, query_mean = q @ matrix, k @ inverse, query_mean @ matrix
         k = k - query_mean

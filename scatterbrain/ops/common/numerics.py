@@ -20,6 +20,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def at_most(size: int, length: int) -> int:
+    """`size`, or `length` if that is less; unlike `min`, an integer also where export has a symbol for the length."""
+    return length if size > length else size
+
+
 def tile_budget(x: torch.Tensor) -> int:
     """Number of elements of the tiles that are computed at a time: a CPU's cache; on a GPU, few kernel launches."""
     return 1 << 18 if x.device.type == "cpu" else 1 << 26

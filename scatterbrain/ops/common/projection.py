@@ -46,7 +46,7 @@ def draw_projection(
     Raises:
         UserError: a size below 1, or an unknown `row_norm` or `coupling`.
     """
-    if num_rows < 1 or dim < 1:
+    if not isinstance(num_rows, int) or not isinstance(dim, int) or num_rows < 1 or dim < 1:
         raise UserError(f"A projection of {num_rows} rows of width {dim} is empty; both have to be at least 1.")
     check_coupling(coupling)
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
 from scatterbrain.ops.full.naive import naive_full_attention
 from scatterbrain.ops.full.sdpa import sdpa_full_attention
 
@@ -41,9 +41,13 @@ def full_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
-    if choose_backend(backend) == "naive":
+    backend = choose_backend(backend)
+    if not len(query):
+        return empty_output(query, key, value)
+    if backend == "naive":
         return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)
-    return sdpa_full_attention(query, key, value, scale, is_causal, key_lengths, dropout_p)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    return rows.mark(sdpa_full_attention(*rows[:3], scale, is_causal, key_lengths, dropout_p))[0]

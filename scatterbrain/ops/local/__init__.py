@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
+from scatterbrain.ops.common.inputs import (
+    check_dropout,
+    check_inputs,
+    check_window,
+    default_scale,
+    empty_output,
+    visible_rows,
+)
 from scatterbrain.ops.local.naive import naive_local_attention
 from scatterbrain.ops.scatterbrain import triton as fused
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
@@ -45,7 +52,7 @@ def local_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
@@ -55,9 +62,12 @@ def local_attention(
         unsupported=fused.unsupported(query, value, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value),
     )
+    if not len(query):
+        return empty_output(query, key, value)
     if backend == "naive":
         return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)
     options = {"scale": scale, "is_causal": is_causal, "key_lengths": key_lengths}
     if backend == "triton":
         return fused.attention(query, key, value, window, **options)
-    return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)
+    rows = visible_rows(query, key, value, window=window, **options)
+    return rows.mark(blocked_attention(*rows[:3], window, dropout_p=dropout_p, **options))[0]

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from scatterbrain.ops.common.inputs import visible_rows
+
 
 def naive_local_attention(
     query: torch.Tensor,
@@ -28,6 +30,8 @@ def naive_local_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
     """
     query, key, value = (x.double() for x in (query, key, value))
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths, window)
+    query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     visible = (-(window // 2) <= j - i) & (j - i < (window + 1) // 2)  # [T, S]
@@ -37,4 +41,4 @@ def naive_local_attention(
         visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
     logits = (scale * query @ key.transpose(-2, -1)).masked_fill(~visible, -math.inf)
     weights = logits.softmax(-1).masked_fill(~visible, 0.0)  # zero, not nan, for a query that sees no key
-    return weights @ value, weights
+    return rows.mark(weights @ value, weights)

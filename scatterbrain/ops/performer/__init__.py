@@ -6,7 +6,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
 from scatterbrain.ops.performer.linear import linear_performer_attention
 from scatterbrain.ops.performer.naive import naive_performer_attention
 from scatterbrain.ops.scatterbrain import triton as fused
@@ -49,7 +49,7 @@ def performer_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths, projection)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
@@ -60,6 +60,8 @@ def performer_attention(
         unsupported=fused.unsupported(query, value, projection, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value, projection),
     )
+    if not len(query):
+        return empty_output(query, key, value)
     if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)
         return out.to(query.dtype)
@@ -67,6 +69,9 @@ def performer_attention(
     options = {"scale": scale, "projection": projection, "is_causal": is_causal, "key_lengths": key_lengths}
     if backend == "triton":
         return fused.attention(query, key, value, 0, eps=eps, **options)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
     if is_causal:
-        return blocked_attention(query, key, value, 0, dropout_p=dropout_p, **options)
-    return linear_performer_attention(query, key, value, projection, scale, key_lengths, dropout_p, eps)
+        out = blocked_attention(*rows[:3], 0, dropout_p=dropout_p, **options)
+    else:
+        out = linear_performer_attention(*rows[:3], projection, scale, key_lengths, dropout_p, eps)
+    return rows.mark(out)[0]

@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from scatterbrain.ops.common.inputs import visible_rows
+
 
 def naive_performer_attention(
     query: torch.Tensor,
@@ -36,6 +38,8 @@ def naive_performer_attention(
         eps: added to the normaliser.
     """
     query, key, value, projection = (x.double() for x in (query, key, value, projection))
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     visible = (j <= i) if is_causal else torch.ones(len(i), len(j), dtype=torch.bool, device=query.device)  # [T, S]
@@ -54,4 +58,4 @@ def naive_performer_attention(
     logits = logits.masked_fill(~visible, -math.inf)
     normaliser = torch.logaddexp(logits.logsumexp(-1, keepdim=True), logits.new_tensor(eps).log())
     weights = (logits - normaliser).exp().masked_fill(~visible, 0.0)  # zero, not nan, for a query that sees no key
-    return weights @ value, weights
+    return rows.mark(weights @ value, weights)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, check_window, default_scale
+from scatterbrain.ops.common.inputs import (
+    check_dropout,
+    check_inputs,
+    check_window,
+    default_scale,
+    empty_output,
+    visible_rows,
+)
 from scatterbrain.ops.scatterbrain import triton as fused
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 from scatterbrain.ops.scatterbrain.naive import naive_scatterbrain_attention
@@ -53,7 +60,7 @@ def scatterbrain_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    check_inputs(query, key, value, key_lengths, projection)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection)
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
@@ -63,6 +70,8 @@ def scatterbrain_attention(
         unsupported=fused.unsupported(query, value, projection, cosh=True, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value, projection, cosh=True),
     )
+    if not len(query):
+        return empty_output(query, key, value)
     if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
         return out.to(query.dtype)
@@ -75,4 +84,5 @@ def scatterbrain_attention(
     }
     if backend == "triton":
         return fused.attention(query, key, value, window, **options)
-    return blocked_attention(query, key, value, window, dropout_p=dropout_p, **options)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    return rows.mark(blocked_attention(*rows[:3], window, dropout_p=dropout_p, **options))[0]

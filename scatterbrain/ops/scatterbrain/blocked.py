@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.inputs import length_mask
-from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, tile_budget
+from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, at_most, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
 
 
@@ -175,6 +175,8 @@ def blocked_attention(
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
     """
+    # A window of twice the sequence holds every key; tiles grow with its width.
+    window = at_most(window, 2 * max(query.shape[2], key.shape[2]))
     with torch.autocast(query.device.type, enabled=False):
         return _blocked(
             query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p

@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from scatterbrain.ops.common.inputs import visible_rows
+
 
 def naive_scatterbrain_attention(
     query: torch.Tensor,
@@ -37,6 +39,8 @@ def naive_scatterbrain_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
     """
     query, key, value, projection = (x.double() for x in (query, key, value, projection))
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     in_window = (-(window // 2) <= j - i) & (j - i < (window + 1) // 2)  # [T, S]
@@ -56,4 +60,4 @@ def naive_scatterbrain_attention(
 
     logits = torch.where(in_window, exact, low_rank).masked_fill(~visible, -math.inf)
     weights = logits.softmax(-1).masked_fill(~visible, 0.0)  # zero, not nan, for a query that sees no key
-    return weights @ value, weights
+    return rows.mark(weights @ value, weights)

@@ -8,8 +8,10 @@ and let the queries of a cluster see the keys of the cluster of the same number;
 - Reformer: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020. The hash is the nearest of a
   set of random directions; a cluster also sees the cluster before it.
 
-A list of N tokens is cut at the ranks `c N // n`, so cluster sizes differ by at most one. Padding is in no cluster.
-With fewer visible keys than n, neighbouring clusters share a key: a query has no key only in a sample without keys.
+A list of N tokens is cut at the ranks `c N // n`, so cluster sizes differ by at most one. Padding of keys is in no
+cluster. Queries that are padding are sorted and cut on their own, so that they move no other query; with them, a
+cluster may have one query more. With fewer visible keys than n, neighbouring clusters share a key: a query has no key
+only in a sample without keys.
 
 A pair that several hashes find is in the support once, in the round of the first: later rounds exclude it, given the
 ranks of the keys under an earlier hash and the range of ranks that each query saw. Time and memory are O(T L) for each
@@ -97,6 +99,7 @@ def smyrf_support(
     projection: torch.Tensor,
     cluster_size: int,
     key_lengths: torch.Tensor | None = None,
+    query_lengths: torch.Tensor | None = None,
 ) -> Support:
     """Support of SMYRF: clusters of queries and keys with similar random projections.
 
@@ -116,15 +119,17 @@ def smyrf_support(
         cluster_size: keys of a cluster. The number of clusters is n = ceil(S / cluster_size), of queries as of keys.
         key_lengths: (B,); keys j >= key_lengths[b] are in no cluster. None for all. The visible keys of each sample
             are shared by all n clusters.
+        query_lengths: (B,); queries i >= query_lengths[b] are padding, which does not influence the clusters of other
+            queries. None for no padding.
 
     Returns:
-        Support over G = B * H sequences with C = ceil(T / n) and L = ceil(S / n). Each query is in exactly one tile
-        of each round; ties keep the order of the positions.
+        Support over G = B * H sequences with C = ceil(T / n), or one more with `query_lengths`, and L = ceil(S / n).
+        Each query is in exactly one tile of each round; ties keep the order of the positions.
 
     Raises:
         UserError: shapes or sizes that do not fit.
     """
-    check_inputs(query, key, key, key_lengths)
+    query, key, _, key_lengths = check_inputs(query, key, key, key_lengths)
     check_whole_number("cluster_size", cluster_size, 1)
     width = query.shape[-1]
     if projection.dim() != 2 or projection.shape[1] != width + 2 or not len(projection):
@@ -134,9 +139,10 @@ def smyrf_support(
         )
     query, key = _flat_single(query), _flat_single(key)
     lengths, padding = _lengths_and_padding(key, key_lengths)
+    queries, query_padding = _lengths_and_padding(query, query_lengths)
     query_norms, key_norms = (torch.linalg.vector_norm(x, dim=-1).square() for x in (query, key))
     # padding must not change the clusters
-    key_norms = key_norms.masked_fill(padding, 0.0)
+    query_norms, key_norms = query_norms.masked_fill(query_padding, 0.0), key_norms.masked_fill(padding, 0.0)
     largest = query_norms.amax(-1, keepdim=True) + key_norms.amax(-1, keepdim=True)
     query_added, key_added = (largest - query_norms).sqrt(), (largest - key_norms).sqrt()
 
@@ -146,8 +152,9 @@ def smyrf_support(
             query_hash = query @ row[:-2] + query_added * row[-1]
             key_hash = key @ row[:-2] + key_added * row[-2]
             key_hash = key_hash.masked_fill(padding, torch.inf)
-            orders.append((query_hash.argsort(dim=-1, stable=True), key_hash.argsort(dim=-1, stable=True)))
-    return _clustered_support(orders, cluster_size, lengths, look_back=0)
+            query_order = _padding_last(query_hash.argsort(dim=-1, stable=True), query_lengths, query_padding)
+            orders.append((query_order, key_hash.argsort(dim=-1, stable=True)))
+    return _clustered_support(orders, cluster_size, queries, lengths, 0, query_lengths is not None)
 
 
 @torch.no_grad()
@@ -157,6 +164,7 @@ def reformer_support(
     rotations: torch.Tensor,
     bucket_size: int,
     key_lengths: torch.Tensor | None = None,
+    query_lengths: torch.Tensor | None = None,
 ) -> Support:
     """Support of Reformer: chunks of queries and keys in the order of their buckets, and the chunk before.
 
@@ -178,15 +186,17 @@ def reformer_support(
             n = ceil(S / bucket_size), of queries as of keys, whatever the number of buckets.
         key_lengths: (B,); keys j >= key_lengths[b] are in no chunk. None for all. The visible keys of each sample
             are shared by all n chunks.
+        query_lengths: (B,); queries i >= query_lengths[b] are padding, which does not influence the chunks of other
+            queries. None for no padding.
 
     Returns:
-        Support over G = B * H sequences with C = ceil(T / n) and L = min(S, ceil(2 S / n)). Each query is in exactly
-        one tile of each round.
+        Support over G = B * H sequences with C = ceil(T / n), or one more with `query_lengths`, and
+        L = min(S, ceil(2 S / n)). Each query is in exactly one tile of each round.
 
     Raises:
         UserError: shapes or sizes that do not fit.
     """
-    check_inputs(query, key, key, key_lengths)
+    query, key, _, key_lengths = check_inputs(query, key, key, key_lengths)
     check_whole_number("bucket_size", bucket_size, 1)
     width = query.shape[-1]
     if rotations.dim() != 3 or rotations.shape[1] != width or not rotations.numel():
@@ -196,14 +206,16 @@ def reformer_support(
         )
     query, key = _flat_single(query), _flat_single(key)
     lengths, padding = _lengths_and_padding(key, key_lengths)
+    queries, query_padding = _lengths_and_padding(query, query_lengths)
     orders = []
     with torch.autocast(query.device.type, enabled=False):
         for rotation in rotations.float():
             last = 2 * rotation.shape[1]
             key_bucket = _angular_bucket(key, rotation).masked_fill(padding, last)
-            query_bucket = _angular_bucket(query, rotation)
-            orders.append((query_bucket.argsort(dim=-1, stable=True), key_bucket.argsort(dim=-1, stable=True)))
-    return _clustered_support(orders, bucket_size, lengths, look_back=1)
+            query_order = _angular_bucket(query, rotation).argsort(dim=-1, stable=True)
+            query_order = _padding_last(query_order, query_lengths, query_padding)
+            orders.append((query_order, key_bucket.argsort(dim=-1, stable=True)))
+    return _clustered_support(orders, bucket_size, queries, lengths, 1, query_lengths is not None)
 
 
 def _draw_normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -216,15 +228,22 @@ def _flat_single(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1).float()
 
 
-def _lengths_and_padding(key: torch.Tensor, key_lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of visible keys (G, 1), between 0 and S, and mask of the padding (G, S) for keys (G, S, E)."""
-    groups, num_keys = key.shape[:2]
-    if key_lengths is None:
-        lengths = torch.full((groups,), num_keys, device=key.device)
+def _lengths_and_padding(x: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths (G, 1), between 0 and N, and mask of the padding (G, N) for tokens (G, N, E) and lengths (B,)."""
+    groups, number = x.shape[:2]
+    if lengths is None:
+        lengths = torch.full((groups,), number, device=x.device)
     else:
-        lengths = key_lengths.to(key.device, torch.int64).clamp(0, num_keys)
-        lengths = lengths.repeat_interleave(groups // len(key_lengths))
-    return lengths.unsqueeze(-1), ~length_mask(lengths, num_keys)
+        lengths = lengths.to(x.device, torch.int64).clamp(0, number)
+        lengths = lengths.repeat_interleave(groups // len(lengths))
+    return lengths.unsqueeze(-1), ~length_mask(lengths, number)
+
+
+def _padding_last(order: torch.Tensor, lengths: torch.Tensor | None, padding: torch.Tensor) -> torch.Tensor:
+    """An order (G, N) with the padding (G, N) after all other tokens, both kinds in the order given."""
+    if lengths is None:
+        return order
+    return order.gather(1, padding.gather(1, order).byte().argsort(dim=-1, stable=True))
 
 
 def _angular_bucket(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -268,36 +287,59 @@ def _inverse(order: torch.Tensor) -> torch.Tensor:
 
 
 def _clustered_support(
-    orders: list[tuple[torch.Tensor, torch.Tensor]], cluster_size: int, lengths: torch.Tensor, look_back: int
+    orders: list[tuple[torch.Tensor, torch.Tensor]],
+    cluster_size: int,
+    queries: torch.Tensor,
+    lengths: torch.Tensor,
+    look_back: int,
+    has_padding: bool,
 ) -> Support:
     """Support of clusters of sorted queries and keys.
 
     Args:
         orders: for each hash, the positions of queries (G, T) and keys (G, S) in its order, padding last.
         cluster_size: keys of a cluster.
+        queries: (G, 1) number of queries that are not padding.
         lengths: (G, 1) number of visible keys.
         look_back: number of clusters before its own whose keys a cluster sees, around the end.
+        has_padding: whether there may be queries that are padding.
     """
     num_queries, num_keys = (order.shape[1] for order in orders[0])
     num_clusters = -(-num_keys // cluster_size)
     cluster = torch.arange(num_clusters, device=lengths.device).unsqueeze(0)
 
-    # the cuts are the same for every hash: ranks of queries (1, n) and of keys (G, n)
-    query_start = cluster * num_queries // num_clusters
-    query_count = (cluster + 1) * num_queries // num_clusters - query_start
+    # the cuts are the same for every hash: ranks of queries and of keys (G, n)
+    def cut(number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start = cluster * number // num_clusters
+        return start, (cluster + 1) * number // num_clusters - start
+
     key_start = (cluster - look_back) * lengths // num_clusters
     key_stop = (cluster + 1) * lengths // num_clusters
     # an empty cluster shares the key of a neighbour
     key_stop = torch.maximum(key_stop, cluster * lengths // num_clusters + 1)
     key_count = torch.minimum(key_stop - key_start, lengths)
 
-    query_ranks = _tile_ranks(query_start, query_count, -(-num_queries // num_clusters))
+    query_start, query_count = cut(queries)
+    rank = torch.arange(num_queries, device=lengths.device)
+    cluster_of_rank = _cluster_of_rank(rank, queries, num_clusters)
+    query_ranks = _tile_ranks(query_start, query_count, -(-num_queries // num_clusters) + has_padding)
+    if has_padding:
+        # the padding of a cluster after its other queries
+        start, count = cut(num_queries - queries)
+        shift = (queries + start - query_start - query_count).unsqueeze(-1)
+        ranks, valid = query_ranks
+        slot_of_padding = ranks + shift
+        query_ranks = (
+            torch.where(valid, ranks, slot_of_padding),
+            valid | (slot_of_padding < (queries + start + count).unsqueeze(-1)),
+        )
+        of_padding = _cluster_of_rank(rank - queries, num_queries - queries, num_clusters)
+        cluster_of_rank = torch.where(rank < queries, cluster_of_rank, of_padding)
     key_ranks = _tile_ranks(key_start, key_count, min(num_keys, -(-(1 + look_back) * num_keys // num_clusters)))
     divisor = lengths.clamp_min(1)
     key_ranks = (key_ranks[0] % divisor.unsqueeze(-1), key_ranks[1])
     # ranks of keys that the query of each rank sees, (G, T)
-    cluster_of_rank = cluster[0].repeat_interleave(query_count[0], output_size=num_queries)
-    seen_start, seen_count = (x[:, cluster_of_rank].int() for x in (key_start, key_count))
+    seen_start, seen_count = (x.gather(1, cluster_of_rank).int() for x in (key_start, key_count))
 
     rounds: list[Round] = []
     earlier: list[_SeenRanks] = []
@@ -313,6 +355,11 @@ def _clustered_support(
             start, count = seen_start.gather(1, query_rank), seen_count.gather(1, query_rank)
             earlier.append(_SeenRanks(_inverse(key_order), start, count, divisor.int()))
     return Support(tuple(rounds))
+
+
+def _cluster_of_rank(rank: torch.Tensor, number: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Cluster of each rank (N,) or (G, N) of `number` (G, 1) tokens, the last c with c number // n <= rank: (G, N)."""
+    return (((rank + 1) * num_clusters - 1) // number.clamp_min(1)).clamp(0, num_clusters - 1)
 
 
 def _tile_ranks(start: torch.Tensor, count: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from scatterbrain.attention.local2d import Local2dAttention, SBLocal2dAttention
 from scatterbrain.attention.performer import PerformerAttention
 from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
+from scatterbrain.attention.sparse import MAX_CACHED_SUPPORTS
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.dense import dense_logits, dense_low_rank_logits
 from tests.helpers import assert_close, dense_attention
@@ -277,8 +278,8 @@ def test_a_combination_is_the_average_of_its_parts():
         (lambda: ReformerAttention(4, 16, 7), "num_buckets=7 has to be even"),
         (lambda: BlockSparseAttention("longfomer", 4), "Did you mean 'longformer'"),
         (lambda: SBSmyrfAttention(5, 16, 7), "even"),
-        (lambda: ClusterAttention(0), "num_landmarks=0 has to be at least 1"),
-        (lambda: PairedClusterAttention(4, 0), "num_query_landmarks=0 have to be at least 1"),
+        (lambda: ClusterAttention(0), "num_landmarks=0 is not valid. Give a whole number of at least 1"),
+        (lambda: PairedClusterAttention(4, 0), "num_query_landmarks=0 is not valid. Give a whole number of at least 1"),
         (lambda: ReformerAttention(4, 16, 8)(*draw("smyrf")), "of one shape"),
         (lambda: Local2dAttention(9)(*draw("smyrf")), "the tokens of one image"),
         (lambda: Local2dAttention(9, image_width=5)(*draw("local2d")), "36 tokens are no image with rows of 5"),
@@ -288,3 +289,23 @@ def test_a_combination_is_the_average_of_its_parts():
 def test_arguments_that_do_not_fit_are_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", [name for name in BUILD if name.startswith("combination")])
+def test_combination_of_large_values_does_not_overflow_in_half_precision(name):
+    query, key, value = draw(name, dtype=torch.float16)
+    value.fill_(40_000.0)
+    out = output(BUILD[name](), query, key, value)
+    assert_close("out", torch.full_like(out, 40_000.0, dtype=torch.float32), out.float(), 2e-3)
+
+
+@pytest.mark.parametrize("name", ["bs-longformer", "sbbs-bigbird", "local2d"])
+def test_supports_of_the_last_lengths_are_kept_and_no_more(name):
+    module = BUILD[name]()
+    lengths = [n * n for n in range(2, 20)]
+    for length in lengths:
+        module(*(torch.randn(1, length, 1, 16) for _ in range(3)))
+    kept = [key[0] for key in module.source._cache]
+    assert kept == lengths[-MAX_CACHED_SUPPORTS:]
+    module(*(torch.randn(1, kept[0], 1, 16) for _ in range(3)))
+    assert [key[0] for key in module.source._cache] == [*kept[1:], kept[0]]

@@ -377,3 +377,22 @@ def test_refuses_what_does_not_fit(kind):
         function(query, key, drawn, case.size, torch.tensor([3]))
     with pytest.raises(UserError, match="key"):
         function(query, key[..., :-1], drawn, case.size)
+
+
+@pytest.mark.parametrize("cluster_size", [1, 5, 8, 100])
+def test_padding_of_queries_is_in_one_tile_of_each_round_and_moves_no_other_query(cluster_size):
+    query, key = torch.randn(2, 2, 37, 8), torch.randn(2, 2, 37, 8)
+    lengths = torch.tensor([37, 12])
+    projection, rotations = draw_smyrf_projection(2, 8, 0), draw_reformer_rotations(2, 8, 4, 0)
+    other = query.clone()
+    other[1, :, 12:] = 100 * torch.randn(2, 25, 8)
+    for function, draws in ((smyrf_support, projection), (reformer_support, rotations)):
+        support, moved = (function(x, key, draws, cluster_size, lengths, lengths) for x in (query, other))
+        for each in support.rounds:
+            positions = each.query_index.flatten(1).sort(-1).values
+            assert torch.equal(positions[:, -37:], torch.arange(37).expand(4, -1))
+            assert (positions[:, :-37] == -1).all()
+        tokens = torch.arange(37) < lengths.repeat_interleave(2)[:, None]
+        assert torch.equal(support.dense(37, 37)[tokens], moved.dense(37, 37)[tokens])
+        # as the shorter sequence alone, but for the number of clusters
+        assert support.dense(37, 37)[tokens].any(-1).all()

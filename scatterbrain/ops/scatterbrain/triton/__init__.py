@@ -129,7 +129,7 @@ def count_fallback_tiles(
     Raises:
         UserError: the kernels do not run here, or not for such inputs.
     """
-    check_inputs(query, key, value, key_lengths, projection)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection)
     check_window(window)
     choose_backend("triton", PYTORCH_AND_TRITON, unsupported=unsupported(query, value, projection, cosh=True))
     from scatterbrain.ops.common.triton_functions import device_of
