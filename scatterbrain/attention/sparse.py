@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from scatterbrain.attention.base import AttentionModule, refuse_causal
 from scatterbrain.attention.random_features import RandomFeatureAttention, even_features
@@ -22,7 +23,7 @@ from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.inputs import default_scale, visible_rows
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.sparse.naive import naive_support_attention
-from scatterbrain.ops.sparse.supports import Support
+from scatterbrain.ops.sparse.supports import Round, Support
 from scatterbrain.ops.sparse.tiled import LogFeatures, support_attention
 
 
@@ -68,15 +69,23 @@ class FixedSupport(SupportSource):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The support for the lengths of these queries and keys."""
-        place = (query.shape[2], key.shape[2], query.device)
+        # constants also while a graph is recorded: torch.compile takes len(range(n)) for one, but not int(n)
+        lengths = (len(range(x.shape[2])) for x in (query, key))
+        return Support(tuple(Round(*tensors) for tensors in self._tensors(*lengths, query.device)))
+
+    @torch.compiler.assume_constant_result
+    def _tensors(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[tuple, ...]:
+        """The tensors of each round, computed now also while a graph is recorded, whose constants they are."""
+        place = (num_queries, num_keys, device)
         support = self._cache.pop(place, None)
         if support is None:
-            support = self.make(*place[:2]).to(query.device)
+            with _disable_current_modes(), torch.device("cpu"):
+                support = self.make(num_queries, num_keys).to(device)
             while len(self._cache) >= MAX_CACHED_SUPPORTS:
                 # the one whose last use is longest ago: dictionaries keep the order of insertion
                 del self._cache[next(iter(self._cache))]
         self._cache[place] = support
-        return support
+        return tuple((each.query_index, each.key_index, each.mask) for each in support.rounds)
 
 
 class SparseAttention(AttentionModule):

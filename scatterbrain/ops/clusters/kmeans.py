@@ -8,7 +8,14 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.inputs import length_mask
-from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, gather_rows, tile_budget
+from scatterbrain.ops.common.numerics import (
+    accumulation_dtype,
+    at_most,
+    gather_rows,
+    no_autocast,
+    split_rows,
+    tile_budget,
+)
 
 
 def assign_clusters(
@@ -124,12 +131,12 @@ def nearest_centroids(
     num_clusters = at_most(num_clusters, length)
     # as many sequences at a time as the budget of tiles allows
     size = max(1, tile_budget(points) // (length * num_clusters))
-    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
-        slices = points.detach().to(accumulation_dtype(points.dtype)).flatten(0, 1).split(size)
+    with torch.no_grad(), no_autocast(points):
+        slices = split_rows(points.detach().to(accumulation_dtype(points.dtype)).flatten(0, 1), size)
         if lengths is None:
             labels = [_cluster_slice(each, None, num_clusters, num_steps) for each in slices]
         else:
-            valid = valid_points(points, lengths).expand(batch, heads, length).flatten(0, 1).split(size)
+            valid = split_rows(valid_points(points, lengths).expand(batch, heads, length).flatten(0, 1), size)
             pairs = zip(slices, valid, strict=True)
             labels = [_cluster_slice(each, mask, num_clusters, num_steps) for each, mask in pairs]
     return torch.cat(labels).view(batch, heads, length)

@@ -11,7 +11,7 @@ from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
-from scatterbrain.ops.common.numerics import accumulation_dtype, at_most
+from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, no_autocast
 from scatterbrain.ops.common.windows import window_bounds
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
@@ -69,7 +69,7 @@ def landmark_attention(
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         log_features = log_landmark_features(rows.query, rows.key, assignment, num_landmarks, scale)
     # The bound that `blocked_attention` requires of features holds for any width: s q.c_b is the mean of a cluster's
     # logits, so it is the logarithm of a weight outside the window, or at most that of an exact weight inside it.

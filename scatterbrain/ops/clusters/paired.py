@@ -14,7 +14,15 @@ from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
-from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, at_most, gather_rows, tile_budget
+from scatterbrain.ops.common.numerics import (
+    FLOOR,
+    accumulation_dtype,
+    at_most,
+    gather_rows,
+    no_autocast,
+    split_rows,
+    tile_budget,
+)
 
 
 def paired_landmark_attention(
@@ -66,7 +74,7 @@ def paired_landmark_attention(
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
     if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
         raise UserError(
-            f"query_lengths has to be integers of shape ({len(query)},), one for each sample, got "
+            f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
             f"{query_lengths.dtype} of shape {tuple(query_lengths.shape)}."
         )
     check_dropout(dropout_p)
@@ -88,7 +96,7 @@ def paired_landmark_attention(
         return out.to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
     query, key, value, _ = rows
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         dtype, (batch, heads) = accumulation_dtype(query.dtype), query.shape[:2]
         centred = valid_points(query, query_lengths).expand(query.shape[:3])
         means = cluster_means(query.to(dtype), query_labels.masked_fill(~centred, -1), num_query_landmarks)
@@ -102,7 +110,7 @@ def paired_landmark_attention(
             4 * num_landmarks * num_query_landmarks * (key.shape[3] + value.shape[3]),
         )
         size = max(1, tile_budget(query) // largest)
-        slices = zip(*(x.split(size) for x in flat), strict=True)
+        slices = zip(*(split_rows(x, size) for x in flat), strict=True)
         out = torch.cat([_paired(*each, num_landmarks, num_exact, scale, dropout_p) for each in slices])
         return rows.mark(out.unflatten(0, (batch, heads)).to(query.dtype))[0]
 
@@ -162,7 +170,7 @@ def _summaries(
         Mean keys c_ab (G, Q, M, E), logarithms of the sums of weights (G, Q, M, 1), mean values (G, Q, M, D).
     """
     tiles = _Tiles.of(labels, num_landmarks)
-    groups, num_groups, width = len(key), seen.shape[2], key.shape[2]
+    groups, num_groups, width = key.shape[0], seen.shape[2], key.shape[2]
     tile_seen = tiles.take(seen) + tiles.bias(seen.dtype)  # (G, n, C, Q)
 
     owner = (tiles.owner + torch.arange(groups, device=key.device)[:, None] * num_landmarks).flatten()

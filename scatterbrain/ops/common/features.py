@@ -26,7 +26,7 @@ import torch
 
 from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.ops.common.inputs import length_mask, query_lengths
-from scatterbrain.ops.common.numerics import accumulation_dtype
+from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast
 
 CENTRES = ("none", "keys", "both")
 
@@ -114,7 +114,7 @@ def centre_and_balance(
         return query, key
     dtype = query.dtype
     lengths = query_lengths(query, key, key_lengths)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         q, k = (x.to(accumulation_dtype(dtype)) for x in (query, key))
         key_mean = torch.zeros_like(k[:, :, :1]) if centre == "none" else _visible_mean(k, key_lengths)
         query_mean = _visible_mean(q, lengths) if centre == "both" else torch.zeros_like(q[:, :, :1])

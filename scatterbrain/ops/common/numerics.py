@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 # Stand-in for the maximum over no key: finite, so that (-inf) - FLOOR is -inf and not nan.
@@ -32,5 +34,26 @@ def tile_budget(x: torch.Tensor) -> int:
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of (G, N, ...) at (G, n) positions: (G, n, ...), many times faster than `gather` with expanded indices."""
-    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    offset = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
+
+
+def is_exporting() -> bool:
+    """Whether the call is recorded for other inputs: by `torch.export`, `torch.jit.trace` or the ONNX exporter."""
+    if torch.jit.is_tracing():
+        return True
+    # torch 2.6 cannot tell export from compilation
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def split_rows(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Slices of at most `size` along the first dimension; under export `x` as a whole.
+
+    A recorded loop would fix the number of slices, and with it the batch size.
+    """
+    return (x,) if is_exporting() else x.split(size)
+
+
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Context without autocast on the device of `x`; the meta device has none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

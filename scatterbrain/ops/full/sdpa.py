@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.numerics import no_autocast
 
 
 def sdpa_full_attention(
@@ -24,7 +25,7 @@ def sdpa_full_attention(
 
     def attend(is_causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
         # without autocast: the output has the dtype of the inputs, as that of the other operators
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
             )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.inputs import length_mask
-from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, no_autocast
 
 
 def linear_performer_attention(
@@ -28,7 +28,7 @@ def linear_performer_attention(
     it. Each feature's sum then lies between 1 and S, and the largest product of a query is 1: nothing overflows, and
     only negligible weights underflow.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         dtype = query.dtype
         query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
         log_key = log_softmax_features(key, projection, scale, cosh=False)

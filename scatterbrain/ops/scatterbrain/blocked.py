@@ -25,7 +25,15 @@ import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.inputs import length_mask
-from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, at_most, tile_budget
+from scatterbrain.ops.common.numerics import (
+    FLOOR,
+    MAXIMUM_SLACK,
+    accumulation_dtype,
+    at_most,
+    no_autocast,
+    split_rows,
+    tile_budget,
+)
 from scatterbrain.ops.common.windows import window_bounds
 
 
@@ -77,14 +85,14 @@ class _Layout:
         of ones to the sequences.
         """
         batch, heads, length, width = x.shape
-        rows = x.new_empty(batch, heads, self.num_blocks * self.block, width + with_ones)
+        rows = x.new_empty(batch, heads, self.num_blocks * self.block, width + int(with_ones))
         end = offset + length
         rows[:, :, offset:end, :width] = x
         if with_ones:
             rows[:, :, offset:end, width] = 1.0
         rows[:, :, :offset] = x[:, :, :1].detach() if fill is None else fill
         rows[:, :, end:] = x[:, :, -1:].detach() if fill is None else fill
-        return rows.view(-1, width + with_ones)
+        return rows.view(-1, width + int(with_ones))
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows as blocks (G * num_blocks, C, width), a view."""
@@ -99,11 +107,11 @@ class _Layout:
 
         One split: the gradient of every `x[a:b]` would be as large as `x`, quadratic in total.
         """
-        return blocks[: len(blocks) - self.side].split(self.slice_size)
+        return split_rows(blocks[: blocks.shape[0] - self.side], self.slice_size)
 
     def slices_of_stretches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Stretches of the same slices, transposed: views (slice, width, L)."""
-        return rows.unfold(0, self.stretch, self.block).split(self.slice_size)
+        return split_rows(rows.unfold(0, self.stretch, self.block), self.slice_size)
 
     def restore(self, outputs: list[torch.Tensor], batch: int) -> torch.Tensor:
         """Output (B, H, T, D) of slices of blocks (slice, C, D)."""
@@ -177,7 +185,7 @@ def blocked_attention(
     """
     # A window of twice the sequence holds every key; tiles grow with its width.
     window = at_most(window, 2 * max(query.shape[2], key.shape[2]))
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         return _blocked(
             query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p
         )
@@ -278,7 +286,7 @@ def _blind_queries(
     if key_lengths is None:
         lengths = torch.full((layout.groups, 1), layout.num_keys, device=device)
     else:
-        lengths = key_lengths.repeat_interleave(layout.groups // len(key_lengths))[:, None]
+        lengths = key_lengths.repeat_interleave(layout.groups // key_lengths.shape[0])[:, None]
     blind = (first >= lengths) | (position >= layout.length)
     return blind.view(-1, layout.block, 1)
 

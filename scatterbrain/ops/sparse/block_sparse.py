@@ -81,7 +81,8 @@ def _bigbird(
 ) -> torch.Tensor:
     layout = _sliding(rows, columns, num_sliding_blocks) | _global(rows, columns, num_global_blocks)
     order = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).argsort(dim=1, stable=True)
-    return layout.scatter_(1, order[:, :num_random_blocks], True)
+    # a tensor of true: torch.jit.trace has no scatter_ of a boolean
+    return layout.scatter_(1, order[:, :num_random_blocks], torch.ones_like(layout))
 
 
 def _openai(rows: int, columns: int, seed: int, *, num_local_blocks: int = 3) -> torch.Tensor:

@@ -28,6 +28,7 @@ import torch
 
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.inputs import check_inputs, length_mask
+from scatterbrain.ops.common.numerics import no_autocast
 from scatterbrain.ops.sparse.supports import Round, Support
 
 
@@ -147,7 +148,7 @@ def smyrf_support(
     query_added, key_added = (largest - query_norms).sqrt(), (largest - key_norms).sqrt()
 
     orders = []
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         for row in projection.float():
             query_hash = query @ row[:-2] + query_added * row[-1]
             key_hash = key @ row[:-2] + key_added * row[-2]
@@ -208,7 +209,7 @@ def reformer_support(
     lengths, padding = _lengths_and_padding(key, key_lengths)
     queries, query_padding = _lengths_and_padding(query, query_lengths)
     orders = []
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         for rotation in rotations.float():
             last = 2 * rotation.shape[1]
             key_bucket = _angular_bucket(key, rotation).masked_fill(padding, last)
@@ -370,5 +371,5 @@ def _tile_ranks(start: torch.Tensor, count: torch.Tensor, width: int) -> tuple[t
 
 def _take(order: torch.Tensor, ranks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Positions (G, n, C) at the ranks of tiles in an order (G, N); -1 where they are not valid."""
-    ranks = ranks.clamp_max(order.shape[1] - 1).expand(len(order), -1, -1)
+    ranks = ranks.clamp_max(order.shape[1] - 1).expand(order.shape[0], -1, -1)
     return _gather(order, ranks).masked_fill(~valid, -1)

@@ -23,7 +23,15 @@ import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.inputs import length_mask
-from scatterbrain.ops.common.numerics import FLOOR, MAXIMUM_SLACK, accumulation_dtype, gather_rows, tile_budget
+from scatterbrain.ops.common.numerics import (
+    FLOOR,
+    MAXIMUM_SLACK,
+    accumulation_dtype,
+    gather_rows,
+    no_autocast,
+    split_rows,
+    tile_budget,
+)
 from scatterbrain.ops.sparse.supports import Round, Support
 
 # Largest amplification of rounding errors by the subtraction before a query is recomputed pair by pair.
@@ -94,7 +102,7 @@ def support_attention(
         raise UserError(
             f"A low-rank part around this sparse support has no {which}: its sums run over all keys. Use sblocal."
         )
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         batch, heads, length, _ = query.shape
         dtype = accumulation_dtype(query.dtype)
         q, k, v = (x.to(dtype).flatten(0, 1) for x in (query, key, value))
@@ -110,9 +118,17 @@ def support_attention(
             low_rank = _LowRank.of(log_query, log_key, v)
         parts = [_round(q, k, v, each, scale, low_rank, is_causal, hidden, dropout_p) for each in support.rounds]
         out, cancelled = _merge(parts, low_rank)
-        if low_rank is not None and cancelled.any():
-            rows = _by_pairs(q, k, v, support, scale, (log_query, log_key), hidden, cancelled)
-            out = out.masked_scatter(cancelled.unsqueeze(-1), rows)
+        if low_rank is not None:
+            arguments = (q, k, v, support, scale, (log_query, log_key), hidden)
+            if torch.compiler.is_compiling() or q.is_meta:
+                out = _recompute_in_graph(out, cancelled, *arguments)
+            elif torch.jit.is_tracing():
+                raise UserError(
+                    "torch.jit.trace cannot record random features around a sparse support: which queries are "
+                    "recomputed depends on the data. Use torch.export."
+                )
+            elif cancelled.any():
+                out = out.masked_scatter(cancelled.unsqueeze(-1), _by_pairs(*arguments, cancelled))
         return out.view(batch, heads, length, -1).to(query.dtype)
 
 
@@ -150,7 +166,7 @@ def _round(
 
     # one gather, then slices: the gradient of a gather is as large as its source
     def cut(x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _gather(x, index).split(slice_size)
+        return split_rows(_gather(x, index), slice_size)
 
     tensors = [cut(query * scale, each.query_index), cut(key, each.key_index), cut(value, each.key_index)]
     if low_rank is not None:
@@ -159,8 +175,8 @@ def _round(
     start = 0
     for q, k, v, *features in zip(*tensors, strict=True):
         # tiles that all sequences share are stored once
-        here = pairs[torch.arange(start, start + len(q), device=pairs.device) % len(pairs)]
-        start += len(q)
+        here = pairs[torch.arange(start, start + q.shape[0], device=pairs.device) % pairs.shape[0]]
+        start += q.shape[0]
         logits = torch.bmm(q, k.transpose(1, 2)).masked_fill(~here, -math.inf)
         maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
         weights = (logits - maximum).exp()
@@ -187,7 +203,7 @@ def _visible_pairs(each: Round, is_causal: bool, hidden: torch.Tensor | None) ->
     if is_causal:
         pairs = pairs & (each.key_index.unsqueeze(-2) <= each.query_index.unsqueeze(-1))
     if hidden is not None:
-        index = each.key_index.expand(len(hidden), -1, -1)
+        index = each.key_index.expand(hidden.shape[0], -1, -1)
         of_tiles = hidden.gather(1, index.flatten(1).clamp_min(0)).view_as(index)
         pairs = pairs & ~of_tiles.unsqueeze(-2)
     return pairs
@@ -195,7 +211,7 @@ def _visible_pairs(each: Round, is_causal: bool, hidden: torch.Tensor | None) ->
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of x (G, N, width) at `index` (G or 1, n, C) as (G * n, C, width); any row where the index is -1."""
-    rows = gather_rows(x, index.clamp_min(0).flatten(1).expand(len(x), -1))
+    rows = gather_rows(x, index.clamp_min(0).flatten(1).expand(x.shape[0], -1))
     return rows.view(-1, index.shape[-1], x.shape[-1])
 
 
@@ -203,7 +219,7 @@ def _place(query_index: torch.Tensor, length: int) -> torch.Tensor:
     """Row of each query in a round: (G or 1, T); one past the last row for a query in no tile."""
     flat = query_index.flatten(1)
     rows = flat.shape[1]
-    place = torch.full((len(flat), length + 1), rows, dtype=torch.int64, device=flat.device)
+    place = torch.full((flat.shape[0], length + 1), rows, dtype=torch.int64, device=flat.device)
     positions = torch.arange(rows, device=flat.device).expand_as(flat)
     # positions -1 go to an extra place after all queries
     return place.scatter(1, torch.where(flat < 0, length, flat), positions)[:, :length]
@@ -254,7 +270,6 @@ def _by_pairs(
 
     Products of features are float64, each side relative to its own maximum: weights may then differ by any factor.
     """
-    log_query, log_key = log_features
     num_keys = key.shape[1]
     counts = cancelled.sum(1)
     groups = counts.nonzero().squeeze(1)
@@ -265,27 +280,60 @@ def _by_pairs(
     is_cancelled = torch.arange(most, device=rows.device) < counts[:, None]
     num_groups = max(1, tile_budget(query) // (most * num_keys))
     num_rows = max(1, tile_budget(query) // num_keys)
-    outputs = []
-    for some, of_groups in zip(groups.split(num_groups), rows.split(num_groups), strict=True):
-        key_maximum = log_key[some].detach().amax(-1, keepdim=True)
-        key_factors = (log_key[some] - key_maximum.clamp_min(FLOOR)).double().exp().transpose(1, 2)
-        keys, values = key[some].transpose(1, 2), value[some][..., :-1]
-        queries, log_queries = query[some] * scale, log_query[some]
-        of_rows = []
-        for index in of_groups.split(num_rows, 1):
-            features = gather_rows(log_queries, index)
-            maximum = features.detach().amax(-1, keepdim=True)
-            products = (features - maximum).double().exp() @ key_factors
-            # the clamp keeps the gradient of a product of zero finite
-            logits = products.clamp_min(torch.finfo(products.dtype).tiny).log().to(query.dtype)
-            logits = logits + maximum + key_maximum.transpose(1, 2)
-            exact = gather_rows(queries, index) @ keys
-            logits = torch.where(_rows_of_support(support, some, index, query.shape[1], num_keys), exact, logits)
-            if hidden is not None:
-                logits = logits.masked_fill(hidden[some].unsqueeze(1), -math.inf)
-            of_rows.append(logits.softmax(-1) @ values)
-        outputs.append(torch.cat(of_rows, 1))
+    outputs = [
+        _rows_by_pairs(query, key, value, support, scale, log_features, hidden, some, of_groups.split(num_rows, 1))
+        for some, of_groups in zip(groups.split(num_groups), rows.split(num_groups), strict=True)
+    ]
     return torch.cat(outputs)[is_cancelled]
+
+
+def _recompute_in_graph(out: torch.Tensor, cancelled: torch.Tensor, query: torch.Tensor, *arguments) -> torch.Tensor:
+    """Output (G, T, D) with the `cancelled` queries (G, T) recomputed, for a graph that is compiled or exported.
+
+    A graph has no shapes that depend on data: where a query is cancelled, all pairs of all queries are formed.
+    """
+    groups, length, _ = query.shape
+    every = torch.arange(groups, device=query.device)
+    rows = torch.arange(length, device=query.device).expand(groups, -1)
+
+    def recompute(out: torch.Tensor) -> torch.Tensor:
+        return torch.where(cancelled.unsqueeze(-1), _rows_by_pairs(query, *arguments, every, (rows,)), out)
+
+    # the meta device has shapes, but no condition
+    return recompute(out) if out.is_meta else torch.cond(cancelled.any(), recompute, torch.clone, (out,))
+
+
+def _rows_by_pairs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    support: Support,
+    scale: float,
+    log_features: LogFeatures,
+    hidden: torch.Tensor | None,
+    groups: torch.Tensor,
+    rows: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """Outputs (g, r, D) of the sequences `groups` (g,), for the queries of each in slices `rows` of (g, r)."""
+    log_query, log_key = log_features
+    key_maximum = log_key[groups].detach().amax(-1, keepdim=True)
+    key_factors = (log_key[groups] - key_maximum.clamp_min(FLOOR)).double().exp().transpose(1, 2)
+    keys, values = key[groups].transpose(1, 2), value[groups][..., :-1]
+    queries, log_queries = query[groups] * scale, log_query[groups]
+    outputs = []
+    for index in rows:
+        features = gather_rows(log_queries, index)
+        maximum = features.detach().amax(-1, keepdim=True)
+        products = (features - maximum).double().exp() @ key_factors
+        # the clamp keeps the gradient of a product of zero finite
+        logits = products.clamp_min(torch.finfo(products.dtype).tiny).log().to(query.dtype)
+        logits = logits + maximum + key_maximum.transpose(1, 2)
+        exact = gather_rows(queries, index) @ keys
+        logits = torch.where(_rows_of_support(support, groups, index, query.shape[1], key.shape[1]), exact, logits)
+        if hidden is not None:
+            logits = logits.masked_fill(hidden[groups].unsqueeze(1), -math.inf)
+        outputs.append(logits.softmax(-1) @ values)
+    return torch.cat(outputs, 1)
 
 
 def _rows_of_support(
@@ -297,7 +345,7 @@ def _rows_of_support(
         of_queries, of_keys, pairs = each.query_index, each.key_index, each.pairs()
         tiles, size = of_queries.shape[1:]
         in_queries, in_keys, in_pairs = (
-            groups.clamp_max(len(x) - 1).unsqueeze(1) for x in (of_queries, of_keys, pairs)
+            groups.clamp_max(x.shape[0] - 1).unsqueeze(1) for x in (of_queries, of_keys, pairs)
         )
         place = _place(of_queries, num_queries)[in_queries, rows]
         there = place < tiles * size
