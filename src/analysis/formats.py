@@ -6,12 +6,10 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import itertools
 import logging
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
-from src.analysis.approximation import spread
 from src.analysis.benchmark.loading import count_classes
 from src.analysis.benchmark.report import machine_line
 from src.analysis.tools import (
@@ -32,55 +29,19 @@ from src.analysis.tools import (
     without_paths,
     write_results,
 )
-from src.datamodules.formats import scan_folder
-from src.datamodules.formats.class_folders import ClassFolders
-from src.datamodules.writers import REFERENCE, WRITERS, Photograph, stem
-from src.evaluation.predictions import Predictions, read_predictions
+from src.datamodules.writers import REFERENCE, WRITERS, Photograph, photographs_of, stem
+from src.evaluation.predictions import Evaluation, compare, read_predictions
 from src.tasks.build import check_swappable
 from src.tasks.evaluate import evaluate
 from src.utils.machine import machine_info
 from src.utils.progress import progress_display
-from src.utils.text import abbreviate
-
-# Predictions, their images without folder and suffix; images that were skipped; top-1 in percent.
-Evaluation = tuple[Predictions, set[str], float]
 
 
 def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
-    """Every image of the class folders, damaged as requested; `arguments.num_classes` is filled in.
-
-    Raises:
-        UserError: no such folder, no images in a class folder, names that not every format holds, too many to damage.
-    """
+    """Every image of the class folders, damaged as requested; `arguments.num_classes` is filled in."""
     root = split_folder(arguments.data_dir, arguments.split)
     arguments.num_classes = arguments.num_classes or count_classes(root)
-    found = ClassFolders(root, arguments.num_classes)
-    empty = set(scan_folder(root)[0]) - {name.split("/")[0] for name in found.names}
-    if empty:
-        raise UserError(
-            f"{root}: class folders without images, which other formats lack: {abbreviate(empty)}. Remove them."
-        )
-    times = Counter(map(stem, found.names))
-    odd = [name for name in found.names if times[stem(name)] > 1 or "." in stem(name) or not name.isprintable()]
-    if odd:
-        raise UserError(
-            f"{root}: not every format holds names that are the same without folder and suffix, have a second dot or "
-            f"cannot be printed: {abbreviate(map(ascii, odd))}. Rename the files."
-        )
-    if arguments.damage >= len(found):
-        raise UserError(
-            f"--damage {arguments.damage}: of {len(found)} images, one at least has to be left. Give fewer."
-        )
-    damaged = set(spread(len(found), arguments.damage)) if arguments.damage else set()
-    images = []
-    for position, (name, label) in enumerate(zip(found.names, found.targets, strict=True)):
-        try:
-            data = found.read(position)
-        except OSError as error:
-            raise UserError(f"{root / name} cannot be read ({error.strerror}). Remove or replace it.") from error
-        folder, file = name.split("/")
-        images.append(Photograph(file, data[: len(data) // 3] if position in damaged else data, folder, label))
-    return images
+    return photographs_of(root, arguments.num_classes, arguments.damage)
 
 
 def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) -> Evaluation:
@@ -119,35 +80,6 @@ def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) ->
     found = read_predictions(output_dir)
     found.images[:] = map(stem, found.images)
     return found, set(map(stem, results.skipped["images"])) if results.skipped else set(), results.top1
-
-
-def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
-    """Results of a format against those of class folders; `differences` say in words what differs."""
-    (found, skipped, top1), (expected, expected_skipped, _) = ours, reference
-    names, expected_names = Counter(found.images), Counter(expected.images)
-    common = sorted(names.keys() & expected_names.keys())
-    rows = ({name: row for row, name in enumerate(each.images)} for each in (found, expected))
-    a, b = ([each[name] for name in common] for each in rows)
-    other_label = found.targets[a] != expected.targets[b]
-    other_class = found.classes[a, 0] != expected.classes[b, 0]
-    # classes of about the same probability may come in another order
-    same = found.classes[a][:, :, None] == expected.classes[b][:, None]
-    difference = abs(found.probabilities[a][:, :, None] - expected.probabilities[b][:, None])
-    differing = {
-        "images": (names - expected_names) + (expected_names - names),
-        "skipped images": skipped ^ expected_skipped,
-        "labels": itertools.compress(common, other_label),
-        "first predictions": itertools.compress(common, other_class),
-    }
-    return {
-        "num_images": len(found.images),
-        "num_skipped": len(skipped),
-        "labels_equal": int((~other_label).sum()),
-        "first_predictions_equal": int((~other_class).sum()),
-        "probability_difference": float(difference[same].max(initial=0.0)),
-        "top1": top1,
-        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := abbreviate(images))],
-    }
 
 
 def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], folder: Path) -> Iterator[dict[str, Any]]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from scatterbrain.errors import UserError
+from src.datamodules.formats import scan_folder
+from src.datamodules.formats.class_folders import ClassFolders
+from src.utils.text import abbreviate
 
 REFERENCE = "class_folders"
 NUM_SHARDS = 4
@@ -27,6 +33,39 @@ class Photograph:
 def stem(path: str) -> str:
     """Name of an image in every format: that of its file without folder and suffix."""
     return PurePosixPath(path).stem
+
+
+def photographs_of(root: Path, num_classes: int, num_damaged: int = 0) -> list[Photograph]:
+    """Every image of the class folders in `root`, with `num_damaged` of them cut to a third, spread evenly.
+
+    Raises:
+        UserError: no such folder, no images in a class folder, names that not every format holds, too many to damage.
+    """
+    found = ClassFolders(root, num_classes)
+    empty = set(scan_folder(root)[0]) - {name.split("/")[0] for name in found.names}
+    if empty:
+        raise UserError(
+            f"{root}: class folders without images, which other formats lack: {abbreviate(empty)}. Remove them."
+        )
+    times = Counter(map(stem, found.names))
+    odd = [name for name in found.names if times[stem(name)] > 1 or "." in stem(name) or not name.isprintable()]
+    if odd:
+        raise UserError(
+            f"{root}: not every format holds names that are the same without folder and suffix, have a second dot or "
+            f"cannot be printed: {abbreviate(map(ascii, odd))}. Rename the files."
+        )
+    if num_damaged >= len(found):
+        raise UserError(f"--damage {num_damaged}: of {len(found)} images, one at least has to be left. Give fewer.")
+    damaged = {(2 * i + 1) * len(found) // (2 * num_damaged) for i in range(num_damaged)}
+    images = []
+    for position, (name, label) in enumerate(zip(found.names, found.targets, strict=True)):
+        try:
+            data = found.read(position)
+        except OSError as error:
+            raise UserError(f"{root / name} cannot be read ({error.strerror}). Remove or replace it.") from error
+        folder, file = name.split("/")
+        images.append(Photograph(file, data[: len(data) // 3] if position in damaged else data, folder, label))
+    return images
 
 
 def write_class_folders(folder: Path, images: Sequence[Photograph]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from scatterbrain.errors import UserError
 from src.evaluation.records import MAX_PREDICTIONS, Records
 from src.utils.files import atomic_write
+from src.utils.text import abbreviate
 
 PREDICTIONS_FILE = "predictions.csv"
 PREDICTIONS_HEADER = [
@@ -142,3 +146,36 @@ def read_predictions(folder: str | os.PathLike[str]) -> Predictions:
     if len(set(images)) != len(images):
         raise UserError(f"{path} is damaged (it has an image twice). {remedy}")
     return Predictions(images, np.array(targets), np.array(classes), np.array(probabilities))
+
+
+# Predictions, their images without folder and suffix; images that were skipped; top-1 in percent.
+Evaluation = tuple[Predictions, set[str], float]
+
+
+def compare(ours: Evaluation, reference: Evaluation) -> dict[str, Any]:
+    """Results of a format against those of class folders; `differences` say in words what differs."""
+    (found, skipped, top1), (expected, expected_skipped, _) = ours, reference
+    names, expected_names = Counter(found.images), Counter(expected.images)
+    common = sorted(names.keys() & expected_names.keys())
+    rows = ({name: row for row, name in enumerate(each.images)} for each in (found, expected))
+    a, b = ([each[name] for name in common] for each in rows)
+    other_label = found.targets[a] != expected.targets[b]
+    other_class = found.classes[a, 0] != expected.classes[b, 0]
+    # classes of about the same probability may come in another order
+    same = found.classes[a][:, :, None] == expected.classes[b][:, None]
+    difference = abs(found.probabilities[a][:, :, None] - expected.probabilities[b][:, None])
+    differing = {
+        "images": (names - expected_names) + (expected_names - names),
+        "skipped images": skipped ^ expected_skipped,
+        "labels": itertools.compress(common, other_label),
+        "first predictions": itertools.compress(common, other_class),
+    }
+    return {
+        "num_images": len(found.images),
+        "num_skipped": len(skipped),
+        "labels_equal": int((~other_label).sum()),
+        "first_predictions_equal": int((~other_class).sum()),
+        "probability_difference": float(difference[same].max(initial=0.0)),
+        "top1": top1,
+        "differences": [f"{what} ({text})" for what, images in differing.items() if (text := abbreviate(images))],
+    }
