@@ -229,7 +229,10 @@ def test_baselines_compute_what_they_are_compared_with(name):
 
 @pytest.mark.parametrize(
     ("device_times", "drawn", "unit"),
-    [((None, None), [3.0, 5.0], "milliseconds"), ((0.5, 2.0), [0.5, 2.0], "milliseconds of the device")],
+    [
+        ((None, None), [3.0, 1.25], "milliseconds per sequence"),
+        ((0.5, 2.0), [0.5, 0.5], "milliseconds of the device per sequence"),
+    ],
 )
 def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch, device_times, drawn, unit):
     made = [
@@ -244,9 +247,10 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(monkeypatch,
         for length, slow, of_device in zip((64, 128), (3.0, 5.0), device_times, strict=True)
     ]
     arguments = SimpleNamespace(
-        passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1, growth_length=64
+        passes=("forward",), lengths=(64, 128), batch=(1, 4), dtype="bfloat16", heads=1, growth_length=64
     )
-    bench = SimpleNamespace(arguments=arguments, results=made, device=torch.device("cpu"))
+    batches = {64: 1, 128: 4}
+    bench = SimpleNamespace(arguments=arguments, results=made, batches=batches, device=torch.device("cpu"))
     figures = []
     monkeypatch.setattr(attention_report, "save_figure", lambda figure, path: figures.append(figure))
     attention_report.AttentionReport.plot(bench, "times.png")
