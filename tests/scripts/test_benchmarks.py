@@ -227,7 +227,10 @@ def test_baselines_compute_what_they_are_compared_with(name):
 
 @pytest.mark.parametrize(
     ("device_times", "drawn", "unit"),
-    [((None, None), [3.0, 5.0], "milliseconds"), ((0.5, 2.0), [0.5, 2.0], "milliseconds of the device")],
+    [
+        ((None, None), [3.0, 1.25], "milliseconds per sequence"),
+        ((0.5, 2.0), [0.5, 0.5], "milliseconds of the device per sequence"),
+    ],
 )
 def test_the_figure_shows_what_the_device_takes_where_that_is_known(device_times, drawn, unit):
     made = [
@@ -242,9 +245,10 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(device_times
         for length, slow, of_device in zip((64, 128), (3.0, 5.0), device_times, strict=True)
     ]
     arguments = SimpleNamespace(
-        passes=("forward",), lengths=(64, 128), batch=(1,), dtype="bfloat16", heads=1, growth_length=64
+        passes=("forward",), lengths=(64, 128), batch=(1, 4), dtype="bfloat16", heads=1, growth_length=64
     )
-    bench = SimpleNamespace(arguments=arguments, results=made, device=torch.device("cpu"))
+    batches = {64: 1, 128: 4}
+    bench = SimpleNamespace(arguments=arguments, results=made, batches=batches, device=torch.device("cpu"))
     (axis,) = attention_report.AttentionReport.draw(bench).axes
     assert axis.get_lines()[0].get_ydata().tolist() == drawn
     assert axis.get_ylabel() == unit

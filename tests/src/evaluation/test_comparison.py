@@ -310,6 +310,19 @@ def test_figure_has_a_sensible_size_and_no_overlapping_labels(tmp_path, count):
     assert tops == sorted(tops, reverse=True)
 
 
+def test_sampling_error_is_beside_the_std_over_seeds(four):
+    comparison = compare_runs(four)
+    images = comparison.common["data"]["num_images"]
+    # of a share p of n images: sqrt(p (1 - p) / n)
+    expected = 100 * (0.75 * 0.25 / images) ** 0.5
+    assert comparison.rows[0].sampling_error == pytest.approx(expected)
+    assert f"a standard error of up to {100 * (0.5 * 0.5 / images) ** 0.5:.2f} points" in comparison_markdown(
+        comparison
+    )
+    bands = [line for line in comparison_figure(comparison).axes[0].lines if line.get_linewidth() == 7]
+    assert list(bands[0].get_xdata()) == pytest.approx([75 - expected, 75 + expected])
+
+
 def test_figure_shows_what_the_rows_say(four):
     figure = comparison_figure(compare_runs(four))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
