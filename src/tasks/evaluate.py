@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -47,7 +48,7 @@ from src.tasks.resume import (
     open_resume_state,
     resume_hint,
 )
-from src.tasks.resume_state import ResumeState
+from src.tasks.resume_state import ResumeState, resume_folder
 from src.utils.instantiate import build, escape_interpolations
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
     if finished:
         if trainer.is_global_zero:
             complete_comparison(config, finished)
+            shutil.rmtree(resume_folder(config.paths.output_dir), ignore_errors=True)  # of a run killed at its end
             logger.info("%s holds this evaluation, and it is finished: nothing to do.", config.paths.output_dir)
         return finished, Munch()
     environment = {name: metadata[0][name] for name in ("device", "versions")}

@@ -173,6 +173,8 @@ def test_a_process_that_is_killed_while_it_writes(evaluation, resume, monkeypatc
     # as `atomic_write` names what it has not finished
     for name in (".comparison.png.0123456789ab.tmp", "1/.results.json.0123456789ab.tmp"):
         (run / name).write_text("half")
+    if left == 2:
+        (run / "unfinished").mkdir()
     results, _ = resume("t2t_vit_t_14", **options)
     assert [each.complete for each in results] == [True, True]
     for number in range(2):
@@ -181,6 +183,7 @@ def test_a_process_that_is_killed_while_it_writes(evaluation, resume, monkeypatc
         path.relative_to(whole) for path in contents_of(whole)
     }
     assert not list(run.rglob("*.tmp"))
+    assert not (run / "unfinished").exists()
     if left == 2:
         assert (run / "comparison.json").read_bytes() == (whole / "comparison.json").read_bytes()
 

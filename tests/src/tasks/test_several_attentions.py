@@ -14,6 +14,7 @@ import src.datamodules.dataset as dataset
 import src.distributed.trainer as trainer_module
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
+from src.evaluation.results import read_results
 from src.models.inference import InferenceT2TViT
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.tasks.attention_configs import attention_configs
@@ -27,7 +28,7 @@ from tests.src.tasks.test_evaluate import SYNTHETIC, NoWaiting
 
 NAMES = ["full", "local", "performer", "sblocal"]
 # what differs between two evaluations of the same
-MEASURED = {"images_per_second", "seconds", "command"}
+MEASURED = {"images_per_second", "seconds", "command", "one_pass"}
 
 
 def listed(names: list[str]) -> str:
@@ -96,6 +97,7 @@ def test_the_comparison_describes_the_pass(together, tmp_path):
     assert [row["run"] for row in comparison["runs"]] == ["0", "1", "2", "3"]
     expected = {"attentions": 4, "forward_passes": 6, "seconds": objects.task.seconds, "peak_memory_mib": None}
     assert comparison["one_pass"] == expected
+    assert read_results(tmp_path / "together" / "3").one_pass == expected
     text = (tmp_path / "together" / "comparison.md").read_text()
     assert f"one pass over {NUM_IMAGES} images with 4 attentions (6 forward passes of each image) took" in text
     assert (tmp_path / "together" / "comparison.png").stat().st_size > 0
