@@ -186,7 +186,10 @@ def create_attention(
         columns = budget_columns(sequence_length, memory_fraction)
         arguments = kind.fit(columns, sequence_length, options) | arguments
     arguments = {name: value for name, value in arguments.items() if name in known}
-    return kind.module(**arguments, **kind.fixed)
+    module = kind.module(**arguments, **kind.fixed)
+    if kind.fit is not None:
+        module.sequence_length = sequence_length
+    return module
 
 
 def attention_memory(attention: AttentionModule, sequence_length: int) -> float:

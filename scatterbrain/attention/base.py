@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -14,6 +16,9 @@ from scatterbrain.ops.common.inputs import (
     default_scale,
     empty_output,
 )
+
+# A module warns where the keys are more than this many times those its sizes were chosen for, or fewer.
+LENGTH_FACTOR = 2
 
 
 class AttentionModule(nn.Module):
@@ -28,9 +33,16 @@ class AttentionModule(nn.Module):
         attention_dropout: probability of dropping an attention weight in training.
         backend: `naive` (dense, float64), `torch`, `triton` where the operator has kernels, or `auto`.
 
+    Attributes:
+        dim_heads: width E of queries and keys that the module was made for; None for any.
+        sequence_length: number of keys S that its sizes were chosen for, set by `create_attention`; None for any.
+
     Raises:
         UserError: a value out of range.
     """
+
+    dim_heads: int | None = None
+    sequence_length: int | None = None
 
     def __init__(
         self,
@@ -75,6 +87,13 @@ class AttentionModule(nn.Module):
             raise UserError("query, key and value have to be tensors of four dimensions (B, length, H, width).")
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+        if self.dim_heads is not None and query.shape[3] != self.dim_heads:
+            raise UserError(
+                f"{type(self).__name__} was made for heads of width {self.dim_heads}, and query is "
+                f"{tuple(query.transpose(1, 2).shape)}, (B, length, H, width). Create it with "
+                f"dim_heads={query.shape[3]}."
+            )
+        self._warn_of_length(key.shape[2])
         if not len(query):
             weights = query.new_zeros(*query.shape[:3], key.shape[2]) if need_weights else None
             return empty_output(query, key, value).transpose(1, 2), weights
@@ -87,6 +106,20 @@ class AttentionModule(nn.Module):
             options["scale"] = default_scale(query, self.softmax_temp)
             weights = self._weights(query, key, value, **options).to(query.dtype)
         return out.transpose(1, 2), weights
+
+    def _warn_of_length(self, num_keys: int) -> None:
+        """Warn once where the number of keys makes the memory budget another."""
+        expected = self.sequence_length
+        if expected is None or torch.compiler.is_compiling():
+            return
+        if expected > LENGTH_FACTOR * num_keys or num_keys > LENGTH_FACTOR * expected:
+            self.sequence_length = None
+            warnings.warn(
+                f"The sizes of this {type(self).__name__} ({self.sizes()}) were chosen for {expected} keys, and it got "
+                f"{num_keys}: its memory relative to full attention is another. Modules take tensors "
+                f"(B, length, H, width); create it with sequence_length={num_keys} if that is the length.",
+                stacklevel=3,
+            )
 
     def _prepare(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None

@@ -15,6 +15,7 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.attention.local import LocalAttention
 from scatterbrain.attention.performer import PerformerAttention
 from scatterbrain.attention.smyrf import SmyrfAttention
+from scatterbrain.ops.common.inputs import check_tensors
 
 
 class CombinationAttention(AttentionModule):
@@ -37,6 +38,8 @@ class CombinationAttention(AttentionModule):
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Means of the outputs and of the weights of the parts; arguments as in `AttentionModule.forward`."""
+        check_tensors(query=query, key=key, value=value)
+        self._warn_of_length(key.shape[1])
         outputs, weights = zip(
             *(part(query, key, value, key_lengths, need_weights) for part in self.parts), strict=True
         )

@@ -91,6 +91,7 @@ class RandomFeatureAttention(AttentionModule):
         **features: str | bool,
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
+        self.dim_heads = dim_heads
         known = option_parameters(type(self))
         for name in features:
             if name not in known:

@@ -115,6 +115,7 @@ class SparseAttention(AttentionModule):
         super().__init__(softmax_temp, causal, attention_dropout, backend)
         refuse_causal(self, causal and not source.can_be_causal)
         self.source = source
+        self.dim_heads = getattr(source, "dim_heads", None)
 
     def sizes(self) -> dict[str, int]:
         """Sizes of the support."""

@@ -394,5 +394,4 @@ def test_padding_of_queries_is_in_one_tile_of_each_round_and_moves_no_other_quer
             assert (positions[:, :-37] == -1).all()
         tokens = torch.arange(37) < lengths.repeat_interleave(2)[:, None]
         assert torch.equal(support.dense(37, 37)[tokens], moved.dense(37, 37)[tokens])
-        # as the shorter sequence alone, but for the number of clusters
         assert support.dense(37, 37)[tokens].any(-1).all()
