@@ -26,7 +26,7 @@ import torch
 
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.inputs import check_inputs, length_mask
-from scatterbrain.ops.common.numerics import no_autocast
+from scatterbrain.ops.common.numerics import no_autocast, stable_argsort
 from scatterbrain.ops.sparse.supports import Round, Support
 
 
@@ -147,7 +147,7 @@ def smyrf_support(
             query_hash = query @ row[:-2] + query_added * row[-1]
             key_hash = key @ row[:-2] + key_added * row[-2]
             key_hash = key_hash.masked_fill(padding, torch.inf)
-            orders.append((query_hash.argsort(dim=-1, stable=True), key_hash.argsort(dim=-1, stable=True)))
+            orders.append((stable_argsort(query_hash), stable_argsort(key_hash)))
     return _clustered_support(orders, cluster_size, lengths, look_back=0)
 
 
@@ -203,7 +203,7 @@ def reformer_support(
             last = 2 * rotation.shape[1]
             key_bucket = _angular_bucket(key, rotation).masked_fill(padding, last)
             query_bucket = _angular_bucket(query, rotation)
-            orders.append((query_bucket.argsort(dim=-1, stable=True), key_bucket.argsort(dim=-1, stable=True)))
+            orders.append((stable_argsort(query_bucket), stable_argsort(key_bucket)))
     return _clustered_support(orders, bucket_size, lengths, look_back=1)
 
 
@@ -297,7 +297,8 @@ def _clustered_support(
     divisor = lengths.clamp_min(1)
     key_ranks = (key_ranks[0] % divisor.unsqueeze(-1), key_ranks[1])
     # ranks of keys that the query of each rank sees, (G, T)
-    cluster_of_rank = cluster[0].repeat_interleave(query_count[0], output_size=num_queries)
+    rank = torch.arange(num_queries, device=lengths.device)
+    cluster_of_rank = ((rank + 1) * num_clusters - 1) // num_queries  # the last one that starts at or before the rank
     seen_start, seen_count = (x[:, cluster_of_rank].int() for x in (key_start, key_count))
 
     rounds: list[Round] = []
