@@ -21,6 +21,7 @@ from scatterbrain.ops.common.numerics import (
     gather_rows,
     no_autocast,
     split_rows,
+    stable_argsort,
     tile_budget,
 )
 
@@ -220,13 +221,19 @@ class _Tiles:
         ends = tiles.cumsum(1)
         first_slot = (ends - tiles) * size
         first_slot[:, -1] = num_tiles * size
-        labels, order = labels.sort(dim=1, stable=True)
+        order = stable_argsort(labels)
+        labels = labels.gather(1, order)
         rank = torch.arange(length, device=labels.device) - (counts.cumsum(1) - counts).gather(1, labels)
         # points of no cluster share an extra last place, which is dropped
         slot = (first_slot.gather(1, labels) + rank).clamp_max(num_tiles * size)
         index = torch.full((groups, num_tiles * size + 1), -1, device=labels.device).scatter(1, slot, order)
         tile = torch.arange(num_tiles, device=labels.device).expand(groups, -1).contiguous()
-        owner = torch.searchsorted(ends[:, :-1].contiguous(), tile, right=True).clamp_max(num_clusters - 1)
+        ends = ends[:, :-1].contiguous()
+        if torch.onnx.is_in_onnx_export():  # which has no searchsorted
+            owner = (ends.unsqueeze(1) <= tile.unsqueeze(2)).sum(2)
+        else:
+            owner = torch.searchsorted(ends, tile, right=True)
+        owner = owner.clamp_max(num_clusters - 1)
         slot = torch.zeros_like(slot).scatter(1, order, slot.where(labels < num_clusters, 0))
         return cls(index[:, :-1].reshape(groups, num_tiles, size), owner, slot)
 

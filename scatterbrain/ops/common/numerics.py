@@ -57,3 +57,11 @@ def split_rows(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
 def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Context without autocast on the device of `x`; the meta device has none."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def stable_argsort(x: torch.Tensor) -> torch.Tensor:
+    """Positions that sort the last dimension in ascending order; equal entries keep their order."""
+    if torch.onnx.is_in_onnx_export():
+        # ONNX has no stable sort, but its TopK returns the lower position of equal entries first
+        return x.topk(x.shape[-1], largest=False).indices
+    return x.argsort(dim=-1, stable=True)

@@ -84,15 +84,18 @@ class _Layout:
         Between sequences the rows are `fill`, or for None the nearest row of the sequence. `with_ones` appends a column
         of ones to the sequences.
         """
-        batch, heads, length, width = x.shape
-        rows = x.new_empty(batch, heads, self.num_blocks * self.block, width + int(with_ones))
-        end = offset + length
-        rows[:, :, offset:end, :width] = x
         if with_ones:
-            rows[:, :, offset:end, width] = 1.0
-        rows[:, :, :offset] = x[:, :, :1].detach() if fill is None else fill
-        rows[:, :, end:] = x[:, :, -1:].detach() if fill is None else fill
-        return rows.view(-1, width + int(with_ones))
+            x = F.pad(x, (0, 1), value=1.0)
+        behind = self.num_blocks * self.block - offset - x.shape[2]
+        # concatenated, not assigned to an empty tensor: ONNX and torch.jit.trace would record the batch size
+        before, after = (
+            nearest.detach().expand(-1, -1, size, -1)
+            if fill is None
+            else x.new_full((*x.shape[:2], size, x.shape[3]), fill)
+            for nearest, size in ((x[:, :, :1], offset), (x[:, :, -1:], behind))
+        )
+        rows = torch.cat([before, x, after], 2)
+        return rows.reshape(-1, rows.shape[-1])
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows as blocks (G * num_blocks, C, width), a view."""

@@ -28,7 +28,7 @@ import torch
 
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.inputs import check_inputs, length_mask
-from scatterbrain.ops.common.numerics import no_autocast
+from scatterbrain.ops.common.numerics import no_autocast, stable_argsort
 from scatterbrain.ops.sparse.supports import Round, Support
 
 
@@ -153,8 +153,8 @@ def smyrf_support(
             query_hash = query @ row[:-2] + query_added * row[-1]
             key_hash = key @ row[:-2] + key_added * row[-2]
             key_hash = key_hash.masked_fill(padding, torch.inf)
-            query_order = _padding_last(query_hash.argsort(dim=-1, stable=True), query_lengths, query_padding)
-            orders.append((query_order, key_hash.argsort(dim=-1, stable=True)))
+            query_order = _padding_last(stable_argsort(query_hash), query_lengths, query_padding)
+            orders.append((query_order, stable_argsort(key_hash)))
     return _clustered_support(orders, cluster_size, queries, lengths, 0, query_lengths is not None)
 
 
@@ -213,9 +213,9 @@ def reformer_support(
         for rotation in rotations.float():
             last = 2 * rotation.shape[1]
             key_bucket = _angular_bucket(key, rotation).masked_fill(padding, last)
-            query_order = _angular_bucket(query, rotation).argsort(dim=-1, stable=True)
+            query_order = stable_argsort(_angular_bucket(query, rotation))
             query_order = _padding_last(query_order, query_lengths, query_padding)
-            orders.append((query_order, key_bucket.argsort(dim=-1, stable=True)))
+            orders.append((query_order, stable_argsort(key_bucket)))
     return _clustered_support(orders, bucket_size, queries, lengths, 1, query_lengths is not None)
 
 
@@ -244,7 +244,7 @@ def _padding_last(order: torch.Tensor, lengths: torch.Tensor | None, padding: to
     """An order (G, N) with the padding (G, N) after all other tokens, both kinds in the order given."""
     if lengths is None:
         return order
-    return order.gather(1, padding.gather(1, order).byte().argsort(dim=-1, stable=True))
+    return order.gather(1, stable_argsort(padding.gather(1, order).byte()))
 
 
 def _angular_bucket(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from scatterbrain.ops.common.numerics import (
     MAXIMUM_SLACK,
     accumulation_dtype,
     gather_rows,
+    is_exporting,
     no_autocast,
     split_rows,
     tile_budget,
@@ -161,7 +162,7 @@ def _round(
     """Sums of one round over all sequences; query (G, T, E), key (G, S, E), value (G, S, D + 1), hidden (G, S)."""
     groups, length, _ = query.shape
     tile, columns = each.query_index.shape[-1], each.key_index.shape[-1]
-    pairs = _visible_pairs(each, is_causal, hidden).flatten(0, 1)
+    pairs = _visible_pairs(each, is_causal, hidden)
     slice_size = max(1, tile_budget(query) // (tile * columns))
 
     # one gather, then slices: the gradient of a gather is as large as its source
@@ -174,8 +175,12 @@ def _round(
     outputs = []
     start = 0
     for q, k, v, *features in zip(*tensors, strict=True):
-        # tiles that all sequences share are stored once
-        here = pairs[torch.arange(start, start + q.shape[0], device=pairs.device) % pairs.shape[0]]
+        if is_exporting():
+            here = pairs.expand(groups, -1, -1, -1).flatten(0, 1)
+        else:
+            # tiles that all sequences share are stored once
+            index = torch.arange(start, start + q.shape[0], device=pairs.device)
+            here = pairs.flatten(0, 1)[index % (pairs.shape[0] * pairs.shape[1])]
         start += q.shape[0]
         logits = torch.bmm(q, k.transpose(1, 2)).masked_fill(~here, -math.inf)
         maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
