@@ -94,7 +94,7 @@ class AttentionModule(nn.Module):
                 f"dim_heads={query.shape[3]}."
             )
         self._warn_of_length(key.shape[2])
-        if not len(query):
+        if query.shape[0] == 0:
             weights = query.new_zeros(*query.shape[:3], key.shape[2]) if need_weights else None
             return empty_output(query, key, value).transpose(1, 2), weights
         query, key = self._prepare(query, key, value, key_lengths)

@@ -62,7 +62,7 @@ def landmark_attention(
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
-    if not len(query):
+    if query.shape[0] == 0:
         return empty_output(query, key, value)
     assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     num_landmarks = at_most(num_landmarks, key.shape[2])

@@ -84,7 +84,7 @@ def paired_landmark_attention(
         raise UserError(f"num_exact={num_exact!r} is not a number of keys; give an integer of at least 0.")
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
-    if not len(query):
+    if query.shape[0] == 0:
         return empty_output(query, key, value)
     key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)

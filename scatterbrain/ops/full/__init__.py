@@ -45,7 +45,7 @@ def full_attention(
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
-    if not len(query):
+    if query.shape[0] == 0:
         return empty_output(query, key, value)
     if backend == "naive":
         return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)

@@ -62,7 +62,7 @@ def local_attention(
         unsupported=fused.unsupported(query, value, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value),
     )
-    if not len(query):
+    if query.shape[0] == 0:
         return empty_output(query, key, value)
     if backend == "naive":
         return naive_local_attention(query, key, value, window, scale, is_causal, key_lengths)[0].to(query.dtype)

@@ -60,7 +60,7 @@ def performer_attention(
         unsupported=fused.unsupported(query, value, projection, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value, projection),
     )
-    if not len(query):
+    if query.shape[0] == 0:
         return empty_output(query, key, value)
     if backend == "naive":
         out, _ = naive_performer_attention(query, key, value, projection, scale, is_causal, key_lengths, eps)

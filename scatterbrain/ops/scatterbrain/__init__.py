@@ -70,7 +70,7 @@ def scatterbrain_attention(
         unsupported=fused.unsupported(query, value, projection, cosh=True, dropout_p=dropout_p),
         prefer_kernels=fused.is_fast(query, value, projection, cosh=True),
     )
-    if not len(query):
+    if query.shape[0] == 0:
         return empty_output(query, key, value)
     if backend == "naive":
         out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)

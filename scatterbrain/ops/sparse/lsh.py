@@ -236,7 +236,7 @@ def _lengths_and_padding(x: torch.Tensor, lengths: torch.Tensor | None) -> tuple
         lengths = torch.full((groups,), number, device=x.device)
     else:
         lengths = lengths.to(x.device, torch.int64).clamp(0, number)
-        lengths = lengths.repeat_interleave(groups // len(lengths))
+        lengths = lengths.repeat_interleave(groups // lengths.shape[0])
     return lengths.unsqueeze(-1), ~length_mask(lengths, number)
 
 

@@ -37,7 +37,7 @@ def naive_support_attention(
     visible = (j <= i) if is_causal else torch.ones(len(i), len(j), dtype=torch.bool, device=query.device)  # [T, S]
     if key_lengths is not None:
         visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
-    support = support.expand(len(query) * query.shape[1], -1, -1).unflatten(0, query.shape[:2])  # [B, H, T, S]
+    support = support.expand(query.shape[0] * query.shape[1], -1, -1).unflatten(0, query.shape[:2])  # [B, H, T, S]
     logits = scale * query @ key.transpose(-2, -1)
     if low_rank_logits is None:
         visible = visible & support
