@@ -78,10 +78,10 @@ class Results:
         complete: whether all images (that can be decoded) were evaluated; false after an interruption, and all results
             are then those of the images so far.
         num_evaluated: number of images evaluated, of `data["num_images"]`; None in files of earlier versions, for all.
-        skipped: with `datamodule.on_error=skip`, the images left out, named and sorted as in `predictions.csv`; those
-            met so far where `complete` is false. None, and not in the file, where such an image is an error.
         compared: what else has to be the same for `eval.resume` to accept these results, by the options' names.
         one_pass: the fields of `OnePass` where several attentions were evaluated in one pass, else None.
+        skipped: with `datamodule.on_error=skip`, the images left out, named and sorted as in `predictions.csv`; those
+            met so far where `complete` is false. None, and not in the file, where such an image is an error.
     """
 
     model: str
@@ -108,9 +108,9 @@ class Results:
     fast: bool = False
     complete: bool = True
     num_evaluated: int | None = None
-    skipped: SkippedInfo | None = None
     compared: dict[str, Any] | None = None
     one_pass: dict[str, Any] | None = None
+    skipped: SkippedInfo | None = None
 
     @property
     def published(self) -> PublishedAccuracy | None:
