@@ -40,7 +40,7 @@ NAMES = list(scatterbrain.ATTENTIONS)
 # export takes seconds: one attention of each class, of the paired clusters the one with exact keys
 OF_EACH_CLASS = list({scatterbrain.ATTENTIONS[name].module: name for name in NAMES}.values())
 # one for each way to depend on the length
-OF_EACH_LENGTH_RULE = ["full", "performer", "local", "smyrf", "bs-longformer", "local2d", "cluster"]
+OF_EACH_LENGTH_RULE = ["full", "performer", "local", "smyrf", "bs-longformer", "local2d"]
 
 
 def create(name: str) -> torch.nn.Module:
