@@ -323,7 +323,7 @@ def _clustered_support(
     query_start, query_count = cut(queries)
     rank = torch.arange(num_queries, device=lengths.device)
     cluster_of_rank = _cluster_of_rank(rank, queries, num_clusters)
-    query_ranks = _tile_ranks(query_start, query_count, -(-num_queries // num_clusters) + has_padding)
+    query_ranks = _tile_ranks(query_start, query_count, -(-num_queries // num_clusters) + int(has_padding))
     if has_padding:
         # the padding of a cluster after its other queries
         start, count = cut(num_queries - queries)
