@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
-# Characters in a line of the tables where they are not shown on a terminal.
-TABLE_WIDTH = 132
-
+TABLE_WIDTH = 132  # characters in a line of tables that are not shown on a terminal
 T = TypeVar("T")
 
 

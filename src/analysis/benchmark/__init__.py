@@ -2,5 +2,4 @@
 
 import os
 
-# read when torch is imported: its profiler writes to stderr otherwise
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch is imported: its profiler writes to stderr otherwise

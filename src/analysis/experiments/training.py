@@ -35,7 +35,6 @@ COMPARED = (
     *("cluster", "sbcluster", "pairedcluster", "reformer"),
 )
 PRECISIONS = ("float32", "bfloat16")
-LEGEND_COLUMNS = 2
 
 
 class Experiment(tools.Run):
