@@ -601,7 +601,7 @@ def test_a_killed_evaluation_resumes_to_the_same_files(tmp_path):
     decoded = []
     decode = dataset.load_rgb
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "load_rgb", lambda source: decoded.append(source) or decode(source))
+        patch.setattr(dataset, "load_rgb", lambda source, *limits: decoded.append(source) or decode(source, *limits))
         evaluate(compose_config([*arguments, "eval.resume=true"], folder))
     assert 4 <= len(decoded) < 100
     evaluate(compose_config(arguments, tmp_path / "whole"))

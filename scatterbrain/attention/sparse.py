@@ -73,7 +73,6 @@ class FixedSupport(SupportSource):
         lengths = (len(range(x.shape[2])) for x in (query, key))
         return Support(tuple(Round(*tensors) for tensors in self._tensors(*lengths, query.device)))
 
-    @torch.compiler.assume_constant_result
     def _tensors(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[tuple, ...]:
         """The tensors of each round, computed now also while a graph is recorded, whose constants they are."""
         place = (num_queries, num_keys, device)
@@ -86,6 +85,9 @@ class FixedSupport(SupportSource):
                 del self._cache[next(iter(self._cache))]
         self._cache[place] = support
         return tuple((each.query_index, each.key_index, each.mask) for each in support.rounds)
+
+    # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this module.
+    _tensors._dynamo_marked_constant = True
 
 
 class SparseAttention(AttentionModule):

@@ -369,7 +369,7 @@ def refused(script, arguments, capsys):
         *((script, {"output": "{folder}/none/x.png"}, "has to be a file in a folder that exists") for script in BOTH),
         (measure_approximation, {"layers": "block"}, "--layers: invalid choice: 'block'"),
         (measure_approximation, {"layers": "backbone", "memory_fraction": 0}, "memory_fraction=0.0 has to lie in"),
-        (measure_approximation, {"num_seeds": 0}, "--num-seeds/--num-values: '0' is not an integer of at least 1"),
+        (measure_approximation, {"num_seeds": 0}, "--num-seeds/--num-draws: '0' is not an integer of at least 1"),
         (measure_approximation, {"limit": "-1"}, "--limit: '-1' is not an integer of at least 1"),
         (measure_approximation, {"matrix_images": 0}, "--matrix-images: '0' is not an integer of at least 1"),
         (measure_approximation, {"batch_size": "x"}, "--batch-size: 'x' is not an integer of at least 1"),

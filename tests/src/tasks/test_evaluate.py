@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_files(evaluation, tmp_path):
 def test_seeds_are_those_of_single_runs_and_images_are_decoded_once(evaluation, monkeypatch, tmp_path):
     decoded = []
     decode = dataset.load_rgb
-    monkeypatch.setattr(dataset, "load_rgb", lambda path: decoded.append(path.name) or decode(path))
+    monkeypatch.setattr(dataset, "load_rgb", lambda path, *limits: decoded.append(path.name) or decode(path, *limits))
     options = {"model___t2tattn_cfg": "performer"}
     several, objects = evaluate(evaluation("t2t_vit_t_14", "several", eval__num_seeds=3, **options))
     assert sorted(decoded) == [f"{index:03}.png" for index in range(NUM_IMAGES)]

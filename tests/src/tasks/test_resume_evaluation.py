@@ -63,7 +63,7 @@ def decoded(monkeypatch) -> list[str]:
     """Names of the images decoded from here on."""
     names = []
     decode = dataset.load_rgb
-    monkeypatch.setattr(dataset, "load_rgb", lambda path: names.append(path.name) or decode(path))
+    monkeypatch.setattr(dataset, "load_rgb", lambda path, *limits: names.append(path.name) or decode(path, *limits))
     return names
 
 

@@ -62,7 +62,7 @@ def test_each_attention_has_the_files_of_a_run_of_its_own_and_images_are_decoded
 ):
     decoded = []
     decode = dataset.load_rgb
-    monkeypatch.setattr(dataset, "load_rgb", lambda path: decoded.append(path.name) or decode(path))
+    monkeypatch.setattr(dataset, "load_rgb", lambda path, *limits: decoded.append(path.name) or decode(path, *limits))
     options = {"eval__num_seeds": 2, "model__fast": fast}
     results, objects = together(**options)
     assert sorted(decoded) == [f"{index:03}.png" for index in range(NUM_IMAGES)]
@@ -237,7 +237,7 @@ def test_an_option_goes_to_every_attention_that_has_it():
             {"++model__t2tattn1_cfg__local_contxt": 4},
             "None of eval.attentions=full,sblocal has the option 'model.t2tattn1_cfg.local_contxt'. Did you mean 'loc",
         ),
-        ({"++model__t2tattn1_cfg__local_context": -1}, "Attention sblocal: window=-1 is not"),
+        ({"++model__t2tattn1_cfg__local_context": -1}, "Attention sblocal: local_context=-1 is not"),
         ({"eval__redraw": "false"}, "Attention full: eval.redraw=false, but .* holds no random features"),
         ({"+trainer__limit_test_batches": 1}, "covers all images"),
     ],

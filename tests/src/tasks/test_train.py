@@ -519,7 +519,7 @@ def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
         ({"optimizer__opt": "adamm"}, "optimizer cannot be built: .*adamm.* Check the options under 'optimizer'"),
         ({"+optimizer__foo": 1}, "optimizer cannot be built: .*'foo'"),
         ({"optimizer__lr": 0}, "optimizer.lr=0 is not valid. Give a learning rate above 0"),
-        ({"optimizer__lr": "inf"}, "optimizer.lr=inf is not valid. Give a learning rate above 0, and finite"),
+        ({"optimizer__lr": "inf"}, "optimizer.lr=inf is not valid. Give a finite number"),
         ({"optimizer__lr": "nan"}, "optimizer.lr=nan is not valid"),
         ({"optimizer__weight_decay": "inf"}, "optimizer.weight_decay=inf is not valid"),
         ({"scheduler__warmup_lr": "inf"}, "scheduler.warmup_lr=inf is not valid"),
