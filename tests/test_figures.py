@@ -337,7 +337,15 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
 # Tables of results that a command on the page prints, and no file has.
 WITHOUT_FILE = {("docs/demo.md", "attention|top-1"), ("docs/benchmarks.md", "machine|photographs")}
 # Tables of options, files and limits; their numbers are no results.
-NO_RESULTS = ("option|", "datamodule.format|", "names of the classes", "|call|", "operator|", "|fused kernels")
+NO_RESULTS = (
+    "option|",
+    "datamodule.format|",
+    "names of the classes",
+    "attentions|export",
+    "|call|",
+    "operator|",
+    "|fused kernels",
+)
 
 
 def heading(rows: list[list[str]]) -> str:
