@@ -56,12 +56,6 @@ def open_split(data_dir: str | os.PathLike[str], split: str, model: T2TViT) -> I
     return ImageFolderDataset(split_folder(data_dir, split), transform, model.num_classes)
 
 
-def spread(size: int, number: int) -> list[int]:
-    """Positions of `number` items, all of them where they are fewer, spread evenly over `size`."""
-    number = min(size, number)
-    return [(2 * i + 1) * size // (2 * number) for i in range(number)]
-
-
 def pixels_of(image: torch.Tensor) -> np.ndarray:
     """A normalised image (3, height, width) as pixels (height, width, 3) in [0, 1]."""
     return (image.permute(1, 2, 0).numpy() * IMAGENET_DEFAULT_STD + IMAGENET_DEFAULT_MEAN).clip(0, 1)

@@ -17,6 +17,12 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def spread(size: int, number: int) -> list[int]:
+    """Positions of `number` items, all of them where they are fewer, spread evenly over `size`."""
+    number = min(size, number)
+    return [(2 * i + 1) * size // (2 * number) for i in range(number)]
+
+
 def hold_out(targets: Sequence[int], part: float, seed: int) -> tuple[list[int], list[int]]:
     """Positions to train on and positions held out, both ascending: a random `part` of each class, rounded."""
     generator = np.random.default_rng(seed)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from scatterbrain.errors import UserError
 from src.datamodules.formats import scan_folder
 from src.datamodules.formats.class_folders import ClassFolders
+from src.datamodules.sampling import spread
 from src.utils.text import abbreviate
 
 REFERENCE = "class_folders"
@@ -56,7 +57,7 @@ def photographs_of(root: Path, num_classes: int, num_damaged: int = 0) -> list[P
         )
     if num_damaged >= len(found):
         raise UserError(f"--damage {num_damaged}: of {len(found)} images, one at least has to be left. Give fewer.")
-    damaged = {(2 * i + 1) * len(found) // (2 * num_damaged) for i in range(num_damaged)}
+    damaged = set(spread(len(found), num_damaged))
     images = []
     for position, (name, label) in enumerate(zip(found.names, found.targets, strict=True)):
         try:

@@ -18,6 +18,7 @@ from scatterbrain.errors import UserError, check_whole_number
 from src.analysis import approximation
 from src.analysis.tools import choose_device, new_table, print_report, provenance, shown, write_results
 from src.datamodules.dataset import ImageLoader
+from src.datamodules.sampling import spread
 from src.models.attention_inputs import StageInputs, capture_inputs, create_block_attentions, create_stage_attentions
 from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
@@ -198,8 +199,8 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
     layers, skipped = layer_records(model, arguments.layers, arguments.attentions, arguments.memory_fraction, seeds)
 
-    chosen = approximation.spread(len(dataset), arguments.limit or len(dataset))
-    of_matrix = {chosen[number] for number in approximation.spread(len(chosen), arguments.matrix_images)}
+    chosen = spread(len(dataset), arguments.limit or len(dataset))
+    of_matrix = {chosen[number] for number in spread(len(chosen), arguments.matrix_images)}
     loader = ImageLoader(Subset(dataset, chosen), batch_size=arguments.batch_size)
     for images, _, positions in shown(loader, "Photographs"):
         wanted = [number for number, position in enumerate(positions.tolist()) if position in of_matrix]

@@ -22,6 +22,7 @@ from src.analysis import approximation
 from src.analysis.plots import style
 from src.analysis.tools import choose_device, say, shown
 from src.datamodules.dataset import ImageFolderDataset
+from src.datamodules.sampling import spread
 from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
@@ -88,7 +89,7 @@ def choose_images(dataset: ImageFolderDataset, paths: Sequence[str] | None) -> l
         UserError: a photograph is not there; near names are suggested.
     """
     if paths is None:
-        return approximation.spread(len(dataset), 2)
+        return spread(len(dataset), 2)
     for path in paths:
         if path not in dataset.paths:
             near = difflib.get_close_matches(path, dataset.paths) or dataset.paths[:1]
