@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
+from src.datamodules.dataset import load_rgb
 from src.evaluation.predictions import read_predictions
 from src.evaluation.results import read_results
 from src.tasks.build import build_model
@@ -59,7 +59,7 @@ def verify(run: Path, limit: int | None, batch_size: int, device: torch.device) 
     starts = range(0, len(chosen), batch_size)
     for start in track(starts, description="float64", console=console):
         rows = chosen[start : start + batch_size]
-        images = [Image.open(root / predictions.images[row]).convert("RGB") for row in rows]
+        images = [load_rgb(root / predictions.images[row], config.datamodule.get("max_image_pixels")) for row in rows]
         batch = torch.stack([datamodule.test_transform(image) for image in images])
         probability_rows = model(batch.double().to(device)).softmax(-1).cpu()
         for row, probabilities in zip(rows, probability_rows, strict=True):
