@@ -21,10 +21,10 @@ from src.analysis.approximation import (
     largest_logit,
     load_model,
     relative_errors,
-    spread,
 )
 from src.analysis.plots import attention_maps
 from src.datamodules.image_folder import ImageFolderDataModule
+from src.datamodules.sampling import spread
 from src.models.attention_inputs import (
     capture_inputs,
     capture_stage_inputs,
