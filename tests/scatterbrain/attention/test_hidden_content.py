@@ -7,6 +7,7 @@ import torch
 
 from scatterbrain.attention import ATTENTIONS, create_attention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.common.backends import is_interpreted, triton_is_installed
 from tests.helpers import OPERATORS
 
 LENGTH, HEADS, WIDTH = 64, 2, 8
@@ -54,6 +55,29 @@ def compare(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> 
     for name, tensor in expected.items():
         assert torch.isfinite(tensor).all(), name
         torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("poison", ["nan", "large"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["local", "performer", "scatterbrain"])
+@pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
+def test_kernels(name, is_causal, poison):
+    device = "cpu" if is_interpreted() else "cuda"
+    tensors = [x.transpose(1, 2).contiguous() for x in draw()]
+    hidden = torch.arange(LENGTH) >= FUTURE if is_causal else PADDING.squeeze(-1).squeeze(-1)
+    hidden = hidden.expand(2, LENGTH)[:, None, :, None]
+    options = {"is_causal": True} if is_causal else {"key_lengths": LENGTHS.to(device)}
+    projection = torch.randn(5, WIDTH)
+
+    def run(fill: float) -> dict[str, torch.Tensor]:
+        leaves = [x.masked_fill(hidden, fill).to(device).requires_grad_() for x in tensors]
+        out = OPERATORS[name](*leaves, projection.to(device), 6, backend="triton", **options)
+        out = out.masked_fill(hidden.to(device), 0.0)
+        cotangent = torch.linspace(0.5, 1.5, out.numel(), device=device).view_as(out)
+        names = ("out", "grad of query", "grad of key", "grad of value")
+        return dict(zip(names, (out.detach(), *torch.autograd.grad((out * cotangent).sum(), leaves)), strict=True))
+
+    compare(run(0.0), run(POISON[poison]))
 
 
 @pytest.mark.parametrize("backend", ["torch", "naive"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend, no_kernels
-from scatterbrain.ops.common.inputs import check_inputs, check_window, default_scale
+from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_window, default_scale, visible_rows
 
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
@@ -99,9 +99,16 @@ def attention(
     """
     from scatterbrain.ops.scatterbrain.triton.operator import attend
 
-    tensors = _kernel_inputs(query, key, value, projection, key_lengths)
     statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return attend(*tensors, window, scale, cosh, is_causal, eps, statistics)
+    # The kernels skip keys beyond the lengths. But a product with zeros does not hide nan: later keys of a tile would
+    # reach its earlier queries, and padded queries the gradients of all keys.
+    if is_causal or (statistics and key_lengths is not None):
+        seen_in = window if projection is None else None
+        rows = visible_rows(query, key, value, scale, is_causal, key_lengths, seen_in)
+    else:
+        rows = VisibleRows(query, key, value, None)
+    tensors = _kernel_inputs(*rows[:3], projection, key_lengths)
+    return rows.mark(attend(*tensors, window, scale, cosh, is_causal, eps, statistics))[0]
 
 
 @torch.no_grad()
