@@ -35,8 +35,8 @@ class AttentionModule(nn.Module):
         backend: `naive` (dense, float64), `torch`, `triton` where the operator has kernels, or `auto`.
 
     Attributes:
-        takes_attn_mask: whether keys may be hidden anywhere in the sequence; `_prepare`, `_attend` and `_weights` then get
-            the mask (B, S) of a call that has one as `attn_mask`.
+        takes_attn_mask: whether keys may be hidden anywhere in the sequence; `_prepare`, `_attend` and `_weights` then
+            get the mask (B, S) of a call that has one as `attn_mask`.
         dim_heads: width E of queries and keys that the module was made for; None for any.
         sequence_length: number of keys S that its sizes were chosen for, set by `create_attention`; None for any.
 
