@@ -110,12 +110,12 @@ class RandomFeatureAttention(AttentionModule):
         return draw_projection(num_rows, dim_heads, seed, row_norm=row_norm, coupling=coupling)
 
     def _prepare(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys of the same softmax attention, with less variance of their features."""
         if not self.features.use_statistics:
             return query, key
-        return centre_and_balance(query, key, self.features.centre, self.features.balance, key_lengths)
+        return centre_and_balance(query, key, self.features.centre, self.features.balance, **masks)
 
     @torch.no_grad()
     def redraw_projection(self, seed: int) -> None:

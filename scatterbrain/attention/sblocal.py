@@ -36,6 +36,8 @@ class SBLocalAttention(RandomFeatureAttention):
         UserError: a value out of range.
     """
 
+    takes_attn_mask = True
+
     def __init__(
         self,
         local_context: int,

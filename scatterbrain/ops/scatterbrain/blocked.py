@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     FLOOR,
     MAXIMUM_SLACK,
@@ -163,6 +163,7 @@ def blocked_attention(
     log_features: tuple[torch.Tensor, torch.Tensor] | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with exact weights in a window and weights phi(q).phi(k) outside it.
@@ -180,6 +181,7 @@ def blocked_attention(
             maximum of that feature over all keys may exceed the query's largest weight by at most exp(`MAXIMUM_SLACK`).
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S), false for hidden keys.
         dropout_p: probability of dropping a weight. In prefix and suffix, whose weights are never formed, pairs of key
             and feature are dropped, the same for all queries of a head.
 
@@ -188,9 +190,10 @@ def blocked_attention(
     """
     # A window of twice the sequence holds every key; tiles grow with its width.
     window = at_most(window, 2 * max(query.shape[2], key.shape[2]))
+    key_mask = visible_keys(key_lengths, attn_mask, key.shape[2])
     with no_autocast(query):
         return _blocked(
-            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p
+            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_mask, dropout_p
         )
 
 
@@ -204,7 +207,7 @@ def _blocked(
     cosh: bool,
     log_features: tuple[torch.Tensor, torch.Tensor] | None,
     is_causal: bool,
-    key_lengths: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
     layout = _Layout.of(query, key, window)
@@ -214,9 +217,8 @@ def _blocked(
 
     # 0 for visible keys, -inf for padding
     key_bias = key.new_zeros(batch, query.shape[1], layout.num_keys, 1)
-    if key_lengths is not None:
-        hidden = ~length_mask(key_lengths, layout.num_keys)[:, None, :, None]
-        key_bias = key_bias.masked_fill(hidden, -math.inf)
+    if key_mask is not None:
+        key_bias = key_bias.masked_fill(~key_mask[:, None, :, None], -math.inf)
     query_rows = layout.rows(query, 0)
     # Beyond either end the nearest key is repeated, see `needs_bias`.
     key_rows = layout.rows(key, layout.reach, fill=None)
@@ -245,11 +247,12 @@ def _blocked(
     key_slices = layout.slices_of_stretches(key_rows)
     bias_slices = layout.slices_of_stretches(bias_rows)
     value_slices = layout.slices_of_stretches(value_rows)
-    blind_slices = layout.slices_of_blocks(_blind_queries(layout, query.device, key_lengths, low_rank is not None))
+    blind = _blind_queries(layout, query, key_mask, is_causal, low_rank is not None)
+    blind_slices = layout.slices_of_blocks(blind)
     window_bias = masks.window_bias()
     # Not needed where a window holds no padding, other than keys beyond the ends: such a window holds the last key too,
     # so copies of it do not change the maximum, and their values and ones are zero.
-    needs_bias = key_lengths is not None or layout.length > layout.num_keys
+    needs_bias = key_mask is not None or layout.length > layout.num_keys
 
     outputs = []
     for index, query_slice in enumerate(query_slices):
@@ -277,21 +280,27 @@ def _blocked(
 
 
 def _blind_queries(
-    layout: _Layout, device: torch.device, key_lengths: torch.Tensor | None, has_low_rank: bool
+    layout: _Layout, query: torch.Tensor, key_mask: torch.Tensor | None, is_causal: bool, has_low_rank: bool
 ) -> torch.Tensor:
     """Boolean (G * num_blocks, C, 1), true for queries that see no key and for rows between sequences.
 
     Computed from the masks, not from a zero normaliser: a normaliser that is zero for any other reason should give nan,
     not a result.
     """
-    position = torch.arange(layout.num_blocks * layout.block, device=device)
-    first = torch.zeros_like(position) if has_low_rank else (position - layout.reach).clamp_min_(0)
-    if key_lengths is None:
-        lengths = torch.full((layout.groups, 1), layout.num_keys, device=device)
-    else:
-        lengths = key_lengths.repeat_interleave(layout.groups // key_lengths.shape[0])[:, None]
-    blind = (first >= lengths) | (position >= layout.length)
-    return blind.view(-1, layout.block, 1)
+    position = torch.arange(layout.num_blocks * layout.block, device=query.device)
+    # a query looks at the keys first <= j < end
+    first, end = position - layout.reach, position - layout.reach + layout.window
+    if has_low_rank:
+        first, end = torch.zeros_like(first), torch.full_like(end, layout.num_keys)
+    if is_causal:
+        end = end.minimum(position + 1)
+    if key_mask is None:
+        key_mask = torch.ones(1, layout.num_keys, dtype=torch.bool, device=query.device)
+    # number of visible keys before each position
+    before = F.pad(key_mask.long().cumsum(1), (1, 0))
+    first, end = (x.clamp(0, layout.num_keys) for x in (first, end))
+    blind = (before[:, end] <= before[:, first]) | (position >= layout.length)
+    return blind[:, None].expand(*query.shape[:2], -1).reshape(-1, layout.block, 1)
 
 
 # Random projections w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width below the 294 of MAXIMUM_SLACK.

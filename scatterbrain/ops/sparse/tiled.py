@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     FLOOR,
     MAXIMUM_SLACK,
@@ -76,6 +76,7 @@ def support_attention(
     log_features: LogFeatures | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with exact weights on a support and low-rank weights outside it.
@@ -90,6 +91,7 @@ def support_attention(
             low-rank part.
         is_causal: hide the keys j > i; without a low-rank part only.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S), false for hidden keys.
         dropout_p: probability of dropping a weight; without a low-rank part only.
 
     Returns:
@@ -107,9 +109,8 @@ def support_attention(
         batch, heads, length, _ = query.shape
         dtype = accumulation_dtype(query.dtype)
         q, k, v = (x.to(dtype).flatten(0, 1) for x in (query, key, value))
-        hidden = None
-        if key_lengths is not None:
-            hidden = ~length_mask(key_lengths, key.shape[2]).repeat_interleave(heads, 0)
+        mask = visible_keys(key_lengths, attn_mask, key.shape[2])
+        hidden = None if mask is None else ~mask.repeat_interleave(heads, 0)
         v = torch.cat([v, v.new_ones(*v.shape[:2], 1)], -1)
         low_rank = None
         if log_features is not None:

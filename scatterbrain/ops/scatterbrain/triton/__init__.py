@@ -18,6 +18,7 @@ def unsupported(
     projection: torch.Tensor | None = None,
     cosh: bool = False,
     dropout_p: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
 ) -> str | None:
     """Why the fused kernels cannot run a call; None where they can.
 
@@ -27,6 +28,7 @@ def unsupported(
         projection: random projection (R, E) or None.
         cosh: each row of the projection gives two features.
         dropout_p: probability of dropping a weight.
+        attn_mask: mask of the keys or None.
     """
     reason = no_kernels(query)
     if reason is not None:
@@ -42,6 +44,8 @@ def unsupported(
             return "it has no gradient for the projection"
     if dropout_p > 0:
         return "it has no dropout"
+    if attn_mask is not None:
+        return "it takes key_lengths and is_causal, and no attn_mask"
     return None
 
 
