@@ -159,6 +159,7 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
         guard=guard,
         resume_state=state,
         device_times=config.compare,
+        compiles=config.eval.compile,
     )
     log_start(config, runs, datamodule)
     reset_peak_memory(trainer)

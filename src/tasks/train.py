@@ -90,10 +90,11 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         checkpoint = Path(config.train.ckpt).expanduser()
         load_checkpoint(model, checkpoint, new_head=config.train.new_head, new_head_option="train.new_head=true")
         started_from = {"path": str(config.train.ckpt), "sha256": sha256_of_file(checkpoint)}
+    attention = attention_name(config.model, model)
     if config.train.redraw_steps is not None and not model.has_random_features:
         raise UserError(
-            f"train.redraw_steps={config.train.redraw_steps}, but this attention has no random features. Leave it "
-            "out, or choose model/t2tattn_cfg=performer or sblocal."
+            f"train.redraw_steps={config.train.redraw_steps}, but attention {attention or 'of ' + config.model.name} "
+            "has no random features. Leave it out, or choose model/t2tattn_cfg=performer or sblocal."
         )
 
     images_per_update = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -109,7 +110,6 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         compile_model=config.train.compile,
         run_config={**compared, "started_from": started_from},
     )
-    attention = attention_name(config.model, model)
     logger.info(
         "Training %s with attention %s: %d epochs of %d updates of %d images, of %d in %s; validated on %d of %s",
         config.model.name,
