@@ -14,6 +14,7 @@ from torch import nn
 
 import src.datamodules.dataset as dataset
 import src.distributed.trainer as trainer_module
+from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
 from src.evaluation.results import read_results
@@ -211,6 +212,12 @@ def test_the_configuration_is_that_of_the_group(name):
     )
     assert OmegaConf.to_container(ours.model, resolve=True) == OmegaConf.to_container(theirs.model, resolve=True)
     assert ours.paths.output_dir == "out/0"
+
+
+def test_an_attention_without_its_config(monkeypatch, evaluation):
+    monkeypatch.setitem(ATTENTIONS, "new", ATTENTIONS["full"])
+    with pytest.raises(UserError, match="The attention 'new' has no config. Write configs/model/t2tattn_cfg/new.yaml"):
+        evaluate(evaluation("t2t_vit_t_14", eval__attentions="[full,new]"))
 
 
 def test_an_option_goes_to_every_attention_that_has_it():
