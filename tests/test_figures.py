@@ -219,13 +219,13 @@ def cpu_attention() -> Expected:
         ("local", "local"),
         ("performer", "performer"),
         ("sblocal", "sblocal"),
-        ("the published implementation", "published form of sblocal"),
+        ("the published implementation", "published sblocal"),
     ):
         values: list[Values] = []
         for length in (784, 3136, 12544):
             row = find("docs/data/benchmark_attention_cpu.json", name=name, length=length, **{"pass": "forward"})
             values.append((row["milliseconds"],) if name == "SDPA" else (row["milliseconds"], row["ratio_to_sdpa"]))
-        if name in ("SDPA", "published form of sblocal"):
+        if name in ("SDPA", "published sblocal"):
             values.append(None)
         else:
             wanted = {"name": f"{name} as at 3136", "length": 12544, "pass": "forward"}

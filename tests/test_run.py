@@ -180,8 +180,8 @@ def test_no_gpu(command_line):
     status, _, errors = command_line(trainer__accelerator="gpu")
     assert status == 1
     assert errors == (
-        "Error: trainer.accelerator=gpu, but PyTorch finds no such device on this machine. Use trainer.accelerator=auto, "
-        "which takes what there is.\n"
+        "Error: trainer.accelerator=gpu, but PyTorch finds no such device on this machine. Use "
+        "trainer.accelerator=auto, which takes what there is.\n"
     )
 
 

@@ -155,7 +155,7 @@ class AttentionBench(AttentionReport):
         if arguments.growth_only and length != self.arguments.growth_length:
             ours = [item for item in ours if not item.sizes]
         found = [Candidate(BASELINE, "baseline", heads_first(F.scaled_dot_product_attention))]
-        if not arguments.no_peers:
+        if not arguments.no_baselines:
             baselines = pytorch_baselines(self.device)
             found += [Candidate(name, "baseline", function) for name, function in baselines.items()]
             found += self.fast_transformers(length, ours)

@@ -290,9 +290,6 @@ def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argpar
     filled = {
         "batches": arguments.batches or ((32, 128, 256, 512) if on_cuda else (8,)),
         "precision": arguments.precision or ("bf16-true" if on_cuda else "32-true"),
-        "forms": tuple(kind for kind in arguments.forms if kind != "peer" or not arguments.no_peers),
         "device": device.type,
     }
-    if not filled["forms"]:
-        raise UserError("--no-peers leaves no form of --forms. Leave out one of the two.")
     return argparse.Namespace(**{**vars(arguments), **filled})
