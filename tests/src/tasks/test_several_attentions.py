@@ -216,7 +216,9 @@ def test_the_configuration_is_that_of_the_group(name):
 
 def test_an_attention_without_its_config(monkeypatch, evaluation):
     monkeypatch.setitem(ATTENTIONS, "new", ATTENTIONS["full"])
-    with pytest.raises(UserError, match=r"The attention 'new' has no config\. Write configs/model/t2tattn_cfg/new.yaml"):
+    with pytest.raises(
+        UserError, match=r"The attention 'new' has no config\. Write configs/model/t2tattn_cfg/new.yaml"
+    ):
         evaluate(evaluation("t2t_vit_t_14", eval__attentions="[full,new]"))
 
 
