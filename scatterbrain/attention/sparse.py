@@ -75,15 +75,15 @@ class FixedSupport(SupportSource):
 
     def _tensors(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[tuple, ...]:
         """The tensors of each round, computed now also while a graph is recorded, whose constants they are."""
-        place = (num_queries, num_keys, device)
-        support = self._cache.pop(place, None)
+        cache_key = (num_queries, num_keys, device)
+        support = self._cache.pop(cache_key, None)
         if support is None:
             with _disable_current_modes(), torch.device("cpu"):
                 support = self.make(num_queries, num_keys).to(device)
             while len(self._cache) >= MAX_CACHED_SUPPORTS:
                 # the one whose last use is longest ago: dictionaries keep the order of insertion
                 del self._cache[next(iter(self._cache))]
-        self._cache[place] = support
+        self._cache[cache_key] = support
         return tuple((each.query_index, each.key_index, each.mask) for each in support.rounds)
 
     # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this module.
