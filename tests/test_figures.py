@@ -305,7 +305,7 @@ def card_training() -> Expected:
     for label, name, images in (("CIFAR-10", "training_cifar10", 10_000), ("flowers", "training_flowers", 200)):
         content = load(f"checkpoints/demo/{name}.json")
         last = content["history"][-1]
-        assert content["data"]["num_watched_images"] == images
+        assert content["data"]["num_validation_images"] == images
         seen = content["updates"] * content["images_per_update"] / 1e6
         speed = content["images_per_second"]
         # to hundreds, and beside it the number of CPU cores of that machine

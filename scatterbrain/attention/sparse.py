@@ -185,8 +185,10 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         backend: str = "auto",
         **features: str | bool,
     ) -> None:
-        rows = even_features(dim_heads, nb_features) // 2
-        RandomFeatureAttention.__init__(self, dim_heads, rows, softmax_temp, False, seed, 0.0, backend, **features)
+        num_projections = even_features(dim_heads, nb_features) // 2
+        RandomFeatureAttention.__init__(
+            self, dim_heads, num_projections, softmax_temp, False, seed, 0.0, backend, **features
+        )
         refuse_causal(self, causal)
         self.source = source
 
@@ -209,8 +211,8 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
 
     def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures:
         dtype = accumulation_dtype(query.dtype)
-        rows = self.projection_matrix
-        return tuple(log_softmax_features(x.to(dtype), rows, scale, cosh=True) for x in (query, key))
+        projection = self.projection_matrix
+        return tuple(log_softmax_features(x.to(dtype), projection, scale, cosh=True) for x in (query, key))
 
     def _low_rank_logits(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         return dense_low_rank_logits(query, key, self.projection_matrix, scale, cosh=True)

@@ -35,7 +35,7 @@ from src.utils.text import first_line
 # Seeds of the inputs among which one without a fallback tile is looked for.
 OTHER_SEEDS = 20
 # A sample shorter than this says more about the clock than about the candidate: calls are repeated until it is passed.
-SHORTEST_SAMPLE_SECONDS = 2e-3
+MIN_SAMPLE_SECONDS = 2e-3
 # Softmax written out is left out where its N x N matrices take more than this.
 MATRICES_GIB = 2.0
 
@@ -286,7 +286,7 @@ class AttentionBench(AttentionReport):
                 raise UserError(f"{item.name} fails at N = {entry.length} ({first_line(error)}).") from error
             self.skip(item.name, entry.length, first_line(error), entry.attention_pass)
             return False
-        entry.calls_per_sample = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / seconds_per_call(call, 1, self.device)))
+        entry.calls_per_sample = max(1, math.ceil(MIN_SAMPLE_SECONDS / seconds_per_call(call, 1, self.device)))
         entry.temporary_bytes = peak_bytes(call, self.device)
         if on_cuda:
             entry.device_milliseconds = graph_milliseconds(call, self.arguments.repeats)

@@ -417,7 +417,7 @@ def test_the_warning_names_a_decay_that_needs_none(caplog):
 def test_held_out_images(training, tmp_path):
     data = make_images(tmp_path / "data", 30, "train")  # and no other split
     summary, objects = train(training(data=data, datamodule__holdout=0.34, train__epochs=2))
-    expected = {"train": "train", "num_train_images": 20, "watched": "train, held out", "num_watched_images": 10}
+    expected = {"train": "train", "num_train_images": 20, "validation": "train, held out", "num_validation_images": 10}
     assert summary.data == {"dir": str(data), **expected, "num_classes": NUM_CLASSES}
     kept, held = (set(part.paths) for part in (objects.datamodule.train_dataset, objects.datamodule.val_dataset))
     assert (len(kept), len(held), len(kept | held)) == (20, 10, 30)
@@ -447,8 +447,8 @@ def test_the_summary(training, training_data, monkeypatch, tmp_path):
         "dir": str(training_data),
         "train": "train",
         "num_train_images": NUM_TRAINING_IMAGES,
-        "watched": "val",
-        "num_watched_images": NUM_IMAGES,
+        "validation": "val",
+        "num_validation_images": NUM_IMAGES,
         "num_classes": NUM_CLASSES,
     }
     assert (content["image_size"], content["precision"], content["seed"]) == (IMAGE_SIZE, "32-true", SEED)
