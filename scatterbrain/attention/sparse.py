@@ -79,15 +79,15 @@ class FixedSupport(SupportSource):
 
     def _tensors(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[tuple, ...]:
         """The tensors of each round, computed now also while a graph is recorded, whose constants they are."""
-        place = (num_queries, num_keys, device)
-        support = self._cache.pop(place, None)
+        cache_key = (num_queries, num_keys, device)
+        support = self._cache.pop(cache_key, None)
         if support is None:
             with _disable_current_modes(), torch.device("cpu"):
                 support = self.make(num_queries, num_keys).to(device)
             while len(self._cache) >= MAX_CACHED_SUPPORTS:
                 # the one whose last use is longest ago: dictionaries keep the order of insertion
                 del self._cache[next(iter(self._cache))]
-        self._cache[place] = support
+        self._cache[cache_key] = support
         return tuple((each.query_index, each.key_index, each.mask) for each in support.rounds)
 
     # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this module.
@@ -193,8 +193,10 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         backend: str = "auto",
         **features: str | bool,
     ) -> None:
-        rows = even_features(dim_heads, nb_features) // 2
-        RandomFeatureAttention.__init__(self, dim_heads, rows, softmax_temp, False, seed, 0.0, backend, **features)
+        num_projections = even_features(dim_heads, nb_features) // 2
+        RandomFeatureAttention.__init__(
+            self, dim_heads, num_projections, softmax_temp, False, seed, 0.0, backend, **features
+        )
         refuse_causal(self, causal)
         self.source = source
 
@@ -217,8 +219,8 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
 
     def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures:
         dtype = accumulation_dtype(query.dtype)
-        rows = self.projection_matrix
-        return tuple(log_softmax_features(x.to(dtype), rows, scale, cosh=True) for x in (query, key))
+        projection = self.projection_matrix
+        return tuple(log_softmax_features(x.to(dtype), projection, scale, cosh=True) for x in (query, key))
 
     def _low_rank_logits(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         return dense_low_rank_logits(query, key, self.projection_matrix, scale, cosh=True)
