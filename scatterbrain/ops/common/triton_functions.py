@@ -118,7 +118,7 @@ def safe_warps(warps: int, *tensors: torch.Tensor, has_while_loop: bool = False)
     device = tensors[0].device
     if warps % 4 == 0 and has_while_loop and not _HAS_WGMMA_IN_WHILE and is_hopper_or_later(device):
         return 2
-    if warps % 4 or all(has_vector_loads(x) for x in tensors) or not has_old_ptxas(device):
+    if warps % 4 or not has_old_ptxas(device) or all(has_vector_loads(x) for x in tensors):
         return warps
     return 2
 
