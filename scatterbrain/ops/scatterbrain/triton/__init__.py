@@ -10,6 +10,9 @@ from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_wind
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
 MAX_FEATURES = 256
+# Elements of the queries up to which the kernels round a float32 projection themselves, which saves a launch. With more
+# a launch costs less than what each tile takes to round it.
+MAX_UNCONVERTED = 1 << 22
 
 
 def unsupported(
@@ -92,7 +95,7 @@ def attention(
         value: (B, H, S, D).
         window: width W; 0 for no window.
         scale: softmax scale.
-        projection: random projection (R, E), converted to the dtype of query; None for no low-rank part.
+        projection: random projection (R, E), rounded to the dtype of query; None for no low-rank part.
         cosh: take each row of the projection with both signs.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
@@ -144,12 +147,13 @@ def count_fallback_tiles(
     check_window(window)
     choose_backend("triton", PYTORCH_AND_TRITON, unsupported=unsupported(query, value, projection, cosh=True))
     from scatterbrain.ops.common.triton_functions import device_of
-    from scatterbrain.ops.scatterbrain.triton.operator import run_forward
+    from scatterbrain.ops.scatterbrain.triton.operator import read_statistics, run_forward
 
     tensors = _kernel_inputs(query, key, value, projection, key_lengths)
+    arguments = (*tensors, window, default_scale(query, scale), True, False)
     with device_of(query):
-        flags = run_forward(*tensors, window, default_scale(query, scale), True, False, 0.0, True)[2]
-    return int(flags.sum())
+        _, statistics = run_forward(*arguments, 0.0, True)
+    return int(read_statistics(statistics, *arguments)["fallback_flags"].sum())
 
 
 def _kernel_inputs(
@@ -159,10 +163,12 @@ def _kernel_inputs(
     projection: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The tensors with a contiguous last dimension, on one device, the projection in the dtype of the queries."""
+    """The tensors with a contiguous last dimension, the projection in float32 or the dtype of the queries."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if projection is not None:
-        projection = projection.detach().to(query.dtype).contiguous()
+        if projection.dtype != torch.float32 or query.numel() > MAX_UNCONVERTED:
+            projection = projection.to(query.dtype)
+        projection = projection.detach().contiguous()
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
     return query, key, value, projection, key_lengths
