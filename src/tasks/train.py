@@ -21,6 +21,7 @@ from src.evaluation.training_summary import (
     TRAINING_FILE,
     TrainingSummary,
     best_epoch,
+    is_written,
     training_table,
     typical_rate,
     write_training,
@@ -197,7 +198,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         history=task.history,
     )
     if trainer.is_global_zero:
-        if not finished or not (output_dir / TRAINING_FILE).exists():
+        # a process that was killed at its end may have left files of an earlier part
+        if not finished or not is_written(output_dir, summary):
             write_training(output_dir, summary)
         Console().print(training_table(summary))
         logger.info("Results: %s", output_dir / TRAINING_FILE)

@@ -21,7 +21,7 @@ from src.models.t2t_vit import create_t2t_vit
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.train import train
 from src.tasks.training_checkpoints import content_checksum
-from tests.src.distributed.process_functions import train_until_killed
+from tests.src.distributed.process_functions import kill_at_each_write, train_until_killed
 from tests.src.tasks.conftest import NUM_IMAGES, NUM_TRAINING_IMAGES
 from tests.src.tasks.setup import (
     IMAGE_SIZE,
@@ -139,6 +139,32 @@ def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
     assert read_last(tmp_path / "killed")["global_step"] == BATCHES + 1
     train(training("killed", train__resume="true"))
     assert_same_training(read_last(tmp_path / "at_once"), read_last(tmp_path / "killed"))
+
+
+def test_a_process_that_is_killed_while_it_writes_results(training, monkeypatch, tmp_path):
+    """At each of its last changes of files: a resume leaves what an uninterrupted training leaves, nothing else."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        train(training())  # leaves a training.json that is not complete
+    assert not json.loads((tmp_path / "run" / "training.json").read_text())["complete"]
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    contents = OmegaConf.to_container(training(train__resume="true"))
+    process = multiprocessing.get_context("spawn").Process(target=kill_at_each_write, args=("train", contents, killed))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    names = contents_of(tmp_path / "run").keys()
+    last = read_last(tmp_path / "run")
+    # two files, empty and complete under their temporary names, and the lock
+    assert len(list(killed.glob("*/.*.tmp"))) == 4
+    assert len(list(killed.iterdir())) == 5
+    for folder in killed.iterdir():
+        train(training(f"killed/{folder.name}", train__resume="true"))
+        assert contents_of(folder).keys() == names
+        assert_same_training(read_last(folder), last)
+        content = json.loads((folder / "training.json").read_text())
+        assert (content["complete"], content["updates"], len(content["history"])) == (True, 3 * BATCHES, 3)
 
 
 def test_in_another_folder_the_best_checkpoint_is_copied(training, monkeypatch, tmp_path, recwarn):
