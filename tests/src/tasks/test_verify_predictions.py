@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from scripts import verify_predictions
 from src.evaluation.predictions import PREDICTIONS_FILE
+from src.tasks import verify
 from src.tasks.evaluate import evaluate
 from tests.src.datamodules import format_files as files
 from tests.src.tasks.setup import make_checkpoint, make_images
@@ -74,6 +75,20 @@ def test_a_probability_that_float32_does_not_explain(evaluation, tmp_path, capsy
     assert "11 of 11 first predictions equal" in text
     told = f"1 of 11 images have a probability that differs by more than float32 explains (1e-04): {image}"
     assert (told in text) == bool(status)
+
+
+def test_an_attention_whose_choices_rounding_changes(evaluation, monkeypatch, tmp_path, capsys):
+    """What float32 explains is measured then: by its effect on perturbed images."""
+    folder = run_of(evaluation("t2t_vit_t_14", model___t2tattn_cfg="sbsmyrf"), tmp_path / "run")
+
+    def change(row):
+        row[-1] = str(float(row[-1]) + 1e-3)
+
+    edit_first_row(tmp_path / "run", change)
+    for factor, status in ((3, 1), (1e6, 0)):
+        monkeypatch.setattr(verify, "PERTURBATION_FACTOR", factor)
+        assert verify_predictions.main([folder, "--device", "cpu"]) == status
+        assert ("explains" in printed(capsys)) == bool(status)
 
 
 def test_a_lower_precision_has_larger_errors(evaluation, tmp_path, capsys):
