@@ -144,8 +144,8 @@ def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
 def test_a_process_that_is_killed_while_it_writes_results(training, monkeypatch, tmp_path):
     """At each of its last changes of files: a resume leaves what an uninterrupted training leaves, nothing else."""
     with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        train(training())  # leaves a training.json that is not complete
+        stop_at(patch, BATCHES + 2)
+        train(training())  # leaves a training.json that is not complete, and a figure
     assert not json.loads((tmp_path / "run" / "training.json").read_text())["complete"]
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -156,15 +156,16 @@ def test_a_process_that_is_killed_while_it_writes_results(training, monkeypatch,
     assert process.exitcode == 0
     names = contents_of(tmp_path / "run").keys()
     last = read_last(tmp_path / "run")
-    # two files, empty and complete under their temporary names, and the lock
+    # two files, empty and complete under their temporary names, and the removal of the old figure and of the lock
     assert len(list(killed.glob("*/.*.tmp"))) == 4
-    assert len(list(killed.iterdir())) == 5
+    assert len(list(killed.iterdir())) == 6
     for folder in killed.iterdir():
         train(training(f"killed/{folder.name}", train__resume="true"))
         assert contents_of(folder).keys() == names
         assert_same_training(read_last(folder), last)
         content = json.loads((folder / "training.json").read_text())
         assert (content["complete"], content["updates"], len(content["history"])) == (True, 3 * BATCHES, 3)
+        assert (folder / "training.png").read_bytes() == (tmp_path / "run" / "training.png").read_bytes()
 
 
 def test_in_another_folder_the_best_checkpoint_is_copied(training, monkeypatch, tmp_path, recwarn):
