@@ -14,7 +14,7 @@ from rich.console import Console
 
 from scatterbrain.errors import UserError
 from src.evaluation.comparison import OnePass, compare_runs
-from src.evaluation.comparison_files import comparison_paths, print_comparison, write_comparison
+from src.evaluation.comparison_files import is_written, print_comparison, write_comparison
 from src.evaluation.predictions import write_predictions
 from src.evaluation.records import summarise
 from src.evaluation.results import RESULTS_FILE, Results, skipped_info, write_results
@@ -130,13 +130,16 @@ def complete_comparison(config: DictConfig, results: Sequence[Results]) -> None:
         config: see `evaluate.with_runs`.
         results: of every run.
     """
-    if config.compare and not all(path.is_file() for path in comparison_paths(config.paths.output_dir)):
+    if config.compare:
         _compare(config, [Path(run.paths.output_dir) for run in config.runs], [], results[0])
 
 
 def _compare(config: DictConfig, written: Sequence[Path], failed: Sequence[Path], first: Results) -> None:
+    """Compare runs, and write and log it unless that is done."""
     one_pass = None if first.one_pass is None else OnePass(**first.one_pass)
     comparison = compare_runs(written, failed, one_pass)
+    if is_written(config.paths.output_dir, comparison):
+        return
     print_comparison(comparison, write_comparison(config.paths.output_dir, comparison))
     if one_pass is not None:
         logger.info("Done: %s.", one_pass.describe(first.data["num_images"]))
