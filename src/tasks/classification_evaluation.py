@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -181,12 +182,19 @@ class ClassificationEvaluation(pl.LightningModule):
         self._resume_state.add(batch_idx, indices, skipped)
 
     def progress_so_far(self) -> str:
-        """Rate of this rank and top-1 accuracy of each classifier, for the progress bar; waits for the device."""
-        top1 = [f"{float(table.top1_so_far()):.2f}" for table in self._tables()]
+        """Rate of this rank and top-1 accuracy of each classifier, for the progress bar; waits for the device.
+
+        Without labels it is the rate alone.
+        """
+        top1 = [float(table.top1_so_far()) for table in self._tables()]
         rate = self._images_seen / (time.perf_counter() - self._clock_started)
         if len(top1) == 1:
-            return f"{rate * len(self.classifiers[0].seeds):,.1f} images/s, top-1 {top1[0]} %"
-        return f"{rate:,.1f} images/s with {len(top1)} attentions, top-1 {' / '.join(top1)} %"
+            text = f"{rate * len(self.classifiers[0].seeds):,.1f} images/s"
+        else:
+            text = f"{rate:,.1f} images/s with {len(top1)} attentions"
+        if any(map(math.isnan, top1)):
+            return text
+        return f"{text}, top-1 {' / '.join(f'{value:.2f}' for value in top1)} %"
 
     def on_test_epoch_end(self) -> None:
         """Gather the records and the throughput of all ranks."""

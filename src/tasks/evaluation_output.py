@@ -17,12 +17,13 @@ from src.evaluation.comparison import OnePass, compare_runs
 from src.evaluation.comparison_files import comparison_paths, print_comparison, write_comparison
 from src.evaluation.predictions import write_predictions
 from src.evaluation.records import summarise
-from src.evaluation.results import RESULTS_FILE, Results, skipped_info, write_results
+from src.evaluation.results import ACCURACY, RESULTS_FILE, Results, skipped_info, write_results
 from src.evaluation.results_table import results_table
 from src.tasks.classification_evaluation import ClassificationEvaluation
 from src.tasks.environment import peak_memory_mib
 from src.tasks.errors import prefix_errors
 from src.tasks.evaluation_runs import DataModule, EvaluationRun
+from src.utils.labels import NO_LABEL
 from src.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
@@ -143,8 +144,10 @@ def _compare(config: DictConfig, written: Sequence[Path], failed: Sequence[Path]
 
 
 def _log_metrics(run: EvaluationRun, result: Results) -> None:
-    """Log the metrics as Lightning logs those of a test."""
-    metrics = {f"test/{name}": getattr(result, name) for name in ("top1", "top5", "loss")}
+    """Log the metrics as Lightning logs those of a test; none where the images have no labels."""
+    if result.top1 is None:
+        return
+    metrics = {f"test/{name}": getattr(result, name) for name in ACCURACY}
     for run_logger in run.loggers:
         run_logger.log_metrics({"epoch": 0, **metrics}, step=0)
         run_logger.save()
@@ -157,7 +160,7 @@ def num_forward_passes(runs: Sequence[EvaluationRun]) -> int:
 
 
 def log_start(config: DictConfig, runs: Sequence[EvaluationRun], datamodule: DataModule) -> None:
-    """Log what is about to be evaluated, and where random features come from the checkpoint."""
+    """Log what is about to be evaluated, that there are no labels, and where random features are the checkpoint's."""
     dataset = datamodule.test_dataset
     if config.compare:
         logger.info(
@@ -171,6 +174,8 @@ def log_start(config: DictConfig, runs: Sequence[EvaluationRun], datamodule: Dat
             "Evaluating %s with attention %s on %d images of %s",
             *(config.model.name, attention, len(dataset), dataset.root),
         )
+    if int(dataset.targets[0]) == NO_LABEL:
+        logger.info("The images have no labels (datamodule.labels=none): accuracy and loss are left out.")
     for run in runs:
         if run.metadata["random_features"] == "checkpoint":
             prefix = "" if run.classifier.name is None else f"{run.classifier.name}: "
