@@ -84,7 +84,7 @@ def known_options(script: str) -> set[str]:
 
 @functools.cache
 def known_keys() -> set[str]:
-    """Every key of the composed configurations of an evaluation and of a training."""
+    """Every key of the composed configurations of an evaluation and of a training, and of every logger."""
 
     def walk(config: DictConfig, prefix: str) -> set[str]:
         keys = set()
@@ -98,7 +98,8 @@ def known_keys() -> set[str]:
     attention = "model/t2tattn_cfg=sblocal"
     evaluation = compose_config([f"experiment={EXPERIMENT}", attention])
     training = compose_config([f"experiment={TRAINING_EXPERIMENT}", attention])
-    return walk(evaluation, "") | walk(training, "")
+    loggers = [compose_config([f"logger={path.stem}"]) for path in (ROOT / "configs" / "logger").glob("*.yaml")]
+    return set().union(*(walk(config, "") for config in (evaluation, training, *loggers)))
 
 
 def test_the_readme_is_short():

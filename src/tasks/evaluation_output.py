@@ -13,6 +13,7 @@ from pytorch_lightning import Trainer
 from rich.console import Console
 
 from scatterbrain.errors import UserError
+from src.distributed.loggers import log_results
 from src.evaluation.comparison import OnePass, compare_runs
 from src.evaluation.comparison_files import comparison_paths, print_comparison, write_comparison
 from src.evaluation.predictions import write_predictions
@@ -86,29 +87,30 @@ def write_runs(
     Of a part of the images, there is neither a comparison nor anything for the loggers.
 
     Raises:
-        UserError: results are not finite or cannot be written; those of other runs are written and compared before.
+        UserError: results are not finite or cannot be written, or a logger fails; all other results are written and
+            compared before.
     """
     paths = [datamodule.test_dataset.paths[index] for index in task.evaluated]
     written: list[Path] = []
-    failed: dict[Path, UserError] = {}
+    errors: list[UserError] = []
     for run, result, records in zip(runs, results, task.records, strict=True):
         try:
             with prefix_errors(run.classifier.name):
                 if config.compare:  # otherwise the folder is that of Hydra
                     (run.output_dir / ".hydra").mkdir(parents=True, exist_ok=True)
                     OmegaConf.save(run.config, run.output_dir / ".hydra" / "config.yaml")
-                if not task.stopped:
-                    _log_metrics(run, result)
                 write_predictions(run.output_dir, paths, records)
                 write_results(run.output_dir, result)
+                written.append(run.output_dir)
+                # last: a logger that fails must not cost the results
+                if not task.stopped and result.top1 is not None:
+                    log_results(run.loggers, {f"test/{name}": getattr(result, name) for name in ACCURACY})
         except UserError as error:
-            failed[run.output_dir] = error
-        else:
-            written.append(run.output_dir)
+            errors.append(error)
     if config.compare and written and not task.stopped:
-        _compare(config, written, list(failed), results[0])
-    if failed:
-        raise UserError(" ".join(map(str, failed.values())))
+        _compare(config, written, [run.output_dir for run in runs if run.output_dir not in written], results[0])
+    if errors:
+        raise UserError(" ".join(map(str, errors)))
     if not config.compare:
         Console().print(results_table(results[0], results[0].published))
         logger.info("Results: %s", runs[0].output_dir / RESULTS_FILE)
@@ -141,17 +143,6 @@ def _compare(config: DictConfig, written: Sequence[Path], failed: Sequence[Path]
     print_comparison(comparison, write_comparison(config.paths.output_dir, comparison))
     if one_pass is not None:
         logger.info("Done: %s.", one_pass.describe(first.data["num_images"]))
-
-
-def _log_metrics(run: EvaluationRun, result: Results) -> None:
-    """Log the metrics as Lightning logs those of a test; none where the images have no labels."""
-    if result.top1 is None:
-        return
-    metrics = {f"test/{name}": getattr(result, name) for name in ACCURACY}
-    for run_logger in run.loggers:
-        run_logger.log_metrics({"epoch": 0, **metrics}, step=0)
-        run_logger.save()
-        run_logger.finalize("success")
 
 
 def num_forward_passes(runs: Sequence[EvaluationRun]) -> int:
