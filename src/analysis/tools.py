@@ -20,7 +20,7 @@ from rich.table import Table
 
 from scatterbrain.attention import ATTENTIONS, COMPARED
 from scatterbrain.errors import UserError, did_you_mean
-from src.analysis.records import write_rows
+from src.evaluation.result_rows import write_rows
 from src.utils.files import atomic_write
 from src.utils.machine import machine_info
 

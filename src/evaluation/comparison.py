@@ -198,7 +198,8 @@ def compare_runs(
         reference = None if number is None else runs[number]
         agreement = None
         if number is not None:
-            agreement = _agreement(folders[index], predictions[index], folders[number], predictions[number])
+            same = count_same_predictions(folders[index], predictions[index], folders[number], predictions[number])
+            agreement = 100.0 * same / len(predictions[index].images)
         comparable = reference is not None and _speed_key(reference) == _speed_key(run)
         rows.append(
             ComparisonRow(
@@ -262,16 +263,25 @@ def _speed_key(run: Results) -> tuple[str, str, bool]:
     return run.device, run.precision, run.fast
 
 
-def _agreement(folder: Path, ours: Predictions, reference_folder: Path, theirs: Predictions) -> float:
-    """Percent of images with the same first prediction."""
+def count_same_predictions(folder: Path, ours: Predictions, reference_folder: Path, theirs: Predictions) -> int:
+    """Number of images with the same first prediction.
+
+    Args:
+        folder: of the run, for messages.
+        ours: its predictions.
+        reference_folder: of the other run, for messages.
+        theirs: its predictions.
+
+    Raises:
+        UserError: the runs evaluated different images.
+    """
     reference = dict(zip(theirs.images, theirs.classes[:, 0].tolist(), strict=True))
     if odd := set(ours.images) ^ reference.keys():
         raise UserError(
             f"{folder} and {reference_folder} evaluated different images of the same data: "
             f"{min(odd)} is in one of them only. Run both again on unchanged data."
         )
-    same = [reference[image] == label for image, label in zip(ours.images, ours.classes[:, 0].tolist(), strict=True)]
-    return 100.0 * sum(same) / len(same)
+    return sum(reference[image] == label for image, label in zip(ours.images, ours.classes[:, 0].tolist(), strict=True))
 
 
 def _common(runs: Sequence[Results]) -> dict[str, Any]:
