@@ -318,7 +318,7 @@ def card_training() -> Expected:
 def demo() -> Expected:
     rows: Expected = []
     for row in load("docs/data/demo.json")["results"]:
-        top1 = (row["top1"],) if row["top1_std"] is None else (row["top1"], row["top1_std"], row["draws"])
+        top1 = (row["top1"],) if row["top1_std"] is None else (row["top1"], row["top1_std"], row["num_seeds"])
         rows.append((row["attention"], [top1, (row["agreement"],), (100 * row["attention_memory"],)]))
     return rows
 

@@ -18,7 +18,7 @@ from src.evaluation.results import Results, read_results
 from src.evaluation.results_table import accuracy_text
 
 # Of a row of a comparison: what does not depend on the load of the machine.
-_COLUMNS = ("attention", "draws", "num_images", "top1", "top1_std", "top1_difference", "agreement", "attention_memory")
+_COLUMNS = ("num_images", "top1", "top1_std", "top1_difference", "agreement", "attention_memory")
 
 
 def compare_folders(folder: Path, against: Path | None, output: str | os.PathLike[str] | None, command: str) -> None:
@@ -35,7 +35,10 @@ def compare_folders(folder: Path, against: Path | None, output: str | os.PathLik
     """
     runs = _finished(folder)
     comparison = compare_runs(list(runs))
-    rows = [{name: getattr(row, name) for name in _COLUMNS} for row in comparison.rows]
+    rows: list[dict[str, Any]] = [
+        {"attention": run.attention, "num_seeds": len(run.seeds), **{name: getattr(row, name) for name in _COLUMNS}}
+        for run, row in zip(runs.values(), comparison.rows, strict=True)
+    ]
     content: dict[str, Any] = {"command": command, **comparison.common}
     content["commands"] = list(dict.fromkeys(run.command for run in runs.values()))
     content["versions"] = next(iter(runs.values())).versions
@@ -74,7 +77,7 @@ def _table(rows: list[dict[str, Any]], against: Path | None) -> Table:
     for name in ("attention", "images", "top-1", "agrees with full", *(() if against is None else ("same",))):
         table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=True)
     for row in rows:
-        top1 = "-" if row["top1"] is None else accuracy_text(row["top1"], row["top1_std"], row["draws"])
+        top1 = "-" if row["top1"] is None else accuracy_text(row["top1"], row["top1_std"], row["num_seeds"])
         agreement = "-" if row["agreement"] is None else f"{row['agreement']:.2f}"
         same = () if against is None else (f"{row['same_as_against']:,}",)
         table.add_row(row["attention"] or "its own", f"{row['num_images']:,}", top1, agreement, *same)

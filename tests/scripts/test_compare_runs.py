@@ -47,7 +47,7 @@ def test_accuracy_and_agreement_without_speeds(sweep, tmp_path, capsys):
     content = json.loads((tmp_path / "r.json").read_text())
     full, sblocal = content["results"]
     assert (full["attention"], full["top1"], full["top1_std"], full["agreement"]) == ("full", 75, None, 100)
-    assert (sblocal["draws"], sblocal["top1"], sblocal["agreement"]) == (2, 37.5, 75)
+    assert (sblocal["num_seeds"], sblocal["top1"], sblocal["agreement"]) == (2, 37.5, 75)
     assert sblocal["top1_std"] == pytest.approx(np.std([50, 25], ddof=1))
     assert (content["data"]["num_images"], content["precision"]) == (4, "32-true")
     assert (content["commands"], content["versions"]) == (["run.py"], {"torch": "2"})
