@@ -16,6 +16,7 @@ from scatterbrain.errors import UserError
 from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.synthetic import SyntheticDataModule
+from src.distributed.loggers import build_loggers
 from src.models.t2t_vit import T2TViT
 from src.tasks.attention_info import attention_memory_fraction, attention_name, attention_options
 from src.tasks.build import build_model
@@ -25,7 +26,6 @@ from src.tasks.errors import prefix_errors
 from src.tasks.forward import ForwardFactory, share_modules
 from src.utils.cli import command_line
 from src.utils.files import sha256_of_file
-from src.utils.instantiate import build_group
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def build_runs(config: DictConfig, trainer: Trainer, datamodule: DataModule, fas
     Raises:
         UserError: a model, a checkpoint or a logger that does not fit.
     """
-    all_loggers = [build_group(run.logger, "logger") for run in config.runs]
+    all_loggers = [build_loggers(run.logger) for run in config.runs]
     checkpoint = Path(config.eval.ckpt).expanduser()
     contents = read_checkpoint(checkpoint)
     make_forward = ForwardFactory(fast, config.eval.compile, _full_batch(trainer, datamodule))

@@ -17,6 +17,7 @@ from src.datamodules.image_folder import ImageFolderDataModule
 from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
+from src.distributed.loggers import started
 from src.evaluation.training_summary import (
     TRAINING_FILE,
     TrainingSummary,
@@ -160,7 +161,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
                             *(len(earlier["history"]), config.train.epochs),
                         )
                     keep_logged_metrics(trainer, updates=earlier["updates"])
-                with explain_errors(datamodule.batch_size, "train.compile" if config.train.compile else None):
+                compiled = "train.compile" if config.train.compile else None
+                with started(trainer.loggers), explain_errors(datamodule.batch_size, compiled):
                     trainer.fit(task, datamodule=datamodule, ckpt_path=resume)
         except TrainingStopped as stop:
             stopped = stop
