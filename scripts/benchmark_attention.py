@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.tools import Parser, positive, positive_list, positive_sequence, run_tool
+from src.analysis.tools import Parser, named_numbers, positive, positive_list, positive_sequence, run_tool
 
 
 def build_parser() -> Parser:
@@ -34,6 +34,8 @@ def build_parser() -> Parser:
     option("--lengths", type=positive_list, default="784,3136,12544", metavar="N,...", help="(%(default)s)")
     batch = "of all lengths, or one of each length, from the shortest to the longest (%(default)s)"
     option("--batch", type=positive_sequence, default="4", metavar="B,...", help=batch)
+    sizes = "e.g. local_context=64,num_landmarks=128: sizes of the attentions that have them, at all lengths"
+    option("--sizes", type=named_numbers, default={}, metavar="NAME=N,...", help=sizes)
     option("--heads", type=positive, default=1, metavar="H", help="(%(default)s)")
     growth = "length whose window, features, ... the growth is taken with (the middle one)"
     option("--growth-length", type=positive, metavar="N", help=growth)

@@ -85,6 +85,12 @@ def positive_list(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(positive_sequence(text))))
 
 
+def named_numbers(text: str) -> dict[str, int]:
+    """Type of an option that takes sizes by name, such as `local_context=64,num_landmarks=128`."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    return {name.strip(): positive(number) for name, _, number in pairs}
+
+
 def fraction(text: str) -> float:
     """Type of an option that takes a number, fractions such as 1/32 included."""
     numerator, _, denominator = text.partition("/")

@@ -130,6 +130,29 @@ def test_growth_only(tmp_path):
     assert grown == {(name, to) for name in ("SDPA", "full", "local", "pairedcluster") for to in (128, 256)}
 
 
+def test_given_sizes_are_those_of_all_lengths(tmp_path):
+    output = tmp_path / "times.json"
+    options = [
+        "--lengths",
+        "64,128",
+        "--passes",
+        "forward",
+        "--repeats",
+        "1",
+        "--no-baselines",
+        "--output",
+        str(output),
+    ]
+    options += ["--attentions", "full,cluster,sbcluster", "--sizes", "local_context=8,num_landmarks=12"]
+    assert benchmark.main([*SMALL, *options]) == 0
+    sizes = {(row["name"], row["length"]): row["sizes"] for row in rows(read(output), kind="attention")}
+    for length in (64, 128):
+        assert sizes["full", length] == {}
+        assert sizes["cluster", length] == {"num_landmarks": 12}
+        assert sizes["sbcluster", length] == {"local_context": 8, "num_landmarks": 12}
+    assert not rows(read(output), kind="growth")
+
+
 def test_growth_is_from_the_rows_with_constant_sizes(clustered):
     times, _ = clustered
     assert [row["name"] for row in times["growth"]] == ["SDPA", *times["settings"]["attentions"]]

@@ -146,6 +146,9 @@ class AttentionBench(AttentionReport):
         """One of our attentions, with the sizes that fit `budget_length`."""
         arguments = self.arguments
         module = create_attention(name, budget_length, arguments.dim, memory_fraction=arguments.memory_fraction)
+        given = {size: arguments.sizes[size] for size in module.sizes() if size in arguments.sizes}
+        if given:
+            module = create_attention(name, budget_length, arguments.dim, **(module.sizes() | given))
         module.to(self.device).eval()
         share = min(1.0, module.memory_columns(length) / length)
         kind = "attention" if budget_length == length else "growth"
@@ -164,7 +167,7 @@ class AttentionBench(AttentionReport):
             found += [Candidate(name, "baseline", function) for name, function in baselines.items()]
             found += self.fast_transformers(length, ours)
         found += ours
-        if length != self.arguments.growth_length:
+        if length != self.arguments.growth_length and not arguments.sizes:
             grown = [self.attention(name, length, self.arguments.growth_length) for name in arguments.attentions]
             found += [item for item in grown if item.sizes]
         return found
