@@ -1,0 +1,223 @@
+"""K-means of keys: initial centroids, assignment, and sums over the members of each cluster.
+
+Launched in this order: `start_kernel`, `combine_kernel` (FIRST), then for each Lloyd step and once more for the final
+clusters `cluster_sums_kernel` and `combine_kernel`. With more landmarks than fit the registers, `assign_kernel` finds
+the clusters before the sums.
+
+Centroids are kept relative to a centre, the mean of the initial centroids: delta_b = c_b - centre, rounded to the dtype
+of the keys. A large component that all keys share is in the centre and costs delta_b no digits. The squared distance
+of a key x from c_b is |x|^2 - 2 (x.delta_b + bias_b) with bias_b = -delta_b.(delta_b / 2 + centre), up to what is the
+same for all b, so that the nearest centroid has the largest x.delta_b + bias_b.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from scatterbrain.ops.common.triton_functions import grid_dependency_control
+from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, end_of_keys, load_rows, sequence_ptr
+
+
+@triton.jit
+def start_kernel(
+    k_ptr, lengths_ptr,
+    start_ptr,  # (G, M, E) initial centroids, written
+    heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
+    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean."""
+    grid_dependency_control(PDL, True)
+    landmark = tl.program_id(0)
+    group = tl.program_id(1)
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
+    first = ((landmark.to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
+    last = (((landmark + 1).to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
+    total = tl.zeros((BE,), tl.float32)
+    for n in range(first, last, BN):
+        j = n + tl.arange(0, BN)
+        total += tl.sum(load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32), 0)
+    mean = total / tl.maximum(last - first, 1).to(tl.float32)
+    farthest = -1.0
+    row = 0  # of an empty stretch: the first key of the sequence
+    for n in range(first, last, BN):
+        j = n + tl.arange(0, BN)
+        offset = load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32) - mean[None, :]
+        distance = tl.where(j < last, tl.sum(offset * offset, 1), -1.0)
+        largest = tl.max(distance, 0)
+        place = tl.min(tl.where(distance == largest, j, last), 0)
+        row = tl.where(largest > farthest, place, row)
+        farthest = tl.maximum(farthest, largest)
+    e = tl.arange(0, BE)
+    key = tl.load(k_ptr + row * stride_kn + e, mask=(e < E) & (row < end), other=0.0)
+    tl.store(start_ptr + (group.to(tl.int64) * num_landmarks + landmark) * E + e, key, mask=e < E)
+
+
+@triton.jit
+def nearest(score, MB: tl.constexpr):
+    """Column of the largest score of each row (rows, MB), and that score.
+
+    The column takes the lowest bits of a score, so that one maximum finds both; scores that agree in the other bits
+    count as equal.
+    """
+    bits = score.to(tl.int32, bitcast=True)
+    packed = (bits & (-MB)) | tl.arange(0, MB)[None, :]
+    best = tl.max(packed.to(tl.float32, bitcast=True), 1)
+    return best.to(tl.int32, bitcast=True) & (MB - 1), best
+
+
+@triton.jit
+def assign_kernel(
+    k_ptr, lengths_ptr,
+    delta_ptr,  # (G, M, E)
+    bias_ptr,  # (G, MP)
+    label_ptr,  # (G, S) int16, written
+    heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
+    E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Cluster of each key of a tile, over blocks of MB landmarks."""
+    grid_dependency_control(PDL, False)
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), j, j < end, stride_kn, E, BE)
+    delta_ptr += group.to(tl.int64) * num_landmarks * E
+    label = tl.zeros((BN,), tl.int32)
+    best = tl.full((BN,), float("-inf"), tl.float32)
+    for block in tl.range(0, MP, MB, num_stages=2):
+        b = block + tl.arange(0, MB)
+        delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
+        bias = tl.load(bias_ptr + group * MP + b)
+        score = tl.dot(k, tl.trans(delta), input_precision=PRECISION) + bias[None, :]
+        column, value = nearest(score, MB)
+        label = tl.where(value > best, block + column, label)
+        best = tl.maximum(best, value)
+    label = tl.where(j < end, label, -1)
+    tl.store(label_ptr + group.to(tl.int64) * num_keys + j, label.to(tl.int16), mask=j < num_keys)
+
+
+@triton.jit
+def cluster_sums_kernel(
+    k_ptr, v_ptr, lengths_ptr,
+    delta_ptr,  # (G, M, E)
+    bias_ptr,  # (G, MP)
+    label_ptr,  # (G, S) int16: written with ASSIGN and LAST, read without ASSIGN
+    sum_k_ptr,  # (G, chunks, BE, MP) float32, written, as the next two
+    sum_v_ptr,  # (G, chunks, BD, MP), with LAST
+    count_ptr,  # (G, chunks, MP)
+    heads, num_keys, num_landmarks, chunk,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
+
+    Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
+    """
+    grid_dependency_control(PDL, False)
+    # from the last sequence to the first: what the kernel before has read of the last ones is still in the L2 cache
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    block = tl.program_id(2) * MB
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
+    v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
+    label_ptr += group.to(tl.int64) * num_keys
+    b = tl.arange(0, MB)
+    if ASSIGN:
+        delta_ptr += group.to(tl.int64) * num_landmarks * E
+        delta = tl.trans(load_rows(delta_ptr, b, b < num_landmarks, E, E, BE))
+        bias = tl.load(bias_ptr + group * MP + b)[None, :].broadcast_to(BN, MB)
+    sum_k = tl.zeros((BE, MB), tl.float32)
+    sum_v = tl.zeros((BD, MB), tl.float32)
+    # rows of a tile that one thread holds are added at once, the others at the end
+    count = tl.zeros((BN // 16, 8, MB), tl.float32)
+    first = tl.program_id(0) * chunk
+    for n in tl.range(first, tl.minimum(first + chunk, num_keys), BN, num_stages=STAGES):
+        j = n + tl.arange(0, BN)
+        exists = j < end
+        k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
+        if ASSIGN:
+            label, _ = nearest(tl.dot(k, delta, bias, input_precision=PRECISION), MB)
+            label = tl.where(exists, label, -1)
+            if LAST:
+                tl.store(label_ptr + j, label.to(tl.int16), mask=j < num_keys)
+        else:
+            label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32) - block
+        member = label[:, None] == b[None, :]
+        one_hot = member.to(k.dtype)
+        sum_k = tl.dot(tl.trans(k), one_hot, sum_k, input_precision=PRECISION)
+        if LAST:
+            v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
+            sum_v = tl.dot(tl.trans(v), one_hot, sum_v, input_precision=PRECISION)
+        count += tl.sum(tl.reshape(member.to(tl.float32), (BN // 16, 2, 8, MB)), 1)
+    slot = group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    e = tl.arange(0, BE)
+    d = tl.arange(0, BD)
+    tl.store(sum_k_ptr + slot * (BE * MP) + e[:, None] * MP + block + b[None, :], sum_k)
+    if LAST:
+        tl.store(sum_v_ptr + slot * (BD * MP) + d[:, None] * MP + block + b[None, :], sum_v)
+    tl.store(count_ptr + slot * MP + block + b, tl.sum(tl.sum(count, 0), 0))
+
+
+@triton.jit
+def combine_kernel(
+    start_ptr,  # (G, M, E), with FIRST
+    sum_k_ptr, sum_v_ptr, count_ptr,  # see `cluster_sums_kernel`, without FIRST
+    centre_ptr,  # (G, BE) float32, written with FIRST
+    delta_ptr,  # (G, M, E), written
+    bias_ptr,  # (G, MP) float32, written
+    mean_v_ptr,  # (G, M, D) mean values in the dtype of the values, written with LAST
+    log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with LAST
+    num_landmarks, chunks,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Centroids and their bias, and with LAST mean values and sizes, of BLOCK landmarks."""
+    grid_dependency_control(PDL, False)
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    wide = group.to(tl.int64)
+    e = tl.arange(0, BE)
+    b = block * BLOCK + tl.arange(0, BLOCK)
+    exists = b < num_landmarks
+    delta_ptrs = delta_ptr + (wide * num_landmarks + b)[None, :] * E + e[:, None]
+    mask = exists[None, :] & (e < E)[:, None]
+    if FIRST:
+        start_ptr += wide * num_landmarks * E
+        total = tl.zeros((BE,), tl.float32)
+        for m in range(0, num_landmarks, 16):
+            rows = m + tl.arange(0, 16)
+            total += tl.sum(load_rows(start_ptr, rows, rows < num_landmarks, E, E, BE).to(tl.float32), 0)
+        centre = total / num_landmarks
+        if block == 0:
+            tl.store(centre_ptr + group * BE + e, centre)
+        mean = tl.load(start_ptr + b[None, :] * E + e[:, None], mask=mask, other=0.0).to(tl.float32)
+        delta = (mean - centre[:, None]).to(delta_ptr.dtype.element_ty)
+    else:
+        centre = tl.load(centre_ptr + group * BE + e)
+        total = tl.zeros((BE, BLOCK), tl.float32)
+        count = tl.zeros((BLOCK,), tl.float32)
+        for p in tl.range(0, chunks, num_stages=4):
+            slot = wide * chunks + p
+            total += tl.load(sum_k_ptr + slot * (BE * MP) + e[:, None] * MP + b[None, :])
+            count += tl.load(count_ptr + slot * MP + b)
+        share = 1.0 / tl.maximum(count, 1.0)
+        delta = (total * share[None, :] - centre[:, None]).to(delta_ptr.dtype.element_ty)
+        # a centroid without members does not move
+        delta = tl.where((count > 0)[None, :], delta, tl.load(delta_ptrs, mask=mask, other=0.0))
+        if LAST:
+            d = tl.arange(0, BD)
+            value = tl.zeros((BD, BLOCK), tl.float32)
+            for p in tl.range(0, chunks, num_stages=4):
+                value += tl.load(sum_v_ptr + (wide * chunks + p) * (BD * MP) + d[:, None] * MP + b[None, :])
+            value = (value * share[None, :]).to(mean_v_ptr.dtype.element_ty)
+            value_ptrs = mean_v_ptr + (wide * num_landmarks + b)[None, :] * D + d[:, None]
+            tl.store(value_ptrs, value, mask=exists[None, :] & (d < D)[:, None])
+            tl.store(log_count_ptr + group * MP + b, tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), LOG_ZERO))
+    tl.store(delta_ptrs, delta, mask=mask)
+    delta = delta.to(tl.float32)
+    bias = -tl.sum(delta * (0.5 * delta + centre[:, None]), 0)
+    tl.store(bias_ptr + group * MP + b, tl.where(exists, bias, LOG_ZERO))
