@@ -9,7 +9,8 @@ number of these fallback tiles is reported, and inputs without any have a row of
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted.
 
-On CUDA each length is measured on its own, and "device ms" is the replay of a CUDA graph, without the host's part.
+On CUDA each length is measured on its own. "ms" is the time of eager calls in a row, "device ms" the replay of a CUDA
+graph, without the host's part, and "host µs" what the host takes to launch an eager call without waiting for it.
 Ctrl-C and SIGTERM end the run with what is complete by then: lengths on CUDA, passes on the CPU. --output is written
 after each of them, with "complete": false until all are done.
 """
@@ -23,13 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.tools import (
-    Parser,
-    positive,
-    positive_list,
-    positive_sequence,
-    run_tool,
-)
+from src.analysis.tools import Parser, positive, positive_list, positive_sequence, run_tool
 
 
 def build_parser() -> Parser:

@@ -19,7 +19,7 @@ from src.analysis import tools
 from src.analysis.benchmark import attention, attention_report, baselines
 from src.analysis.benchmark import precision as precision_errors
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.benchmark.timing import peak_bytes
+from src.analysis.benchmark.timing import peak_bytes, seconds_per_call
 from src.analysis.records import write_rows
 from src.analysis.tools import until_stopped
 from src.evaluation.colours import ATTENTION_COLOURS
@@ -252,6 +252,24 @@ def test_the_figure_shows_what_the_device_takes_where_that_is_known(device_times
     (axis,) = attention_report.AttentionReport.draw(bench).axes
     assert axis.get_lines()[0].get_ydata().tolist() == drawn
     assert axis.get_ylabel() == unit
+
+
+def test_the_host_time_of_eager_calls_stands_beside_the_device_time(times, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    seconds = seconds_per_call(lambda: calls.append("call"), 3, torch.device("cuda"), of_host=True)
+    assert calls == ["synchronize", "call", "call", "call"]
+    assert 0 < seconds < 1
+
+    made = [row | {"device_milliseconds": 0.25, "host_microseconds": 117.0} for row in rows(times, length=64)]
+    made = [row for row in made if row["pass"] == "forward"]
+    bench = AttentionBench(benchmark.build_parser().parse_args(["--lengths", "64", "--device", "cpu"]))
+    for device, named in (("cpu", False), ("cuda", True)):
+        bench.device = torch.device(device)
+        headers = [column.header for column in bench.pass_table(made).columns]
+        assert ("host\nµs" in headers, "device\nms" in headers) == (named, named)
+    host = headers.index("host\nµs")
+    assert set(bench.pass_table(made).columns[host].cells) == {"117"}
 
 
 def test_inputs_without_fallback_tiles_have_a_row_of_their_own(tmp_path, capsys, monkeypatch):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
+import operator
 import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+_TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @triton.jit
@@ -94,7 +99,7 @@ def num_sms(device: torch.device) -> int:
 
 
 # Triton before 3.4 ends the process with an assertion where it compiles warp-group instructions in a `while` loop.
-_HAS_WGMMA_IN_WHILE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+_HAS_WGMMA_IN_WHILE = _TRITON_VERSION >= (3, 4)
 
 
 def safe_warps(warps: int, *tensors: torch.Tensor, has_while_loop: bool = False) -> int:
@@ -113,7 +118,7 @@ def safe_warps(warps: int, *tensors: torch.Tensor, has_while_loop: bool = False)
     device = tensors[0].device
     if warps % 4 == 0 and has_while_loop and not _HAS_WGMMA_IN_WHILE and is_hopper_or_later(device):
         return 2
-    if warps % 4 or all(has_vector_loads(x) for x in tensors) or not has_old_ptxas(device):
+    if warps % 4 or not has_old_ptxas(device) or all(has_vector_loads(x) for x in tensors):
         return warps
     return 2
 
@@ -165,3 +170,202 @@ def device_of(x: torch.Tensor) -> AbstractContextManager:
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+# Parts of a buffer begin at a multiple of this many bytes, a cache line of the GPU.
+ALIGNMENT = 128
+
+
+class BufferLayout:
+    """Where several tensors lie in one buffer, so that a call allocates once: `torch.empty` takes the host 2 to 3 us.
+
+    Attributes:
+        parts: of each tensor by name, its offset in bytes, shape and dtype.
+        nbytes: size of the buffer.
+        end: offset at which the next part begins. Set it back to an earlier value where the next parts take the place
+            of parts that are no longer needed.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        self.nbytes = 0
+        self.end = 0
+
+    def add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """Append an uninitialised tensor."""
+        self.parts[name] = (self.end, shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        self.end += -(-size // ALIGNMENT) * ALIGNMENT
+        self.nbytes = max(self.nbytes, self.end)
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """A new buffer, (nbytes,) uint8."""
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors in a buffer, by name."""
+        return {
+            name: buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, (offset, shape, dtype) in self.parts.items()
+        }
+
+
+# What `JITFunction.run` passes to a compiled kernel is known for these versions of Triton; others launch through it.
+_HAS_KNOWN_LAUNCHER = (3, 2) <= _TRITON_VERSION <= (3, 8) and torch.version.hip is None
+
+
+class _Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    tensors: tuple[str, ...]
+    scalars: tuple[int | float, ...]
+    options: dict[str, Any]
+
+
+class _CompiledLaunch(NamedTuple):
+    compiled: Any
+    grid: tuple[int, int, int]
+    pick: Callable[[list[int]], Sequence[int]]  # addresses of the kernel's tensors, from those of all
+    scalars: tuple[Any, ...]
+
+
+class LaunchSequence:
+    """Kernels of one pass, launched one after another; calls differ in the memory that they pass, and in nothing else.
+
+    `kernel[grid](...)` takes the host 30 us: it binds the arguments, finds out what to specialise on, and looks up the
+    compiled kernel. The first call goes this way. It returns the compiled kernels, and later calls launch these, with
+    addresses in place of tensors. Where an address is no multiple of 16 bytes, on which Triton specialises, where a
+    profiler has set launch hooks, with an unknown version of Triton, and in its interpreter, each call goes the
+    ordinary way.
+
+    Whoever keeps a sequence for later calls has to look it up by all that its sizes, strides and options depend on, by
+    the dtypes of the tensors and by the device: see `call_key` and `Cache`. The device has to be current.
+
+    Example::
+
+        workspace = BufferLayout()
+        workspace.add("sums", groups, 64)
+        sequence = LaunchSequence(("x", "out"), (workspace,))
+        sequence.add(sum_kernel, (groups,), ("x", "sums"), (length,), BLOCK=64, num_warps=4)
+        sequence.add(scale_kernel, (groups,), ("x", "sums", "out"), (length, scale), BLOCK=64)
+        sequence((x, out), (workspace.empty(x.device),))
+
+    Args:
+        tensors: names of the tensors that a call passes.
+        layouts: of the buffers that a call passes; kernels take their parts by name.
+    """
+
+    def __init__(self, tensors: Sequence[str], layouts: Sequence[BufferLayout] = ()) -> None:
+        self._names = tuple(tensors)
+        self._layouts = tuple(layouts)
+        self._launches: list[_Launch] = []
+        self._compiled: list[_CompiledLaunch] | None = None
+        self._offsets: list[list[int]] = []
+        self._device = 0
+
+    def add(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        tensors: Sequence[str],
+        scalars: Sequence[int | float] = (),
+        **options: Any,
+    ) -> None:
+        """Append a kernel.
+
+        Args:
+            kernel: function under `triton.jit`, whose parameters are pointers, then numbers, then constants.
+            grid: number of programs, in one to three dimensions.
+            tensors: its pointers, by name.
+            scalars: its numbers.
+            **options: its constants, and options of the launch such as `num_warps`.
+        """
+        self._launches.append(_Launch(kernel, grid, tuple(tensors), tuple(scalars), options))
+
+    def __call__(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()) -> None:
+        """Launch all kernels.
+
+        Args:
+            tensors: in the order of their names.
+            buffers: in the order of the layouts.
+        """
+        if self._compiled is None or _has_launch_hooks():
+            return self._launch(tensors, buffers)
+        addresses = [x.data_ptr() for x in tensors]
+        for buffer, offsets in zip(buffers, self._offsets, strict=True):
+            start = buffer.data_ptr()
+            addresses += [start + offset for offset in offsets]
+        if functools.reduce(operator.or_, addresses) & 15:
+            return self._launch(tensors, buffers)
+        stream = triton.runtime.driver.active.get_current_stream(self._device)
+        for compiled, grid, pick, scalars in self._compiled:
+            compiled.run(
+                *(*grid, stream, compiled.function, compiled.packed_metadata),
+                *(None, None, None),  # metadata for hooks, and the hooks
+                *pick(addresses),
+                *scalars,
+            )
+
+    def _launch(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
+        """Launch all kernels through Triton, and keep what it compiled if all addresses are aligned."""
+        memory = dict(zip(self._names, tensors, strict=True))
+        for layout, buffer in zip(self._layouts, buffers, strict=True):
+            memory |= layout.views(buffer)
+        compiled = [
+            launch.kernel[launch.grid](*[memory[name] for name in launch.tensors], *launch.scalars, **launch.options)
+            for launch in self._launches
+        ]
+        aligned = all(x.data_ptr() % 16 == 0 for x in (*tensors, *buffers))
+        # the interpreter returns nothing, nor does Triton where a hook of its cache declines to compile
+        is_compiled = all(kernel is not None for kernel in compiled)
+        if self._compiled is None and aligned and is_compiled and _HAS_KNOWN_LAUNCHER:
+            self._device = tensors[0].device.index or 0
+            self._offsets = [[offset for offset, _, _ in layout.parts.values()] for layout in self._layouts]
+            order = list(memory)
+            self._compiled = [
+                _compiled_launch(launch, kernel, order) for launch, kernel in zip(self._launches, compiled, strict=True)
+            ]
+
+
+def _compiled_launch(launch: _Launch, compiled: Any, order: list[str]) -> _CompiledLaunch:
+    """A launch of a compiled kernel, from addresses in the order of these names."""
+    indices = [order.index(name) for name in launch.tensors]
+    # one index alone would give a number
+    pick = operator.itemgetter(*indices) if len(indices) > 1 else operator.itemgetter(slice(indices[0], indices[0] + 1))
+    scalars = launch.scalars
+    if _TRITON_VERSION >= (3, 3):  # launchers take the constants too, and leave them out
+        parameters = list(inspect.signature(launch.kernel.fn).parameters.values())
+        constants = parameters[len(indices) + len(scalars) :]
+        scalars = (*scalars, *(launch.options.get(constant.name, constant.default) for constant in constants))
+    grid = (*launch.grid, 1, 1)[:3]
+    return _CompiledLaunch(compiled, grid, pick, scalars)
+
+
+def _has_launch_hooks() -> bool:
+    """Whether something, such as a profiler, wants to know of each launch."""
+    owner = triton.knobs.runtime if _TRITON_VERSION >= (3, 4) else triton.compiler.CompiledKernel
+    # from Triton 3.6 on, a chain of hooks
+    enter, leave = owner.launch_enter_hook, owner.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def call_key(*tensors: torch.Tensor | None) -> tuple:
+    """What a `LaunchSequence` depends on of these tensors: shapes, strides, dtypes, device, and alignment."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors])
+
+
+class Cache(dict):
+    """Results by key, at most `size` of them: lengths of sequences may differ from call to call.
+
+    Args:
+        size: number of results past which all are dropped.
+    """
+
+    def __init__(self, size: int = 1024) -> None:
+        super().__init__()
+        self.size = size
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= self.size:
+            self.clear()
+        super().__setitem__(key, value)

@@ -57,9 +57,8 @@ class AttentionReport(Bench):
         for attention_pass in self.arguments.passes:
             times: dict[str, dict[int, list[float]]] = {}
             for row in self.results:
-                at_home = row["kind"] == "attention" and (
-                    not row["sizes"] or row["length"] == self.arguments.growth_length
-                )
+                keeps_sizes = not row["sizes"] or row["length"] == self.arguments.growth_length
+                at_home = row["kind"] == "attention" and keeps_sizes
                 if row["pass"] == attention_pass and (at_home or row["kind"] == "growth" or row["name"] == BASELINE):
                     times.setdefault(row["name"].split(" as at ")[0], {})[row["length"]] = rounds(row)
             for name, by_length in times.items():
@@ -101,6 +100,7 @@ class AttentionReport(Bench):
             "MiB": lambda row: digits(row["temporary_bytes"] / 2**20),
             "ms": lambda row: digits(row["milliseconds"]),
             "device\nms": lambda row: cell(row["device_milliseconds"], digits),
+            "host\nµs": lambda row: cell(row["host_microseconds"], digits),
             "time/\nSDPA": lambda row: f"{row['ratio_to_sdpa']:.3f}",
             "MiB/\nSDPA": lambda row: f"{row['temporary_bytes'] / max(1, baseline['temporary_bytes']):.2f}",
         }
@@ -115,11 +115,9 @@ class AttentionReport(Bench):
         else:
             del columns["fallback"]
         if self.device.type != "cuda":
-            del columns["device\nms"]
-        title = (
-            f"N = {length}, {attention_pass}: {arguments.dtype} on {self.device.type}, batch {self.batches[length]}, "
-        )
-        title += f"heads {arguments.heads}, width {arguments.dim}"
+            del columns["device\nms"], columns["host\nµs"]
+        title = f"N = {length}, {attention_pass}: {arguments.dtype} on {self.device.type}, "
+        title += f"batch {self.batches[length]}, heads {arguments.heads}, width {arguments.dim}"
         title += "" if arguments.std == 1 else f", std {arguments.std:g}"
         table = new_table(title, ["attention", *columns], ["attention"], caption=caption)
         for _, section in itertools.groupby(rows, lambda row: row["kind"]):

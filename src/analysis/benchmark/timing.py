@@ -28,9 +28,9 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(x / y for x, y in zip(numerators, denominators, strict=True))
 
 
-def seconds_per_call(call: Callable[[], object], number: int, device: torch.device) -> float:
-    """Time of one call, the mean of `number` calls in a row; by CUDA events on CUDA."""
-    if device.type == "cuda":
+def seconds_per_call(call: Callable[[], object], number: int, device: torch.device, of_host: bool = False) -> float:
+    """Time of one call, the mean of `number` calls in a row; by CUDA events on CUDA, unless it is that `of_host`."""
+    if device.type == "cuda" and not of_host:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
@@ -39,6 +39,8 @@ def seconds_per_call(call: Callable[[], object], number: int, device: torch.devi
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / number
+    if of_host:
+        torch.cuda.synchronize()  # the host waits for the device where the queue of launches is full
     return timeit.timeit(call, number=number) / number
 
 

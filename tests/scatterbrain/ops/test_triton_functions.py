@@ -1,4 +1,4 @@
-"""How many warps a kernel may have where ptxas miscompiles `wgmma` instructions, and strides of rows."""
+"""Warps where ptxas miscompiles `wgmma` instructions, strides of rows, buffers, and launches of compiled kernels."""
 
 from __future__ import annotations
 
@@ -74,3 +74,119 @@ def test_versions_of_ptxas(version, old, monkeypatch):
         assert triton_functions.has_old_ptxas(torch.device("cuda", 0)) == old
     finally:
         triton_functions.has_old_ptxas.cache_clear()
+
+
+def test_parts_of_a_buffer():
+    layout = triton_functions.BufferLayout()
+    layout.add("counts", 3, dtype=torch.int32)
+    before = layout.end
+    layout.add("sums", 2, 40)
+    end, layout.end = layout.end, before
+    layout.add("means", 5, 7, dtype=torch.bfloat16)  # in the place of the sums
+    assert layout.nbytes == end
+    buffer = layout.empty(torch.device("cpu"))
+    views = layout.views(buffer)
+    assert {name: (tuple(x.shape), x.dtype) for name, x in views.items()} == {
+        "counts": ((3,), torch.int32),
+        "sums": ((2, 40), torch.float32),
+        "means": ((5, 7), torch.bfloat16),
+    }
+    assert views["sums"].data_ptr() == views["means"].data_ptr() == buffer.data_ptr() + triton_functions.ALIGNMENT
+
+
+class Kernel:
+    """Stands for a function under `triton.jit`: compiles once for each alignment of its pointers."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple] = []
+        self.launched: list[tuple] = []
+
+    def fn(self, x_ptr, y_ptr, length, scale, block, pdl=False):
+        """Signature of the kernel."""
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.compiled.append((grid, arguments, options))
+            return self
+
+        return launch
+
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, *arguments):
+        self.launched.append(arguments)
+
+
+@pytest.fixture
+def sequence(monkeypatch):
+    """A sequence of one launch, of a kernel that records its launches."""
+    kernel = Kernel()
+    workspace = triton_functions.BufferLayout()
+    workspace.add("first", 5)
+    workspace.add("y", 3)
+    sequence = triton_functions.LaunchSequence(("x",), (workspace,))
+    sequence.add(kernel, (4, 2), ("x", "y"), (7, 0.5), block=16, num_warps=2)
+    driver = type("Driver", (), {"get_current_stream": staticmethod(lambda device: 11)})
+    monkeypatch.setattr(triton_functions.triton.runtime.driver, "_active", driver, raising=False)
+    monkeypatch.setattr(triton_functions, "_HAS_KNOWN_LAUNCHER", True)
+    return sequence, kernel, workspace
+
+
+def test_later_launches_pass_addresses_to_the_compiled_kernel(sequence):
+    sequence, kernel, workspace = sequence
+    x, buffer = torch.zeros(8), workspace.empty(torch.device("cpu"))
+    sequence((x,), (buffer,))
+    ((grid, arguments, options),) = kernel.compiled
+    assert (grid, options, kernel.launched) == ((4, 2), {"block": 16, "num_warps": 2}, [])
+    assert arguments[0] is x
+    assert arguments[1].shape == (3,)
+    assert arguments[2:] == (7, 0.5)
+    for _ in range(2):
+        x, buffer = torch.zeros(8), workspace.empty(torch.device("cpu"))
+        sequence((x,), (buffer,))
+        addresses = x.data_ptr(), buffer.data_ptr() + triton_functions.ALIGNMENT
+        constants = (16, False) if triton_functions._TRITON_VERSION >= (3, 3) else ()
+        assert kernel.launched[-1] == (
+            *(4, 2, 1, 11, "function", "metadata", None, None, None),
+            *(*addresses, 7, 0.5, *constants),
+        )
+    assert len(kernel.compiled) == 1
+
+
+@pytest.mark.parametrize("reason", ["alignment", "hook", "version", "first"])
+def test_launches_that_triton_has_to_see(sequence, reason, monkeypatch):
+    sequence, kernel, workspace = sequence
+    if reason == "version":
+        monkeypatch.setattr(triton_functions, "_HAS_KNOWN_LAUNCHER", False)
+    x, buffer = torch.zeros(8), workspace.empty(torch.device("cpu"))
+    if reason == "first":
+        sequence((x[1:],), (buffer,))  # compiled for pointers that are not aligned
+    sequence((x,), (buffer,))
+    if reason == "hook":
+        monkeypatch.setattr(triton_functions, "_has_launch_hooks", lambda: True)
+    sequence((x[1:] if reason == "alignment" else x,), (buffer,))
+    assert len(kernel.compiled) == 2
+    assert len(kernel.launched) == (1 if reason == "first" else 0)
+
+
+def test_profilers_are_seen(monkeypatch):
+    owner = triton_functions.triton.knobs.runtime if triton_functions._TRITON_VERSION >= (3, 4) else None
+    owner = owner or triton_functions.triton.compiler.CompiledKernel
+    assert not triton_functions._has_launch_hooks()
+    monkeypatch.setattr(owner, "launch_exit_hook", lambda metadata: None)
+    assert triton_functions._has_launch_hooks()
+
+
+def test_keys_hold_what_kernels_are_specialised_on():
+    x = torch.zeros(40)
+    variants = (x, x[1:33], x[:32], x[:32].view(4, 8), x[:32].view(4, 8).t(), x[:32].long(), x[:32].to("meta"), None)
+    keys = [triton_functions.call_key(variant) for variant in variants]
+    assert len(set(keys)) == len(keys)
+    assert triton_functions.call_key(x[16:24], x) == triton_functions.call_key(x[:8], torch.zeros(40))
+
+
+def test_caches_are_bounded():
+    cache = triton_functions.Cache(2)
+    for key in range(5):
+        cache[key] = key
+    assert dict(cache) == {4: 4}

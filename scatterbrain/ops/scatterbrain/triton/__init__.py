@@ -140,12 +140,13 @@ def count_fallback_tiles(
     check_window(window)
     choose_backend("triton", PYTORCH_AND_TRITON, unsupported=unsupported(query, value, projection, cosh=True))
     from scatterbrain.ops.common.triton_functions import device_of
-    from scatterbrain.ops.scatterbrain.triton.operator import run_forward
+    from scatterbrain.ops.scatterbrain.triton.operator import read_statistics, run_forward
 
     tensors = _kernel_inputs(query, key, value, projection, key_lengths)
+    arguments = (*tensors, window, default_scale(query, scale), True, False)
     with device_of(query):
-        flags = run_forward(*tensors, window, default_scale(query, scale), True, False, 0.0, True)[2]
-    return int(flags.sum())
+        _, statistics = run_forward(*arguments, 0.0, True)
+    return int(read_statistics(statistics, *arguments)["fallback_flags"].sum())
 
 
 def _kernel_inputs(

@@ -8,11 +8,16 @@ summed by atomic operations: results are the same bit by bit from run to run.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from scatterbrain.ops.common.triton_functions import (
+    BufferLayout,
+    Cache,
+    LaunchSequence,
+    call_key,
     device_of,
     num_sms,
     pdl_options,
@@ -37,7 +42,7 @@ from scatterbrain.ops.scatterbrain.triton.sums import (
     combine_chunks_kernel,
     cumulative_sums_kernel,
 )
-from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for
+from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, tiles_override
 
 LOG2E = math.log2(math.e)
 # A query's sum over all keys may be this many times its normaliser, and its relative error that many roundings: those
@@ -72,34 +77,24 @@ PREPROCESS_ROWS = 64
 MIN_CHUNK_TILES, CAUSAL_CHUNK = 2, 256
 
 
-class FallbackTiles(NamedTuple):
-    """Which tiles of queries are fallback tiles, as `attention_fwd_kernel` writes them; empty where there are none.
+class _Pass(NamedTuple):
+    """What one call launches and allocates; later calls that are alike use it again.
 
     Attributes:
-        flags: (G, query tiles) int8, 1 for a fallback tile.
-        sequences: (1 + 2 G,) int32, number of sequences with a fallback tile, which, and a flag of each sequence.
-        tiles: (1 + G query tiles,) int32, number of fallback tiles, and which.
+        launches: the kernels.
+        outputs: sizes and strides of the results.
+        layouts: of the buffers: what is kept for the backward pass, if anything is, and the workspace.
     """
 
-    flags: torch.Tensor
-    sequences: torch.Tensor
-    tiles: torch.Tensor
+    launches: LaunchSequence
+    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    layouts: tuple[BufferLayout, ...]
 
 
-class _Sums(NamedTuple):
-    """Sums over keys or queries, as averages: see `sums.py`.
-
-    Attributes:
-        mean: (..., BD, MP) averages of the values, or of the gradients of the output.
-        weight: (..., MP) log weights.
-        delta_mean: (..., MP) averages of delta, over queries.
-        norms: (G, N) of the rows; empty where no window reads them.
-    """
-
-    mean: torch.Tensor
-    weight: torch.Tensor
-    delta_mean: torch.Tensor
-    norms: torch.Tensor
+# Types of tensors that dispatch nothing themselves.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Passes by all that they depend on, see `_lookup`.
+_PASSES: Cache = Cache()
 
 
 class _Plan:
@@ -142,9 +137,6 @@ class _Plan:
         features = rows * (2 if cosh else 1)
         self.padded_features = _padded(features)
         left, right = window_bounds(window)
-        # arguments that a kernel does not read get any tensor in their place
-        self.projection = query if projection is None else projection
-        self.key_lengths = query if key_lengths is None else key_lengths
         self.has_lengths = key_lengths is not None
         self.precision = precision_of_products(self.dtype)
         exact = self.dtype == torch.float32 and self.precision == "ieee"
@@ -239,84 +231,102 @@ class _Plan:
             **self.pdl,
         }
 
-    def fallback_parts(self, *widths: int) -> list[torch.Tensor]:
-        """Memory (parts, FALLBACK_ROWS, width) for partial results of fallback tiles."""
-        return [self.empty(self.num_parts, FALLBACK_ROWS, width) for width in widths]
-
-    def counters(self) -> torch.Tensor:
-        """Memory for a counter of each fallback tile that is split; such a tile has two parts at least."""
-        return self.empty(self.num_parts // 2, dtype=torch.int32)
+    def add_fallback_parts(self, layout: BufferLayout, *widths: int) -> tuple[str, ...]:
+        """Memory (parts, FALLBACK_ROWS, width) for partial results of fallback tiles, and its names."""
+        names = tuple(f"fallback_part_{width}" for width in range(len(widths)))
+        for name, width in zip(names, widths, strict=True):
+            layout.add(name, self.num_parts, FALLBACK_ROWS, width)
+        return names
 
     def window_tiles(self, rows: int, others: int) -> int:
         """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
         return 0 if self.window == 0 else -(-(rows + self.window - 1) // others)
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Memory on the device of the call."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def statistics(self, lse: bool = True) -> BufferLayout:
+        """What the forward pass leaves to the backward pass: log normalisers, fallback tiles, and sums over keys.
 
-    def no_statistics(self) -> tuple[torch.Tensor, ...]:
-        """Empty tensors in place of the statistics, for a call without a backward pass."""
-        integers = (torch.int8, torch.int32, torch.int32)
-        dtypes = (torch.float32, *integers, self.dtype, torch.float32, torch.float32)
-        return tuple(self.empty(0, dtype=dtype) for dtype in dtypes)
-
-    def state_shape(self, chunks: int) -> tuple[int, ...]:
-        """Leading sizes of the sums that the attention reads."""
-        return (self.groups, chunks + 1) if self.is_causal else (self.groups,)
-
-    def sums(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        fallback: FallbackTiles,
-        counters: torch.Tensor,
-        backward: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    ) -> _Sums:
-        """Sums over keys, or with `backward` over queries.
+        Which tiles of queries are fallback tiles, as `attention_fwd_kernel` writes it, is empty where there are none:
+        `fallback_flags`, (G, query tiles) int8, 1 for a fallback tile; `fallback_sequences`, (1 + 2 G,) int32, number
+        of sequences with a fallback tile, which, and a flag of each sequence; `fallback_tiles`, (1 + G query tiles,)
+        int32, number of fallback tiles, and which. `chunk_sums_kernel` clears numbers and flags.
 
         Args:
-            x: keys, or queries.
-            y: values, or gradients of the output.
-            fallback: fallback tiles; over keys the list is cleared, over queries such tiles are left out.
-            counters: (parts / 2,), cleared.
-            backward: for queries, the output, log normalisers (G, T) and delta (G, T), which is written.
+            lse: with `lse`, (G, T) log2 of the normalisers.
+        """
+        layout = BufferLayout()
+        layout.add("lse", *((self.groups, self.length) if lse else (0,)))
+        tiles = self.query_tiles if self.has_fallback else 0
+        layout.add("fallback_flags", self.groups, tiles, dtype=torch.int8)
+        layout.add("fallback_sequences", 1 + 2 * self.groups if self.has_fallback else 0, dtype=torch.int32)
+        layout.add("fallback_tiles", 1 + self.groups * tiles if self.has_fallback else 0, dtype=torch.int32)
+        self.add_sums(layout, "key", self.num_keys, self.key_chunks)
+        return layout
+
+    def add_sums(self, layout: BufferLayout, rows: str, length: int, chunks: int) -> None:
+        """Memory for sums over keys or queries, as averages, see `sums.py`; empty without a low-rank part.
+
+        Averages of the values, or of the gradients of the output, (..., BD, MP); log weights (..., MP); and norms of
+        the rows (G, length), where the window reads them.
+        """
+        states = ((self.groups, chunks + 1) if self.is_causal else (self.groups,)) if self.low_rank else (0,)
+        layout.add(f"{rows}_mean", *states, self.sizes["BD"], self.padded_features, dtype=self.dtype)
+        layout.add(f"{rows}_weight", *states, self.padded_features)
+        if rows == "query":
+            layout.add("delta_mean", *states, self.padded_features)
+        layout.add(f"{rows}_norms", *((self.groups, length) if self.low_rank and self.window > 0 else (0,)))
+
+    def add_kernels_of_sums(
+        self, launches: LaunchSequence, workspace: BufferLayout, tensors: dict[str, torch.Tensor], queries: bool
+    ) -> None:
+        """Kernels that sum over the keys, or over the queries and compute `delta`.
+
+        Over keys the fallback tiles and counters are cleared; over queries such tiles are left out, and counters are
+        cleared.
+
+        Args:
+            launches: gets the kernels.
+            workspace: gets memory for sums of each chunk, which later parts take the place of.
+            tensors: arguments by name.
+            queries: over queries.
         """
         tiles, features, padded = self.tiles, self.padded_features, self.sizes["BD"]
-        queries = backward is not None
+        names = ("query", "gradient", "out") if queries else ("key", "value", "value")
+        x, y, out = (tensors[name] for name in names)
+        rows, length = names[0], x.shape[2]
         chunk, chunks = (self.query_chunk, self.query_chunks) if queries else (self.key_chunk, self.key_chunks)
         final = chunks == 1 and not self.is_causal
-        states = self.state_shape(chunks)
-        mean = self.empty(*states, padded, features, dtype=self.dtype)
-        weight = self.empty(*states, features)
-        delta_mean = self.empty(*states, features) if queries else weight
-        parts = (mean, weight, delta_mean, weight)
+        # arguments that a kernel does not read get any tensor in their place
+        results = (f"{rows}_mean", f"{rows}_weight", "delta_mean" if queries else f"{rows}_weight")
+        parts = (*results, f"{rows}_weight")
+        begin = workspace.end
         if not final:
-            parts = (
-                self.empty(self.groups, chunks, padded, features),
-                self.empty(self.groups, chunks, features),
-                self.empty(self.groups, chunks, features) if queries else weight,
-                self.empty(self.groups, chunks, features),
-            )
-        length = x.shape[2]
-        norms = self.norms(length)
-        out, lse, delta = backward or (y, weight, weight)
-        chunk_sums_kernel[(chunks, self.groups)](
-            *(x, y, out, self.projection, self.key_lengths, lse, delta, norms),
-            *(fallback.flags if queries else weight, fallback.sequences, fallback.tiles, counters),
-            *parts,
-            *(self.heads, length, self.query_tiles, chunk, chunk // tiles.sum_rows),
-            *row_strides(x, y, out),
-            *self.scales[1:],
+            parts = ("mean_parts", "weight_parts", "delta_parts" if queries else "weight_parts", "max_parts")
+            workspace.add("mean_parts", self.groups, chunks, padded, features)
+            for name in dict.fromkeys(parts[1:]):
+                workspace.add(name, self.groups, chunks, features)
+        workspace.end = begin
+        launches.add(
+            chunk_sums_kernel,
+            (chunks, self.groups),
+            (
+                *(*names, "projection", "key_lengths", "lse", "delta" if queries else "lse", f"{rows}_norms"),
+                *("fallback_flags", "fallback_sequences", "fallback_tiles", "counters"),
+                *parts,
+            ),
+            (
+                *(self.heads, length, self.query_tiles, chunk, chunk // tiles.sum_rows),
+                *row_strides(x, y, out),
+                *self.scales[1:],
+            ),
             **self.sizes,
             BN=tiles.sum_rows,
             EVEN=length % chunk == 0 and (queries or not self.has_lengths),
             HAS_LENGTHS=self.has_lengths and not queries,
             QUERIES=queries,
-            NORMS=norms.numel() > 0,
+            NORMS=self.window > 0,
             HAS_FALLBACK=self.has_fallback,
             TILE_ROWS=tiles.query_rows,
-            COUNTERS=counters.numel(),
+            COUNTERS=self.num_parts // 2,
             FINAL=final,
             PRECISION=self.precision,
             STAGES=tiles.sum_stages,
@@ -324,33 +334,17 @@ class _Plan:
             num_warps=safe_warps(tiles.sum_warps, x, y, out),
             **self.first,
         )
-        sums = _Sums(mean, weight, delta_mean, norms)
         if final:
-            return sums
+            return
+        constants = {"MP": features, "QUERIES": queries, "BD": padded, **self.pdl}
         columns, chunks_at_a_time = COMBINE_COLUMNS, COMBINE_CHUNKS
         if chunks > MANY_CHUNKS:
             columns, chunks_at_a_time = COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS
-        arguments = (*parts, mean, weight, delta_mean, chunks)
-        constants = {"BD": padded, "BLOCK": columns, "MP": features, "QUERIES": queries, **self.pdl}
+        kernel = cumulative_sums_kernel if self.is_causal else combine_chunks_kernel
+        if not self.is_causal:
+            constants["CHUNKS"] = min(chunks_at_a_time, _power_of_two(chunks))
         grid = (padded // columns, self.groups)
-        if self.is_causal:
-            cumulative_sums_kernel[grid](*arguments, **constants)
-        else:
-            combine_chunks_kernel[grid](*arguments, **constants, CHUNKS=min(chunks_at_a_time, _power_of_two(chunks)))
-        return sums
-
-    def norms(self, length: int) -> torch.Tensor:
-        """Memory for a norm of each row, where the window of a low-rank part reads it."""
-        return self.empty(*((self.groups, length) if self.low_rank and self.window > 0 else (0,)))
-
-    def fallback_tiles(self) -> FallbackTiles:
-        """Memory for the fallback tiles; `chunk_sums_kernel` clears numbers and flags."""
-        tiles = self.query_tiles if self.has_fallback else 0
-        return FallbackTiles(
-            self.empty(self.groups, tiles, dtype=torch.int8),
-            self.empty(1 + 2 * self.groups if self.has_fallback else 0, dtype=torch.int32),
-            self.empty(1 + self.groups * tiles if self.has_fallback else 0, dtype=torch.int32),
-        )
+        launches.add(kernel, grid, (*parts, *results), (chunks,), BLOCK=columns, **constants)
 
 
 def _padded(width: int) -> int:
@@ -363,13 +357,39 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _like(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Memory (B, H, N, width), contiguous as (B, N, H, width): the model joins the heads of a token without a copy."""
-    batch, heads, length, _ = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+def _by_token(batch: int, heads: int, length: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and strides of (B, H, N, width) as (B, N, H, width): a model joins the heads of a token without a copy."""
+    return (batch, heads, length, width), (length * heads * width, width, heads * width, 1)
 
 
-def run_forward(
+def _outputs(plan: _Plan, outputs: tuple[tuple[str, int, int], ...]) -> tuple[tuple, dict[str, torch.Tensor]]:
+    """Sizes and strides of outputs (name, length, width), and such tensors without memory."""
+    layouts = tuple(_by_token(plan.batch, plan.heads, length, width) for _, length, width in outputs)
+    tensors = {
+        name: torch.empty_strided(*layout, dtype=plan.dtype, device="meta")
+        for (name, _, _), layout in zip(outputs, layouts, strict=True)
+    }
+    return layouts, tensors
+
+
+def _lookup(build: Callable[..., _Pass], tensors: tuple[torch.Tensor | None, ...], *options: Any) -> _Pass:
+    """The pass of a call, from an earlier one that is alike.
+
+    Args:
+        build: makes the pass from the tensors and options.
+        tensors: arguments of the call.
+        *options: its other arguments.
+    """
+    # all else that a plan depends on
+    state = precision_of_products(tensors[0].dtype), tiles_override()
+    key = (build, call_key(*tensors), options, state)
+    found = _PASSES.get(key)
+    if found is None:
+        found = _PASSES[key] = build(*tensors, *options)
+    return found
+
+
+def _forward_pass(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -381,54 +401,43 @@ def run_forward(
     is_causal: bool,
     eps: float,
     statistics: bool,
-) -> tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor,
-]:
-    """Attention by the fused kernels; arguments are checked by `scatterbrain.ops.scatterbrain.triton.attention`.
-
-    Args:
-        query: (B, H, T, E), last dimension contiguous, as in key and value.
-        key: (B, H, S, E).
-        value: (B, H, S, D).
-        projection: random projection (R, E) in the dtype of query; None for no low-rank part.
-        key_lengths: (B,) integers; None for all keys.
-        window: width W; 0 for no window.
-        scale: softmax scale.
-        cosh: take each row of the projection with both signs.
-        is_causal: hide the keys j > i.
-        eps: added to the normaliser; without window only.
-        statistics: keep what the backward pass needs.
-
-    Returns:
-        Output (B, H, T, D), and what the backward pass needs, empty without `statistics`: log2 of the normalisers
-        (G, T), `FallbackTiles`, and averages, log weights and norms of the keys, see `_Sums`.
-    """
+) -> _Pass:
+    """Launches of a forward pass; arguments as in `run_forward`."""
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
-    out = _like(query, plan.value_width)
-    lse = plan.empty(groups, plan.length) if statistics else plan.empty(0)
-    fallback, counters = plan.fallback_tiles(), plan.counters()
-    sums = _Sums(*(plan.empty(0) for _ in range(4)))  # results of an operator may not be one tensor
+    outputs, tensors = _outputs(plan, (("out", plan.length, plan.value_width),))
+    tensors |= {"query": query, "key": key, "value": value}
+    kept = plan.statistics(lse=statistics)
+    workspace = BufferLayout() if statistics else kept
+    layouts = (kept, workspace) if statistics else (workspace,)
+    launches = LaunchSequence(("query", "key", "value", "projection", "key_lengths", "out"), layouts)
+    workspace.add("counters", plan.num_parts // 2, dtype=torch.int32)
     if plan.low_rank:
-        sums = plan.sums(key, value, fallback, counters)
-    tensors = (query, key, value, out, plan.projection, plan.key_lengths)
-    strides = row_strides(query, key, value, out)
-    if not (plan.low_rank and is_causal):
-        attention_fwd_kernel[(-(-plan.query_tiles // tiles.query_tiles), groups)](
-            *tensors,
-            *(sums.mean, sums.weight, sums.norms, lse),
-            *fallback,
-            *plan.lengths,
-            *strides,
-            *plan.scales,
-            eps,
+        plan.add_kernels_of_sums(launches, workspace, tensors, queries=False)
+    names = ("query", "key", "value", "out", "projection", "key_lengths")
+    strides = row_strides(query, key, value, tensors["out"])
+    if plan.low_rank and is_causal:
+        launches.add(
+            causal_fwd_kernel,
+            (-(-plan.length // tiles.causal_rows), groups),
+            (*names, "key_mean", "key_weight", "lse"),
+            (*plan.lengths, plan.key_chunk, plan.key_chunks, *strides, *plan.scales),
+            **plan.pair_constants,
+            STATISTICS=statistics,
+            BM=tiles.causal_rows,
+            BN=tiles.causal_keys,
+            num_warps=safe_warps(tiles.causal_warps, query, key, value, has_while_loop=True),
+            **plan.pdl,
+        )
+    else:
+        launches.add(
+            attention_fwd_kernel,
+            (-(-plan.query_tiles // tiles.query_tiles), groups),
+            (
+                *(*names, "key_mean", "key_weight", "key_norms", "lse"),
+                *("fallback_flags", "fallback_sequences", "fallback_tiles"),
+            ),
+            (*plan.lengths, *strides, *plan.scales, eps),
             **plan.constants,
             BM=tiles.query_rows,
             BN=tiles.key_rows,
@@ -446,33 +455,79 @@ def run_forward(
             maxnreg=tiles.query_registers,
             **(plan.pdl if plan.low_rank else plan.first),
         )
-    if plan.low_rank and is_causal:
-        causal_fwd_kernel[(-(-plan.length // tiles.causal_rows), groups)](
-            *tensors,
-            *(sums.mean, sums.weight, lse),
-            *(*plan.lengths, plan.key_chunk, plan.key_chunks),
-            *strides,
-            *plan.scales,
-            **plan.pair_constants,
-            STATISTICS=statistics,
-            BM=tiles.causal_rows,
-            BN=tiles.causal_keys,
-            num_warps=safe_warps(tiles.causal_warps, query, key, value, has_while_loop=True),
-            **plan.pdl,
-        )
     if plan.has_fallback:
-        fallback_fwd_kernel[(FALLBACK_PROGRAMS * num_sms(plan.device),)](
-            *tensors,
-            *(lse, fallback.tiles, counters, *plan.fallback_parts(plan.sizes["BD"], 2)),
-            *(*plan.lengths, plan.num_parts),
-            *strides,
-            *plan.scales,
+        parts = plan.add_fallback_parts(workspace, plan.sizes["BD"], 2)
+        launches.add(
+            fallback_fwd_kernel,
+            (FALLBACK_PROGRAMS * num_sms(plan.device),),
+            (*names, "lse", "fallback_tiles", "counters", *parts),
+            (*plan.lengths, plan.num_parts, *strides, *plan.scales),
             **plan.fallback_options(),
             STATISTICS=statistics,
         )
-    if not statistics:
-        return out, *plan.no_statistics()
-    return out, lse, *fallback, sums.mean, sums.weight, sums.norms
+    return _Pass(launches, outputs, layouts)
+
+
+def _allocate(plan: _Pass, like: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results and buffers of a pass, in the dtype of `like` and where it is."""
+    dtype, device = like.dtype, like.device
+    outputs = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride in plan.outputs]
+    return outputs, [layout.empty(device) for layout in plan.layouts]
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and the first buffer of the pass: the statistics, or where none are kept the workspace."""
+    found = _lookup(_forward_pass, (query, key, value, projection, key_lengths), *options)
+    (out,), buffers = _allocate(found, query)
+    # a kernel does not read what is None
+    projection = query if projection is None else projection
+    key_lengths = query if key_lengths is None else key_lengths
+    found.launches((query, key, value, projection, key_lengths, out), buffers)
+    return out, buffers[0]
+
+
+def run_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    window: int,
+    scale: float,
+    cosh: bool,
+    is_causal: bool,
+    eps: float,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by the fused kernels; arguments are checked by `scatterbrain.ops.scatterbrain.triton.attention`.
+
+    Args:
+        query: (B, H, T, E), last dimension contiguous, as in key and value.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: random projection (R, E) in the dtype of query; None for no low-rank part.
+        key_lengths: (B,) integers; None for all keys.
+        window: width W; 0 for no window.
+        scale: softmax scale.
+        cosh: take each row of the projection with both signs.
+        is_causal: hide the keys j > i.
+        eps: added to the normaliser; without window only.
+        statistics: keep what the backward pass needs.
+
+    Returns:
+        Output (B, H, T, D), and what the backward pass needs, (bytes,) uint8, see `read_statistics`; empty without
+        `statistics`.
+    """
+    options = (window, scale, cosh, is_causal, eps, statistics)
+    out, buffer = _forward(query, key, value, projection, key_lengths, *options)
+    return out, buffer if statistics else query.new_empty(0, dtype=torch.uint8)
 
 
 fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_forward, mutates_args=())
@@ -481,19 +536,22 @@ fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_f
 @fused_attention.register_fake
 def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics):
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
-    out = _like(query, value.shape[3])
-    if not statistics:
-        return out, *plan.no_statistics()
-    mean, weight = plan.empty(0), plan.empty(0)
-    if plan.low_rank:
-        states = plan.state_shape(plan.key_chunks)
-        mean = plan.empty(*states, plan.sizes["BD"], plan.padded_features, dtype=plan.dtype)
-        weight = plan.empty(*states, plan.padded_features)
-    lse = plan.empty(plan.groups, plan.length)
-    return out, lse, *plan.fallback_tiles(), mean, weight, plan.norms(plan.num_keys)
+    size, stride = _by_token(*query.shape[:3], value.shape[3])
+    nbytes = plan.statistics().nbytes if statistics else 0
+    return query.new_empty_strided(size, stride), query.new_empty(nbytes, dtype=torch.uint8)
 
 
-def run_backward(
+def read_statistics(statistics: torch.Tensor, *arguments: Any) -> dict[str, torch.Tensor]:
+    """The tensors in the statistics of a forward pass by name, see `_Plan.statistics`, for inspection.
+
+    Args:
+        statistics: second result of `run_forward`.
+        *arguments: what it got, from `query` to `is_causal`.
+    """
+    return _Plan(*arguments).statistics().views(statistics)
+
+
+def _backward_pass(
     gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -501,43 +559,52 @@ def run_backward(
     projection: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
     out: torch.Tensor,
-    lse: torch.Tensor,
-    fallback_flags: torch.Tensor,
-    fallback_sequences: torch.Tensor,
-    fallback_tiles: torch.Tensor,
-    key_mean: torch.Tensor,
-    key_weight: torch.Tensor,
-    key_norms: torch.Tensor,
     window: int,
     scale: float,
     cosh: bool,
     is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
+) -> _Pass:
+    """Launches of a backward pass; arguments as in `run_backward`."""
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
-    fallback, counters = FallbackTiles(fallback_flags, fallback_sequences, fallback_tiles), plan.counters()
-    delta = plan.empty(groups, plan.length)
-    sums = _Sums(*[key_mean] * 4)
+    outputs, tensors = _outputs(
+        plan,
+        (
+            ("d_query", plan.length, plan.width),
+            ("d_key", plan.num_keys, plan.width),
+            ("d_value", plan.num_keys, plan.value_width),
+        ),
+    )
+    tensors |= {"query": query, "key": key, "value": value, "gradient": gradient, "out": out}
+    workspace = BufferLayout()
+    layouts = (plan.statistics(), workspace)
+    names = ("gradient", "query", "key", "value", "projection", "key_lengths", "out", "d_query", "d_key", "d_value")
+    launches = LaunchSequence(names, layouts)
+    workspace.add("delta", groups, plan.length)
+    workspace.add("counters", plan.num_parts // 2, dtype=torch.int32)
+    plan.add_sums(workspace, "query", plan.length, plan.query_chunks)
     if plan.low_rank:
-        sums = plan.sums(query, gradient, fallback, counters, (out, lse, delta))
+        plan.add_kernels_of_sums(launches, workspace, tensors, queries=True)
     else:
-        bwd_preprocess_kernel[(-(-plan.length // PREPROCESS_ROWS), groups)](
-            *(out, gradient, delta, plan.heads, plan.length),
-            *row_strides(out, gradient),
+        launches.add(
+            bwd_preprocess_kernel,
+            (-(-plan.length // PREPROCESS_ROWS), groups),
+            ("out", "gradient", "delta"),
+            (plan.heads, plan.length, *row_strides(out, gradient)),
             D=plan.sizes["D"],
             BD=plan.sizes["BD"],
             BM=PREPROCESS_ROWS,
             **plan.first,
         )
-    d_query, d_key, d_value = _like(query, plan.width), _like(key, plan.width), _like(value, plan.value_width)
-    inputs = (query, key, value, gradient)
-    strides = row_strides(*inputs)
-    attention_bwd_dq_kernel[(-(-plan.length // tiles.dq_rows), groups)](
-        *(*inputs, d_query, plan.projection, plan.key_lengths),
-        *(key_mean, key_weight, key_norms, lse, delta),
-        *(*plan.lengths, plan.key_chunk, plan.key_chunks),
-        *(*strides, *row_strides(d_query), *plan.scales),
+    inputs = ("query", "key", "value", "gradient")
+    strides = row_strides(query, key, value, gradient)
+    dq_tensors = (*inputs, "d_query", "projection", "key_lengths")
+    dq_numbers = (*strides, *row_strides(tensors["d_query"]), *plan.scales)
+    launches.add(
+        attention_bwd_dq_kernel,
+        (-(-plan.length // tiles.dq_rows), groups),
+        (*dq_tensors, "key_mean", "key_weight", "key_norms", "lse", "delta"),
+        (*plan.lengths, plan.key_chunk, plan.key_chunks, *dq_numbers),
         **plan.pair_constants,
         BM=tiles.dq_rows,
         BN=tiles.dq_keys,
@@ -550,19 +617,24 @@ def run_backward(
         **plan.pdl,
     )
     if plan.has_fallback:
-        fallback_bwd_dq_kernel[(FALLBACK_PROGRAMS * num_sms(plan.device),)](
-            *(*inputs, d_query, plan.projection, plan.key_lengths),
-            *(lse, delta, fallback.tiles, counters),
-            *plan.fallback_parts(plan.sizes["BE"], plan.padded_features),
-            *(*plan.lengths, plan.num_parts),
-            *(*strides, *row_strides(d_query), *plan.scales),
+        parts = plan.add_fallback_parts(workspace, plan.sizes["BE"], plan.padded_features)
+        launches.add(
+            fallback_bwd_dq_kernel,
+            (FALLBACK_PROGRAMS * num_sms(plan.device),),
+            (*dq_tensors, "lse", "delta", "fallback_tiles", "counters", *parts),
+            (*plan.lengths, plan.num_parts, *dq_numbers),
             **plan.fallback_options(),
         )
-    attention_bwd_dkdv_kernel[(-(-plan.num_keys // tiles.dk_rows), groups)](
-        *(*inputs, d_key, d_value, plan.projection, plan.key_lengths),
-        *(*sums, lse, delta, fallback.flags),
-        *(*plan.lengths, plan.query_chunk, plan.query_chunks),
-        *(*strides, *row_strides(d_key, d_value), *plan.scales),
+    dkdv_tensors = (*inputs, "d_key", "d_value", "projection", "key_lengths")
+    dkdv_numbers = (*strides, *row_strides(tensors["d_key"], tensors["d_value"]), *plan.scales)
+    launches.add(
+        attention_bwd_dkdv_kernel,
+        (-(-plan.num_keys // tiles.dk_rows), groups),
+        (
+            *(*dkdv_tensors, "query_mean", "query_weight", "delta_mean", "query_norms"),
+            *("lse", "delta", "fallback_flags"),
+        ),
+        (*plan.lengths, plan.query_chunk, plan.query_chunks, *dkdv_numbers),
         **plan.pair_constants,
         BM=tiles.dk_queries,
         BN=tiles.dk_rows,
@@ -577,19 +649,44 @@ def run_backward(
         **plan.pdl,
     )
     if plan.has_fallback:
-        fallback_bwd_dkdv_kernel[(FALLBACK_DKDV_PROGRAMS * num_sms(plan.device),)](
-            *(*inputs, d_key, d_value, plan.projection, plan.key_lengths),
-            *(lse, delta, fallback.flags, fallback.sequences),
-            *plan.lengths,
-            *(*strides, *row_strides(d_key, d_value), *plan.scales),
+        launches.add(
+            fallback_bwd_dkdv_kernel,
+            (FALLBACK_DKDV_PROGRAMS * num_sms(plan.device),),
+            (*dkdv_tensors, "lse", "delta", "fallback_flags", "fallback_sequences"),
+            (*plan.lengths, *dkdv_numbers),
             **plan.pair_constants,
             BM=FALLBACK_ROWS,
             BN=FALLBACK_DKDV_KEYS,
             TILE_ROWS=tiles.query_rows,
-            num_warps=safe_warps(FALLBACK_DKDV_WARPS, *inputs, has_while_loop=True),
+            num_warps=safe_warps(FALLBACK_DKDV_WARPS, query, key, value, gradient, has_while_loop=True),
             **plan.pdl,
         )
-    return d_query, d_key, d_value
+    return _Pass(launches, outputs, (workspace,))
+
+
+def run_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    window: int,
+    scale: float,
+    cosh: bool,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
+    tensors = (gradient, query, key, value, projection, key_lengths, out)
+    found = _lookup(_backward_pass, tensors, window, scale, cosh, is_causal)
+    gradients, (workspace,) = _allocate(found, query)
+    projection = query if projection is None else projection
+    key_lengths = query if key_lengths is None else key_lengths
+    tensors = (gradient, query, key, value, projection, key_lengths, out, *gradients)
+    found.launches(tensors, (statistics, workspace))
+    return tuple(gradients)
 
 
 fused_attention_backward = torch.library.custom_op(
@@ -598,44 +695,25 @@ fused_attention_backward = torch.library.custom_op(
 
 
 @fused_attention_backward.register_fake
-def _(
-    gradient,
-    query,
-    key,
-    value,
-    projection,
-    key_lengths,
-    out,
-    lse,
-    fallback_flags,
-    fallback_sequences,
-    fallback_tiles,
-    key_mean,
-    key_weight,
-    key_norms,
-    window,
-    scale,
-    cosh,
-    is_causal,
-):
-    return _like(query, query.shape[3]), _like(key, key.shape[3]), _like(value, value.shape[3])
+def _(gradient, query, key, value, projection, key_lengths, out, statistics, window, scale, cosh, is_causal):
+    return tuple(x.new_empty_strided(*_by_token(*x.shape)) for x in (query, key, value))
+
+
+def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
+    if gradient.stride(-1) != 1:
+        gradient = gradient.contiguous()
+    return run(gradient, *ctx.saved_tensors, *ctx.options)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, projection, key_lengths, window, scale, cosh, is_causal, _, _ = inputs
-    ctx.save_for_backward(query, key, value, projection, key_lengths, *output)
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, window, scale, cosh, is_causal, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.options = (window, scale, cosh, is_causal)
 
 
-def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor | None, ...]:
-    if gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
-    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 8)
-
-
-def _backward(ctx, gradient, *_):
-    return _gradients(ctx, gradient, torch.ops.scatterbrain.fused_attention_backward)
+def _backward(ctx, gradient, _):
+    return (*_gradients(ctx, gradient, torch.ops.scatterbrain.fused_attention_backward), *[None] * 8)
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -645,25 +723,34 @@ class FusedAttention(torch.autograd.Function):
     """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        """Arguments and results as in `run_forward`."""
-        output = run_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx, query, key, value, projection, key_lengths, options):
+        """The output; arguments as in `run_forward`, those from `window` to `eps` as `options`."""
+        out, statistics = _forward(query, key, value, projection, key_lengths, *options, True)
+        ctx.save_for_backward(query, key, value, projection, key_lengths, out, statistics)
+        ctx.options = options[:4]
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, *_):
+    def backward(ctx, gradient):
         """Gradients of query, key and value."""
-        return _gradients(ctx, gradient, run_backward)
+        return (*_gradients(ctx, gradient, run_backward), None, None, None)
 
 
-def attend(*inputs) -> torch.Tensor:
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    *options: Any,
+) -> torch.Tensor:
     """The output of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    if torch.compiler.is_compiling() or any(
-        isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in inputs
-    ):
-        return fused_attention(*inputs)[0]
-    with device_of(inputs[0]):
-        statistics = inputs[-1]
-        return FusedAttention.apply(*inputs)[0] if statistics else run_forward(*inputs)[0]
+    tensors = (query, key, value, projection, key_lengths)
+    if torch.compiler.is_compiling() or any([x is not None and type(x) not in _PLAIN for x in tensors]):
+        return fused_attention(*tensors, *options)[0]
+    with device_of(query):
+        *options, statistics = options
+        if statistics:
+            return FusedAttention.apply(*tensors, tuple(options))
+        return _forward(*tensors, *options, False)[0]

@@ -168,6 +168,11 @@ def tiles_for(
     return tiles
 
 
+def tiles_override() -> Tiles | None:
+    """The tiles of `use_tiles`, None for those of the table."""
+    return _override
+
+
 @contextmanager
 def use_tiles(tiles: Tiles) -> Iterator[None]:
     """Use these tiles for all shapes, for tuning and for tests."""
