@@ -207,6 +207,7 @@ def _farthest_of_stretches(points: torch.Tensor, counts: torch.Tensor | None, nu
         num_clusters: number of stretches M.
     """
     groups, length, _ = points.shape
+    all_full = counts is None and length % num_clusters == 0
     if counts is None:
         counts = torch.full((1, 1), length, device=points.device)
     bounds = -(-torch.arange(num_clusters + 1, device=points.device) * counts // num_clusters)  # (G or 1, M + 1)
@@ -214,9 +215,11 @@ def _farthest_of_stretches(points: torch.Tensor, counts: torch.Tensor | None, nu
     position = first + torch.arange(-(-length // num_clusters), device=points.device)
     outside = (position >= end).unsqueeze(-1)  # (G or 1, M, L, 1)
     index = position.clamp_max(length - 1).expand(groups, -1, -1)
-    stretch = gather_rows(points, index.flatten(1)).unflatten(1, index.shape[1:]).masked_fill(outside, 0.0)
+    stretch = gather_rows(points, index.flatten(1)).unflatten(1, index.shape[1:])
+    if not all_full:
+        stretch = stretch.masked_fill(outside, 0.0)
     mean = stretch.sum(2, keepdim=True) / (end - first).clamp_min(1).unsqueeze(-1)
-    distance = (stretch - mean).square().sum(-1).masked_fill(outside.squeeze(-1), -1.0)
+    distance = (stretch - mean).square_().sum(-1).masked_fill(outside.squeeze(-1), -1.0)
     # two points are equally far from their mean, and rounding must not choose between them
     distance = distance.masked_fill(end - first == 2, 0.0)
     farthest = first + distance.argmax(-1, keepdim=True)
