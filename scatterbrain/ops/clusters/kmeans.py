@@ -18,7 +18,7 @@ from scatterbrain.ops.common.numerics import (
 
 
 def assign_clusters(
-    points: torch.Tensor, num_clusters: int, num_steps: int = 4, lengths: torch.Tensor | None = None
+    points: torch.Tensor, num_clusters: int, num_steps: int = 1, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cluster of each point, by k-means (Lloyd's algorithm) with a deterministic initialisation.
 
@@ -48,7 +48,7 @@ def assign_key_clusters(
     key: torch.Tensor,
     value: torch.Tensor,
     num_clusters: int,
-    num_steps: int = 4,
+    num_steps: int = 1,
     key_lengths: torch.Tensor | None = None,
     value_weight: float = 0.5,
 ) -> torch.Tensor:
@@ -85,7 +85,7 @@ def assign_key_clusters(
 
 
 def assign_query_clusters(
-    query: torch.Tensor, num_clusters: int, num_steps: int = 4, query_lengths: torch.Tensor | None = None
+    query: torch.Tensor, num_clusters: int, num_steps: int = 1, query_lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cluster of each query, as `assign_clusters`, but padding is in the nearest cluster, not in none.
 

@@ -26,7 +26,7 @@ def landmark_attention(
     scale: float | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
-    num_steps: int = 4,
+    num_steps: int = 1,
     value_weight: float = 0.0,
     dropout_p: float = 0.0,
     backend: str = "auto",
