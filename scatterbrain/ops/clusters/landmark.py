@@ -7,13 +7,13 @@ import math
 import torch
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters.blocked import blocked_landmark_attention
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
 from scatterbrain.ops.clusters.naive import naive_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
 from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
-from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, no_autocast
+from scatterbrain.ops.common.numerics import accumulation_dtype, at_most
 from scatterbrain.ops.common.windows import window_bounds
-from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
 
 def landmark_attention(
@@ -26,7 +26,7 @@ def landmark_attention(
     scale: float | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
-    num_steps: int = 4,
+    num_steps: int = 1,
     value_weight: float = 0.0,
     dropout_p: float = 0.0,
     backend: str = "auto",
@@ -46,8 +46,8 @@ def landmark_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
-        dropout_p: probability of dropping a weight (ignored by `naive`), see
-            `scatterbrain.ops.scatterbrain.blocked.blocked_attention`.
+        dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
+            all of its keys.
         backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`, which is `torch`.
 
     Returns:
@@ -69,17 +69,8 @@ def landmark_attention(
     if backend == "naive":
         return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    with no_autocast(query):
-        log_features = log_landmark_features(rows.query, rows.key, assignment, num_landmarks, scale)
-    # The bound that `blocked_attention` requires of features holds for any width: s q.c_b is the mean of a cluster's
-    # logits, so it is the logarithm of a weight outside the window, or at most that of an exact weight inside it.
-    out = blocked_attention(
-        *rows[:3],
-        window,
-        scale=scale,
-        log_features=log_features,
-        key_lengths=key_lengths,
-        dropout_p=dropout_p,
+    out, _ = blocked_landmark_attention(
+        *rows[:3], assignment, num_landmarks, window, scale=scale, key_lengths=key_lengths, dropout_p=dropout_p
     )
     return rows.mark(out)[0]
 

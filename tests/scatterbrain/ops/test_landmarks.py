@@ -19,6 +19,7 @@ from scatterbrain.ops.clusters import (
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
+from scatterbrain.ops.clusters.kmeans import cluster_means
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 from tests.helpers import TensorRecorder, assert_close, dense_attention, draw_inputs
 
@@ -53,7 +54,7 @@ def landmark_pair(window, num_landmarks, lengths, **options):
         return landmark_attention(query, key, value, num_landmarks, window, key_lengths=lengths, **options)
 
     def naive(query, key, value):
-        clusters = assign_key_clusters(key, value, num_landmarks, 4, lengths, options.get("value_weight", 0.0))
+        clusters = assign_key_clusters(key, value, num_landmarks, 1, lengths, options.get("value_weight", 0.0))
         scale = query.shape[-1] ** -0.5
         return naive_landmark_attention(query, key, value, clusters, window, scale, lengths)[0]
 
@@ -68,8 +69,8 @@ def paired_pair(num_exact, num_landmarks, lengths, num_groups=4, query_lengths=N
         return paired_landmark_attention(query, key, value, *sizes, key_lengths=lengths, query_lengths=query_lengths)
 
     def naive(query, key, value):
-        clusters = assign_key_clusters(key, value, num_landmarks, 4, lengths)
-        groups = assign_query_clusters(query, num_groups, 4, query_lengths)
+        clusters = assign_key_clusters(key, value, num_landmarks, 2, lengths)
+        groups = assign_query_clusters(query, num_groups, 2, query_lengths)
         scale = query.shape[-1] ** -0.5
         return naive_paired_landmark_attention(
             query, key, value, clusters, groups, num_exact, scale, lengths, query_lengths
@@ -229,7 +230,7 @@ def test_error_falls_with_each_kind_of_landmark():
     full, _ = dense_attention(0.25 * query @ key.transpose(2, 3), torch.ones(1, dtype=torch.bool), value)
 
     def error(*sizes):
-        return (paired_landmark_attention(query, key, value, *sizes) - full).norm() / full.norm()
+        return (paired_landmark_attention(query, key, value, *sizes, num_steps=4) - full).norm() / full.norm()
 
     start = error(8, 8)
     assert error(32, 8) < 0.9 * start
@@ -246,6 +247,53 @@ def test_gradcheck(num_exact):
     assert torch.autograd.gradcheck(fast, tensors)
     fast, _ = landmark_pair(3, 3, lengths)
     assert torch.autograd.gradcheck(fast, tensors)
+
+
+def clusters_by_definition(points, num_clusters, num_steps):
+    """Labels (N,) of the points (N, E) of one sequence, point by point in float64."""
+    points = points.double()
+    starts = []
+    for m in range(num_clusters):
+        stretch = [x for i, x in enumerate(points) if i * num_clusters // len(points) == m]
+        if not stretch:
+            starts.append(points[0])
+            continue
+        mean = torch.stack(stretch).mean(0)
+        distances = [(x - mean).square().sum().item() for x in stretch]
+        starts.append(stretch[0] if len(stretch) == 2 else stretch[distances.index(max(distances))])
+    centroids = torch.stack(starts)
+    for step in range(num_steps + 1):
+        distances = (points[:, None] - centroids).square().sum(-1).tolist()
+        labels = torch.tensor([row.index(min(row)) for row in distances])
+        if step < num_steps:
+            means = [points[labels == b].mean(0) if (labels == b).any() else centroids[b] for b in range(num_clusters)]
+            centroids = torch.stack(means)
+    return labels
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+@pytest.mark.parametrize("large", [0.0, 100.0])
+def test_clusters_are_those_of_the_definition(num_steps, large):
+    # large steps of the coordinates: what a float32 holds beside 100
+    points = (256 * torch.randn(2, 2, 83, 5)).round() / 256
+    # a start far from the mean of its stretch, not of the sequence; copies, and so clusters without points
+    points[0, 0, :20] += 8
+    points[0, 1, 30:60] = points[0, 1, 30:31]
+    points = points + large
+    lengths = torch.tensor([83, 47])
+    for num_clusters in (1, 6, 12, 30, 47, 60):
+        labels = assign_clusters(points, num_clusters, num_steps, lengths)
+        for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            count = lengths[b]
+            expected = clusters_by_definition(points[b, h, :count], num_clusters, num_steps)
+            assert torch.equal(labels[b, h, :count], expected), (num_clusters, b, h)
+            assert (labels[b, h, count:] == -1).all()
+
+
+def test_sums_of_a_long_cluster_round_little():
+    points = torch.full((1, 1, 60_000, 1), 0.1)
+    labels = torch.zeros(1, 1, 60_000, dtype=torch.int64)
+    assert_close("mean", points[:, :, :1].double(), cluster_means(points, labels, 1), 2e-6)
 
 
 def test_clusters_are_those_of_separated_points():
