@@ -1,0 +1,123 @@
+"""Tile sizes of the landmark kernels, as in `scatterbrain.ops.scatterbrain.triton.tiles`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class LandmarkTiles:
+    """Tile sizes, warps and pipeline stages of the landmark kernels.
+
+    Attributes:
+        start_rows: keys of a step where initial centroids are chosen.
+        start_warps: warps there.
+        block: landmarks of a block, at most; where there are no more, clusters are found and summed in one kernel.
+        sum_rows: keys of a tile in the sums, a multiple of 16.
+        sum_programs: programs of the sums, over all sequences.
+        sum_warps: their warps.
+        sum_stages: their pipeline stages, at least 2.
+        assign_rows: keys of a program that finds clusters over several blocks.
+        assign_warps: its warps.
+        combine_landmarks: landmarks of a program that combines the chunks.
+        query_rows: queries of a tile in the forward pass.
+        key_rows: keys of a tile of the window.
+        query_tiles: tiles of queries of one program.
+        query_warps: its warps.
+        query_stages: its pipeline stages.
+        dq_rows: queries of a tile in the gradient of the queries.
+        dq_keys: keys of a tile of the window.
+        dq_warps: its warps.
+        landmark_rows: queries of a tile in the gradient of the landmarks.
+        landmark_keys: keys of a tile of the window.
+        landmark_programs: programs of that gradient, over all sequences.
+        landmark_warps: its warps.
+        dk_rows: keys of a tile in the gradient of the keys.
+        dk_queries: queries of a tile of the window.
+        dk_warps: its warps.
+    """
+
+    start_rows: int = 32
+    start_warps: int = 1
+    block: int = 128
+    sum_rows: int = 64
+    sum_programs: int = 264
+    sum_warps: int = 8
+    sum_stages: int = 3
+    assign_rows: int = 128
+    assign_warps: int = 8
+    combine_landmarks: int = 16
+    query_rows: int = 64
+    key_rows: int = 64
+    query_tiles: int = 4
+    query_warps: int = 4
+    query_stages: int = 2
+    dq_rows: int = 64
+    dq_keys: int = 64
+    dq_warps: int = 4
+    landmark_rows: int = 64
+    landmark_keys: int = 64
+    landmark_programs: int = 264
+    landmark_warps: int = 8
+    dk_rows: int = 64
+    dk_queries: int = 64
+    dk_warps: int = 4
+
+
+DEFAULT = LandmarkTiles()
+DEFAULT_FLOAT32 = replace(
+    DEFAULT,
+    block=32,
+    sum_rows=32,
+    sum_stages=2,
+    assign_rows=32,
+    query_rows=32,
+    key_rows=32,
+    dq_rows=32,
+    dq_keys=32,
+    landmark_rows=32,
+    landmark_keys=32,
+    dk_rows=32,
+    dk_queries=32,
+)
+
+_override: LandmarkTiles | None = None
+
+
+def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> LandmarkTiles:
+    """Tiles for a shape.
+
+    Args:
+        width: the larger of E and D, padded to a power of two.
+        dtype: of the inputs.
+        device: where they are.
+    """
+    if _override is not None:
+        return _override
+    if device.type != "cuda":
+        # Triton's interpreter, for tests: several tiles, chunks and blocks also for small shapes
+        return replace(DEFAULT_FLOAT32, block=16, sum_rows=16, sum_programs=6, query_rows=16, query_tiles=2)
+    tiles = DEFAULT if dtype.itemsize == 2 else DEFAULT_FLOAT32
+    if width > 64 and dtype.itemsize == 2:
+        tiles = replace(tiles, block=64, key_rows=32, dq_keys=32, landmark_keys=32)
+    return tiles
+
+
+@contextmanager
+def use_tiles(tiles: LandmarkTiles) -> Iterator[None]:
+    """Use these tiles for all shapes, for tuning and for tests."""
+    global _override
+    before, _override = _override, tiles
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def tiles_override() -> LandmarkTiles | None:
+    """The tiles of `use_tiles`; None outside it."""
+    return _override
