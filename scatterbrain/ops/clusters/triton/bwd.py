@@ -108,7 +108,7 @@ def landmark_bwd_sums_kernel(
     qk_scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the queries of a chunk of l_ib q_i and of p_ib g_i, for one block of MB landmarks."""
     grid_dependency_control(PDL, False)
@@ -128,7 +128,7 @@ def landmark_bwd_sums_kernel(
     sum_k = tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
     first = tl.program_id(0) * chunk
-    for n in tl.range(first, tl.minimum(first + chunk, num_queries), BM):
+    for n in tl.range(first, tl.minimum(first + chunk, num_queries), BM, num_stages=STAGES):
         i = n + tl.arange(0, BM)
         valid = i < num_queries
         q = load_rows(q_ptr, i, valid, stride_qn, E, BE)

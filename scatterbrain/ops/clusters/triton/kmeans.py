@@ -131,37 +131,38 @@ def cluster_sums_kernel(
     if ASSIGN:
         delta_ptr += group.to(tl.int64) * num_landmarks * E
         delta = tl.trans(load_rows(delta_ptr, b, b < num_landmarks, E, E, BE))
-        bias = tl.load(bias_ptr + group * MP + b)[None, :].broadcast_to(BN, MB)
+        bias = tl.load(bias_ptr + group * MP + b)
     sum_k = tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
-    # rows of a tile that one thread holds are added at once, the others at the end
-    count = tl.zeros((BN // 16, 8, MB), tl.float32)
+    count = tl.zeros((MB,), tl.int32)
     first = tl.program_id(0) * chunk
     for n in tl.range(first, tl.minimum(first + chunk, num_keys), BN, num_stages=STAGES):
         j = n + tl.arange(0, BN)
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         if ASSIGN:
-            label, _ = nearest(tl.dot(k, delta, bias, input_precision=PRECISION), MB)
+            label, _ = nearest(tl.dot(k, delta, input_precision=PRECISION) + bias[None, :], MB)
             label = tl.where(exists, label, -1)
             if LAST:
                 tl.store(label_ptr + j, label.to(tl.int16), mask=j < num_keys)
         else:
             label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32) - block
-        member = label[:, None] == b[None, :]
-        one_hot = member.to(k.dtype)
+        one_hot = (label[:, None] == b[None, :]).to(k.dtype)
         sum_k = tl.dot(tl.trans(k), one_hot, sum_k, input_precision=PRECISION)
         if LAST:
             v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
             sum_v = tl.dot(tl.trans(v), one_hot, sum_v, input_precision=PRECISION)
-        count += tl.sum(tl.reshape(member.to(tl.float32), (BN // 16, 2, 8, MB)), 1)
+        in_block = (label >= 0) & (label < MB)
+        # the others count as members of the first cluster, and are taken off again
+        count += tl.histogram(tl.where(in_block, label, 0), MB)
+        count -= tl.where(b == 0, BN - tl.sum(in_block.to(tl.int32), 0), 0)
     slot = group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
     tl.store(sum_k_ptr + slot * (BE * MP) + e[:, None] * MP + block + b[None, :], sum_k)
     if LAST:
         tl.store(sum_v_ptr + slot * (BD * MP) + d[:, None] * MP + block + b[None, :], sum_v)
-    tl.store(count_ptr + slot * MP + block + b, tl.sum(tl.sum(count, 0), 0))
+    tl.store(count_ptr + slot * MP + block + b, count.to(tl.float32))
 
 
 @triton.jit

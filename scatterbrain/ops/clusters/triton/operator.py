@@ -192,6 +192,7 @@ def _forward_pass(
             **plan.precision,
             STAGES=tiles.sum_stages,
             num_warps=tiles.sum_warps,
+            maxnreg=tiles.sum_registers,
             **plan.pdl,
         )
         combine(False, last)
@@ -213,6 +214,7 @@ def _forward_pass(
         STAGES=tiles.query_stages,
         STATISTICS=True,
         num_warps=tiles.query_warps,
+        maxnreg=tiles.query_registers,
         **plan.pdl,
     )
     return Pass(launches, outputs, (kept, workspace))
@@ -319,6 +321,7 @@ def _backward_pass(
         **plan.in_window,
         WINDOW_TILES=plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
         num_warps=tiles.dq_warps,
+        maxnreg=tiles.dq_registers,
         **plan.first,
     )
     launches.add(
@@ -332,7 +335,9 @@ def _backward_pass(
         BN=tiles.landmark_keys,
         **plan.in_window,
         WINDOW_TILES=plan.window_tiles(tiles.landmark_rows, tiles.landmark_keys),
+        STAGES=tiles.landmark_stages,
         num_warps=tiles.landmark_warps,
+        maxnreg=tiles.landmark_registers,
         **plan.pdl,
     )
     launches.add(
@@ -364,6 +369,7 @@ def _backward_pass(
         **plan.in_window,
         WINDOW_TILES=plan.window_tiles(tiles.dk_rows, tiles.dk_queries),
         num_warps=tiles.dk_warps,
+        maxnreg=tiles.dk_registers,
         **plan.pdl,
     )
     return Pass(launches, outputs, (workspace,))

@@ -21,6 +21,7 @@ class LandmarkTiles:
         sum_programs: programs of the sums, over all sequences.
         sum_warps: their warps.
         sum_stages: their pipeline stages, at least 2.
+        sum_registers: registers of a thread at most; None leaves them to the compiler.
         assign_rows: keys of a program that finds clusters over several blocks.
         assign_warps: its warps.
         combine_landmarks: landmarks of a program that combines the chunks.
@@ -29,16 +30,21 @@ class LandmarkTiles:
         query_tiles: tiles of queries of one program.
         query_warps: its warps.
         query_stages: its pipeline stages.
+        query_registers: registers of a thread at most; None leaves them to the compiler.
         dq_rows: queries of a tile in the gradient of the queries.
         dq_keys: keys of a tile of the window.
         dq_warps: its warps.
+        dq_registers: registers of a thread at most; None leaves them to the compiler.
         landmark_rows: queries of a tile in the gradient of the landmarks.
         landmark_keys: keys of a tile of the window.
         landmark_programs: programs of that gradient, over all sequences.
         landmark_warps: its warps.
+        landmark_stages: its pipeline stages.
+        landmark_registers: registers of a thread at most; None leaves them to the compiler.
         dk_rows: keys of a tile in the gradient of the keys.
         dk_queries: queries of a tile of the window.
         dk_warps: its warps.
+        dk_registers: registers of a thread at most; None leaves them to the compiler.
     """
 
     start_rows: int = 32
@@ -48,6 +54,7 @@ class LandmarkTiles:
     sum_programs: int = 264
     sum_warps: int = 8
     sum_stages: int = 3
+    sum_registers: int | None = None
     assign_rows: int = 128
     assign_warps: int = 8
     combine_landmarks: int = 16
@@ -56,16 +63,21 @@ class LandmarkTiles:
     query_tiles: int = 4
     query_warps: int = 4
     query_stages: int = 2
+    query_registers: int | None = None
     dq_rows: int = 64
     dq_keys: int = 64
     dq_warps: int = 4
+    dq_registers: int | None = None
     landmark_rows: int = 64
     landmark_keys: int = 64
     landmark_programs: int = 264
     landmark_warps: int = 8
+    landmark_stages: int = 1
+    landmark_registers: int | None = None
     dk_rows: int = 64
     dk_queries: int = 64
     dk_warps: int = 4
+    dk_registers: int | None = None
 
 
 DEFAULT = LandmarkTiles()
