@@ -15,7 +15,7 @@ from scatterbrain.ops.scatterbrain.triton.common import (
     sequence_ptr,
     store_rows,
 )
-from scatterbrain.ops.scatterbrain.triton.fwd import NO_POSITION, partial_row_sums, row_sums
+from scatterbrain.ops.scatterbrain.triton.fwd import MAX_UNROLLED, NO_POSITION, partial_row_sums, row_sums
 
 
 @triton.jit
@@ -36,6 +36,32 @@ def window_rows(
 def dot_centre(q, centre):
     """Products (rows,) in float32 of queries with the centre of the keys."""
     return tl.sum(q.to(tl.float32) * centre[None, :], 1)
+
+
+@triton.jit
+def window_fwd(
+    j, i, q, offset, normaliser, acc, running_max, total, end, k_ptr, v_ptr, delta_ptr, label_ptr,
+    stride_kn, stride_vn, qk_scale,
+    E: tl.constexpr, D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Put exact weights in place of the landmarks' for the window's keys among j, for queries i.
+
+    Returns the new normaliser of the window (rows, 4), accumulator, running maximum, and normaliser of the landmarks.
+    """
+    k, v, delta, position = window_rows(
+        j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
+    )
+    inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
+    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
+    exact = tl.where(inside, exact, LOG_ZERO)
+    estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale
+    new_max = tl.maximum(running_max, tl.max(exact, 1))
+    decay = tl.exp2(running_max - new_max)
+    weights = tl.exp2(exact - new_max[:, None]) - tl.exp2(estimate - new_max[:, None])
+    weights = tl.where(inside, weights, 0.0)
+    normaliser = normaliser * decay[:, None] + partial_row_sums(weights)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return normaliser, acc, new_max, total * decay
 
 
 @triton.jit
@@ -109,23 +135,20 @@ def landmark_fwd_kernel(
         if WINDOW_TILES > 0:
             normaliser = tl.zeros((BM, 4), tl.float32)
             first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
-            for part in tl.static_range(WINDOW_TILES):
-                j = first_key + part * BN + tl.arange(0, BN)
-                k, v, delta, position = window_rows(
-                    j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, BE, D, BD
-                )
-                inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
-                exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
-                exact = tl.where(inside, exact, LOG_ZERO)
-                estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale
-                new_max = tl.maximum(running_max, tl.max(exact, 1))
-                decay = tl.exp2(running_max - new_max)
-                weights = tl.exp2(exact - new_max[:, None]) - tl.exp2(estimate - new_max[:, None])
-                weights = tl.where(inside, weights, 0.0)
-                normaliser = normaliser * decay[:, None] + partial_row_sums(weights)
-                total *= decay
-                acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-                running_max = new_max
+            if WINDOW_TILES <= MAX_UNROLLED:
+                for part in tl.static_range(WINDOW_TILES):
+                    j = first_key + part * BN + tl.arange(0, BN)
+                    normaliser, acc, running_max, total = window_fwd(
+                        j, i, q, offset, normaliser, acc, running_max, total, end, k_ptr, v_ptr, delta_ptr, label_ptr,
+                        stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
+                    )  # fmt: skip
+            else:
+                for part in tl.range(0, WINDOW_TILES, num_stages=2):
+                    j = first_key + part * BN + tl.arange(0, BN)
+                    normaliser, acc, running_max, total = window_fwd(
+                        j, i, q, offset, normaliser, acc, running_max, total, end, k_ptr, v_ptr, delta_ptr, label_ptr,
+                        stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
+                    )  # fmt: skip
             total += tl.sum(normaliser, 1)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
         store_rows(out_ptr, out, i, valid, stride_on, D)

@@ -4,7 +4,7 @@ Launched in this order: `start_kernel`, `combine_kernel` (FIRST), then for each 
 clusters `cluster_sums_kernel` and `combine_kernel`. With more landmarks than fit the registers, `assign_kernel` finds
 the clusters before the sums.
 
-Centroids are kept relative to a centre, the mean of the initial centroids: delta_b = c_b - centre, rounded to the dtype
+Centroids are kept relative to a centre, the mean of 16 initial centroids: delta_b = c_b - centre, rounded to the dtype
 of the keys. A large component that all keys share is in the centre and costs delta_b no digits. The squared distance
 of a key x from c_b is |x|^2 - 2 (x.delta_b + bias_b) with bias_b = -delta_b.(delta_b / 2 + centre), up to what is the
 same for all b, so that the nearest centroid has the largest x.delta_b + bias_b.
@@ -20,11 +20,23 @@ from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, end_of_keys, l
 
 
 @triton.jit
+def farthest_key(k, mean, j, first, last):
+    """Position of the first of the keys j (rows, E) that are farthest from a mean, and that squared distance."""
+    offset = k - mean[None, :]
+    # two keys are equally far from their mean, and rounding must not choose between them
+    distance = tl.where(last - first == 2, 0.0, tl.sum(offset * offset, 1))
+    distance = tl.where(j < last, distance, -1.0)
+    largest = tl.max(distance, 0)
+    return tl.min(tl.where(distance == largest, j, last), 0), largest
+
+
+@triton.jit
 def start_kernel(
     k_ptr, lengths_ptr,
     start_ptr,  # (G, M, E) initial centroids, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean."""
     grid_dependency_control(PDL, True)
@@ -34,23 +46,23 @@ def start_kernel(
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     first = ((landmark.to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
     last = (((landmark + 1).to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
-    total = tl.zeros((BE,), tl.float32)
-    for n in range(first, last, BN):
-        j = n + tl.arange(0, BN)
-        total += tl.sum(load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32), 0)
-    mean = total / tl.maximum(last - first, 1).to(tl.float32)
-    farthest = -1.0
-    row = 0  # of an empty stretch: the first key of the sequence
-    for n in range(first, last, BN):
-        j = n + tl.arange(0, BN)
-        offset = load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32) - mean[None, :]
-        # two keys are equally far from their mean, and rounding must not choose between them
-        distance = tl.where(last - first == 2, 0.0, tl.sum(offset * offset, 1))
-        distance = tl.where(j < last, distance, -1.0)
-        largest = tl.max(distance, 0)
-        place = tl.min(tl.where(distance == largest, j, last), 0)
-        row = tl.where(largest > farthest, place, row)
-        farthest = tl.maximum(farthest, largest)
+    share = 1.0 / tl.maximum(last - first, 1).to(tl.float32)
+    j = first + tl.arange(0, BN)
+    if ONE_TILE:
+        k = load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32)
+        row, _ = farthest_key(k, tl.sum(k, 0) * share, j, first, last)
+        row = tl.where(first < last, row, 0)  # of an empty stretch: the first key of the sequence
+    else:
+        total = tl.zeros((BE,), tl.float32)
+        for n in range(0, last - first, BN):
+            total += tl.sum(load_rows(k_ptr, j + n, j + n < last, stride_kn, E, BE).to(tl.float32), 0)
+        farthest = -1.0
+        row = 0
+        for n in range(0, last - first, BN):
+            k = load_rows(k_ptr, j + n, j + n < last, stride_kn, E, BE).to(tl.float32)
+            place, distance = farthest_key(k, total * share, j + n, first, last)
+            row = tl.where(distance > farthest, place, row)
+            farthest = tl.maximum(farthest, distance)
     e = tl.arange(0, BE)
     key = tl.load(k_ptr + row * stride_kn + e, mask=(e < E) & (row < end), other=0.0)
     tl.store(start_ptr + (group.to(tl.int64) * num_landmarks + landmark) * E + e, key, mask=e < E)
@@ -112,7 +124,7 @@ def cluster_sums_kernel(
     heads, num_keys, num_landmarks, chunk,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
+    MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr, PARTS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
@@ -130,8 +142,14 @@ def cluster_sums_kernel(
     b = tl.arange(0, MB)
     if ASSIGN:
         delta_ptr += group.to(tl.int64) * num_landmarks * E
-        delta = tl.trans(load_rows(delta_ptr, b, b < num_landmarks, E, E, BE))
-        bias = tl.load(bias_ptr + group * MP + b)
+        bias_ptr += group * MP
+        c = tl.arange(0, MB // PARTS)
+        delta = tl.trans(load_rows(delta_ptr, c, c < num_landmarks, E, E, BE))
+        bias = tl.load(bias_ptr + c)
+        if PARTS == 2:
+            c += MB // 2
+            other_delta = tl.trans(load_rows(delta_ptr, c, c < num_landmarks, E, E, BE))
+            other_bias = tl.load(bias_ptr + c)
     sum_k = tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
     count = tl.zeros((MB,), tl.int32)
@@ -141,7 +159,11 @@ def cluster_sums_kernel(
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         if ASSIGN:
-            label, _ = nearest(tl.dot(k, delta, input_precision=PRECISION) + bias[None, :], MB)
+            label, best = nearest(tl.dot(k, delta, input_precision=PRECISION) + bias[None, :], MB // PARTS)
+            if PARTS == 2:
+                score = tl.dot(k, other_delta, input_precision=PRECISION) + other_bias[None, :]
+                other, other_best = nearest(score, MB // 2)
+                label = tl.where(other_best > best, other + MB // 2, label)
             label = tl.where(exists, label, -1)
             if LAST:
                 tl.store(label_ptr + j, label.to(tl.int16), mask=j < num_keys)
@@ -190,11 +212,8 @@ def combine_kernel(
     mask = exists[None, :] & (e < E)[:, None]
     if FIRST:
         start_ptr += wide * num_landmarks * E
-        total = tl.zeros((BE,), tl.float32)
-        for m in range(0, num_landmarks, 16):
-            rows = m + tl.arange(0, 16)
-            total += tl.sum(load_rows(start_ptr, rows, rows < num_landmarks, E, E, BE).to(tl.float32), 0)
-        centre = total / num_landmarks
+        some = tl.arange(0, 16) * num_landmarks // 16
+        centre = tl.sum(load_rows(start_ptr, some, some >= 0, E, E, BE).to(tl.float32), 0) * (1 / 16)
         if block == 0:
             tl.store(centre_ptr + group * BE + e, centre)
         mean = tl.load(start_ptr + b[None, :] * E + e[:, None], mask=mask, other=0.0).to(tl.float32)

@@ -65,7 +65,7 @@ class _Plan:
         self.has_labels = labels is not None
         widths = padded_width(self.width), padded_width(self.value_width)
         self.tiles = tiles_for(max(widths), self.dtype, self.device)
-        self.block = min(self.tiles.block, padded_width(num_landmarks))
+        self.block = min(self.tiles.block, max(self.tiles.min_block, padded_width(num_landmarks)))
         self.blocks = -(-num_landmarks // self.block)
         self.padded = self.blocks * self.block
         left, right = window_bounds(window)
@@ -73,6 +73,7 @@ class _Plan:
         self.lengths = {"HAS_LENGTHS": key_lengths is not None}
         self.precision = {"PRECISION": precision_of_products(self.dtype)}
         self.blocked = {"MB": self.block, "MP": self.padded}
+        self.query_blocked = {"MB": min(self.tiles.query_block, self.block), "MP": self.padded}
         self.in_window = {"LEFT": left, "RIGHT": right, **self.lengths, **self.precision}
         self.numbers = (self.heads, self.length, self.num_keys, num_landmarks)
         self.qk_scale, self.scale = scale * LOG2E, scale
@@ -140,6 +141,7 @@ def _forward_pass(
         (*key_numbers, *key_strides),
         **key_widths,
         BN=tiles.start_rows,
+        ONE_TILE=-(-plan.num_keys // num_landmarks) <= tiles.start_rows,
         **plan.lengths,
         num_warps=tiles.start_warps,
         **plan.first,
@@ -188,6 +190,7 @@ def _forward_pass(
             BN=tiles.sum_rows,
             ASSIGN=assign,
             LAST=last,
+            PARTS=2 if plan.block >= 64 else 1,
             **plan.lengths,
             **plan.precision,
             STAGES=tiles.sum_stages,
@@ -205,7 +208,7 @@ def _forward_pass(
         ),
         (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale),
         **plan.widths,
-        **plan.blocked,
+        **plan.query_blocked,
         BM=tiles.query_rows,
         BN=tiles.key_rows,
         **plan.in_window,
@@ -315,7 +318,7 @@ def _backward_pass(
             *(plan.qk_scale, plan.scale),
         ),
         **plan.widths,
-        **plan.blocked,
+        **plan.query_blocked,
         BM=tiles.dq_rows,
         BN=tiles.dq_keys,
         **plan.in_window,

@@ -17,6 +17,7 @@ class LandmarkTiles:
         start_rows: keys of a step where initial centroids are chosen.
         start_warps: warps there.
         block: landmarks of a block, at most; where there are no more, clusters are found and summed in one kernel.
+        min_block: landmarks of a block, at least.
         sum_rows: keys of a tile in the sums, a multiple of 16.
         sum_programs: programs of the sums, over all sequences.
         sum_warps: their warps.
@@ -27,6 +28,7 @@ class LandmarkTiles:
         combine_landmarks: landmarks of a program that combines the chunks.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
+        query_block: landmarks of a block in the attention and in the gradient of the queries.
         query_tiles: tiles of queries of one program.
         query_warps: its warps.
         query_stages: its pipeline stages.
@@ -50,6 +52,7 @@ class LandmarkTiles:
     start_rows: int = 32
     start_warps: int = 1
     block: int = 128
+    min_block: int = 64
     sum_rows: int = 64
     sum_programs: int = 264
     sum_warps: int = 8
@@ -60,9 +63,10 @@ class LandmarkTiles:
     combine_landmarks: int = 16
     query_rows: int = 64
     key_rows: int = 64
-    query_tiles: int = 4
+    query_tiles: int = 1
+    query_block: int = 128
     query_warps: int = 4
-    query_stages: int = 2
+    query_stages: int = 1
     query_registers: int | None = None
     dq_rows: int = 64
     dq_keys: int = 64
@@ -83,7 +87,7 @@ class LandmarkTiles:
 DEFAULT = LandmarkTiles()
 DEFAULT_FLOAT32 = replace(
     DEFAULT,
-    block=32,
+    block=64,
     sum_rows=32,
     sum_stages=2,
     assign_rows=32,
@@ -112,7 +116,7 @@ def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> LandmarkT
         return _override
     if device.type != "cuda":
         # Triton's interpreter, for tests: several tiles, chunks and blocks also for small shapes
-        return replace(DEFAULT_FLOAT32, block=16, sum_rows=16, sum_programs=6, query_rows=16, query_tiles=2)
+        return replace(DEFAULT_FLOAT32, block=16, min_block=16, sum_rows=16, sum_programs=6, query_rows=16, query_tiles=2)
     tiles = DEFAULT if dtype.itemsize == 2 else DEFAULT_FLOAT32
     if width > 64 and dtype.itemsize == 2:
         tiles = replace(tiles, block=64, key_rows=32, dq_keys=32, landmark_keys=32)
