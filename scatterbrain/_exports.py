@@ -1,4 +1,4 @@
-"""The public names of `scatterbrain`, which `__init__.py` gives out; importing them imports torch."""
+"""The public names of `scatterbrain`, which `__init__.py` re-exports; importing them imports torch."""
 
 from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
 from scatterbrain.attention.base import AttentionModule

@@ -29,7 +29,7 @@ from src.analysis.tools import Parser, positive, positive_list, positive_sequenc
 
 def build_parser() -> Parser:
     shared = ("attentions", "passes", "device", "dtype", "dim", "memory-fraction", "std", "threads", "repeats")
-    parser = Parser(__doc__, *shared, "no-peers", "output", "figure")
+    parser = Parser(__doc__, *shared, "no-baselines", "output", "figure")
     option = parser.add_argument
     option("--lengths", type=positive_list, default="784,3136,12544", metavar="N,...", help="(%(default)s)")
     batch = "of all lengths, or one of each length, from the shortest to the longest (%(default)s)"

@@ -4,7 +4,7 @@
                 and in the backbone
     module      T2TViT under each attention, as it is trained
     inference   the same weights as evaluations run them; on CUDA recorded as a CUDA graph
-    peer        timm's vit_small_patch16_224, a network of about the size of t2t_vit_t_14
+    baseline    timm's vit_small_patch16_224, a network of about the size of t2t_vit_t_14
 
 --compile adds each of them under torch.compile; on CUDA those too are recorded as CUDA graphs, the published
 implementation with and without. Each runs once in each round, in turn; the medians of the rounds are reported, and the
@@ -35,9 +35,10 @@ from src.analysis.tools import Parser, comma_separated, positive_list, run_tool
 
 def build_parser() -> Parser:
     shared = ("variant", "attentions", "image-size", "num-classes", "memory-fraction", "device", "threads", "repeats")
-    parser = Parser(__doc__, *shared, "compile", "no-peers", "output", "figure", repeats="7")
+    parser = Parser(__doc__, *shared, "compile", "output", "figure", repeats="7")
     option = parser.add_argument
-    option("--forms", type=comma_separated(KINDS), default=",".join(KINDS), metavar="NAMES", help="(%(default)s)")
+    kinds = {"type": comma_separated(KINDS), "default": ",".join(KINDS), "metavar": "NAMES", "help": "(%(default)s)"}
+    option("--implementations", **kinds)
     batches = "the best one is reported (32,128,256,512 on CUDA, 8 on the CPU)"
     option("--batches", type=positive_list, metavar="B,...", help=batches)
     precision = "as trainer.precision (bf16-true on CUDA, 32-true on the CPU)"

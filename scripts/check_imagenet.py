@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not insta
 from src.analysis.tools import Parser, positive, run_tool
 from src.datamodules.check import check
 from src.datamodules.formats import FORMATS
+from src.datamodules.formats.classes import LABELS
 from src.utils.machine import usable_cpus
 
 
@@ -36,6 +37,8 @@ def build_parser() -> Parser:
     add("--split", action="append", help="default: val, and train where it is there; may be repeated")
     add("--format", default="auto", choices=FORMATS, help="of the data (default: recognised)")
     add("--num-classes", type=positive, default=1000, help="outputs of the model (default: 1000)")
+    add("--class-order", default="sorted", metavar="ORDER", help="sorted, natural or a file, as datamodule.class_order")
+    add("--labels", default="auto", choices=LABELS, help="as datamodule.labels (default: auto)")
     add("--subset", action="store_true", help="accept that ImageNet is not complete")
     add("--decode", action="store_true", help="decode the images")
     add("--jobs", type=positive, default=usable_cpus(), help="threads (default: one per CPU)")

@@ -37,7 +37,7 @@ def make(arguments: argparse.Namespace) -> None:
         raise UserError(f"{output} exists and is not overwritten. Move it or choose another output.")
     output.parent.mkdir(parents=True, exist_ok=True)
     save_seeded_checkpoint(arguments.variant, arguments.num_classes, arguments.image_size, output)
-    summary = read_checkpoint(output).summary(sha256=sha256_of_file(output))
+    summary = read_checkpoint(output).summary(variant=arguments.variant, sha256=sha256_of_file(output))
     say(f"{output}: random weights, accuracy means nothing\n{summary}")
 
 

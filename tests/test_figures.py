@@ -219,13 +219,13 @@ def cpu_attention() -> Expected:
         ("local", "local"),
         ("performer", "performer"),
         ("sblocal", "sblocal"),
-        ("the published implementation", "published form of sblocal"),
+        ("the published implementation", "published sblocal"),
     ):
         values: list[Values] = []
         for length in (784, 3136, 12544):
             row = find("docs/data/benchmark_attention_cpu.json", name=name, length=length, **{"pass": "forward"})
             values.append((row["milliseconds"],) if name == "SDPA" else (row["milliseconds"], row["ratio_to_sdpa"]))
-        if name in ("SDPA", "published form of sblocal"):
+        if name in ("SDPA", "published sblocal"):
             values.append(None)
         else:
             wanted = {"name": f"{name} as at 3136", "length": 12544, "pass": "forward"}
@@ -305,7 +305,7 @@ def card_training() -> Expected:
     for label, name, images in (("CIFAR-10", "training_cifar10", 10_000), ("flowers", "training_flowers", 200)):
         content = load(f"checkpoints/demo/{name}.json")
         last = content["history"][-1]
-        assert content["data"]["num_watched_images"] == images
+        assert content["data"]["num_validation_images"] == images
         seen = content["updates"] * content["images_per_update"] / 1e6
         speed = content["images_per_second"]
         # to hundreds, and beside it the number of CPU cores of that machine

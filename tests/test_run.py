@@ -119,7 +119,10 @@ def results_of(folder: Path) -> list[Path]:
         ({"datamodule__data_dir": "INPUTS/no"}, ["/no does not exist"]),
         ({"datamodule__data_dir": "INPUTS/without_val"}, ["No folder 'val' in", "train"]),
         ({"datamodule__data_dir": "INPUTS/empty_val"}, ["empty_val/val is empty"]),
-        ({"datamodule__data_dir": "INPUTS/damaged"}, ["Cannot decode the image", "damaged/val/c2/002.png"]),
+        (
+            {"datamodule__data_dir": "INPUTS/damaged"},
+            ["Cannot decode the image", "damaged/val/c2/002.png", "datamodule.on_error=skip"],
+        ),
         ({"model__num_classes": 7}, ["5 class folders", "model.num_classes=5"]),
         # names
         ({"model___t2tattn_cfg": "sblocl"}, ["model/t2tattn_cfg=sblocl", "Did you mean 'sblocal'"]),
@@ -156,6 +159,7 @@ def results_of(folder: Path) -> list[Path]:
         ({"eval": "null"}, ["eval=None", "eval.NAME=VALUE"]),
         ({"mode": "null"}, ["mode=null: a group cannot be null", "--help"]),
         ({"trainer__accelerator": "gpuu"}, ["trainer cannot be built", "gpuu"]),
+        ({"trainer__accelerator": "tpu"}, ["trainer.accelerator=tpu", "no such device", "trainer.accelerator=auto"]),
         ({"paths__log_dir": "INPUTS/empty.pth/logs"}, ["empty.pth/logs", "cannot be used"]),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -175,8 +179,9 @@ def test_a_mistake_is_one_message(command_line, inputs, tmp_path, changes, parts
 def test_no_gpu(command_line):
     status, _, errors = command_line(trainer__accelerator="gpu")
     assert status == 1
-    assert (
-        errors == "Error: trainer cannot be built: No supported gpu backend found. Check the options under 'trainer'.\n"
+    assert errors == (
+        "Error: trainer.accelerator=gpu, but PyTorch finds no such device on this machine. Use "
+        "trainer.accelerator=auto, which takes what there is.\n"
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.common.inputs import (
+    check_attn_mask,
     check_dropout,
     check_inputs,
     check_scale,
@@ -34,6 +35,8 @@ class AttentionModule(nn.Module):
         backend: `naive` (dense, float64), `torch`, `triton` where the operator has kernels, or `auto`.
 
     Attributes:
+        takes_attn_mask: whether keys may be hidden anywhere in the sequence; `_prepare`, `_attend` and `_weights` then
+            get the mask (B, S) of a call that has one as `attn_mask`.
         dim_heads: width E of queries and keys that the module was made for; None for any.
         sequence_length: number of keys S that its sizes were chosen for, set by `create_attention`; None for any.
 
@@ -41,6 +44,7 @@ class AttentionModule(nn.Module):
         UserError: a value out of range.
     """
 
+    takes_attn_mask: bool = False
     dim_heads: int | None = None
     sequence_length: int | None = None
 
@@ -65,6 +69,9 @@ class AttentionModule(nn.Module):
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         need_weights: bool = False,
+        *,
+        attn_mask: torch.Tensor | None = None,
+        enable_gqa: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output of the attention, and its weights where they are requested.
 
@@ -75,18 +82,29 @@ class AttentionModule(nn.Module):
             key_lengths: (B,) integers, a tensor or a list: number of keys of each sample; the rest is padding. None for
                 all.
             need_weights: also return the dense weights, without dropout. Takes O(T S) memory.
+            attn_mask: boolean (B, S) or (B, 1, 1, S), true for the keys that take part: padding anywhere in the
+                sequence. None for all.
+            enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
 
         Returns:
             Output (B, T, H, D), and weights (B, H, T, S) or None. A query that sees no key gives zero.
 
         Raises:
-            UserError: shapes, dtypes or options that do not fit.
+            UserError: shapes, dtypes or options that do not fit; `attn_mask` where `takes_attn_mask` is false.
         """
         check_tensors(query=query, key=key, value=value)
         if min(x.dim() for x in (query, key, value)) < 3:
             raise UserError("query, key and value have to be tensors of four dimensions (B, length, H, width).")
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+        query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+        masks = {"key_lengths": key_lengths}
+        if attn_mask is not None:
+            if not self.takes_attn_mask:
+                raise UserError(
+                    f"{type(self).__name__} takes no attn_mask. Move the padding behind the tokens and give "
+                    "key_lengths, or choose an attention that takes it, such as full, local, performer or sblocal."
+                )
+            masks["attn_mask"] = check_attn_mask(attn_mask, key)
         if self.dim_heads is not None and query.shape[3] != self.dim_heads:
             raise UserError(
                 f"{type(self).__name__} was made for heads of width {self.dim_heads}, and query is "
@@ -97,8 +115,8 @@ class AttentionModule(nn.Module):
         if query.shape[0] == 0:
             weights = query.new_zeros(*query.shape[:3], key.shape[2]) if need_weights else None
             return empty_output(query, key, value).transpose(1, 2), weights
-        query, key = self._prepare(query, key, value, key_lengths)
-        options = {"is_causal": self.causal, "key_lengths": key_lengths, "scale": self.softmax_temp}
+        query, key = self._prepare(query, key, value, **masks)
+        options = {"is_causal": self.causal, "scale": self.softmax_temp, **masks}
         dropout_p = self.attention_dropout if self.training else 0.0
         out = self._attend(query, key, value, dropout_p=dropout_p, backend=self.backend, **options)
         weights = None
@@ -122,7 +140,7 @@ class AttentionModule(nn.Module):
             )
 
     def _prepare(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys that both the operator and the dense weights are computed from."""
         return query, key

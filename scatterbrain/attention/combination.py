@@ -36,12 +36,13 @@ class CombinationAttention(AttentionModule):
         value: torch.Tensor,
         key_lengths: torch.Tensor | None = None,
         need_weights: bool = False,
+        **options: torch.Tensor | bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Means of the outputs and of the weights of the parts; arguments as in `AttentionModule.forward`."""
         check_tensors(query=query, key=key, value=value)
         self._warn_of_length(key.shape[1])
         outputs, weights = zip(
-            *(part(query, key, value, key_lengths, need_weights) for part in self.parts), strict=True
+            *(part(query, key, value, key_lengths, need_weights, **options) for part in self.parts), strict=True
         )
         # divided first: a sum may overflow where the mean does not
         mean = sum(each / len(weights) for each in weights) if need_weights else None

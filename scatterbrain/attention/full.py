@@ -11,6 +11,8 @@ from scatterbrain.ops.full import full_attention, naive_full_attention
 class FullAttention(AttentionModule):
     """Softmax attention over all keys; arguments as in `AttentionModule`."""
 
+    takes_attn_mask = True
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return full_attention(query, key, value, **options)
 

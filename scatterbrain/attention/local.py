@@ -23,6 +23,8 @@ class LocalAttention(AttentionModule):
         UserError: a value out of range.
     """
 
+    takes_attn_mask = True
+
     def __init__(
         self,
         local_context: int,

@@ -30,6 +30,8 @@ class PerformerAttention(RandomFeatureAttention):
         UserError: a value out of range.
     """
 
+    takes_attn_mask = True
+
     def __init__(
         self,
         dim_heads: int,

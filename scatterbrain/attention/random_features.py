@@ -64,7 +64,7 @@ class RandomFeatureAttention(AttentionModule):
 
     Args:
         dim_heads: width E of queries and keys.
-        num_rows: number of random projections R.
+        num_projections: number of random projections R.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i.
         seed: seed of the random projections.
@@ -82,7 +82,7 @@ class RandomFeatureAttention(AttentionModule):
     def __init__(
         self,
         dim_heads: int,
-        num_rows: int,
+        num_projections: int,
         softmax_temp: float | None,
         causal: bool,
         seed: int,
@@ -103,19 +103,19 @@ class RandomFeatureAttention(AttentionModule):
                 "statistics of all tokens, so a token would depend on later ones. Leave them out, or choose "
                 "coupling='simplex'."
             )
-        self.register_buffer("projection_matrix", self._draw(num_rows, dim_heads, seed))
+        self.register_buffer("projection_matrix", self._draw(num_projections, dim_heads, seed))
 
-    def _draw(self, num_rows: int, dim_heads: int, seed: int) -> torch.Tensor:
+    def _draw(self, num_projections: int, dim_heads: int, seed: int) -> torch.Tensor:
         row_norm, coupling = self.features.row_norm, self.features.coupling
-        return draw_projection(num_rows, dim_heads, seed, row_norm=row_norm, coupling=coupling)
+        return draw_projection(num_projections, dim_heads, seed, row_norm=row_norm, coupling=coupling)
 
     def _prepare(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_lengths: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys of the same softmax attention, with less variance of their features."""
         if not self.features.use_statistics:
             return query, key
-        return centre_and_balance(query, key, self.features.centre, self.features.balance, key_lengths)
+        return centre_and_balance(query, key, self.features.centre, self.features.balance, **masks)
 
     @torch.no_grad()
     def redraw_projection(self, seed: int) -> None:

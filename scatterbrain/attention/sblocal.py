@@ -36,6 +36,8 @@ class SBLocalAttention(RandomFeatureAttention):
         UserError: a value out of range.
     """
 
+    takes_attn_mask = True
+
     def __init__(
         self,
         local_context: int,
@@ -49,8 +51,8 @@ class SBLocalAttention(RandomFeatureAttention):
         **features: str | bool,
     ) -> None:
         check_window(local_context)
-        rows = even_features(dim_heads, nb_features) // 2
-        super().__init__(dim_heads, rows, softmax_temp, causal, seed, attention_dropout, backend, **features)
+        num_projections = even_features(dim_heads, nb_features) // 2
+        super().__init__(dim_heads, num_projections, softmax_temp, causal, seed, attention_dropout, backend, **features)
         self.local_context = local_context
 
     def sizes(self) -> dict[str, int]:

@@ -35,8 +35,8 @@ class SmyrfClusters(SupportSource):
         super().__init__()
         check_whole_number("cluster_size", cluster_size, 1)
         self.cluster_size, self.num_hashes, self.dim_heads = cluster_size, num_hashes, dim_heads
-        rows = draw_smyrf_projection(num_hashes, dim_heads, seed + HASH_SEED_OFFSET)
-        self.register_buffer("projection_matrix", rows)
+        projection = draw_smyrf_projection(num_hashes, dim_heads, seed + HASH_SEED_OFFSET)
+        self.register_buffer("projection_matrix", projection)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """The clusters of these queries and keys."""

@@ -32,9 +32,11 @@ class SupportSource(nn.Module):
 
     Attributes:
         can_be_causal: whether hiding the keys j > i is defined for this support.
+        takes_attn_mask: whether it does not depend on which keys are hidden.
     """
 
     can_be_causal = False
+    takes_attn_mask = False
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> Support:
         """Support of the B * H sequences of query (B, H, T, E) and key (B, H, S, E), or one that all share."""
@@ -59,6 +61,8 @@ MAX_CACHED_SUPPORTS = 8
 class FixedSupport(SupportSource):
     """Base of the supports that depend on the lengths alone: the last ones are kept, by lengths and device."""
 
+    takes_attn_mask = True
+
     def __init__(self) -> None:
         super().__init__()
         self._cache: dict[tuple[int, int, torch.device], Support] = {}
@@ -75,15 +79,15 @@ class FixedSupport(SupportSource):
 
     def _tensors(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[tuple, ...]:
         """The tensors of each round, computed now also while a graph is recorded, whose constants they are."""
-        place = (num_queries, num_keys, device)
-        support = self._cache.pop(place, None)
+        cache_key = (num_queries, num_keys, device)
+        support = self._cache.pop(cache_key, None)
         if support is None:
             with _disable_current_modes(), torch.device("cpu"):
                 support = self.make(num_queries, num_keys).to(device)
             while len(self._cache) >= MAX_CACHED_SUPPORTS:
                 # the one whose last use is longest ago: dictionaries keep the order of insertion
                 del self._cache[next(iter(self._cache))]
-        self._cache[place] = support
+        self._cache[cache_key] = support
         return tuple((each.query_index, each.key_index, each.mask) for each in support.rounds)
 
     # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this module.
@@ -119,6 +123,11 @@ class SparseAttention(AttentionModule):
         self.source = source
         self.dim_heads = getattr(source, "dim_heads", None)
 
+    @property
+    def takes_attn_mask(self) -> bool:
+        """Whether keys may be hidden anywhere in the sequence."""
+        return self.source.takes_attn_mask
+
     def sizes(self) -> dict[str, int]:
         """Sizes of the support."""
         return self.source.sizes()
@@ -135,26 +144,25 @@ class SparseAttention(AttentionModule):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         backend = choose_backend(options.pop("backend"))
-        options["scale"] = scale = default_scale(query, options["scale"])
+        scale, dropout_p = default_scale(query, options.pop("scale")), options.pop("dropout_p")
         if backend == "naive":
-            del options["dropout_p"]
-            return self._naive(query, key, value, **options)[0].to(query.dtype)
-        rows = visible_rows(query, key, value, scale, options["is_causal"], options["key_lengths"])
+            return self._naive(query, key, value, scale, **options)[0].to(query.dtype)
+        rows = visible_rows(query, key, value, scale, **options)
         support = self.source(rows.query, rows.key, options["key_lengths"])
-        features = self._log_features(rows.query, rows.key, scale)
-        return rows.mark(support_attention(*rows[:3], support, log_features=features, **options))[0]
+        options |= {"scale": scale, "log_features": self._log_features(rows.query, rows.key, scale)}
+        return rows.mark(support_attention(*rows[:3], support, dropout_p=dropout_p, **options))[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return self._naive(query, key, value, **options)[1]
 
     def _naive(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **options
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, **masks
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = visible_rows(query, key, value, scale, options["is_causal"], options["key_lengths"])
+        rows = visible_rows(query, key, value, scale, **masks)
         query, key, value, _ = rows
-        support = self.source(query, key, options["key_lengths"]).dense(query.shape[2], key.shape[2])
+        support = self.source(query, key, masks["key_lengths"]).dense(query.shape[2], key.shape[2])
         low_rank = self._low_rank_logits(query, key, scale)
-        return rows.mark(*naive_support_attention(query, key, value, support, scale, low_rank, **options))
+        return rows.mark(*naive_support_attention(query, key, value, support, scale, low_rank, **masks))
 
 
 class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
@@ -185,8 +193,10 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
         backend: str = "auto",
         **features: str | bool,
     ) -> None:
-        rows = even_features(dim_heads, nb_features) // 2
-        RandomFeatureAttention.__init__(self, dim_heads, rows, softmax_temp, False, seed, 0.0, backend, **features)
+        num_projections = even_features(dim_heads, nb_features) // 2
+        RandomFeatureAttention.__init__(
+            self, dim_heads, num_projections, softmax_temp, False, seed, 0.0, backend, **features
+        )
         refuse_causal(self, causal)
         self.source = source
 
@@ -209,8 +219,8 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
 
     def _log_features(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> LogFeatures:
         dtype = accumulation_dtype(query.dtype)
-        rows = self.projection_matrix
-        return tuple(log_softmax_features(x.to(dtype), rows, scale, cosh=True) for x in (query, key))
+        projection = self.projection_matrix
+        return tuple(log_softmax_features(x.to(dtype), projection, scale, cosh=True) for x in (query, key))
 
     def _low_rank_logits(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
         return dense_low_rank_logits(query, key, self.projection_matrix, scale, cosh=True)

@@ -151,7 +151,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repeats": {"type": positive, "default": "15", "metavar": "R", "help": "rounds (%(default)s)"},
     "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
     "compile": {"action": "store_true", "help": "run through torch.compile"},
-    "no-peers": {"action": "store_true", "help": "leave out the implementations of others"},
+    "no-baselines": {"action": "store_true", "help": "time ours and SDPA alone"},
     "variance-figure": {"type": figure_file, "metavar": "FILE", "help": "draw the variance: .png, .pdf or .svg"},
 }
 

@@ -55,8 +55,9 @@ def load_contents(
     *,
     new_head: bool = False,
     new_head_option: str | None = None,
+    log_level: int = logging.INFO,
 ) -> None:
-    """Like `load_checkpoint`, for a file that is already read; `path` is for messages."""
+    """Like `load_checkpoint`, for a file that is already read; `path` is for messages, of which some have a level."""
     expected = model.state_dict()
     state_dict = dict(contents.state_dict)
     if new_head:
@@ -69,7 +70,8 @@ def load_contents(
 
     position_table = expected[POSITION_KEY]
     if state_dict[POSITION_KEY].shape[1] != position_table.shape[1]:
-        logger.info(
+        logger.log(
+            log_level,
             "%s: position table resized from %d to %d px.",
             path,
             contents.image_size,
@@ -93,7 +95,7 @@ def load_contents(
             f"{contents.architecture}."
         )
     model.load_state_dict(state_dict, strict=True)
-    logger.info("Loaded %s from %s ('%s').", contents.architecture, path, contents.source_key)
+    logger.log(log_level, "Loaded %s from %s ('%s').", contents.architecture, path, contents.source_key)
 
 
 def holds_random_features(contents: CheckpointContents, model: nn.Module) -> bool:

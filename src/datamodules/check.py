@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from rich.table import Table
 from timm.data import RealLabelsImagenet
 
 from scatterbrain.errors import UserError
-from src.datamodules.dataset import load_rgb
+from src.datamodules.dataset import ImageError, load_rgb
 from src.datamodules.formats import Listing, SplitLocation, find_formats, imagenet_synsets
 from src.datamodules.formats.labels import synset_in_name
 from src.datamodules.formats.listing import read_source
@@ -32,19 +33,39 @@ COMPLETE = {"train": 1_281_167, "val": 50_000}
 VALIDATION_PER_CLASS = 50
 # Right labels agree with the ReaL labels in nine cases out of ten, shuffled ones in one of a thousand.
 MIN_AGREEMENT = 0.6
+RIGHT_AGREEMENT = 0.9
+# Of so few images, right labels may agree less by chance.
+FEW_IMAGES = 50
+CHANCE = 1e-6
+# What the messages of the data module name, and the options of the tool.
+_OPTIONS = {
+    "datamodule.data_dir": "DIR",
+    "datamodule.test_split": "--split",
+    "datamodule.format": "--format",
+    "datamodule.labels": "--labels",
+    "datamodule.class_order": "--class-order",
+    "model.num_classes": "--num-classes",
+    " (or DATA_DIR in the file .env)": "",
+}
 _EXIF_ORIENTATION = 0x0112
 _MAX_EXAMPLES = 20
 _SUFFIXES = {".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG"}
 
 
-def open_listing(data_dir: str, split: str, format: str, num_classes: int) -> Listing:
-    """The split as an evaluation would read it.
+def open_listing(data_dir: str, split: str, **options: Any) -> Listing:
+    """The split as an evaluation would read it; `options` are those of the data module.
 
     Raises:
-        UserError: as the data module.
+        UserError: as the data module, with the names of this tool's options.
     """
-    module = ImageFolderDataModule(data_dir, num_classes=num_classes, test_split=split, format=format, num_workers=0)
-    module.setup("test")
+    try:
+        module = ImageFolderDataModule(data_dir, test_split=split, num_workers=0, **options)
+        module.setup("test")
+    except UserError as error:
+        message = str(error)
+        for name, option in _OPTIONS.items():
+            message = message.replace(f"{name}=", f"{option} ").replace(name, option)
+        raise UserError(message) from error
     return module.test_dataset.listing
 
 
@@ -81,6 +102,8 @@ def look_at(images: Listing, position: int, decode: bool) -> tuple[str | None, l
     if decode:
         try:
             load_rgb(source)
+        except ImageError as error:
+            return error.reason, odd
         except UserError as error:
             return str(error).removeprefix(f"Cannot decode the image {source}: ").rsplit(". ", 1)[0], odd
     return None, odd
@@ -116,6 +139,20 @@ def check_labels(images: Listing) -> dict[str, Any]:
     }
 
 
+def in_wrong_order(labels: dict[str, Any]) -> bool:
+    """Whether labels agree with the ReaL labels less than right ones would by chance; see `check_labels`."""
+    number, agreement = labels["compared_with_real"], labels["agreement_with_real"]
+    if not number or agreement >= MIN_AGREEMENT:
+        return False
+    return number >= FEW_IMAGES or _binomial_tail(round(agreement * number), number) < CHANCE
+
+
+def _binomial_tail(agreeing: int, number: int) -> float:
+    """Probability that no more than `agreeing` of a number of right labels agree."""
+    hit, miss = RIGHT_AGREEMENT, 1 - RIGHT_AGREEMENT
+    return sum(math.comb(number, k) * hit**k * miss ** (number - k) for k in range(agreeing + 1))
+
+
 def check_split(images: Listing, split: str, subset: bool, decode: bool, jobs: int) -> dict[str, Any]:
     """The report on one split; `check` says what the options are."""
     counts = Counter(images.targets)
@@ -144,8 +181,7 @@ def check_split(images: Listing, split: str, subset: bool, decode: bool, jobs: i
         wrong.append(f"{len(corrupt)} corrupt images")
     if labels["contradicted_by_name"]:
         wrong.append(f"{labels['contradicted_by_name']} labels that contradict the image's name")
-    # a few images may disagree by chance
-    if labels["compared_with_real"] >= 5 and labels["agreement_with_real"] < MIN_AGREEMENT:
+    if in_wrong_order(labels):
         wrong.append(f"labels in a wrong order: {labels['agreement_with_real']:.0%} agree with the ReaL labels")
     if not is_imagenet and missing:
         wrong.append(f"{len(missing)} classes without images: {abbreviate(missing)}")
@@ -186,6 +222,8 @@ def summary(report: dict[str, Any], decoded: bool) -> Table:
     table.add_row("images per class", f"{counts['min']} to {counts['max']}")
     if labels["compared_with_real"]:
         agreement = f"{labels['agreement_with_real']:.1%} of {labels['compared_with_real']:,}"
+        if labels["compared_with_real"] < FEW_IMAGES and not in_wrong_order(labels):
+            agreement += " (too few to judge)"
         table.add_row("labels among the ReaL labels", agreement)
     table.add_row("labels that contradict names", str(labels["contradicted_by_name"]))
     corrupt = [f"{name}: {fault}" for name, fault in report["corrupt"].items()]
@@ -201,6 +239,8 @@ def check(
     split: Sequence[str] | None,
     format: str,
     num_classes: int,
+    class_order: str,
+    labels: str,
     subset: bool,
     decode: bool,
     jobs: int,
@@ -213,6 +253,8 @@ def check(
         split: names; None is `val`, and `train` where it is there.
         format: of the data, one of `FORMATS`.
         num_classes: outputs of the model.
+        class_order: order in which the classes are numbered, see `ClassNumbering`.
+        labels: indices of classes named after ImageNet-1k synsets, see `ClassNumbering`.
         subset: accept that ImageNet is not complete.
         decode: decode the images, in place of reading their headers.
         jobs: number of threads.
@@ -225,9 +267,10 @@ def check(
     folder = Path(data_dir).expanduser().absolute()
     if split is None and folder.is_dir() and find_formats(SplitLocation(folder, "train"), format):
         splits.append("train")
+    options = {"format": format, "num_classes": num_classes, "class_order": class_order, "labels": labels}
     reports = []
     for name in splits:
-        images = open_listing(data_dir, name, format, num_classes)
+        images = open_listing(data_dir, name, **options)
         reports.append(check_split(images, name, subset, decode, jobs))
         Console().print(summary(reports[-1], decode))
     if output is not None:

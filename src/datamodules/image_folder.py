@@ -233,7 +233,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             if not kept or not held:
                 raise UserError(
                     f"datamodule.holdout={self.holdout} of {len(images)} images leaves nothing to "
-                    f"{'watch' if kept else 'train'} on. Choose another fraction."
+                    f"{'validate' if kept else 'train'} on. Choose another fraction."
                 )
             self.train_dataset = images.subset(kept)
             self.val_dataset = images.subset(held, self.test_transform)

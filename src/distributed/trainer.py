@@ -15,6 +15,7 @@ from lightning_fabric.plugins.environments import (
 )
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
+from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import ProgressBar
 
 from scatterbrain.errors import UserError
@@ -34,6 +35,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         raise UserError(
             f"trainer.strategy={strategy} is not supported. Leave trainer.strategy=auto: each device has its process."
         )
+    _check_accelerator(config.trainer.accelerator)
     environment = _cluster_environment(config.trainer)
     callbacks = build_group(config.callbacks, "callbacks")
     options: dict[str, Any] = {}
@@ -49,6 +51,21 @@ def build_trainer(config: DictConfig) -> Trainer:
         # otherwise Lightning adds its own
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+
+
+def _check_accelerator(accelerator: Any) -> None:
+    """Refuse an accelerator that this machine lacks.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    available = {name: entry["accelerator"].is_available() for name, entry in AcceleratorRegistry.items()}
+    available["gpu"] = available["cuda"] or available["mps"]
+    if not available.get(accelerator, True):
+        raise UserError(
+            f"trainer.accelerator={accelerator}, but PyTorch finds no such device on this machine. Use "
+            "trainer.accelerator=auto, which takes what there is."
+        )
 
 
 def _cluster_environment(trainer: DictConfig) -> ClusterEnvironment | None:

@@ -34,7 +34,7 @@ class ComparisonRow:
         label: attention, and what sets the run apart where another has the same attention.
         model: name of the variant.
         attention: name of the token stages' attention config; None for a model that keeps its own.
-        draws: number of seeds (the name is that of the JSON key).
+        num_seeds: number of seeds.
         top1: percent, mean over seeds.
         top1_std: sample standard deviation over seeds, points; None with one seed.
         top1_difference: `top1` minus that of the reference, points; None without a reference.
@@ -53,7 +53,7 @@ class ComparisonRow:
     label: str
     model: str
     attention: str | None
-    draws: int
+    num_seeds: int
     top1: float
     top1_std: float | None
     top1_difference: float | None
@@ -201,7 +201,7 @@ def compare_runs(
                 label=labels[index],
                 model=run.model,
                 attention=run.attention,
-                draws=len(run.top1_per_seed),
+                num_seeds=len(run.top1_per_seed),
                 top1=run.top1,
                 top1_std=run.top1_std,
                 top1_difference=None if reference is None else run.top1 - reference.top1,

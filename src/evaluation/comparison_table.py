@@ -22,7 +22,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, list[str]]]:
     columns = [
         ("attention", [row.label for row in rows]),
         ("images", cells("num_images", "{:,}") if len({row.num_images for row in rows}) > 1 else ["-"] * len(rows)),
-        ("top-1", [accuracy_text(row.top1, row.top1_std, row.draws) for row in rows]),
+        ("top-1", [accuracy_text(row.top1, row.top1_std, row.num_seeds) for row in rows]),
         ("to full", cells("top1_difference", "{:+.2f}")),
         ("published", ["-" if row.published is None else row.published.text for row in rows]),
         ("top-5", cells("top5", "{:.2f}")),

@@ -29,7 +29,7 @@ class TrainingSummary:
         model: name of the variant.
         attention: name of the token stages' attention config; None for a model that keeps its own.
         started_from: path and SHA-256 of the weights the training began with; both None for random ones.
-        data: `dir`, `train` and `num_train_images`, `watched` and `num_watched_images` (those validated on),
+        data: `dir`, `train` and `num_train_images`, `validation` and `num_validation_images`,
             `num_classes`.
         image_size: side of the input, pixels.
         precision: Lightning's name of it.
@@ -84,7 +84,7 @@ def best_epoch(history: list[dict[str, float]]) -> dict[str, float] | None:
     return {"epoch": best["epoch"], "top1": best["val_top1"]}
 
 
-def typical_rate(history: list[dict[str, float]]) -> float | None:
+def median_rate(history: list[dict[str, float]]) -> float | None:
     """Median of the images per second, without the first epoch where there are more; None without epochs."""
     rates = [entry["images_per_second"] for entry in history]
     return median(rates[1:] or rates) if rates else None
@@ -154,7 +154,8 @@ def training_table(summary: TrainingSummary) -> Table:
     """The table that ends a training, for `rich.print`: one line per result."""
     data = summary.data
     title = (
-        f"{data['num_train_images']:,} images of {data['train']}, {data['num_watched_images']:,} of {data['watched']}"
+        f"{data['num_train_images']:,} images of {data['train']}, "
+        f"{data['num_validation_images']:,} of {data['validation']}"
     )
     table = Table(title=title, show_header=False)
     table.add_column(style="bold")

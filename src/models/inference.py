@@ -106,14 +106,14 @@ class InferenceT2TViT(nn.Module):
         batch, size = len(images), self.image_size
         tokens = images.new_empty(batch, 1 + len(self.positions), len(self.class_token))
         tokens[:, 0] = self.class_token
-        part = max(batch, 1)
+        chunk_size = max(batch, 1)
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
-            part = max(1, PIXELS_PER_CHUNK // size**2)
-        for some_images, some_tokens in zip(images.split(part), tokens.split(part), strict=True):
-            x = some_images.permute(0, 2, 3, 1)
+            chunk_size = max(1, PIXELS_PER_CHUNK // size**2)
+        for chunk_images, chunk_tokens in zip(images.split(chunk_size), tokens.split(chunk_size), strict=True):
+            x = chunk_images.permute(0, 2, 3, 1)
             for stage, reduction in zip(self.stages, (4, 8), strict=True):
                 x = stage(x).view(len(x), size // reduction, size // reduction, -1)
-            fused_linear(x, self.project, self.positions, some_tokens[:, 1:], self.backend)
+            fused_linear(x, self.project, self.positions, chunk_tokens[:, 1:], self.backend)
         return tokens
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

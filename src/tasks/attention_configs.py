@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from scatterbrain.errors import UserError, did_you_mean
+from src.utils.cli import describe_missing_attention_config
 from src.utils.instantiate import escape_interpolations
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def requested_attentions(config: DictConfig) -> list[str]:
     known = sorted(path.stem for path in GROUP_FOLDER.glob("*.yaml"))
     for number, name in enumerate(names):
         if name not in known:
-            raise UserError(f"There is no attention '{name}' (eval.attentions). {did_you_mean(name, known)}")
+            message = f"There is no attention '{name}' (eval.attentions). {did_you_mean(name, known)}"
+            raise UserError(describe_missing_attention_config(name) or message)
         if name in names[:number]:
             raise UserError(f"eval.attentions lists '{name}' twice. Give each attention once.")
     if not names:

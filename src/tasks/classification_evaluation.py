@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,10 @@ from src.evaluation.records import Records
 from src.tasks.device_time import DeviceTime, seconds_now
 from src.tasks.image_records import ImageRecords
 from src.tasks.prefetch import CudaPrefetcher
+from src.tasks.progress import format_rate
 from src.tasks.resume_state import ResumeState
+
+logger = logging.getLogger(__name__)
 
 MakeForward = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 
@@ -78,6 +82,10 @@ class SeededClassifier:
             else:
                 self._projections.append([])
 
+    def compile(self, images: torch.Tensor) -> None:
+        """Evaluate a batch without a record of it, which compiles the model for its shape."""
+        self._forward(images)
+
     def step(self, images: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor) -> None:
         """Evaluate a batch under every seed, without synchronisation with the device."""
         for seed_index, projections in enumerate(self._projections):
@@ -100,6 +108,7 @@ class ClassificationEvaluation(pl.LightningModule):
         resume_state: keeps what is evaluated on the disk, and says when to stop.
         device_times: whether `images_per_second` counts the device's time for each classifier alone, in place of the
             duration of the loop.
+        compiles: whether the first call of each classifier compiles it, which is then logged and not timed.
 
     Attributes:
         stopped: after the test, whether it was stopped before its end, on any rank.
@@ -121,6 +130,7 @@ class ClassificationEvaluation(pl.LightningModule):
         guard: Callable[[str | None], AbstractContextManager[None]],
         resume_state: ResumeState,
         device_times: bool,
+        compiles: bool = False,
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList(classifier.model for classifier in classifiers)
@@ -137,6 +147,7 @@ class ClassificationEvaluation(pl.LightningModule):
         self._guard = guard
         self._resume_state = resume_state
         self._device_times = device_times
+        self._compiles = compiles
         self._prefetcher: CudaPrefetcher | None = None
 
     def transfer_batch_to_device(
@@ -158,7 +169,7 @@ class ClassificationEvaluation(pl.LightningModule):
         self._images_seen = self._images_of_first_batch = 0
         # of the first batch, and of those after it
         self._times = [[DeviceTime(self.device) for _ in self.classifiers] for _ in range(2)]
-        self._clock_started = self._first_batch_ended = seconds_now(self.device)
+        self._clock_started = self._first_batch_started = self._first_batch_ended = seconds_now(self.device)
 
     def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Evaluate a batch (images, targets, indices) with every classifier under every seed."""
@@ -168,6 +179,8 @@ class ClassificationEvaluation(pl.LightningModule):
         images, targets, indices = batch
         if len(images):
             is_first = self._images_seen == 0
+            if is_first and self._compiles:
+                self._compile(images)
             for classifier, time_of in zip(self.classifiers, self._times[not is_first], strict=True):
                 with self._guard(classifier.name), time_of.measure() if self._device_times else nullcontext():
                     classifier.step(images, targets, indices)
@@ -180,22 +193,42 @@ class ClassificationEvaluation(pl.LightningModule):
         self.skipped |= skipped
         self._resume_state.add(batch_idx, indices, skipped)
 
+    def _compile(self, images: torch.Tensor) -> None:
+        logger.info("Compiling (eval.compile=true), which can take minutes")
+        for classifier in self.classifiers:
+            started = seconds_now(self.device)
+            with self._guard(classifier.name):
+                classifier.compile(images)
+            name = "" if classifier.name is None else f" {classifier.name}"
+            logger.info("Compiled%s in %.0f s", name, seconds_now(self.device) - started)
+        self._first_batch_started = seconds_now(self.device)
+
     def progress_so_far(self) -> str:
-        """Rate of this rank and top-1 accuracy of each classifier, for the progress bar; waits for the device."""
-        top1 = [f"{float(table.top1_so_far()):.2f}" for table in self._tables()]
-        rate = self._images_seen / (time.perf_counter() - self._clock_started)
+        """Images per second of all ranks, and the top-1 accuracy on this one, for the progress bar.
+
+        Waits for the device. Of several classifiers, the rate is of images that all have evaluated, and the accuracies
+        are the lowest and the highest.
+        """
+        top1 = [float(table.top1_so_far()) for table in self._tables()]
+        seen, started = self._timed_images()
+        rate = seen * self.trainer.world_size / (time.perf_counter() - started)
         if len(top1) == 1:
-            return f"{rate * len(self.classifiers[0].seeds):,.1f} images/s, top-1 {top1[0]} %"
-        return f"{rate:,.1f} images/s with {len(top1)} attentions, top-1 {' / '.join(top1)} %"
+            return f"{format_rate(rate * len(self.classifiers[0].seeds))}, top-1 {top1[0]:.2f} %"
+        return f"{format_rate(rate)}, top-1 {min(top1):.2f} to {max(top1):.2f} %"
+
+    def _timed_images(self) -> tuple[int, float]:
+        """Number of images that rates are of, and when the first was started; the first batch where it is alone."""
+        if self._images_seen > self._images_of_first_batch:
+            return self._images_seen - self._images_of_first_batch, self._first_batch_ended
+        return self._images_seen, self._first_batch_started
 
     def on_test_epoch_end(self) -> None:
         """Gather the records and the throughput of all ranks."""
         ended = seconds_now(self.device)
         self.seconds = ended - self._clock_started
         self._gather_stops_and_skips()
-        seen, started, times = self._images_seen, self._clock_started, self._times[0]
-        if seen > self._images_of_first_batch:
-            seen, started, times = seen - self._images_of_first_batch, self._first_batch_ended, self._times[1]
+        seen, started = self._timed_images()
+        times = self._times[seen < self._images_seen]
         self.seconds_of = [time_of.seconds() if self._device_times else ended - started for time_of in times]
         self.images_per_second = [
             self._sum_over_ranks(seen * len(classifier.seeds) / seconds if seconds else 0.0)

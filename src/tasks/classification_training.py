@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from scatterbrain.errors import UserError
 from src.tasks.device_time import seconds_now
+from src.tasks.progress import format_rate
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class ClassificationTraining(pl.LightningModule):
         # a trainer of precision bf16-true has cast it along with the model, too coarse for a sum over images
         self.val_loss.set_dtype(torch.float32)
         if self._compile_model:
+            logger.info("Compiling in the first update (train.compile=true), which can take minutes")
             self._forward = (torch.compile(self.model),)
 
     def on_train_start(self) -> None:
@@ -130,7 +132,7 @@ class ClassificationTraining(pl.LightningModule):
         """Rate and loss of the epoch so far, for the progress bar; waits for the device."""
         loss = float(self._last_loss)
         seconds = seconds_now(self.device) - self._clock_started
-        return f"{self._images_seen * self.trainer.world_size / seconds:,.1f} images/s, loss {loss:.3f}"
+        return f"{format_rate(self._images_seen * self.trainer.world_size / seconds)}, loss {loss:.3f}"
 
     def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         """Count the hits of a batch (images, targets, indices)."""

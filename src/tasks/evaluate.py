@@ -18,6 +18,7 @@ from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning import Trainer, seed_everything
 
 from scatterbrain.errors import UserError
+from src.datamodules.dataset import ImageError
 from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
@@ -159,6 +160,7 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
         guard=guard,
         resume_state=state,
         device_times=config.compare,
+        compiles=config.eval.compile,
     )
     log_start(config, runs, datamodule)
     reset_peak_memory(trainer)
@@ -199,6 +201,8 @@ def _test(
     try:
         with explain_errors(datamodule.batch_size, _compile_option(config)):
             trainer.test(task, datamodule=datamodule, verbose=False)
+    except ImageError as error:
+        raise UserError(f"{error} Or leave such images out: datamodule.on_error=skip") from error
     except (RuntimeError, WorkersLostError) as error:
         if not state.stop_requested:
             raise

@@ -71,10 +71,13 @@ def build_runs(config: DictConfig, trainer: Trainer, datamodule: DataModule, fas
     for run in config.runs:
         name = run.model.t2tattn1_cfg.name if config.compare else None
         with prefix_errors(name):
-            classifier = _build_classifier(run, checkpoint, contents, make_forward, name)
+            classifier = _build_classifier(
+                run, checkpoint, contents, make_forward, name, logging.DEBUG if classifiers else logging.INFO
+            )
         if classifiers:
             share_modules(classifier.model, classifiers[0].model, classifier.model.token_attentions)
         classifiers.append(classifier)
+    _log_single_evaluations(config, classifiers)
     sha256 = sha256_of_file(checkpoint)
     return [
         EvaluationRun(
@@ -96,10 +99,15 @@ def _full_batch(trainer: Trainer, datamodule: DataModule) -> int | None:
 
 
 def _build_classifier(
-    config: DictConfig, checkpoint: Path, contents: CheckpointContents, make_forward: MakeForward, name: str | None
+    config: DictConfig,
+    checkpoint: Path,
+    contents: CheckpointContents,
+    make_forward: MakeForward,
+    name: str | None,
+    log_level: int,
 ) -> SeededClassifier:
     model = build_model(config.model)
-    load_contents(model, contents, checkpoint)
+    load_contents(model, contents, checkpoint, log_level=log_level)
     redraw = _uses_seeds(config, holds_random_features(contents, model))
     return SeededClassifier(model, _seeds(config, model), redraw, make_forward, name)
 
@@ -123,11 +131,23 @@ def _uses_seeds(config: DictConfig, stored: bool) -> bool:
 
 def _seeds(config: DictConfig, model: T2TViT) -> list[int]:
     """`eval.num_seeds` seeds from `seed` on; one for a model without random features."""
-    number = config.eval.num_seeds
-    if number > 1 and not model.has_random_features:
-        logger.info("This attention has no random features: eval.num_seeds=%d is one evaluation.", number)
-        number = 1
+    number = config.eval.num_seeds if model.has_random_features else 1
     return [config.seed + offset for offset in range(number)]
+
+
+def _log_single_evaluations(config: DictConfig, classifiers: Sequence[SeededClassifier]) -> None:
+    """Log which attentions have no random features, so that several seeds are one evaluation."""
+    if config.eval.num_seeds == 1:
+        return
+    names = [
+        attention_name(run.model, classifier.model) or config.model.name
+        for run, classifier in zip(config.runs, classifiers, strict=True)
+        if not classifier.model.has_random_features
+    ]
+    if names:
+        logger.info(
+            "No random features in %s: eval.num_seeds=%d is one evaluation.", ", ".join(names), config.eval.num_seeds
+        )
 
 
 def _metadata(

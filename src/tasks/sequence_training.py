@@ -17,7 +17,7 @@ from src.tasks.device_time import seconds_now
 EVALUATION_BATCHES = 4  # training batches that an evaluation takes at a time
 WARM_UP = 1 / 20  # of the training, in which the learning rate rises
 WEIGHT_DECAY = 0.01
-LARGEST_GRADIENT = 1.0
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Training:
             group["lr"] = learning_rate(progress, self.recipe.lr)
         self.optimizer.zero_grad()
         self.losses[number] = self.backward(self.order[number])
-        nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
+        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ from src.evaluation.training_summary import (
     TRAINING_FILE,
     TrainingSummary,
     best_epoch,
+    median_rate,
     training_table,
-    typical_rate,
     write_training,
 )
 from src.tasks.attention_info import attention_name
@@ -90,10 +90,11 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         checkpoint = Path(config.train.ckpt).expanduser()
         load_checkpoint(model, checkpoint, new_head=config.train.new_head, new_head_option="train.new_head=true")
         started_from = {"path": str(config.train.ckpt), "sha256": sha256_of_file(checkpoint)}
+    attention = attention_name(config.model, model)
     if config.train.redraw_steps is not None and not model.has_random_features:
         raise UserError(
-            f"train.redraw_steps={config.train.redraw_steps}, but this attention has no random features. Leave it "
-            "out, or choose model/t2tattn_cfg=performer or sblocal."
+            f"train.redraw_steps={config.train.redraw_steps}, but attention {attention or 'of ' + config.model.name} "
+            "has no random features. Leave it out, or choose model/t2tattn_cfg=performer or sblocal."
         )
 
     images_per_update = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -109,7 +110,6 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         compile_model=config.train.compile,
         run_config={**compared, "started_from": started_from},
     )
-    attention = attention_name(config.model, model)
     logger.info(
         "Training %s with attention %s: %d epochs of %d updates of %d images, of %d in %s; validated on %d of %s",
         config.model.name,
@@ -157,8 +157,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
             "dir": str(config.datamodule.data_dir),
             "train": datamodule.train_split,
             "num_train_images": len(datamodule.train_dataset),
-            "watched": _validation_images(datamodule),
-            "num_watched_images": len(datamodule.val_dataset),
+            "validation": _validation_images(datamodule),
+            "num_validation_images": len(datamodule.val_dataset),
             "num_classes": config.model.num_classes,
         },
         image_size=config.model.image_size,
@@ -173,7 +173,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         ema_decay=config.train.ema_decay if averages_weights(trainer) else None,
         best=best_epoch(task.history),
         checkpoints={name.removesuffix(".ckpt"): str(path) for name, path in checkpoints.items() if path.exists()},
-        images_per_second=typical_rate(task.history),
+        images_per_second=median_rate(task.history),
         seconds=sum(entry["seconds"] for entry in task.history),
         peak_memory_mib=peak_memory_mib(trainer),
         versions=package_versions(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import WeightAveraging
@@ -43,17 +41,17 @@ def check_training_options(config: DictConfig) -> None:
             "The time limit of a training is train.max_time=HH:MM:SS, which saves. Leave out trainer.max_time."
         )
     lr = config.optimizer.get("lr")
-    if not (is_number(lr) and 0 < lr < math.inf):
-        raise UserError(f"optimizer.lr={lr} is not valid. Give a learning rate above 0, and finite.")
+    if not (is_number(lr) and lr > 0):
+        raise UserError(f"optimizer.lr={lr} is not valid. Give a learning rate above 0.")
     for name in ("warmup_epochs", "cooldown_epochs"):
         check_whole_number(f"scheduler.{name}", config.scheduler[name], 0)
     for group, name in (("optimizer", "weight_decay"), ("scheduler", "warmup_lr"), ("scheduler", "min_lr")):
         value = config[group].get(name, 0)
-        if not (is_number(value) and 0 <= value < math.inf):
-            raise UserError(f"{group}.{name}={value} is not valid. Give a finite number of at least 0.")
+        if not (is_number(value) and value >= 0):
+            raise UserError(f"{group}.{name}={value} is not valid. Give a number of at least 0.")
     clip = config.trainer.gradient_clip_val
-    if clip is not None and not (is_number(clip) and 0 <= clip < math.inf):
-        raise UserError(f"trainer.gradient_clip_val={clip} is not valid. Give a finite number of at least 0, or null.")
+    if clip is not None and not (is_number(clip) and clip >= 0):
+        raise UserError(f"trainer.gradient_clip_val={clip} is not valid. Give a number of at least 0, or null.")
 
 
 def check_covers_whole_training(config: DictConfig, trainer: Trainer) -> None:

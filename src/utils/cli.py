@@ -66,9 +66,23 @@ def _describe_missing_config(error: MissingConfigException) -> str:
     """For `model/t2tattn_cfg=sblocl`: the group's choices, similar names first."""
     name = str(error.missing_cfg_file or "")
     group, _, choice = name.rpartition("/")
+    if group == "model/t2tattn_cfg" and (message := describe_missing_attention_config(choice)):
+        return message
     if group and error.options:
         return f"There is no {group}={choice}. {did_you_mean(choice, error.options)}"
     return " ".join(str(error).split())
+
+
+def describe_missing_attention_config(name: str) -> str | None:
+    """Message about an attention of the library that has no config; None for any other name."""
+    from scatterbrain.attention import ATTENTIONS  # imports torch, which few messages need
+
+    if name not in ATTENTIONS:
+        return None
+    return (
+        f"The attention '{name}' has no config. Write configs/model/t2tattn_cfg/{name}.yaml, see "
+        "docs/adding_an_attention.md."
+    )
 
 
 def _describe_config_key(error: OmegaConfBaseException) -> str:

@@ -85,7 +85,7 @@ class CudaGraphForward:
                 self._failed = True
                 del self._images
                 if images.is_cuda:
-                    # after a failed capture, PyTorch's generator still believes that it is being captured
+                    # after a failed capture, PyTorch's generator still counts as captured
                     generator = torch.cuda.default_generators[images.device.index]
                     generator.graphsafe_set_state(generator.clone_state())
                 reason = (str(error.__context__ or error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -38,7 +38,7 @@ def test_all_loaders_hand_on_the_same_images(data_dir, tmp_path):
 
 
 def test_the_report(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(loading, "MIN_SECONDS", 0.0)
     output = tmp_path / "loading.json"
     options = ["--rounds", "3", "--cache-dir", str(tmp_path / "cache"), "--output", str(output)]
     assert benchmark.main(["--data-dir", str(data_dir), *SMALL, *options]) == 0
@@ -58,7 +58,7 @@ def test_the_report(data_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_a_temporary_cache_is_gone_afterwards(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(loading, "MIN_SECONDS", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folders = []
     genuine = loading.measure

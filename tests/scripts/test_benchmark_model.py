@@ -19,7 +19,7 @@ from src.models.t2t_vit import T2T_VIT_VARIANTS
 from tests.helpers import assert_close
 
 SMALL = ["--variant", "t2t_vit_t_7", "--device", "cpu", "--image-size", "32", "--num-classes", "5", "--threads", "1"]
-QUICK = ["--batches", "2,3", "--repeats", "3", "--forms", "published,module,inference"]
+QUICK = ["--batches", "2,3", "--repeats", "3", "--implementations", "published,module,inference"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,7 +27,7 @@ def shallow():
     """One backbone block in place of 7, a small baseline, and short evaluations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(T2T_VIT_VARIANTS, "t2t_vit_t_7", dataclasses.replace(T2T_VIT_VARIANTS["t2t_vit_t_7"], depth=1))
-        patch.setattr(networks, "PEER", "test_vit")
+        patch.setattr(networks, "BASELINE", "test_vit")
         patch.setattr(model, "EVALUATION_SECONDS", 0.2)
         yield
 
@@ -50,12 +50,12 @@ def images(number=2):
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    options = ["--attentions", "full,sblocal", "--forms", "published,module,inference,peer"]
+    options = ["--attentions", "full,sblocal", "--implementations", "published,module,inference,baseline"]
     return run(folder, *options, "--end-to-end", "--figure", str(folder / "model.png")), folder
 
 
 @torch.inference_mode()
-def test_the_published_form_computes_the_same():
+def test_the_published_implementation_computes_the_same():
     arguments = model.with_defaults(parse(), torch.device("cpu"))
     published, module = (
         networks.build(Implementation(kind, attention), arguments, torch.device("cpu"))
@@ -93,7 +93,7 @@ def test_the_inference_form_is_of_the_same_network(attention):
 )
 @torch.inference_mode()
 def test_precision(precision, dtype, result):
-    bench = ModelBench(parse("--precision", precision, "--forms", "module", "--attentions", "local"))
+    bench = ModelBench(parse("--precision", precision, "--implementations", "module", "--attentions", "local"))
     batch = bench.implementations[0].images(2, bench.arguments, bench.device)
     assert batch.dtype == dtype
     assert networks.build(bench.implementations[0], bench.arguments, bench.device)(batch).dtype == result
@@ -151,7 +151,7 @@ def test_the_figure_has_a_bar_for_each_form(content):
 
 
 def test_printed(capsys):
-    options = ["--batches", "2", "--repeats", "1", "--forms", "published,module", "--attentions", "performer"]
+    options = ["--batches", "2", "--repeats", "1", "--implementations", "published,module", "--attentions", "performer"]
     assert benchmark.main([*SMALL, *options]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("t2t_vit_t_7", "published", "module performer", "images/s", "torch"))
@@ -161,10 +161,10 @@ def test_printed(capsys):
     ("device", "options", "names"),
     [
         ("cpu", [], ["published", "module local", "inference local", "timm test_vit"]),
-        ("cpu", ["--no-peers"], ["published", "module local", "inference local"]),
+        ("cpu", ["--implementations", "published,module,inference"], ["published", "module local", "inference local"]),
         (
             "cpu",
-            ["--compile", "--no-peers", "--forms", "published,inference,peer"],
+            ["--compile", "--implementations", "published,inference"],
             ["published", "published, compiled", "inference local", "inference local, compiled"],
         ),
         ("cuda", [], ["published", "module local", "inference local, CUDA graph", "timm test_vit"]),
@@ -180,14 +180,14 @@ def test_printed(capsys):
         ),
     ],
 )
-def test_forms(device, options, names):
+def test_implementations(device, options, names):
     device = torch.device(device)
     arguments = model.with_defaults(parse("--attentions", "local", *options), device)
     assert [each.name for each in networks.choose(arguments, device)] == names
 
 
 @torch.inference_mode()
-def test_compiled_forms_run_through_the_compiler(monkeypatch):
+def test_compiled_implementations_run_through_the_compiler(monkeypatch):
     compile_function, calls = torch.compile, []
 
     def compile_without_compiler(function, **options):
@@ -233,7 +233,7 @@ def fail(monkeypatch, name, error, at=1):
         ("inference local", 3, torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
     ],
 )
-def test_a_form_that_fails_is_listed(name, at, error, reason, monkeypatch, capsys, tmp_path):
+def test_an_implementation_that_fails_is_listed(name, at, error, reason, monkeypatch, capsys, tmp_path):
     fail(monkeypatch, name, error, at)
     content = run(tmp_path, "--attentions", "local", "--batches", "2")
     assert content["skipped"] == [{"name": name, "batch": 2, "reason": reason}]
@@ -247,14 +247,14 @@ def test_a_form_that_fails_is_listed(name, at, error, reason, monkeypatch, capsy
 
 def test_a_reason_is_reported_once_for_all_batches(monkeypatch, capsys):
     fail(monkeypatch, "module local", RuntimeError("no kernel"))
-    options = ["--batches", "2,3", "--repeats", "1", "--forms", "published,module", "--attentions", "local"]
+    options = ["--batches", "2,3", "--repeats", "1", "--implementations", "published,module", "--attentions", "local"]
     assert benchmark.main([*SMALL, *options]) == 0
     assert "module local left out at batch 2, 3: RuntimeError: no kernel." in capsys.readouterr().out
 
 
 def test_nothing_that_could_be_measured(monkeypatch, capsys):
     fail(monkeypatch, "published", RuntimeError("no kernel"))
-    assert benchmark.main([*SMALL, "--forms", "published", "--batches", "2"]) == 1
+    assert benchmark.main([*SMALL, "--implementations", "published", "--batches", "2"]) == 1
     error = "Error: Nothing could be measured. published at batch 2: RuntimeError: no kernel.\n"
     assert capsys.readouterr().err.endswith(error)
 
@@ -264,11 +264,11 @@ def test_an_evaluation_that_fails_is_listed(monkeypatch, tmp_path):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("src.tasks.evaluate.evaluate", evaluate)
-    content = run(tmp_path, "--forms", "module", "--attentions", "local", "--batches", "2", "--end-to-end")
+    content = run(tmp_path, "--implementations", "module", "--attentions", "local", "--batches", "2", "--end-to-end")
     assert content["skipped"] == [{"name": "evaluation local", "batch": 2, "reason": "RuntimeError: a bug"}]
 
 
-INTERRUPTIBLE = [*SMALL, "--forms", "published,module", "--attentions", "local,sblocal", "--repeats", "2"]
+INTERRUPTIBLE = [*SMALL, "--implementations", "published,module", "--attentions", "local,sblocal", "--repeats", "2"]
 INTERRUPTIBLE += ["--batches", "2,3", "--end-to-end"]
 
 
@@ -349,7 +349,7 @@ def test_nothing_is_written_where_nothing_is_complete(number, monkeypatch, tmp_p
 @torch.inference_mode()
 @pytest.mark.parametrize(("kind", "last"), [("module", False), ("inference", True)])
 def test_images_are_laid_out_as_evaluations_have_them(kind, last):
-    bench = ModelBench(parse("--forms", kind, "--attentions", "local"))
+    bench = ModelBench(parse("--implementations", kind, "--attentions", "local"))
     found = bench.implementations[0].images(3, bench.arguments, bench.device)
     assert found.shape == (3, 3, 32, 32)
     assert found.is_contiguous(memory_format=torch.channels_last) is last
@@ -364,7 +364,7 @@ def test_images_are_laid_out_as_evaluations_have_them(kind, last):
     ],
 )
 def test_the_evaluation_has_the_options_of_the_benchmark(options, expected, tmp_path):
-    bench = ModelBench(parse(*options, "--forms", "module", "--attentions", "sblocal"))
+    bench = ModelBench(parse(*options, "--implementations", "module", "--attentions", "sblocal"))
     alone = {"name": "module sblocal, compiled", "attention": "sblocal", "batch": 6}
     config = bench.compose(alone | {"name": "module sblocal"}, 60, tmp_path / "a b.pth", tmp_path)
     for name, value in expected.items():
@@ -383,8 +383,9 @@ def test_the_evaluation_has_the_options_of_the_benchmark(options, expected, tmp_
         (["--variant", "t2t_vit_t_77"], ["t2t_vit_t_77", "t2t_vit_t_7"]),
         (["--variant", "t2t_vit_7"], ["t2t_vit_7", "cannot be swapped", "t2t_vit_t_14"]),
         (["--attentions", "full,sblocl"], ["sblocl", "sblocal"]),
-        (["--forms", "publishd"], ["publishd", "published"]),
-        (["--forms", "peer", "--no-peers"], ["--no-peers", "--forms"]),
+        (["--implementations", "publishd"], ["publishd", "published"]),
+        (["--implementations", "peer"], ["--implementations", "'peer'", "baseline"]),
+        (["--no-peers"], ["--no-peers", "--help"]),
         (["--batches", "2,0"], ["--batches", "'0'"]),
         (["--image-size", "33"], ["image_size=33", "16"]),
         (["--num-classes", "-1"], ["--num-classes", "'-1'"]),
@@ -408,11 +409,11 @@ def test_wrong_options(options, words, capsys):
 @pytest.mark.gpu
 def test_on_cuda(tmp_path):
     options = ["--device", "cuda", "--image-size", "224", "--batches", "8,16", "--attentions", "full,sblocal"]
-    content = run(tmp_path, *options, "--forms", "published,module,inference,peer", "--end-to-end")
+    content = run(tmp_path, *options, "--implementations", "published,module,inference,baseline", "--end-to-end")
     assert content["skipped"] == []
     memory = {(row["name"], row["batch"]): row["peak_memory_mib"] for row in content["results"]}
     assert memory["published", 16] > memory["published", 8] > memory["module full", 8]
-    alone = run(tmp_path, *options, "--forms", "inference", "--attentions", "sblocal")
+    alone = run(tmp_path, *options, "--implementations", "inference", "--attentions", "sblocal")
     for row in alone["results"]:
         assert memory[row["name"], row["batch"]] == pytest.approx(row["peak_memory_mib"], rel=0.1)
     assert all(row["peak_memory_mib"] > 0 for row in content["end_to_end"])

@@ -83,7 +83,7 @@ def test_sizes_are_kept_for_the_growth(times):
 def clustered(tmp_path_factory):
     """Results and tables of attentions whose sizes are neither a window nor features, and of two that have some."""
     output, text = tmp_path_factory.mktemp("clustered") / "times.json", io.StringIO()
-    options = ["--attentions", "full,cluster,pairedcluster,sbpairedcluster,sbcluster,bs-bigbird", "--no-peers"]
+    options = ["--attentions", "full,cluster,pairedcluster,sbpairedcluster,sbcluster,bs-bigbird", "--no-baselines"]
     options += ["--lengths", "64,128", "--passes", "forward", "--repeats", "1", "--memory-fraction", "1/4"]
     with contextlib.redirect_stdout(text):
         assert benchmark.main([*SMALL, *options, "--output", str(output)]) == 0
@@ -111,7 +111,7 @@ def test_sizes_of_any_name_are_reported_and_kept_for_the_growth(clustered):
 def test_the_training_pass_of_every_attention(tmp_path):
     output = tmp_path / "times.json"
     options = ["--attentions", ",".join(ATTENTIONS), "--lengths", "64", "--passes", "training", "--repeats", "1"]
-    assert benchmark.main([*SMALL, *options, "--no-peers", "--output", str(output)]) == 0
+    assert benchmark.main([*SMALL, *options, "--no-baselines", "--output", str(output)]) == 0
     times = read(output)
     assert {row["name"] for row in rows(times, kind="attention")} == set(ATTENTIONS)
     assert times["skipped"] == []
@@ -120,7 +120,7 @@ def test_the_training_pass_of_every_attention(tmp_path):
 def test_growth_only(tmp_path):
     output = tmp_path / "times.json"
     options = ["--lengths", "64,128,256", "--growth-length", "128", "--growth-only", "--passes", "forward"]
-    options += ["--attentions", "full,local,pairedcluster", "--repeats", "1", "--no-peers", "--output", str(output)]
+    options += ["--attentions", "full,local,pairedcluster", "--repeats", "1", "--no-baselines", "--output", str(output)]
     assert benchmark.main([*SMALL, *options]) == 0
     times = read(output)
     names = {length: {row["name"] for row in rows(times, length=length)} for length in (64, 128, 256)}
@@ -184,7 +184,17 @@ def test_memory_of_the_cpu_is_the_peak_of_live_bytes():
 def test_a_batch_for_each_length(tmp_path, capsys):
     output = tmp_path / "results.json"
     options = ["--device", "cpu", "--threads", "1", "--dim", "16", "--attentions", "local", "--passes", "forward"]
-    options += ["--lengths", "128,32,64", "--batch", "4,2,2", "--repeats", "1", "--no-peers", "--output", str(output)]
+    options += [
+        "--lengths",
+        "128,32,64",
+        "--batch",
+        "4,2,2",
+        "--repeats",
+        "1",
+        "--no-baselines",
+        "--output",
+        str(output),
+    ]
     assert benchmark.main(options) == 0
     results = json.loads(output.read_text())
     text = " ".join(capsys.readouterr().out.split())
@@ -274,7 +284,7 @@ def test_the_host_time_of_eager_calls_stands_beside_the_device_time(times, monke
 
 def test_inputs_without_fallback_tiles_have_a_row_of_their_own(tmp_path, capsys, monkeypatch):
     options = [*SMALL, "--attentions", "sblocal,local", "--passes", "forward", "--lengths", "64", "--repeats", "1"]
-    options += ["--no-peers", "--output", str(tmp_path / "times.json"), "--figure", str(tmp_path / "times.png")]
+    options += ["--no-baselines", "--output", str(tmp_path / "times.json"), "--figure", str(tmp_path / "times.png")]
     bench = AttentionBench(benchmark.build_parser().parse_args(options))
     counts = {float(bench.inputs(64, seed)[0][0, 0, 0, 0]): count for seed, count in enumerate((2, 1, 0))}
     assert len(counts) == 3, "each seed gives others"
@@ -324,12 +334,12 @@ def test_large_matrices_are_left_out_and_named(tmp_path, capsys, monkeypatch):
 
 def test_fewer_baselines_and_half_precision(tmp_path):
     output = tmp_path / "times.json"
-    options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--no-peers", "--dtype", "bfloat16"]
+    options = ["--lengths", "64", "--repeats", "1", "--passes", "forward", "--no-baselines", "--dtype", "bfloat16"]
     assert benchmark.main([*SMALL, *options, "--output", str(output)]) == 0
     assert {row["name"] for row in read(output)["results"]} == {"SDPA", *COMPARED}
 
 
-INTERRUPTIBLE = [*SMALL, "--lengths", "32,64", "--attentions", "local", "--repeats", "1", "--no-peers"]
+INTERRUPTIBLE = [*SMALL, "--lengths", "32,64", "--attentions", "local", "--repeats", "1", "--no-baselines"]
 
 
 def stop_at(monkeypatch, measurement, number, folder):
@@ -439,7 +449,7 @@ def test_on_cuda_each_length_is_measured_on_its_own():
 
 def test_colours_are_those_of_all_figures():
     for name, value in ATTENTION_COLOURS.items():
-        for like in ("{}", "{} as at 3136", "{}, no fallback", "published form of {}"):
+        for like in ("{}", "{} as at 3136", "{}, no fallback", "published {}"):
             assert attention_report.colour(like.format(name)) == value
     assert attention_report.colour("fast-transformers local") == ATTENTION_COLOURS["local"]
     others = [attention_report.colour(name) for name in ("SDPA", "SDPA flash", "softmax written out")]

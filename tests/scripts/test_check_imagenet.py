@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from scripts import check_imagenet
+from src.datamodules import check as module
 from tests.src.datamodules import format_files as files
 from tests.src.datamodules.setup import encoded
 
@@ -102,6 +103,35 @@ def test_labels_in_a_wrong_order(check, tmp_path, shift):
     assert status == shift
     assert reports["val"]["labels"]["agreement_with_real"] == 1 - shift
     assert reports["val"]["wrong"] == ["labels in a wrong order: 0% agree with the ReaL labels"] * shift
+
+
+@pytest.mark.parametrize(
+    ("number", "agreeing", "wrong"), [(14, 8, False), (14, 3, True), (8, 0, True), (5, 0, False), (1000, 550, True)]
+)
+def test_few_labels_are_called_wrong_only_beyond_chance(number, agreeing, wrong):
+    labels = {"compared_with_real": number, "agreement_with_real": agreeing / number}
+    assert module.in_wrong_order(labels) == wrong
+
+
+def test_few_labels_are_not_called_right(check, tmp_path, capsys):
+    files.class_folders(tmp_path, "val")
+    assert check(tmp_path, "--subset")[0] == 0
+    assert "100.0% of 8 (too few to judge)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_messages_name_the_options_of_the_tool(check, tmp_path, capsys):
+    for number, name in enumerate(["n01440764", "n01443537", "n99999999"]):
+        files.write(tmp_path / "val" / name / f"{number}.png", encoded("PNG"))
+    assert check(tmp_path)[0] == 1
+    message = capsys.readouterr().err
+    assert message.endswith("For a model trained on exactly these classes, set --num-classes 3 --labels own\n")
+    assert check(tmp_path, "--num-classes", 3, "--labels", "own", "--class-order", "natural")[0] == 0
+    for arguments in (["--num-classes", 4], ["--split", "test"], ["--class-order", "x"]):
+        assert check(tmp_path, *arguments)[0] == 1
+        message = capsys.readouterr().err
+        assert "--" in message
+        assert "datamodule" not in message
+        assert "model." not in message
 
 
 def test_labels_that_contradict_names(check, tmp_path):

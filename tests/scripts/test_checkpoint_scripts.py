@@ -130,6 +130,7 @@ def test_random_checkpoint_is_in_the_published_format_and_loads(tmp_path, capsys
     assert make_random.main(["tiny_t", "--num-classes", "3", "--image-size", "48", "--output", str(output)]) == 0
     out = capsys.readouterr().out
     assert "accuracy means nothing" in out
+    assert "variant       tiny_t\n" in out
     assert sha256(output) in out
     stored = torch.load(output, weights_only=True)
     assert list(stored) == ["state_dict_ema"]

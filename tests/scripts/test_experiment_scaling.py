@@ -42,7 +42,7 @@ def content(device="cpu", batches=(1, 1, 1, 1), laws=LAWS):
         for name, time in times.items():
             options = (times["SDPA"], batch, device == "cuda")
             if name == "SDPA":
-                rows.append(row(name, "peer", length, time, *options, {}))
+                rows.append(row(name, "baseline", length, time, *options, {}))
                 continue
             if length == GROWTH:
                 rows.append(row(name, "attention", length, time, *options, SIZES[name]))
@@ -203,7 +203,7 @@ def test_of_the_attentions_those_that_are_asked_for(write, capsys):
 
 def test_reads_what_the_benchmark_writes(tmp_path, capsys):
     output = tmp_path / "times.json"
-    options = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2", "--no-peers", "--repeats", "1"]
+    options = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2", "--no-baselines", "--repeats", "1"]
     options += ["--lengths", "64,128", "--passes", "forward", "--attentions", "full,local,pairedcluster"]
     assert benchmark.main([*options, "--growth-length", "128", "--output", str(output)]) == 0
     names = ("full", "local", "pairedcluster")

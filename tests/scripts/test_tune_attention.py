@@ -193,7 +193,7 @@ def test_whole_run(stand_ins, capsys):
     [
         (
             RuntimeError("CUDA error: an illegal memory access\nmore"),
-            "broken off at {}: CUDA error",
+            "stopped at {}: CUDA error",
         ),
         (KeyboardInterrupt, "interrupted"),
     ],

@@ -25,7 +25,7 @@ import math
 import torch
 
 from scatterbrain.errors import UserError, did_you_mean
-from scatterbrain.ops.common.inputs import length_mask, query_lengths
+from scatterbrain.ops.common.inputs import query_lengths, visible_keys
 from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast
 
 CENTRES = ("none", "keys", "both")
@@ -72,6 +72,7 @@ def centre_and_balance(
     centre: str = "none",
     balance: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys of the same softmax attention whose random features have less variance.
 
@@ -93,15 +94,16 @@ def centre_and_balance(
     further parameters. M is P's Cholesky factor, and a constant for autograd: the estimate is unbiased for any M.
     Gradients flow through the means.
 
-    Statistics are taken over the keys j < key_lengths[b], and, where there are as many queries as keys, over the
-    queries i < key_lengths[b], else over all queries.
+    Statistics are taken over the visible keys, and, where there are as many queries as keys, over the queries at their
+    positions, else over all queries.
 
     Args:
         query: (B, H, T, E).
         key: (B, H, S, E).
         centre: `none`, `keys` or `both`.
         balance: compute M; without it, M is the identity.
-        key_lengths: (B,) integers, None for all keys.
+        key_lengths: (B,) integers; the keys j >= key_lengths[b] are hidden. None hides none.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
 
     Returns:
         Queries and keys of the same shapes and dtypes.
@@ -113,14 +115,15 @@ def centre_and_balance(
     if centre == "none" and not balance:
         return query, key
     dtype = query.dtype
-    lengths = query_lengths(query, key, key_lengths)
+    key_mask = visible_keys(key_lengths, attn_mask, key.shape[2])
+    query_mask = query_lengths(query, key, key_mask)
     with no_autocast(query):
         q, k = (x.to(accumulation_dtype(dtype)) for x in (query, key))
-        key_mean = torch.zeros_like(k[:, :, :1]) if centre == "none" else _visible_mean(k, key_lengths)
-        query_mean = _visible_mean(q, lengths) if centre == "both" else torch.zeros_like(q[:, :, :1])
+        key_mean = torch.zeros_like(k[:, :, :1]) if centre == "none" else _visible_mean(k, key_mask)
+        query_mean = _visible_mean(q, query_mask) if centre == "both" else torch.zeros_like(q[:, :, :1])
         k = k - key_mean
         if balance:
-            moments = _second_moment(q - query_mean, lengths), _second_moment(k, key_lengths)
+            moments = _second_moment(q - query_mean, query_mask), _second_moment(k, key_mask)
             matrix, inverse = (x.to(q.dtype) for x in balancing(*moments))
             q, k, query_mean = q @ matrix, k @ inverse, query_mean @ matrix
         k = k - query_mean
@@ -165,22 +168,21 @@ def balancing(query_moment: torch.Tensor, key_moment: torch.Tensor) -> tuple[tor
     return matrix * size, inverse / size
 
 
-def _second_moment(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Mean of x x^T over the tokens of x (B, H, N, E) below `lengths` (B,): (B, H, E, E)."""
+def _second_moment(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of x x^T over the tokens of x (B, H, N, E) that `mask` (B, N) shows: (B, H, E, E)."""
     x = x.detach()
-    if lengths is None:
+    if mask is None:
         return x.transpose(-2, -1) @ x / x.shape[2]
-    x = x.masked_fill(~length_mask(lengths, x.shape[2])[:, None, :, None], 0.0)
-    return x.transpose(-2, -1) @ x / _count(x, lengths)
+    x = x.masked_fill(~mask[:, None, :, None], 0.0)
+    return x.transpose(-2, -1) @ x / _count(x, mask)
 
 
-def _visible_mean(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Mean of x (B, H, N, E) over the tokens below `lengths` (B,): (B, H, 1, E), zero over none."""
-    if lengths is None:
+def _visible_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of x (B, H, N, E) over the tokens that `mask` (B, N) shows: (B, H, 1, E), zero over none."""
+    if mask is None:
         return x.mean(2, keepdim=True)
-    hidden = ~length_mask(lengths, x.shape[2])[:, None, :, None]
-    return x.masked_fill(hidden, 0.0).sum(2, keepdim=True) / _count(x, lengths)
+    return x.masked_fill(~mask[:, None, :, None], 0.0).sum(2, keepdim=True) / _count(x, mask)
 
 
-def _count(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    return lengths.clamp(1, x.shape[2]).to(x.dtype)[:, None, None, None]
+def _count(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return mask.sum(1).clamp_min(1).to(x.dtype)[:, None, None, None]

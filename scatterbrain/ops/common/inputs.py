@@ -37,6 +37,7 @@ def check_inputs(
     value: torch.Tensor,
     key_lengths: torch.Tensor | Sequence[int] | None = None,
     projection: torch.Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Query, key, value and lengths of an operator, checked and converted.
 
@@ -48,6 +49,8 @@ def check_inputs(
         value: (B, H, S, D).
         key_lengths: (B,) integers, a tensor or a list; None for all keys.
         projection: random projections (R, E), None for an operator without.
+        enable_gqa: key and value may have fewer heads, whose number divides H. Each is repeated for H / Hkv consecutive
+            heads of the queries.
 
     Returns:
         Query, key and value of one dtype, and the lengths as a tensor on their device, or None.
@@ -71,10 +74,16 @@ def check_inputs(
                 "convert them to one dtype and device."
             )
     batch, heads, _, width = query.shape
-    if key.shape[:2] != (batch, heads) or key.shape[3] != width:
-        raise UserError(f"key {tuple(key.shape)} has to be (B, H, S, E) with B, H, E of query {tuple(query.shape)}.")
+    divides = 0 < key.shape[1] < heads and heads % key.shape[1] == 0
+    if key.shape[0] != batch or key.shape[3] != width or not (key.shape[1] == heads or (divides and enable_gqa)):
+        hint = " enable_gqa=True takes heads of key and value whose number divides H." if key.shape[1] != heads else ""
+        raise UserError(
+            f"key {tuple(key.shape)} has to be (B, H, S, E) with B, H, E of query {tuple(query.shape)}.{hint}"
+        )
     if value.shape[:3] != key.shape[:3]:
         raise UserError(f"value {tuple(value.shape)} has to be (B, H, S, D) with B, H, S of key {tuple(key.shape)}.")
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     # a batch may be empty
     if min(query.shape[1:]) < 1 or min(key.shape[1:]) < 1 or value.shape[3] < 1:
         raise UserError(f"query {tuple(query.shape)}, key or value {tuple(value.shape)} is empty.")
@@ -98,6 +107,30 @@ def check_inputs(
             f"{tuple(projection.shape)}."
         )
     return query, key, value, None if key_lengths is None else key_lengths.to(query.device)
+
+
+def check_attn_mask(attn_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask of the keys as boolean (B, S) on the device of the keys, or None.
+
+    Args:
+        attn_mask: boolean (B, S) or (B, 1, 1, S), true for the keys that take part; None for all.
+        key: (B, H, S, E).
+
+    Raises:
+        UserError: another type, dtype or shape, such as an additive mask, or one that differs by query or head.
+    """
+    if attn_mask is None:
+        return None
+    check_tensors(attn_mask=attn_mask)
+    batch, _, num_keys, _ = key.shape
+    if attn_mask.dtype != torch.bool or attn_mask.shape not in ((batch, num_keys), (batch, 1, 1, num_keys)):
+        raise UserError(
+            f"attn_mask has to be boolean of shape ({batch}, {num_keys}) or ({batch}, 1, 1, {num_keys}), true for the "
+            f"keys that take part, got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}. Convert a mask of 0 and 1 "
+            "by mask.bool(), an additive one of 0 and -inf by mask == 0. is_causal hides later keys. For other biases, "
+            "and masks that differ by query or head, call torch.nn.functional.scaled_dot_product_attention."
+        )
+    return attn_mask.reshape(batch, num_keys).to(key.device)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -145,8 +178,18 @@ def length_mask(key_lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
     return torch.arange(num_keys, device=key_lengths.device) < key_lengths[:, None]
 
 
+def visible_keys(
+    key_lengths: torch.Tensor | None, attn_mask: torch.Tensor | None, num_keys: int
+) -> torch.Tensor | None:
+    """Boolean (B, S), true for the keys that neither lengths (B,) nor mask (B, S) hide; None without both."""
+    if key_lengths is None:
+        return attn_mask
+    mask = length_mask(key_lengths, num_keys)
+    return mask if attn_mask is None else mask & attn_mask
+
+
 def query_lengths(query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> torch.Tensor | None:
-    """Lengths of the queries of self-attention, whose padding must not influence other queries; None for others."""
+    """Lengths, or mask, of the queries of self-attention, whose padding must not influence others; else None."""
     return key_lengths if query.shape[2] == key.shape[2] else None
 
 
@@ -181,12 +224,14 @@ def visible_rows(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
     window: int | None = None,
+    attn_mask: torch.Tensor | None = None,
 ) -> VisibleRows:
     """Queries, keys and values in which hidden rows are zero, so that they have no influence, whatever they hold.
 
-    A weight of zero does not hide a row: 0 * nan is nan, in sums and in gradients. Keys and values beyond `key_lengths`
-    become zero. So do rows that are not finite where only some queries see them: queries, and with `is_causal` keys and
-    values. `VisibleRows.mark` then sets the outputs that depend on them to nan. Without a mask nothing changes.
+    A weight of zero does not hide a row: 0 * nan is nan, in sums and in gradients. Keys and values that `key_lengths`
+    or `attn_mask` hide become zero. So do rows that are not finite where only some queries see them: queries, and with
+    `is_causal` keys and values. `VisibleRows.mark` then sets the outputs that depend on them to nan. Without a mask
+    nothing changes.
 
     Args:
         query: (B, H, T, E).
@@ -196,11 +241,13 @@ def visible_rows(
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         window: width W of the window that all visible keys lie in; None for none.
+        attn_mask: boolean (B, S), false for hidden keys.
     """
-    if not is_causal and key_lengths is None:
+    mask = visible_keys(key_lengths, attn_mask, key.shape[2])
+    if not is_causal and mask is None:
         return VisibleRows(query, key, value, None)
-    if key_lengths is not None:
-        hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None]
+    if mask is not None:
+        hidden = ~mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     largest_norm = LARGEST_NORM / math.sqrt(scale)
     broken = ~_is_bounded(query, 2, largest_norm)

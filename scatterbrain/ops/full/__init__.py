@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
+from scatterbrain.ops.common.inputs import (
+    check_attn_mask,
+    check_dropout,
+    check_inputs,
+    default_scale,
+    empty_output,
+    visible_rows,
+)
 from scatterbrain.ops.full.naive import naive_full_attention
 from scatterbrain.ops.full.sdpa import sdpa_full_attention
 
@@ -20,7 +27,9 @@ def full_attention(
     scale: float | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Output (B, H, T, D) of softmax attention over all keys.
@@ -32,7 +41,9 @@ def full_attention(
         scale: softmax scale; None is E ** -0.5.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         dropout_p: probability of dropping a weight (ignored by `naive`).
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
         backend: `naive` (dense, float64), `torch` (scaled_dot_product_attention), or `auto`, which is `torch`.
 
     Returns:
@@ -41,13 +52,14 @@ def full_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+    attn_mask = check_attn_mask(attn_mask, key)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
     if query.shape[0] == 0:
         return empty_output(query, key, value)
     if backend == "naive":
-        return naive_full_attention(query, key, value, scale, is_causal, key_lengths)[0].to(query.dtype)
-    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
-    return rows.mark(sdpa_full_attention(*rows[:3], scale, is_causal, key_lengths, dropout_p))[0]
+        return naive_full_attention(query, key, value, scale, is_causal, key_lengths, attn_mask)[0].to(query.dtype)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
+    return rows.mark(sdpa_full_attention(*rows[:3], scale, is_causal, key_lengths, attn_mask, dropout_p))[0]

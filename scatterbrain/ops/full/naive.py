@@ -16,6 +16,7 @@ def naive_full_attention(
     scale: float,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) and attention weights (B, H, T, S) of softmax attention, both float64.
 
@@ -26,15 +27,18 @@ def naive_full_attention(
         scale: softmax scale s.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
     """
     query, key, value = (x.double() for x in (query, key, value))
-    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
     query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     visible = (j <= i) if is_causal else torch.ones(len(i), len(j), dtype=torch.bool, device=query.device)  # [T, S]
     if key_lengths is not None:
         visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
+    if attn_mask is not None:
+        visible = visible & attn_mask[:, None, None, :]  # [B, 1, T, S]
     logits = (scale * query @ key.transpose(-2, -1)).masked_fill(~visible, -math.inf)
     weights = logits.softmax(-1).masked_fill(~visible, 0.0)  # zero, not nan, for a query that sees no key
     return rows.mark(weights @ value, weights)

@@ -24,6 +24,7 @@ def naive_performer_attention(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
     eps: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) and attention weights (B, H, T, S) of Performer attention, both float64.
 
@@ -36,15 +37,18 @@ def naive_performer_attention(
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
         eps: added to the normaliser.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
     """
     query, key, value, projection = (x.double() for x in (query, key, value, projection))
-    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
     query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     visible = (j <= i) if is_causal else torch.ones(len(i), len(j), dtype=torch.bool, device=query.device)  # [T, S]
     if key_lengths is not None:
         visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
+    if attn_mask is not None:
+        visible = visible & attn_mask[:, None, None, :]  # [B, 1, T, S]
 
     # the logarithm of phi: features span hundreds of decades
     scaled = math.sqrt(scale) * projection

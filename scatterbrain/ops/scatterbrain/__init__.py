@@ -6,6 +6,7 @@ import torch
 
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import (
+    check_attn_mask,
     check_dropout,
     check_inputs,
     check_window,
@@ -30,7 +31,9 @@ def scatterbrain_attention(
     scale: float | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with weights exp(s q.k) in a local window and phi(q).phi(k) outside it.
@@ -49,8 +52,10 @@ def scatterbrain_attention(
         scale: softmax scale s; None is E ** -0.5.
         is_causal: hide the keys j > i, inside and outside the window.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         dropout_p: probability of dropping a weight (ignored by `naive`), see
             `scatterbrain.ops.scatterbrain.blocked.blocked_attention`.
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
         backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
             `scatterbrain.ops.scatterbrain.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
@@ -60,20 +65,22 @@ def scatterbrain_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection, enable_gqa)
+    attn_mask = check_attn_mask(attn_mask, key)
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     backend = choose_backend(
         backend,
         PYTORCH_AND_TRITON,
-        unsupported=fused.unsupported(query, value, projection, cosh=True, dropout_p=dropout_p),
+        unsupported=fused.unsupported(query, value, projection, cosh=True, dropout_p=dropout_p, attn_mask=attn_mask),
         prefer_kernels=fused.is_fast(query, value, projection, cosh=True),
     )
     if query.shape[0] == 0:
         return empty_output(query, key, value)
     if backend == "naive":
-        out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, is_causal, key_lengths)
+        masks = {"is_causal": is_causal, "key_lengths": key_lengths, "attn_mask": attn_mask}
+        out, _ = naive_scatterbrain_attention(query, key, value, projection, window, scale, **masks)
         return out.to(query.dtype)
     options = {
         "scale": scale,
@@ -84,5 +91,5 @@ def scatterbrain_attention(
     }
     if backend == "triton":
         return fused.attention(query, key, value, window, **options)
-    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
-    return rows.mark(blocked_attention(*rows[:3], window, dropout_p=dropout_p, **options))[0]
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
+    return rows.mark(blocked_attention(*rows[:3], window, attn_mask=attn_mask, dropout_p=dropout_p, **options))[0]

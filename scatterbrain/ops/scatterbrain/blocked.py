@@ -1,11 +1,11 @@
 """Window and low-rank attention by blocks of queries, in plain PyTorch: linear in time and memory.
 
-Queries are cut into blocks of C. For each block the keys have three parts (W = window, `reach` = W // 2):
+Queries are cut into blocks of C. For each block the keys have three parts (W = window, `left` = W // 2):
 
-    keys    ...........|<------------ stretch, L keys ------------>|..........
-            prefix     start of the block - reach                             suffix
+    keys    ...........|<------------- span, L keys -------------->|..........
+            prefix     start of the block - left                              suffix
 
-- for the *stretch*, C + W - 1 keys rounded up to whole blocks, the weights of all pairs (i, j) are computed: exp(s q.k)
+- for the *span*, C + W - 1 keys rounded up to whole blocks, the weights of all pairs (i, j) are computed: exp(s q.k)
   inside the window, phi(q).phi(k) outside it;
 - *prefix* and *suffix* enter only through their sums of phi(k) and phi(k) v^T, one (M, D) matrix for each block.
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.features import log_softmax_features
-from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     FLOOR,
     MAXIMUM_SLACK,
@@ -42,9 +42,9 @@ class _Layout:
     """Cut of (B, H, N, width) tensors into blocks.
 
     The G = B * H sequences are concatenated as rows, `num_blocks` blocks of `block` rows each. Keys are shifted back by
-    `reach` rows against the queries, so the stretch of block b is the key blocks b to b + side, and the stretches of
-    all blocks are one strided view, without copies. Every sequence ends in `side` blocks without queries, so that no
-    stretch that is used reaches into the next sequence.
+    `left` rows against the queries, so the span of block b is the key blocks b to b + num_extra, and the spans of all
+    blocks are one strided view, without copies. Every sequence ends in `num_extra` blocks without queries, so that no
+    span that is used reaches into the next sequence.
     """
 
     groups: int
@@ -52,30 +52,30 @@ class _Layout:
     num_keys: int
     window: int
     block: int
-    side: int
+    num_extra: int
     num_blocks: int
     slice_size: int
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, window: int) -> _Layout:
-        span = max(window - 1, 0)
-        # Blocks as long as the window's span compute the fewest unused pairs: the stretch is twice the block. Above 64
+        num_others = max(window - 1, 0)
+        # Blocks as long as the window compute the fewest unused pairs: the span is twice the block. Above 64
         # the tiles exceed the cache, below 16 the products are too small.
-        side = -(-span // 64)
-        block = 64 if side == 0 else max(16, -(-span // (side * 8)) * 8)
+        num_extra = -(-num_others // 64)
+        block = 64 if num_extra == 0 else max(16, -(-num_others // (num_extra * 8)) * 8)
         batch, heads, length, _ = query.shape
         num_keys = key.shape[2]
         query_blocks, key_blocks = -(-length // block), -(-(num_keys + window_bounds(window)[0]) // block)
-        slice_size = max(1, tile_budget(query) // (block * block * (1 + side)))
-        num_blocks = max(query_blocks + side, key_blocks)
-        return cls(batch * heads, length, num_keys, window, block, side, num_blocks, slice_size)
+        slice_size = max(1, tile_budget(query) // (block * block * (1 + num_extra)))
+        num_blocks = max(query_blocks + num_extra, key_blocks)
+        return cls(batch * heads, length, num_keys, window, block, num_extra, num_blocks, slice_size)
 
     @property
-    def stretch(self) -> int:
-        return self.block * (1 + self.side)
+    def span(self) -> int:
+        return self.block * (1 + self.num_extra)
 
     @property
-    def reach(self) -> int:
+    def left(self) -> int:
         return window_bounds(self.window)[0]
 
     def rows(self, x: torch.Tensor, offset: int, fill: float | None = 0.0, with_ones: bool = False) -> torch.Tensor:
@@ -106,19 +106,19 @@ class _Layout:
         return rows.view(self.groups, -1, rows.shape[-1])
 
     def slices_of_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Slices of bounded size of the blocks, without the last `side` blocks, whose stretch would be incomplete.
+        """Slices of bounded size of the blocks, without the last `num_extra` blocks, whose span would be incomplete.
 
         One split: the gradient of every `x[a:b]` would be as large as `x`, quadratic in total.
         """
-        return split_rows(blocks[: blocks.shape[0] - self.side], self.slice_size)
+        return split_rows(blocks[: blocks.shape[0] - self.num_extra], self.slice_size)
 
-    def slices_of_stretches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Stretches of the same slices, transposed: views (slice, width, L)."""
-        return split_rows(rows.unfold(0, self.stretch, self.block), self.slice_size)
+    def slices_of_spans(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Spans of the same slices, transposed: views (slice, width, L)."""
+        return split_rows(rows.unfold(0, self.span, self.block), self.slice_size)
 
     def restore(self, outputs: list[torch.Tensor], batch: int) -> torch.Tensor:
         """Output (B, H, T, D) of slices of blocks (slice, C, D)."""
-        left_out = outputs[0].new_zeros(self.side, *outputs[0].shape[1:])
+        left_out = outputs[0].new_zeros(self.num_extra, *outputs[0].shape[1:])
         x = torch.cat([*outputs, left_out])
         return x.view(batch, -1, self.num_blocks * self.block, x.shape[-1])[:, :, : self.length]
 
@@ -139,11 +139,11 @@ class _TileMasks:
 
     @classmethod
     def of(cls, layout: _Layout, like: torch.Tensor, is_causal: bool) -> _TileMasks:
-        # position of key column l relative to query row c is l - reach - c
+        # position of key column l relative to query row c is l - left - c
         row = torch.arange(layout.block, device=like.device)[:, None]
-        distance = torch.arange(layout.stretch, device=like.device) - row
+        distance = torch.arange(layout.span, device=like.device) - row
         in_window = (distance >= 0) & (distance < layout.window)
-        return cls(in_window, (~in_window).to(like.dtype), distance > layout.reach if is_causal else None)
+        return cls(in_window, (~in_window).to(like.dtype), distance > layout.left if is_causal else None)
 
     def window_bias(self) -> torch.Tensor:
         """0 for the visible keys of the window, -inf elsewhere: (C, L)."""
@@ -163,6 +163,7 @@ def blocked_attention(
     log_features: tuple[torch.Tensor, torch.Tensor] | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with exact weights in a window and weights phi(q).phi(k) outside it.
@@ -180,6 +181,7 @@ def blocked_attention(
             maximum of that feature over all keys may exceed the query's largest weight by at most exp(`MAXIMUM_SLACK`).
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S), false for hidden keys.
         dropout_p: probability of dropping a weight. In prefix and suffix, whose weights are never formed, pairs of key
             and feature are dropped, the same for all queries of a head.
 
@@ -188,9 +190,10 @@ def blocked_attention(
     """
     # A window of twice the sequence holds every key; tiles grow with its width.
     window = at_most(window, 2 * max(query.shape[2], key.shape[2]))
+    key_mask = visible_keys(key_lengths, attn_mask, key.shape[2])
     with no_autocast(query):
         return _blocked(
-            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_lengths, dropout_p
+            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_mask, dropout_p
         )
 
 
@@ -204,7 +207,7 @@ def _blocked(
     cosh: bool,
     log_features: tuple[torch.Tensor, torch.Tensor] | None,
     is_causal: bool,
-    key_lengths: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
     layout = _Layout.of(query, key, window)
@@ -214,16 +217,15 @@ def _blocked(
 
     # 0 for visible keys, -inf for padding
     key_bias = key.new_zeros(batch, query.shape[1], layout.num_keys, 1)
-    if key_lengths is not None:
-        hidden = ~length_mask(key_lengths, layout.num_keys)[:, None, :, None]
-        key_bias = key_bias.masked_fill(hidden, -math.inf)
+    if key_mask is not None:
+        key_bias = key_bias.masked_fill(~key_mask[:, None, :, None], -math.inf)
     query_rows = layout.rows(query, 0)
     # Beyond either end the nearest key is repeated, see `needs_bias`.
-    key_rows = layout.rows(key, layout.reach, fill=None)
-    bias_rows = layout.rows(key_bias, layout.reach, fill=-math.inf)
+    key_rows = layout.rows(key, layout.left, fill=None)
+    bias_rows = layout.rows(key_bias, layout.left, fill=-math.inf)
     # The column of ones makes the normaliser one more column of each product with the values. It is zero where there is
     # no key.
-    value_rows = layout.rows(value, layout.reach, with_ones=True)
+    value_rows = layout.rows(value, layout.left, with_ones=True)
 
     low_rank = None
     if projection is not None:
@@ -238,18 +240,19 @@ def _blocked(
         low_rank_class = _PerKeyMaximum if is_causal else _SharedMaximum
         log_query, log_key = (x.to(query.dtype) for x in log_features)
         log_query = layout.rows(log_query, 0)
-        log_key = layout.rows(log_key, layout.reach).add_(bias_rows)
+        log_key = layout.rows(log_key, layout.left).add_(bias_rows)
         low_rank = low_rank_class(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
 
     query_slices = layout.slices_of_blocks(layout.blocks(query_rows))
-    key_slices = layout.slices_of_stretches(key_rows)
-    bias_slices = layout.slices_of_stretches(bias_rows)
-    value_slices = layout.slices_of_stretches(value_rows)
-    blind_slices = layout.slices_of_blocks(_blind_queries(layout, query.device, key_lengths, low_rank is not None))
+    key_slices = layout.slices_of_spans(key_rows)
+    bias_slices = layout.slices_of_spans(bias_rows)
+    value_slices = layout.slices_of_spans(value_rows)
+    masked = _fully_masked_queries(layout, query, key_mask, is_causal, low_rank is not None)
+    fully_masked = layout.slices_of_blocks(masked)
     window_bias = masks.window_bias()
     # Not needed where a window holds no padding, other than keys beyond the ends: such a window holds the last key too,
     # so copies of it do not change the maximum, and their values and ones are zero.
-    needs_bias = key_lengths is not None or layout.length > layout.num_keys
+    needs_bias = key_mask is not None or layout.length > layout.num_keys
 
     outputs = []
     for index, query_slice in enumerate(query_slices):
@@ -271,27 +274,33 @@ def _blocked(
             kept = kept if outside is None else kept + outside
         sums = torch.bmm(weights, values) if outside is None else outside.baddbmm_(weights, values)
         # 0 / 1 in place of 0 / 0 for queries that see no key: the output is zero, and so are the gradients
-        normaliser = sums[..., -1:].masked_fill(blind_slices[index], 1.0)
+        normaliser = sums[..., -1:].masked_fill(fully_masked[index], 1.0)
         outputs.append((kept if dropout_p > 0 else sums)[..., :-1] / normaliser)
     return layout.restore(outputs, batch).to(dtype)
 
 
-def _blind_queries(
-    layout: _Layout, device: torch.device, key_lengths: torch.Tensor | None, has_low_rank: bool
+def _fully_masked_queries(
+    layout: _Layout, query: torch.Tensor, key_mask: torch.Tensor | None, is_causal: bool, has_low_rank: bool
 ) -> torch.Tensor:
     """Boolean (G * num_blocks, C, 1), true for queries that see no key and for rows between sequences.
 
     Computed from the masks, not from a zero normaliser: a normaliser that is zero for any other reason should give nan,
     not a result.
     """
-    position = torch.arange(layout.num_blocks * layout.block, device=device)
-    first = torch.zeros_like(position) if has_low_rank else (position - layout.reach).clamp_min_(0)
-    if key_lengths is None:
-        lengths = torch.full((layout.groups, 1), layout.num_keys, device=device)
-    else:
-        lengths = key_lengths.repeat_interleave(layout.groups // key_lengths.shape[0])[:, None]
-    blind = (first >= lengths) | (position >= layout.length)
-    return blind.view(-1, layout.block, 1)
+    position = torch.arange(layout.num_blocks * layout.block, device=query.device)
+    # a query looks at the keys first <= j < end
+    first, end = position - layout.left, position - layout.left + layout.window
+    if has_low_rank:
+        first, end = torch.zeros_like(first), torch.full_like(end, layout.num_keys)
+    if is_causal:
+        end = end.minimum(position + 1)
+    if key_mask is None:
+        key_mask = torch.ones(1, layout.num_keys, dtype=torch.bool, device=query.device)
+    # number of visible keys before each position
+    before = F.pad(key_mask.long().cumsum(1), (1, 0))
+    first, end = (x.clamp(0, layout.num_keys) for x in (first, end))
+    masked = (before[:, end] <= before[:, first]) | (position >= layout.length)
+    return masked[:, None].expand(*query.shape[:2], -1).reshape(-1, layout.block, 1)
 
 
 # Random projections w ~ N(0, I_E) have |w|^2 ~ E +- sqrt(2 E): up to this width below the 294 of MAXIMUM_SLACK.
@@ -330,7 +339,7 @@ class _SharedMaximum:
         # in place where autograd allows it: allocation costs more than the arithmetic
         key_rows = layout.by_group(log_key).sub_(maximum).exp_().view(-1, num_features)
         query_rows = layout.by_group(log_query).add_(maximum).view(-1, num_features)
-        self.keys = layout.slices_of_stretches(key_rows)
+        self.keys = layout.slices_of_spans(key_rows)
         self.log_queries = layout.slices_of_blocks(layout.blocks(query_rows))
         sums = _block_sums(layout, layout.blocks(key_rows), value_blocks, dropout_p)
         self.sums = layout.slices_of_blocks(_outside(layout, sums).flatten(0, 1))
@@ -379,8 +388,8 @@ class _PerKeyMaximum:
         self.query_max = layout.slices_of_blocks(query_max)
         self.queries = layout.slices_of_blocks((log_query_blocks - query_max).double().exp())
         key_max = log_key.detach().amax(-1, keepdim=True)
-        self.key_max = layout.slices_of_stretches(key_max)
-        self.keys = layout.slices_of_stretches((log_key - key_max.clamp_min(FLOOR)).double().exp())
+        self.key_max = layout.slices_of_spans(key_max)
+        self.keys = layout.slices_of_spans((log_key - key_max.clamp_min(FLOOR)).double().exp())
 
     def __call__(self, index: int, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights of a slice of tiles, and the sums over everything outside them."""
@@ -418,14 +427,14 @@ _RUNNING_SUM_GROUP = 16
 
 
 def _outside(layout: _Layout, sums: torch.Tensor) -> torch.Tensor:
-    """Sums (G, num_blocks, M, D) over prefix and suffix of each block: all key blocks but b to b + side."""
-    flat, side = sums.flatten(2), layout.side
+    """Sums (G, num_blocks, M, D) over prefix and suffix of each block: all key blocks but b to b + num_extra."""
+    flat, num_extra = sums.flatten(2), layout.num_extra
     if layout.num_blocks <= _MAX_BLOCKS_OF_ONE_PRODUCT:
         ones = sums.new_ones(layout.num_blocks, layout.num_blocks)
-        return ((ones.tril(-1) + ones.triu(1 + side)) @ flat).view_as(sums)
-    # the suffix of block b is what comes after block b + side
-    suffix = _running_sum(flat, after=True)[:, side:]
-    return (_running_sum(flat) + F.pad(suffix, (0, 0, 0, side))).view_as(sums)
+        return ((ones.tril(-1) + ones.triu(1 + num_extra)) @ flat).view_as(sums)
+    # the suffix of block b is what comes after block b + num_extra
+    suffix = _running_sum(flat, after=True)[:, num_extra:]
+    return (_running_sum(flat) + F.pad(suffix, (0, 0, 0, num_extra))).view_as(sums)
 
 
 def _running_sum(x: torch.Tensor, after: bool = False) -> torch.Tensor:
@@ -462,12 +471,12 @@ def _log_space_outside(
         Logarithms of the maxima (G, num_blocks, M) and sums relative to them (G, num_blocks, M, D).
     """
     maximum, prefix = _exclusive_running_sum(log_max, state)
-    beyond = 1 + layout.side
+    beyond = 1 + layout.num_extra
     if is_causal or layout.num_blocks <= beyond:
         return maximum, prefix
-    # the suffix of block b is the exclusive running sum, from the back, at block b + side
+    # the suffix of block b is the exclusive running sum, from the back, at block b + num_extra
     suffix_max, suffix = (x.flip(1) for x in _exclusive_running_sum(log_max.flip(1), state.flip(1)))
-    shift = layout.side
+    shift = layout.num_extra
     suffix_max = F.pad(suffix_max[:, shift:], (0, 0, 0, shift), value=FLOOR)
     suffix = F.pad(suffix[:, shift:], (0, 0, 0, 0, 0, shift))
     joint = torch.maximum(maximum, suffix_max)

@@ -25,6 +25,7 @@ def naive_scatterbrain_attention(
     scale: float,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) and attention weights (B, H, T, S) of Scatterbrain attention, both float64.
 
@@ -37,9 +38,10 @@ def naive_scatterbrain_attention(
         scale: softmax scale s.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
     """
     query, key, value, projection = (x.double() for x in (query, key, value, projection))
-    rows = visible_rows(query, key, value, scale, is_causal, key_lengths)
+    rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
     query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
@@ -47,6 +49,8 @@ def naive_scatterbrain_attention(
     visible = (j <= i) if is_causal else torch.ones_like(in_window)
     if key_lengths is not None:
         visible = visible & (j < key_lengths.view(-1, 1, 1, 1))  # [B, 1, T, S]
+    if attn_mask is not None:
+        visible = visible & attn_mask[:, None, None, :]  # [B, 1, T, S]
 
     # phi(x) = exp(+-sqrt(s) w.x - s |x|^2 / 2) / sqrt(M), here its logarithm: features span hundreds of decades
     signed = math.sqrt(scale) * torch.cat([projection, -projection])  # [M, E]

@@ -23,7 +23,7 @@ from scatterbrain.errors import UserError, check_whole_number, did_you_mean
 from scatterbrain.ops.sparse.supports import Round, Support
 
 # A round is split into two where that saves at least this fraction of the computed pairs.
-LEAST_SAVING = 0.1
+MIN_SAVING = 0.1
 
 
 def block_layout(name: str, num_blocks_query: int, num_blocks_key: int, seed: int = 0, **options: int) -> torch.Tensor:
@@ -156,13 +156,13 @@ def _split(counts: list[int]) -> list[int]:
     """Sizes of the rounds, given the number of visible blocks of each row in descending order.
 
     A round of n rows computes n times its largest number. It is cut where that saves most, if the saving is at least
-    the fraction `LEAST_SAVING`: less is not worth another round.
+    the fraction `MIN_SAVING`: less is not worth another round.
     """
     if not counts:
         return []
     computed = [cut * counts[0] + (len(counts) - cut) * count for cut, count in enumerate(counts)]
     cut = min(range(len(counts)), key=computed.__getitem__)
-    if computed[cut] > (1 - LEAST_SAVING) * computed[0]:
+    if computed[cut] > (1 - MIN_SAVING) * computed[0]:
         return [len(counts)]
     return _split(counts[:cut]) + _split(counts[cut:])
 

@@ -8,9 +8,9 @@ sums relative to it, which are merged in log space. The low-rank part is summed 
 support subtracted: support and features cost O(T L) and O((T + S) M), L the number of keys of a query.
 
 The subtraction cancels where the estimates on the support dominate. Queries whose sum over all keys exceeds their
-normaliser more than `CANCELLATION_LIMIT` times are recomputed pair by pair, without subtraction. Statistics,
-exponentials and sums are float32, or float64 for float64 inputs; maxima are constants for autograd (they cancel in the
-normalised result).
+normaliser more than `CANCELLATION_LIMIT` times are recomputed with all their weights formed, without subtraction.
+Statistics, exponentials and sums are float32, or float64 for float64 inputs; maxima are constants for autograd (they
+cancel in the normalised result).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     FLOOR,
     MAXIMUM_SLACK,
@@ -35,7 +35,7 @@ from scatterbrain.ops.common.numerics import (
 )
 from scatterbrain.ops.sparse.supports import Round, Support
 
-# Largest amplification of rounding errors by the subtraction before a query is recomputed pair by pair.
+# Largest amplification of rounding errors by the subtraction before a query is recomputed without it.
 CANCELLATION_LIMIT = 64.0
 
 LogFeatures = tuple[torch.Tensor, torch.Tensor]
@@ -76,6 +76,7 @@ def support_attention(
     log_features: LogFeatures | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with exact weights on a support and low-rank weights outside it.
@@ -90,6 +91,7 @@ def support_attention(
             low-rank part.
         is_causal: hide the keys j > i; without a low-rank part only.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S), false for hidden keys.
         dropout_p: probability of dropping a weight; without a low-rank part only.
 
     Returns:
@@ -107,9 +109,8 @@ def support_attention(
         batch, heads, length, _ = query.shape
         dtype = accumulation_dtype(query.dtype)
         q, k, v = (x.to(dtype).flatten(0, 1) for x in (query, key, value))
-        hidden = None
-        if key_lengths is not None:
-            hidden = ~length_mask(key_lengths, key.shape[2]).repeat_interleave(heads, 0)
+        mask = visible_keys(key_lengths, attn_mask, key.shape[2])
+        hidden = None if mask is None else ~mask.repeat_interleave(heads, 0)
         v = torch.cat([v, v.new_ones(*v.shape[:2], 1)], -1)
         low_rank = None
         if log_features is not None:
@@ -129,7 +130,7 @@ def support_attention(
                     "recomputed depends on the data. Use torch.export."
                 )
             elif cancelled.any():
-                out = out.masked_scatter(cancelled.unsqueeze(-1), _by_pairs(*arguments, cancelled))
+                out = out.masked_scatter(cancelled.unsqueeze(-1), _recompute(*arguments, cancelled))
         return out.view(batch, heads, length, -1).to(query.dtype)
 
 
@@ -176,13 +177,13 @@ def _round(
     start = 0
     for q, k, v, *features in zip(*tensors, strict=True):
         if is_exporting():
-            here = pairs.expand(groups, -1, -1, -1).flatten(0, 1)
+            visible = pairs.expand(groups, -1, -1, -1).flatten(0, 1)
         else:
             # tiles that all sequences share are stored once
             index = torch.arange(start, start + q.shape[0], device=pairs.device)
-            here = pairs.flatten(0, 1)[index % (pairs.shape[0] * pairs.shape[1])]
+            visible = pairs.flatten(0, 1)[index % (pairs.shape[0] * pairs.shape[1])]
         start += q.shape[0]
-        logits = torch.bmm(q, k.transpose(1, 2)).masked_fill(~here, -math.inf)
+        logits = torch.bmm(q, k.transpose(1, 2)).masked_fill(~visible, -math.inf)
         maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
         weights = (logits - maximum).exp()
         exact = torch.bmm(F.dropout(weights, dropout_p), v)
@@ -190,15 +191,17 @@ def _round(
             exact = torch.cat([exact[..., :-1], weights.sum(-1, keepdim=True)], -1)
         output = [maximum, exact]
         if features:
-            estimate = torch.bmm(features[0], features[1].transpose(1, 2)).masked_fill(~here, 0.0)
+            estimate = torch.bmm(features[0], features[1].transpose(1, 2)).masked_fill(~visible, 0.0)
             output.append(torch.bmm(estimate, v))
         outputs.append(output)
-    place = _place(each.query_index, length).expand(groups, -1)
+    row_of_query = _row_of_query(each.query_index, length).expand(groups, -1)
     maximum, exact, *estimate = (
         torch.cat(parts).view(groups, -1, parts[0].shape[-1]) for parts in zip(*outputs, strict=True)
     )
     return _Part(
-        _back(maximum, place, FLOOR), _back(exact, place, 0.0), _back(estimate[0], place, 0.0) if estimate else None
+        _in_query_order(maximum, row_of_query, FLOOR),
+        _in_query_order(exact, row_of_query, 0.0),
+        _in_query_order(estimate[0], row_of_query, 0.0) if estimate else None,
     )
 
 
@@ -220,19 +223,19 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, index.shape[-1], x.shape[-1])
 
 
-def _place(query_index: torch.Tensor, length: int) -> torch.Tensor:
+def _row_of_query(query_index: torch.Tensor, length: int) -> torch.Tensor:
     """Row of each query in a round: (G or 1, T); one past the last row for a query in no tile."""
     flat = query_index.flatten(1)
     rows = flat.shape[1]
-    place = torch.full((flat.shape[0], length + 1), rows, dtype=torch.int64, device=flat.device)
+    row_of_query = torch.full((flat.shape[0], length + 1), rows, dtype=torch.int64, device=flat.device)
     positions = torch.arange(rows, device=flat.device).expand_as(flat)
-    # positions -1 go to an extra place after all queries
-    return place.scatter(1, torch.where(flat < 0, length, flat), positions)[:, :length]
+    # positions -1 go to an extra entry after all queries
+    return row_of_query.scatter(1, torch.where(flat < 0, length, flat), positions)[:, :length]
 
 
-def _back(rows: torch.Tensor, place: torch.Tensor, missing: float) -> torch.Tensor:
+def _in_query_order(rows: torch.Tensor, row_of_query: torch.Tensor, missing: float) -> torch.Tensor:
     """Rows (G, T, width) in the order of the queries, of the rows (G, n * C, width) of a round."""
-    return gather_rows(F.pad(rows, (0, 0, 0, 1), value=missing), place)
+    return gather_rows(F.pad(rows, (0, 0, 0, 1), value=missing), row_of_query)
 
 
 def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,22 +249,22 @@ def _merge(parts: list[_Part], low_rank: _LowRank | None) -> tuple[torch.Tensor,
     if low_rank is None:
         normaliser = total[..., -1:]
         cancelled = torch.zeros_like(normaliser, dtype=torch.bool)
-        blind = normaliser <= 0
+        fully_masked = normaliser <= 0
     else:
         unit = (low_rank.maximum - maximum).exp()
         over_all = torch.bmm(low_rank.query, low_rank.sums)
         total = total + unit * (over_all - sum(part.estimate for part in parts))
         normaliser = total[..., -1:]
-        blind = low_rank.sums[:, None, :, -1].sum(-1, keepdim=True) <= 0
+        fully_masked = low_rank.sums[:, None, :, -1].sum(-1, keepdim=True) <= 0
         # also true for a normaliser that came out negative or nan
         kept = unit * over_all[..., -1:] <= CANCELLATION_LIMIT * normaliser
-        cancelled = ~(kept & (normaliser > 0)) & ~blind
-    unusable = blind | cancelled
+        cancelled = ~(kept & (normaliser > 0)) & ~fully_masked
+    unusable = fully_masked | cancelled
     out = total[..., :-1] / normaliser.masked_fill(unusable, 1.0)
     return out.masked_fill(unusable, 0.0), cancelled.squeeze(-1)
 
 
-def _by_pairs(
+def _recompute(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -271,7 +274,7 @@ def _by_pairs(
     hidden: torch.Tensor | None,
     cancelled: torch.Tensor,
 ) -> torch.Tensor:
-    """Outputs of the `cancelled` queries (G, T), all pairs of them formed: (cancelled, D), in the order of `cancelled`.
+    """Outputs of the `cancelled` queries (G, T), all their weights formed: (cancelled, D), in the order of `cancelled`.
 
     Products of features are float64, each side relative to its own maximum: weights may then differ by any factor.
     """
@@ -280,14 +283,14 @@ def _by_pairs(
     groups = counts.nonzero().squeeze(1)
     counts = counts[groups]
     # the same number for each sequence: padded by rows that are not cancelled, and dropped at the end
-    most = int(counts.max())
-    rows = cancelled[groups].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    is_cancelled = torch.arange(most, device=rows.device) < counts[:, None]
-    num_groups = max(1, tile_budget(query) // (most * num_keys))
+    max_count = int(counts.max())
+    rows = cancelled[groups].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :max_count]
+    is_cancelled = torch.arange(max_count, device=rows.device) < counts[:, None]
+    num_groups = max(1, tile_budget(query) // (max_count * num_keys))
     num_rows = max(1, tile_budget(query) // num_keys)
     outputs = [
-        _rows_by_pairs(query, key, value, support, scale, log_features, hidden, some, of_groups.split(num_rows, 1))
-        for some, of_groups in zip(groups.split(num_groups), rows.split(num_groups), strict=True)
+        _dense_rows(query, key, value, support, scale, log_features, hidden, group_slice, of_groups.split(num_rows, 1))
+        for group_slice, of_groups in zip(groups.split(num_groups), rows.split(num_groups), strict=True)
     ]
     return torch.cat(outputs)[is_cancelled]
 
@@ -295,20 +298,20 @@ def _by_pairs(
 def _recompute_in_graph(out: torch.Tensor, cancelled: torch.Tensor, query: torch.Tensor, *arguments) -> torch.Tensor:
     """Output (G, T, D) with the `cancelled` queries (G, T) recomputed, for a graph that is compiled or exported.
 
-    A graph has no shapes that depend on data: where a query is cancelled, all pairs of all queries are formed.
+    A graph has no shapes that depend on data: where a query is cancelled, the weights of all queries are formed.
     """
     groups, length, _ = query.shape
     every = torch.arange(groups, device=query.device)
     rows = torch.arange(length, device=query.device).expand(groups, -1)
 
     def recompute(out: torch.Tensor) -> torch.Tensor:
-        return torch.where(cancelled.unsqueeze(-1), _rows_by_pairs(query, *arguments, every, (rows,)), out)
+        return torch.where(cancelled.unsqueeze(-1), _dense_rows(query, *arguments, every, (rows,)), out)
 
     # the meta device has shapes, but no condition
     return recompute(out) if out.is_meta else torch.cond(cancelled.any(), recompute, torch.clone, (out,))
 
 
-def _rows_by_pairs(
+def _dense_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -352,11 +355,11 @@ def _rows_of_support(
         in_queries, in_keys, in_pairs = (
             groups.clamp_max(x.shape[0] - 1).unsqueeze(1) for x in (of_queries, of_keys, pairs)
         )
-        place = _place(of_queries, num_queries)[in_queries, rows]
-        there = place < tiles * size
-        place = place.clamp_max(tiles * size - 1)
-        tile, row = place // size, place % size
-        seen = pairs[in_pairs, tile, row] & there.unsqueeze(-1)
+        row_of_query = _row_of_query(of_queries, num_queries)[in_queries, rows]
+        in_tile = row_of_query < tiles * size
+        row_of_query = row_of_query.clamp_max(tiles * size - 1)
+        tile, row = row_of_query // size, row_of_query % size
+        seen = pairs[in_pairs, tile, row] & in_tile.unsqueeze(-1)
         # what is left out goes to a column behind all keys
         mask.scatter_(2, torch.where(seen, of_keys[in_keys, tile], num_keys), True)
     return mask[..., :num_keys]

@@ -20,7 +20,7 @@ from scatterbrain.ops.sparse.supports import Round, Support
 # 8 tokens for 7 x 7 keys, of 2 to 5 tokens for 3 x 4 keys.
 GATHER_COST = 32
 # Longest side of a patch of queries.
-LONGEST_PATCH = 32
+MAX_PATCH = 32
 
 
 def neighbourhood_shape(num_keys: int) -> tuple[int, int]:
@@ -120,7 +120,7 @@ def _choose_patch(height: int, width: int, shape: tuple[int, int]) -> tuple[int,
         (tiles, keys), (other_tiles, other_keys) = (_count(*axis) for axis in axes)
         return tiles * other_tiles * keys * other_keys * (patch[0] * patch[1] + GATHER_COST)
 
-    return min(itertools.product(*(range(1, min(side, LONGEST_PATCH) + 1) for side in (height, width))), key=cost)
+    return min(itertools.product(*(range(1, min(side, MAX_PATCH) + 1) for side in (height, width))), key=cost)
 
 
 def _key_offsets(length: int, window: int, patch: int) -> range:

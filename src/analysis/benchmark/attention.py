@@ -35,7 +35,7 @@ from src.utils.text import first_line
 # Seeds of the inputs among which one without a fallback tile is looked for.
 OTHER_SEEDS = 20
 # A sample shorter than this says more about the clock than about the candidate: calls are repeated until it is passed.
-SHORTEST_SAMPLE_SECONDS = 2e-3
+MIN_SAMPLE_SECONDS = 2e-3
 # Calls in a row whose time on the host is taken: few enough that the queue of launches has room for all.
 HOST_CALLS = 8
 # Softmax written out is left out where its N x N matrices take more than this.
@@ -159,7 +159,7 @@ class AttentionBench(AttentionReport):
         if arguments.growth_only and length != self.arguments.growth_length:
             ours = [item for item in ours if not item.sizes]
         found = [Candidate(BASELINE, "baseline", heads_first(F.scaled_dot_product_attention))]
-        if not arguments.no_peers:
+        if not arguments.no_baselines:
             baselines = pytorch_baselines(self.device)
             found += [Candidate(name, "baseline", function) for name, function in baselines.items()]
             found += self.fast_transformers(length, ours)
@@ -283,7 +283,7 @@ class AttentionBench(AttentionReport):
                 raise UserError(f"{item.name} fails at N = {entry.length} ({first_line(error)}).") from error
             self.skip(item.name, entry.length, first_line(error), entry.attention_pass)
             return False
-        entry.calls_per_sample = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / seconds_per_call(call, 1, self.device)))
+        entry.calls_per_sample = max(1, math.ceil(MIN_SAMPLE_SECONDS / seconds_per_call(call, 1, self.device)))
         entry.temporary_bytes = peak_bytes(call, self.device)
         if on_cuda:
             repeats = range(self.arguments.repeats)

@@ -129,7 +129,7 @@ def fast_transformers_baselines(
     makers = {
         "local": ("fast-transformers local", local),
         "performer": ("fast-transformers performer", performer),
-        "sblocal": ("published form of sblocal", scatterbrain),
+        "sblocal": ("published sblocal", scatterbrain),
     }
     return {
         name: (makers[name][0], makers[name][1](window, features))

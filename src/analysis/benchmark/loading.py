@@ -22,7 +22,7 @@ from src.datamodules.image_folder import ImageFolderDataModule
 
 TIMM, TIMM_NORMALISED, OURS, CACHED = "timm", "timm, normalised", "ours", "ours, cached"
 # A pass over few decoded images takes no time: so long are they passed over again, seconds.
-LEAST_SECONDS = 0.5
+MIN_SECONDS = 0.5
 # Of the published evaluation.
 PIXELS = {"interpolation": "bicubic", "crop_pct": 0.9}
 
@@ -40,7 +40,7 @@ class Candidate:
         """Pass over all images, everything being opened and started anew as in an evaluation."""
         seen, passes = 0, 0
         begin = time.perf_counter()
-        while (seconds := time.perf_counter() - begin) < LEAST_SECONDS or not passes:
+        while (seconds := time.perf_counter() - begin) < MIN_SECONDS or not passes:
             for images, *_ in self.open_loader():
                 seen += len(images)
             passes += 1

@@ -34,7 +34,7 @@ from src.utils.text import first_line
 
 WARM_UP_CALLS = 3
 # On CUDA calls are repeated until a sample takes this long: a few launches would show the queue, not the device.
-SHORTEST_SAMPLE_SECONDS = 0.05
+MIN_SAMPLE_SECONDS = 0.05
 # How long an evaluation should take, to average over the loop.
 EVALUATION_SECONDS = 3.0
 
@@ -158,11 +158,11 @@ class ModelBench(Bench):
             torch.cuda.synchronize()
             candidate.peak_memory_mib = (torch.cuda.max_memory_reserved() - before) / 2**20
             seconds = seconds_per_call(candidate.call, WARM_UP_CALLS, self.device)
-            candidate.number = max(1, math.ceil(SHORTEST_SAMPLE_SECONDS / seconds))
+            candidate.number = max(1, math.ceil(MIN_SAMPLE_SECONDS / seconds))
         return candidate
 
     def free(self) -> None:
-        """Return memory that nobody uses to the device."""
+        """Return unused memory to the device."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.synchronize()
@@ -290,9 +290,6 @@ def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argpar
     filled = {
         "batches": arguments.batches or ((32, 128, 256, 512) if on_cuda else (8,)),
         "precision": arguments.precision or ("bf16-true" if on_cuda else "32-true"),
-        "forms": tuple(kind for kind in arguments.forms if kind != "peer" or not arguments.no_peers),
         "device": device.type,
     }
-    if not filled["forms"]:
-        raise UserError("--no-peers leaves no form of --forms. Leave out one of the two.")
     return argparse.Namespace(**{**vars(arguments), **filled})

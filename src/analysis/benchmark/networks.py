@@ -15,9 +15,9 @@ from src.models.modules.transformer_block import SelfAttention
 from src.models.t2t_vit import T2TViT, create_t2t_vit
 from src.utils.static_shapes import CudaGraphForward, compiled
 
-# As --forms names them; peer is a baseline by others, a network of about the same size.
-KINDS = ("published", "module", "inference", "peer")
-PEER = "vit_small_patch16_224"
+# As --implementations names them; the baseline is timm's, of about the same size.
+KINDS = ("published", "module", "inference", "baseline")
+BASELINE = "vit_small_patch16_224"
 PRECISIONS = {
     "32-true": torch.float32,
     "bf16-true": torch.bfloat16,
@@ -87,7 +87,7 @@ class Implementation:
     @property
     def name(self) -> str:
         """Its row in the table."""
-        first = f"timm {PEER}" if self.kind == "peer" else " ".join(filter(None, (self.kind, self.attention)))
+        first = f"timm {BASELINE}" if self.kind == "baseline" else " ".join(filter(None, (self.kind, self.attention)))
         return ", ".join([first] + ["compiled"] * self.compiled + ["CUDA graph"] * self.graph)
 
     def images(self, batch: int, arguments: argparse.Namespace, device: torch.device) -> torch.Tensor:
@@ -101,8 +101,8 @@ class Implementation:
         """The network as a module, with weights that are the same for all but the baseline."""
         torch.manual_seed(SEED)
         size, num_classes = arguments.image_size, arguments.num_classes
-        if self.kind == "peer":
-            return timm.create_model(PEER, img_size=size, num_classes=num_classes).eval()
+        if self.kind == "baseline":
+            return timm.create_model(BASELINE, img_size=size, num_classes=num_classes).eval()
         stage = {"name": "full"}
         if self.attention is not None:
             stage = {"name": self.attention, "memory_fraction": arguments.memory_fraction}
@@ -113,7 +113,7 @@ def choose(arguments: argparse.Namespace, device: torch.device) -> list[Implemen
     """The implementations that the options name, in the order of the table."""
     on_cuda = device.type == "cuda"
     found = []
-    for kind in arguments.forms:
+    for kind in arguments.implementations:
         for attention in arguments.attentions if kind in ("module", "inference") else (None,):
             found.append(Implementation(kind, attention, graph=on_cuda and kind == "inference"))
             if arguments.compile:

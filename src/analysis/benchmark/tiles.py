@@ -235,7 +235,7 @@ def tune(arguments: argparse.Namespace) -> int:
     # before anything runs: after a fault the device answers nothing
     machine, device_class = machine_line(device), torch.cuda.get_device_capability(device)[0]
     searches: dict[Shape, Search] = {}
-    broken_off = ["interrupted"]
+    stopped = ["interrupted"]
 
     def search_all() -> None:
         try:
@@ -244,9 +244,9 @@ def tune(arguments: argparse.Namespace) -> int:
                 workload = Workload(shape, dtype, device, arguments.passes)
                 searches[shape] = Search(start)
                 searches[shape].run(workload)
-            broken_off.clear()
+            stopped.clear()
         except RuntimeError as error:  # the device or its memory: what was measured before is kept
-            broken_off[0] = f"broken off at {shape}: {first_line(error)}"
+            stopped[0] = f"stopped at {shape}: {first_line(error)}"
 
     def finish() -> int:
         found = {shape: search.best for shape, search in searches.items() if math.isfinite(search.milliseconds)}
@@ -254,9 +254,9 @@ def tune(arguments: argparse.Namespace) -> int:
         head = "Rows for TABLE of scatterbrain/ops/scatterbrain/triton/tiles.py:" if rows else "Nothing was measured."
         reasons = [f"{shape}: {n} left out: {x}" for shape in searches for x, n in searches[shape].left_out.items()]
         print_report([result_table(searches)] if searches else [], *reasons, head, *rows, machine)
-        for reason in broken_off:
+        for reason in stopped:
             print(f"Error: {reason}.", file=sys.stderr)
-        return len(broken_off)
+        return len(stopped)
 
     return until_stopped(search_all, finish)
 

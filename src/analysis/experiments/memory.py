@@ -189,16 +189,16 @@ def measure_memory(
     for attention in attentions:
         is_random = hasattr(ATTENTIONS[attention].module, "redraw_projection")
         seeds = range(seed, seed + (num_seeds if is_random else 1))
-        met: dict[str, float] = {}
+        measured: dict[str, float] = {}
         for memory_fraction in memory_fractions:
             case = {"attention": attention, "memory_fraction": memory_fraction}
             try:
                 modules = create_stage_attentions(attention, reference.model, memory_fraction, seed)
                 sizes = json.dumps([module.sizes() for module in modules])
-                if sizes in met:
-                    raise UserError(f"its sizes are those of the budget {fraction_text(met[sizes])}")
+                if sizes in measured:
+                    raise UserError(f"its sizes are those of the budget {fraction_text(measured[sizes])}")
                 row = measure_point(reference, attention, memory_fraction, seeds, log)
-                met[sizes] = memory_fraction
+                measured[sizes] = memory_fraction
             except UserError as error:
                 row = case | {"reason": first_line(error)}
             except torch.OutOfMemoryError:

@@ -171,7 +171,7 @@ class ParquetListing(Listing):
         self._cache_size = number
 
     def _find(self, position: int) -> tuple[int, int]:
-        """ParquetImage group of an image, and its row there."""
+        """Row group of an image, and its row there."""
         group = int(np.searchsorted(self._ends, position, side="right"))
         return group, position - int(self._ends[group] - self._groups[group, 2])
 

@@ -27,7 +27,7 @@ SEARCHED_NAMES = "ILSVRC2012_img_{split}.tar or {split}.tar"
 
 
 def find(location: SplitLocation) -> list[FoundSplit]:
-    """TarListing of the split, by their names."""
+    """Archives of the split, by their names."""
     names = {f"{start}{stem}.tar" for stem in location.stems for start in ("ILSVRC2012_img_", "")}
     # a folder of one tar per synset is the extracted ILSVRC2012_img_train.tar
     found = []

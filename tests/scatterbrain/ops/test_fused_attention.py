@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 
@@ -265,6 +266,56 @@ def test_slices_of_a_fused_qkv_are_read_without_a_copy(name):
     assert torch.equal(out, same)
     # contiguous as (B, N, H, D), so that the model joins the heads of a token without a copy
     assert out.transpose(1, 2).is_contiguous()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_projection_is_rounded_before_or_in_the_kernels(is_causal, monkeypatch):
+    *tensors, rows = draw_inputs(1, 2, 40, dtype=torch.float16, rows=3)
+    rows = rows.float() * 1.01  # not representable in float16
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def run():
+        out = OPERATORS["scatterbrain"](*leaves, rows, 9, is_causal=is_causal, backend="triton")
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    expected = run()
+    monkeypatch.setattr("scatterbrain.ops.scatterbrain.triton.MAX_UNCONVERTED", 0)
+    for one, other in zip(expected, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_are_used_again_for_calls_that_are_alike(name):
+    operator_module = pytest.importorskip("scatterbrain.ops.scatterbrain.triton.operator")
+    operator = OPERATORS[name]
+
+    def run(length=40, width=16, scale=None, tiles=None):
+        *tensors, rows = draw_inputs(1, 2, length, dtype=torch.float32, rows=3, width=width)
+        leaves = [x.requires_grad_() for x in tensors]
+        with tiles_module.use_tiles(tiles) if tiles else contextlib.nullcontext(), poisoned_memory():
+            out = operator(*leaves, rows, 5, scale=scale, backend="triton")
+            gradients = torch.autograd.grad(out.square().sum(), leaves)
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        expected = operator.naive(*exact, rows.double(), 5, scale=scale)[0]
+        assert_close("out", expected, out, TOLERANCE[torch.float32])
+        for leaf, result in zip(torch.autograd.grad(expected.square().sum(), exact), gradients, strict=True):
+            assert_close("gradient", leaf, result, GRADIENT_TOLERANCE[torch.float32])
+
+    variants = (
+        {},
+        {"length": 41},
+        {"width": 24},
+        {"scale": 0.3},
+        {"tiles": tiles_module.Tiles(sum_rows=32, query_rows=16, dq_rows=32)},
+    )
+    operator_module._PASSES.clear()
+    for turn in range(2):
+        for count, changes in enumerate(variants, 1):
+            run(**changes)
+            # a forward and a backward pass of each kind of call
+            assert len(operator_module._PASSES) == (2 * count if turn == 0 else 2 * len(variants))
 
 
 @needs_interpreter

@@ -138,14 +138,14 @@ def adversarial():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_queries_whose_subtraction_cancels_are_recomputed_by_pairs(dtype, monkeypatch):
+def test_queries_whose_subtraction_cancels_are_recomputed_without_it(dtype, monkeypatch):
     rows, tensors, support = adversarial()
     tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     log_features = tuple(log_softmax_features(x, rows, SCALE, cosh=True) for x in tensors[:2])
     calls = []
-    by_pairs = tiled._by_pairs
-    monkeypatch.setattr(tiled, "_by_pairs", lambda *args: calls.append(args[-1]) or by_pairs(*args))
+    recompute = tiled._recompute
+    monkeypatch.setattr(tiled, "_recompute", lambda *args: calls.append(args[-1]) or recompute(*args))
     out = support_attention(*tensors, support, scale=SCALE, log_features=log_features)
     (lost,) = calls
     assert 0 < lost.sum() < lost.numel()
@@ -165,7 +165,7 @@ def test_queries_whose_subtraction_cancels_are_recomputed_by_pairs(dtype, monkey
 
 
 @pytest.mark.parametrize("budget", [20, 100, 10**6])
-def test_queries_recomputed_by_pairs_in_slices(budget, monkeypatch):
+def test_queries_are_recomputed_in_slices(budget, monkeypatch):
     rows, tensors, support = adversarial()
     tensors = [x.detach().clone() for x in tensors]
     for x in tensors[:2]:

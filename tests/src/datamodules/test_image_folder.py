@@ -375,7 +375,7 @@ def test_the_test_images_are_left_alone_by_a_holdout(train_data):
         assert all(torch.equal(a, b) for a, b in zip(batch, expected_batch, strict=True))
 
 
-@pytest.mark.parametrize(("holdout", "left"), [(0.001, "nothing to watch on"), (0.999, "nothing to train on")])
+@pytest.mark.parametrize(("holdout", "left"), [(0.001, "nothing to validate on"), (0.999, "nothing to train on")])
 def test_a_holdout_that_leaves_nothing(train_data, holdout, left):
     message = message_of(train_module(train_data, holdout=holdout).setup, "fit")
     assert message.startswith(f"datamodule.holdout={holdout} of 20 images leaves {left}")

@@ -99,7 +99,7 @@ def test_rows_by_hand(four):
     # The first seed of performer: only the first of four images agrees with full.
     assert [row.agreement for row in rows] == [100.0, 75.0, 25.0, 100.0]
     assert [row.speedup for row in rows] == [1.0, 2.5, 1.0, 1.0]
-    assert rows[2].draws == 2
+    assert rows[2].num_seeds == 2
     assert rows[2].top1_std == pytest.approx(50 / 2**0.5)
     assert rows[0].top1_std is None
     assert [row.published.text for row in rows] == ["81.7", "80.6", "77.8-79.0", "81.1"]

@@ -14,9 +14,9 @@ from scatterbrain.errors import UserError
 from src.evaluation.training_summary import (
     TrainingSummary,
     best_epoch,
+    median_rate,
     training_figure,
     training_table,
-    typical_rate,
     write_training,
 )
 
@@ -40,7 +40,7 @@ def make_summary(history=None, **changes):
         "started_from": {"path": None, "sha256": None},
         "data": {
             **{"dir": "/data", "train": "train", "num_train_images": 1_281_167},
-            **{"watched": "val", "num_watched_images": 50_000, "num_classes": 1000},
+            **{"validation": "val", "num_validation_images": 50_000, "num_classes": 1000},
         },
         "image_size": 224,
         "precision": "bf16-mixed",
@@ -54,7 +54,7 @@ def make_summary(history=None, **changes):
         "ema_decay": 0.99996,
         "best": best_epoch(history),
         "checkpoints": {"best": "/run/best.ckpt", "last": "/run/last.ckpt"},
-        "images_per_second": typical_rate(history),
+        "images_per_second": median_rate(history),
         "seconds": 8.0,
         "peak_memory_mib": None,
         "versions": {"python": "3.11.7"},
@@ -83,8 +83,8 @@ def test_the_best_epoch_is_the_first_of_the_best(top1, expected):
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(0, None), (1, 100.0), (2, 200.0), (4, 300.0), (5, 350.0)])
-def test_the_typical_rate_leaves_the_first_epoch_out(epochs, expected):
-    assert typical_rate(make_history(epochs * (None,))) == expected
+def test_the_median_rate_leaves_the_first_epoch_out(epochs, expected):
+    assert median_rate(make_history(epochs * (None,))) == expected
 
 
 def test_the_file_has_the_fields_in_order(tmp_path):

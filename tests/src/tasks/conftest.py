@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ NUM_IMAGES = 11
 # three batches of 4, and two that fill none
 NUM_TRAINING_IMAGES = 14
 VARIANTS = ("t2t_vit_7", "t2t_vit_t_14")
+
+
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    """`terminal()`: what was shown so far on a terminal of 80 columns, without the codes for colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def shown() -> str:
+        output = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().out)
+        return "\n".join(" ".join(line.split()) for line in re.split(r"[\r\n]", output))
+
+    return shown
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from src.checkpoints import load_checkpoint
 from src.evaluation.predictions import read_predictions
 from src.evaluation.results import read_results
 from src.models.t2t_vit import T2TViT, create_t2t_vit
-from src.tasks.classification_evaluation import SeededClassifier
+from src.tasks.classification_evaluation import ClassificationEvaluation, SeededClassifier
 from src.tasks.evaluate import evaluate
 from src.utils.files import sha256_of_file
 from tests.src.tasks.conftest import NUM_IMAGES
@@ -320,12 +323,56 @@ def test_the_tensorboard_logger_has_the_metrics(evaluation, tmp_path):
     assert events.Scalars("test/top1")[-1].value == pytest.approx(results.top1, rel=1e-6)
 
 
-def test_the_progress_bar_shows_rate_and_accuracy(evaluation, capsys):
+def test_the_progress_bar_shows_rate_and_accuracy(evaluation, terminal):
     results, _ = evaluate(evaluation(callbacks="default"))
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = terminal()
     assert "Evaluating" in shown
     assert "images/s, top-1" in shown
     assert f"top-1 {results.top1:.2f} %" in shown
+    assert re.search(r"Evaluating .* 3/3 0:\d\d:\d\d • 0:00:00 \S+ images/s, top-1 \S+ %", shown)
+
+
+def test_what_is_no_terminal_gets_lines_of_the_log(evaluation, capsys, caplog):
+    config = evaluation(callbacks="default")
+    config.callbacks.progress_bar.log_seconds = 0
+    with caplog.at_level(logging.INFO):
+        results, _ = evaluate(config)
+    lines = [line for line in caplog.messages if line.startswith("Evaluating: ")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"Evaluating: batch 1 of 3, \S+ images/s, top-1 \S+ %", lines[0])
+    assert re.fullmatch(r"Evaluating: batch 2 of 3, \S+ images/s, top-1 \S+ %, 0:\d\d:\d\d left", lines[1])
+    assert re.fullmatch(rf"Evaluating: batch 3 of 3, \S+ images/s, top-1 {results.top1:.2f} %", lines[2])
+    assert "━" not in capsys.readouterr().out.split("image")[0]
+
+
+def test_compilation_is_logged_and_is_in_no_rate(evaluation, monkeypatch, caplog):
+    seconds = 2.0
+
+    def compile_model(model, **options):
+        calls = []
+
+        def forward(images):
+            if not calls:
+                time.sleep(seconds)
+            calls.append(len(images))
+            return model(images)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_model)
+    rates = []
+    progress = ClassificationEvaluation.progress_so_far
+    monkeypatch.setattr(
+        ClassificationEvaluation, "progress_so_far", lambda self: rates.append(progress(self)) or rates[-1]
+    )
+    config = evaluation(datamodule__batch_size=NUM_IMAGES, eval__compile="true", callbacks="default")
+    with caplog.at_level(logging.INFO):
+        results, _ = evaluate(config)
+    assert "Compiling (eval.compile=true)" in caplog.text
+    assert "Compiled in 2 s" in caplog.text
+    assert results.seconds < seconds / 2
+    assert results.images_per_second > 2 * NUM_IMAGES / seconds
+    assert [float(rate.split()[0].replace(",", "")) > 2 * NUM_IMAGES / seconds for rate in rates] == [True]
 
 
 def test_no_callbacks_is_no_progress_bar(evaluation, capsys):

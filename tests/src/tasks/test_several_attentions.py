@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import src.datamodules.dataset as dataset
 import src.distributed.trainer as trainer_module
+from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from src.checkpoints import load_checkpoint
 from src.evaluation.results import read_results
@@ -211,6 +214,14 @@ def test_the_configuration_is_that_of_the_group(name):
     assert ours.paths.output_dir == "out/0"
 
 
+def test_an_attention_without_its_config(monkeypatch, evaluation):
+    monkeypatch.setitem(ATTENTIONS, "new", ATTENTIONS["full"])
+    with pytest.raises(
+        UserError, match=r"The attention 'new' has no config\. Write configs/model/t2tattn_cfg/new.yaml"
+    ):
+        evaluate(evaluation("t2t_vit_t_14", eval__attentions="[full,new]"))
+
+
 def test_an_option_goes_to_every_attention_that_has_it():
     configs = composed("++model.t2tattn1_cfg.memory_fraction=0.0625", "++model.t2tattn2_cfg.nb_features=3")
     stages = [[config.model[f"t2tattn{stage}_cfg"] for stage in (1, 2)] for config in configs]
@@ -297,11 +308,20 @@ def test_an_attention_that_gives_no_numbers_costs_no_other_its_results(together,
     assert comparison["failed"] == ["0"]
 
 
-def test_the_progress_bar_counts_the_attentions(together, capsys):
-    results, _ = together(["full", "sblocal"], callbacks="default")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "images/s with 2 attentions, top-1" in shown
-    assert f"top-1 {results[0].top1:.2f} / {results[1].top1:.2f} %" in shown
+def test_the_progress_bar_has_count_time_and_the_range_of_accuracies(together, terminal, caplog):
+    with caplog.at_level(logging.INFO):
+        results, _ = together(["full", "sblocal"], callbacks="default")
+    assert "with 2 attention(s), full, sblocal" in caplog.text
+    lowest, highest = sorted(result.top1 for result in results)
+    expected = rf"Evaluating .* 3/3 0:\d\d:\d\d • 0:00:00 \S+ images/s, top-1 {lowest:.2f} to {highest:.2f} %"
+    assert re.search(expected, terminal())
+
+
+def test_one_copy_of_the_weights_is_logged_as_loaded_once(together, caplog):
+    with caplog.at_level(logging.INFO):
+        together(["full", "local", "sblocal"], eval__num_seeds=2)
+    assert caplog.text.count("Loaded t2t_vit_t_14 from") == 1
+    assert caplog.messages.count("No random features in full, local: eval.num_seeds=2 is one evaluation.") == 1
 
 
 def test_time_is_that_of_the_work_within(monkeypatch):

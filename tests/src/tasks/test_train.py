@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -416,7 +417,7 @@ def test_the_warning_names_a_decay_that_needs_none(caplog):
 def test_held_out_images(training, tmp_path):
     data = make_images(tmp_path / "data", 30, "train")  # and no other split
     summary, objects = train(training(data=data, datamodule__holdout=0.34, train__epochs=2))
-    expected = {"train": "train", "num_train_images": 20, "watched": "train, held out", "num_watched_images": 10}
+    expected = {"train": "train", "num_train_images": 20, "validation": "train, held out", "num_validation_images": 10}
     assert summary.data == {"dir": str(data), **expected, "num_classes": NUM_CLASSES}
     kept, held = (set(part.paths) for part in (objects.datamodule.train_dataset, objects.datamodule.val_dataset))
     assert (len(kept), len(held), len(kept | held)) == (20, 10, 30)
@@ -446,8 +447,8 @@ def test_the_summary(training, training_data, monkeypatch, tmp_path):
         "dir": str(training_data),
         "train": "train",
         "num_train_images": NUM_TRAINING_IMAGES,
-        "watched": "val",
-        "num_watched_images": NUM_IMAGES,
+        "validation": "val",
+        "num_validation_images": NUM_IMAGES,
         "num_classes": NUM_CLASSES,
     }
     assert (content["image_size"], content["precision"], content["seed"]) == (IMAGE_SIZE, "32-true", SEED)
@@ -482,11 +483,26 @@ def test_the_csv_logger_has_the_metrics(training, tmp_path):
     assert len([row for row in rows if row["train/loss_step"]]) == 3 * BATCHES
 
 
-def test_the_progress_bar_shows_rate_and_loss(training, watched, capsys):
-    train(training(callbacks__progress_bar=None, train__epochs=2))
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "Epoch 1/1" in shown
+def test_the_progress_bar_shows_rate_and_loss(training, watched, terminal, caplog):
+    with caplog.at_level(logging.INFO):
+        train(training(callbacks__progress_bar=None, train__epochs=2))
+    shown = terminal()
+    assert "Epoch 2 of 2 ━" in shown
+    assert "Epoch 2 of 2: loss" in caplog.text
+    assert "v_num" not in shown
     assert re.search(r"\d images/s, loss \d\.\d{3}", shown)
+
+
+def test_epochs_are_logged_where_there_is_no_terminal(training, watched, caplog):
+    config = training(callbacks__progress_bar=None, train__epochs=2)
+    config.callbacks.progress_bar.log_seconds = 0
+    with caplog.at_level(logging.INFO):
+        train(config)
+    lines = [line for line in caplog.messages if ": batch " in line]
+    assert len(lines) == 2 * BATCHES
+    left = r", \S+ images/s, loss \d\.\d{3}, 0:\d\d:\d\d left"
+    assert re.fullmatch("Epoch 1 of 2: batch 2 of 3" + left, lines[1])
+    assert re.fullmatch("Epoch 2 of 2: batch 2 of 3" + left, lines[BATCHES + 1])
 
 
 # What is refused

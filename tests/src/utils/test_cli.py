@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 
+from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
 from src.utils.cli import FULL_ERROR, describe, report, run_cli
 
@@ -55,6 +56,15 @@ def test_an_error_of_the_file_system_without_a_file(capsys):
     assert run_cli(failing(ConnectionResetError(104, "Connection reset by peer")), ["run.py"]) == 1
     expected = "Error: A file or connection cannot be used (Connection reset by peer). HYDRA_FULL_ERROR=1 shows which"
     assert capsys.readouterr().err.startswith(expected)
+
+
+def test_an_attention_without_its_config(monkeypatch):
+    error = MissingConfigException("", "model/t2tattn_cfg/new", options=["full", "local"])
+    assert describe(error) == "There is no model/t2tattn_cfg=new. Choose one of: full, local."
+    monkeypatch.setitem(ATTENTIONS, "new", ATTENTIONS["full"])
+    assert describe(error) == (
+        "The attention 'new' has no config. Write configs/model/t2tattn_cfg/new.yaml, see docs/adding_an_attention.md."
+    )
 
 
 def test_our_own_mistakes_are_raised():

@@ -10,6 +10,9 @@ from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_wind
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
 MAX_FEATURES = 256
+# Elements of the queries up to which the kernels round a float32 projection themselves, which saves a launch. With more
+# a launch costs less than what each tile takes to round it.
+MAX_UNCONVERTED = 1 << 22
 
 
 def unsupported(
@@ -18,6 +21,7 @@ def unsupported(
     projection: torch.Tensor | None = None,
     cosh: bool = False,
     dropout_p: float = 0.0,
+    attn_mask: torch.Tensor | None = None,
 ) -> str | None:
     """Why the fused kernels cannot run a call; None where they can.
 
@@ -27,6 +31,7 @@ def unsupported(
         projection: random projection (R, E) or None.
         cosh: each row of the projection gives two features.
         dropout_p: probability of dropping a weight.
+        attn_mask: mask of the keys or None.
     """
     reason = no_kernels(query)
     if reason is not None:
@@ -42,6 +47,8 @@ def unsupported(
             return "it has no gradient for the projection"
     if dropout_p > 0:
         return "it has no dropout"
+    if attn_mask is not None:
+        return "it takes key_lengths and is_causal, and no attn_mask"
     return None
 
 
@@ -88,7 +95,7 @@ def attention(
         value: (B, H, S, D).
         window: width W; 0 for no window.
         scale: softmax scale.
-        projection: random projection (R, E), converted to the dtype of query; None for no low-rank part.
+        projection: random projection (R, E), rounded to the dtype of query; None for no low-rank part.
         cosh: take each row of the projection with both signs.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
@@ -156,10 +163,12 @@ def _kernel_inputs(
     projection: torch.Tensor | None,
     key_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The tensors with a contiguous last dimension, on one device, the projection in the dtype of the queries."""
+    """The tensors with a contiguous last dimension, the projection in float32 or the dtype of the queries."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if projection is not None:
-        projection = projection.detach().to(query.dtype).contiguous()
+        if projection.dtype != torch.float32 or query.numel() > MAX_UNCONVERTED:
+            projection = projection.to(query.dtype)
+        projection = projection.detach().contiguous()
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
     return query, key, value, projection, key_lengths

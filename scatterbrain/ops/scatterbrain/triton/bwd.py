@@ -72,7 +72,7 @@ def log_features_bwd(
     BE: tl.constexpr = x.shape[1]
     MP: tl.constexpr = d_logs.shape[1]
     d_logs = tl.where((tl.arange(0, MP) < M)[None, :], d_logs, 0.0)
-    rows = load_projection_rows(projection_ptr, E, BE, R, M, MP)
+    rows = load_projection_rows(projection_ptr, E, BE, R, M, MP).to(x.dtype)
     dx += tl.dot(d_logs.to(x.dtype), rows, input_precision=PRECISION) * (feature_scale * LN2)
     return dx - x.to(tl.float32) * (tl.sum(d_logs, 1) * (2 * norm_scale * LN2))[:, None]
 
@@ -117,7 +117,7 @@ def attention_bwd_dq_kernel(
     i = tile * BM + tl.arange(0, BM)
     valid = i < num_queries
     if LOW_RANK:
-        projection = load_projection(projection_ptr, E, BE, R, M, MP)
+        projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
     q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
     do = load_rows(do_ptr, i, valid, stride_don, D, BD)
     lse = tl.load(lse_ptr + row + i, mask=valid, other=NO_KEYS)
@@ -211,7 +211,7 @@ def attention_bwd_dkdv_kernel(
     dk = tl.zeros((BN, BE), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     if LOW_RANK:
-        projection = load_projection(projection_ptr, E, BE, R, M, MP)
+        projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
         logs = masked_log_features(k, projection, 0.0, feature_scale, norm_scale, M, PRECISION)
         slot = group.to(tl.int64)
         if IS_CAUSAL:

@@ -118,7 +118,7 @@ def fallback_fwd_kernel(
         return
     d = tl.arange(0, BD)
     r = tl.arange(0, BM)
-    projection = load_projection(projection_ptr, E, BE, R, M, MP)
+    projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
     while unit < num_items * splits:
         item, group, first_query, first_key, keys = work_item(
             unit, splits, fallback_list_ptr, num_queries, num_keys, BM, BN, TILE_ROWS
@@ -194,7 +194,7 @@ def fallback_bwd_dq_kernel(
     e = tl.arange(0, BE)
     f = tl.arange(0, MP)
     r = tl.arange(0, BM)
-    projection = load_projection(projection_ptr, E, BE, R, M, MP)
+    projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
     while unit < num_items * splits:
         item, group, first_query, first_key, keys = work_item(
             unit, splits, fallback_list_ptr, num_queries, num_keys, BM, BN, TILE_ROWS
@@ -262,7 +262,7 @@ def fallback_bwd_dkdv_kernel(
     if unit >= units:
         return
     num_tiles = (num_queries + TILE_ROWS - 1) // TILE_ROWS
-    projection = load_projection(projection_ptr, E, BE, R, M, MP)
+    projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
     while unit < units:
         group = tl.load(fallback_sequences_ptr + 1 + unit // key_tiles)
         end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)

@@ -146,7 +146,7 @@ def attention_fwd_kernel(
     norm_ptr += group.to(tl.int64) * num_keys
     num_tiles = (num_queries + BM - 1) // BM
     if LOW_RANK:
-        projection = load_projection(projection_ptr, E, BE, R, M, MP)
+        projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
         mean = tl.trans(tl.load(mean_ptr + group.to(tl.int64) * (BD * MP) + d[:, None] * MP + f[None, :]))
         weight = tl.load(weight_ptr + group * MP + f)
         if HAS_LENGTHS:
@@ -157,7 +157,7 @@ def attention_fwd_kernel(
         query_start = (tl.where(f < M, weight - LOG_M, LOG_ZERO) / feature_scale)[None, :].broadcast_to(BM, MP)
         if MP <= MAX_KEYS_AS_COLUMNS:
             key_start = (-weight / feature_scale)[:, None].broadcast_to(MP, BN)
-            key_projection = load_projection_rows(projection_ptr, E, BE, R, M, MP)
+            key_projection = load_projection_rows(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
         else:
             key_start = (-weight / feature_scale)[None, :].broadcast_to(BN, MP)
             key_projection = projection
@@ -259,7 +259,7 @@ def causal_fwd_kernel(
     d = tl.arange(0, BD)
     f = tl.arange(0, MP)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    projection = load_projection(projection_ptr, E, BE, R, M, MP)
+    projection = load_projection(projection_ptr, E, BE, R, M, MP).to(q_ptr.dtype.element_ty)
     i = tile * BM + tl.arange(0, BM)
     valid = i < num_queries
     q = load_rows(sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh), i, valid, stride_qn, E, BE)

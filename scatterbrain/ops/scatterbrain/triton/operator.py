@@ -104,7 +104,7 @@ class _Plan:
         query: (B, H, T, E).
         key: (B, H, S, E).
         value: (B, H, S, D).
-        projection: random projection (R, E) in the dtype of query, None without a low-rank part.
+        projection: random projection (R, E), None without a low-rank part.
         key_lengths: (B,) integers or None.
         window: width W, 0 for none.
         scale: softmax scale.
@@ -512,7 +512,7 @@ def run_forward(
         query: (B, H, T, E), last dimension contiguous, as in key and value.
         key: (B, H, S, E).
         value: (B, H, S, D).
-        projection: random projection (R, E) in the dtype of query; None for no low-rank part.
+        projection: random projection (R, E), float32 or in the dtype of query; None for no low-rank part.
         key_lengths: (B,) integers; None for all keys.
         window: width W; 0 for no window.
         scale: softmax scale.

@@ -198,7 +198,7 @@ def chunk_sums_kernel(
         items = tl.arange(0, COUNTERS)
         tl.store(counters_ptr + items, tl.zeros_like(items), mask=(items >= 0) & (index == 0) & (group == 0))
 
-    projection = load_projection(projection_ptr, E, BE, R, M, MP)
+    projection = load_projection(projection_ptr, E, BE, R, M, MP).to(x_ptr.dtype.element_ty)
     lse_ptr += row
     fallback_ptr += group * num_tiles
     again = True

@@ -138,7 +138,7 @@ def _corner_of_patch(row_of_sample, grid_width, STRIDE: tl.constexpr, PADDING: t
 
 @triton.jit
 def _load_segment(x_rows, y, left, columns, height, line):
-    """Elements `columns` of one row of the patches: zeros outside the map; past a patch the line goes on."""
+    """Elements `columns` of one row of the patches: zeros outside the map; past a patch the line continues."""
     position = left[:, None] + columns[None, :]
     inside = (position >= 0) & (position < line) & ((y >= 0) & (y < height))[:, None]
     return tl.load(x_rows[:, None] + (y * line)[:, None] + position, mask=inside, other=0.0)
