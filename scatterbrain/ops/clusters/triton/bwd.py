@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from scatterbrain.ops.clusters.triton.fwd import dot_centre, window_rows
+from scatterbrain.ops.clusters.triton.kmeans import sum_of_chunks
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import (
     LOG_ZERO,
@@ -97,35 +98,86 @@ def landmark_bwd_dq_kernel(
 
 
 @triton.jit
-def landmark_bwd_sums_kernel(
+def landmark_bwd_window_kernel(
     q_ptr, v_ptr, gradient_ptr, lengths_ptr,
-    delta_ptr, mean_v_ptr, log_count_ptr, label_ptr,  # see `landmark_fwd_kernel`
+    delta_ptr, label_ptr,  # see `landmark_fwd_kernel`
     dot_ptr, offset_ptr,  # see `landmark_bwd_dq_kernel`
-    sum_k_ptr,  # (G, chunks, BE, MP) float32, written, as the next
-    sum_v_ptr,  # (G, chunks, BD, MP)
+    sum_k_ptr,  # (G, chunks, BE, MP) float32, written
     heads, num_queries, num_keys, num_landmarks, chunk,
     stride_qb, stride_qh, stride_qn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
     qk_scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the queries of a chunk of l_ib q_i and of p_ib g_i, for one block of MB landmarks."""
+    """Sums over the keys of a chunk, by cluster, of - a_ij (g_i.v_j - delta_i) q_i, for one block of MB landmarks."""
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
     wide = group.to(tl.int64)
-    block = tl.program_id(2) * MB
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
     v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
     gradient_ptr = sequence_ptr(gradient_ptr, group, heads, stride_gb, stride_gh)
     delta_ptr += wide * num_landmarks * E
     label_ptr += wide * num_keys
-    b = block + tl.arange(0, MB)
-    landmark = tl.trans(load_rows(delta_ptr, b, b < num_landmarks, E, E, BE))
+    offset_ptr += wide * num_queries
+    dot_ptr += wide * num_queries
+    b = tl.program_id(2) * MB + tl.arange(0, MB)
+    sum_k = tl.zeros((BE, MB), tl.float32)
+    first = tl.program_id(0) * chunk
+    for n in tl.range(first, tl.minimum(first + chunk, end), BN, num_stages=1):
+        j = n + tl.arange(0, BN)
+        exists = j < end
+        label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32)
+        delta = load_rows(delta_ptr, label, exists, E, E, BE)
+        v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
+        of_keys = tl.zeros((BN, BE), tl.float32)
+        for part in tl.range(0, WINDOW_TILES, num_stages=2):
+            i = n - RIGHT + 1 + part * BM + tl.arange(0, BM)
+            valid = (i >= 0) & (i < num_queries)
+            q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
+            gradient = load_rows(gradient_ptr, i, valid, stride_gn, D, BD)
+            offset = tl.load(offset_ptr + i, mask=valid, other=0.0)
+            dot = tl.load(dot_ptr + i, mask=valid, other=0.0)
+            inside = in_window(j[:, None], i[None, :], LEFT, RIGHT) & valid[None, :] & exists[:, None]
+            estimate = tl.dot(delta, tl.trans(q), input_precision=PRECISION) * qk_scale + offset[None, :]
+            estimate = tl.exp2(tl.where(inside, estimate, LOG_ZERO))
+            d_weights = dot[None, :] - tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
+            of_keys = tl.dot((estimate * d_weights).to(q.dtype), q, of_keys, input_precision=PRECISION)
+        one_hot = (label[:, None] == b[None, :]).to(v.dtype)
+        sum_k = tl.dot(tl.trans(of_keys.to(v.dtype)), one_hot, sum_k, input_precision=PRECISION)
+    slot = wide * tl.num_programs(0) + tl.program_id(0)
+    tl.store(sum_k_ptr + slot * (BE * MP) + tl.arange(0, BE)[:, None] * MP + b[None, :], sum_k)
+
+
+@triton.jit
+def landmark_bwd_sums_kernel(
+    q_ptr, gradient_ptr,
+    delta_ptr, mean_v_ptr, log_count_ptr,  # see `landmark_fwd_kernel`
+    dot_ptr, offset_ptr,  # see `landmark_bwd_dq_kernel`
+    sum_k_ptr,  # (G, chunks, BE, MP) float32, written; with HAS_WINDOW added to
+    sum_v_ptr,  # (G, chunks, BD, MP), written
+    heads, num_queries, num_landmarks, chunk,
+    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
+    qk_scale,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
+    BM: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sums over the queries of a chunk of p_ib (g_i.v_b - delta_i) q_i and p_ib g_i, for one block of MB landmarks."""
+    grid_dependency_control(PDL, False)
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    wide = group.to(tl.int64)
+    q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
+    gradient_ptr = sequence_ptr(gradient_ptr, group, heads, stride_gb, stride_gh)
+    offset_ptr += wide * num_queries
+    dot_ptr += wide * num_queries
+    b = tl.program_id(2) * MB + tl.arange(0, MB)
+    landmark = tl.trans(load_rows(delta_ptr + wide * num_landmarks * E, b, b < num_landmarks, E, E, BE))
     mean_v = tl.trans(load_rows(mean_v_ptr + wide * num_landmarks * D, b, b < num_landmarks, D, D, BD))
     log_count = tl.load(log_count_ptr + group * MP + b)
-    sum_k = tl.zeros((BE, MB), tl.float32)
+    slot = wide * tl.num_programs(0) + tl.program_id(0)
+    sum_k_ptrs = sum_k_ptr + slot * (BE * MP) + tl.arange(0, BE)[:, None] * MP + b[None, :]
+    sum_k = tl.load(sum_k_ptrs) if HAS_WINDOW else tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
     first = tl.program_id(0) * chunk
     for n in tl.range(first, tl.minimum(first + chunk, num_queries), BM, num_stages=STAGES):
@@ -133,30 +185,15 @@ def landmark_bwd_sums_kernel(
         valid = i < num_queries
         q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
         gradient = load_rows(gradient_ptr, i, valid, stride_gn, D, BD)
-        dot = tl.load(dot_ptr + wide * num_queries + i, mask=valid, other=0.0)
-        offset = tl.load(offset_ptr + wide * num_queries + i, mask=valid, other=LOG_ZERO)
+        dot = tl.load(dot_ptr + i, mask=valid, other=0.0)
+        offset = tl.load(offset_ptr + i, mask=valid, other=LOG_ZERO)
         logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
         weights = tl.exp2(logits + offset[:, None])
         d_logits = weights * (tl.dot(gradient, mean_v, input_precision=PRECISION) - dot[:, None])
-        for part in tl.static_range(WINDOW_TILES):
-            j = n - LEFT + part * BN + tl.arange(0, BN)
-            exists = (j >= 0) & (j < end)
-            label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32)
-            delta = load_rows(delta_ptr, label, exists, E, E, BE)
-            v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
-            inside = in_window(j[None, :], i[:, None], LEFT, RIGHT) & exists[None, :]
-            estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + offset[:, None]
-            estimate = tl.exp2(tl.where(inside, estimate, LOG_ZERO))
-            d_weights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION) - dot[:, None]
-            one_hot = (label[:, None] == b[None, :]).to(q.dtype)
-            d_logits = tl.dot((-estimate * d_weights).to(q.dtype), one_hot, d_logits, input_precision=PRECISION)
         sum_v = tl.dot(tl.trans(gradient), weights.to(q.dtype), sum_v, input_precision=PRECISION)
         sum_k = tl.dot(tl.trans(q), d_logits.to(q.dtype), sum_k, input_precision=PRECISION)
-    slot = wide * tl.num_programs(0) + tl.program_id(0)
-    e = tl.arange(0, BE)
-    d = tl.arange(0, BD)
-    tl.store(sum_k_ptr + slot * (BE * MP) + e[:, None] * MP + b[None, :], sum_k)
-    tl.store(sum_v_ptr + slot * (BD * MP) + d[:, None] * MP + b[None, :], sum_v)
+    tl.store(sum_k_ptrs, sum_k)
+    tl.store(sum_v_ptr + slot * (BD * MP) + tl.arange(0, BD)[:, None] * MP + b[None, :], sum_v)
 
 
 @triton.jit
@@ -167,7 +204,7 @@ def landmark_bwd_combine_kernel(
     d_mean_v_ptr,  # (G, M, D) of each member's value, written
     num_landmarks, chunks, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients that all members of a cluster share, of BLOCK landmarks."""
     grid_dependency_control(PDL, False)
@@ -177,12 +214,8 @@ def landmark_bwd_combine_kernel(
     d = tl.arange(0, BD)
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = b < num_landmarks
-    key = tl.zeros((BE, BLOCK), tl.float32)
-    value = tl.zeros((BD, BLOCK), tl.float32)
-    for p in tl.range(0, chunks, num_stages=4):
-        slot = wide * chunks + p
-        key += tl.load(sum_k_ptr + slot * (BE * MP) + e[:, None] * MP + b[None, :])
-        value += tl.load(sum_v_ptr + slot * (BD * MP) + d[:, None] * MP + b[None, :])
+    key = sum_of_chunks(sum_k_ptr, wide, chunks, b, BE, MP, CHUNKS)
+    value = sum_of_chunks(sum_v_ptr, wide, chunks, b, BD, MP, CHUNKS)
     # LOG_ZERO of an empty cluster, which has no member, would overflow
     share = tl.exp2(-tl.maximum(tl.load(log_count_ptr + group * MP + b), 0.0))
     key_ptrs = d_landmark_ptr + (wide * num_landmarks + b)[None, :] * E + e[:, None]

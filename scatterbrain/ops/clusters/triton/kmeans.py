@@ -47,11 +47,14 @@ def start_kernel(
     first = ((landmark.to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
     last = (((landmark + 1).to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
     share = 1.0 / tl.maximum(last - first, 1).to(tl.float32)
+    e = tl.arange(0, BE)
     j = first + tl.arange(0, BN)
     if ONE_TILE:
         k = load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32)
         row, _ = farthest_key(k, tl.sum(k, 0) * share, j, first, last)
-        row = tl.where(first < last, row, 0)  # of an empty stretch: the first key of the sequence
+        key = tl.sum(tl.where((j == row)[:, None], k, 0.0), 0)
+        if first >= last:  # of an empty stretch: the first key of the sequence
+            key = tl.load(k_ptr + e, mask=(e < E) & (end > 0), other=0.0).to(tl.float32)
     else:
         total = tl.zeros((BE,), tl.float32)
         for n in range(0, last - first, BN):
@@ -63,8 +66,7 @@ def start_kernel(
             place, distance = farthest_key(k, total * share, j + n, first, last)
             row = tl.where(distance > farthest, place, row)
             farthest = tl.maximum(farthest, distance)
-    e = tl.arange(0, BE)
-    key = tl.load(k_ptr + row * stride_kn + e, mask=(e < E) & (row < end), other=0.0)
+        key = tl.load(k_ptr + row * stride_kn + e, mask=(e < E) & (row < end), other=0.0).to(tl.float32)
     tl.store(start_ptr + (group.to(tl.int64) * num_landmarks + landmark) * E + e, key, mask=e < E)
 
 
@@ -125,9 +127,12 @@ def cluster_sums_kernel(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr, PARTS: tl.constexpr,
+    EVERY: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
+
+    EVERY: take the first of so many keys only.
 
     Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
     """
@@ -154,8 +159,9 @@ def cluster_sums_kernel(
     sum_v = tl.zeros((BD, MB), tl.float32)
     count = tl.zeros((MB,), tl.int32)
     first = tl.program_id(0) * chunk
-    for n in tl.range(first, tl.minimum(first + chunk, num_keys), BN, num_stages=STAGES):
-        j = n + tl.arange(0, BN)
+    num_rows = (num_keys + EVERY - 1) // EVERY
+    for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
+        j = (n + tl.arange(0, BN)) * EVERY
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         if ASSIGN:
@@ -188,6 +194,18 @@ def cluster_sums_kernel(
 
 
 @triton.jit
+def sum_of_chunks(ptr, group, chunks, b, ROWS: tl.constexpr, MP: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sum (ROWS, landmarks b) of the chunks of a group, of (G, chunks, ROWS, MP); CHUNKS are read at a time."""
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, b.shape[0]), tl.float32)
+    for first in tl.range(0, chunks, CHUNKS):
+        p = first + tl.arange(0, CHUNKS)
+        ptrs = ptr + (group * chunks + p)[:, None, None] * (ROWS * MP) + rows[None, :, None] * MP + b[None, None, :]
+        total += tl.sum(tl.load(ptrs, mask=(p < chunks)[:, None, None], other=0.0), 0)
+    return total
+
+
+@triton.jit
 def combine_kernel(
     start_ptr,  # (G, M, E), with FIRST
     sum_k_ptr, sum_v_ptr, count_ptr,  # see `cluster_sums_kernel`, without FIRST
@@ -198,7 +216,7 @@ def combine_kernel(
     log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with LAST
     num_landmarks, chunks,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Centroids and their bias, and with LAST mean values and sizes, of BLOCK landmarks."""
     grid_dependency_control(PDL, False)
@@ -220,21 +238,19 @@ def combine_kernel(
         delta = (mean - centre[:, None]).to(delta_ptr.dtype.element_ty)
     else:
         centre = tl.load(centre_ptr + group * BE + e)
-        total = tl.zeros((BE, BLOCK), tl.float32)
+        total = sum_of_chunks(sum_k_ptr, wide, chunks, b, BE, MP, CHUNKS)
         count = tl.zeros((BLOCK,), tl.float32)
-        for p in tl.range(0, chunks, num_stages=4):
-            slot = wide * chunks + p
-            total += tl.load(sum_k_ptr + slot * (BE * MP) + e[:, None] * MP + b[None, :])
-            count += tl.load(count_ptr + slot * MP + b)
+        for first in tl.range(0, chunks, CHUNKS):
+            p = first + tl.arange(0, CHUNKS)
+            ptrs = count_ptr + (wide * chunks + p)[:, None] * MP + b[None, :]
+            count += tl.sum(tl.load(ptrs, mask=(p < chunks)[:, None], other=0.0), 0)
         share = 1.0 / tl.maximum(count, 1.0)
         delta = (total * share[None, :] - centre[:, None]).to(delta_ptr.dtype.element_ty)
         # a centroid without members does not move
         delta = tl.where((count > 0)[None, :], delta, tl.load(delta_ptrs, mask=mask, other=0.0))
         if LAST:
             d = tl.arange(0, BD)
-            value = tl.zeros((BD, BLOCK), tl.float32)
-            for p in tl.range(0, chunks, num_stages=4):
-                value += tl.load(sum_v_ptr + (wide * chunks + p) * (BD * MP) + d[:, None] * MP + b[None, :])
+            value = sum_of_chunks(sum_v_ptr, wide, chunks, b, BD, MP, CHUNKS)
             value = (value * share[None, :]).to(mean_v_ptr.dtype.element_ty)
             value_ptrs = mean_v_ptr + (wide * num_landmarks + b)[None, :] * D + d[:, None]
             tl.store(value_ptrs, value, mask=exists[None, :] & (d < D)[:, None])

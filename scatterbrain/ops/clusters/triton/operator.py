@@ -17,6 +17,7 @@ from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_dkdv_kernel,
     landmark_bwd_dq_kernel,
     landmark_bwd_sums_kernel,
+    landmark_bwd_window_kernel,
 )
 from scatterbrain.ops.clusters.triton.fwd import landmark_fwd_kernel
 from scatterbrain.ops.clusters.triton.kmeans import assign_kernel, cluster_sums_kernel, combine_kernel, start_kernel
@@ -40,6 +41,8 @@ from scatterbrain.ops.common.triton_functions import (
 )
 from scatterbrain.ops.common.windows import window_bounds
 LOG2E = math.log2(math.e)
+# Lloyd steps look at the first of so many keys, as `scatterbrain.ops.clusters.kmeans` does.
+STEP_EVERY = 2
 
 
 class _Plan:
@@ -125,6 +128,9 @@ def _forward_pass(
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     kept, workspace = plan.statistics(), BufferLayout()
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
+    # the same chunks in a step, of fewer keys
+    step_rows = -(-plan.num_keys // STEP_EVERY)
+    step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
     workspace.add("start", groups, num_landmarks, plan.width, dtype=plan.dtype)
     workspace.add("bias", groups, plan.padded)
     plan.add_sums(workspace, chunks)
@@ -156,6 +162,7 @@ def _forward_pass(
             **plan.widths,
             MP=plan.padded,
             BLOCK=tiles.combine_landmarks,
+            CHUNKS=min(tiles.combine_chunks, 1 << (chunks - 1).bit_length()),
             FIRST=first,
             LAST=last,
             num_warps=4,
@@ -184,12 +191,13 @@ def _forward_pass(
             cluster_sums_kernel,
             (chunks, groups, plan.blocks),
             ("key", "value", "key_lengths", "landmarks", "bias", given, "sum_k", "sum_v", "counts"),
-            (*key_numbers, chunk, *key_strides, *value_strides),
+            (*key_numbers, chunk if last else step_chunk, *key_strides, *value_strides),
             **plan.widths,
             **plan.blocked,
             BN=tiles.sum_rows,
             ASSIGN=assign,
             LAST=last,
+            EVERY=1 if last else STEP_EVERY,
             PARTS=2 if plan.block >= 64 else 1,
             **plan.lengths,
             **plan.precision,
@@ -304,13 +312,12 @@ def _backward_pass(
     names = ("gradient", "query", "key", "value", "key_lengths", "given_labels", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
     given = "given_labels" if plan.has_labels else "labels"
-    tables = ("landmarks", "mean_values", "log_counts", given)
     launches.add(
         landmark_bwd_dq_kernel,
         (-(-plan.length // tiles.dq_rows), groups),
         (
             *("query", "key", "value", "out", "gradient", "d_query", "key_lengths"),
-            *("centre", *tables, "lse", "dots", "offsets"),
+            *("centre", "landmarks", "mean_values", "log_counts", given, "lse", "dots", "offsets"),
         ),
         (
             *plan.numbers,
@@ -327,17 +334,36 @@ def _backward_pass(
         maxnreg=tiles.dq_registers,
         **plan.first,
     )
+    if window > 0:
+        key_tiles = -(-plan.num_keys // tiles.window_keys)
+        launches.add(
+            landmark_bwd_window_kernel,
+            (chunks, groups, plan.blocks),
+            ("query", "value", "gradient", "key_lengths", "landmarks", given, "dots", "offsets", "sum_k"),
+            (
+                *(*plan.numbers, -(-key_tiles // chunks) * tiles.window_keys),
+                *(*row_strides(query, value, gradient), plan.qk_scale),
+            ),
+            **plan.widths,
+            **plan.blocked,
+            BM=tiles.window_queries,
+            BN=tiles.window_keys,
+            **plan.in_window,
+            WINDOW_TILES=plan.window_tiles(tiles.window_keys, tiles.window_queries),
+            num_warps=tiles.window_warps,
+            maxnreg=tiles.window_registers,
+            **plan.pdl,
+        )
     launches.add(
         landmark_bwd_sums_kernel,
         (chunks, groups, plan.blocks),
-        ("query", "value", "gradient", "key_lengths", *tables, "dots", "offsets", "sum_k", "sum_v"),
-        (*plan.numbers, chunk, *row_strides(query, value, gradient), plan.qk_scale),
+        ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sum_k", "sum_v"),
+        (plan.heads, plan.length, num_landmarks, chunk, *row_strides(query, gradient), plan.qk_scale),
         **plan.widths,
         **plan.blocked,
         BM=tiles.landmark_rows,
-        BN=tiles.landmark_keys,
-        **plan.in_window,
-        WINDOW_TILES=plan.window_tiles(tiles.landmark_rows, tiles.landmark_keys),
+        HAS_WINDOW=window > 0,
+        **plan.precision,
         STAGES=tiles.landmark_stages,
         num_warps=tiles.landmark_warps,
         maxnreg=tiles.landmark_registers,
@@ -351,6 +377,7 @@ def _backward_pass(
         **plan.widths,
         MP=plan.padded,
         BLOCK=tiles.combine_landmarks,
+        CHUNKS=min(tiles.combine_chunks, 1 << (chunks - 1).bit_length()),
         num_warps=4,
         **plan.pdl,
     )

@@ -26,6 +26,7 @@ class LandmarkTiles:
         assign_rows: keys of a program that finds clusters over several blocks.
         assign_warps: its warps.
         combine_landmarks: landmarks of a program that combines the chunks.
+        combine_chunks: chunks that it reads at a time.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
         query_block: landmarks of a block in the attention and in the gradient of the queries.
@@ -38,11 +39,14 @@ class LandmarkTiles:
         dq_warps: its warps.
         dq_registers: registers of a thread at most; None leaves them to the compiler.
         landmark_rows: queries of a tile in the gradient of the landmarks.
-        landmark_keys: keys of a tile of the window.
         landmark_programs: programs of that gradient, over all sequences.
         landmark_warps: its warps.
         landmark_stages: its pipeline stages.
         landmark_registers: registers of a thread at most; None leaves them to the compiler.
+        window_keys: keys of a tile in the window's part of that gradient.
+        window_queries: queries of a tile of the window.
+        window_warps: its warps.
+        window_registers: registers of a thread at most; None leaves them to the compiler.
         dk_rows: keys of a tile in the gradient of the keys.
         dk_queries: queries of a tile of the window.
         dk_warps: its warps.
@@ -61,6 +65,7 @@ class LandmarkTiles:
     assign_rows: int = 128
     assign_warps: int = 8
     combine_landmarks: int = 16
+    combine_chunks: int = 8
     query_rows: int = 64
     key_rows: int = 64
     query_tiles: int = 1
@@ -73,11 +78,14 @@ class LandmarkTiles:
     dq_warps: int = 4
     dq_registers: int | None = None
     landmark_rows: int = 64
-    landmark_keys: int = 64
     landmark_programs: int = 264
     landmark_warps: int = 8
     landmark_stages: int = 1
     landmark_registers: int | None = None
+    window_keys: int = 64
+    window_queries: int = 64
+    window_warps: int = 4
+    window_registers: int | None = None
     dk_rows: int = 64
     dk_queries: int = 64
     dk_warps: int = 4
@@ -96,7 +104,8 @@ DEFAULT_FLOAT32 = replace(
     dq_rows=32,
     dq_keys=32,
     landmark_rows=32,
-    landmark_keys=32,
+    window_keys=32,
+    window_queries=32,
     dk_rows=32,
     dk_queries=32,
 )
@@ -119,7 +128,7 @@ def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> LandmarkT
         return replace(DEFAULT_FLOAT32, block=16, min_block=16, sum_rows=16, sum_programs=6, query_rows=16, query_tiles=2)
     tiles = DEFAULT if dtype.itemsize == 2 else DEFAULT_FLOAT32
     if width > 64 and dtype.itemsize == 2:
-        tiles = replace(tiles, block=64, key_rows=32, dq_keys=32, landmark_keys=32)
+        tiles = replace(tiles, block=64, key_rows=32, dq_keys=32)
     return tiles
 
 
