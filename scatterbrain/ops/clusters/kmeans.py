@@ -111,7 +111,7 @@ def cluster_means(points: torch.Tensor, assignment: torch.Tensor, num_clusters: 
 
 
 # Points that are added one by one to a sum; the sums of these are added in turn, which rounds less.
-_POINTS_OF_A_SUM = 128
+_POINTS_OF_A_SUM = 256
 
 
 def cluster_sums(
@@ -128,7 +128,7 @@ def cluster_sums(
         Sums (G, M, E), differentiable in `points`, and numbers (G, M, 1) in the dtype of `points`.
     """
     groups, length, _ = points.shape
-    assignment = assignment.where(assignment >= 0, num_clusters)  # one more cluster, which is dropped
+    assignment = assignment.masked_fill(assignment < 0, num_clusters)  # one more cluster, which is dropped
     members = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=points.device)
     members = members.scatter_add(1, assignment, torch.ones_like(assignment))[:, :num_clusters, None].to(points.dtype)
     if points.device.type != "cpu" or torch.compiler.is_compiling():
@@ -142,7 +142,8 @@ def cluster_sums(
         return sum((each.unsqueeze(1) == labels).to(x.dtype) @ x for x, each in tiles), members
     size = max(_POINTS_OF_A_SUM, 4 * num_clusters)
     num_parts = -(-length // size)
-    part = torch.arange(length) // size + torch.arange(groups)[:, None] * num_parts
+    part = torch.arange(num_parts)[:, None].expand(-1, size).reshape(-1)[:length]
+    part = part + torch.arange(groups)[:, None] * num_parts
     sums = points.new_zeros(groups * num_parts * (num_clusters + 1), points.shape[2])
     sums = sums.index_add(0, (part * (num_clusters + 1) + assignment).flatten(), points.flatten(0, 1))
     return sums.view(groups, num_parts, num_clusters + 1, -1).sum(1)[:, :num_clusters], members
