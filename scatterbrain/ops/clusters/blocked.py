@@ -253,7 +253,7 @@ def _attend_blocks(
         if key_bias is not None:
             exact.add_(key_bias.flatten(0, 1).transpose(1, 2))
         # first over rows 8 apart: long inner dimensions make it many times faster
-        largest = exact.detach().view(len(exact), -1, 8 * block).amax(1).view(len(exact), 8, block).amax(1)
+        largest = exact.detach().view(-1, exact.shape[1] // 8, 8 * block).amax(1).view(-1, 8, block).amax(1)
         maximum = torch.maximum(maximum, largest.view_as(maximum))
         exact = _exp(exact.sub_(maximum.view(-1, 1, block)), least)  # (g n, L, C)
         # rows of `weights` for a landmark and block

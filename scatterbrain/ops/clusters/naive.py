@@ -45,7 +45,13 @@ def naive_landmark_lse(
 ) -> torch.Tensor:
     """Logarithms (B, H, T) of the sums of the weights of landmark attention, float64; -inf where no key is visible.
 
-    The arguments are those of `naive_landmark_attention`.
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        assignment: cluster of each key (B, H, S), -1 for none.
+        window: width W of the window, see `naive_landmark_attention`; 0 for none.
+        scale: softmax scale s.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
     """
     query, key = query.double(), key.double()
     rows = visible_rows(query, key, key, scale, key_lengths=key_lengths)
