@@ -46,8 +46,9 @@ def blocked_landmark_attention(
     scale: float,
     key_lengths: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D) of landmark attention for given clusters, and logarithms (B, H, T) of the normaliser.
+    with_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (B, H, T, D) of landmark attention for given clusters, and logarithms (B, H, T) of the normaliser or None.
 
     Args:
         query: (B, H, T, E).
@@ -59,6 +60,7 @@ def blocked_landmark_attention(
         scale: softmax scale s.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         dropout_p: probability of dropping a weight; that of a landmark for a query is dropped for all of its keys.
+        with_lse: compute the logarithms.
 
     Returns:
         Output in the dtype of `query`, zero for a query that sees no key, and natural logarithms in float32, or float64
@@ -76,11 +78,12 @@ def blocked_landmark_attention(
     else:
         num_slices = -(-batch * heads // layout.groups)
         slices = zip(*([None] * num_slices if x is None else x.split(layout.groups) for x in tensors), strict=True)
-    options = {"num_landmarks": num_landmarks, "scale": scale, "dropout_p": dropout_p}
+    options = {"num_landmarks": num_landmarks, "scale": scale, "dropout_p": dropout_p, "with_lse": with_lse}
     with no_autocast(query):
         outputs = [_attend(layout, *each, **options) for each in slices]
-    out, log = (torch.cat(x).unflatten(0, (batch, heads)) for x in zip(*outputs, strict=True))
-    return out, log
+    outputs, logs = zip(*outputs, strict=True)
+    out = torch.cat(outputs).unflatten(0, (batch, heads))
+    return out, torch.cat(logs).unflatten(0, (batch, heads)) if with_lse else None
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,9 @@ def _attend(
     num_landmarks: int,
     scale: float,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (g, T, D) and logarithms (g, T) of g sequences, which see `counts` (g, 1, 1) keys, or all."""
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (g, T, D) and logarithms (g, T) or None of g sequences, which see `counts` (g, 1, 1) keys, or all."""
     dtype, num_keys = query.dtype, key.shape[1]
     query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
     # A part that all keys share changes no weight, and without it products of queries and keys round less. Nor does it
@@ -178,15 +182,14 @@ def _attend(
         hidden = torch.arange(num_keys, device=key.device)[:, None] >= counts  # (g, S, 1)
         key = key.masked_fill(hidden, 0.0)
 
-    sums, members = cluster_sums(key, assignment, num_landmarks)
+    (sums, value_sums), members = cluster_sums((key, value), assignment, num_landmarks)
     # One more cluster stands for what is no key: of no weight, except where a query sees no key. There it makes the
     # normaliser 1, and outputs and gradients zero.
     means = F.pad(sums / members.clamp_min(1.0), (0, 0, 0, 1))
     has_weight = torch.cat([members > 0, (members == 0).all(1, keepdim=True)], 1)
     bias = torch.zeros_like(means[..., :1]).masked_fill(~has_weight, _HIDDEN)
     # the numbers of members make the normaliser one more column of the products with the values
-    sums, _ = cluster_sums(value, assignment, num_landmarks)
-    sums = torch.cat([F.pad(sums, (0, 0, 0, 1)), F.pad(members, (0, 0, 0, 1), value=1.0)], -1)
+    sums = torch.cat([F.pad(value_sums, (0, 0, 0, 1)), F.pad(members, (0, 0, 0, 1), value=1.0)], -1)
 
     slices, masks = [layout.slices(layout.query_blocks(query))], None
     if layout.window:
@@ -204,12 +207,16 @@ def _attend(
             key_bias = key_bias if hidden is None else key_bias.masked_fill(hidden, _HIDDEN)
             slices.append(layout.slices(layout.stretches(key_bias, _HIDDEN)))
     slices = zip(*slices, strict=True)
-    tiles = [_attend_blocks(bias, means, sums, masks, *x, scale=scale, dropout_p=dropout_p) for x in slices]
-    out, log = (torch.cat(x, 1).flatten(1, 2)[:, : layout.length] for x in zip(*tiles, strict=True))
+    options = {"scale": scale, "dropout_p": dropout_p, "with_lse": with_lse}
+    outputs, logs = zip(*[_attend_blocks(bias, means, sums, masks, *x, **options) for x in slices], strict=True)
+    out = torch.cat(outputs, 1).flatten(1, 2)[:, : layout.length].to(dtype)
+    if not with_lse:
+        return out, None
+    log = torch.cat(logs, 1).flatten(1, 2)[:, : layout.length]
     log = (log + scale * (query @ centre.transpose(1, 2))).squeeze(-1)
     if counts is not None:
         log = log.masked_fill(counts.squeeze(-1) == 0, -math.inf)
-    return out.to(dtype), log
+    return out, log
 
 
 def _attend_blocks(
@@ -225,8 +232,9 @@ def _attend_blocks(
     *,
     scale: float,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (g, n, C, D) of n blocks of g sequences, and logarithms (g, n, C, 1) of the normaliser.
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (g, n, C, D) of n blocks of g sequences, and logarithms (g, n, C, 1) of the normaliser or None.
 
     Args:
         bias: of the logits of landmarks (g, M + 1, 1).
@@ -240,6 +248,7 @@ def _attend_blocks(
         key_bias: of the logits of the keys (g, n, 1, L); None where the maximum needs none.
         scale: softmax scale s.
         dropout_p: probability of dropping a weight.
+        with_lse: compute the logarithms.
     """
     groups, num_blocks, block, _ = query.shape
     least = _LEAST_EXPONENT[query.dtype]
@@ -268,14 +277,16 @@ def _attend_blocks(
         if exact is None:
             return total
         replaced = weights.view(-1, block).index_select(0, index).view_as(exact)
-        return total.baddbmm_((exact - replaced * masks[0]).transpose(1, 2), value.transpose(1, 2))
+        exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
+        return total.baddbmm_(exact.transpose(1, 2), value.transpose(1, 2))
 
     total = sums_of(weights, exact)
     normaliser = total[..., -1:]
     if dropout_p > 0:  # dropped weights still count in the normaliser
         total = sums_of(*(x if x is None else F.dropout(x, dropout_p) for x in (weights, exact)))
-    out, log = total[..., :-1] / normaliser, maximum.view(-1, block, 1) + normaliser.log()
-    return out.unflatten(0, (groups, num_blocks)), log.unflatten(0, (groups, num_blocks))
+    shape = (groups, num_blocks, block, -1)
+    out = (total[..., :-1] / normaliser).view(shape)
+    return out, maximum.view(shape) + normaliser.log().view(shape) if with_lse else None
 
 
 def _exp(x: torch.Tensor, least: float) -> torch.Tensor:

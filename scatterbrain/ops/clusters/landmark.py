@@ -93,11 +93,10 @@ def landmark_attention(
         lse = naive_landmark_lse(query, key, assignment, window, scale, key_lengths)
         return out, lse.to(accumulation_dtype(query.dtype))
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    out, lse = blocked_landmark_attention(
-        *rows[:3], assignment, num_landmarks, window, scale=scale, key_lengths=key_lengths, dropout_p=dropout_p
-    )
-    out, lse = rows.mark(out, lse.unsqueeze(-1))
-    return (out, lse.squeeze(-1)) if return_lse else out
+    options = {"scale": scale, "key_lengths": key_lengths, "dropout_p": dropout_p, "with_lse": return_lse}
+    out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, **options)
+    (out,) = rows.mark(out)
+    return (out, rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)) if return_lse else out
 
 
 def _check_assignment(
