@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from scatterbrain.errors import UserError
@@ -106,46 +108,54 @@ def assign_query_clusters(
 
 def cluster_means(points: torch.Tensor, assignment: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Means (B, H, M, E) of the clusters of points (B, H, N, E), zero for an empty cluster."""
-    sums, members = cluster_sums(points.flatten(0, 1), assignment.flatten(0, 1), num_clusters)
+    (sums,), members = cluster_sums((points.flatten(0, 1),), assignment.flatten(0, 1), num_clusters)
     return (sums / members.clamp_min(1.0)).unflatten(0, points.shape[:2])
 
 
 # Points that are added one by one to a sum; the sums of these are added in turn, which rounds less.
-_POINTS_OF_A_SUM = 128
+_POINTS_OF_A_SUM = 256
 
 
 def cluster_sums(
-    points: torch.Tensor, assignment: torch.Tensor, num_clusters: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    points: tuple[torch.Tensor, ...], assignment: torch.Tensor, num_clusters: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Sums and numbers of the points of each cluster, in an order of addition that does not change.
 
     Args:
-        points: (G, N, E). Points of no cluster may hold any value.
+        points: tensors (G, N, any width), all clustered in the same way. Points of no cluster may hold any value.
         assignment: cluster of each point (G, N), -1 for none.
         num_clusters: number of clusters M.
 
     Returns:
-        Sums (G, M, E), differentiable in `points`, and numbers (G, M, 1) in the dtype of `points`.
+        A sum (G, M, width) for each tensor, differentiable, and numbers (G, M, 1) in the dtype of the points.
     """
-    groups, length, _ = points.shape
-    assignment = assignment.where(assignment >= 0, num_clusters)  # one more cluster, which is dropped
-    members = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=points.device)
-    members = members.scatter_add(1, assignment, torch.ones_like(assignment))[:, :num_clusters, None].to(points.dtype)
-    if points.device.type != "cpu" or torch.compiler.is_compiling():
+    groups, length = assignment.shape
+    like = points[0]
+    assignment = assignment.masked_fill(assignment < 0, num_clusters)  # one more cluster, which is dropped
+    members = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=like.device)
+    members = members.scatter_add(1, assignment, torch.ones_like(assignment))[:, :num_clusters, None].to(like.dtype)
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
         # elsewhere than on the CPU, index_add adds in any order
-        points = points.masked_fill((assignment == num_clusters).unsqueeze(-1), 0.0)
-        labels = torch.arange(num_clusters, device=points.device).unsqueeze(1)
-        size = max(1, tile_budget(points) // (groups * num_clusters))
-        tiles = [(points, assignment)]
+        points = [x.masked_fill((assignment == num_clusters).unsqueeze(-1), 0.0) for x in points]
+        labels = torch.arange(num_clusters, device=like.device).unsqueeze(1)
+        slices = [(assignment, *points)]
         if not is_exporting():
-            tiles = zip(points.split(size, 1), assignment.split(size, 1), strict=True)
-        return sum((each.unsqueeze(1) == labels).to(x.dtype) @ x for x, each in tiles), members
+            size = max(1, tile_budget(like) // (groups * num_clusters))
+            slices = zip(*(x.split(size, 1) for x in (assignment, *points)), strict=True)
+        sums = [0.0 for _ in points]
+        for part, *rows in slices:
+            one_hot = (part.unsqueeze(1) == labels).to(like.dtype)
+            sums = [total + one_hot @ x for total, x in zip(sums, rows, strict=True)]
+        return sums, members
     size = max(_POINTS_OF_A_SUM, 4 * num_clusters)
     num_parts = -(-length // size)
-    part = torch.arange(length) // size + torch.arange(groups)[:, None] * num_parts
-    sums = points.new_zeros(groups * num_parts * (num_clusters + 1), points.shape[2])
-    sums = sums.index_add(0, (part * (num_clusters + 1) + assignment).flatten(), points.flatten(0, 1))
-    return sums.view(groups, num_parts, num_clusters + 1, -1).sum(1)[:, :num_clusters], members
+    part = torch.arange(num_parts)[:, None].expand(-1, size).reshape(-1)[:length]
+    part = part + torch.arange(groups)[:, None] * num_parts
+    index = (part * (num_clusters + 1) + assignment).flatten()
+    shape = (groups, num_parts, num_clusters + 1)
+    zeros = (x.new_zeros(math.prod(shape), x.shape[2]) for x in points)
+    sums = [zero.index_add(0, index, x.flatten(0, 1)) for zero, x in zip(zeros, points, strict=True)]
+    return [x.view(*shape, -1).sum(1)[:, :num_clusters] for x in sums], members
 
 
 def valid_points(points: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -190,7 +200,7 @@ def _cluster_slice(
         labels = _nearest(points, centroids)
         if outside is not None:
             labels = labels.masked_fill(outside, -1)
-        sums, members = cluster_sums(points, labels, num_clusters)
+        (sums,), members = cluster_sums((points,), labels, num_clusters)
         centroids = torch.where(members > 0, sums / members.clamp_min(1.0), centroids)
     return _nearest(points, centroids)
 
