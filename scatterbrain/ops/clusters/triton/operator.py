@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from scatterbrain.ops.clusters.kmeans import STEP_EVERY
 from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_combine_kernel,
     landmark_bwd_dkdv_kernel,
@@ -41,8 +42,6 @@ from scatterbrain.ops.common.triton_functions import (
 )
 from scatterbrain.ops.common.windows import window_bounds
 LOG2E = math.log2(math.e)
-# Lloyd steps look at the first of so many keys, as `scatterbrain.ops.clusters.kmeans` does.
-STEP_EVERY = 2
 
 
 class _Plan:
