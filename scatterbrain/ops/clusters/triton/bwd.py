@@ -102,7 +102,7 @@ def landmark_bwd_window_kernel(
     q_ptr, v_ptr, gradient_ptr, lengths_ptr,
     delta_ptr, label_ptr,  # see `landmark_fwd_kernel`
     dot_ptr, offset_ptr,  # see `landmark_bwd_dq_kernel`
-    sum_k_ptr,  # (G, chunks, BE, MP) float32, written
+    sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32, rows of keys written
     heads, num_queries, num_keys, num_landmarks, chunk,
     stride_qb, stride_qh, stride_qn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
     qk_scale,
@@ -146,8 +146,9 @@ def landmark_bwd_window_kernel(
             of_keys = tl.dot((estimate * d_weights).to(q.dtype), q, of_keys, input_precision=PRECISION)
         one_hot = (label[:, None] == b[None, :]).to(v.dtype)
         sum_k = tl.dot(tl.trans(of_keys.to(v.dtype)), one_hot, sum_k, input_precision=PRECISION)
-    slot = wide * tl.num_programs(0) + tl.program_id(0)
-    tl.store(sum_k_ptr + slot * (BE * MP) + tl.arange(0, BE)[:, None] * MP + b[None, :], sum_k)
+    rows: tl.constexpr = BE + BD + 1
+    sum_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (rows * MP)
+    tl.store(sum_ptr + tl.arange(0, BE)[:, None] * MP + b[None, :], sum_k)
 
 
 @triton.jit
@@ -155,8 +156,7 @@ def landmark_bwd_sums_kernel(
     q_ptr, gradient_ptr,
     delta_ptr, mean_v_ptr, log_count_ptr,  # see `landmark_fwd_kernel`
     dot_ptr, offset_ptr,  # see `landmark_bwd_dq_kernel`
-    sum_k_ptr,  # (G, chunks, BE, MP) float32, written; with HAS_WINDOW added to
-    sum_v_ptr,  # (G, chunks, BD, MP), written
+    sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: rows of keys (with HAS_WINDOW added to) and values written
     heads, num_queries, num_landmarks, chunk,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
     qk_scale,
@@ -175,8 +175,9 @@ def landmark_bwd_sums_kernel(
     landmark = tl.trans(load_rows(delta_ptr + wide * num_landmarks * E, b, b < num_landmarks, E, E, BE))
     mean_v = tl.trans(load_rows(mean_v_ptr + wide * num_landmarks * D, b, b < num_landmarks, D, D, BD))
     log_count = tl.load(log_count_ptr + group * MP + b)
-    slot = wide * tl.num_programs(0) + tl.program_id(0)
-    sum_k_ptrs = sum_k_ptr + slot * (BE * MP) + tl.arange(0, BE)[:, None] * MP + b[None, :]
+    rows: tl.constexpr = BE + BD + 1
+    sum_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (rows * MP)
+    sum_k_ptrs = sum_ptr + tl.arange(0, BE)[:, None] * MP + b[None, :]
     sum_k = tl.load(sum_k_ptrs) if HAS_WINDOW else tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
     first = tl.program_id(0) * chunk
@@ -193,18 +194,18 @@ def landmark_bwd_sums_kernel(
         sum_v = tl.dot(tl.trans(gradient), weights.to(q.dtype), sum_v, input_precision=PRECISION)
         sum_k = tl.dot(tl.trans(q), d_logits.to(q.dtype), sum_k, input_precision=PRECISION)
     tl.store(sum_k_ptrs, sum_k)
-    tl.store(sum_v_ptr + slot * (BD * MP) + tl.arange(0, BD)[:, None] * MP + b[None, :], sum_v)
+    tl.store(sum_ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :], sum_v)
 
 
 @triton.jit
 def landmark_bwd_combine_kernel(
-    sum_k_ptr, sum_v_ptr,  # see `landmark_bwd_sums_kernel`
+    sum_ptr,  # see `landmark_bwd_sums_kernel`
     log_count_ptr,
     d_landmark_ptr,  # (G, M, E) gradient of each member key of a cluster, written
     d_mean_v_ptr,  # (G, M, D) of each member's value, written
-    num_landmarks, chunks, scale,
+    num_landmarks, chunks, slots, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients that all members of a cluster share, of BLOCK landmarks."""
     grid_dependency_control(PDL, False)
@@ -214,8 +215,10 @@ def landmark_bwd_combine_kernel(
     d = tl.arange(0, BD)
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = b < num_landmarks
-    key = sum_of_chunks(sum_k_ptr, wide, chunks, b, BE, MP, CHUNKS)
-    value = sum_of_chunks(sum_v_ptr, wide, chunks, b, BD, MP, CHUNKS)
+    stride: tl.constexpr = (BE + BD + 1) * MP
+    sum_ptr += wide * slots * stride
+    key = sum_of_chunks(sum_ptr, chunks, stride, b, BE, MP)
+    value = sum_of_chunks(sum_ptr + BE * MP, chunks, stride, b, BD, MP)
     # LOG_ZERO of an empty cluster, which has no member, would overflow
     share = tl.exp2(-tl.maximum(tl.load(log_count_ptr + group * MP + b), 0.0))
     key_ptrs = d_landmark_ptr + (wide * num_landmarks + b)[None, :] * E + e[:, None]

@@ -21,7 +21,13 @@ from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_window_kernel,
 )
 from scatterbrain.ops.clusters.triton.fwd import landmark_fwd_kernel
-from scatterbrain.ops.clusters.triton.kmeans import assign_kernel, cluster_sums_kernel, combine_kernel, start_kernel
+from scatterbrain.ops.clusters.triton.kmeans import (
+    assign_kernel,
+    cluster_sums_kernel,
+    combine_kernel,
+    start_kernel,
+    sum_chunks_kernel,
+)
 from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override
 from scatterbrain.ops.common.passes import (
     PLAIN_TENSORS,
@@ -42,6 +48,10 @@ from scatterbrain.ops.common.triton_functions import (
 )
 from scatterbrain.ops.common.windows import window_bounds
 LOG2E = math.log2(math.e)
+# More chunks than these are added up in two kernels, so that there are programs enough; elements of a program.
+MANY_CHUNKS, SUM_BLOCK = 8, 1024
+# Up to this many tiles of a window are unrolled, and loaded ahead of their use.
+MAX_UNROLLED = 6
 
 
 class _Plan:
@@ -93,6 +103,29 @@ class _Plan:
         """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
         return 0 if self.window == 0 else -(-(rows + self.window - 1) // others)
 
+    @property
+    def rows_of_sums(self) -> int:
+        """Rows of the sums of a chunk: keys, values, numbers of members."""
+        return self.widths["BE"] + self.widths["BD"] + 1
+
+    def add_sum_of_chunks(self, launches: LaunchSequence, chunks: int) -> int:
+        """Kernel that leaves `MANY_CHUNKS` sums where there are more; the number of chunks that are left."""
+        if chunks <= MANY_CHUNKS:
+            return chunks
+        size = self.rows_of_sums * self.padded
+        launches.add(
+            sum_chunks_kernel,
+            (-(-size // SUM_BLOCK), MANY_CHUNKS, self.groups),
+            ("sums",),
+            (chunks,),
+            SIZE=size,
+            BLOCK=SUM_BLOCK,
+            CHUNKS=MANY_CHUNKS,
+            num_warps=4,
+            **self.pdl,
+        )
+        return MANY_CHUNKS
+
     def statistics(self) -> BufferLayout:
         """What the attention and the backward pass read of the clusters, and log normalisers of the queries."""
         layout = BufferLayout()
@@ -106,8 +139,7 @@ class _Plan:
 
     def add_sums(self, layout: BufferLayout, chunks: int) -> None:
         """Memory for sums of each chunk."""
-        layout.add("sum_k", self.groups, chunks, self.widths["BE"], self.padded)
-        layout.add("sum_v", self.groups, chunks, self.widths["BD"], self.padded)
+        layout.add("sums", self.groups, chunks, self.rows_of_sums, self.padded)
 
 
 def _forward_pass(
@@ -130,10 +162,8 @@ def _forward_pass(
     # the same chunks in a step, of fewer keys
     step_rows = -(-plan.num_keys // STEP_EVERY)
     step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
-    workspace.add("start", groups, num_landmarks, plan.width, dtype=plan.dtype)
     workspace.add("bias", groups, plan.padded)
     plan.add_sums(workspace, chunks)
-    workspace.add("counts", groups, chunks, plan.padded)
     launches = LaunchSequence(("query", "key", "value", "key_lengths", "given_labels", "out"), (kept, workspace))
     given = "given_labels" if plan.has_labels else "labels"
     key_strides, value_strides = row_strides(key), row_strides(value)
@@ -142,33 +172,19 @@ def _forward_pass(
     launches.add(
         start_kernel,
         (num_landmarks, groups),
-        ("key", "key_lengths", "start"),
+        ("key", "key_lengths", "centre", "landmarks", "bias"),
         (*key_numbers, *key_strides),
         **key_widths,
+        MP=plan.padded,
         BN=tiles.start_rows,
         ONE_TILE=-(-plan.num_keys // num_landmarks) <= tiles.start_rows,
         **plan.lengths,
         num_warps=tiles.start_warps,
+        maxnreg=tiles.start_registers,
         **plan.first,
     )
 
-    def combine(first: bool, last: bool) -> None:
-        launches.add(
-            combine_kernel,
-            (-(-plan.padded // tiles.combine_landmarks), groups),
-            *(("start", "sum_k", "sum_v", "counts", "centre", "landmarks", "bias", "mean_values", "log_counts"),),
-            (num_landmarks, chunks),
-            **plan.widths,
-            MP=plan.padded,
-            BLOCK=tiles.combine_landmarks,
-            CHUNKS=min(tiles.combine_chunks, 1 << (chunks - 1).bit_length()),
-            FIRST=first,
-            LAST=last,
-            num_warps=4,
-            **plan.pdl,
-        )
-
-    combine(True, False)
+    results = ("centre", "landmarks", "bias", "mean_values", "log_counts")
     assign = not plan.has_labels and plan.blocks == 1
     for step in range(1 if plan.has_labels else num_steps + 1):
         last = plan.has_labels or step == num_steps
@@ -189,13 +205,14 @@ def _forward_pass(
         launches.add(
             cluster_sums_kernel,
             (chunks, groups, plan.blocks),
-            ("key", "value", "key_lengths", "landmarks", "bias", given, "sum_k", "sum_v", "counts"),
+            ("key", "value", "key_lengths", given, "sums", *results),
             (*key_numbers, chunk if last else step_chunk, *key_strides, *value_strides),
             **plan.widths,
             **plan.blocked,
             BN=tiles.sum_rows,
             ASSIGN=assign,
             LAST=last,
+            FINAL=chunks == 1,
             EVERY=1 if last else STEP_EVERY,
             PARTS=2 if plan.block >= 64 else 1,
             **plan.lengths,
@@ -205,7 +222,21 @@ def _forward_pass(
             maxnreg=tiles.sum_registers,
             **plan.pdl,
         )
-        combine(False, last)
+        if chunks > 1:
+            left = plan.add_sum_of_chunks(launches, chunks)
+            launches.add(
+                combine_kernel,
+                (-(-plan.padded // tiles.combine_landmarks), groups),
+                ("sums", *results),
+                (num_landmarks, left, chunks),
+                **plan.widths,
+                MP=plan.padded,
+                BLOCK=tiles.combine_landmarks,
+                LAST=last,
+                num_warps=4,
+                **plan.pdl,
+            )
+    window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
     launches.add(
         landmark_fwd_kernel,
         (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), groups),
@@ -219,7 +250,8 @@ def _forward_pass(
         BM=tiles.query_rows,
         BN=tiles.key_rows,
         **plan.in_window,
-        WINDOW_TILES=plan.window_tiles(tiles.query_rows, tiles.key_rows),
+        WINDOW_TILES=window_tiles,
+        UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
         QUERY_TILES=tiles.query_tiles,
         STAGES=tiles.query_stages,
         STATISTICS=True,
@@ -338,7 +370,7 @@ def _backward_pass(
         launches.add(
             landmark_bwd_window_kernel,
             (chunks, groups, plan.blocks),
-            ("query", "value", "gradient", "key_lengths", "landmarks", given, "dots", "offsets", "sum_k"),
+            ("query", "value", "gradient", "key_lengths", "landmarks", given, "dots", "offsets", "sums"),
             (
                 *(*plan.numbers, -(-key_tiles // chunks) * tiles.window_keys),
                 *(*row_strides(query, value, gradient), plan.qk_scale),
@@ -356,7 +388,7 @@ def _backward_pass(
     launches.add(
         landmark_bwd_sums_kernel,
         (chunks, groups, plan.blocks),
-        ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sum_k", "sum_v"),
+        ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sums"),
         (plan.heads, plan.length, num_landmarks, chunk, *row_strides(query, gradient), plan.qk_scale),
         **plan.widths,
         **plan.blocked,
@@ -368,15 +400,15 @@ def _backward_pass(
         maxnreg=tiles.landmark_registers,
         **plan.pdl,
     )
+    left = plan.add_sum_of_chunks(launches, chunks)
     launches.add(
         landmark_bwd_combine_kernel,
         (-(-plan.padded // tiles.combine_landmarks), groups),
-        ("sum_k", "sum_v", "log_counts", "d_landmarks", "d_mean_values"),
-        (num_landmarks, chunks, plan.scale),
+        ("sums", "log_counts", "d_landmarks", "d_mean_values"),
+        (num_landmarks, left, chunks, plan.scale),
         **plan.widths,
         MP=plan.padded,
         BLOCK=tiles.combine_landmarks,
-        CHUNKS=min(tiles.combine_chunks, 1 << (chunks - 1).bit_length()),
         num_warps=4,
         **plan.pdl,
     )

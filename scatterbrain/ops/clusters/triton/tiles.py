@@ -16,6 +16,7 @@ class LandmarkTiles:
     Attributes:
         start_rows: keys of a step where initial centroids are chosen.
         start_warps: warps there.
+        start_registers: registers of a thread at most; None leaves them to the compiler.
         block: landmarks of a block, at most; where there are no more, clusters are found and summed in one kernel.
         min_block: landmarks of a block, at least.
         sum_rows: keys of a tile in the sums, a multiple of 16.
@@ -26,7 +27,6 @@ class LandmarkTiles:
         assign_rows: keys of a program that finds clusters over several blocks.
         assign_warps: its warps.
         combine_landmarks: landmarks of a program that combines the chunks.
-        combine_chunks: chunks that it reads at a time.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
         query_block: landmarks of a block in the attention and in the gradient of the queries.
@@ -55,6 +55,7 @@ class LandmarkTiles:
 
     start_rows: int = 32
     start_warps: int = 1
+    start_registers: int | None = None
     block: int = 128
     min_block: int = 64
     sum_rows: int = 64
@@ -65,7 +66,6 @@ class LandmarkTiles:
     assign_rows: int = 128
     assign_warps: int = 8
     combine_landmarks: int = 16
-    combine_chunks: int = 8
     query_rows: int = 64
     key_rows: int = 64
     query_tiles: int = 1
