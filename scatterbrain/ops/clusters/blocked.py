@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from scatterbrain.ops.clusters.kmeans import cluster_sums
+from scatterbrain.ops.clusters.kmeans import adds_in_order, cluster_sums
 from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, is_exporting, no_autocast, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
 
@@ -255,7 +255,7 @@ def _attend_blocks(
     columns = query.flatten(1, 2).transpose(1, 2)  # (g, E, n C)
     weights = torch.baddbmm(bias, means, columns, alpha=scale)
     maximum = weights.detach().amax(1, keepdim=True)
-    exact = index = None
+    exact = landmark = None
     if key is not None:
         key, value, labels = (x.flatten(0, 1) for x in (key, value, labels))
         exact = torch.baddbmm(masks[1], key.transpose(1, 2), query.flatten(0, 1).transpose(1, 2), alpha=scale)
@@ -265,10 +265,13 @@ def _attend_blocks(
         largest = exact.detach().view(-1, exact.shape[1] // 8, 8 * block).amax(1).view(-1, 8, block).amax(1)
         maximum = torch.maximum(maximum, largest.view_as(maximum))
         exact = _exp(exact.sub_(maximum.view(-1, 1, block)), least)  # (g n, L, C)
-        # rows of `weights` for a landmark and block
-        of_block = torch.arange(groups * num_blocks, device=key.device).view(groups, num_blocks)
-        of_block = of_block + of_block[:, :1] * (means.shape[1] - 1)
-        index = (labels.squeeze(1) * num_blocks + of_block.view(-1, 1)).flatten()
+        if adds_in_order(query):
+            # rows of `weights` for a landmark and block
+            of_block = torch.arange(groups * num_blocks, device=key.device).view(groups, num_blocks)
+            of_block = of_block + of_block[:, :1] * (means.shape[1] - 1)
+            landmark = (labels.squeeze(1) * num_blocks + of_block.view(-1, 1)).flatten()
+        else:
+            landmark = (labels.transpose(1, 2) == torch.arange(means.shape[1], device=key.device)).to(query.dtype)
     weights = _exp(weights.sub_(maximum), least)  # (g, M + 1, n C)
 
     def sums_of(weights: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:
@@ -276,7 +279,11 @@ def _attend_blocks(
         total = torch.bmm(weights.transpose(1, 2), sums).view(-1, block, sums.shape[-1])
         if exact is None:
             return total
-        replaced = weights.view(-1, block).index_select(0, index).view_as(exact)
+        if landmark.dim() == 1:
+            replaced = weights.view(-1, block).index_select(0, landmark).view_as(exact)
+        else:
+            of_blocks = weights.view(groups, -1, num_blocks, block).transpose(1, 2).flatten(0, 1)
+            replaced = landmark @ of_blocks
         exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
         return total.baddbmm_(exact.transpose(1, 2), value.transpose(1, 2))
 

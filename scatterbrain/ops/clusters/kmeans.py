@@ -138,8 +138,7 @@ def cluster_sums(
     assignment = assignment.masked_fill(assignment < 0, num_clusters)  # one more cluster, which is dropped
     members = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=like.device)
     members = members.scatter_add(1, assignment, torch.ones_like(assignment))[:, :num_clusters, None].to(like.dtype)
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
-        # elsewhere than on the CPU, index_add adds in any order
+    if not adds_in_order(like):
         points = [x.masked_fill((assignment == num_clusters).unsqueeze(-1), 0.0) for x in points]
         labels = torch.arange(num_clusters, device=like.device).unsqueeze(1)
         slices = [(assignment, *points)]
@@ -160,6 +159,11 @@ def cluster_sums(
     zeros = (x.new_zeros(math.prod(shape), x.shape[2]) for x in points)
     sums = [zero.index_add(0, index, x.flatten(0, 1)) for zero, x in zip(zeros, points, strict=True)]
     return [x.view(*shape, -1).sum(1)[:, :num_clusters] for x in sums], members
+
+
+def adds_in_order(x: torch.Tensor) -> bool:
+    """Whether index_add, the gradient of index_select too, adds in one order: on other devices or compiled, in any."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def valid_points(points: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

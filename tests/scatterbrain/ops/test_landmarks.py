@@ -13,6 +13,8 @@ from scatterbrain.ops.clusters import (
     assign_clusters,
     assign_key_clusters,
     assign_query_clusters,
+    blocked,
+    kmeans,
     landmark_attention,
     log_landmark_features,
     naive_landmark_attention,
@@ -535,6 +537,17 @@ def test_a_large_common_part_of_the_keys_costs_no_accuracy(window, dtype):
     rounding = SINGLE_OUTPUT if dtype == torch.float32 else torch.finfo(dtype).eps
     gradient_rounding = SINGLE_GRADIENT if dtype == torch.float32 else torch.finfo(dtype).eps
     compare(pair, tensors, rounding, gradient_rounding, dtype)
+
+
+@pytest.mark.parametrize("window", [0, 7, 40])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_slices_and_the_products_of_other_devices_change_nothing(window, in_order, monkeypatch):
+    *tensors, _ = draw_inputs(2, 2, 130, 150, dtype=torch.float32)
+    pair = landmark_pair(window, 9, torch.tensor([150, 70]))
+    for module in (blocked, kmeans):
+        monkeypatch.setattr(module, "adds_in_order", lambda _: in_order)
+        monkeypatch.setattr(module, "tile_budget", lambda _: 1 << 12)
+    compare(pair, [x.double() for x in tensors], SINGLE_OUTPUT, SINGLE_GRADIENT, torch.float32)
 
 
 def test_no_matrix_of_keys_and_landmarks():
