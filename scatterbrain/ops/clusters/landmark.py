@@ -7,11 +7,13 @@ import math
 import torch
 
 from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.blocked import blocked_landmark_attention
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means, valid_points
 from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_landmark_lse
-from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import (
+    VisibleRows,
     check_dropout,
     check_inputs,
     check_tensors,
@@ -62,7 +64,8 @@ def landmark_attention(
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
-        backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`, which is `torch`.
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.clusters.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key. With `return_lse` also the natural
@@ -77,24 +80,36 @@ def landmark_attention(
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    reason = fused.unsupported(query, value, num_landmarks, window, dropout_p, return_lse and needs_grad)
+    backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=fused.is_fast(query))
     if query.shape[0] == 0:
         out = empty_output(query, key, value)
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
-    if assignment is None:
+    if assignment is not None:
+        assignment = _check_assignment(assignment, key, num_landmarks, key_lengths)
+    elif backend != "triton" or value_weight != 0:  # the kernels find clusters of the keys themselves
         assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
         num_landmarks = at_most(num_landmarks, key.shape[2])
-    else:
-        assignment = _check_assignment(assignment, key, num_landmarks, key_lengths)
     if backend == "naive":
         out = naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
         if not return_lse:
             return out
         lse = naive_landmark_lse(query, key, assignment, window, scale, key_lengths)
         return out, lse.to(accumulation_dtype(query.dtype))
-    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    options = {"scale": scale, "key_lengths": key_lengths, "dropout_p": dropout_p, "with_lse": return_lse}
-    out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, **options)
+    if backend == "triton" and not (needs_grad and key_lengths is not None):
+        rows = VisibleRows(query, key, value, None)  # the kernels skip hidden keys themselves
+    else:
+        rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    options = {"scale": scale, "key_lengths": key_lengths}
+    if backend == "triton":
+        if assignment is None:
+            num_landmarks = at_most(num_landmarks, key.shape[2])
+        options |= {"num_steps": num_steps, "assignment": assignment, "return_lse": return_lse}
+        out, lse = fused.attention(*rows[:3], num_landmarks, window, **options)
+    else:
+        options |= {"dropout_p": dropout_p, "with_lse": return_lse}
+        out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, **options)
     (out,) = rows.mark(out)
     return (out, rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)) if return_lse else out
 

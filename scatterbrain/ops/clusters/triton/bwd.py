@@ -6,7 +6,8 @@ landmarks' weights a_ij of one key, all normalised, and g the gradient of the ou
     gradient of a landmark's logit   l_ib = p_ib (g_i.v_b - delta_i) - sum of a_ij (g_i.v_j - delta_i), b(j) = b
     gradient of an exact logit       x_ij = e_ij (g_i.v_j - delta_i)
     queries   dq_i = s (sum_j x_ij k_j + sum_b l_ib c_b)
-    keys      dk_j = s (sum_i x_ij q_i + sum_i l_ib q_i / n_b),  values   dv_j = sum_i (e_ij - a_ij) g_i + sum_i p_ib g_i / n_b
+    keys      dk_j = s (sum_i x_ij q_i + sum_i l_ib q_i / n_b)
+    values    dv_j = sum_i (e_ij - a_ij) g_i + sum_i p_ib g_i / n_b
 """
 
 from __future__ import annotations

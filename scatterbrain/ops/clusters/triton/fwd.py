@@ -40,13 +40,17 @@ def dot_centre(q, centre):
 
 @triton.jit
 def window_fwd(
-    k, v, delta, position, i, q, offset, normaliser, acc, running_max, total, qk_scale,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    j, i, q, offset, normaliser, acc, running_max, total, end,
+    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale,
+    E: tl.constexpr, D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Put exact weights in place of the landmarks' for some of the window's keys, see `window_rows`, for queries i.
+    """Put exact weights in place of the landmarks' for the window's keys among j, for queries i.
 
     Returns the new normaliser of the window (rows, 4), accumulator, running maximum, and normaliser of the landmarks.
     """
+    k, v, delta, position = window_rows(
+        j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
+    )
     inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
     exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
     exact = tl.where(inside, exact, LOG_ZERO)
@@ -71,8 +75,8 @@ def landmark_fwd_kernel(
     qk_scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    UNROLLED: tl.constexpr, QUERY_TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    UNROLLED: tl.constexpr, QUERY_TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """QUERY_TILES tiles of BM queries of one sequence: MB landmarks at a time, then the window's keys.
 
@@ -105,12 +109,6 @@ def landmark_fwd_kernel(
         i = (tl.program_id(0) * QUERY_TILES + step) * BM + tl.arange(0, BM)
         valid = i < num_queries
         q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
-        first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
-        if UNROLLED > 0:
-            # loaded well before they are used
-            k, v, delta, position = window_rows(
-                first_key + tl.arange(0, BN), end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, BE, D, BD
-            )
         # logits are relative to that of the centre
         if MP == MB:
             logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
@@ -138,26 +136,16 @@ def landmark_fwd_kernel(
             offset = dot_centre(q, centre) * qk_scale
         if WINDOW_TILES > 0:
             normaliser = tl.zeros((BM, 4), tl.float32)
+            first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
             for part in tl.static_range(UNROLLED):
-                if part + 1 < UNROLLED:
-                    j = first_key + (part + 1) * BN + tl.arange(0, BN)
-                    next_k, next_v, next_delta, next_position = window_rows(
-                        j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, BE, D, BD
-                    )
                 normaliser, acc, running_max, total = window_fwd(
-                    k, v, delta, position, i, q, offset, normaliser, acc, running_max, total, qk_scale,
-                    LEFT, RIGHT, PRECISION,
+                    first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
                 )  # fmt: skip
-                if part + 1 < UNROLLED:
-                    k, v, delta, position = next_k, next_v, next_delta, next_position
             for part in tl.range(UNROLLED, WINDOW_TILES, num_stages=2):
-                j = first_key + part * BN + tl.arange(0, BN)
-                k, v, delta, position = window_rows(
-                    j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, BE, D, BD
-                )
                 normaliser, acc, running_max, total = window_fwd(
-                    k, v, delta, position, i, q, offset, normaliser, acc, running_max, total, qk_scale,
-                    LEFT, RIGHT, PRECISION,
+                    first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
                 )  # fmt: skip
             total += tl.sum(normaliser, 1)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]

@@ -1,13 +1,13 @@
 """K-means of keys: initial centroids, assignment, and sums over the members of each cluster.
 
 Launched in this order: `start_kernel`, then for each Lloyd step and once more for the final clusters
-`cluster_sums_kernel` and, where a sequence is several chunks, `combine_kernel`, after `sum_chunks_kernel` where they are
-many. With more landmarks than fit the registers, `assign_kernel` finds the clusters before the sums.
+`cluster_sums_kernel` and, where a sequence is several chunks, `combine_kernel`, after `sum_chunks_kernel` where they
+are many. With more landmarks than fit the registers, `assign_kernel` finds the clusters before the sums.
 
-Centroids are kept relative to a centre, the mean of 16 keys spread over the sequence: delta_b = c_b - centre, rounded to the dtype
-of the keys. A large component that all keys share is in the centre and costs delta_b no digits. The squared distance
-of a key x from c_b is |x|^2 - 2 (x.delta_b + bias_b) with bias_b = -delta_b.(delta_b / 2 + centre), up to what is the
-same for all b, so that the nearest centroid has the largest x.delta_b + bias_b.
+Centroids are kept relative to a centre, the mean of 16 keys spread over the sequence: delta_b = c_b - centre, rounded
+to the dtype of the keys. A large component that all keys share is in the centre and costs delta_b no digits. The
+squared distance of a key x from c_b is |x|^2 - 2 (x.delta_b + bias_b) with bias_b = -delta_b.(delta_b / 2 + centre), up
+to what is the same for all b, so that the nearest centroid has the largest x.delta_b + bias_b.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def combine_kernel(
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
     LAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Centroids and their bias, and with LAST mean values and sizes, of BLOCK landmarks, from the sums of all chunks."""
+    """Centroids and their bias, and with LAST mean values and sizes, of BLOCK landmarks, from the sums of chunks."""
     grid_dependency_control(PDL, False)
     group = tl.program_id(1)
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

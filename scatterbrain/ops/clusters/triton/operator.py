@@ -47,10 +47,12 @@ from scatterbrain.ops.common.triton_functions import (
     row_strides,
 )
 from scatterbrain.ops.common.windows import window_bounds
+
 LOG2E = math.log2(math.e)
-# More chunks than these are added up in two kernels, so that there are programs enough; elements of a program.
-MANY_CHUNKS, SUM_BLOCK = 8, 1024
-# Up to this many tiles of a window are unrolled, and loaded ahead of their use.
+# More chunks than these are added up in two kernels, so that there are programs enough; sums that the first one leaves,
+# and elements of one of its programs.
+MANY_CHUNKS, FEW_CHUNKS, SUM_BLOCK = 32, 8, 1024
+# Up to this many tiles of a window are unrolled.
 MAX_UNROLLED = 6
 
 
@@ -76,7 +78,9 @@ class _Plan:
         self.num_landmarks, self.window, self.num_steps = num_landmarks, window, num_steps
         self.has_labels = labels is not None
         widths = padded_width(self.width), padded_width(self.value_width)
-        self.tiles = tiles_for(max(widths), self.dtype, self.device)
+        self.tiles = tiles_for(
+            max(widths), num_landmarks, -(-self.num_keys // num_landmarks), window, self.dtype, self.device
+        )
         self.block = min(self.tiles.block, max(self.tiles.min_block, padded_width(num_landmarks)))
         self.blocks = -(-num_landmarks // self.block)
         self.padded = self.blocks * self.block
@@ -109,22 +113,22 @@ class _Plan:
         return self.widths["BE"] + self.widths["BD"] + 1
 
     def add_sum_of_chunks(self, launches: LaunchSequence, chunks: int) -> int:
-        """Kernel that leaves `MANY_CHUNKS` sums where there are more; the number of chunks that are left."""
+        """Kernel that leaves `FEW_CHUNKS` sums of more than `MANY_CHUNKS`; the number of sums that are left."""
         if chunks <= MANY_CHUNKS:
             return chunks
         size = self.rows_of_sums * self.padded
         launches.add(
             sum_chunks_kernel,
-            (-(-size // SUM_BLOCK), MANY_CHUNKS, self.groups),
+            (-(-size // SUM_BLOCK), FEW_CHUNKS, self.groups),
             ("sums",),
             (chunks,),
             SIZE=size,
             BLOCK=SUM_BLOCK,
-            CHUNKS=MANY_CHUNKS,
+            CHUNKS=FEW_CHUNKS,
             num_warps=4,
             **self.pdl,
         )
-        return MANY_CHUNKS
+        return FEW_CHUNKS
 
     def statistics(self) -> BufferLayout:
         """What the attention and the backward pass read of the clusters, and log normalisers of the queries."""
@@ -180,7 +184,6 @@ def _forward_pass(
         ONE_TILE=-(-plan.num_keys // num_landmarks) <= tiles.start_rows,
         **plan.lengths,
         num_warps=tiles.start_warps,
-        maxnreg=tiles.start_registers,
         **plan.first,
     )
 
@@ -219,7 +222,6 @@ def _forward_pass(
             **plan.precision,
             STAGES=tiles.sum_stages,
             num_warps=tiles.sum_warps,
-            maxnreg=tiles.sum_registers,
             **plan.pdl,
         )
         if chunks > 1:
@@ -382,22 +384,22 @@ def _backward_pass(
             **plan.in_window,
             WINDOW_TILES=plan.window_tiles(tiles.window_keys, tiles.window_queries),
             num_warps=tiles.window_warps,
-            maxnreg=tiles.window_registers,
             **plan.pdl,
         )
+    block = min(tiles.landmark_block, plan.block)
     launches.add(
         landmark_bwd_sums_kernel,
-        (chunks, groups, plan.blocks),
+        (chunks, groups, plan.padded // block),
         ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sums"),
         (plan.heads, plan.length, num_landmarks, chunk, *row_strides(query, gradient), plan.qk_scale),
         **plan.widths,
-        **plan.blocked,
+        MB=block,
+        MP=plan.padded,
         BM=tiles.landmark_rows,
         HAS_WINDOW=window > 0,
         **plan.precision,
         STAGES=tiles.landmark_stages,
         num_warps=tiles.landmark_warps,
-        maxnreg=tiles.landmark_registers,
         **plan.pdl,
     )
     left = plan.add_sum_of_chunks(launches, chunks)
