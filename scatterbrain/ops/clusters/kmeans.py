@@ -7,6 +7,7 @@ import math
 import torch
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.common.inputs import length_mask
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
@@ -77,6 +78,11 @@ def assign_key_clusters(
     """
     if not value_weight >= 0:
         raise UserError(f"value_weight={value_weight} has to be at least 0; 0 clusters the keys alone.")
+    check_steps(num_clusters, num_steps)
+    if value_weight == 0 and fused.is_fast(key) and not (torch.compiler.is_compiling() or is_exporting()):
+        num_clusters = at_most(num_clusters, key.shape[2])
+        if fused.unsupported(key, key, num_clusters, 0) is None:
+            return fused.find_clusters(key, num_clusters, num_steps, key_lengths)
     points = key.detach().to(accumulation_dtype(key.dtype))
     if value_weight > 0:
         valid = valid_points(key, key_lengths).expand(key.shape[:3])
@@ -173,13 +179,22 @@ def valid_points(points: torch.Tensor, lengths: torch.Tensor | None) -> torch.Te
     return length_mask(lengths.to(points.device), points.shape[2])[:, None]
 
 
+def check_steps(num_clusters: int, num_steps: int) -> None:
+    """Check the sizes of a clustering.
+
+    Raises:
+        UserError: fewer than one cluster, or a negative number of steps.
+    """
+    for name, number, least in (("num_clusters", num_clusters, 1), ("num_steps", num_steps, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
+
+
 def nearest_centroids(
     points: torch.Tensor, num_clusters: int, num_steps: int, lengths: torch.Tensor | None
 ) -> torch.Tensor:
     """Nearest centroid (B, H, N) of every point (B, H, N, E), padding included; see `assign_clusters`."""
-    for name, number, least in (("num_clusters", num_clusters, 1), ("num_steps", num_steps, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
+    check_steps(num_clusters, num_steps)
     batch, heads, length, _ = points.shape
     # every point is a cluster then
     num_clusters = at_most(num_clusters, length)

@@ -9,7 +9,7 @@ import torch
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.blocked import blocked_landmark_attention
-from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means, valid_points
+from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps, cluster_means, valid_points
 from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_landmark_lse
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import (
@@ -88,7 +88,7 @@ def landmark_attention(
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
     if assignment is not None:
         assignment = _check_assignment(assignment, key, num_landmarks, key_lengths)
-    elif backend != "triton" or value_weight != 0:  # the kernels find clusters of the keys themselves
+    elif backend != "triton" or value_weight != 0:  # the kernels find clusters of keys alone themselves
         assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
         num_landmarks = at_most(num_landmarks, key.shape[2])
     if backend == "naive":
@@ -104,6 +104,7 @@ def landmark_attention(
     options = {"scale": scale, "key_lengths": key_lengths}
     if backend == "triton":
         if assignment is None:
+            check_steps(num_landmarks, num_steps)
             num_landmarks = at_most(num_landmarks, key.shape[2])
         options |= {"num_steps": num_steps, "assignment": assignment, "return_lse": return_lse}
         out, lse = fused.attention(*rows[:3], num_landmarks, window, **options)

@@ -330,7 +330,8 @@ def test_steps_lower_the_objective():
 def test_labels_are_the_nearest_means_once_they_settle(large):
     points = torch.randn(1, 1, 120, 4) + large
     labels = assign_clusters(points, 5, 60)[0, 0]
-    means = torch.stack([points[0, 0].double()[labels == b].mean(0) for b in range(5)])
+    some, of_some = points[0, 0, ::2].double(), labels[::2]  # what the steps look at
+    means = torch.stack([some[of_some == b].mean(0) for b in range(5)])
     assert torch.equal(torch.cdist(points[0, 0].double(), means).argmin(-1), labels)
 
 

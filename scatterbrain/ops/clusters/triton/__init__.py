@@ -94,10 +94,23 @@ def attention(
         key_lengths = key_lengths.to(query.device).contiguous()
     if assignment is not None:
         assignment = assignment.to(torch.int16).contiguous()
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     arguments = (query, key, value, key_lengths, assignment, num_landmarks, window, scale, num_steps)
-    out, statistics = attend(*arguments)
+    out, statistics = attend(*arguments, needs_grad or return_lse)
     lse = log_normalisers(statistics, *arguments) if return_lse else None
     return out if width == value.shape[3] else out[..., :width], lse
+
+
+@torch.no_grad()
+def find_clusters(
+    key: torch.Tensor, num_landmarks: int, num_steps: int, key_lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Clusters (B, H, S) int64 of the keys (B, H, S, E), -1 for hidden keys, as `attention` finds them."""
+    from scatterbrain.ops.clusters.triton.operator import run_clusters
+
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(key.device).contiguous()
+    return run_clusters(_with_aligned_rows(key.detach()), key_lengths, num_landmarks, num_steps).long()
 
 
 def _with_aligned_rows(x: torch.Tensor) -> torch.Tensor:

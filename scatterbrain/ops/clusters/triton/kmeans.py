@@ -120,14 +120,14 @@ def assign_kernel(
     bias_ptr,  # (G, MP)
     label_ptr,  # (G, S) int16, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-    E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cluster of each key of a tile, over blocks of MB landmarks."""
+    """Cluster of each key of a tile, or of the first of each EVERY keys, over blocks of MB landmarks."""
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    j = (tl.program_id(0) * BN + tl.arange(0, BN)) * EVERY
     k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), j, j < end, stride_kn, E, BE)
     delta_ptr += group.to(tl.int64) * num_landmarks * E
     label = tl.zeros((BN,), tl.int32)

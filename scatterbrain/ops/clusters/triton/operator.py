@@ -77,6 +77,8 @@ class _Plan:
         self.device, self.dtype = query.device, query.dtype
         self.num_landmarks, self.window, self.num_steps = num_landmarks, window, num_steps
         self.has_labels = labels is not None
+        # name of the clusters' tensor
+        self.labels = "given_labels" if self.has_labels else "labels"
         widths = padded_width(self.width), padded_width(self.value_width)
         self.tiles = tiles_for(
             max(widths), num_landmarks, -(-self.num_keys // num_landmarks), window, self.dtype, self.device
@@ -146,42 +148,29 @@ class _Plan:
         layout.add("sums", self.groups, chunks, self.rows_of_sums, self.padded)
 
 
-def _forward_pass(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    num_landmarks: int,
-    window: int,
-    scale: float,
-    num_steps: int,
-) -> Pass:
-    """Launches of a forward pass; arguments as in `run_forward`."""
-    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
-    tiles, groups = plan.tiles, plan.groups
-    outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
-    kept, workspace = plan.statistics(), BufferLayout()
+def _add_clusters(
+    plan: _Plan, launches: LaunchSequence, workspace: BufferLayout, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Kernels that find the clusters, or take given ones, and their means; `launches` and `workspace` get them."""
+    tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
     # the same chunks in a step, of fewer keys
     step_rows = -(-plan.num_keys // STEP_EVERY)
     step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
-    workspace.add("bias", groups, plan.padded)
+    workspace.add("bias", plan.groups, plan.padded)
     plan.add_sums(workspace, chunks)
-    launches = LaunchSequence(("query", "key", "value", "key_lengths", "given_labels", "out"), (kept, workspace))
-    given = "given_labels" if plan.has_labels else "labels"
     key_strides, value_strides = row_strides(key), row_strides(value)
-    key_numbers = (plan.heads, plan.num_keys, num_landmarks)
+    key_numbers = (plan.heads, plan.num_keys, plan.num_landmarks)
     key_widths = {"E": plan.width, "BE": plan.widths["BE"]}
     launches.add(
         start_kernel,
-        (num_landmarks, groups),
+        (plan.num_landmarks, plan.groups),
         ("key", "key_lengths", "centre", "landmarks", "bias"),
         (*key_numbers, *key_strides),
         **key_widths,
         MP=plan.padded,
         BN=tiles.start_rows,
-        ONE_TILE=-(-plan.num_keys // num_landmarks) <= tiles.start_rows,
+        ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
         **plan.lengths,
         num_warps=tiles.start_warps,
         **plan.first,
@@ -189,17 +178,19 @@ def _forward_pass(
 
     results = ("centre", "landmarks", "bias", "mean_values", "log_counts")
     assign = not plan.has_labels and plan.blocks == 1
-    for step in range(1 if plan.has_labels else num_steps + 1):
-        last = plan.has_labels or step == num_steps
+    for step in range(1 if plan.has_labels else plan.num_steps + 1):
+        last = plan.has_labels or step == plan.num_steps
+        every = 1 if last else STEP_EVERY
         if not plan.has_labels and not assign:
             launches.add(
                 assign_kernel,
-                (-(-plan.num_keys // tiles.assign_rows), groups),
-                ("key", "key_lengths", "landmarks", "bias", given),
+                (-(-plan.num_keys // (every * tiles.assign_rows)), plan.groups),
+                ("key", "key_lengths", "landmarks", "bias", plan.labels),
                 (*key_numbers, *key_strides),
                 **key_widths,
                 **plan.blocked,
                 BN=tiles.assign_rows,
+                EVERY=every,
                 **plan.lengths,
                 **plan.precision,
                 num_warps=tiles.assign_warps,
@@ -207,8 +198,8 @@ def _forward_pass(
             )
         launches.add(
             cluster_sums_kernel,
-            (chunks, groups, plan.blocks),
-            ("key", "value", "key_lengths", given, "sums", *results),
+            (chunks, plan.groups, plan.blocks),
+            ("key", "value", "key_lengths", plan.labels, "sums", *results),
             (*key_numbers, chunk if last else step_chunk, *key_strides, *value_strides),
             **plan.widths,
             **plan.blocked,
@@ -216,7 +207,7 @@ def _forward_pass(
             ASSIGN=assign,
             LAST=last,
             FINAL=chunks == 1,
-            EVERY=1 if last else STEP_EVERY,
+            EVERY=every,
             PARTS=2 if plan.block >= 64 else 1,
             **plan.lengths,
             **plan.precision,
@@ -228,9 +219,9 @@ def _forward_pass(
             left = plan.add_sum_of_chunks(launches, chunks)
             launches.add(
                 combine_kernel,
-                (-(-plan.padded // tiles.combine_landmarks), groups),
+                (-(-plan.padded // tiles.combine_landmarks), plan.groups),
                 ("sums", *results),
-                (num_landmarks, left, chunks),
+                (plan.num_landmarks, left, chunks),
                 **plan.widths,
                 MP=plan.padded,
                 BLOCK=tiles.combine_landmarks,
@@ -238,13 +229,34 @@ def _forward_pass(
                 num_warps=4,
                 **plan.pdl,
             )
+
+
+def _forward_pass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_landmarks: int,
+    window: int,
+    scale: float,
+    num_steps: int,
+    statistics: bool,
+) -> Pass:
+    """Launches of a forward pass; arguments as in `run_forward`."""
+    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
+    tiles, groups = plan.tiles, plan.groups
+    outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
+    kept, workspace = plan.statistics(), BufferLayout()
+    launches = LaunchSequence(("query", "key", "value", "key_lengths", "given_labels", "out"), (kept, workspace))
+    _add_clusters(plan, launches, workspace, key, value)
     window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
     launches.add(
         landmark_fwd_kernel,
         (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), groups),
         (
             *("query", "key", "value", "out", "key_lengths"),
-            *("centre", "landmarks", "mean_values", "log_counts", given, "lse"),
+            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse"),
         ),
         (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale),
         **plan.widths,
@@ -256,12 +268,32 @@ def _forward_pass(
         UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
         QUERY_TILES=tiles.query_tiles,
         STAGES=tiles.query_stages,
-        STATISTICS=True,
+        STATISTICS=statistics,
         num_warps=tiles.query_warps,
         maxnreg=tiles.query_registers,
         **plan.pdl,
     )
     return Pass(launches, outputs, (kept, workspace))
+
+
+def _cluster_pass(key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int) -> Pass:
+    """Launches that find the clusters of keys; arguments as in `run_clusters`."""
+    plan = _Plan(key, key, key, key_lengths, None, num_landmarks, 0, 1.0, num_steps)
+    kept, workspace = plan.statistics(), BufferLayout()
+    launches = LaunchSequence(("key", "value", "key_lengths"), (kept, workspace))
+    _add_clusters(plan, launches, workspace, key, key)
+    return Pass(launches, (), (kept, workspace))
+
+
+def run_clusters(
+    key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int
+) -> torch.Tensor:
+    """Clusters (B, H, S) int16 of the keys, -1 for hidden ones; arguments as in `run_forward`."""
+    found = find_pass(_cluster_pass, (key, key_lengths), tiles_override(), num_landmarks, num_steps)
+    _, buffers = allocate(found, key)
+    with device_of(key):
+        found.launches((key, key, key if key_lengths is None else key_lengths), buffers)
+    return found.layouts[0].views(buffers[0])["labels"].view(key.shape[:3]).clone()
 
 
 def run_forward(
@@ -274,6 +306,7 @@ def run_forward(
     window: int,
     scale: float,
     num_steps: int,
+    statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Landmark attention by the kernels; arguments are checked by `scatterbrain.ops.clusters.triton.attention`.
 
@@ -287,12 +320,13 @@ def run_forward(
         window: width W; 0 for no window.
         scale: softmax scale.
         num_steps: Lloyd steps.
+        statistics: compute log normalisers, which the backward pass needs, too.
 
     Returns:
         Output (B, H, T, D), and statistics (bytes,) uint8, see `_Plan.statistics`.
     """
     inputs = (query, key, value, key_lengths, labels)
-    found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps)
+    found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps, statistics)
     (out,), buffers = allocate(found, query)
     # a kernel does not read what is None
     key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
@@ -306,7 +340,7 @@ fused_landmark_attention = torch.library.custom_op(
 
 
 @fused_landmark_attention.register_fake
-def _(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps):
+def _(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps, statistics):
     plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
@@ -344,13 +378,12 @@ def _backward_pass(
     plan.add_sums(workspace, chunks)
     names = ("gradient", "query", "key", "value", "key_lengths", "given_labels", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
-    given = "given_labels" if plan.has_labels else "labels"
     launches.add(
         landmark_bwd_dq_kernel,
         (-(-plan.length // tiles.dq_rows), groups),
         (
             *("query", "key", "value", "out", "gradient", "d_query", "key_lengths"),
-            *("centre", "landmarks", "mean_values", "log_counts", given, "lse", "dots", "offsets"),
+            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse", "dots", "offsets"),
         ),
         (
             *plan.numbers,
@@ -372,7 +405,7 @@ def _backward_pass(
         launches.add(
             landmark_bwd_window_kernel,
             (chunks, groups, plan.blocks),
-            ("query", "value", "gradient", "key_lengths", "landmarks", given, "dots", "offsets", "sums"),
+            ("query", "value", "gradient", "key_lengths", "landmarks", plan.labels, "dots", "offsets", "sums"),
             (
                 *(*plan.numbers, -(-key_tiles // chunks) * tiles.window_keys),
                 *(*row_strides(query, value, gradient), plan.qk_scale),
@@ -418,7 +451,7 @@ def _backward_pass(
         landmark_bwd_dkdv_kernel,
         (-(-plan.num_keys // tiles.dk_rows), groups),
         (
-            *("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "landmarks", given),
+            *("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "landmarks", plan.labels),
             *("lse", "dots", "offsets", "d_landmarks", "d_mean_values"),
         ),
         (
@@ -477,14 +510,14 @@ def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, num_landmarks, window, scale, _ = inputs
+    *tensors, num_landmarks, window, scale, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.options = (num_landmarks, window, scale)
 
 
 def _backward(ctx, gradient, _):
-    return (*_gradients(ctx, gradient, torch.ops.scatterbrain.fused_landmark_attention_backward), *[None] * 6)
+    return (*_gradients(ctx, gradient, torch.ops.scatterbrain.fused_landmark_attention_backward), *[None] * 7)
 
 
 fused_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
