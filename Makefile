@@ -49,6 +49,7 @@ ATTENTIONS ?= full,local,performer,sblocal
 demo: setup $(DEMO_CHECKPOINT)
 	$(BIN)/python run.py -m experiment=flowers-t2tvit-eval model/t2tattn_cfg=$(ATTENTIONS) \
 		eval.ckpt=$(DEMO_CHECKPOINT) hydra.sweep.dir=$(DEMO_RUN)
+	$(BIN)/python scripts/compare_runs.py $(DEMO_RUN) --output $(DEMO_RUN)/demo.json >/dev/null
 	$(BIN)/python scripts/plot_attention_maps.py --checkpoint $(DEMO_CHECKPOINT) --data-dir data/flowers \
 		--attentions $(ATTENTIONS) --output $(DEMO_RUN)/attention_maps.png
 	@echo

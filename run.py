@@ -35,8 +35,12 @@ _locked: set[Path] = set()
 
 # absolute: found from any working directory, and when this file is imported
 @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name="config")
-def main(config: DictConfig) -> None:
-    """Run the task of `config.mode`; in a multirun, a run that fails does not stop the others."""
+def main(config: DictConfig) -> Exception | None:
+    """Run the task of `config.mode`; in a multirun, a run that fails does not stop the others.
+
+    Returns:
+        The error of the user's that ended it, for Hydra's callbacks.
+    """
     job = HydraConfig.get()
     # a launcher of Hydra may call this in another process, where nothing else of this file runs
     remote = not job.launcher["_target_"].startswith("hydra._internal.")
@@ -59,6 +63,7 @@ def main(config: DictConfig) -> None:
                 _failures.append(error)
                 if remote:
                     error_file.write_text(describe(error))
+                return error
             except RankFailed:  # which has reported
                 if not remote:
                     raise
@@ -70,6 +75,7 @@ def main(config: DictConfig) -> None:
     except RanksMissingError as error:
         report(error)
         _failures.append(error)
+    return None
 
 
 def _run_task(config: DictConfig) -> None:

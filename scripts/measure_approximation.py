@@ -1,11 +1,11 @@
 """Error of the attentions against full attention, on the queries, keys and values of a trained T2T-ViT.
 
-Every photograph of DATA_DIR/SPLIT runs through the network with full attention. The inputs of the attention in the two
-token stages are then given to each attention in its place, and the relative Frobenius error of its output,
-|| out - full || / || full ||, is averaged over the photographs, and over seeds where there is randomness. From the
-seeds also follow the bias, common to all of them, and the spread of one about it: their squares add up. Some
-photographs, spread evenly, also give the error of the matrix of attention weights, and how sharp full attention is: its
-effective number of keys (exp of the entropy of a query's weights) and its largest logit.
+Every photograph of DATA_DIR/SPLIT, or of --images, runs through the network with full attention; no labels are needed.
+The inputs of the attention in the two token stages are then given to each attention in its place, and the relative
+Frobenius error of its output, || out - full || / || full ||, is averaged over the photographs, and over seeds where
+there is randomness. From the seeds also follow the bias, common to all of them, and the spread of one about it: their
+squares add up. Some photographs, spread evenly, also give the error of the matrix of attention weights, and how sharp
+full attention is: its effective number of keys (exp of the entropy of a query's weights) and its largest logit.
 
 Columns of the table: `sizes` of window, features or clusters; `memory` that they take, of the full attention matrix;
 `error of output`, mean and standard deviation over seeds; `bias`, the error of the mean output over all seeds;
@@ -17,6 +17,7 @@ width 64. There 1/32 is 6 columns only; give a larger --memory-fraction, such as
 spent. An attention that is not defined at this length is left out, and a line says why.
 
     python scripts/measure_approximation.py --checkpoint FILE --data-dir data/flowers
+    python scripts/measure_approximation.py --checkpoint FILE --images me.jpg photographs/
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from src.models.attention_inputs import LAYERS
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "images", "split")
+    parser.add("data-dir", required=False)
     add = parser.add_argument
     parser.add("attentions", default="local,performer,sblocal")
     add("--layers", choices=LAYERS, default="stages", help="token stages, blocks of the backbone, or all (stages)")

@@ -4,7 +4,8 @@ The photograph runs through a trained T2T-ViT with full attention. For both toke
 token gives to every token are drawn over the grid of tokens, and below them the changes of full attention's weights by
 each attention.
 
-    python scripts/plot_attention_maps.py --checkpoint FILE --data-dir data/flowers
+    python scripts/plot_attention_maps.py --checkpoint FILE --data-dir data/flowers    # two photographs of it
+    python scripts/plot_attention_maps.py --checkpoint FILE --images me.jpg
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from src.analysis.tools import Parser, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "images", "split")
     add = parser.add_argument
     parser.add("attentions", default=",".join(NAMES))
-    add("--images", nargs="+", metavar="PATH", help="in the split's folder (two, from different classes)")
+    parser.add("data-dir", required=False)
     token = {"nargs": 2, "type": float, "default": (0.5, 0.5), "metavar": ("ROW", "COL")}
     add("--token", **token, help="as fractions of height and width in [0, 1) (0.5 0.5)")
     parser.add("memory-fraction", "seed", "device", "threads")

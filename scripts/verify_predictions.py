@@ -1,8 +1,8 @@
 """Check an evaluation against a direct float64 computation of the same images.
 
-The images are decoded and transformed one after another and passed through the model in float64, with the dense
-definition of the attention in its token stages: no batching, no workers, no fast kernel, none of the code that wrote
-`predictions.csv`. Exit status 1 if any first prediction differs.
+The images, in any data format, are decoded and transformed one after another and passed through the model in float64,
+with the dense definition of the attention in its token stages: no batching, no workers, no fast kernel. Exit status 1
+if a first prediction differs, a probability by more than rounding explains, or the configuration is not the results'.
 
     python scripts/verify_predictions.py logs/runs/2026-11-24/12-00-00-000000
 """
@@ -22,7 +22,7 @@ from src.tasks.verify import verify
 def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run: it holds results.json and .hydra/config.yaml")
+    add("run", type=Path, metavar="RUN", help="folder of a run, or of a multirun or of eval.attentions: all its runs")
     add("--limit", type=positive, metavar="N", help="check this many images, evenly spread, not all")
     add("--batch-size", type=positive, default=2, metavar="B", help="images of a float64 forward pass (2)")
     parser.add("device")

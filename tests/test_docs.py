@@ -7,11 +7,14 @@ import functools
 import importlib
 import io
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+import scatterbrain
 from tests.src.tasks.setup import EXPERIMENT, TRAINING_EXPERIMENT, compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +87,7 @@ def known_options(script: str) -> set[str]:
 
 @functools.cache
 def known_keys() -> set[str]:
-    """Every key of the composed configurations of an evaluation and of a training."""
+    """Every key of the composed configurations of an evaluation and of a training, and of every logger."""
 
     def walk(config: DictConfig, prefix: str) -> set[str]:
         keys = set()
@@ -98,7 +101,8 @@ def known_keys() -> set[str]:
     attention = "model/t2tattn_cfg=sblocal"
     evaluation = compose_config([f"experiment={EXPERIMENT}", attention])
     training = compose_config([f"experiment={TRAINING_EXPERIMENT}", attention])
-    return walk(evaluation, "") | walk(training, "")
+    loggers = [compose_config([f"logger={path.stem}"]) for path in (ROOT / "configs" / "logger").glob("*.yaml")]
+    return set().union(*(walk(config, "") for config in (evaluation, training, *loggers)))
 
 
 def test_the_readme_is_short():
@@ -171,6 +175,21 @@ def test_examples_run(page):
     for _, language, body in FENCE.findall(read(page)):
         if language == "python":
             exec(compile(body, page, "exec"), {})
+
+
+def test_the_readme_has_one_memory_layout():
+    """Operators and modules differ; the README's tensors are those of the operators, transposed for the module."""
+    (body,) = [body for _, language, body in FENCE.findall(read("README.md")) if language == "python"]
+    assert re.findall(r"^# \((.*?)\) each", body, re.MULTILINE) == ["B, H, N, E"]
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the module warns of another number of tokens
+        exec(compile(body, "README.md", "exec"), names)
+    query, key, value, attention = (names[name] for name in ("query", "key", "value", "attention"))
+    assert names["out"].shape == query.shape
+    window = attention.sizes()["local_context"]
+    expected = scatterbrain.scatterbrain_attention(query, key, value, attention.projection_matrix, window)
+    torch.testing.assert_close(names["out"], expected)
 
 
 def test_the_site_lists_every_page_of_the_documentation():

@@ -512,6 +512,71 @@ def test_a_mistake_in_a_training_is_one_message(train_line, tmp_path, changes, p
     assert not list(tmp_path.rglob("training.json"))
 
 
+# What Hydra saves, where a run leaves the results of the folder as they were
+
+
+def saved_config(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / ".hydra").iterdir()}
+
+
+def test_a_refused_evaluation_leaves_the_saved_configuration(command_line, tmp_path):
+    folder = tmp_path / "run"
+    options = {"variant": "t2t_vit_t_14", "hydra__run__dir": folder, "model___t2tattn_cfg": "local"}
+    assert command_line(**options)[0] == 0
+    before = saved_config(folder)
+    assert b"name: local" in before["config.yaml"]
+    for changes, message in (
+        ({"model___t2tattn_cfg": "full", "eval__resume": "true"}, "holds a finished evaluation with"),
+        ({"eval__ckpt": "INPUTS/no.pth", "eval__resume": "true"}, "no.pth does not exist"),
+        ({"eval__attentions": "[full]", "model___t2tattn_cfg": None, "eval__resume": "true"}, "other attentions"),
+        ({"seed": 3}, "holds the results of an earlier run"),
+    ):
+        status, _, errors = command_line(**{**options, **changes})
+        assert (status, message in errors) == (1, True), errors
+        assert saved_config(folder) == before
+    assert command_line(**options, eval__resume="true")[0] == 0
+    assert saved_config(folder) == before  # of the run that wrote the results
+    assert not (folder / "0").exists()
+
+
+def test_a_run_in_a_folder_in_use_leaves_the_saved_configuration(command_line, tmp_path):
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("a: 1")
+    with locked_folder(folder):
+        status, _, errors = command_line(hydra__run__dir=folder)
+    assert (status, "is in use by another run" in errors) == (1, True)
+    assert (folder / ".hydra" / "config.yaml").read_text() == "a: 1"
+
+
+def test_a_folder_without_results_has_the_configuration_of_the_last_run(command_line, tmp_path):
+    folder = tmp_path / "run"
+    for seed in (1, 2):
+        assert command_line(hydra__run__dir=folder, eval__ckpt="INPUTS/no.pth", seed=seed)[0] == 1
+        assert f"seed: {seed}\n".encode() in saved_config(folder)["config.yaml"]
+    assert command_line(hydra__run__dir=folder, seed=3)[0] == 0
+    assert b"seed: 3\n" in saved_config(folder)["config.yaml"]
+
+
+def test_a_multirun_leaves_the_saved_configurations_of_refused_runs(command_line, tmp_path):
+    options = {"variant": "t2t_vit_t_14", "hydra__sweep__dir": tmp_path / "sweep"}
+    assert command_line("-m", **options, model___t2tattn_cfg="local,full")[0] == 0
+    before = [saved_config(tmp_path / "sweep" / str(number)) for number in range(2)]
+    status, _, errors = command_line("-m", **options, model___t2tattn_cfg="local,performer", eval__resume="true")
+    assert (status, errors.count("holds a finished evaluation with")) == (1, 1)
+    assert [saved_config(tmp_path / "sweep" / str(number)) for number in range(2)] == before
+
+
+def test_a_refused_training_leaves_the_saved_configuration(train_line, tmp_path):
+    assert train_line()[0] == 0
+    before = saved_config(tmp_path / "trained")
+    status, _, errors = train_line(seed=3, train__resume="true")
+    assert (status, "was trained with seed=42 (now 3)" in errors) == (1, True)
+    assert saved_config(tmp_path / "trained") == before
+    assert train_line(train__epochs=4, train__resume="true")[0] == 0
+    assert b"epochs: 4" in saved_config(tmp_path / "trained")["config.yaml"]
+
+
 # In a process of its own
 
 

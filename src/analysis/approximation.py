@@ -6,6 +6,7 @@ error of each layer stands alone: stage 2 does not suffer from an approximation 
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.full import full_attention
 from src.analysis.tools import split_folder
 from src.checkpoints import load_checkpoint, read_checkpoint
-from src.datamodules.dataset import ImageFolderDataset
+from src.datamodules import photographs
+from src.datamodules.dataset import ImageDataset, ImageFolderDataset
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.models.attention_inputs import ONE_HOT, StageInputs
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit
@@ -54,6 +56,17 @@ def open_split(data_dir: str | os.PathLike[str], split: str, model: T2TViT) -> I
     """
     transform = ImageFolderDataModule(image_size=model.image_size).test_transform
     return ImageFolderDataset(split_folder(data_dir, split), transform, model.num_classes)
+
+
+def open_photographs(arguments: argparse.Namespace, model: T2TViT) -> ImageDataset:
+    """The photographs of `--data-dir` and `--images`, as the model's evaluation sees them; they need no labels.
+
+    Raises:
+        UserError: they are not there, or see `photographs.open_photographs`.
+    """
+    root = None if arguments.data_dir is None else split_folder(arguments.data_dir, arguments.split)
+    transform = ImageFolderDataModule(image_size=model.image_size).test_transform
+    return photographs.open_photographs(root, arguments.images or (), transform, model.num_classes)
 
 
 def pixels_of(image: torch.Tensor) -> np.ndarray:

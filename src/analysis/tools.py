@@ -20,7 +20,7 @@ from rich.table import Table
 
 from scatterbrain.attention import ATTENTIONS, COMPARED
 from scatterbrain.errors import UserError, did_you_mean
-from src.analysis.records import write_rows
+from src.evaluation.result_rows import write_rows
 from src.utils.files import atomic_write
 from src.utils.machine import machine_info
 
@@ -127,6 +127,7 @@ _NAMES = {"metavar": "NAMES", "help": "separated by commas (%(default)s)"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"required": True, "metavar": "FILE", "help": "of one of the t2t_vit_t_* variants"},
     "data-dir": {"required": True, "metavar": "DIR", "help": "folder that holds the split's folder"},
+    "images": {"nargs": "+", "metavar": "PATH", "help": "in the split; without --data-dir any files or folders"},
     "split": {"default": "val", "metavar": "NAME", "help": "folder of the class folders (val)"},
     "memory-fraction": {"type": fraction, "default": 1 / 32, "metavar": "F", "help": "budget (1/32)"},
     "seed": {"type": int, "default": 1111, "metavar": "N", "help": "of what is random; the first of several (1111)"},
@@ -142,12 +143,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variant": {"default": "t2t_vit_t_14", "metavar": "NAME", "help": "one of t2t_vit_t_* (%(default)s)"},
     "image-size": {"type": positive, "default": "224", "metavar": "N", "help": "in pixels (%(default)s)"},
     "num-classes": {"type": positive, "default": "1000", "metavar": "N", "help": "(%(default)s)"},
-    "std": {
-        "type": fraction,
-        "default": "1",
-        "metavar": "S",
-        "help": "std of queries and keys (%(default)s)",
-    },
+    "std": {"type": fraction, "default": "1", "metavar": "S", "help": "std of queries and keys (%(default)s)"},
     "repeats": {"type": positive, "default": "15", "metavar": "R", "help": "rounds (%(default)s)"},
     "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
     "compile": {"action": "store_true", "help": "run through torch.compile"},

@@ -92,7 +92,8 @@ class ImageFolderDataModule(ClassificationDataModule):
             names the image, `"skip"` leaves the image out. An error of more than one image, such as a truncated
             archive, is always raised. Training refuses `"skip"`.
         class_order: order in which the classes are numbered, see `ClassNumbering`.
-        labels: indices of classes named after ImageNet-1k synsets, see `ClassNumbering`.
+        labels: indices of classes named after ImageNet-1k synsets, or `"none"` for image files in a folder without
+            classes, see `ClassNumbering`. Training refuses `"none"`.
         max_image_pixels: largest width times height of an image in a file; None is Pillow's limit, see `load_rgb`.
 
     Attributes:
@@ -194,7 +195,7 @@ class ImageFolderDataModule(ClassificationDataModule):
 
         Raises:
             UserError: `data_dir` is not given, it or a split is missing or invalid; for training, also an invalid
-                augmentation, splits of different classes, or `on_error="skip"`.
+                augmentation, splits of different classes, `on_error="skip"` or `labels="none"`.
         """
         if stage != "fit":
             if self.test_dataset is None:
@@ -209,6 +210,8 @@ class ImageFolderDataModule(ClassificationDataModule):
                 "python scripts/check_imagenet.py DIR --decode names those that cannot be decoded: remove or replace "
                 "them, and leave datamodule.on_error out."
             )
+        if not self.class_numbering.labelled:
+            raise UserError("datamodule.labels=none is for evaluation: training needs labels. Leave it out.")
         for name in self._augmentation_options:
             if name not in _AUGMENTATION_OPTIONS:
                 raise UserError(

@@ -29,6 +29,10 @@ LOCK_FILE = ".lock"
 _held: set[Path] = set()
 
 
+class FolderInUseError(UserError):
+    """Another run holds the output folder."""
+
+
 @contextmanager
 def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a run's output folder, which is created if need be; rank 0 holds it for all processes of its run.
@@ -40,7 +44,8 @@ def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         folder: of the results, or of a multirun.
 
     Raises:
-        UserError: another run uses the folder, or it cannot be written to.
+        FolderInUseError: another run uses the folder.
+        UserError: it cannot be written to.
     """
     launch = find_launch()
     if launch is not None and launch.rank > 0:
@@ -75,11 +80,11 @@ def _acquire(path: Path) -> int:
     """Descriptor of the lock file, locked.
 
     Raises:
-        UserError: another run holds it.
+        FolderInUseError: another run holds it.
         OSError: it cannot be opened.
     """
     if path in _held:  # closing any descriptor of the file would end this process's lock
-        raise UserError(_in_use(path, f"process {os.getpid()}, this one"))
+        raise FolderInUseError(_in_use(path, f"process {os.getpid()}, this one"))
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if fcntl is not None:
@@ -90,7 +95,7 @@ def _acquire(path: Path) -> int:
                 content = os.read(descriptor, 10_000)
                 os.close(descriptor)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError(_in_use(path, _describe_holder(content))) from None
+                    raise FolderInUseError(_in_use(path, _describe_holder(content))) from None
                 logger.warning("%s is on a file system without locks: start no second run in it.", path.parent)
                 descriptor = os.open(path, os.O_RDWR)
         try:

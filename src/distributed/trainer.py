@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import ProgressBar
 
 from scatterbrain.errors import UserError
 from src.distributed.launcher import find_launch, in_slurm
+from src.distributed.loggers import build_loggers
 from src.utils.instantiate import build, build_group
 
 
@@ -46,7 +47,7 @@ def build_trainer(config: DictConfig) -> Trainer:
         config.trainer,
         "trainer",
         **options,
-        logger=build_group(config.logger, "logger") or False,
+        logger=build_loggers(config.logger) or False,
         callbacks=callbacks,
         # otherwise Lightning adds its own
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),

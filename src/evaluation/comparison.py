@@ -35,11 +35,11 @@ class ComparisonRow:
         model: name of the variant.
         attention: name of the token stages' attention config; None for a model that keeps its own.
         num_seeds: number of seeds.
-        top1: percent, mean over seeds.
-        top1_std: sample standard deviation over seeds, points; None with one seed.
-        top1_difference: `top1` minus that of the reference, points; None without a reference.
-        top5: percent, mean over seeds.
-        loss: nats, mean over seeds.
+        top1: percent, mean over seeds; None where the images have no labels.
+        top1_std: sample standard deviation over seeds, points; None with one seed or without labels.
+        top1_difference: `top1` minus that of the reference, points; None without a reference or labels.
+        top5: percent, mean over seeds; None without labels.
+        loss: nats, mean over seeds; None without labels.
         agreement: percent of images whose first prediction (first seed) is the reference's; None without one.
         images_per_second: throughput.
         speedup: `images_per_second` over that of the reference; None without one of the same device, precision
@@ -54,11 +54,11 @@ class ComparisonRow:
     model: str
     attention: str | None
     num_seeds: int
-    top1: float
+    top1: float | None
     top1_std: float | None
     top1_difference: float | None
-    top5: float
-    loss: float
+    top5: float | None
+    loss: float | None
     agreement: float | None
     images_per_second: float
     speedup: float | None
@@ -69,7 +69,7 @@ class ComparisonRow:
     @property
     def sampling_error(self) -> float | None:
         """Standard error of `top1` that the number of images gives, points; None where that is not known."""
-        if not self.num_images:
+        if not self.num_images or self.top1 is None:
             return None
         return (self.top1 * (100.0 - self.top1) / self.num_images) ** 0.5
 
@@ -126,6 +126,11 @@ class Comparison:
     def model_text(self) -> str:
         """Name of the model, or that there are several."""
         return str(self.common.get("model", "several models"))
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether no run has an accuracy, since the images have no labels."""
+        return all(row.top1 is None for row in self.rows)
 
     @property
     def conditions(self) -> list[str]:
@@ -193,7 +198,8 @@ def compare_runs(
         reference = None if number is None else runs[number]
         agreement = None
         if number is not None:
-            agreement = _agreement(folders[index], predictions[index], folders[number], predictions[number])
+            same = count_same_predictions(folders[index], predictions[index], folders[number], predictions[number])
+            agreement = 100.0 * same / len(predictions[index].images)
         comparable = reference is not None and _speed_key(reference) == _speed_key(run)
         rows.append(
             ComparisonRow(
@@ -201,10 +207,10 @@ def compare_runs(
                 label=labels[index],
                 model=run.model,
                 attention=run.attention,
-                num_seeds=len(run.top1_per_seed),
+                num_seeds=len(run.top1_per_seed or run.seeds),
                 top1=run.top1,
                 top1_std=run.top1_std,
-                top1_difference=None if reference is None else run.top1 - reference.top1,
+                top1_difference=_difference(run.top1, None if reference is None else reference.top1),
                 top5=run.top5,
                 loss=run.loss,
                 agreement=agreement,
@@ -216,6 +222,10 @@ def compare_runs(
             )
         )
     return Comparison(_common(runs), rows, [Path(folder).name for folder in failed], one_pass)
+
+
+def _difference(top1: float | None, reference: float | None) -> float | None:
+    return None if top1 is None or reference is None else top1 - reference
 
 
 def _reference(index: int, runs: Sequence[Results]) -> int | None:
@@ -253,16 +263,25 @@ def _speed_key(run: Results) -> tuple[str, str, bool]:
     return run.device, run.precision, run.fast
 
 
-def _agreement(folder: Path, ours: Predictions, reference_folder: Path, theirs: Predictions) -> float:
-    """Percent of images with the same first prediction."""
+def count_same_predictions(folder: Path, ours: Predictions, reference_folder: Path, theirs: Predictions) -> int:
+    """Number of images with the same first prediction.
+
+    Args:
+        folder: of the run, for messages.
+        ours: its predictions.
+        reference_folder: of the other run, for messages.
+        theirs: its predictions.
+
+    Raises:
+        UserError: the runs evaluated different images.
+    """
     reference = dict(zip(theirs.images, theirs.classes[:, 0].tolist(), strict=True))
     if odd := set(ours.images) ^ reference.keys():
         raise UserError(
             f"{folder} and {reference_folder} evaluated different images of the same data: "
             f"{min(odd)} is in one of them only. Run both again on unchanged data."
         )
-    same = [reference[image] == label for image, label in zip(ours.images, ours.classes[:, 0].tolist(), strict=True)]
-    return 100.0 * sum(same) / len(same)
+    return sum(reference[image] == label for image, label in zip(ours.images, ours.classes[:, 0].tolist(), strict=True))
 
 
 def _common(runs: Sequence[Results]) -> dict[str, Any]:

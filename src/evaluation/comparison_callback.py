@@ -62,7 +62,7 @@ class ComparisonCallback(Callback):
         sweep = _sweep_folder(config)
         try:
             if not self._ended:  # the runs ended in other processes
-                self._ended = _find_runs(sweep)
+                self._ended = find_runs(sweep)
             if all(self._ended.values()):
                 logger.warning("No run in %s left results: there is nothing to compare.", sweep)
                 return
@@ -85,7 +85,7 @@ def _sweep_folder(config: DictConfig) -> Path:
     return Path(OmegaConf.select(config, "hydra.runtime.cwd") or ".") / str(config.hydra.sweep.dir)
 
 
-def _find_runs(sweep: Path) -> dict[Path, bool]:
+def find_runs(sweep: Path) -> dict[Path, bool]:
     """Folders of runs under a sweep folder in the order of their numbers, and whether they failed."""
     folders = {path.parent for path in sweep.rglob(RESULTS_FILE)}
     folders |= {path.parent.parent for path in sweep.rglob(".hydra/hydra.yaml")}

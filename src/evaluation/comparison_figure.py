@@ -23,7 +23,8 @@ def comparison_figure(comparison: Comparison) -> Figure:
     """The comparison as a figure: one line per run, one panel per quantity.
 
     Panels are top-1 (bars: standard deviation over seeds; bands: sampling error of the images; diamonds: published),
-    agreement with full attention, images per second, and attention memory; those without any value are left out.
+    agreement with full attention, images per second, and attention memory; those without any value, such as accuracy
+    without labels, are left out.
 
     Args:
         comparison: the runs.
@@ -32,7 +33,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         Figure on an Agg canvas; pyplot is not involved.
     """
     rows = comparison.rows
-    panels = [_draw_top1]
+    panels = [] if comparison.unlabelled else [_draw_top1]
     if any(row.agreement is not None for row in rows):
         panels.append(_draw_agreement)
     panels.append(_draw_speed)
@@ -107,12 +108,15 @@ def _set_percent_limits(axes: Axes, values: Sequence[float]) -> None:
 def _draw_top1(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     values: list[float] = []
     texts = []
-    full = [row.top1 for row in rows if row.attention == "full"]
+    full = [row.top1 for row in rows if row.attention == "full" and row.top1 is not None]
     if len(full) == 1 and len(rows) > 1:
         axes.axvline(
             full[0], color=ATTENTION_COLOURS["full"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.6, zorder=1
         )
     for number, row in enumerate(rows):
+        if row.top1 is None:
+            texts.append("-")
+            continue
         sampling = row.sampling_error or 0.0
         widest = max(row.top1_std or 0.0, sampling)
         values += [row.top1 - widest, row.top1 + widest]

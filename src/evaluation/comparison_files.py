@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,19 +40,23 @@ def write_comparison(folder: str | os.PathLike[str], comparison: Comparison) -> 
         UserError: the folder cannot be written to.
     """
     paths = comparison_paths(folder)
-    content = {
-        "common": comparison.common,
-        "runs": [_row_content(row) for row in comparison.rows],
-        "failed": comparison.failed,
-    }
-    if comparison.one_pass is not None:
-        content["one_pass"] = dataclasses.asdict(comparison.one_pass)
-    write_json(paths[0], content)
-    with atomic_write(paths[1]) as file:
-        file.write(comparison_markdown(comparison))
     with atomic_write(paths[2], "wb") as file:
         comparison_figure(comparison).savefig(file, format="png")
+    with atomic_write(paths[1]) as file:
+        file.write(comparison_markdown(comparison))
+    write_json(paths[0], _content(comparison))  # last: see `is_written`
     return paths
+
+
+def is_written(folder: str | os.PathLike[str], comparison: Comparison) -> bool:
+    """Whether a folder holds the files of this comparison, of which `comparison.json` is the last one written."""
+    paths = comparison_paths(folder)
+    try:
+        content = json.loads(paths[0].read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # as the file returns it
+    return content == json.loads(json.dumps(_content(comparison))) and all(path.is_file() for path in paths)
 
 
 def print_comparison(comparison: Comparison, paths: Sequence[Path]) -> None:
@@ -62,6 +67,17 @@ def print_comparison(comparison: Comparison, paths: Sequence[Path]) -> None:
     console.print(comparison_table(comparison))
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+
+
+def _content(comparison: Comparison) -> dict[str, Any]:
+    content = {
+        "common": comparison.common,
+        "runs": [_row_content(row) for row in comparison.rows],
+        "failed": comparison.failed,
+    }
+    if comparison.one_pass is not None:
+        content["one_pass"] = dataclasses.asdict(comparison.one_pass)
+    return content
 
 
 def _row_content(row: ComparisonRow) -> dict[str, Any]:

@@ -22,7 +22,10 @@ def _columns(comparison: Comparison) -> list[tuple[str, list[str]]]:
     columns = [
         ("attention", [row.label for row in rows]),
         ("images", cells("num_images", "{:,}") if len({row.num_images for row in rows}) > 1 else ["-"] * len(rows)),
-        ("top-1", [accuracy_text(row.top1, row.top1_std, row.num_seeds) for row in rows]),
+        (
+            "top-1",
+            ["-" if row.top1 is None else accuracy_text(row.top1, row.top1_std, row.num_seeds) for row in rows],
+        ),
         ("to full", cells("top1_difference", "{:+.2f}")),
         ("published", ["-" if row.published is None else row.published.text for row in rows]),
         ("top-5", cells("top5", "{:.2f}")),
@@ -34,6 +37,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return [(heading, column) for heading, column in columns if any(cell != "-" for cell in column)]
 
 
+_NO_LABELS = "accuracy is left out: the images have no labels"
 _NOTES = {
     "top-1": "top-1, top-5: accuracy in percent, mean (± sample standard deviation) over seeds of the random features",
     "to full": "to full: points of top-1 above the run with full attention",
@@ -55,6 +59,8 @@ def comparison_table(comparison: Comparison) -> Table:
     """
     columns = _columns(comparison)
     table = Table(title=escape(f"{comparison.model_text}: {', '.join(comparison.conditions)}"))
+    if comparison.unlabelled:
+        table.caption = _NO_LABELS
     for number, (heading, _) in enumerate(columns):
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number > 0)
     for cells in zip(*(column for _, column in columns), strict=True):
@@ -87,6 +93,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         "",
         *(f"- {_NOTES[heading]}." for heading, _ in columns if heading in _NOTES),
     ]
+    if comparison.unlabelled:
+        lines.append(f"- {_NO_LABELS}.")
     if errors := [row.sampling_error for row in comparison.rows if row.sampling_error]:
         lines.append(f"- the number of images alone gives a top-1 a standard error of up to {max(errors):.2f} points.")
     if comparison.one_pass is not None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scatterbrain.errors import UserError
 from src.evaluation.records import MAX_PREDICTIONS, Records
 from src.utils.files import atomic_write
+from src.utils.labels import NO_LABEL
 from src.utils.text import abbreviate
 
 PREDICTIONS_FILE = "predictions.csv"
@@ -33,7 +34,8 @@ def write_predictions(
 ) -> Path:
     """Write `predictions.csv`: one row per image, sorted by path, from the first seed.
 
-    With fewer than five classes the remaining cells are empty. Probabilities have eight significant digits.
+    With fewer than five classes the remaining cells are empty, and without labels `target` is. Probabilities have
+    eight significant digits.
 
     Args:
         folder: the run's folder, which must exist.
@@ -70,7 +72,7 @@ def write_predictions(
             writer.writerow(
                 [
                     str(paths[index]),
-                    int(records.targets[index]),
+                    "" if records.targets[index] == NO_LABEL else int(records.targets[index]),
                     *(int(label) for label in classes[index]),
                     *empty,
                     *(f"{probability:.8g}" for probability in probabilities[index]),
@@ -86,7 +88,7 @@ class Predictions:
 
     Args:
         images: N paths relative to the split's folder.
-        targets: (N,) output index of the right class.
+        targets: (N,) output index of the right class, `NO_LABEL` without labels.
         classes: (N, P) output indices, most probable first, P = min(5, number of classes).
         probabilities: (N, P) their probabilities.
     """
@@ -129,7 +131,7 @@ def read_predictions(folder: str | os.PathLike[str]) -> Predictions:
                     values = [float(cell) for cell in row[2 + MAX_PREDICTIONS :] if cell]
                     if not labels or len(labels) != len(values) or (classes and len(labels) != len(classes[0])):
                         raise ValueError(f"{len(labels)} predictions and {len(values)} probabilities")
-                    targets.append(int(row[1]))
+                    targets.append(int(row[1]) if row[1] else NO_LABEL)
                 except ValueError as error:
                     raise UserError(f"{path} is damaged (line {reader.line_num}: {error}). {remedy}") from error
                 images.append(row[0])

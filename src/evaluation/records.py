@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from scatterbrain.errors import UserError
+from src.utils.labels import NO_LABEL
 
 MAX_PREDICTIONS = 5
 
@@ -30,10 +31,10 @@ class Records:
     """Records of an evaluation: N images under K seeds. Tensors and arrays are accepted, arrays are kept.
 
     Args:
-        targets: (N,) output index of the right class.
+        targets: (N,) output index of the right class; all `NO_LABEL` where the images have no labels.
         top5_classes: (K, N, P) output indices, most probable first, P = min(5, number of classes).
         top5_probabilities: (K, N, P) their softmax probabilities.
-        losses: (K, N) cross-entropy of each image, nats.
+        losses: (K, N) cross-entropy of each image, nats; without labels of no meaning.
 
     Raises:
         ValueError: the shapes do not fit each other, or the indices are not integers.
@@ -74,8 +75,10 @@ def summarise(records: Records) -> dict[str, Any]:
     Returns:
         The fields `top1`, `top5`, `loss`, `top1_per_seed` and `top1_std` of `Results`. With fewer than five
         classes every class is among the first five, and `top5` is 100. `top1_std` divides by K - 1; one seed
-        has no standard deviation, and it is None.
+        has no standard deviation, and it is None. Without labels `top1_per_seed` is empty and the others are None.
     """
+    if (records.targets == NO_LABEL).any():
+        return {"top1": None, "top5": None, "loss": None, "top1_per_seed": [], "top1_std": None}
     hits = records.top5_classes == records.targets[None, :, None]  # [K, N, P]
     top1_per_seed = 100.0 * hits[:, :, 0].mean(axis=1, dtype=np.float64)
     top5_per_seed = 100.0 * hits.any(axis=2).mean(axis=1, dtype=np.float64)

@@ -16,6 +16,7 @@ from src.evaluation.published import PublishedAccuracy, published_top1
 from src.utils.files import name_for_json, write_json
 
 RESULTS_FILE = "results.json"
+ACCURACY = ("top1", "top5", "loss")  # what needs labels
 
 
 class CheckpointInfo(TypedDict):
@@ -57,10 +58,10 @@ class Results:
         precision: Lightning's name of it, such as `"32-true"`.
         device: name of the device, such as `"cpu"`.
         seeds: seeds of the random features.
-        top1: top-1 accuracy, percent, mean over seeds.
-        top5: top-5 accuracy, percent, mean over seeds.
-        loss: cross-entropy, nats, mean over images and seeds.
-        top1_per_seed: top-1 accuracy of each seed, percent.
+        top1: top-1 accuracy, percent, mean over seeds; None where the images have no labels.
+        top5: top-5 accuracy, percent, mean over seeds; None likewise.
+        loss: cross-entropy, nats, mean over images and seeds; None likewise.
+        top1_per_seed: top-1 accuracy of each seed, percent; empty without labels.
         top1_std: sample standard deviation of `top1_per_seed`, points; None with one seed.
         images_per_second: throughput: of the whole run, the loader included; in one pass with several attentions, of
             the device's work on this one. Of a run that was interrupted and resumed, that of its last part.
@@ -92,9 +93,9 @@ class Results:
     precision: str
     device: str
     seeds: list[int]
-    top1: float
-    top5: float
-    loss: float
+    top1: float | None
+    top5: float | None
+    loss: float | None
     top1_per_seed: list[float]
     top1_std: float | None
     images_per_second: float
@@ -115,7 +116,7 @@ class Results:
     @property
     def published(self) -> PublishedAccuracy | None:
         """The published top-1 of this very configuration on the whole ImageNet validation set, if any."""
-        if not self.complete:
+        if not self.complete or self.top1 is None:
             return None
         return published_top1(
             self.model,
@@ -220,7 +221,8 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
             missing += [f"{name}.{key}" for key in keys if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}. {remedy}")
-    for name in ("top1", "top5", "loss", "images_per_second"):
+    labelled = any(content[name] is not None for name in ACCURACY)
+    for name in (*ACCURACY, "images_per_second") if labelled else ("images_per_second",):
         if not isinstance(content[name], int | float):
             raise UserError(f"{path}: {name} must be a number, got {content[name]!r}. {remedy}")
     return Results(**{f.name: content[f.name] for f in fields if f.name in content})

@@ -40,13 +40,17 @@ def results_table(results: Results, published: PublishedAccuracy | None) -> Tabl
         table.add_row("left out", f"{results.skipped['number']:,} that cannot be decoded")
     table.add_row("model", results.model)
     table.add_row("attention", results.attention or "its own")
-    top1 = accuracy_text(results.top1, results.top1_std, len(results.top1_per_seed))
-    table.add_row("top-1", f"{top1} %" if results.top1_std is None else top1)
+    if results.top1 is None:
+        table.add_row("accuracy", "left out: the images have no labels")
+    else:
+        top1 = accuracy_text(results.top1, results.top1_std, len(results.top1_per_seed))
+        table.add_row("top-1", f"{top1} %" if results.top1_std is None else top1)
     if published is not None:
         difference = published.difference(results.top1)
         table.add_row("published top-1", f"{published.text} % ({difference:+.2f} here): {published.source}")
-    table.add_row("top-5", f"{results.top5:.2f} %")
-    table.add_row("loss", f"{results.loss:.4f}")
+    if results.top1 is not None:
+        table.add_row("top-5", f"{results.top5:.2f} %")
+        table.add_row("loss", f"{results.loss:.4f}")
     table.add_row("images/s", f"{results.images_per_second:,.1f}")
     if results.attention_memory is not None:
         table.add_row("attention memory", f"{percent_text(results.attention_memory)} of full")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -98,10 +99,22 @@ def write_training(folder: str | os.PathLike[str], summary: TrainingSummary) -> 
     Raises:
         UserError: the folder cannot be written to.
     """
+    figure = Path(folder) / FIGURE_FILE
+    figure.unlink(missing_ok=True)  # of an earlier part of the training: see `is_written`
     write_json(Path(folder) / TRAINING_FILE, _without_nan(dataclasses.asdict(summary)))
     if summary.history:
-        with atomic_write(Path(folder) / FIGURE_FILE, "wb") as file:
+        with atomic_write(figure, "wb") as file:
             training_figure(summary).savefig(file, format="png")
+
+
+def is_written(folder: str | os.PathLike[str], summary: TrainingSummary) -> bool:
+    """Whether a folder holds the files of this training, as far as it is; the figure is the last one written."""
+    try:
+        content = json.loads((Path(folder) / TRAINING_FILE).read_text(encoding="utf-8"))
+        same = all(content[name] == getattr(summary, name) for name in ("complete", "epochs", "updates"))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return same and (Path(folder) / FIGURE_FILE).is_file()
 
 
 def _without_nan(value: Any) -> Any:

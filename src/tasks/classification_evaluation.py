@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -207,14 +208,16 @@ class ClassificationEvaluation(pl.LightningModule):
         """Images per second of all ranks, and the top-1 accuracy on this one, for the progress bar.
 
         Waits for the device. Of several classifiers, the rate is of images that all have evaluated, and the accuracies
-        are the lowest and the highest.
+        are the lowest and the highest. Without labels it is the rate alone.
         """
         top1 = [float(table.top1_so_far()) for table in self._tables()]
         seen, started = self._timed_images()
         rate = seen * self.trainer.world_size / (time.perf_counter() - started)
-        if len(top1) == 1:
-            return f"{format_rate(rate * len(self.classifiers[0].seeds))}, top-1 {top1[0]:.2f} %"
-        return f"{format_rate(rate)}, top-1 {min(top1):.2f} to {max(top1):.2f} %"
+        text = format_rate(rate * len(self.classifiers[0].seeds) if len(top1) == 1 else rate)
+        if any(map(math.isnan, top1)):
+            return text
+        shown = f"{top1[0]:.2f}" if len(top1) == 1 else f"{min(top1):.2f} to {max(top1):.2f}"
+        return f"{text}, top-1 {shown} %"
 
     def _timed_images(self) -> tuple[int, float]:
         """Number of images that rates are of, and when the first was started; the first batch where it is alone."""

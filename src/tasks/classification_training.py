@@ -72,6 +72,7 @@ class ClassificationTraining(pl.LightningModule):
         self._loss_sum: torch.Tensor | float = 0.0
         self._num_batches = self._images_seen = 0
         self._seconds_before = 0.0  # of the epoch, before the training was resumed in it
+        self._is_extended = False
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and a schedule that is stepped on every update and every epoch."""
@@ -92,8 +93,11 @@ class ClassificationTraining(pl.LightningModule):
             self._forward = (torch.compile(self.model),)
 
     def on_train_start(self) -> None:
-        """Start the clock, in the middle of an epoch where the training is resumed there."""
+        """Start the clock, in the middle of an epoch where the training is resumed there; set the learning rate."""
         self._clock_started = seconds_now(self.device) - self._seconds_before
+        if self._is_extended:  # the stored learning rate is that of the end of a shorter training
+            self._scheduler.step(self.current_epoch)
+            self._scheduler.step_update(self.global_step)
 
     def on_train_epoch_start(self) -> None:
         """Reset the sums of the epoch."""
@@ -204,6 +208,10 @@ class ClassificationTraining(pl.LightningModule):
         self.history = list(state["history"])
         self._loss_sum, self._num_batches = state["loss_sum"], state["num_batches"]
         self._images_seen, self._seconds_before = state["images_seen"], state["seconds"]
+        if state["config"].get("train.epochs") != self._run_config.get("train.epochs"):
+            # an extended training has another schedule than the stored one
+            checkpoint["lr_schedulers"] = []
+            self._is_extended = True
 
     def _mean_over_ranks(self, value: torch.Tensor | float) -> float:
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))

@@ -13,16 +13,18 @@ from pytorch_lightning import Trainer
 from rich.console import Console
 
 from scatterbrain.errors import UserError
+from src.distributed.loggers import log_results
 from src.evaluation.comparison import OnePass, compare_runs
-from src.evaluation.comparison_files import comparison_paths, print_comparison, write_comparison
+from src.evaluation.comparison_files import is_written, print_comparison, write_comparison
 from src.evaluation.predictions import write_predictions
 from src.evaluation.records import summarise
-from src.evaluation.results import RESULTS_FILE, Results, skipped_info, write_results
+from src.evaluation.results import ACCURACY, RESULTS_FILE, Results, skipped_info, write_results
 from src.evaluation.results_table import results_table
 from src.tasks.classification_evaluation import ClassificationEvaluation
 from src.tasks.environment import peak_memory_mib
 from src.tasks.errors import prefix_errors
 from src.tasks.evaluation_runs import DataModule, EvaluationRun
+from src.utils.labels import NO_LABEL
 from src.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
@@ -85,29 +87,30 @@ def write_runs(
     Of a part of the images, there is neither a comparison nor anything for the loggers.
 
     Raises:
-        UserError: results are not finite or cannot be written; those of other runs are written and compared before.
+        UserError: results are not finite or cannot be written, or a logger fails; all other results are written and
+            compared before.
     """
     paths = [datamodule.test_dataset.paths[index] for index in task.evaluated]
     written: list[Path] = []
-    failed: dict[Path, UserError] = {}
+    errors: list[UserError] = []
     for run, result, records in zip(runs, results, task.records, strict=True):
         try:
             with prefix_errors(run.classifier.name):
                 if config.compare:  # otherwise the folder is that of Hydra
                     (run.output_dir / ".hydra").mkdir(parents=True, exist_ok=True)
                     OmegaConf.save(run.config, run.output_dir / ".hydra" / "config.yaml")
-                if not task.stopped:
-                    _log_metrics(run, result)
                 write_predictions(run.output_dir, paths, records)
                 write_results(run.output_dir, result)
+                written.append(run.output_dir)
+                # last: a logger that fails must not cost the results
+                if not task.stopped and result.top1 is not None:
+                    log_results(run.loggers, {f"test/{name}": getattr(result, name) for name in ACCURACY})
         except UserError as error:
-            failed[run.output_dir] = error
-        else:
-            written.append(run.output_dir)
+            errors.append(error)
     if config.compare and written and not task.stopped:
-        _compare(config, written, list(failed), results[0])
-    if failed:
-        raise UserError(" ".join(map(str, failed.values())))
+        _compare(config, written, [run.output_dir for run in runs if run.output_dir not in written], results[0])
+    if errors:
+        raise UserError(" ".join(map(str, errors)))
     if not config.compare:
         Console().print(results_table(results[0], results[0].published))
         logger.info("Results: %s", runs[0].output_dir / RESULTS_FILE)
@@ -130,25 +133,19 @@ def complete_comparison(config: DictConfig, results: Sequence[Results]) -> None:
         config: see `evaluate.with_runs`.
         results: of every run.
     """
-    if config.compare and not all(path.is_file() for path in comparison_paths(config.paths.output_dir)):
+    if config.compare:
         _compare(config, [Path(run.paths.output_dir) for run in config.runs], [], results[0])
 
 
 def _compare(config: DictConfig, written: Sequence[Path], failed: Sequence[Path], first: Results) -> None:
+    """Compare runs, and write and log it unless that is done."""
     one_pass = None if first.one_pass is None else OnePass(**first.one_pass)
     comparison = compare_runs(written, failed, one_pass)
+    if is_written(config.paths.output_dir, comparison):
+        return
     print_comparison(comparison, write_comparison(config.paths.output_dir, comparison))
     if one_pass is not None:
         logger.info("Done: %s.", one_pass.describe(first.data["num_images"]))
-
-
-def _log_metrics(run: EvaluationRun, result: Results) -> None:
-    """Log the metrics as Lightning logs those of a test."""
-    metrics = {f"test/{name}": getattr(result, name) for name in ("top1", "top5", "loss")}
-    for run_logger in run.loggers:
-        run_logger.log_metrics({"epoch": 0, **metrics}, step=0)
-        run_logger.save()
-        run_logger.finalize("success")
 
 
 def num_forward_passes(runs: Sequence[EvaluationRun]) -> int:
@@ -157,7 +154,7 @@ def num_forward_passes(runs: Sequence[EvaluationRun]) -> int:
 
 
 def log_start(config: DictConfig, runs: Sequence[EvaluationRun], datamodule: DataModule) -> None:
-    """Log what is about to be evaluated, and where random features come from the checkpoint."""
+    """Log what is about to be evaluated, that there are no labels, and where random features are the checkpoint's."""
     dataset = datamodule.test_dataset
     if config.compare:
         logger.info(
@@ -171,6 +168,8 @@ def log_start(config: DictConfig, runs: Sequence[EvaluationRun], datamodule: Dat
             "Evaluating %s with attention %s on %d images of %s",
             *(config.model.name, attention, len(dataset), dataset.root),
         )
+    if int(dataset.targets[0]) == NO_LABEL:
+        logger.info("The images have no labels (datamodule.labels=none): accuracy and loss are left out.")
     for run in runs:
         if run.metadata["random_features"] == "checkpoint":
             prefix = "" if run.classifier.name is None else f"{run.classifier.name}: "

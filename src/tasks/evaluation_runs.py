@@ -16,6 +16,7 @@ from scatterbrain.errors import UserError
 from src.checkpoints import CheckpointContents, holds_random_features, load_contents, read_checkpoint
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.datamodules.synthetic import SyntheticDataModule
+from src.distributed.loggers import build_loggers
 from src.models.t2t_vit import T2TViT
 from src.tasks.attention_info import attention_memory_fraction, attention_name, attention_options
 from src.tasks.build import build_model
@@ -25,7 +26,6 @@ from src.tasks.errors import prefix_errors
 from src.tasks.forward import ForwardFactory, share_modules
 from src.utils.cli import command_line
 from src.utils.files import sha256_of_file
-from src.utils.instantiate import build_group
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def build_runs(config: DictConfig, trainer: Trainer, datamodule: DataModule, fas
     Raises:
         UserError: a model, a checkpoint or a logger that does not fit.
     """
-    all_loggers = [build_group(run.logger, "logger") for run in config.runs]
+    all_loggers = [build_loggers(run.logger) for run in config.runs]
     checkpoint = Path(config.eval.ckpt).expanduser()
     contents = read_checkpoint(checkpoint)
     make_forward = ForwardFactory(fast, config.eval.compile, _full_batch(trainer, datamodule))
@@ -71,9 +71,8 @@ def build_runs(config: DictConfig, trainer: Trainer, datamodule: DataModule, fas
     for run in config.runs:
         name = run.model.t2tattn1_cfg.name if config.compare else None
         with prefix_errors(name):
-            classifier = _build_classifier(
-                run, checkpoint, contents, make_forward, name, logging.DEBUG if classifiers else logging.INFO
-            )
+            log_level = logging.DEBUG if classifiers else logging.INFO
+            classifier = build_classifier(run, checkpoint, contents, make_forward, name, log_level)
         if classifiers:
             share_modules(classifier.model, classifiers[0].model, classifier.model.token_attentions)
         classifiers.append(classifier)
@@ -98,14 +97,19 @@ def _full_batch(trainer: Trainer, datamodule: DataModule) -> int | None:
     return min(datamodule.batch_size, -(-len(datamodule.test_dataset) // trainer.world_size))
 
 
-def _build_classifier(
+def build_classifier(
     config: DictConfig,
     checkpoint: Path,
     contents: CheckpointContents,
-    make_forward: MakeForward,
-    name: str | None,
-    log_level: int,
+    make_forward: MakeForward | None = None,
+    name: str | None = None,
+    log_level: int = logging.INFO,
 ) -> SeededClassifier:
+    """The model of a run with its weights and seeds; see `SeededClassifier` for `make_forward` and `name`.
+
+    Raises:
+        UserError: the checkpoint does not fit the model, or a seed that does not fit the checkpoint.
+    """
     model = build_model(config.model)
     load_contents(model, contents, checkpoint, log_level=log_level)
     redraw = _uses_seeds(config, holds_random_features(contents, model))
@@ -153,6 +157,27 @@ def _log_single_evaluations(config: DictConfig, classifiers: Sequence[SeededClas
 def _metadata(
     config: DictConfig, trainer: Trainer, datamodule: DataModule, sha256: str, classifier: SeededClassifier
 ) -> dict[str, Any]:
+    return {
+        **run_settings(config, datamodule, sha256, classifier, str(trainer.precision)),
+        "device": device_name(trainer),
+        "versions": package_versions(),
+        "command": command_line(),
+        "attention_memory": attention_memory_fraction(classifier.model),
+    }
+
+
+def run_settings(
+    config: DictConfig, datamodule: DataModule, sha256: str, classifier: SeededClassifier, precision: str
+) -> dict[str, Any]:
+    """The fields of `Results` that follow from the configuration of a run, its data and its checkpoint alone.
+
+    Args:
+        config: of the run.
+        datamodule: set up.
+        sha256: of the checkpoint.
+        classifier: see `build_classifier`.
+        precision: Lightning's name of it.
+    """
     model = classifier.model
     random_features = "seeds" if classifier.redraw else "checkpoint"
     return {
@@ -166,12 +191,8 @@ def _metadata(
             "num_classes": config.model.num_classes,
         },
         "image_size": config.model.image_size,
-        "precision": str(trainer.precision),
-        "device": device_name(trainer),
+        "precision": precision,
         "seeds": classifier.seeds,
-        "versions": package_versions(),
-        "command": command_line(),
         "attention_options": attention_options(model),
-        "attention_memory": attention_memory_fraction(model),
         "random_features": random_features if model.has_random_features else None,
     }

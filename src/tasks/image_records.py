@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torchmetrics import Metric
 
 from src.evaluation.records import MAX_PREDICTIONS, Records
+from src.utils.labels import NO_LABEL
 
 _PER_SEED = ("top5_classes", "top5_probabilities", "losses")
 
@@ -58,7 +59,7 @@ class ImageRecords(Metric):
             seed_index: number of the seed, in [0, K).
             indices: (B,) rows of the images.
             logits: (B, num_classes), of any float dtype.
-            targets: (B,) classes.
+            targets: (B,) classes; `NO_LABEL` for an image without one, whose loss is 0 and means nothing.
         """
         logits = logits.to(self.losses.dtype)
         probabilities, classes = logits.softmax(-1).topk(self.top5_classes.shape[-1])
@@ -66,7 +67,7 @@ class ImageRecords(Metric):
         self.targets[indices] = targets
         self.top5_classes[seed_index, indices] = classes
         self.top5_probabilities[seed_index, indices] = probabilities
-        self.losses[seed_index, indices] = F.cross_entropy(logits, targets, reduction="none")
+        self.losses[seed_index, indices] = F.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="none")
 
     def contents(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         """The rows of some images of this rank, images first; on the device, without synchronisation.
@@ -95,10 +96,14 @@ class ImageRecords(Metric):
             table[:, indices] = contents[name].to(table).movedim(0, 1)
 
     def top1_so_far(self) -> torch.Tensor:
-        """Top-1 accuracy in percent over the rows of this rank and all seeds, a tensor on the device."""
+        """Top-1 accuracy in percent over the rows of this rank and all seeds, a tensor on the device.
+
+        Of images without labels it is nan.
+        """
         filled = self.count > 0
         hits = filled & (self.top5_classes[..., 0] == self.targets)
-        return 100 * hits.sum() / filled.sum().clamp(min=1)
+        unlabelled = (filled & (self.targets == NO_LABEL)).any()
+        return torch.where(unlabelled, torch.nan, 100 * hits.sum() / filled.sum().clamp(min=1))
 
     def compute(self) -> Records:
         """The table over all ranks, without the images skipped; with `partial`, of the images that are in it.

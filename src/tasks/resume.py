@@ -80,9 +80,7 @@ def finished_results(config: DictConfig, descriptions: Sequence[Mapping[str, Any
         results = read_results(folder) if (folder / RESULTS_FILE).exists() else None
         if results is None or not results.complete:
             continue
-        earlier = _description_of(results)
-        now = json.loads(json.dumps(description))  # as the file returns it
-        different = option_changes(earlier, {name: now.get(name) for name in earlier})
+        different = changed_settings(results, description)
         if different:
             raise UserError(
                 f"{folder} holds a finished evaluation with {', '.join(different)}. Give the same to resume it, or "
@@ -157,6 +155,18 @@ def compared_settings(config: DictConfig, datamodule: DataModule) -> dict[str, A
         "eval.compile": config.eval.compile,
         "datamodule": OmegaConf.to_container(OmegaConf.create(options), resolve=True),
     }
+
+
+def changed_settings(results: Results, description: Mapping[str, Any]) -> list[str]:
+    """What differs between results and an evaluation, as `"name=old (now new)"`, as far as the results' file has it.
+
+    Args:
+        results: of an attention alone.
+        description: of the evaluation, see `describe_evaluation`.
+    """
+    earlier = _description_of(results)
+    now = json.loads(json.dumps(description))  # as the file returns it
+    return option_changes(earlier, {name: now.get(name) for name in earlier})
 
 
 def _description_of(results: Results) -> dict[str, Any]:

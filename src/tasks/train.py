@@ -17,10 +17,12 @@ from src.datamodules.image_folder import ImageFolderDataModule
 from src.distributed.folder_lock import locked_folder
 from src.distributed.interrupts import stop_on_interrupt
 from src.distributed.launch import launch
+from src.distributed.loggers import started
 from src.evaluation.training_summary import (
     TRAINING_FILE,
     TrainingSummary,
     best_epoch,
+    is_written,
     median_rate,
     training_table,
     write_training,
@@ -39,7 +41,14 @@ from src.tasks.evaluation_command import evaluation_command
 from src.tasks.optimization import make_scheduler, optimizer_factory
 from src.tasks.training_checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, LastCheckpoint, TrainingStopped
 from src.tasks.training_options import averages_weights, check_covers_whole_training, check_training_options
-from src.tasks.training_resume import checkpoint_to_resume, compared_options, keep_logged_metrics, read_earlier
+from src.tasks.training_resume import (
+    check_same_inputs,
+    checkpoint_to_resume,
+    compared_options,
+    describe_images,
+    keep_logged_metrics,
+    read_earlier,
+)
 from src.utils.cli import command_line
 from src.utils.files import sha256_of_file
 from src.utils.instantiate import build
@@ -84,6 +93,9 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
     seed_everything(config.seed, workers=True, verbose=False)
     datamodule: ImageFolderDataModule = build(config.datamodule, "datamodule")
     datamodule.setup("fit")
+    images = describe_images(datamodule)
+    if earlier is not None:
+        check_same_inputs(resume, earlier, config, images)
     model = build_model(config.model)
     started_from = {"path": None, "sha256": None} if earlier is None else earlier["config"]["started_from"]
     if earlier is None and config.train.ckpt is not None:
@@ -108,7 +120,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         seed=config.seed,
         redraw_steps=config.train.redraw_steps,
         compile_model=config.train.compile,
-        run_config={**compared, "started_from": started_from},
+        run_config={**compared, "started_from": started_from, "images": images},
     )
     logger.info(
         "Training %s with attention %s: %d epochs of %d updates of %d images, of %d in %s; validated on %d of %s",
@@ -142,8 +154,15 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
             else:
                 if earlier is not None:
                     logger.info("Resuming from %s", resume)
+                    if len(earlier["history"]) == earlier["config"]["train.epochs"]:
+                        logger.info(
+                            "It is finished after %d epochs and is extended to train.epochs=%d: the learning rate "
+                            "follows the schedule of that many epochs from here on.",
+                            *(len(earlier["history"]), config.train.epochs),
+                        )
                     keep_logged_metrics(trainer, updates=earlier["updates"])
-                with explain_errors(datamodule.batch_size, "train.compile" if config.train.compile else None):
+                compiled = "train.compile" if config.train.compile else None
+                with started(trainer.loggers), explain_errors(datamodule.batch_size, compiled):
                     trainer.fit(task, datamodule=datamodule, ckpt_path=resume)
         except TrainingStopped as stop:
             stopped = stop
@@ -181,7 +200,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[TrainingSummary, Munch
         history=task.history,
     )
     if trainer.is_global_zero:
-        if not finished or not (output_dir / TRAINING_FILE).exists():
+        # a process that was killed at its end may have left files of an earlier part
+        if not finished or not is_written(output_dir, summary):
             write_training(output_dir, summary)
         Console().print(training_table(summary))
         logger.info("Results: %s", output_dir / TRAINING_FILE)

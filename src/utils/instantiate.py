@@ -12,6 +12,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from scatterbrain.errors import UserError
+from src.utils.text import first_line
 
 
 def escape_interpolations(content: Any) -> Any:
@@ -52,6 +53,7 @@ def build(config: DictConfig, group: str, **objects: Any) -> Any:
             raise cause from error
         reason = str(cause).strip().rstrip(".!")
         if isinstance(cause, ModuleNotFoundError):
+            reason = first_line(cause)  # the other lines of Lightning's loggers list alternatives
             raise UserError(f"{group} needs a package that is not installed: {reason}. Or choose another.") from error
         raise UserError(f"{group} cannot be built: {reason}. Check the options under '{group}'.") from error
 

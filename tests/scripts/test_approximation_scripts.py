@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import statistics
 
 import numpy as np
@@ -341,6 +342,50 @@ def test_edges_of_a_window():
     assert len(attention_maps.window_edges(8, (0, 0), 5)) == 2 * 3 + 2
 
 
+# Photographs of one's own, without classes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(folder, tmp_path):
+    """The photographs of `val` in a folder without class folders, and their paths in the order of `val`."""
+    (tmp_path / "mine").mkdir()
+    paths = sorted((folder / "val").rglob("*.png"))
+    return [shutil.copy(path, tmp_path / "mine" / f"{number}.png") for number, path in enumerate(paths)]
+
+
+@pytest.mark.parametrize("what", ["files", "folder"])
+def test_errors_need_no_labels(folder, plain, tmp_path, measured, what):
+    images = [str(path) for path in plain] if what == "files" else [str(plain[0].parent)]
+    output = tmp_path / "approximation.json"
+    arguments = options(folder, **MEASURED, data_dir=None, output=output)
+    assert measure_approximation.main([*arguments, "--images", *images]) == 0
+    found = json.loads(output.read_text())
+    assert found["results"] == measured["results"]
+    assert found["data"] == {"images": images, "num_images": NUM_IMAGES, "num_matrix_images": 2}
+
+
+def test_errors_of_some_photographs_of_a_split(folder, tmp_path):
+    output = tmp_path / "approximation.json"
+    arguments = options(folder, **MEASURED, output=output)
+    assert measure_approximation.main([*arguments, "--images", "c1/001.png", "c0/000.png"]) == 0
+    data = json.loads(output.read_text())["data"]
+    assert (data["images"], data["dir"], data["num_images"]) == (["c1/001.png", "c0/000.png"], str(folder), 2)
+
+
+def test_maps_need_no_labels(folder, plain, tmp_path, drawn):
+    names = [path.relative_to(folder / "val").as_posix() for path in sorted((folder / "val").rglob("*.png"))]
+    arguments = options(folder, output=tmp_path / "maps.png")
+    assert plot_attention_maps.main([*arguments, "--images", names[2]]) == 0
+    arguments = options(folder, output=tmp_path / "maps.png", data_dir=None)
+    assert plot_attention_maps.main([*arguments, "--images", str(plain[2])]) == 0
+    theirs, ours = (photographs[0] for photographs, _ in drawn)
+    assert ours.path == "mine/2.png"
+    np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+    for a, b in zip(ours.stages, theirs.stages, strict=True):
+        for name in a.maps:
+            np.testing.assert_array_equal(a.maps[name].weights, b.maps[name].weights)
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 BOTH = (measure_approximation, plot_attention_maps)
@@ -375,6 +420,9 @@ def refused(script, arguments, capsys):
         (measure_approximation, {"batch_size": "x"}, "--batch-size: 'x' is not an integer of at least 1"),
         (plot_attention_maps, {"images": "c1/001.pmg"}, "c1/001.pmg is not in {folder}/val. Is it one like c1/001.png"),
         (plot_attention_maps, {"images": "elsewhere"}, "elsewhere is not in {folder}/val. Is it one like c0/000.png?"),
+        *((script, {"data_dir": None}, "Give --images FILE ..., or --data-dir.") for script in BOTH),
+        *((script, {"data_dir": None, "images": "no.jpg"}, "--images: no.jpg does not exist") for script in BOTH),
+        *((script, {"images": "{folder}/t7.pth"}, "Leave --data-dir out for a file that is els") for script in BOTH),
         (plot_attention_maps, {"attentions": "full"}, "leaves nothing to compare"),
         (plot_attention_maps, {"output": "{folder}/maps.jpg"}, "maps.jpg: the name has to end in .png"),
     ],

@@ -20,9 +20,9 @@ from src.analysis.benchmark import attention, attention_report, baselines
 from src.analysis.benchmark import precision as precision_errors
 from src.analysis.benchmark.attention import AttentionBench
 from src.analysis.benchmark.timing import peak_bytes, seconds_per_call
-from src.analysis.records import write_rows
 from src.analysis.tools import until_stopped
 from src.evaluation.colours import ATTENTION_COLOURS
+from src.evaluation.result_rows import write_rows
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]
 

@@ -196,7 +196,7 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     device = choose_device(arguments.device)
     name, model = approximation.load_model(arguments.checkpoint)
     model.to(device)
-    dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
+    dataset = approximation.open_photographs(arguments, model)
     layers, skipped = layer_records(model, arguments.layers, arguments.attentions, arguments.memory_fraction, seeds)
 
     chosen = spread(len(dataset), arguments.limit or len(dataset))
@@ -215,7 +215,8 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     )
     lines = (f"{row['attention']} left out of the {row['layer']}: {row['reason']}" for row in skipped)
     print_report([error_table([*rows, *means], sharpness, title)], *lines)
-    data = {"dir": arguments.data_dir, "split": arguments.split}
+    data = {"images": arguments.images} if arguments.images else {}
+    data |= {} if arguments.data_dir is None else {"dir": arguments.data_dir, "split": arguments.split}
     content = {
         **provenance(device),
         "command": command,

@@ -20,9 +20,9 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, OTHER, label_ends, new_figure, style
-from src.analysis.records import read_rows
 from src.datamodules.sequence_tasks import create_task
 from src.evaluation.colours import ATTENTION_MARKERS
+from src.evaluation.result_rows import read_rows
 from src.tasks.options import MAX_SEED
 from src.tasks.sequence_training import Recipe, Result, Training
 from src.utils.progress import progress_display

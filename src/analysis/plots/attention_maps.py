@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from scatterbrain.ops.common.windows import window_bounds
 from src.analysis import approximation
 from src.analysis.plots import style
 from src.analysis.tools import choose_device, say, shown
-from src.datamodules.dataset import ImageFolderDataset
 from src.datamodules.sampling import spread
 from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
@@ -77,24 +75,9 @@ class StageMaps:
 class Photograph:
     """A photograph and its maps."""
 
-    path: str  # relative to the split's folder
+    path: str  # folder and name
     pixels: np.ndarray  # (height, width, 3) in [0, 1], as the network sees it
     stages: list[StageMaps]  # maps of stage 1 and stage 2
-
-
-def choose_images(dataset: ImageFolderDataset, paths: Sequence[str] | None) -> list[int]:
-    """Positions in the dataset of `paths`, or of two photographs a quarter of it from either end.
-
-    Raises:
-        UserError: a photograph is not there; near names are suggested.
-    """
-    if paths is None:
-        return spread(len(dataset), 2)
-    for path in paths:
-        if path not in dataset.paths:
-            near = difflib.get_close_matches(path, dataset.paths) or dataset.paths[:1]
-            raise UserError(f"--images: {path} is not in {dataset.root}. Is it one like {' or '.join(near)}?")
-    return [dataset.paths.index(path) for path in paths]
 
 
 def stage_maps(
@@ -252,19 +235,19 @@ def plot(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     variant, model = approximation.load_model(arguments.checkpoint)
     model.to(device)
-    dataset = approximation.open_split(arguments.data_dir, arguments.split, model)
+    dataset = approximation.open_photographs(arguments, model)
     attentions = {
         name: create_stage_attentions(name, model, arguments.memory_fraction, arguments.seed)
         for name in arguments.attentions
     }
-    chosen = choose_images(dataset, arguments.images)
+    # without --images two, a quarter of the split from either end
+    chosen = range(len(dataset)) if arguments.images else spread(len(dataset), 2)
     photographs = []
     for position in shown(chosen, "Photographs"):
         image = dataset[position][0]
         stages = stage_maps(model, attentions, image.to(device), arguments.token)
-        photographs.append(Photograph(dataset.paths[position], approximation.pixels_of(image), stages))
-    conditions = (
-        f"{variant}, {100 * arguments.memory_fraction:.3g} % of full attention's memory, seed {arguments.seed}."
-    )
-    write_png(draw(photographs, conditions), arguments.output)
+        name = "/".join(Path(dataset.paths[position]).parts[-2:])
+        photographs.append(Photograph(name, approximation.pixels_of(image), stages))
+    memory = f"{100 * arguments.memory_fraction:.3g} % of full attention's memory"
+    write_png(draw(photographs, f"{variant}, {memory}, seed {arguments.seed}."), arguments.output)
     say(arguments.output)

@@ -60,7 +60,8 @@ class ClassFolders(FileListing):
             found = f"holds {len(loose_files)} files but no class folders" if loose_files else "is empty"
             raise UserError(
                 f"{root} {found}. Put the images in one folder per class, such as "
-                f"{root.name}/n01440764/ILSVRC2012_val_00000293.JPEG."
+                f"{root.name}/n01440764/ILSVRC2012_val_00000293.JPEG"
+                + (", or evaluate them without labels by datamodule.labels=none." if loose_files else ".")
             )
         try:
             class_to_index = class_index(classes, num_classes, numbering=numbering)

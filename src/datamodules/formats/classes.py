@@ -20,7 +20,7 @@ from src.utils.text import abbreviate, first_line
 logger = logging.getLogger(__name__)
 
 ORDERS = ("sorted", "natural")
-LABELS = ("auto", "imagenet", "own")
+LABELS = ("auto", "imagenet", "own", "none")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class ClassNumbering:
             numbers by value and without case, as timm's folder reader does; or a file of the names in the order of
             the outputs, see `read_class_order`, which decides over synsets and numbers too.
         labels: of classes named after ImageNet-1k synsets: `"imagenet"` gives them the standard indices, `"own"`
-            numbers them like any other names, `"auto"` decides by the number of the model's outputs.
+            numbers them like any other names, `"auto"` decides by the number of the model's outputs. `"none"` reads the
+            image files in a folder without classes, see `list_unlabelled`.
 
     Raises:
         UserError: an invalid value.
@@ -49,11 +50,21 @@ class ClassNumbering:
             )
         if self.labels not in LABELS:
             raise UserError(f"datamodule.labels={self.labels!r} is not valid. Give one of {', '.join(LABELS)}.")
+        if not self.labelled and self.order != "sorted":
+            raise UserError(
+                f"datamodule.labels=none reads images without classes, but datamodule.class_order={self.order} orders "
+                "classes. Leave one of them out."
+            )
         if self.labels != "auto" and self.from_file:
             raise UserError(
                 f"datamodule.labels={self.labels} and the file datamodule.class_order={self.order} both number the "
                 "classes. Leave one of them out."
             )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have classes."""
+        return self.labels != "none"
 
     @property
     def from_file(self) -> bool:

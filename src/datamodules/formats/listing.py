@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scatterbrain.errors import UserError
 from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, index_of_labels
 from src.datamodules.formats.files import read_file
+from src.utils.labels import NO_LABEL
 from src.utils.text import abbreviate
 
 
@@ -43,7 +44,7 @@ class Listing:
     Args:
         root: file or folder that the images are in.
         names: of the images, relative, with forward slashes.
-        labels: class of each image: names of classes, see `class_index`, or indices.
+        labels: class of each image: names of classes, see `class_index`, or indices; None for images without classes.
         num_classes: outputs of the model.
         what: what the classes are (`classes`, `class folders`), for messages.
         numbering: of the classes, see `class_index`.
@@ -51,7 +52,7 @@ class Listing:
     Attributes:
         root: as given.
         names: as given.
-        targets: index of each image's class.
+        targets: index of each image's class, `NO_LABEL` without classes.
         classes: names of the classes that occur, sorted by name or, where labels are indices, by index.
         class_to_index: class to target, in the order of `classes`.
 
@@ -65,7 +66,7 @@ class Listing:
         self,
         root: Path,
         names: Sequence[str],
-        labels: Sequence[str] | Sequence[int],
+        labels: Sequence[str] | Sequence[int] | None,
         num_classes: int,
         what: str = "classes",
         numbering: ClassNumbering = DEFAULT_NUMBERING,
@@ -77,6 +78,9 @@ class Listing:
         if len(set(self.names)) < len(self.names):
             twice = [name for name, number in Counter(self.names).items() if number > 1]
             raise UserError(f"{root} has images twice: {abbreviate(twice)}. Remove the duplicates.")
+        if labels is None:
+            self.targets, self.classes, self.class_to_index = [NO_LABEL] * len(self.names), [], {}
+            return
         try:
             self.class_to_index = index_of_labels(set(labels), num_classes, what, numbering)
         except UserError as error:
@@ -124,7 +128,12 @@ class FileListing(Listing):
     """Images in separate files: image `i` is `folder / names[i]`."""
 
     def __init__(
-        self, folder: Path, names: Sequence[str], labels: Sequence[str] | Sequence[int], num_classes: int, **options
+        self,
+        folder: Path,
+        names: Sequence[str],
+        labels: Sequence[str] | Sequence[int] | None,
+        num_classes: int,
+        **options,
     ) -> None:
         super().__init__(options.pop("root", folder), names, labels, num_classes, **options)
         self.folder = folder

@@ -15,6 +15,7 @@ from src.datamodules.formats.classes import DEFAULT_NUMBERING, ClassNumbering, i
 from src.datamodules.formats.files import files_matching, pattern, scan_folder, unpack_command
 from src.datamodules.formats.listing import Listing
 from src.datamodules.formats.location import FoundSplit, SplitLocation
+from src.datamodules.formats.unlabelled import is_image, list_unlabelled
 from src.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,8 @@ def open_listing(
         UserError: `data_dir` is missing, it does not hold the split, or see `open_split`.
     """
     location = SplitLocation(_check_data_dir(data_dir, split), split, option, numbering)
+    if not numbering.labelled:
+        return _list_without_labels(location, format)
     found = open_split(location, num_classes, format)
     if found is not None:
         return found
@@ -134,6 +137,15 @@ def open_listing(
         if format != "auto":
             raise
         raise UserError(f"{error} {_describe_search(location)}") from None
+
+
+def _list_without_labels(location: SplitLocation, format: str) -> Listing:
+    if format not in ("auto", class_folders.FORMAT, flat.FORMAT):
+        raise UserError(
+            f"datamodule.labels=none reads image files in a folder, but datamodule.format={format}. Leave one of them "
+            "out."
+        )
+    return list_unlabelled(location.folders[0] if location.folders else _split_folder(location, format))
 
 
 def _refuse_compressed(location: SplitLocation) -> None:
@@ -180,7 +192,12 @@ def _split_folder(location: SplitLocation, format: str) -> Path:
     if split_folder.is_dir():
         return split_folder
 
-    folders, _ = scan_folder(data_dir)
+    folders, files = scan_folder(data_dir)
+    if any(map(is_image, files)):
+        raise UserError(
+            f"No folder '{split}' in {data_dir}, which holds images itself. To evaluate them without labels, give "
+            f"datamodule.data_dir={data_dir.parent} datamodule.{option}={data_dir.name} datamodule.labels=none"
+        )
     if _looks_like_split(data_dir, folders):
         name = "" if data_dir.name == split else f" datamodule.{option}={data_dir.name}"
         raise UserError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
+import shutil
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -118,3 +122,72 @@ def hold_folder(connection: Connection, folder: Path) -> None:
     with locked_folder(folder):
         connection.send("held")
         time.sleep(600)
+
+
+def kill_at_each_write(mode: str, content: dict[str, Any], killed: Path) -> None:
+    """An evaluation or a training whose end is repeated, each time killed at another of its changes of files.
+
+    Forks do that: a fork's folder goes to `killed` / number, and the next one begins with that of before. What is left
+    is a file just created, a temporary one before it is renamed, or one that is about to be removed.
+    """
+    import pytest
+    from matplotlib.figure import Figure
+    from omegaconf import OmegaConf
+
+    from tests.src.tasks.conftest import make_shallow, make_tiny
+
+    patch = pytest.MonkeyPatch()
+    for figure in ("comparison_files.comparison_figure", "training_summary.training_figure"):
+        patch.setattr(f"src.evaluation.{figure}", lambda content: Figure(figsize=(1, 1)))
+    make_shallow(patch)
+    make_tiny(patch)
+    torch.set_num_threads(1)
+    module = importlib.import_module(f"src.tasks.{mode}")
+    writer = {"evaluate": "write_runs", "train": "write_training"}[mode]
+    write_files = getattr(module, writer)
+    config = OmegaConf.create(content)
+    folder = Path(config.paths.output_dir)
+    before = folder.with_name("before")
+
+    def write_in_forks(*arguments: Any) -> None:
+        shutil.copytree(folder, before)
+        for number in itertools.count():
+            process = os.fork()
+            if process == 0:
+                sys.addaudithook(Killer(folder, number))
+                return write_files(*arguments)
+            _, status = os.waitpid(process, 0)
+            if os.WIFEXITED(status):
+                os._exit(os.WEXITSTATUS(status))
+            folder.rename(killed / str(number))
+            shutil.copytree(before, folder)
+
+    patch.setattr(module, writer, write_in_forks)
+    getattr(module, mode)(config)
+    os._exit(0)
+
+
+class Killer:
+    """An audit hook that kills the process at its change number `number` of the files in a folder."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.left = str(folder), number
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir"):
+            return
+        path = arguments[0]
+        if not isinstance(path, str | os.PathLike):
+            return
+        path = os.fspath(path)
+        opens = event == "open"
+        if opens and not (arguments[2] & (os.O_WRONLY | os.O_RDWR) and arguments[2] & os.O_CREAT):
+            return
+        # the files of a tree are removed by their names within its folders
+        if not (path.startswith(self.folder) or (not opens and not os.path.isabs(path))):
+            return
+        self.left -= 1
+        if self.left == -1:
+            if opens:
+                os.close(os.open(path, arguments[2], 0o666))
+            os.kill(os.getpid(), signal.SIGKILL)

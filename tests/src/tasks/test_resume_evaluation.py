@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -13,20 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 import src.datamodules.dataset as dataset
+import src.evaluation.comparison_files as comparison_files
 import src.tasks.resume_state as resume_state
 from scatterbrain.errors import UserError
 from src.distributed.processes import run_processes
+from src.evaluation.comparison import OnePass, compare_runs
+from src.evaluation.comparison_files import comparison_paths, is_written
 from src.evaluation.predictions import read_predictions
 from src.evaluation.results import read_results
 from src.tasks.classification_evaluation import SeededClassifier
 from src.tasks.evaluate import evaluate, with_runs
 from src.tasks.image_records import ImageRecords
 from src.tasks.resume_state import ResumeState
-from tests.src.distributed.process_functions import evaluate_in_turn
+from tests.src.distributed.process_functions import evaluate_in_turn, kill_at_each_write
 from tests.src.tasks.conftest import NUM_IMAGES
 from tests.src.tasks.setup import assert_same_evaluation, make_images, stop_evaluation_at
 from tests.src.tasks.test_evaluate import SYNTHETIC
@@ -247,6 +252,41 @@ def test_a_file_that_is_cut_off_anywhere(evaluation, interrupt, resume, decoded,
 def rename_one(data: Path) -> None:
     image = data / "val" / "c0" / "000.png"
     image.rename(image.with_name("0000.png"))
+
+
+@pytest.mark.parametrize("attentions", [None, "[full,performer]"])
+def test_a_process_that_is_killed_while_it_writes_results(evaluation, monkeypatch, tmp_path, attentions):
+    """At each of its last changes of files: a resume leaves what an uninterrupted run leaves, and nothing else."""
+    monkeypatch.setattr(comparison_files, "comparison_figure", lambda comparison: Figure(figsize=(1, 1)))
+    options = {"datamodule__batch_size": 4, "eval__attentions": attentions, "eval__save_seconds": 0}
+    config = evaluation("t2t_vit_t_14", **options)
+    run, whole, killed = (tmp_path / name for name in ("run", "whole", "killed"))
+    stale = [path.name for path in comparison_paths(whole)] if attentions else []
+    for name in stale:  # of an earlier run, whose results were moved away
+        (run / name).write_text("{}")
+    killed.mkdir()
+    process = multiprocessing.get_context("spawn").Process(
+        target=kill_at_each_write, args=("evaluate", OmegaConf.to_container(config), killed)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    evaluate(evaluation("t2t_vit_t_14", "whole", **options))
+    names = {path.relative_to(whole) for path in whole.rglob("*")}
+    numbers = sorted(int(path.name) for path in killed.iterdir())
+    # each file is killed twice: empty and complete under its temporary name
+    left = [[path.name for path in (killed / str(number)).rglob("*")] for number in numbers]
+    assert sum(any(name.endswith(".tmp") for name in files) for files in left) == 2 * (7 if attentions else 2)
+    for number in numbers:
+        folder = killed / str(number)
+        evaluate(evaluation("t2t_vit_t_14", f"killed/{number}", **options, eval__resume="true"))
+        assert {path.relative_to(folder) for path in folder.rglob("*")} == names
+        runs = [folder / name for name in ("0", "1")] if attentions else [folder]
+        for each in runs:
+            assert_same_evaluation(each, whole / each.relative_to(folder))
+        if attentions:
+            comparison = compare_runs(runs, one_pass=OnePass(**read_results(runs[0]).one_pass))
+            assert is_written(folder, comparison)
 
 
 OTHERS = pytest.mark.parametrize(

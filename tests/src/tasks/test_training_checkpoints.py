@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,8 +21,8 @@ from src.models.t2t_vit import create_t2t_vit
 from src.tasks.classification_training import ClassificationTraining
 from src.tasks.train import train
 from src.tasks.training_checkpoints import content_checksum
-from tests.src.distributed.process_functions import train_until_killed
-from tests.src.tasks.conftest import NUM_TRAINING_IMAGES
+from tests.src.distributed.process_functions import kill_at_each_write, train_until_killed
+from tests.src.tasks.conftest import NUM_IMAGES, NUM_TRAINING_IMAGES
 from tests.src.tasks.setup import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -137,6 +139,33 @@ def test_a_process_that_is_killed_while_it_writes(training, tmp_path):
     assert read_last(tmp_path / "killed")["global_step"] == BATCHES + 1
     train(training("killed", train__resume="true"))
     assert_same_training(read_last(tmp_path / "at_once"), read_last(tmp_path / "killed"))
+
+
+def test_a_process_that_is_killed_while_it_writes_results(training, monkeypatch, tmp_path):
+    """At each of its last changes of files: a resume leaves what an uninterrupted training leaves, nothing else."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, BATCHES + 2)
+        train(training())  # leaves a training.json that is not complete, and a figure
+    assert not json.loads((tmp_path / "run" / "training.json").read_text())["complete"]
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    contents = OmegaConf.to_container(training(train__resume="true"))
+    process = multiprocessing.get_context("spawn").Process(target=kill_at_each_write, args=("train", contents, killed))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    names = contents_of(tmp_path / "run").keys()
+    last = read_last(tmp_path / "run")
+    # two files, empty and complete under their temporary names, and the removal of the old figure and of the lock
+    assert len(list(killed.glob("*/.*.tmp"))) == 4
+    assert len(list(killed.iterdir())) == 6
+    for folder in killed.iterdir():
+        train(training(f"killed/{folder.name}", train__resume="true"))
+        assert contents_of(folder).keys() == names
+        assert_same_training(read_last(folder), last)
+        content = json.loads((folder / "training.json").read_text())
+        assert (content["complete"], content["updates"], len(content["history"])) == (True, 3 * BATCHES, 3)
+        assert (folder / "training.png").read_bytes() == (tmp_path / "run" / "training.png").read_bytes()
 
 
 def test_in_another_folder_the_best_checkpoint_is_copied(training, monkeypatch, tmp_path, recwarn):
@@ -292,6 +321,105 @@ def test_other_options_than_before(training, stopped_training, tmp_path, changes
     others = 2 if changes.keys() & {"seed", "model___t2tattn_cfg"} else 0
     assert message.count("(now") == len(told) + others
     assert not contents_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("change", ["fewer", "renamed"])
+def test_other_images_than_before(training, training_data, tmp_path, finished, split, change):
+    train(training(**({} if finished else {"train__max_time": "00:00:00"})))
+    before = contents_of(tmp_path / "run")
+    shutil.copytree(training_data, tmp_path / "other")
+    image = tmp_path / "other" / split / "c0" / "000.png"
+    image.unlink() if change == "fewer" else image.rename(image.with_name("other.png"))
+    with pytest.raises(UserError) as caught:
+        train(training(data=tmp_path / "other", train__resume="true"))
+    name = {"train": "train", "val": "validation"}[split]
+    number = {"train": NUM_TRAINING_IMAGES, "val": NUM_IMAGES}[split]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    message = str(caught.value)
+    assert message.startswith(
+        f"{last} was trained on other images than those of datamodule.data_dir={tmp_path / 'other'}: {name}."
+    )
+    assert (f"{name}.num_images={number} (now {number - 1})" in message) == (change == "fewer")
+    assert message.count("(now") == (2 if change == "fewer" else 1)
+    assert message.endswith(f"Give the same images to resume; or start again from its weights with train.ckpt={last}.")
+    assert contents_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_weights_to_start_from_than_before(training, tmp_path, finished):
+    weights = make_checkpoint(tmp_path / "weights.pth", TRAINING_VARIANT)
+    limit = {} if finished else {"train__max_time": "00:00:00"}
+    make = functools.partial(training, train__resume="true")
+    config = training(train__ckpt=weights, **limit)
+    make_checkpoint(weights, TRAINING_VARIANT)
+    train(config)
+    before = contents_of(tmp_path / "run")
+    shutil.copy(weights, tmp_path / "moved.pth")
+    content = torch.load(weights, weights_only=True)
+    content["state_dict_ema"]["head.bias"] += 1
+    torch.save(content, tmp_path / "other.pth")
+    for ckpt, told in (("null", "None"), (tmp_path / "other.pth", tmp_path / "other.pth")):
+        with pytest.raises(UserError, match=rf"was trained with train.ckpt={weights} \(now {told}\). Give the same"):
+            train(make(train__ckpt=ckpt))
+    torch.save(content, weights)
+    with pytest.raises(UserError, match=f"was trained with other weights in train.ckpt={weights}. Give the same"):
+        train(make(train__ckpt=weights))
+    with pytest.raises(UserError, match=r"was trained with train.new_head=False \(now True\)"):
+        train(make(train__ckpt=tmp_path / "moved.pth", train__new_head="true"))
+    assert contents_of(tmp_path / "run") == before
+    summary, _ = train(make(train__ckpt=tmp_path / "moved.pth"))
+    assert (summary.complete, summary.started_from["path"]) == (True, str(weights))
+
+
+def test_other_options_than_those_of_a_finished_training(training, tmp_path):
+    train(training())
+    before = contents_of(tmp_path / "run")
+    for changes, told in (
+        ({"seed": 3}, r"seed=42 \(now 3\)"),
+        ({"train__epochs": 2}, r"train.epochs=3 \(now 2\)"),
+        ({"train__epochs": 4, "optimizer__lr": 0.1}, r"trained with optimizer.lr=0.01 \(now 0.1\). Give the same"),
+        ({"trainer__gradient_clip_val": 1}, r"trainer.gradient_clip_val=None \(now 1\)"),
+        ({"+trainer__gradient_clip_algorithm": "value"}, r"trainer.gradient_clip_algorithm=None \(now value\)"),
+        ({"trainer__precision": "bf16-mixed"}, "trainer.precision=32-true"),
+    ):
+        with pytest.raises(UserError, match=rf"last.ckpt was (?=trained with ).*{told}"):
+            train(training(train__resume="true", **changes))
+    assert contents_of(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("by_epochs", ["true", "false"])
+def test_a_finished_training_is_extended(training, monkeypatch, tmp_path, caplog, by_epochs):
+    """With the learning rates of a training of that length from there on; it can be stopped and resumed in turn."""
+    options = {"scheduler__step_on_epochs": by_epochs}
+    rates = {}
+    step = ClassificationTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        rates[self.global_step] = self._learning_rate()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTraining, "training_step", training_step)
+    train(training("at_once", **options, train__epochs=5))
+    expected = dict(rates)
+    first, _ = train(training(**options))
+    assert rates[2 * BATCHES] != expected[2 * BATCHES]
+    rates.clear()
+    options |= {"train__epochs": 5, "train__resume": "true"}
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        stop_at(patch, 4 * BATCHES)
+        stopped, _ = train(training(**options))
+    assert "finished after 3 epochs and is extended to train.epochs=5: the learning rate follows" in caplog.text
+    assert (stopped.complete, stopped.epochs) == (False, 5)
+    with pytest.raises(UserError, match=r"train.epochs=5 \(now 6\)"):
+        train(training(**{**options, "train__epochs": 6}))
+    summary, _ = train(training(**options))
+    assert rates == {update: rate for update, rate in expected.items() if update >= 3 * BATCHES}
+    assert (summary.complete, summary.updates, len(summary.history)) == (True, 5 * BATCHES, 5)
+    assert without_times(summary.history[:3]) == without_times(first.history)
+    content = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (content["epochs"], content["updates"], content["complete"]) == (5, 5 * BATCHES, True)
 
 
 class Malicious:

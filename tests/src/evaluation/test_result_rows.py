@@ -8,7 +8,7 @@ import math
 import pytest
 
 from scatterbrain.errors import UserError
-from src.analysis.records import read_rows, write_rows
+from src.evaluation.result_rows import read_rows, write_rows
 
 CONTENT = {
     "complete": True,

@@ -1,0 +1,3 @@
+"""The target of an image without a label."""
+
+NO_LABEL = -1
