@@ -32,16 +32,19 @@ def farthest_key(k, mean, j, first, last):
 
 @triton.jit
 def store_centroids(
-    delta, centre, delta_ptr, bias_ptr, b, num_landmarks, E: tl.constexpr, MP: tl.constexpr, BE: tl.constexpr
+    delta, centre, delta_ptr, bias_ptr, b, used, num_landmarks, E: tl.constexpr, MP: tl.constexpr, BE: tl.constexpr
 ):
-    """Store centroids b, relative to the centre and rounded, (BE, landmarks), of one sequence, and their bias."""
+    """Store centroids b, relative to the centre and rounded, (BE, landmarks), of one sequence, and their bias.
+
+    No key is nearest to those that are not used.
+    """
     e = tl.arange(0, BE)
     exists = b < num_landmarks
     delta = delta.to(delta_ptr.dtype.element_ty)
     tl.store(delta_ptr + b[None, :] * E + e[:, None], delta, mask=exists[None, :] & (e < E)[:, None])
     delta = delta.to(tl.float32)
     bias = -tl.sum(delta * (0.5 * delta + centre[:, None]), 0)
-    tl.store(bias_ptr + b, tl.where(exists, bias, LOG_ZERO), mask=b < MP)
+    tl.store(bias_ptr + b, tl.where(exists & used, bias, LOG_ZERO), mask=b < MP)
 
 
 @triton.jit
@@ -97,7 +100,10 @@ def start_kernel(
             tl.store(bias_ptr + group * MP + b, tl.full((16,), LOG_ZERO, tl.float32), mask=b >= num_landmarks)
     b = landmark + tl.arange(0, 1)
     delta_ptr += wide * num_landmarks * E
-    store_centroids((key - centre)[:, None], centre, delta_ptr, bias_ptr + group * MP, b, num_landmarks, E, MP, BE)
+    # a stretch is empty where keys are fewer than landmarks: its centroid is a copy
+    store_centroids(
+        (key - centre)[:, None], centre, delta_ptr, bias_ptr + group * MP, b, first < last, num_landmarks, E, MP, BE
+    )
 
 
 @triton.jit
@@ -160,7 +166,9 @@ def finish_clusters(
     mask = exists[None, :] & (e < E)[:, None]
     before = tl.load(delta_ptr + b[None, :] * E + e[:, None], mask=mask, other=0.0).to(tl.float32)
     delta = tl.where((count > 0)[None, :], sum_k * share[None, :] - centre[:, None], before)
-    store_centroids(delta, centre, delta_ptr, bias_ptr + group * MP, b, num_landmarks, E, MP, BE)
+    bias_ptr += group * MP
+    used = (count > 0) | (tl.load(bias_ptr + b) > LOG_ZERO)
+    store_centroids(delta, centre, delta_ptr, bias_ptr, b, used, num_landmarks, E, MP, BE)
     if LAST:
         d = tl.arange(0, BD)
         mean_v = (sum_v * share[None, :]).to(mean_v_ptr.dtype.element_ty)
