@@ -53,7 +53,7 @@ LOG2E = math.log2(math.e)
 # and elements of one of its programs.
 MANY_CHUNKS, FEW_CHUNKS, SUM_BLOCK = 32, 8, 1024
 # Up to this many tiles of a window are unrolled.
-MAX_UNROLLED = 6
+MAX_UNROLLED = 3
 
 
 class _Plan:
