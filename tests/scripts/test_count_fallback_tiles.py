@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from scatterbrain.ops.common import passes
 from scatterbrain.ops.scatterbrain.triton import operator as fused_operator
 from scripts import benchmark_attention as benchmark
 from scripts import count_fallback_tiles as counting
@@ -18,7 +19,7 @@ from tests.scatterbrain.ops.test_fused_attention import adversarial, needs_inter
 
 @needs_interpreter
 def test_the_kernels_recompute_the_same_tiles(monkeypatch):
-    monkeypatch.setattr(fused_operator, "_PASSES", fused_operator.Cache())  # passes of earlier calls have another limit
+    monkeypatch.setattr(passes, "PASSES", passes.Cache())  # passes of earlier calls have another limit
     monkeypatch.setattr(fused_operator, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     (query, key, value, rows), window = adversarial("cpu", torch.float32)
     arguments = (query, key, value, rows, None, window, 0.25, True, False)

@@ -143,9 +143,9 @@ def test_rows_can_be_pasted():
 
 @pytest.mark.parametrize(("rows", "padded"), [(1, 16), (3, 16), (8, 16), (9, 32), (12, 32), (24, 64)])
 def test_features_are_padded_as_in_the_kernels(rows, padded):
-    from scatterbrain.ops.scatterbrain.triton.operator import _padded
+    from scatterbrain.ops.common.passes import padded_width
 
-    assert tune.Shape(1, 1, 1, rows).padded_features == _padded(2 * rows) == padded
+    assert tune.Shape(1, 1, 1, rows).padded_features == padded_width(2 * rows) == padded
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from scatterbrain.ops.clusters.kmeans import assign_clusters, assign_key_clusters, assign_query_clusters
 from scatterbrain.ops.clusters.landmark import landmark_attention, log_landmark_features
-from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_paired_landmark_attention
+from scatterbrain.ops.clusters.naive import (
+    naive_landmark_attention,
+    naive_landmark_lse,
+    naive_paired_landmark_attention,
+)
 from scatterbrain.ops.clusters.paired import paired_landmark_attention
 
 __all__ = [
@@ -12,6 +16,7 @@ __all__ = [
     "landmark_attention",
     "log_landmark_features",
     "naive_landmark_attention",
+    "naive_landmark_lse",
     "naive_paired_landmark_attention",
     "paired_landmark_attention",
 ]

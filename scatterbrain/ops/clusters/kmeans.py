@@ -7,30 +7,38 @@ import math
 import torch
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.common.inputs import length_mask
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
     at_most,
     gather_rows,
+    is_exporting,
     no_autocast,
     split_rows,
     tile_budget,
 )
 
+# Lloyd's steps look at the first of so many points: centroids are means of many, and half of them find as good ones.
+STEP_EVERY = 2
+
 
 def assign_clusters(
-    points: torch.Tensor, num_clusters: int, num_steps: int = 4, lengths: torch.Tensor | None = None
+    points: torch.Tensor, num_clusters: int, num_steps: int = 1, lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cluster of each point, by k-means (Lloyd's algorithm) with a deterministic initialisation.
 
-    Each sequence is cut into `num_clusters` segments, and the point of a segment farthest from the mean of the sequence
-    is an initial centroid. A few keys far from the mean carry much of a softmax; centroids initialised near the mean
-    do not reach them in a few iterations.
+    Each sequence of n points is cut into M = `num_clusters` stretches, of which stretch m ends before position
+    ceil((m + 1) n / M). The point of a stretch farthest from the mean of the stretch is an initial centroid: a few keys
+    far from others carry much of a softmax, and centroids that start at means do not reach them in a few iterations.
+    The first of equally far points is taken (so the first of a stretch of two), for an empty stretch the first of the
+    sequence, and of equally near centroids the one of the lowest index.
 
     Args:
         points: (B, H, N, E), queries or keys.
         num_clusters: number of clusters M.
-        num_steps: iterations of Lloyd's algorithm; 0 keeps the initialisation. A centroid without points does not move.
+        num_steps: iterations of Lloyd's algorithm, on every second point; 0 keeps the initialisation. A centroid
+            without points does not move.
         lengths: (B,) integers; points i >= lengths[b] are in no cluster and move no centroid. None for all.
 
     Returns:
@@ -47,7 +55,7 @@ def assign_key_clusters(
     key: torch.Tensor,
     value: torch.Tensor,
     num_clusters: int,
-    num_steps: int = 4,
+    num_steps: int = 1,
     key_lengths: torch.Tensor | None = None,
     value_weight: float = 0.5,
 ) -> torch.Tensor:
@@ -70,6 +78,11 @@ def assign_key_clusters(
     """
     if not value_weight >= 0:
         raise UserError(f"value_weight={value_weight} has to be at least 0; 0 clusters the keys alone.")
+    check_steps(num_clusters, num_steps)
+    if value_weight == 0 and fused.is_fast(key) and not (torch.compiler.is_compiling() or is_exporting()):
+        num_clusters = at_most(num_clusters, key.shape[2])
+        if fused.unsupported(key, key, num_clusters, 0) is None:
+            return fused.find_clusters(key, num_clusters, num_steps, key_lengths)
     points = key.detach().to(accumulation_dtype(key.dtype))
     if value_weight > 0:
         valid = valid_points(key, key_lengths).expand(key.shape[:3])
@@ -84,7 +97,7 @@ def assign_key_clusters(
 
 
 def assign_query_clusters(
-    query: torch.Tensor, num_clusters: int, num_steps: int = 4, query_lengths: torch.Tensor | None = None
+    query: torch.Tensor, num_clusters: int, num_steps: int = 1, query_lengths: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cluster of each query, as `assign_clusters`, but padding is in the nearest cluster, not in none.
 
@@ -105,11 +118,58 @@ def assign_query_clusters(
 
 def cluster_means(points: torch.Tensor, assignment: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Means (B, H, M, E) of the clusters of points (B, H, N, E), zero for an empty cluster."""
-    # points of no cluster may hold any value, and 0 * inf is nan
-    points = points.masked_fill((assignment < 0).unsqueeze(-1), 0.0)
-    one_hot = _one_hot(assignment, num_clusters, points.dtype)
-    # a product, not index_add: deterministic order of sums
-    return one_hot @ points / one_hot.sum(-1, keepdim=True).clamp_min(1.0)
+    (sums,), members = cluster_sums((points.flatten(0, 1),), assignment.flatten(0, 1), num_clusters)
+    return (sums / members.clamp_min(1.0)).unflatten(0, points.shape[:2])
+
+
+# Points that are added one by one to a sum; the sums of these are added in turn, which rounds less.
+_POINTS_OF_A_SUM = 256
+
+
+def cluster_sums(
+    points: tuple[torch.Tensor, ...], assignment: torch.Tensor, num_clusters: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Sums and numbers of the points of each cluster, in an order of addition that does not change.
+
+    Args:
+        points: tensors (G, N, any width), all clustered in the same way. Points of no cluster may hold any value.
+        assignment: cluster of each point (G, N), -1 for none.
+        num_clusters: number of clusters M.
+
+    Returns:
+        A sum (G, M, width) for each tensor, differentiable, and numbers (G, M, 1) in the dtype of the points.
+    """
+    groups, length = assignment.shape
+    like = points[0]
+    assignment = assignment.masked_fill(assignment < 0, num_clusters)  # one more cluster, which is dropped
+    members = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=like.device)
+    members = members.scatter_add(1, assignment, torch.ones_like(assignment))[:, :num_clusters, None].to(like.dtype)
+    if not adds_in_order(like):
+        points = [x.masked_fill((assignment == num_clusters).unsqueeze(-1), 0.0) for x in points]
+        labels = torch.arange(num_clusters, device=like.device).unsqueeze(1)
+        slices = [(assignment, *points)]
+        if not is_exporting():
+            size = max(1, tile_budget(like) // (groups * num_clusters))
+            slices = zip(*(x.split(size, 1) for x in (assignment, *points)), strict=True)
+        sums = [0.0 for _ in points]
+        for part, *rows in slices:
+            one_hot = (part.unsqueeze(1) == labels).to(like.dtype)
+            sums = [total + one_hot @ x for total, x in zip(sums, rows, strict=True)]
+        return sums, members
+    size = max(_POINTS_OF_A_SUM, 4 * num_clusters)
+    num_parts = -(-length // size)
+    part = torch.arange(num_parts)[:, None].expand(-1, size).reshape(-1)[:length]
+    part = part + torch.arange(groups)[:, None] * num_parts
+    index = (part * (num_clusters + 1) + assignment).flatten()
+    shape = (groups, num_parts, num_clusters + 1)
+    zeros = (x.new_zeros(math.prod(shape), x.shape[2]) for x in points)
+    sums = [zero.index_add(0, index, x.flatten(0, 1)) for zero, x in zip(zeros, points, strict=True)]
+    return [x.view(*shape, -1).sum(1)[:, :num_clusters] for x in sums], members
+
+
+def adds_in_order(x: torch.Tensor) -> bool:
+    """Whether index_add, the gradient of index_select too, adds in one order: on other devices or compiled, in any."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def valid_points(points: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -119,13 +179,22 @@ def valid_points(points: torch.Tensor, lengths: torch.Tensor | None) -> torch.Te
     return length_mask(lengths.to(points.device), points.shape[2])[:, None]
 
 
+def check_steps(num_clusters: int, num_steps: int) -> None:
+    """Check the sizes of a clustering.
+
+    Raises:
+        UserError: fewer than one cluster, or a negative number of steps.
+    """
+    for name, number, least in (("num_clusters", num_clusters, 1), ("num_steps", num_steps, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
+
+
 def nearest_centroids(
     points: torch.Tensor, num_clusters: int, num_steps: int, lengths: torch.Tensor | None
 ) -> torch.Tensor:
     """Nearest centroid (B, H, N) of every point (B, H, N, E), padding included; see `assign_clusters`."""
-    for name, number, least in (("num_clusters", num_clusters, 1), ("num_steps", num_steps, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
+    check_steps(num_clusters, num_steps)
     batch, heads, length, _ = points.shape
     # every point is a cluster then
     num_clusters = at_most(num_clusters, length)
@@ -133,59 +202,72 @@ def nearest_centroids(
     size = max(1, tile_budget(points) // (length * num_clusters))
     with torch.no_grad(), no_autocast(points):
         slices = split_rows(points.detach().to(accumulation_dtype(points.dtype)).flatten(0, 1), size)
-        if lengths is None:
-            labels = [_cluster_slice(each, None, num_clusters, num_steps) for each in slices]
-        else:
-            valid = split_rows(valid_points(points, lengths).expand(batch, heads, length).flatten(0, 1), size)
-            pairs = zip(slices, valid, strict=True)
-            labels = [_cluster_slice(each, mask, num_clusters, num_steps) for each, mask in pairs]
+        counts = [None] * len(slices)
+        if lengths is not None:
+            lengths = lengths.to(points.device).clamp(0, length).view(-1, 1).expand(batch, heads)
+            counts = split_rows(lengths.reshape(-1, 1), size)
+        labels = [_cluster_slice(*each, num_clusters, num_steps) for each in zip(slices, counts, strict=True)]
     return torch.cat(labels).view(batch, heads, length)
 
 
-def _cluster_slice(points: torch.Tensor, valid: torch.Tensor | None, num_clusters: int, num_steps: int) -> torch.Tensor:
-    """Nearest centroid (G, N) int64 of points (G, N, E), of which the valid ones (G, N), or all, move centroids."""
-    groups, length, _ = points.shape
-    outside = None if valid is None else ~valid
-    counts = points.new_full((groups, 1), length, dtype=torch.int64) if valid is None else valid.sum(1, keepdim=True)
-    inside = points if outside is None else points.masked_fill(outside.unsqueeze(-1), 0.0)
-    mean = (inside.sum(1) / counts.clamp_min(1)).unsqueeze(1)
-    # relative to the mean, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
-    points = points - mean
-    inside = points if outside is None else points.masked_fill(outside.unsqueeze(-1), 0.0)
-
-    # initial centroids: one in each of num_clusters segments, some of them empty where the sequence is short
-    index = torch.arange(length, device=points.device).expand(groups, -1)
-    segment = (index * num_clusters // counts.clamp_min(1)).clamp_max(num_clusters - 1)
-    distance = inside.square().sum(-1)
-    if outside is not None:
-        distance.masked_fill_(outside, -1.0)
-    farthest = distance.new_full((groups, num_clusters), -math.inf).scatter_reduce(1, segment, distance, "amax")
-    is_farthest = (distance == farthest.gather(1, segment)) & (distance >= 0)
-    candidate = index.masked_fill(~is_farthest, length)
-    first = index.new_full(farthest.shape, length).scatter_reduce(1, segment, candidate, "amin")
-    # the first point of the sequence for an empty segment
-    centroids = gather_rows(inside, first.masked_fill(first == length, 0))
-
+def _cluster_slice(
+    points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int
+) -> torch.Tensor:
+    """Nearest centroid (G, N) int64 of points (G, N, E), of which the first `counts` (G, 1), or all, move centroids."""
+    centroids = _farthest_of_stretches(points, counts, num_clusters)
+    # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
+    centre = centroids.mean(1, keepdim=True)
+    points, centroids = points - centre, centroids - centre
+    some = points[:, ::STEP_EVERY]
+    outside = None
+    if counts is not None:
+        outside = torch.arange(0, points.shape[1], STEP_EVERY, device=points.device) >= counts
     for _ in range(num_steps):
-        labels = _nearest(inside, centroids)
-        one_hot = _one_hot(labels if outside is None else labels.masked_fill(outside, -1), num_clusters, points.dtype)
-        members = one_hot.sum(-1, keepdim=True)
-        centroids = torch.where(members > 0, (one_hot @ inside) / members.clamp_min(1.0), centroids)
+        labels = _nearest(some, centroids)
+        if outside is not None:
+            labels = labels.masked_fill(outside, -1)
+        (sums,), members = cluster_sums((some,), labels, num_clusters)
+        centroids = torch.where(members > 0, sums / members.clamp_min(1.0), centroids)
     return _nearest(points, centroids)
 
 
+def _farthest_of_stretches(points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int) -> torch.Tensor:
+    """Point (G, M, E) of each of M stretches that is farthest from the mean of its stretch.
+
+    Stretch m of n points is the positions ceil(m n / M) to ceil((m + 1) n / M) - 1. The first of points at the same
+    distance is taken, so the first of two, and for an empty stretch the first of the sequence.
+
+    Args:
+        points: (G, N, E).
+        counts: number of points (G, 1) of each sequence that count, None for all.
+        num_clusters: number of stretches M.
+    """
+    groups, length, _ = points.shape
+    all_full = counts is None and length % num_clusters == 0
+    if counts is None:
+        counts = torch.full((1, 1), length, device=points.device)
+    bounds = -(-torch.arange(num_clusters + 1, device=points.device) * counts // num_clusters)  # (G or 1, M + 1)
+    first, end = bounds[:, :-1, None], bounds[:, 1:, None]
+    position = first + torch.arange(-(-length // num_clusters), device=points.device)
+    outside = (position >= end).unsqueeze(-1)  # (G or 1, M, L, 1)
+    index = position.clamp_max(length - 1).expand(groups, -1, -1)
+    stretch = gather_rows(points, index.flatten(1)).unflatten(1, index.shape[1:])
+    if not all_full:
+        stretch = stretch.masked_fill(outside, 0.0)
+    mean = stretch.sum(2, keepdim=True) / (end - first).clamp_min(1).unsqueeze(-1)
+    distance = (stretch - mean).square_().sum(-1).masked_fill(outside.squeeze(-1), -1.0)
+    # two points are equally far from their mean, and rounding must not choose between them
+    distance = distance.masked_fill(end - first == 2, 0.0)
+    farthest = first + distance.argmax(-1, keepdim=True)
+    return gather_rows(points, farthest.masked_fill(first == end, 0).squeeze(-1))
+
+
 def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Index (G, N) int64 of the nearest of the centroids (G, M, E) of each point (G, N, E)."""
-    norms = centroids.square().sum(-1)
-    return torch.baddbmm(norms.unsqueeze(1), points, centroids.transpose(1, 2), alpha=-2.0).argmin(-1)
-
-
-def _one_hot(assignment: torch.Tensor, num_clusters: int, dtype: torch.dtype) -> torch.Tensor:
-    """One-hot encoding (..., M, N) of clusters (..., N), a column of zeros for no cluster."""
-    shape = (*assignment.shape[:-1], num_clusters, assignment.shape[-1])
-    one_hot = torch.zeros(shape, dtype=dtype, device=assignment.device)
-    ones = (assignment >= 0).to(dtype).unsqueeze(-2)
-    return one_hot.scatter_(-2, assignment.clamp_min(0).unsqueeze(-2), ones)
+    """Index (G, N) int64 of the nearest of the centroids (G, M, E) of each point (G, N, E); of equals the lowest."""
+    norms, transposed = centroids.square().sum(-1).unsqueeze(1), centroids.transpose(1, 2)
+    size = max(1, tile_budget(points) // (points.shape[0] * centroids.shape[1]))
+    slices = (points,) if is_exporting() else points.split(size, 1)
+    return torch.cat([torch.baddbmm(norms, x, transposed, alpha=-2.0).argmin(-1) for x in slices], 1)
 
 
 def _moments(x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

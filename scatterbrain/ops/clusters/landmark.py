@@ -6,14 +6,23 @@ import math
 
 import torch
 
-from scatterbrain.errors import UserError
-from scatterbrain.ops.clusters.kmeans import assign_key_clusters, cluster_means
-from scatterbrain.ops.clusters.naive import naive_landmark_attention
-from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
-from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, no_autocast
+from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.clusters import triton as fused
+from scatterbrain.ops.clusters.blocked import blocked_landmark_attention
+from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps, cluster_means, valid_points
+from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_landmark_lse
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
+from scatterbrain.ops.common.inputs import (
+    VisibleRows,
+    check_dropout,
+    check_inputs,
+    check_tensors,
+    default_scale,
+    empty_output,
+    visible_rows,
+)
+from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, is_exporting
 from scatterbrain.ops.common.windows import window_bounds
-from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
 
 def landmark_attention(
@@ -26,11 +35,13 @@ def landmark_attention(
     scale: float | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
-    num_steps: int = 4,
+    num_steps: int = 1,
     value_weight: float = 0.0,
+    assignment: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) of attention with weights exp(s q.k) in a local window and exp(s q.c_b) outside it.
 
     c_b is the mean of the cluster b of the key; README.md in this folder states the maths.
@@ -46,12 +57,20 @@ def landmark_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
-        dropout_p: probability of dropping a weight (ignored by `naive`), see
-            `scatterbrain.ops.scatterbrain.blocked.blocked_attention`.
-        backend: `naive` (dense, float64), `torch` (by blocks, linear in T) or `auto`, which is `torch`.
+        assignment: cluster of each key (B, H, S) int64 in [0, M), such as a result of `assign_key_clusters` that is
+            reused over layers, steps of a sampler or random seeds; `num_steps` and `value_weight` are not used then.
+            Those of hidden keys may be any. The range is checked on the CPU only: the check would synchronise a GPU.
+            None computes the clusters.
+        dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
+            all of its keys.
+        return_lse: also return the logarithms of the normaliser.
+        backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.clusters.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
-        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key. With `return_lse` also the natural
+        logarithms (B, H, T) of the sums of the weights, differentiable, in float32, or float64 for float64 inputs; -inf
+        for a query that sees no key.
 
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
@@ -61,27 +80,66 @@ def landmark_attention(
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    reason = fused.unsupported(query, value, num_landmarks, window, dropout_p, return_lse and needs_grad)
+    backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=fused.is_fast(query))
     if query.shape[0] == 0:
-        return empty_output(query, key, value)
-    assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
-    num_landmarks = at_most(num_landmarks, key.shape[2])
+        out = empty_output(query, key, value)
+        return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
+    if assignment is not None:
+        assignment = _check_assignment(assignment, key, num_landmarks, key_lengths)
+    elif backend != "triton" or value_weight != 0:  # the kernels find clusters of keys alone themselves
+        assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+        num_landmarks = at_most(num_landmarks, key.shape[2])
     if backend == "naive":
-        return naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
-    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    with no_autocast(query):
-        log_features = log_landmark_features(rows.query, rows.key, assignment, num_landmarks, scale)
-    # The bound that `blocked_attention` requires of features holds for any width: s q.c_b is the mean of a cluster's
-    # logits, so it is the logarithm of a weight outside the window, or at most that of an exact weight inside it.
-    out = blocked_attention(
-        *rows[:3],
-        window,
-        scale=scale,
-        log_features=log_features,
-        key_lengths=key_lengths,
-        dropout_p=dropout_p,
-    )
-    return rows.mark(out)[0]
+        out = naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
+        if not return_lse:
+            return out
+        lse = naive_landmark_lse(query, key, assignment, window, scale, key_lengths)
+        return out, lse.to(accumulation_dtype(query.dtype))
+    if backend == "triton" and not (needs_grad and key_lengths is not None):
+        rows = VisibleRows(query, key, value, None)  # the kernels skip hidden keys themselves
+    else:
+        rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    options = {"scale": scale, "key_lengths": key_lengths}
+    if backend == "triton":
+        if assignment is None:
+            check_steps(num_landmarks, num_steps)
+            num_landmarks = at_most(num_landmarks, key.shape[2])
+        options |= {"num_steps": num_steps, "assignment": assignment, "return_lse": return_lse}
+        out, lse = fused.attention(*rows[:3], num_landmarks, window, **options)
+    else:
+        options |= {"dropout_p": dropout_p, "with_lse": return_lse}
+        out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, **options)
+    (out,) = rows.mark(out)
+    return (out, rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)) if return_lse else out
+
+
+def _check_assignment(
+    assignment: torch.Tensor, key: torch.Tensor, num_landmarks: int, key_lengths: torch.Tensor | None
+) -> torch.Tensor:
+    """Given clusters (B, H, S) of the keys, -1 for hidden ones.
+
+    Raises:
+        UserError: another shape or dtype, or a cluster out of range.
+    """
+    check_whole_number("num_landmarks", num_landmarks, 1)
+    check_tensors(assignment=assignment)
+    if assignment.shape != key.shape[:3] or assignment.dtype != torch.int64 or assignment.device != key.device:
+        raise UserError(
+            f"assignment has to be int64 of shape {tuple(key.shape[:3])} on {key.device}, a cluster for each key, got "
+            f"{assignment.dtype} of shape {tuple(assignment.shape)} on {assignment.device}."
+        )
+    visible = valid_points(key, key_lengths)
+    if assignment.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting()):
+        bad = visible & ((assignment < 0) | (assignment >= num_landmarks))
+        if bad.any():
+            raise UserError(
+                f"assignment has the cluster {assignment[bad][0].item()}, and the clusters of visible keys have to lie "
+                f"in [0, {num_landmarks}), num_landmarks being {num_landmarks}. Take it from assign_key_clusters with "
+                "the same num_landmarks and key_lengths."
+            )
+    return assignment if key_lengths is None else assignment.masked_fill(~visible, -1)
 
 
 def log_landmark_features(

@@ -31,7 +31,42 @@ def naive_landmark_attention(
     """
     query, key, value = (x.double() for x in (query, key, value))
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
+    logits = _landmark_logits(rows.query, rows.key, assignment, window, scale)
+    return rows.mark(*_attend(logits, rows.value, _visible(key, key_lengths)))
+
+
+def naive_landmark_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    assignment: torch.Tensor,
+    window: int,
+    scale: float,
+    key_lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logarithms (B, H, T) of the sums of the weights of landmark attention, float64; -inf where no key is visible.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        assignment: cluster of each key (B, H, S), -1 for none.
+        window: width W of the window, see `naive_landmark_attention`; 0 for none.
+        scale: softmax scale s.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+    """
+    query, key = query.double(), key.double()
+    rows = visible_rows(query, key, key, scale, key_lengths=key_lengths)
+    visible = _visible(key, key_lengths)
+    blind = ~visible.any(-1, keepdim=True)
+    logits = _landmark_logits(rows.query, rows.key, assignment, window, scale).masked_fill(~visible, -math.inf)
+    # the gradient of a sum over nothing would be nan
+    lse = logits.masked_fill(blind, 0.0).logsumexp(-1, keepdim=True).masked_fill(blind, -math.inf)
+    return rows.mark(lse)[0].squeeze(-1)
+
+
+def _landmark_logits(
+    query: torch.Tensor, key: torch.Tensor, assignment: torch.Tensor, window: int, scale: float
+) -> torch.Tensor:
+    """Logarithms (B, H, T, S) of the weights A(i, j); hidden rows are zero: 0 * nan is nan."""
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)
     in_window = (-(window // 2) <= j - i) & (j - i < (window + 1) // 2)  # [T, S]
@@ -42,7 +77,7 @@ def naive_landmark_attention(
         centroids = torch.where(members, mean, centroids)
     exact = scale * query @ key.transpose(-2, -1)
     low_rank = scale * query @ centroids.transpose(-2, -1)
-    return rows.mark(*_attend(torch.where(in_window, exact, low_rank), value, _visible(key, key_lengths)))
+    return torch.where(in_window, exact, low_rank)
 
 
 def naive_paired_landmark_attention(

@@ -38,7 +38,7 @@ def paired_landmark_attention(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
     query_lengths: torch.Tensor | None = None,
-    num_steps: int = 4,
+    num_steps: int = 2,
     value_weight: float = 0.5,
     dropout_p: float = 0.0,
     backend: str = "auto",

@@ -7,6 +7,7 @@ import torch
 
 from scatterbrain.attention import ATTENTIONS, create_attention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import landmark_attention
 from scatterbrain.ops.common.backends import is_interpreted, triton_is_installed
 from tests.helpers import OPERATORS
 
@@ -59,9 +60,11 @@ def compare(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("poison", ["nan", "large"])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["local", "performer", "scatterbrain"])
+@pytest.mark.parametrize("name", ["local", "performer", "scatterbrain", "landmarks"])
 @pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
 def test_kernels(name, is_causal, poison):
+    if name == "landmarks" and is_causal:
+        pytest.skip("landmarks are means over all keys")
     device = "cpu" if is_interpreted() else "cuda"
     tensors = [x.transpose(1, 2).contiguous() for x in draw()]
     hidden = torch.arange(LENGTH) >= FUTURE if is_causal else PADDING.squeeze(-1).squeeze(-1)
@@ -71,7 +74,10 @@ def test_kernels(name, is_causal, poison):
 
     def run(fill: float) -> dict[str, torch.Tensor]:
         leaves = [x.masked_fill(hidden, fill).to(device).requires_grad_() for x in tensors]
-        out = OPERATORS[name](*leaves, projection.to(device), 6, backend="triton", **options)
+        if name == "landmarks":
+            out = landmark_attention(*leaves, 7, 6, backend="triton", **options)
+        else:
+            out = OPERATORS[name](*leaves, projection.to(device), 6, backend="triton", **options)
         out = out.masked_fill(hidden.to(device), 0.0)
         cotangent = torch.linspace(0.5, 1.5, out.numel(), device=device).view_as(out)
         names = ("out", "grad of query", "grad of key", "grad of value")

@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from torch import nn
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from scatterbrain.ops.clusters import landmark_attention, naive_landmark_attention
+from scatterbrain.ops.clusters.triton import find_clusters
 from src.models.ops.fused_linear import FoldedLinear, Patches, fused_linear, naive_fused_linear
 from src.models.ops.token_tail import FoldedTail, naive_token_tail, token_tail
 from tests.helpers import OPERATORS
@@ -177,7 +179,7 @@ def run_attention(case: Attention, device: str) -> dict[str, float]:
                     :, :1
                 ].masked_fill_(hidden[:, None, :, None].expand_as(x[:, :1]), float("nan"))
     query, key, value = (x.detach().requires_grad_(case.gradients) for x in placed[:3])
-    operator = OPERATORS[case.operator]
+    operator = Landmarks(case) if case.operator == "landmarks" else OPERATORS[case.operator]
     options = {"is_causal": case.is_causal, "key_lengths": lengths}
     with poisoned_memory():
         out = operator(query, key, value, projection, case.window, backend="triton", **options)
@@ -195,6 +197,42 @@ def run_attention(case: Attention, device: str) -> dict[str, float]:
             floor = 0.0 if factor is None else size * factor.detach().square().mean().sqrt().item()
             results[f"gradient of {name}"] = excess(one, other, case.dtype, floor)
     return results
+
+
+class Landmarks:
+    """Landmark attention as the operators of `tests.helpers`; the specification gets the kernels' clusters.
+
+    With half precision keys near the border of two clusters may be in either, so clusters have tests of their own.
+    """
+
+    def __init__(self, case: Attention) -> None:
+        self.case, self.clusters = case, None
+
+    def __call__(self, query, key, value, projection, window, is_causal, key_lengths, backend):
+        """Output of the kernels, which find the clusters or, for every third case, get them."""
+        num_landmarks = min(self.case.rows, key.shape[2])
+        self.clusters = find_clusters(key, num_landmarks, self.case.seed % 3, key_lengths)
+        options = {"num_steps": self.case.seed % 3, "assignment": self.clusters if self.case.seed % 3 == 0 else None}
+        return landmark_attention(
+            query, key, value, num_landmarks, window, key_lengths=key_lengths, backend=backend, **options
+        )
+
+    def naive(self, query, key, value, projection, window, is_causal, key_lengths):
+        """Output and weights of the specification."""
+        scale = query.shape[-1] ** -0.5
+        return naive_landmark_attention(query, key, value, self.clusters, window, scale, key_lengths)
+
+
+def draw_landmarks(seed: int, small: bool) -> Attention:
+    """The case of a seed; `rows` is the number of landmarks, and the window may be 0."""
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, 4), rng.randint(5, 20), rng.randint(21, 64), rng.randint(65, 128), rng.randint(129, 300)]
+    window = 0 if rng.random() < 0.3 else None
+    case = draw_attention(seed, small)
+    if window is None:
+        window = min(case.window, 512)
+    rows = rng.choice(sizes[: 3 if small else 5])
+    return replace(case, operator="landmarks", rows=rows, window=window, is_causal=False)
 
 
 @dataclass(frozen=True)
@@ -314,6 +352,7 @@ def run_tail(case: Tail, device: str) -> dict[str, float]:
 
 KINDS = {
     "attention": (draw_attention, run_attention),
+    "landmarks": (draw_landmarks, run_attention),
     "linear": (draw_linear, run_linear),
     "tail": (draw_tail, run_tail),
 }

@@ -18,6 +18,7 @@ from tests.helpers import OPERATORS, assert_close, draw_inputs
 from tests.scatterbrain.ops.poison import poisoned_memory
 
 triton = pytest.importorskip("triton")
+passes = pytest.importorskip("scatterbrain.ops.common.passes")
 
 NAMES = ("local", "performer", "scatterbrain")
 # the interpreter of Triton 3.2 (PyTorch 2.6) ignores masks of one element, and then writes where it should not
@@ -176,7 +177,7 @@ def adversarial(device: str, dtype: torch.dtype, batch: int = 1, length: int = 1
 def test_windows_whose_estimates_outweigh_all_else(device, dtype, batch, length, parts, monkeypatch):
     operator_module = pytest.importorskip("scatterbrain.ops.scatterbrain.triton.operator")
     # passes of earlier calls have other constants
-    monkeypatch.setattr(operator_module, "_PASSES", operator_module.Cache())
+    monkeypatch.setattr(passes, "PASSES", passes.Cache())
     # float32 allows more before a tile is a fallback tile
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT_FLOAT32", 4.0)
     monkeypatch.setattr(operator_module, "CANCELLATION_LIMIT", 4.0)
@@ -288,7 +289,6 @@ def test_a_projection_is_rounded_before_or_in_the_kernels(is_causal, monkeypatch
 @needs_interpreter
 @pytest.mark.parametrize("name", NAMES)
 def test_passes_are_used_again_for_calls_that_are_alike(name):
-    operator_module = pytest.importorskip("scatterbrain.ops.scatterbrain.triton.operator")
     operator = OPERATORS[name]
 
     def run(length=40, width=16, scale=None, tiles=None):
@@ -310,12 +310,12 @@ def test_passes_are_used_again_for_calls_that_are_alike(name):
         {"scale": 0.3},
         {"tiles": tiles_module.Tiles(sum_rows=32, query_rows=16, dq_rows=32)},
     )
-    operator_module._PASSES.clear()
+    passes.PASSES.clear()
     for turn in range(2):
         for count, changes in enumerate(variants, 1):
             run(**changes)
             # a forward and a backward pass of each kind of call
-            assert len(operator_module._PASSES) == (2 * count if turn == 0 else 2 * len(variants))
+            assert len(passes.PASSES) == (2 * count if turn == 0 else 2 * len(variants))
 
 
 @needs_interpreter

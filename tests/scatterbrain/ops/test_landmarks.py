@@ -13,12 +13,17 @@ from scatterbrain.ops.clusters import (
     assign_clusters,
     assign_key_clusters,
     assign_query_clusters,
+    blocked,
+    kmeans,
     landmark_attention,
     log_landmark_features,
     naive_landmark_attention,
+    naive_landmark_lse,
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
+from scatterbrain.ops.clusters.kmeans import cluster_means
+from scatterbrain.ops.common.inputs import length_mask
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 from tests.helpers import TensorRecorder, assert_close, dense_attention, draw_inputs
 
@@ -53,7 +58,7 @@ def landmark_pair(window, num_landmarks, lengths, **options):
         return landmark_attention(query, key, value, num_landmarks, window, key_lengths=lengths, **options)
 
     def naive(query, key, value):
-        clusters = assign_key_clusters(key, value, num_landmarks, 4, lengths, options.get("value_weight", 0.0))
+        clusters = assign_key_clusters(key, value, num_landmarks, 1, lengths, options.get("value_weight", 0.0))
         scale = query.shape[-1] ** -0.5
         return naive_landmark_attention(query, key, value, clusters, window, scale, lengths)[0]
 
@@ -68,8 +73,8 @@ def paired_pair(num_exact, num_landmarks, lengths, num_groups=4, query_lengths=N
         return paired_landmark_attention(query, key, value, *sizes, key_lengths=lengths, query_lengths=query_lengths)
 
     def naive(query, key, value):
-        clusters = assign_key_clusters(key, value, num_landmarks, 4, lengths)
-        groups = assign_query_clusters(query, num_groups, 4, query_lengths)
+        clusters = assign_key_clusters(key, value, num_landmarks, 2, lengths)
+        groups = assign_query_clusters(query, num_groups, 2, query_lengths)
         scale = query.shape[-1] ** -0.5
         return naive_paired_landmark_attention(
             query, key, value, clusters, groups, num_exact, scale, lengths, query_lengths
@@ -229,7 +234,7 @@ def test_error_falls_with_each_kind_of_landmark():
     full, _ = dense_attention(0.25 * query @ key.transpose(2, 3), torch.ones(1, dtype=torch.bool), value)
 
     def error(*sizes):
-        return (paired_landmark_attention(query, key, value, *sizes) - full).norm() / full.norm()
+        return (paired_landmark_attention(query, key, value, *sizes, num_steps=4) - full).norm() / full.norm()
 
     start = error(8, 8)
     assert error(32, 8) < 0.9 * start
@@ -246,6 +251,54 @@ def test_gradcheck(num_exact):
     assert torch.autograd.gradcheck(fast, tensors)
     fast, _ = landmark_pair(3, 3, lengths)
     assert torch.autograd.gradcheck(fast, tensors)
+
+
+def clusters_by_definition(points, num_clusters, num_steps):
+    """Labels (N,) of the points (N, E) of one sequence, point by point in float64."""
+    points = points.double()
+    starts = []
+    for m in range(num_clusters):
+        stretch = [x for i, x in enumerate(points) if i * num_clusters // len(points) == m]
+        if not stretch:
+            starts.append(points[0])
+            continue
+        mean = torch.stack(stretch).mean(0)
+        distances = [(x - mean).square().sum().item() for x in stretch]
+        starts.append(stretch[0] if len(stretch) == 2 else stretch[distances.index(max(distances))])
+    centroids = torch.stack(starts)
+    for step in range(num_steps + 1):
+        distances = (points[:, None] - centroids).square().sum(-1).tolist()
+        labels = torch.tensor([row.index(min(row)) for row in distances])
+        if step < num_steps:
+            some, of_some = points[::2], labels[::2]
+            means = [some[of_some == b].mean(0) if b in of_some else centroids[b] for b in range(num_clusters)]
+            centroids = torch.stack(means)
+    return labels
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+@pytest.mark.parametrize("large", [0.0, 100.0])
+def test_clusters_are_those_of_the_definition(num_steps, large):
+    # large steps of the coordinates: what a float32 holds beside 100
+    points = (256 * torch.randn(2, 2, 83, 5)).round() / 256
+    # a start far from the mean of its stretch, not of the sequence; copies, and so clusters without points
+    points[0, 0, :20] += 8
+    points[0, 1, 30:60] = points[0, 1, 30:31]
+    points = points + large
+    lengths = torch.tensor([83, 47])
+    for num_clusters in (1, 6, 12, 30, 47, 60):
+        labels = assign_clusters(points, num_clusters, num_steps, lengths)
+        for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            count = lengths[b]
+            expected = clusters_by_definition(points[b, h, :count], num_clusters, num_steps)
+            assert torch.equal(labels[b, h, :count], expected), (num_clusters, b, h)
+            assert (labels[b, h, count:] == -1).all()
+
+
+def test_sums_of_a_long_cluster_round_little():
+    points = torch.full((1, 1, 60_000, 1), 0.1)
+    labels = torch.zeros(1, 1, 60_000, dtype=torch.int64)
+    assert_close("mean", points[:, :, :1].double(), cluster_means(points, labels, 1), 4e-6)
 
 
 def test_clusters_are_those_of_separated_points():
@@ -277,7 +330,8 @@ def test_steps_lower_the_objective():
 def test_labels_are_the_nearest_means_once_they_settle(large):
     points = torch.randn(1, 1, 120, 4) + large
     labels = assign_clusters(points, 5, 60)[0, 0]
-    means = torch.stack([points[0, 0].double()[labels == b].mean(0) for b in range(5)])
+    some, of_some = points[0, 0, ::2].double(), labels[::2]  # what the steps look at
+    means = torch.stack([some[of_some == b].mean(0) for b in range(5)])
     assert torch.equal(torch.cdist(points[0, 0].double(), means).argmin(-1), labels)
 
 
@@ -360,6 +414,151 @@ def test_options_change_the_result():
         assert_close("mean under dropout", function(), dropped.mean(0), 0.1)
     assert (paired() - paired(query_lengths=torch.tensor([60, 20]))).abs().max() > 1e-3
     assert (paired() - paired(num_exact=3)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_clusters_can_be_reused(window):
+    query, key, value, _ = draw_inputs(2, 2, 50, 60, dtype=torch.float32)
+    lengths = torch.tensor([60, 23])
+    options = {"window": window, "key_lengths": lengths, "scale": 0.3}
+    labels = assign_key_clusters(key, value, 9, 3, lengths, value_weight=0.7)
+    expected = landmark_attention(query, key, value, 9, num_steps=3, value_weight=0.7, **options)
+    assert torch.equal(expected, landmark_attention(query, key, value, 9, assignment=labels, **options))
+    assert not torch.equal(expected, landmark_attention(query, key, value, 9, **options))
+    # what is hidden is in no cluster
+    labels = labels.masked_fill(labels < 0, 10**6)
+    assert torch.equal(expected, landmark_attention(query, key, value, 9, assignment=labels, **options))
+    # of other keys, more than there are keys, most of them empty
+    labels = torch.randint(70, 100, (2, 2, 60))
+    naive, out = (
+        landmark_attention(query, key, value, 100, assignment=labels, backend=backend, **options)
+        for backend in ("naive", "torch")
+    )
+    assert_close("out", naive, out, SINGLE_OUTPUT)
+
+
+def test_clusters_that_do_not_fit_are_refused():
+    query, key, value, _ = draw_inputs(2, 2, 8, 20)
+    labels = assign_key_clusters(key, value, 5)
+    for wrong, match in (
+        (labels[:, :, 1:], r"int64 of shape \(2, 2, 20\)"),
+        (labels.int(), "got torch.int32"),
+        (labels.tolist(), "assignment has to be a tensor"),
+        (labels.masked_fill(labels == 4, 5), r"cluster 5.*\[0, 5\)"),
+        (labels.masked_fill(labels == 4, -1), "cluster -1"),
+    ):
+        with pytest.raises(UserError, match=match):
+            landmark_attention(query, key, value, 5, assignment=wrong)
+    # clusters of fewer keys
+    labels = assign_key_clusters(key, value, 5, key_lengths=torch.tensor([20, 10]))
+    with pytest.raises(UserError, match="cluster -1"):
+        landmark_attention(query, key, value, 5, assignment=labels)
+
+
+@pytest.mark.parametrize("window", [0, 1, 6, 200])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_log_sum_exp(window, shift):
+    *tensors, _ = draw_inputs(2, 2, 50, 70, dtype=torch.float32)
+    query, key, value = (x.double() for x in tensors)
+    key = key + shift
+    lengths = torch.tensor([70, 0])
+
+    def naive(query, key, value):
+        clusters = assign_key_clusters(key, value, 7, 1, lengths, 0.0)
+        return naive_landmark_lse(query, key, clusters, window, 0.25, lengths)
+
+    def fast(query, key, value, **options):
+        options |= {"scale": 0.25, "key_lengths": lengths, "return_lse": True}
+        return landmark_attention(query, key, value, 7, window, **options)[1]
+
+    expected = naive(query, key, value)
+    assert (expected[1] == -math.inf).all()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        cast = [x.to(dtype) for x in (query, key, value)]
+        for backend in ("torch", "naive"):
+            lse = fast(*cast, backend=backend)
+            assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert (lse[1] == -math.inf).all()
+            reference = naive(*(x.double() for x in cast))[0]
+            assert_close("lse", reference, lse[0], DOUBLE if dtype == torch.float64 else 1e-6)
+    cotangent = torch.randn(50, dtype=torch.float64)
+    results = []
+    for function in (naive, fast):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        (function(*leaves)[0, 1] * cotangent).sum().backward()
+        results.append([x.grad for x in leaves[:2]])
+    for name, a, b in zip("qk", *results, strict=True):
+        assert_close(name, a, b, 10 * DOUBLE)
+    out, _ = landmark_attention(query, key, value, 7, window, return_lse=True)
+    assert torch.equal(out, landmark_attention(query, key, value, 7, window))
+    out, lse = landmark_attention(query[:0], key[:0], value[:0], 7, window, return_lse=True)
+    assert out.shape == (0, 2, 50, 16)
+    assert lse.shape == (0, 2, 50)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_exact_where_every_cluster_is_one_key_or_its_copies(window, shift):
+    def check(query, key, value, num_landmarks, lengths=None):
+        visible = (
+            torch.ones(1, dtype=torch.bool) if lengths is None else length_mask(lengths, key.shape[2])[:, None, None]
+        )
+        expected, _ = dense_attention(0.25 * query.double() @ key.double().mT, visible, value)
+        options = {"scale": 0.25, "key_lengths": lengths}
+        out = landmark_attention(query, key, value, num_landmarks, window, **options)
+        rounding = 3e-6 if query.dtype == torch.float32 else torch.finfo(query.dtype).eps
+        assert_close("out", expected, out, rounding)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value, _ = draw_inputs(2, 2, 33, 21, dtype=torch.float32)
+        query, key, value = query.to(dtype), (key + shift).to(dtype), value.to(dtype)
+        check(query, key, value, 21)
+        check(query, key, value, 300)
+        check(query, key, value, 21, torch.tensor([21, 1]))
+        check(query, key, value, 300, torch.tensor([8, 0]))
+        check(query, key[:, :, :1], value[:, :, :1], 6)
+        # all keys equal: every cluster but the first is empty
+        for num_landmarks in (1, 4, 21, 300):
+            check(query, key[:, :, :1].expand_as(key), value, num_landmarks)
+            check(query, key[:, :, :1].expand_as(key), value, num_landmarks, torch.tensor([21, 3]))
+        # three keys, seven times each in turn
+        copies = key[:, :, torch.arange(21) // 7]
+        check(query, copies, value, 7)
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_common_part_of_the_keys_costs_no_accuracy(window, dtype):
+    *tensors, _ = draw_inputs(2, 2, 130, 150, dtype=torch.float32)
+    query, key, value = tensors
+    key = (key + 100).to(dtype)
+    tensors = [x.to(dtype).double() for x in (query, key, value)]
+    lengths = torch.tensor([150, 70])
+    assert torch.equal(assign_clusters(key, 9, 1, lengths), assign_clusters(key.double(), 9, 1, lengths))
+    pair = landmark_pair(window, 9, lengths)
+    rounding = SINGLE_OUTPUT if dtype == torch.float32 else torch.finfo(dtype).eps
+    gradient_rounding = SINGLE_GRADIENT if dtype == torch.float32 else torch.finfo(dtype).eps
+    compare(pair, tensors, rounding, gradient_rounding, dtype)
+
+
+@pytest.mark.parametrize("window", [0, 7, 40])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_slices_and_the_products_of_other_devices_change_nothing(window, in_order, monkeypatch):
+    *tensors, _ = draw_inputs(2, 2, 130, 150, dtype=torch.float32)
+    pair = landmark_pair(window, 9, torch.tensor([150, 70]))
+    for module in (blocked, kmeans):
+        monkeypatch.setattr(module, "adds_in_order", lambda _: in_order)
+        monkeypatch.setattr(module, "tile_budget", lambda _: 1 << 12)
+    compare(pair, [x.double() for x in tensors], SINGLE_OUTPUT, SINGLE_GRADIENT, torch.float32)
+
+
+def test_no_matrix_of_keys_and_landmarks():
+    query, key, value, _ = draw_inputs(1, 1, 8192, dtype=torch.float32)
+    for window in (0, 64):
+        with TensorRecorder() as recorder:
+            landmark_attention(query, key, value, 256, window)
+        # the tiles take as much as a CPU's cache, 1 MiB
+        assert recorder.largest <= 1 << 19 < 8192 * 256
 
 
 def test_errors_name_what_is_wrong():

@@ -73,4 +73,6 @@ def test_clusters_err_less_at_the_same_memory(stages, name, least):
         length = stages[stage][0][0].shape[1]
         module = create_attention(name, length)
         assert attention_memory(module, length) <= 1 / 32
-        assert mean_error(stages, name, stage, num_seeds=1) * times <= PUBLISHED["sblocal"][stage - 1][0]
+        # the factors were measured with four steps of k-means
+        error = mean_error(stages, name, stage, num_seeds=1, num_steps=4)
+        assert error * times <= PUBLISHED["sblocal"][stage - 1][0]

@@ -8,16 +8,23 @@ summed by atomic operations: results are the same bit by bit from run to run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from scatterbrain.ops.common.passes import (
+    PLAIN_TENSORS,
+    Pass,
+    allocate,
+    by_token,
+    describe_outputs,
+    find_pass,
+    padded_width,
+    power_of_two,
+)
 from scatterbrain.ops.common.triton_functions import (
     BufferLayout,
-    Cache,
     LaunchSequence,
-    call_key,
     device_of,
     num_sms,
     pdl_options,
@@ -77,26 +84,6 @@ PREPROCESS_ROWS = 64
 MIN_CHUNK_TILES, CAUSAL_CHUNK = 2, 256
 
 
-class _Pass(NamedTuple):
-    """What one call launches and allocates; later calls that are alike use it again.
-
-    Attributes:
-        launches: the kernels.
-        outputs: sizes and strides of the results.
-        layouts: of the buffers: what is kept for the backward pass, if anything is, and the workspace.
-    """
-
-    launches: LaunchSequence
-    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    layouts: tuple[BufferLayout, ...]
-
-
-# Types of tensors that dispatch nothing themselves.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-# Passes by all that they depend on, see `_lookup`.
-_PASSES: Cache = Cache()
-
-
 class _Plan:
     """What all kernels of one call share: sizes, strides, constants.
 
@@ -135,7 +122,7 @@ class _Plan:
         self.has_fallback = self.low_rank and window > 0 and not is_causal
         rows = projection.shape[0] if projection is not None else 1
         features = rows * (2 if cosh else 1)
-        self.padded_features = _padded(features)
+        self.padded_features = padded_width(features)
         left, right = window_bounds(window)
         self.has_lengths = key_lengths is not None
         self.precision = precision_of_products(self.dtype)
@@ -145,16 +132,16 @@ class _Plan:
             self.num_keys,
             window,
             self.padded_features,
-            max(_padded(self.width), _padded(self.value_width)),
+            max(padded_width(self.width), padded_width(self.value_width)),
             self.dtype,
             self.device,
         )
         # constants of all kernels with features, of all that read pairs, and of those that form logits from features
         self.sizes = {
             "E": self.width,
-            "BE": _padded(self.width),
+            "BE": padded_width(self.width),
             "D": self.value_width,
-            "BD": _padded(self.value_width),
+            "BD": padded_width(self.value_width),
             "R": rows,
             "M": features,
             "MP": self.padded_features,
@@ -342,51 +329,9 @@ class _Plan:
             columns, chunks_at_a_time = COMBINE_COLUMNS_OF_MANY, COMBINE_MANY_CHUNKS
         kernel = cumulative_sums_kernel if self.is_causal else combine_chunks_kernel
         if not self.is_causal:
-            constants["CHUNKS"] = min(chunks_at_a_time, _power_of_two(chunks))
+            constants["CHUNKS"] = min(chunks_at_a_time, power_of_two(chunks))
         grid = (padded // columns, self.groups)
         launches.add(kernel, grid, (*parts, *results), (chunks,), BLOCK=columns, **constants)
-
-
-def _padded(width: int) -> int:
-    """Sizes of a matrix product: powers of two, 16 at least."""
-    return max(16, _power_of_two(width))
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`; Triton's own takes the host ten times as long."""
-    return 1 << (number - 1).bit_length()
-
-
-def _by_token(batch: int, heads: int, length: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Size and strides of (B, H, N, width) as (B, N, H, width): a model joins the heads of a token without a copy."""
-    return (batch, heads, length, width), (length * heads * width, width, heads * width, 1)
-
-
-def _outputs(plan: _Plan, outputs: tuple[tuple[str, int, int], ...]) -> tuple[tuple, dict[str, torch.Tensor]]:
-    """Sizes and strides of outputs (name, length, width), and such tensors without memory."""
-    layouts = tuple(_by_token(plan.batch, plan.heads, length, width) for _, length, width in outputs)
-    tensors = {
-        name: torch.empty_strided(*layout, dtype=plan.dtype, device="meta")
-        for (name, _, _), layout in zip(outputs, layouts, strict=True)
-    }
-    return layouts, tensors
-
-
-def _lookup(build: Callable[..., _Pass], tensors: tuple[torch.Tensor | None, ...], *options: Any) -> _Pass:
-    """The pass of a call, from an earlier one that is alike.
-
-    Args:
-        build: makes the pass from the tensors and options.
-        tensors: arguments of the call.
-        *options: its other arguments.
-    """
-    # all else that a plan depends on
-    state = precision_of_products(tensors[0].dtype), tiles_override()
-    key = (build, call_key(*tensors), options, state)
-    found = _PASSES.get(key)
-    if found is None:
-        found = _PASSES[key] = build(*tensors, *options)
-    return found
 
 
 def _forward_pass(
@@ -401,11 +346,11 @@ def _forward_pass(
     is_causal: bool,
     eps: float,
     statistics: bool,
-) -> _Pass:
+) -> Pass:
     """Launches of a forward pass; arguments as in `run_forward`."""
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
-    outputs, tensors = _outputs(plan, (("out", plan.length, plan.value_width),))
+    outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     tensors |= {"query": query, "key": key, "value": value}
     kept = plan.statistics(lse=statistics)
     workspace = BufferLayout() if statistics else kept
@@ -465,14 +410,7 @@ def _forward_pass(
             **plan.fallback_options(),
             STATISTICS=statistics,
         )
-    return _Pass(launches, outputs, layouts)
-
-
-def _allocate(plan: _Pass, like: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Results and buffers of a pass, in the dtype of `like` and where it is."""
-    dtype, device = like.dtype, like.device
-    outputs = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride in plan.outputs]
-    return outputs, [layout.empty(device) for layout in plan.layouts]
+    return Pass(launches, outputs, layouts)
 
 
 def _forward(
@@ -484,8 +422,8 @@ def _forward(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and the first buffer of the pass: the statistics, or where none are kept the workspace."""
-    found = _lookup(_forward_pass, (query, key, value, projection, key_lengths), *options)
-    (out,), buffers = _allocate(found, query)
+    found = find_pass(_forward_pass, (query, key, value, projection, key_lengths), tiles_override(), *options)
+    (out,), buffers = allocate(found, query)
     # a kernel does not read what is None
     projection = query if projection is None else projection
     key_lengths = query if key_lengths is None else key_lengths
@@ -536,7 +474,7 @@ fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_f
 @fused_attention.register_fake
 def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics):
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
-    size, stride = _by_token(*query.shape[:3], value.shape[3])
+    size, stride = by_token(*query.shape[:3], value.shape[3])
     nbytes = plan.statistics().nbytes if statistics else 0
     return query.new_empty_strided(size, stride), query.new_empty(nbytes, dtype=torch.uint8)
 
@@ -563,12 +501,12 @@ def _backward_pass(
     scale: float,
     cosh: bool,
     is_causal: bool,
-) -> _Pass:
+) -> Pass:
     """Launches of a backward pass; arguments as in `run_backward`."""
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     tiles, groups = plan.tiles, plan.groups
-    outputs, tensors = _outputs(
-        plan,
+    outputs, tensors = describe_outputs(
+        query,
         (
             ("d_query", plan.length, plan.width),
             ("d_key", plan.num_keys, plan.width),
@@ -661,7 +599,7 @@ def _backward_pass(
             num_warps=safe_warps(FALLBACK_DKDV_WARPS, query, key, value, gradient, has_while_loop=True),
             **plan.pdl,
         )
-    return _Pass(launches, outputs, (workspace,))
+    return Pass(launches, outputs, (workspace,))
 
 
 def run_backward(
@@ -680,8 +618,8 @@ def run_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
     tensors = (gradient, query, key, value, projection, key_lengths, out)
-    found = _lookup(_backward_pass, tensors, window, scale, cosh, is_causal)
-    gradients, (workspace,) = _allocate(found, query)
+    found = find_pass(_backward_pass, tensors, tiles_override(), window, scale, cosh, is_causal)
+    gradients, (workspace,) = allocate(found, query)
     projection = query if projection is None else projection
     key_lengths = query if key_lengths is None else key_lengths
     tensors = (gradient, query, key, value, projection, key_lengths, out, *gradients)
@@ -696,7 +634,7 @@ fused_attention_backward = torch.library.custom_op(
 
 @fused_attention_backward.register_fake
 def _(gradient, query, key, value, projection, key_lengths, out, statistics, window, scale, cosh, is_causal):
-    return tuple(x.new_empty_strided(*_by_token(*x.shape)) for x in (query, key, value))
+    return tuple(x.new_empty_strided(*by_token(*x.shape)) for x in (query, key, value))
 
 
 def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
@@ -747,7 +685,7 @@ def attend(
 ) -> torch.Tensor:
     """The output of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
     tensors = (query, key, value, projection, key_lengths)
-    if torch.compiler.is_compiling() or any([x is not None and type(x) not in _PLAIN for x in tensors]):
+    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
         return fused_attention(*tensors, *options)[0]
     with device_of(query):
         *options, statistics = options

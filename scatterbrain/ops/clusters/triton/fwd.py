@@ -1,0 +1,155 @@
+"""Forward kernel: softmax over landmarks, with exact weights in place of the landmarks' in a window."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from scatterbrain.ops.common.triton_functions import grid_dependency_control
+from scatterbrain.ops.scatterbrain.triton.common import (
+    LOG_ZERO,
+    NO_KEYS,
+    end_of_keys,
+    in_window,
+    load_rows,
+    sequence_ptr,
+    store_rows,
+)
+from scatterbrain.ops.scatterbrain.triton.fwd import NO_POSITION, partial_row_sums, row_sums
+
+
+@triton.jit
+def window_rows(
+    j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Keys j, their values, the centroids of their clusters (relative to the centre), and positions for `in_window`."""
+    exists = (j >= 0) & (j < end)
+    k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
+    v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
+    label = tl.load(label_ptr + j, mask=exists, other=0).to(tl.int32)
+    delta = load_rows(delta_ptr, label, exists, E, E, BE)
+    return k, v, delta, tl.where(exists, j, NO_POSITION)
+
+
+@triton.jit
+def dot_centre(q, centre):
+    """Products (rows,) in float32 of queries with the centre of the keys."""
+    return tl.sum(q.to(tl.float32) * centre[None, :], 1)
+
+
+@triton.jit
+def window_fwd(
+    j, i, q, offset, normaliser, acc, running_max, total, end,
+    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale,
+    E: tl.constexpr, D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Put exact weights in place of the landmarks' for the window's keys among j, for queries i.
+
+    Returns the new normaliser of the window (rows, 4), accumulator, running maximum, and normaliser of the landmarks.
+    """
+    k, v, delta, position = window_rows(
+        j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
+    )
+    inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
+    exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
+    exact = tl.where(inside, exact, LOG_ZERO)
+    estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale
+    new_max = tl.maximum(running_max, tl.max(exact, 1))
+    decay = tl.exp2(running_max - new_max)
+    weights = tl.exp2(exact - new_max[:, None]) - tl.exp2(estimate - new_max[:, None])
+    weights = tl.where(inside, weights, 0.0)
+    normaliser = normaliser * decay[:, None] + partial_row_sums(weights)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return normaliser, acc, new_max, total * decay
+
+
+@triton.jit
+def landmark_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lengths_ptr,
+    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, label_ptr,  # see `kmeans.py`
+    lse_ptr,  # (G, T) log2 normaliser of each query, with STATISTICS
+    heads, num_queries, num_keys, num_landmarks,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    qk_scale,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
+    UNROLLED: tl.constexpr, QUERY_TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """QUERY_TILES tiles of BM queries of one sequence: MB landmarks at a time, then the window's keys.
+
+    Landmarks count all keys of their clusters. A key in the window then adds its exact weight less its landmark's:
+    the logit of a landmark is the mean of its members', so that what remains is no small difference of large numbers,
+    see README.md.
+
+    UNROLLED: WINDOW_TILES, or 0 where these are many: the loop over them is then one at run time.
+    """
+    grid_dependency_control(PDL, False)
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    wide = group.to(tl.int64)
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
+    k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
+    v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
+    out_ptr = sequence_ptr(out_ptr, group, heads, stride_ob, stride_oh)
+    delta_ptr += wide * num_landmarks * E
+    mean_v_ptr += wide * num_landmarks * D
+    log_count_ptr += group * MP
+    label_ptr += wide * num_keys
+    if WINDOW_TILES > 0 or STATISTICS:
+        centre = tl.load(centre_ptr + group * BE + tl.arange(0, BE))
+    if MP == MB:
+        b = tl.arange(0, MB)
+        landmark = tl.trans(load_rows(delta_ptr, b, b < num_landmarks, E, E, BE))
+        mean_v = load_rows(mean_v_ptr, b, b < num_landmarks, D, D, BD)
+        log_count = tl.load(log_count_ptr + b)
+    for step in tl.range(0, QUERY_TILES, num_stages=STAGES):
+        i = (tl.program_id(0) * QUERY_TILES + step) * BM + tl.arange(0, BM)
+        valid = i < num_queries
+        q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
+        # logits are relative to that of the centre
+        if MP == MB:
+            logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
+            running_max = tl.maximum(tl.max(logits, 1), LOG_ZERO)
+            weights = tl.exp2(logits - running_max[:, None]).to(mean_v.dtype)
+            total = row_sums(weights)
+            acc = tl.dot(weights, mean_v, input_precision=PRECISION)
+        else:
+            running_max = tl.full((BM,), LOG_ZERO, tl.float32)
+            total = tl.zeros((BM,), tl.float32)
+            acc = tl.zeros((BM, BD), tl.float32)
+            for block in tl.range(0, MP, MB, num_stages=2):
+                b = block + tl.arange(0, MB)
+                landmark = tl.trans(load_rows(delta_ptr, b, b < num_landmarks, E, E, BE))
+                mean_v = load_rows(mean_v_ptr, b, b < num_landmarks, D, D, BD)
+                log_count = tl.load(log_count_ptr + b)
+                logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
+                new_max = tl.maximum(running_max, tl.max(logits, 1))
+                decay = tl.exp2(running_max - new_max)
+                weights = tl.exp2(logits - new_max[:, None]).to(mean_v.dtype)
+                total = total * decay + row_sums(weights)
+                acc = tl.dot(weights, mean_v, acc * decay[:, None], input_precision=PRECISION)
+                running_max = new_max
+        if WINDOW_TILES > 0 or STATISTICS:
+            offset = dot_centre(q, centre) * qk_scale
+        if WINDOW_TILES > 0:
+            normaliser = tl.zeros((BM, 4), tl.float32)
+            first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
+            for part in tl.static_range(UNROLLED):
+                normaliser, acc, running_max, total = window_fwd(
+                    first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
+                )  # fmt: skip
+            for part in tl.range(UNROLLED, WINDOW_TILES, num_stages=2):
+                normaliser, acc, running_max, total = window_fwd(
+                    first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
+                )  # fmt: skip
+            total += tl.sum(normaliser, 1)
+        out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
+        store_rows(out_ptr, out, i, valid, stride_on, D)
+        if STATISTICS:
+            lse = tl.where(end > 0, offset + running_max + tl.log2(total), NO_KEYS)
+            tl.store(lse_ptr + wide * num_queries + i, lse, mask=valid)

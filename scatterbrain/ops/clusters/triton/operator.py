@@ -1,0 +1,559 @@
+"""The landmark kernels as one `torch.library` operator with a backward.
+
+Forward: initial centroids, Lloyd steps, sums over clusters, attention by tiles of queries. Backward: gradients of the
+queries, of the landmarks, of the keys and values. Nothing is summed by atomic operations: results are the same bit by
+bit from run to run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from scatterbrain.ops.clusters.kmeans import STEP_EVERY
+from scatterbrain.ops.clusters.triton.bwd import (
+    landmark_bwd_combine_kernel,
+    landmark_bwd_dkdv_kernel,
+    landmark_bwd_dq_kernel,
+    landmark_bwd_sums_kernel,
+    landmark_bwd_window_kernel,
+)
+from scatterbrain.ops.clusters.triton.fwd import landmark_fwd_kernel
+from scatterbrain.ops.clusters.triton.kmeans import (
+    assign_kernel,
+    cluster_sums_kernel,
+    combine_kernel,
+    start_kernel,
+    sum_chunks_kernel,
+)
+from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override
+from scatterbrain.ops.common.passes import (
+    PLAIN_TENSORS,
+    Pass,
+    allocate,
+    by_token,
+    describe_outputs,
+    find_pass,
+    padded_width,
+)
+from scatterbrain.ops.common.triton_functions import (
+    BufferLayout,
+    LaunchSequence,
+    device_of,
+    pdl_options,
+    precision_of_products,
+    row_strides,
+)
+from scatterbrain.ops.common.windows import window_bounds
+
+LOG2E = math.log2(math.e)
+# More chunks than these are added up in two kernels, so that there are programs enough; sums that the first one leaves,
+# and elements of one of its programs.
+MANY_CHUNKS, FEW_CHUNKS, SUM_BLOCK = 32, 8, 1024
+# Up to this many tiles of a window are unrolled.
+MAX_UNROLLED = 3
+
+
+class _Plan:
+    """What all kernels of one call share: sizes, strides, constants; arguments as in `run_forward`."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_lengths: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        num_landmarks: int,
+        window: int,
+        scale: float,
+        num_steps: int,
+    ) -> None:
+        self.batch, self.heads, self.length, self.width = query.shape
+        self.num_keys, self.value_width = value.shape[2:]
+        self.groups = self.batch * self.heads
+        self.device, self.dtype = query.device, query.dtype
+        self.num_landmarks, self.window, self.num_steps = num_landmarks, window, num_steps
+        self.has_labels = labels is not None
+        # name of the clusters' tensor
+        self.labels = "given_labels" if self.has_labels else "labels"
+        widths = padded_width(self.width), padded_width(self.value_width)
+        self.tiles = tiles_for(
+            max(widths), num_landmarks, -(-self.num_keys // num_landmarks), window, self.dtype, self.device
+        )
+        self.block = min(self.tiles.block, max(self.tiles.min_block, padded_width(num_landmarks)))
+        self.blocks = -(-num_landmarks // self.block)
+        self.padded = self.blocks * self.block
+        left, right = window_bounds(window)
+        self.widths = {"E": self.width, "BE": widths[0], "D": self.value_width, "BD": widths[1]}
+        self.lengths = {"HAS_LENGTHS": key_lengths is not None}
+        self.precision = {"PRECISION": precision_of_products(self.dtype)}
+        self.blocked = {"MB": self.block, "MP": self.padded}
+        self.query_blocked = {"MB": min(self.tiles.query_block, self.block), "MP": self.padded}
+        self.in_window = {"LEFT": left, "RIGHT": right, **self.lengths, **self.precision}
+        self.numbers = (self.heads, self.length, self.num_keys, num_landmarks)
+        self.qk_scale, self.scale = scale * LOG2E, scale
+        self.pdl = pdl_options(self.device)
+        self.first = {"PDL": self.pdl["PDL"]}
+
+    def chunks(self, length: int, rows: int, programs: int) -> tuple[int, int]:
+        """Rows of a chunk, a multiple of the tile, and number of chunks."""
+        tiles = -(-length // rows)
+        wanted = max(1, programs // (self.groups * self.blocks))
+        per_chunk = -(-tiles // min(wanted, tiles))
+        return per_chunk * rows, -(-tiles // per_chunk)
+
+    def window_tiles(self, rows: int, others: int) -> int:
+        """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
+        return 0 if self.window == 0 else -(-(rows + self.window - 1) // others)
+
+    @property
+    def rows_of_sums(self) -> int:
+        """Rows of the sums of a chunk: keys, values, numbers of members."""
+        return self.widths["BE"] + self.widths["BD"] + 1
+
+    def add_sum_of_chunks(self, launches: LaunchSequence, chunks: int) -> int:
+        """Kernel that leaves `FEW_CHUNKS` sums of more than `MANY_CHUNKS`; the number of sums that are left."""
+        if chunks <= MANY_CHUNKS:
+            return chunks
+        size = self.rows_of_sums * self.padded
+        launches.add(
+            sum_chunks_kernel,
+            (-(-size // SUM_BLOCK), FEW_CHUNKS, self.groups),
+            ("sums",),
+            (chunks,),
+            SIZE=size,
+            BLOCK=SUM_BLOCK,
+            CHUNKS=FEW_CHUNKS,
+            num_warps=4,
+            **self.pdl,
+        )
+        return FEW_CHUNKS
+
+    def statistics(self) -> BufferLayout:
+        """What the attention and the backward pass read of the clusters, and log normalisers of the queries."""
+        layout = BufferLayout()
+        layout.add("centre", self.groups, self.widths["BE"])
+        layout.add("landmarks", self.groups, self.num_landmarks, self.width, dtype=self.dtype)
+        layout.add("mean_values", self.groups, self.num_landmarks, self.value_width, dtype=self.dtype)
+        layout.add("log_counts", self.groups, self.padded)
+        layout.add("labels", *((0,) if self.has_labels else (self.groups, self.num_keys)), dtype=torch.int16)
+        layout.add("lse", self.groups, self.length)
+        return layout
+
+    def add_sums(self, layout: BufferLayout, chunks: int) -> None:
+        """Memory for sums of each chunk."""
+        layout.add("sums", self.groups, chunks, self.rows_of_sums, self.padded)
+
+
+def _add_clusters(
+    plan: _Plan, launches: LaunchSequence, workspace: BufferLayout, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Kernels that find the clusters, or take given ones, and their means; `launches` and `workspace` get them."""
+    tiles = plan.tiles
+    chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
+    # the same chunks in a step, of fewer keys
+    step_rows = -(-plan.num_keys // STEP_EVERY)
+    step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
+    workspace.add("bias", plan.groups, plan.padded)
+    plan.add_sums(workspace, chunks)
+    key_strides, value_strides = row_strides(key), row_strides(value)
+    key_numbers = (plan.heads, plan.num_keys, plan.num_landmarks)
+    key_widths = {"E": plan.width, "BE": plan.widths["BE"]}
+    launches.add(
+        start_kernel,
+        (plan.num_landmarks, plan.groups),
+        ("key", "key_lengths", "centre", "landmarks", "bias"),
+        (*key_numbers, *key_strides),
+        **key_widths,
+        MP=plan.padded,
+        BN=tiles.start_rows,
+        ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
+        **plan.lengths,
+        num_warps=tiles.start_warps,
+        **plan.first,
+    )
+
+    results = ("centre", "landmarks", "bias", "mean_values", "log_counts")
+    assign = not plan.has_labels and plan.blocks == 1
+    for step in range(1 if plan.has_labels else plan.num_steps + 1):
+        last = plan.has_labels or step == plan.num_steps
+        every = 1 if last else STEP_EVERY
+        if not plan.has_labels and not assign:
+            launches.add(
+                assign_kernel,
+                (-(-plan.num_keys // (every * tiles.assign_rows)), plan.groups),
+                ("key", "key_lengths", "landmarks", "bias", plan.labels),
+                (*key_numbers, *key_strides),
+                **key_widths,
+                **plan.blocked,
+                BN=tiles.assign_rows,
+                EVERY=every,
+                **plan.lengths,
+                **plan.precision,
+                num_warps=tiles.assign_warps,
+                **plan.pdl,
+            )
+        launches.add(
+            cluster_sums_kernel,
+            (chunks, plan.groups, plan.blocks),
+            ("key", "value", "key_lengths", plan.labels, "sums", *results),
+            (*key_numbers, chunk if last else step_chunk, *key_strides, *value_strides),
+            **plan.widths,
+            **plan.blocked,
+            BN=tiles.sum_rows,
+            ASSIGN=assign,
+            LAST=last,
+            FINAL=chunks == 1,
+            EVERY=every,
+            PARTS=2 if plan.block >= 64 else 1,
+            **plan.lengths,
+            **plan.precision,
+            STAGES=tiles.sum_stages,
+            num_warps=tiles.sum_warps,
+            **plan.pdl,
+        )
+        if chunks > 1:
+            left = plan.add_sum_of_chunks(launches, chunks)
+            launches.add(
+                combine_kernel,
+                (-(-plan.padded // tiles.combine_landmarks), plan.groups),
+                ("sums", *results),
+                (plan.num_landmarks, left, chunks),
+                **plan.widths,
+                MP=plan.padded,
+                BLOCK=tiles.combine_landmarks,
+                LAST=last,
+                num_warps=4,
+                **plan.pdl,
+            )
+
+
+def _forward_pass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_landmarks: int,
+    window: int,
+    scale: float,
+    num_steps: int,
+    statistics: bool,
+) -> Pass:
+    """Launches of a forward pass; arguments as in `run_forward`."""
+    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
+    tiles, groups = plan.tiles, plan.groups
+    outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
+    kept, workspace = plan.statistics(), BufferLayout()
+    launches = LaunchSequence(("query", "key", "value", "key_lengths", "given_labels", "out"), (kept, workspace))
+    _add_clusters(plan, launches, workspace, key, value)
+    window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
+    launches.add(
+        landmark_fwd_kernel,
+        (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), groups),
+        (
+            *("query", "key", "value", "out", "key_lengths"),
+            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse"),
+        ),
+        (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale),
+        **plan.widths,
+        **plan.query_blocked,
+        BM=tiles.query_rows,
+        BN=tiles.key_rows,
+        **plan.in_window,
+        WINDOW_TILES=window_tiles,
+        UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
+        QUERY_TILES=tiles.query_tiles,
+        STAGES=tiles.query_stages,
+        STATISTICS=statistics,
+        num_warps=tiles.query_warps,
+        maxnreg=tiles.query_registers,
+        **plan.pdl,
+    )
+    return Pass(launches, outputs, (kept, workspace))
+
+
+def _cluster_pass(key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int) -> Pass:
+    """Launches that find the clusters of keys; arguments as in `run_clusters`."""
+    plan = _Plan(key, key, key, key_lengths, None, num_landmarks, 0, 1.0, num_steps)
+    kept, workspace = plan.statistics(), BufferLayout()
+    launches = LaunchSequence(("key", "value", "key_lengths"), (kept, workspace))
+    _add_clusters(plan, launches, workspace, key, key)
+    return Pass(launches, (), (kept, workspace))
+
+
+def run_clusters(
+    key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int
+) -> torch.Tensor:
+    """Clusters (B, H, S) int16 of the keys, -1 for hidden ones; arguments as in `run_forward`."""
+    found = find_pass(_cluster_pass, (key, key_lengths), tiles_override(), num_landmarks, num_steps)
+    _, buffers = allocate(found, key)
+    with device_of(key):
+        found.launches((key, key, key if key_lengths is None else key_lengths), buffers)
+    return found.layouts[0].views(buffers[0])["labels"].view(key.shape[:3]).clone()
+
+
+def run_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_landmarks: int,
+    window: int,
+    scale: float,
+    num_steps: int,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Landmark attention by the kernels; arguments are checked by `scatterbrain.ops.clusters.triton.attention`.
+
+    Args:
+        query: (B, H, T, E), rows of a multiple of 16 bytes, as in key and value.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        key_lengths: (B,) integers; None for all keys.
+        labels: (B, H, S) int16, cluster of each key, -1 for hidden ones; None to find clusters.
+        num_landmarks: number of clusters M, at most S.
+        window: width W; 0 for no window.
+        scale: softmax scale.
+        num_steps: Lloyd steps.
+        statistics: compute log normalisers, which the backward pass needs, too.
+
+    Returns:
+        Output (B, H, T, D), and statistics (bytes,) uint8, see `_Plan.statistics`.
+    """
+    inputs = (query, key, value, key_lengths, labels)
+    found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps, statistics)
+    (out,), buffers = allocate(found, query)
+    # a kernel does not read what is None
+    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
+    found.launches((query, key, value, key_lengths, labels, out), buffers)
+    return out, buffers[0]
+
+
+fused_landmark_attention = torch.library.custom_op(
+    "scatterbrain::fused_landmark_attention", run_forward, mutates_args=()
+)
+
+
+@fused_landmark_attention.register_fake
+def _(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps, statistics):
+    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
+    size, stride = by_token(*query.shape[:3], value.shape[3])
+    return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
+
+
+def _backward_pass(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    out: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    scale: float,
+) -> Pass:
+    """Launches of a backward pass; arguments as in `run_backward`."""
+    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, 0)
+    tiles, groups = plan.tiles, plan.groups
+    outputs, tensors = describe_outputs(
+        query,
+        (
+            ("d_query", plan.length, plan.width),
+            ("d_key", plan.num_keys, plan.width),
+            ("d_value", plan.num_keys, plan.value_width),
+        ),
+    )
+    chunk, chunks = plan.chunks(plan.length, tiles.landmark_rows, tiles.landmark_programs)
+    workspace = BufferLayout()
+    workspace.add("dots", groups, plan.length)
+    workspace.add("offsets", groups, plan.length)
+    workspace.add("d_landmarks", groups, num_landmarks, plan.width, dtype=plan.dtype)
+    workspace.add("d_mean_values", groups, num_landmarks, plan.value_width, dtype=plan.dtype)
+    plan.add_sums(workspace, chunks)
+    names = ("gradient", "query", "key", "value", "key_lengths", "given_labels", "out", "d_query", "d_key", "d_value")
+    launches = LaunchSequence(names, (plan.statistics(), workspace))
+    launches.add(
+        landmark_bwd_dq_kernel,
+        (-(-plan.length // tiles.dq_rows), groups),
+        (
+            *("query", "key", "value", "out", "gradient", "d_query", "key_lengths"),
+            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse", "dots", "offsets"),
+        ),
+        (
+            *plan.numbers,
+            *row_strides(query, key, value, out, gradient, tensors["d_query"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        **plan.query_blocked,
+        BM=tiles.dq_rows,
+        BN=tiles.dq_keys,
+        **plan.in_window,
+        WINDOW_TILES=plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
+        num_warps=tiles.dq_warps,
+        maxnreg=tiles.dq_registers,
+        **plan.first,
+    )
+    if window > 0:
+        key_tiles = -(-plan.num_keys // tiles.window_keys)
+        launches.add(
+            landmark_bwd_window_kernel,
+            (chunks, groups, plan.blocks),
+            ("query", "value", "gradient", "key_lengths", "landmarks", plan.labels, "dots", "offsets", "sums"),
+            (
+                *(*plan.numbers, -(-key_tiles // chunks) * tiles.window_keys),
+                *(*row_strides(query, value, gradient), plan.qk_scale),
+            ),
+            **plan.widths,
+            **plan.blocked,
+            BM=tiles.window_queries,
+            BN=tiles.window_keys,
+            **plan.in_window,
+            WINDOW_TILES=plan.window_tiles(tiles.window_keys, tiles.window_queries),
+            num_warps=tiles.window_warps,
+            **plan.pdl,
+        )
+    block = min(tiles.landmark_block, plan.block)
+    launches.add(
+        landmark_bwd_sums_kernel,
+        (chunks, groups, plan.padded // block),
+        ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sums"),
+        (plan.heads, plan.length, num_landmarks, chunk, *row_strides(query, gradient), plan.qk_scale),
+        **plan.widths,
+        MB=block,
+        MP=plan.padded,
+        BM=tiles.landmark_rows,
+        HAS_WINDOW=window > 0,
+        **plan.precision,
+        STAGES=tiles.landmark_stages,
+        num_warps=tiles.landmark_warps,
+        **plan.pdl,
+    )
+    left = plan.add_sum_of_chunks(launches, chunks)
+    launches.add(
+        landmark_bwd_combine_kernel,
+        (-(-plan.padded // tiles.combine_landmarks), groups),
+        ("sums", "log_counts", "d_landmarks", "d_mean_values"),
+        (num_landmarks, left, chunks, plan.scale),
+        **plan.widths,
+        MP=plan.padded,
+        BLOCK=tiles.combine_landmarks,
+        num_warps=4,
+        **plan.pdl,
+    )
+    launches.add(
+        landmark_bwd_dkdv_kernel,
+        (-(-plan.num_keys // tiles.dk_rows), groups),
+        (
+            *("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "landmarks", plan.labels),
+            *("lse", "dots", "offsets", "d_landmarks", "d_mean_values"),
+        ),
+        (
+            *plan.numbers,
+            *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        BM=tiles.dk_queries,
+        BN=tiles.dk_rows,
+        **plan.in_window,
+        WINDOW_TILES=plan.window_tiles(tiles.dk_rows, tiles.dk_queries),
+        num_warps=tiles.dk_warps,
+        maxnreg=tiles.dk_registers,
+        **plan.pdl,
+    )
+    return Pass(launches, outputs, (workspace,))
+
+
+def run_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
+    inputs = (gradient, query, key, value, key_lengths, labels, out)
+    found = find_pass(_backward_pass, inputs, tiles_override(), num_landmarks, window, scale)
+    gradients, (workspace,) = allocate(found, query)
+    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
+    found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), (statistics, workspace))
+    return tuple(gradients)
+
+
+fused_landmark_attention_backward = torch.library.custom_op(
+    "scatterbrain::fused_landmark_attention_backward", run_backward, mutates_args=()
+)
+
+
+@fused_landmark_attention_backward.register_fake
+def _(gradient, query, key, value, key_lengths, labels, out, statistics, num_landmarks, window, scale):
+    return tuple(x.new_empty_strided(*by_token(*x.shape)) for x in (query, key, value))
+
+
+def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
+    if any(stride % 16 for stride in gradient.stride()[:-1]) or gradient.stride(-1) != 1 or gradient.data_ptr() % 16:
+        gradient = gradient.contiguous()
+    return run(gradient, *ctx.saved_tensors, *ctx.options)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, num_landmarks, window, scale, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = (num_landmarks, window, scale)
+
+
+def _backward(ctx, gradient, _):
+    return (*_gradients(ctx, gradient, torch.ops.scatterbrain.fused_landmark_attention_backward), *[None] * 7)
+
+
+fused_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class FusedLandmarkAttention(torch.autograd.Function):
+    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, key_lengths, labels, options):
+        """Results and arguments as in `run_forward`, those from `num_landmarks` on as `options`."""
+        inputs = (query, key, value, key_lengths, labels)
+        results = run_forward(*inputs, *options)
+        _setup_context(ctx, (*inputs, *options), results)
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        """Gradients of query, key and value."""
+        return (*_gradients(ctx, gradient, run_backward), None, None, None)
+
+
+def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
+    tensors, options = arguments[:5], arguments[5:]
+    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
+        return fused_landmark_attention(*arguments)
+    with device_of(tensors[0]):
+        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]]):
+            return FusedLandmarkAttention.apply(*tensors, options)
+        return run_forward(*arguments)
+
+
+def log_normalisers(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Natural logarithms (B, H, T) of the normalisers, from the statistics of `run_forward` and its arguments."""
+    plan = _Plan(*arguments)
+    lse = plan.statistics().views(statistics)["lse"].view(plan.batch, plan.heads, plan.length)
+    return torch.where(lse < 1e29, lse / LOG2E, -torch.inf)
