@@ -26,11 +26,13 @@ class Pass(NamedTuple):
         launches: the kernels.
         outputs: sizes and strides of the results.
         layouts: of the buffers: what is kept for the backward pass, if anything is, and the workspace.
+        scratch: of one more buffer, which is not needed when the last kernel runs; it may lie in that one's result.
     """
 
     launches: LaunchSequence
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     layouts: tuple[BufferLayout, ...]
+    scratch: BufferLayout | None = None
 
 
 # Passes by all that they depend on, see `find_pass`.

@@ -178,6 +178,21 @@ def test_operator_follows_the_rules_of_torch_library(device, dtype, has_lengths)
     torch.library.opcheck(operator.fused_landmark_attention, arguments, test_utils=tests)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("width", [16, 20])
+def test_is_traced_as_one_graph(width):
+    tensors = [x.requires_grad_() for x in draw("cpu", torch.float32, 20, width=width)]
+
+    def run(*tensors):
+        return landmark_attention(*tensors, 5, 3, backend="triton")
+
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors)
+    expected = run(*tensors)
+    assert torch.equal(out, expected)
+    grads = [torch.autograd.grad(x, tensors, torch.ones_like(x)) for x in (out, expected)]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [0, 16])
 def test_compiles_as_one_graph_and_replays(window):

@@ -89,7 +89,7 @@ def attention(
     from scatterbrain.ops.clusters.triton.operator import attend, log_normalisers
 
     width = value.shape[3]
-    query, key, value = (_with_aligned_rows(x) for x in (query, key, value))
+    query, key, value = (_with_even_rows(x) for x in (query, key, value))
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
     if assignment is not None:
@@ -110,13 +110,10 @@ def find_clusters(
 
     if key_lengths is not None:
         key_lengths = key_lengths.to(key.device).contiguous()
-    return run_clusters(_with_aligned_rows(key.detach()), key_lengths, num_landmarks, num_steps).long()
+    return run_clusters(_with_even_rows(key.detach()), key_lengths, num_landmarks, num_steps).long()
 
 
-def _with_aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """The rows of (B, H, N, E), padded with zeros to a multiple of 16 elements where Triton could not read vectors."""
+def _with_even_rows(x: torch.Tensor) -> torch.Tensor:
+    """The rows of (B, H, N, E), padded with zeros to a multiple of 16 elements, so that they are read as vectors."""
     excess = -x.shape[-1] % ROW_MULTIPLE
-    if excess:
-        return F.pad(x, (0, excess))
-    aligned = all(stride % ROW_MULTIPLE == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    return F.pad(x, (0, excess)) if excess else x

@@ -42,6 +42,7 @@ from scatterbrain.ops.common.triton_functions import (
     BufferLayout,
     LaunchSequence,
     device_of,
+    has_vector_loads,
     pdl_options,
     precision_of_products,
     row_strides,
@@ -143,22 +144,42 @@ class _Plan:
         layout.add("lse", self.groups, self.length)
         return layout
 
-    def add_sums(self, layout: BufferLayout, chunks: int) -> None:
-        """Memory for sums of each chunk."""
+    def sums(self, chunks: int) -> BufferLayout:
+        """Memory for the sums of each chunk."""
+        layout = BufferLayout()
         layout.add("sums", self.groups, chunks, self.rows_of_sums, self.padded)
+        return layout
 
 
-def _add_clusters(
-    plan: _Plan, launches: LaunchSequence, workspace: BufferLayout, key: torch.Tensor, value: torch.Tensor
-) -> None:
-    """Kernels that find the clusters, or take given ones, and their means; `launches` and `workspace` get them."""
+def _scratch(layout: BufferLayout, result: torch.Tensor) -> torch.Tensor:
+    """Memory for sums, which the last kernel does not read: that of the result that it writes, if it is enough."""
+    if layout.nbytes <= result.numel() * result.element_size():
+        return result.as_strided((result.numel(),), (1,)).view(torch.uint8)
+    return layout.empty(result.device)
+
+
+def _cluster_kernels(
+    plan: _Plan, tensors: tuple[str, ...], key: torch.Tensor, value: torch.Tensor
+) -> tuple[LaunchSequence, tuple[BufferLayout, BufferLayout, BufferLayout]]:
+    """Kernels that find the clusters, or take given ones, and their means.
+
+    Args:
+        plan: of the call.
+        tensors: names of those that a call passes.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+
+    Returns:
+        The kernels, and the layouts of the statistics, of the workspace and of the sums.
+    """
     tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
+    layouts = plan.statistics(), BufferLayout(), plan.sums(chunks)
+    layouts[1].add("bias", plan.groups, plan.padded)
+    launches = LaunchSequence(tensors, layouts)
     # the same chunks in a step, of fewer keys
     step_rows = -(-plan.num_keys // STEP_EVERY)
     step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
-    workspace.add("bias", plan.groups, plan.padded)
-    plan.add_sums(workspace, chunks)
     key_strides, value_strides = row_strides(key), row_strides(value)
     key_numbers = (plan.heads, plan.num_keys, plan.num_landmarks)
     key_widths = {"E": plan.width, "BE": plan.widths["BE"]}
@@ -229,6 +250,7 @@ def _add_clusters(
                 num_warps=4,
                 **plan.pdl,
             )
+    return launches, layouts
 
 
 def _forward_pass(
@@ -247,9 +269,8 @@ def _forward_pass(
     plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
     tiles, groups = plan.tiles, plan.groups
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
-    kept, workspace = plan.statistics(), BufferLayout()
-    launches = LaunchSequence(("query", "key", "value", "key_lengths", "given_labels", "out"), (kept, workspace))
-    _add_clusters(plan, launches, workspace, key, value)
+    names = ("query", "key", "value", "key_lengths", "given_labels", "out")
+    launches, (*layouts, scratch) = _cluster_kernels(plan, names, key, value)
     window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
     launches.add(
         landmark_fwd_kernel,
@@ -273,27 +294,31 @@ def _forward_pass(
         maxnreg=tiles.query_registers,
         **plan.pdl,
     )
-    return Pass(launches, outputs, (kept, workspace))
+    return Pass(launches, outputs, tuple(layouts), scratch)
 
 
 def _cluster_pass(key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int) -> Pass:
     """Launches that find the clusters of keys; arguments as in `run_clusters`."""
     plan = _Plan(key, key, key, key_lengths, None, num_landmarks, 0, 1.0, num_steps)
-    kept, workspace = plan.statistics(), BufferLayout()
-    launches = LaunchSequence(("key", "value", "key_lengths"), (kept, workspace))
-    _add_clusters(plan, launches, workspace, key, key)
-    return Pass(launches, (), (kept, workspace))
+    launches, layouts = _cluster_kernels(plan, ("key", "value", "key_lengths"), key, key)
+    return Pass(launches, (), layouts)
 
 
 def run_clusters(
     key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int
 ) -> torch.Tensor:
     """Clusters (B, H, S) int16 of the keys, -1 for hidden ones; arguments as in `run_forward`."""
+    key = _with_vector_loads(key)
     found = find_pass(_cluster_pass, (key, key_lengths), tiles_override(), num_landmarks, num_steps)
     _, buffers = allocate(found, key)
     with device_of(key):
         found.launches((key, key, key if key_lengths is None else key_lengths), buffers)
     return found.layouts[0].views(buffers[0])["labels"].view(key.shape[:3]).clone()
+
+
+def _with_vector_loads(x: torch.Tensor) -> torch.Tensor:
+    """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
+    return x if x.stride(-1) == 1 and has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def run_forward(
@@ -311,7 +336,7 @@ def run_forward(
     """Landmark attention by the kernels; arguments are checked by `scatterbrain.ops.clusters.triton.attention`.
 
     Args:
-        query: (B, H, T, E), rows of a multiple of 16 bytes, as in key and value.
+        query: (B, H, T, E), E a multiple of 16, as D is.
         key: (B, H, S, E).
         value: (B, H, S, D).
         key_lengths: (B,) integers; None for all keys.
@@ -325,12 +350,13 @@ def run_forward(
     Returns:
         Output (B, H, T, D), and statistics (bytes,) uint8, see `_Plan.statistics`.
     """
+    query, key, value = (_with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths, labels)
     found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps, statistics)
     (out,), buffers = allocate(found, query)
     # a kernel does not read what is None
     key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    found.launches((query, key, value, key_lengths, labels, out), buffers)
+    found.launches((query, key, value, key_lengths, labels, out), (*buffers, _scratch(found.scratch, out)))
     return out, buffers[0]
 
 
@@ -375,9 +401,9 @@ def _backward_pass(
     workspace.add("offsets", groups, plan.length)
     workspace.add("d_landmarks", groups, num_landmarks, plan.width, dtype=plan.dtype)
     workspace.add("d_mean_values", groups, num_landmarks, plan.value_width, dtype=plan.dtype)
-    plan.add_sums(workspace, chunks)
+    scratch = plan.sums(chunks)
     names = ("gradient", "query", "key", "value", "key_lengths", "given_labels", "out", "d_query", "d_key", "d_value")
-    launches = LaunchSequence(names, (plan.statistics(), workspace))
+    launches = LaunchSequence(names, (plan.statistics(), workspace, scratch))
     launches.add(
         landmark_bwd_dq_kernel,
         (-(-plan.length // tiles.dq_rows), groups),
@@ -468,7 +494,7 @@ def _backward_pass(
         maxnreg=tiles.dk_registers,
         **plan.pdl,
     )
-    return Pass(launches, outputs, (workspace,))
+    return Pass(launches, outputs, (workspace,), scratch)
 
 
 def run_backward(
@@ -485,11 +511,13 @@ def run_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
+    gradient, query, key, value = (_with_vector_loads(x) for x in (gradient, query, key, value))
     inputs = (gradient, query, key, value, key_lengths, labels, out)
     found = find_pass(_backward_pass, inputs, tiles_override(), num_landmarks, window, scale)
     gradients, (workspace,) = allocate(found, query)
     key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), (statistics, workspace))
+    buffers = (statistics, workspace, _scratch(found.scratch, gradients[1]))
+    found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), buffers)
     return tuple(gradients)
 
 
@@ -504,8 +532,6 @@ def _(gradient, query, key, value, key_lengths, labels, out, statistics, num_lan
 
 
 def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
-    if any(stride % 16 for stride in gradient.stride()[:-1]) or gradient.stride(-1) != 1 or gradient.data_ptr() % 16:
-        gradient = gradient.contiguous()
     return run(gradient, *ctx.saved_tensors, *ctx.options)
 
 
