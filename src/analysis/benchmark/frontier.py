@@ -24,9 +24,10 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.full import naive_full_attention
 from scatterbrain.ops.sparse.naive import naive_block_attention
 from src.analysis.approximation import load_model, open_split, relative_error
-from src.analysis.benchmark.attention import AttentionBench, Candidate
+from src.analysis.benchmark.attention import AttentionBench, Candidate, Entry, Tensors
 from src.analysis.benchmark.baselines import Function, flex_blocks, flex_window, heads_first, load_pisa
 from src.analysis.benchmark.report import BASELINE, header, sizes_text
+from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
 from src.analysis.plots.style import COLOURS, DOTTED, label_ends, new_figure, style
 from src.analysis.records import read_rows
 from src.analysis.tools import digits, new_table
@@ -154,14 +155,17 @@ class FrontierBench(AttentionBench):
                 console.print(f"{network}, layer {layer}: errors", highlight=False)
                 self.errors += self.layer_errors(network, layer, inputs)
                 save()
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        fastest = sdpa_kernel(kernels, set_priority=True)(F.scaled_dot_product_attention)
+        attend = heads_first(fastest if self.device.type == "cuda" else F.scaled_dot_product_attention)
         for length in self.arguments.lengths:
             torch._dynamo.reset()  # FlexAttention is compiled for each length
-            kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-            fastest = sdpa_kernel(kernels, set_priority=True)(F.scaled_dot_product_attention)
-            full = heads_first(fastest if self.device.type == "cuda" else F.scaled_dot_product_attention)
+            tensors = self.inputs(length)
+            full = self.entry(Candidate(BASELINE, "baseline", attend), tensors)
+            self.warm_up(full)
             for name, sizes in self.points:
                 if not select(self.results, method=name, sizes=sizes, length=length):
-                    self.measure_point(name, sizes, length, Candidate(BASELINE, "baseline", full), console)
+                    self.measure_point(name, sizes, full, tensors, console)
                     save()
             self.missing.remove(f"forward at N = {length}")
 
@@ -209,34 +213,38 @@ class FrontierBench(AttentionBench):
         module = create_attention(name, length, self.arguments.dim, **sizes).to(self.device).eval()
         return lambda *tensors: module(*tensors)[0]
 
-    def measure_point(self, name: str, sizes: Sizes, length: int, full: Candidate, console: Console) -> None:
+    def entry(self, candidate: Candidate, tensors: Tensors) -> Entry:
+        """A candidate before it is measured."""
+        return Entry(candidate, tensors[0].shape[1], "forward", self.call(candidate, tensors, "forward"))
+
+    def measure_point(self, name: str, sizes: Sizes, full: Entry, tensors: Tensors, console: Console) -> None:
         """Append the row of one point, its time beside that of full attention in the same rounds."""
+        entry, length, repeats = full, full.length, self.arguments.repeats
         try:
-            candidates = [full]
             if name != "full":
-                candidates.append(Candidate(name, "baseline", self.function(name, sizes, length), sizes))
-            rows = self.measure({length: candidates}, "forward")
+                entry = self.entry(Candidate(name, "baseline", self.function(name, sizes, length), sizes), tensors)
+                if not self.warm_up(entry):  # it has noted why
+                    return
         except Exception as error:  # compilers raise many kinds, and the others are still to be measured
-            if name == "full":
-                raise
-            return self.skip(name, length, first_line(error), "forward")
-        if len(rows) < len(candidates):  # `measure` has noted why
-            return None
-        row, baseline = rows[-1], rows[0]
-        on_device = row["device_milliseconds"] is not None and baseline["device_milliseconds"] is not None
-        milliseconds, ratio = row["milliseconds"], row["ratio_to_sdpa"]
-        if on_device:
-            milliseconds = row["device_milliseconds"]
-            ratio = milliseconds / baseline["device_milliseconds"]
+            self.skip(name, length, first_line(error), "forward")
+            return
+        pair = [full] if entry is full else [full, entry]
+        full.milliseconds = []
+        for each in in_turn(pair, repeats):
+            each.milliseconds.append(1e3 * seconds_per_call(each.call, each.calls_per_sample, self.device))
+        milliseconds, ratio = statistics.median(entry.milliseconds), median_ratio(entry.milliseconds, full.milliseconds)
+        clock = "call"
+        if entry.device_milliseconds is not None and full.device_milliseconds is not None:
+            clock, milliseconds = "device", entry.device_milliseconds
+            ratio = milliseconds / full.device_milliseconds
         columns, operations = columns_and_operations(name, sizes, length, self.arguments.dim)
         batch = self.batches[length]
         case = {"method": name, "sizes": sizes, "batch": batch, "length": length, "milliseconds": milliseconds}
-        case |= {"ratio_to_full": ratio, "clock": "device" if on_device else "call", "columns": columns}
-        case |= {"mebibytes": row["temporary_bytes"] / 2**20, "gigaoperations": batch * operations / 1e9}
+        case |= {"ratio_to_full": ratio, "clock": clock, "columns": columns}
+        case |= {"mebibytes": entry.temporary_bytes / 2**20, "gigaoperations": batch * operations / 1e9}
         self.results.append(case | {"error": self.mean_error(name, sizes)})
         label = f"{batch} x {length}, {name} {sizes_text(sizes)}"
         console.print(f"{label}: {digits(milliseconds)} ms, full attention's times {ratio:.3f}", highlight=False)
-        return None
 
     # Report -----------------------------------------------------------------------------------------------------------
 
@@ -272,13 +280,14 @@ class FrontierBench(AttentionBench):
             for network, tokens in self.networks().items()
         ]
         below = [(length, None, "mean of the networks") for length in lengths]
-        figure = new_figure(3.6 * max(len(above), len(below)), 6.4)
-        for panels, part in zip((above, below), figure.subfigures(2, 1), strict=True):
-            for axes, (length, network, title) in zip(
-                part.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-            ):
+        width = max(len(above), len(below))
+        figure = new_figure(3.6 * width, 6.4)
+        for panels, row in zip((above, below), figure.subplots(2, width, squeeze=False), strict=True):
+            for axes, (length, network, title) in zip(row, panels, strict=False):
                 axes.set_title(f"{title}\ntime at {self.batches[length]} \N{MULTIPLICATION SIGN} {length:,}")
                 self.draw_panel(axes, length, network)
+            for axes in row[len(panels) :]:
+                axes.remove()
         return figure
 
     def draw_panel(self, axes: Axes, length: int, network: str | None) -> None:
