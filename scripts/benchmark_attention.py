@@ -2,10 +2,10 @@
 
 Machines are shared and noisy, so what counts are ratios: in each round every candidate runs once at every length, in
 turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
-and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
-clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
-in rows of their own. Scatterbrain's kernels recompute tiles of queries exactly where the subtraction cancels: the
-number of these fallback tiles is reported, and inputs without any have a row of their own.
+and the median of the rounds is reported. Sizes (window, features, clusters) follow from --memory-fraction for each
+length; rows of their own keep them as they are at --growth-length, for `experiment_scaling.py`. Scatterbrain's kernels
+recompute tiles of queries exactly where the subtraction cancels: the number of these fallback tiles is reported, and
+inputs without any have a row of their own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted.
 
@@ -23,13 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.tools import (
-    Parser,
-    positive,
-    positive_list,
-    positive_sequence,
-    run_tool,
-)
+from src.analysis.tools import Parser, positive, positive_list, positive_sequence, run_tool
 
 
 def build_parser() -> Parser:
@@ -40,7 +34,7 @@ def build_parser() -> Parser:
     batch = "of all lengths, or one of each length, from the shortest to the longest (%(default)s)"
     option("--batch", type=positive_sequence, default="4", metavar="B,...", help=batch)
     option("--heads", type=positive, default=1, metavar="H", help="(%(default)s)")
-    growth = "length whose window, features, ... the growth is taken with (the middle one)"
+    growth = "length whose window, features, ... are kept at the others, too (the middle one)"
     option("--growth-length", type=positive, metavar="N", help=growth)
     only = "leave out sizes that fit other lengths than --growth-length; long ones take most of the time"
     option("--growth-only", action="store_true", help=only)
