@@ -142,12 +142,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variant": {"default": "t2t_vit_t_14", "metavar": "NAME", "help": "one of t2t_vit_t_* (%(default)s)"},
     "image-size": {"type": positive, "default": "224", "metavar": "N", "help": "in pixels (%(default)s)"},
     "num-classes": {"type": positive, "default": "1000", "metavar": "N", "help": "(%(default)s)"},
-    "std": {
-        "type": fraction,
-        "default": "1",
-        "metavar": "S",
-        "help": "std of queries and keys (%(default)s)",
-    },
+    "std": {"type": fraction, "default": "1", "metavar": "S", "help": "std of queries and keys (%(default)s)"},
     "repeats": {"type": positive, "default": "15", "metavar": "R", "help": "rounds (%(default)s)"},
     "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
     "compile": {"action": "store_true", "help": "run through torch.compile"},

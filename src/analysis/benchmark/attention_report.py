@@ -79,10 +79,8 @@ class AttentionReport(Bench):
             del columns["fallback"]
         if self.device.type != "cuda":
             del columns["device\nms"]
-        title = (
-            f"N = {length}, {attention_pass}: {arguments.dtype} on {self.device.type}, batch {self.batches[length]}, "
-        )
-        title += f"heads {arguments.heads}, width {arguments.dim}"
+        title = f"N = {length}, {attention_pass}: {arguments.dtype} on {self.device.type}, "
+        title += f"batch {self.batches[length]}, heads {arguments.heads}, width {arguments.dim}"
         title += "" if arguments.std == 1 else f", std {arguments.std:g}"
         table = new_table(title, ["attention", *columns], ["attention"], caption=caption)
         for _, section in itertools.groupby(rows, lambda row: row["kind"]):

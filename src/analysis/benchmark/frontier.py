@@ -92,8 +92,7 @@ def chosen_blocks(density: float, length: int) -> int:
 def columns_and_operations(name: str, sizes: Sizes, length: int, dim: int) -> tuple[float, float]:
     """Columns of the attention matrix that a query takes, and operations of the matrix products of one sequence.
 
-    Two operations for each multiply-add of the definition; sums over clusters count as none. Values have the width of
-    the keys.
+    Two operations for each multiply-add of the definition, values as wide as keys; sums over clusters count as none.
     """
     module = create_attention(name, length, dim, **sizes) if name in ATTENTIONS else None
     columns = length if name == "full" else module.memory_columns(length) if module else sizes.get("local_context", 0)
@@ -138,30 +137,29 @@ class FrontierBench(AttentionBench):
         """Errors, for JSON."""
         return {"errors": self.errors}
 
-    def resume(self) -> None:
-        """Take over what an interrupted run with the same settings on the same machine has written."""
-        path = self.arguments.output
-        if path is not None and Path(path).exists():
-            before = read_rows(path, ("complete", "results", "errors"), "Give --output another file.")
-            same = json.loads(json.dumps(header(self.arguments, self.device)))
-            if not before["complete"] and same.items() <= before.items():
-                self.results, self.errors = before["results"], before["errors"]
-
     def run(self, console: Console, save: Callable[[], None]) -> None:
-        """Measure all errors, then all times; `save` is called after each layer and each point."""
-        self.resume()
+        """Measure all errors, then all times, less what an interrupted run with the same settings has left in the file.
+
+        `save` is called after each layer and each point.
+        """
+        if self.arguments.output is not None and Path(self.arguments.output).exists():
+            before = read_rows(self.arguments.output, ("complete", "results", "errors"), "Give --output another file.")
+            same = json.loads(json.dumps(header(self.arguments, self.device))).items() <= before.items()
+            if same and not before["complete"]:
+                self.results, self.errors = before["results"], before["errors"]
         for network, layer, inputs in self.layers:
             if not select(self.errors, network=network, layer=layer):
                 console.print(f"{network}, layer {layer}: errors", highlight=False)
-                self.errors += self.layer_errors(network, layer, inputs)
+                self.errors += [*self.layer_errors(network, layer, inputs)]
                 save()
-        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        fastest = sdpa_kernel(kernels, set_priority=True)(F.scaled_dot_product_attention)
-        attend = heads_first(fastest if self.device.type == "cuda" else F.scaled_dot_product_attention)
+        attend = F.scaled_dot_product_attention
+        if self.device.type == "cuda":  # the fastest there is
+            kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+            attend = sdpa_kernel(kernels, set_priority=True)(attend)
         for length in self.arguments.lengths:
             torch._dynamo.reset()  # FlexAttention is compiled for each length
             tensors = self.inputs(length)
-            full = self.entry(Candidate(BASELINE, "baseline", attend), tensors)
+            full = self.entry(Candidate(BASELINE, "baseline", heads_first(attend)), tensors)
             self.warm_up(full)
             for name, sizes in self.points:
                 if not select(self.results, method=name, sizes=sizes, length=length):
@@ -187,14 +185,12 @@ class FrontierBench(AttentionBench):
                 options["taylor"] = name == "pisa"
                 outputs = [by_sample(heads_first(functools.partial(naive_block_attention, **options)), exact)]
             else:
-                outputs = []
-                for seed in range(NUM_SEEDS):
-                    operator = "local" if name == "flex-window" else name
-                    module = create_attention(operator, length, dim, inputs.scale, seed=seed, **sizes)
-                    module.to(self.device).eval()
-                    outputs.append(by_sample(lambda *x, module=module: module(*x)[0], tensors))
-                    if not hasattr(module, "redraw_projection"):
-                        break
+                operator = "local" if name == "flex-window" else name
+                num_seeds = NUM_SEEDS if hasattr(ATTENTIONS[operator].module, "redraw_projection") else 1
+                options = {"softmax_temp": inputs.scale, **sizes}
+                modules = (create_attention(operator, length, dim, seed=seed, **options) for seed in range(num_seeds))
+                modules = (module.to(self.device).eval() for module in modules)
+                outputs = [by_sample(lambda *x, module=module: module(*x)[0], tensors) for module in modules]
             error = torch.stack([relative_error(out, reference).mean() for out in outputs]).mean().item()
             columns = columns_and_operations(name, sizes, length, dim)[0]
             case = {"method": name, "sizes": sizes, "network": network, "layer": layer, "length": length}
@@ -228,9 +224,8 @@ class FrontierBench(AttentionBench):
         except Exception as error:  # compilers raise many kinds, and the others are still to be measured
             self.skip(name, length, first_line(error), "forward")
             return
-        pair = [full] if entry is full else [full, entry]
         full.milliseconds = []
-        for each in in_turn(pair, repeats):
+        for each in in_turn([full] if entry is full else [full, entry], repeats):
             each.milliseconds.append(1e3 * seconds_per_call(each.call, each.calls_per_sample, self.device))
         milliseconds, ratio = statistics.median(entry.milliseconds), median_ratio(entry.milliseconds, full.milliseconds)
         clock = "call"
