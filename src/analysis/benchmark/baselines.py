@@ -171,7 +171,8 @@ def flex_blocks(num_blocks: int, block: int = 64) -> Function:
         indices = scores.argsort(-1, descending=True).int()
         numbers = torch.full_like(indices[..., 0], num_blocks)
         mask = BlockMask.from_kv_blocks(numbers, indices, seq_lengths=(query.shape[2], key.shape[2]), **options)
-        return compiled_flex_attention()(query, key, value, block_mask=mask)
+        tiles = {"BLOCK_M": block, "BLOCK_N": block}  # larger ones, some versions' choice, do not divide the blocks
+        return compiled_flex_attention()(query, key, value, block_mask=mask, kernel_options=tiles)
 
     return heads_first(attend)
 
