@@ -28,6 +28,7 @@ from src.analysis.benchmark.attention import AttentionBench, Candidate, Entry, T
 from src.analysis.benchmark.baselines import Function, flex_blocks, flex_window, heads_first, load_pisa
 from src.analysis.benchmark.report import BASELINE, header, sizes_text
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
+from src.analysis.experiments.memory import ERROR_TICKS, set_ticks
 from src.analysis.plots.style import COLOURS, DOTTED, label_ends, new_figure, style
 from src.analysis.records import read_rows
 from src.analysis.tools import digits, new_table
@@ -192,9 +193,8 @@ class FrontierBench(AttentionBench):
                 modules = (module.to(self.device).eval() for module in modules)
                 outputs = [by_sample(lambda *x, module=module: module(*x)[0], tensors) for module in modules]
             error = torch.stack([relative_error(out, reference).mean() for out in outputs]).mean().item()
-            columns = columns_and_operations(name, sizes, length, dim)[0]
             case = {"method": name, "sizes": sizes, "network": network, "layer": layer, "length": length}
-            yield case | {"columns": columns, "error": error}
+            yield case | {"columns": columns_and_operations(name, sizes, length, dim)[0], "error": error}
 
     def function(self, name: str, sizes: Sizes, length: int) -> Function:
         """The implementation that is timed, (B, N, 1, E); `UserError` where there is none."""
@@ -256,7 +256,7 @@ class FrontierBench(AttentionBench):
     def tables(self) -> Iterator[Table]:
         """One row for each point: errors by network, and how many times as fast as full attention at each length."""
         networks, batches = self.networks(), self.batches.items()
-        headers = ["method", "sizes", *(name.replace(" ", "\n") for name in networks)]
+        headers = ["method", "sizes", *("\n".join(name.replace("_", " ").split()) for name in networks)]
         headers += [f"{batch}\nx {length:,}" for length, batch in batches]
         table = new_table("Relative error by network; speed, full attention = 1, by size", headers, headers[:2])
         for name, sizes in self.points:
@@ -299,6 +299,7 @@ class FrontierBench(AttentionBench):
         axes.axvline(1, color=COLOURS["full"], linestyle=DOTTED)
         axes.set(xscale="log", yscale="log", xlabel="time, full attention = 1", ylabel="relative error of the output")
         style(axes)
+        set_ticks(axes.yaxis, ERROR_TICKS)
         axes.figure.canvas.draw()  # limits and sizes of the panel are known then
         label_ends(axes, ends)
 
