@@ -2,10 +2,10 @@
 
 Machines are shared and noisy, so what counts are ratios: in each round every candidate runs once at every length, in
 turn, its time is divided by that of PyTorch's scaled_dot_product_attention (SDPA) at that length in the same round,
-and the median of the rounds is reported; so is the growth from one length to the next. Sizes (window, features,
-clusters) follow from --memory-fraction for each length; for the growth they are kept as they are at --growth-length,
-in rows of their own. Scatterbrain's kernels recompute tiles of queries exactly where the subtraction cancels: the
-number of these fallback tiles is reported, and inputs without any have a row of their own.
+and the median of the rounds is reported. Sizes (window, features, clusters) follow from --memory-fraction for each
+length; rows of their own keep them as they are at --growth-length, for `experiment_scaling.py`. Scatterbrain's kernels
+recompute tiles of queries exactly where the subtraction cancels: the number of these fallback tiles is reported, and
+inputs without any have a row of their own.
 
 Memory is the peak of what one call allocates, its inputs not counted and its output counted.
 
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     sizes = "e.g. local_context=64,num_landmarks=128: sizes of the attentions that have them, at all lengths"
     option("--sizes", type=named_numbers, default={}, metavar="NAME=N,...", help=sizes)
     option("--heads", type=positive, default=1, metavar="H", help="(%(default)s)")
-    growth = "length whose window, features, ... the growth is taken with (the middle one)"
+    growth = "length whose window, features, ... are kept at the others, too (the middle one)"
     option("--growth-length", type=positive, metavar="N", help=growth)
     only = "leave out sizes that fit other lengths than --growth-length; long ones take most of the time"
     option("--growth-only", action="store_true", help=only)

@@ -11,7 +11,6 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import is_interpreted
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles
 from scripts import tune_attention as script
-from src.analysis.benchmark import precision
 from src.analysis.benchmark import tiles as tune
 from src.analysis.tools import PASSES, print_report
 
@@ -100,7 +99,7 @@ def test_results_are_compared_with_the_specification():
     workload = tune.Workload(tune.Shape(2, 40, 5, 3), torch.float32, CPU, PASSES)
     tiles = Tiles(sum_rows=16, query_rows=32, key_rows=16, dq_rows=16, dq_keys=16, dk_rows=16, dk_queries=16)
     assert workload.error(tiles) is None
-    for name, expected in zip(precision.TENSORS[1:], workload.expected[1:], strict=True):
+    for name, expected in zip(tune.TENSORS[1:], workload.expected[1:], strict=True):
         before = expected[1, 0, 39].clone()
         expected[1, 0, 39] *= 1.1
         assert f"wrong: training, {name}" in workload.error(tiles)

@@ -1,9 +1,8 @@
-"""Growth, tables, figure and JSON of the attention benchmark, from the rows of its results."""
+"""Tables and figure of the attention benchmark, from the rows of its results."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +12,6 @@ from rich.table import Table
 
 from src.analysis.benchmark.baselines import WRITTEN_OUT
 from src.analysis.benchmark.report import BASELINE, Bench, cell, sizes_text
-from src.analysis.benchmark.timing import median_ratio
 from src.analysis.tools import digits, new_table
 
 Row = Mapping[str, Any]
@@ -22,7 +20,7 @@ MARKERS = {"attention": ("o", "-"), "growth": ("^", "--"), "baseline": ("s", ":"
 
 
 def rounds(row: Row) -> list[float]:
-    """Milliseconds for growth and figure: the device's where known, or short sequences would show the host's."""
+    """Milliseconds for the figure: the device's where known, or short sequences would show the host's."""
     return row["milliseconds_per_round"] if row["device_milliseconds"] is None else [row["device_milliseconds"]]
 
 
@@ -42,51 +40,17 @@ def colour(name: str) -> str:
 
 
 class AttentionReport(Bench):
-    """What is printed, drawn and written of `results`, a row for each implementation, length and pass."""
+    """What is printed and drawn of `results`, a row for each implementation, length and pass."""
 
     place = ("length", "N =")
     batches: Mapping[int, int]
 
-    def more(self) -> dict[str, Any]:
-        """Growth, for JSON."""
-        return {"growth": list(self.growth())}
-
-    def growth(self) -> Iterator[dict[str, str | int | float]]:
-        """Growth of the time from each length to the next, sizes kept where there are any."""
-        lengths = self.arguments.lengths
-        for attention_pass in self.arguments.passes:
-            times: dict[str, dict[int, list[float]]] = {}
-            for row in self.results:
-                keeps_sizes = not row["sizes"] or row["length"] == self.arguments.growth_length
-                at_home = row["kind"] == "attention" and keeps_sizes
-                if row["pass"] == attention_pass and (at_home or row["kind"] == "growth" or row["name"] == BASELINE):
-                    times.setdefault(row["name"].split(" as at ")[0], {})[row["length"]] = rounds(row)
-            for name, by_length in times.items():
-                for shorter, longer in itertools.pairwise(lengths):
-                    if self.batches[shorter] != self.batches[longer]:
-                        continue  # more of the machine would be busy with one than with the other
-                    if len(by_length.get(shorter, ())) != len(by_length.get(longer, ())) or shorter not in by_length:
-                        continue  # one of them is not measured, or its CUDA graph could not be captured
-                    factor = median_ratio(by_length[longer], by_length[shorter])
-                    exponent = math.log(factor) / math.log(longer / shorter)
-                    step = {"name": name, "pass": attention_pass, "from": shorter, "to": longer}
-                    yield {**step, "factor": factor, "exponent": exponent}
-
     def tables(self) -> Iterator[Table]:
-        """One table for each length and pass, and the one of growth."""
+        """One table for each length and pass."""
         for length, attention_pass in itertools.product(self.arguments.lengths, self.arguments.passes):
             rows = [row for row in self.results if (row["length"], row["pass"]) == (length, attention_pass)]
             if rows:  # it was complete
                 yield self.pass_table(rows)
-        steps = list(self.growth())
-        if steps:
-            title = f"Growth of the time with N; sizes as at N = {self.arguments.growth_length}"
-            columns = ("pass", "attention", "from N", "to N", "N grows by", "time grows by", "exponent")
-            table = new_table(title, columns, columns[:2], caption="exponent: 1 is linear in N, 2 quadratic")
-            for row in steps:
-                grown = (f"{row['to'] / row['from']:.3g}", f"{row['factor']:.2f}", f"{row['exponent']:.2f}")
-                table.add_row(row["pass"], row["name"], str(row["from"]), str(row["to"]), *grown)
-            yield table
 
     def pass_table(self, rows: list[Row]) -> Table:
         """The table of one length and pass, each kind in a section; columns that say nothing are left out."""

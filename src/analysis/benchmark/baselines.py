@@ -1,15 +1,22 @@
-"""Implementations by others of what the attention benchmark measures: PyTorch's and pytorch-fast-transformers'."""
+"""Implementations by others of what the benchmarks of attention measure, all from (B, N, H, E) tensors to one."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
+from scatterbrain.ops.sparse.naive import block_means
 
 # query, key and value to output; (B, N, H, E) each, unless stated otherwise
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -136,3 +143,54 @@ def fast_transformers_baselines(
         for name, (window, features) in sizes.items()
         if name in makers
     }
+
+
+# Compiled for each shape: `torch._dynamo.reset()` comes before more of them than its limit.
+compiled_flex_attention = functools.cache(lambda: torch.compile(flex_attention, dynamic=False))
+
+
+def flex_window(length: int, window: int, device: torch.device) -> Function:
+    """Local attention by FlexAttention; its mask is made once."""
+    width = torch.tensor(window, device=device)  # a tensor: one compilation for all widths
+
+    def inside(_batch: torch.Tensor, _head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return (j - i >= -(width // 2)) & (j - i < (width + 1) // 2)
+
+    mask = create_block_mask(inside, None, None, length, length, device=device.type)
+    return heads_first(functools.partial(compiled_flex_attention(), block_mask=mask))
+
+
+def flex_blocks(num_blocks: int, block: int = 64) -> Function:
+    """`naive_block_attention` without its Taylor part, by FlexAttention; choosing the blocks is part of the call."""
+    options = {"BLOCK_SIZE": block, "compute_q_blocks": False}  # these serve gradients; PyTorch 2.6 has no such option
+    known = inspect.signature(BlockMask.from_kv_blocks).parameters
+    options = {name: value for name, value in options.items() if name in known}
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        scores = block_means(query, block) @ block_means(key, block).transpose(-2, -1)
+        indices = scores.argsort(-1, descending=True).int()
+        numbers = torch.full_like(indices[..., 0], num_blocks)
+        mask = BlockMask.from_kv_blocks(numbers, indices, seq_lengths=(query.shape[2], key.shape[2]), **options)
+        tiles = {"BLOCK_M": block, "BLOCK_N": block}  # larger ones, some versions' choice, do not divide the blocks
+        return compiled_flex_attention()(query, key, value, block_mask=mask, kernel_options=tiles)
+
+    return heads_first(attend)
+
+
+def load_pisa(folder: str) -> Callable[[float], Function]:
+    """PISA's own kernel for a density, from a checkout of github.com/xie-lab-ml/piecewise-sparse-attention.
+
+    Raises:
+        UserError: it cannot be imported from there.
+    """
+    sys.path.insert(0, folder)
+    try:
+        attend = importlib.import_module("piecewise_attn").piecewise_sparse_attention
+        triton = importlib.import_module("triton")
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--pisa {folder}: piecewise_attn cannot be imported from there ({error}).") from error
+    finally:
+        sys.path.remove(folder)
+    # its tensor descriptors take memory of their own
+    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    return lambda density: heads_first(lambda *tensors: attend(*(x.contiguous() for x in tensors), density=density))

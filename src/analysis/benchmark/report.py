@@ -39,10 +39,7 @@ def machine_line(device: torch.device) -> str:
 
 
 class Bench(Run):
-    """A benchmark; subclasses define `more()` (what the JSON has beside the rows of `results`) and `place`.
-
-    That is the key by which `skipped` says where, and its words.
-    """
+    """A benchmark; subclasses define `place`: the key by which `skipped` says where, and its words."""
 
     place: tuple[str, str]
 
@@ -52,6 +49,10 @@ class Bench(Run):
         self.results: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
         self.missing = list(missing)
+
+    def more(self) -> dict[str, Any]:
+        """What the JSON has beside the rows of `results`; subclasses add to it."""
+        return {}
 
     def report(self) -> dict[str, Any]:
         """What is complete, for JSON."""

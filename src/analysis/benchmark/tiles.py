@@ -20,7 +20,6 @@ from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention
 from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
-from src.analysis.benchmark.precision import TENSORS, outputs
 from src.analysis.benchmark.report import DTYPES, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds
 from src.analysis.tools import digits, new_table, positive, print_report, shown, until_stopped
@@ -46,6 +45,7 @@ VALUES: dict[str, tuple[int | None, ...]] = {
     **{"dk_warps": WARPS, "dk_stages": STAGES, "dk_registers": REGISTERS},
 }
 MAX_SWEEPS = 4
+TENSORS = ("output", "gradient of query", "gradient of key", "gradient of value")
 # A candidate replaces the best so far where it is faster by this part: less is noise.
 MIN_GAIN = 0.01
 REPEATS = 15
@@ -83,6 +83,14 @@ class Shape:
         It leaves the same remainder by every tile, so that masks fall as in the whole.
         """
         return self.length if self.length <= 1024 else 512 + self.length % 512
+
+
+def outputs(module: Callable[..., Sequence[torch.Tensor]], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Output and gradients of a module, in the order of `TENSORS`."""
+    *leaves, gradient = (x.detach() for x in tensors)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = module(*leaves)[0]
+    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
 
 SHAPES = (Shape(128, 3136, 49, 12), Shape(128, 784, 12, 3), Shape(16, 12544, 49, 12), Shape(1, 65536, 49, 12))

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from scatterbrain.ops.common import passes
 from scatterbrain.ops.scatterbrain.triton import operator as fused_operator
 from scripts import benchmark_attention as benchmark
-from scripts import count_fallback_tiles as counting
-from src.analysis.benchmark import attention, fallback_tiles
+from src.analysis.benchmark import attention
+from tests.scatterbrain.ops import fallback_tiles
 from tests.scatterbrain.ops.test_fused_attention import adversarial, needs_interpreter
 
 
@@ -48,14 +48,14 @@ def test_the_benchmark_counts_what_the_kernels_recompute():
 def test_the_command(tmp_path, capsys, monkeypatch):
     arguments = ["--shapes", "3,64,5,2", "2,40,3,1", "--num-seeds", "2", "--output", str(tmp_path / "tiles.json")]
     monkeypatch.setattr(fallback_tiles, "CANCELLATION_LIMIT", 0.9)  # many are past it
-    assert counting.main([*arguments, "--tile", "16"]) == 0
+    assert fallback_tiles.main([*arguments, "--tile", "16"]) == 0
     content = json.loads((tmp_path / "tiles.json").read_text())
     assert [each["shape"] for each in content["results"]] == ["3,64,5,2"] * 2 + ["2,40,3,1"] * 2
     assert all(0 < each["tiles"] <= each["queries"] for each in content["results"])
     assert content["results"][0]["queries"] != content["results"][1]["queries"]
     assert "of 384" in capsys.readouterr().out
     monkeypatch.setattr(fallback_tiles, "CANCELLATION_LIMIT", 1e9)  # none is
-    assert counting.main([*arguments, "--std", "0.5"]) == 0
+    assert fallback_tiles.main([*arguments, "--std", "0.5"]) == 0
     assert "0 of 384" in capsys.readouterr().out
-    assert counting.main(["--shapes", "3,64"]) == 1
+    assert fallback_tiles.main(["--shapes", "3,64"]) == 1
     assert "'3,64' is not B,N,W,R" in capsys.readouterr().err
