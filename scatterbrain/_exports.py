@@ -2,6 +2,13 @@
 
 from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
 from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.baselines import (
+    QueryClusterAttention,
+    RandomKeysAttention,
+    StridedAttention,
+    UniformAttention,
+    ZeroAttention,
+)
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
 from scatterbrain.attention.combination import (
@@ -36,7 +43,9 @@ __all__ = [
     "LocalAttention",
     "PairedClusterAttention",
     "PerformerAttention",
+    "QueryClusterAttention",
     "RandomFeatureOptions",
+    "RandomKeysAttention",
     "ReformerAttention",
     "SBBlockSparseAttention",
     "SBClusterAttention",
@@ -44,7 +53,10 @@ __all__ = [
     "SBLocalAttention",
     "SBSmyrfAttention",
     "SmyrfAttention",
+    "StridedAttention",
+    "UniformAttention",
     "UserError",
+    "ZeroAttention",
     "attention_memory",
     "create_attention",
     "draw_projection",

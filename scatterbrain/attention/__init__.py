@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.baselines import (
+    QueryClusterAttention,
+    RandomKeysAttention,
+    StridedAttention,
+    UniformAttention,
+    ZeroAttention,
+)
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import (
     SUMMARY_SIZE,
@@ -135,6 +142,12 @@ ATTENTIONS: dict[str, AttentionKind] = {
     "sblocal2d": AttentionKind(
         SBLocal2dAttention, lambda c, *_: {"num_neighbours": keys_for(c / 2), "nb_features": features_for(c / 2, 2)}
     ),
+    # to compare with: floors, and clustered attention
+    "zero": AttentionKind(ZeroAttention),
+    "uniform": AttentionKind(UniformAttention),
+    "strided": AttentionKind(StridedAttention, lambda c, *_: {"num_keys": keys_for(c)}),
+    "random-keys": AttentionKind(RandomKeysAttention, lambda c, *_: {"num_keys": keys_for(c)}),
+    "querycluster": AttentionKind(QueryClusterAttention, lambda c, *_: {"num_query_landmarks": keys_for(c)}),
 }
 
 
@@ -200,7 +213,7 @@ def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
         sequence_length: number of keys S.
 
     Returns:
-        Fraction in (0, 1].
+        Fraction in [0, 1].
 
     Raises:
         UserError: a length below 1.

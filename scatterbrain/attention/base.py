@@ -181,6 +181,6 @@ def refuse_causal(attention: AttentionModule, refused: bool) -> None:
     """
     if refused:
         raise UserError(
-            f"{type(attention).__name__} cannot be causal: its clusters, or its low-rank sums, are taken over all keys "
-            "at once. Choose sblocal, local or performer."
+            f"{type(attention).__name__} cannot be causal: it chooses, clusters or sums over all keys at once. "
+            "Choose sblocal, local or performer."
         )
