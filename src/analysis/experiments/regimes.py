@@ -363,7 +363,7 @@ def draw(rows: Sequence[Mapping[str, Any]], memory: float, error: str = "matrix_
     for kind, axes in zip(kinds, grid[:, 0], strict=True):
         axes.set_ylabel(f"{DATA[kind]}\nrelative error of the {error.partition('_')[0]}")
     figure.suptitle(
-        f"{100 * memory:.3g} % of full attention's memory. Dotted: as far off as zero; bars: std over seeds.",
+        f"{100 * memory:.3g} % of the attention columns. Dotted: as far off as zero; bars: std over seeds.",
         fontsize=9,
         color=FAINT,
     )
@@ -412,7 +412,7 @@ def draw_variance(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Table of `compare_families`: regimes with the least error, and the largest error of each."""
-    headers = ("data", "memory", "family", "sparse", "low-rank", "both")
+    headers = ("data", "columns", "family", "sparse", "low-rank", "both")
     table = new_table("Regimes in which each has the least error of the matrix (its largest error)", headers, headers)
     for row in summary:
         cells = (f"{row[name]} ({row['worst'][name]:.2f})" for name in ("sparse", "low_rank", "both"))
