@@ -127,7 +127,20 @@ def family() -> Expected:
     rows: Expected = []
     for row in load("docs/data/family_comparison.json")["runs"]:
         values = [row[key] for key in ("top1", "agreement", "images_per_second", "speedup")]
-        rows.append((row["attention"], [(value,) for value in (*values, 100 * row["attention_memory"])]))
+        cost = find("docs/data/attention_cost.json", attention=row["attention"])
+        values += [100 * row["attention_memory"], 100 * cost["attention_operations"], cost["attention_peak_mib"]]
+        rows.append((row["attention"], [(value,) for value in values]))
+    return rows
+
+
+def floors() -> Expected:
+    """Errors of the output, and of its part that depends on the query, in both stages."""
+    path = "docs/data/floors_demo.json"
+    rows: Expected = []
+    for name in dict.fromkeys(row["attention"] for row in load(path)["results"]):
+        stages = [find(path, attention=name, stage=stage) for stage in (1, 2)]
+        errors: list[Values] = [(row[kind]["mean"],) for row in stages for kind in ("output_error", "query_error")]
+        rows.append((name, [None, *errors]))
     return rows
 
 
@@ -339,6 +352,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("checkpoints/demo/README.md", "part|images seen", card_training),
     ("docs/attentions.md", "name|exact weights|low-rank part|error", output_error),
     ("docs/attentions.md", "attention|top-1", family),
+    ("docs/attentions.md", "name|what a query sees", floors),
     ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
     ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
     ("docs/benchmarks.md", "images/s|batch 128", gpu_model),
@@ -358,6 +372,7 @@ NO_RESULTS = (
     "datamodule.format|",
     "names of the classes",
     "attentions|export",
+    "attentions|key_lengths",
     "|call|",
     "operator|",
     "|fused kernels",
