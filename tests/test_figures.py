@@ -203,6 +203,9 @@ def gpu_attention() -> Expected:
         if "fallback" not in suffix:
             others = [(device_time(f"{name}{suffix}", length, "forward"),) for name in ("local", "performer")]
         values = [(full,), (ours,), (full / ours,), *others, (full_both,), (ours_both,), (full_both / ours_both,)]
+        for name in ("SDPA cuDNN", f"sblocal{suffix}"):
+            row = find("docs/data/benchmark_attention_h100.json", name=name, length=length, **{"pass": "forward"})
+            values.append((row["temporary_bytes"] / 2**20,))
         rows.append((label, values))
     return rows
 
@@ -344,10 +347,20 @@ def bfloat16() -> Expected:
     return [("2 cores", photographs + [(row["same_as_against"],) for row in content["results"]])]
 
 
+def query_part() -> Expected:
+    names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "pairedcluster")
+    path = "docs/data/floors_demo.json"
+    stages = {
+        each: [find(path, attention=name, stage=each)["query_error"]["mean"] for name in names] for each in (1, 2)
+    }
+    return [(f"stage {each}", [(error,) for error in errors]) for each, errors in stages.items()]
+
+
 # Page, how the table's heading begins, and what its rows have to show.
 CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
     ("README.md", "batch x tokens|forward", gpu_speed),
+    ("README.md", "error of the query-dependent part", query_part),
     ("checkpoints/demo/README.md", "attention|top-1", lambda: accuracy(FOUR, 0)),
     ("checkpoints/demo/README.md", "part|images seen", card_training),
     ("docs/attentions.md", "name|exact weights|low-rank part|error", output_error),

@@ -52,7 +52,7 @@ EXACT_SHARE = 1 / 8
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """Registry entry of an attention: its module, and how a memory budget determines its sizes.
+    """Registry entry of an attention: its module, and how a budget of columns determines its sizes.
 
     Attributes:
         module: class of the attention.
@@ -160,14 +160,14 @@ def create_attention(
     seed: int = 0,
     **options: Any,
 ) -> AttentionModule:
-    """Attention module whose sizes (window, features, clusters) fit a memory budget.
+    """Attention module whose sizes (window, features, clusters) fit a budget of attention columns.
 
     Args:
         config_name: one of `ATTENTIONS`.
         sequence_length: number of keys S that the budget refers to.
         dim_heads: width E of queries and keys.
         softmax_temp: softmax scale; None is E ** -0.5.
-        memory_fraction: memory over that of the full attention matrix; see `scatterbrain.ops.common.budget`.
+        memory_fraction: columns over those of the full attention matrix; see `scatterbrain.ops.common.budget`.
         seed: seed of the random features, where there are any.
         **options: options of the module, see its class; sizes override the budget. None selects the default.
 
@@ -206,7 +206,7 @@ def create_attention(
 
 
 def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
-    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`.
+    """Columns of an attention over those of the full attention matrix, by the rule of `ops.common.budget`.
 
     Args:
         attention: the module.
