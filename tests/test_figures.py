@@ -135,9 +135,10 @@ def family() -> Expected:
 
 def floors() -> Expected:
     """Errors of the output, and of its part that depends on the query, in both stages."""
-    path = "docs/data/floors_demo.json"
+    path = "docs/data/approximation_demo.json"
     rows: Expected = []
-    for name in dict.fromkeys(row["attention"] for row in load(path)["results"]):
+    names = ("zero", "uniform", "strided", "random-keys", "querycluster", "local", "performer", "sblocal", "smyrf")
+    for name in (*names, "combination-local-performer", "cluster", "sbcluster", "pairedcluster"):
         stages = [find(path, attention=name, stage=stage) for stage in (1, 2)]
         errors: list[Values] = [(row[kind]["mean"],) for row in stages for kind in ("output_error", "query_error")]
         rows.append((name, [None, *errors]))
@@ -349,7 +350,7 @@ def bfloat16() -> Expected:
 
 def query_part() -> Expected:
     names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "pairedcluster")
-    path = "docs/data/floors_demo.json"
+    path = "docs/data/approximation_demo.json"
     stages = {
         each: [find(path, attention=name, stage=each)["query_error"]["mean"] for name in names] for each in (1, 2)
     }
