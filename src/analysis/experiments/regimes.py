@@ -171,7 +171,7 @@ def largest_and_nearest(weights: torch.Tensor, num_keys: int, rank: int, num_ste
 
 
 def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[str, Approximation]:
-    """Matrices near full attention's (T, S) at equal memory, and equal weights; rows need not sum to 1."""
+    """Matrices near full attention's (T, S) at equal columns, and equal weights; rows need not sum to 1."""
     length = weights.shape[-1]
     columns = budget_columns(length, memory)
     (keys, rank), (half_keys, half_rank) = ((keys_for(c), features_for(c)) for c in (columns, columns / 2))
@@ -193,7 +193,7 @@ def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[s
 
 
 def attentions(inputs: StageInputs, memory: float, seed: int) -> dict[str, Approximation]:
-    """The attentions that are compared, by name, fitted to the same memory."""
+    """The attentions that are compared, by name, fitted to the same columns."""
     length, width = inputs.key.shape[1], inputs.key.shape[3]
     # one-hot values along with the true ones: output and matrix of one call
     value = inputs.with_identity_values().value
