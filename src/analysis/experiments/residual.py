@@ -116,7 +116,7 @@ def measure_stage(
     Returns:
         For each support: `sizes`, `energy_on_support` (share of the sum of squares), `num_values` (by part and
         energy), `left` (by part: error of the nearest matrix of rank 0, 1, ..., over the norm of full attention's),
-        and `equal_memory`: errors at the same columns of sparse alone (`sparse`), of the nearest matrix of a rank
+        and `equal_memory`: errors at the same memory of sparse alone (`sparse`), of the nearest matrix of a rank
         (`low_rank`), of both with the low rank fitted to the residual (`both`) and outside the support
         (`both_free`, see `fit_outside`), which spends `rank`.
     """
@@ -255,7 +255,7 @@ def draw_spectra(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(*zip(*curve, strict=True), color=COLOURS[row["support"]], linestyle=line, label=label)
         point = row["equal_memory"]["rank"], row["equal_memory"]["both_free"]
         axes.plot(*point, "*", color=COLOURS[row["support"]], markersize=9, markeredgecolor="white")
-    axes.plot([], [], "*", color=FAINT, label="fit outside the support, half of the columns")
+    axes.plot([], [], "*", color=FAINT, label="fit outside the support, half of the memory")
     axes.set(xscale="log", xlabel="rank of the best fit", ylabel="what it leaves, over the norm of full", ylim=(0, 1))
     axes.set_title(f"stage {rows[0]['stage']}: {rows[0]['num_queries']} queries, {rows[0]['num_tokens']:,} keys")
     style.style(axes)
@@ -265,7 +265,7 @@ def draw_spectra(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 def residual_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Table of the numbers of singular values, and of the errors at equal memory."""
     headers = ("stage", "support", "energy on it", *PARTS, *(name.replace(", ", ",\n") for name in ERRORS.values()))
-    title = "Singular values that hold 90 / 99 % of the energy, and errors of the matrix at equal columns"
+    title = "Singular values that hold 90 / 99 % of the energy, and errors of the matrix at equal memory"
     table = new_table(title, headers, headers)
     for row in rows:
         counts = (" / ".join(f"{count:.0f}" for count in row["num_values"][part].values()) for part in PARTS)
