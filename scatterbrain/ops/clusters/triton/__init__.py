@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from scatterbrain.ops.common.backends import no_kernels
+from scatterbrain.ops.common.backends import no_kernels, too_large
 
 # With wider heads, more landmarks or wider windows, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
@@ -33,7 +33,7 @@ def unsupported(
         dropout_p: probability of dropping a weight.
         needs_gradient_of_lse: whether autograd records log-sum-exp.
     """
-    reason = no_kernels(query)
+    reason = no_kernels(query) or too_large(query, value)
     if reason is not None:
         return reason
     width = max(query.shape[3], value.shape[3])
