@@ -40,6 +40,7 @@ def landmark_attention(
     assignment: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) of attention with weights exp(s q.k) in a local window and exp(s q.c_b) outside it.
@@ -59,11 +60,12 @@ def landmark_attention(
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         assignment: cluster of each key (B, H, S) int64 in [0, M), such as a result of `assign_key_clusters` that is
             reused over layers, steps of a sampler or random seeds; `num_steps` and `value_weight` are not used then.
-            Those of hidden keys may be any. The range is checked on the CPU only: the check would synchronise a GPU.
+            Those of hidden keys may be any. With `enable_gqa` it is (B, Hkv, S), as the keys. The range is checked on the CPU only: the check would synchronise a GPU.
             None computes the clusters.
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
         backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
             `scatterbrain.ops.clusters.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
@@ -75,7 +77,9 @@ def landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    given_key = key
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+    repeats = query.shape[1] // given_key.shape[1]
     check_dropout(dropout_p)
     window_bounds(window)
     refuse_causal(is_causal)
@@ -87,10 +91,13 @@ def landmark_attention(
         out = empty_output(query, key, value)
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
     if assignment is not None:
-        assignment = _check_assignment(assignment, key, num_landmarks, key_lengths)
+        assignment = _check_assignment(assignment, given_key, num_landmarks, key_lengths)
     elif backend != "triton" or value_weight != 0:  # the kernels find clusters of keys alone themselves
-        assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+        unique = key[:, ::repeats], value[:, ::repeats]
+        assignment = assign_key_clusters(*unique, num_landmarks, num_steps, key_lengths, value_weight)
         num_landmarks = at_most(num_landmarks, key.shape[2])
+    if assignment is not None and repeats > 1:
+        assignment = assignment.repeat_interleave(repeats, 1)
     if backend == "naive":
         out = naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
         if not return_lse:

@@ -41,6 +41,7 @@ def paired_landmark_attention(
     num_steps: int = 2,
     value_weight: float = 0.5,
     dropout_p: float = 0.0,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with the weights exp(s p_a.k) exp(s (q - p_a).c_ab).
@@ -64,6 +65,7 @@ def paired_landmark_attention(
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         dropout_p: probability of dropping the weight of a summary or exact key for a query (ignored by `naive`).
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
         backend: `naive` (dense, float64), `torch` (by tiles, linear in T) or `auto`, which is `torch`.
 
     Returns:
@@ -72,7 +74,9 @@ def paired_landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    given_key = key
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+    repeats = query.shape[1] // given_key.shape[1]
     if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
         raise UserError(
             f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
@@ -86,7 +90,10 @@ def paired_landmark_attention(
     backend = choose_backend(backend)
     if query.shape[0] == 0:
         return empty_output(query, key, value)
-    key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+    unique = key[:, ::repeats], value[:, ::repeats]
+    key_labels = assign_key_clusters(*unique, num_landmarks, num_steps, key_lengths, value_weight)
+    if repeats > 1:
+        key_labels = key_labels.repeat_interleave(repeats, 1)
     query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
     num_landmarks, num_exact = (at_most(number, key.shape[2]) for number in (num_landmarks, num_exact))
     num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
