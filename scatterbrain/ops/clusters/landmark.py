@@ -60,8 +60,8 @@ def landmark_attention(
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         assignment: cluster of each key (B, H, S) int64 in [0, M), such as a result of `assign_key_clusters` that is
             reused over layers, steps of a sampler or random seeds; `num_steps` and `value_weight` are not used then.
-            Those of hidden keys may be any. With `enable_gqa` it is (B, Hkv, S), as the keys. The range is checked on the CPU only: the check would synchronise a GPU.
-            None computes the clusters.
+            Those of hidden keys may be any. With `enable_gqa` it is (B, Hkv, S), as the keys. The range is checked on
+            the CPU only: the check would synchronise a GPU. None computes the clusters.
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
