@@ -17,6 +17,7 @@ from scatterbrain import (
     performer_attention,
     scatterbrain_attention,
 )
+from scatterbrain.ops.common.backends import is_interpreted
 from tests.helpers import assert_close
 
 PROJECTION = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -174,3 +175,21 @@ def test_compiled_without_values_and_nan_where_they_do_not_fit():
         assert_close("out", local_attention(*alone, 5)[0].transpose(0, 1), out[start:end], 1e-12)
     for start, end in ((0, 3), (18, 39), (55, 57)):
         assert out[start:end].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["local", "scatterbrain", "landmarks", "landmarks, window"])
+def test_the_kernels_take_packed_sequences(name):
+    triton = pytest.importorskip("triton")
+    if not is_interpreted() or triton.__version__.startswith("3.2."):
+        pytest.skip("the kernels are compiled for the GPU here, or Triton's interpreter is too old for them")
+    operator, sizes, options = CASES[name]
+    tensors = [torch.randn(27, 2, 16) for _ in range(3)]
+    sizes = [torch.randn(4, 16) if isinstance(x, torch.Tensor) else x for x in sizes]
+    packed = partial(packed_attention, operator, cu_seqlens=[0, 9, 9, 10, 27], max_seqlen=17, **options)
+    cotangent = torch.randn(27, 2, 16)
+    expected, result = (
+        differentiate(lambda *x, backend=backend: packed(*x, *sizes, backend=backend), tensors, cotangent)
+        for backend in ("torch", "triton")
+    )
+    for which, reference in expected.items():
+        assert_close(which, reference, result[which], 1e-5)
