@@ -28,6 +28,7 @@ from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attent
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.full import full_attention
 from scatterbrain.ops.local import local_attention
+from scatterbrain.ops.packed import packed_attention
 from scatterbrain.ops.performer import performer_attention
 from scatterbrain.ops.scatterbrain import scatterbrain_attention
 
@@ -63,6 +64,7 @@ __all__ = [
     "full_attention",
     "landmark_attention",
     "local_attention",
+    "packed_attention",
     "paired_landmark_attention",
     "performer_attention",
     "scatterbrain_attention",

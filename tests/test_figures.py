@@ -389,7 +389,7 @@ NO_RESULTS = (
     "attentions|key_lengths",
     "|call|",
     "operator|",
-    "|fused kernels",
+    'backend="triton"|',
 )
 
 
