@@ -1,0 +1,352 @@
+"""Adaptive attention: the operator, and its implementation by tiles in plain PyTorch.
+
+Landmarks and the window are computed in the original order of the queries, by `scatterbrain.ops.clusters.blocked`,
+without the clusters that a query takes. The keys of these are gathered once for each tile of queries of one cluster.
+Both are sums relative to a maximum of their own, and are merged relative to the larger one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.adaptive.naive import naive_adaptive_attention
+from scatterbrain.ops.adaptive.plan import AdaptivePlan, check_density, check_plan, plan_adaptive_attention
+from scatterbrain.ops.clusters.blocked import BlockLayout, centred_keys, landmark_sums
+from scatterbrain.ops.clusters.tiles import ClusterTiles
+from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
+from scatterbrain.ops.common.numerics import (
+    FLOOR,
+    accumulation_dtype,
+    at_most,
+    gather_rows,
+    is_exporting,
+    no_autocast,
+    split_rows,
+    stable_argsort,
+    tile_budget,
+)
+from scatterbrain.ops.common.windows import window_bounds
+
+
+def adaptive_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    window: int = 0,
+    *,
+    tolerance: float | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    query_lengths: torch.Tensor | None = None,
+    num_steps: int = 1,
+    value_weight: float = 0.0,
+    plan: AdaptivePlan | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Output (B, H, T, D) of attention that is exact on a window and on key clusters chosen for each query cluster.
+
+    All other keys have the weight exp(s q.c_b) of the mean of their cluster; README.md in this folder states the maths.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        num_landmarks: number of key clusters M.
+        num_query_landmarks: number of query clusters Q.
+        density: largest share in [0, 1] of the visible keys that a query cluster weights exactly; 0 is
+            `landmark_attention`, 1 full attention.
+        window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
+        tolerance: estimated share of a query cluster's weight that landmarks may misplace; a query cluster takes no
+            more clusters once it is reached. None takes as many as fit `density`.
+        scale: softmax scale s; None is E ** -0.5.
+        is_causal: has to be false.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        query_lengths: (B,) integers; queries i >= query_lengths[b] move no centroid, so that padding does not influence
+            other queries. None for all.
+        num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+        plan: a result of `plan_adaptive_attention`, to reuse clusters and supports over layers, steps of a sampler or
+            heads. Its numbers of clusters and keys replace the options from `num_landmarks` to `density`, `tolerance`,
+            `num_steps` and `value_weight`. Ranges are checked on the CPU only: the check would synchronise a GPU.
+        dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
+            all of its keys.
+        backend: `naive` (dense, float64), `torch` (by tiles) or `auto`, which is `torch`.
+
+    Returns:
+        (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
+
+    Raises:
+        UserError: causal, or shapes, dtypes or options that do not fit.
+    """
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
+        raise UserError(
+            f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
+            f"{query_lengths.dtype} of shape {tuple(query_lengths.shape)}."
+        )
+    check_dropout(dropout_p)
+    check_density(density, tolerance)
+    window_bounds(window)
+    if is_causal:
+        raise UserError(
+            "Adaptive attention cannot be causal: its landmarks are means over all keys, so later keys would influence "
+            "earlier queries. Choose local, performer or sblocal."
+        )
+    scale = default_scale(query, scale)
+    backend = choose_backend(backend)
+    if query.shape[0] == 0:
+        return empty_output(query, key, value)
+    if plan is None:
+        plan = plan_adaptive_attention(
+            *(query, key, value, num_landmarks, num_query_landmarks, density),
+            tolerance=tolerance,
+            scale=scale,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            num_steps=num_steps,
+            value_weight=value_weight,
+        )
+    else:
+        plan = check_plan(plan, query, key, key_lengths)
+    if backend == "naive":
+        return naive_adaptive_attention(query, key, value, *plan[:3], window, scale, key_lengths)[0].to(query.dtype)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    return rows.mark(_tiled(*rows[:3], plan, window, scale, key_lengths, dropout_p))[0]
+
+
+def _tiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AdaptivePlan,
+    window: int,
+    scale: float,
+    key_lengths: torch.Tensor | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Output (B, H, T, D) over (B, H, N, width) tensors that are finite where they are hidden."""
+    batch, heads = query.shape[:2]
+    num_landmarks = plan.taken.shape[3]
+    # A window of twice the sequence holds every key; tiles grow with its width.
+    layout = BlockLayout.of(query, at_most(window, 2 * max(query.shape[2], key.shape[2])), num_landmarks)
+    counts = None
+    if key_lengths is not None:
+        counts = key_lengths.clamp(0, key.shape[2]).view(-1, 1).expand(batch, heads).reshape(-1, 1, 1)
+    tensors = [x.flatten(0, 1) for x in (query, key, value, *plan[:3])]
+    slices = [split_rows(x, layout.groups) for x in tensors]
+    slices.append([None] * len(slices[0]) if counts is None else split_rows(counts, layout.groups))
+    options = {"scale": scale, "dropout_p": dropout_p}
+    outputs = []
+    with no_autocast(query):
+        for *each, key_labels, query_labels, taken, count in zip(*slices, strict=True):
+            q, k, v = (x.to(accumulation_dtype(query.dtype)) for x in each)
+            k, _ = centred_keys(k, count)
+            lists = {"query_assignment": query_labels, "taken": taken} if plan.num_exact else {}
+            sums = landmark_sums(layout, q, k, v, key_labels, count, num_landmarks=num_landmarks, **options, **lists)
+            if plan.num_exact:
+                exact = exact_sums(q, k, v, key_labels, **lists, num_exact=plan.num_exact, **options)
+                sums = merge_sums(sums, exact)
+            outputs.append((sums[0] / sums[1]).to(query.dtype))
+        return torch.cat(outputs).unflatten(0, (batch, heads))
+
+
+Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def merge_sums(first: Sums, second: Sums) -> Sums:
+    """Sums of weighted values (g, T, D) and of weights (g, T, 1), relative to exp of the maximum (g, T, 1), of both.
+
+    A part without weights has the sums 0 and any maximum that is finite.
+    """
+    maximum = torch.maximum(first[2], second[2])
+    factors = [(part[2] - maximum).exp() for part in (first, second)]
+    total, normaliser = (
+        sum(part[i] * factor for part, factor in zip((first, second), factors, strict=True)) for i in (0, 1)
+    )
+    return total, normaliser, maximum
+
+
+def exact_sums(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_assignment: torch.Tensor,
+    query_assignment: torch.Tensor,
+    taken: torch.Tensor,
+    num_exact: int,
+    scale: float,
+    dropout_p: float,
+) -> Sums:
+    """Sums over the keys that each query cluster takes, see `merge_sums`.
+
+    Args:
+        query: (g, T, E).
+        key: (g, S, E).
+        value: (g, S, D).
+        key_assignment: cluster of each key (g, S), -1 for none.
+        query_assignment: cluster of each query (g, T).
+        taken: boolean (g, Q, M).
+        num_exact: upper bound of the number of keys that a query cluster takes.
+        scale: softmax scale s.
+        dropout_p: probability of dropping a weight; dropped weights still count in the sum of weights.
+    """
+    tiles = ClusterTiles.of(query_assignment, taken.shape[1])
+    index, owner = tiles.index, tiles.owner
+    if _may_synchronise(query):
+        used = int((index >= 0).any(2).sum(1).max())  # tiles without queries are the last
+        index, owner = index[:, :used], owner[:, :used]
+    keys, is_key = exact_lists(key_assignment, taken, num_exact)
+    bias = torch.zeros_like(is_key, dtype=query.dtype).masked_fill(~is_key, -math.inf)
+    rows = torch.cat([key, value, torch.ones_like(value[..., :1])], -1)
+    if dropout_p > 0 or not torch.is_grad_enabled():
+        result = _forward_tiles(query, rows, index, owner, keys, bias, scale, dropout_p)
+    else:
+        result = _ExactTiles.apply(query, rows, index, owner, keys, bias, scale)
+    result = tiles.put(result)
+    return result[..., :-2], result[..., -2:-1], result[..., -1:].detach()
+
+
+def _may_synchronise(x: torch.Tensor) -> bool:
+    """Whether sizes may depend on the data: they would synchronise a GPU, and cannot be recorded."""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting())
+
+
+def _parts(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    owner: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """As many tiles at a time as the budget allows: places of queries (g n C), positions of keys (g n K), and tensors.
+
+    The tensors are queries (g n, C, E), keys, values and ones (g n, K, E + D + 1) and logits (g n, C, K).
+    """
+    groups, _, size = index.shape
+    length = tile_budget(query) // (groups * keys.shape[2] * (size + rows.shape[2]))
+    pairs = ((index, owner),)
+    if not is_exporting():
+        pairs = zip(*(x.split(max(1, length), 1) for x in (index, owner)), strict=True)
+    for places, of_tile in pairs:
+        places, lists = places.flatten(1).clamp_min(0), gather_rows(keys, of_tile).flatten(1)
+        q = gather_rows(query, places).view(-1, size, query.shape[2])
+        kv = gather_rows(rows, lists).view(q.shape[0], -1, rows.shape[2])
+        tile_bias = gather_rows(bias, of_tile).flatten(0, 1).unsqueeze(1)
+        logits = torch.baddbmm(tile_bias, q, kv[..., : q.shape[2]].transpose(1, 2), alpha=scale)
+        yield places, lists, q, kv, logits
+
+
+def _forward_tiles(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    owner: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Tiles (g, n, C, D + 2) of sums of weighted values and of weights, and their maximum; see `exact_sums`.
+
+    Args:
+        query: (g, T, E).
+        rows: keys, values and ones (g, S, E + D + 1).
+        index: positions of the queries of each tile (g, n, C), -1 for none.
+        owner: query cluster of each tile (g, n).
+        keys: positions of the keys of each query cluster (g, Q, K).
+        bias: of the logits (g, Q, K), -inf where there is no key.
+        scale: softmax scale s.
+        dropout_p: probability of dropping a weight.
+    """
+    results = []
+    for *_, q, kv, logits in _parts(query, rows, index, owner, keys, bias, scale):
+        maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
+        weights = (logits - maximum).exp()
+        total = torch.bmm(weights, kv[..., q.shape[2] :])
+        normaliser = total[..., -1:]
+        if dropout_p > 0:
+            total = torch.bmm(F.dropout(weights, dropout_p), kv[..., q.shape[2] :])
+        result = torch.cat([total[..., :-1], normaliser, maximum], -1)
+        results.append(result.view(index.shape[0], -1, *result.shape[1:]))
+    return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+
+class _ExactTiles(torch.autograd.Function):
+    """`_forward_tiles` with gradients by tiles: those of gathered rows would be as large as all rows for each part."""
+
+    @staticmethod
+    def forward(ctx, query, rows, index, owner, keys, bias, scale):
+        result = _forward_tiles(query, rows, index, owner, keys, bias, scale)
+        ctx.save_for_backward(query, rows, index, owner, keys, bias, result[..., -1:].contiguous())
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *tensors, maximum = ctx.saved_tensors
+        query, rows, index = tensors[:3]
+        groups, width = query.shape[0], query.shape[2]
+        # the maximum is a constant, and places without a query hold copies of the first one
+        grad = grad[..., :-1].masked_fill((index < 0).unsqueeze(-1), 0.0)
+        query_grad, rows_grad = (torch.zeros_like(x).flatten(0, 1) for x in (query, rows))
+        first = torch.arange(groups, device=query.device).unsqueeze(1)
+        start = 0
+        for places, lists, q, kv, logits in _parts(*tensors, ctx.scale):
+            end = start + places.shape[1] // index.shape[2]
+            grad_out = grad[:, start:end].flatten(0, 1)
+            weights = (logits - maximum[:, start:end].flatten(0, 1)).exp()
+            start = end
+            of_logits = torch.bmm(grad_out, kv[..., width:].transpose(1, 2)).mul_(weights).mul_(ctx.scale)
+            of_query = torch.bmm(of_logits, kv[..., :width])
+            of_rows = torch.cat(
+                [torch.bmm(of_logits.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), grad_out)], -1
+            )
+            query_grad.index_add_(0, (places + first * query.shape[1]).flatten(), of_query.flatten(0, 1))
+            rows_grad.index_add_(0, (lists + first * rows.shape[1]).flatten(), of_rows.flatten(0, 1))
+        return query_grad.view_as(query), rows_grad.view_as(rows), None, None, None, None, None
+
+
+def exact_lists(key_assignment: torch.Tensor, taken: torch.Tensor, num_exact: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (g, Q, K) of the keys that each query cluster takes, and whether each is one of them.
+
+    Args:
+        key_assignment: cluster of each key (g, S), -1 for none.
+        taken: boolean (g, Q, M).
+        num_exact: upper bound K of their number.
+    """
+    groups, _, num_clusters = taken.shape
+    labels = key_assignment.where(key_assignment >= 0, num_clusters)
+    order = stable_argsort(labels)
+    sizes = torch.zeros(groups, num_clusters + 1, dtype=torch.int64, device=labels.device)
+    sizes = sizes.scatter_add(1, labels, torch.ones_like(labels))[:, :num_clusters].unsqueeze(1)
+    starts = sizes.cumsum(2) - sizes  # (g, 1, M)
+    sizes = sizes * taken
+    ends = sizes.cumsum(2)  # (g, Q, M)
+    if _may_synchronise(key_assignment):
+        num_exact = max(1, int(ends[..., -1].max()))
+    place = torch.arange(num_exact, device=labels.device).expand(*taken.shape[:2], -1).contiguous()
+    if torch.onnx.is_in_onnx_export():  # which has no searchsorted
+        cluster = (ends.unsqueeze(2) <= place.unsqueeze(3)).sum(3)
+    else:
+        cluster = torch.searchsorted(ends, place, right=True)
+    is_key = cluster < num_clusters
+    cluster = cluster.clamp_max(num_clusters - 1)
+    # a place in the order of clusters: the start of its cluster, and as far behind it as in the list
+    shift = starts - (ends - sizes)
+    place = (place + shift.gather(2, cluster)).clamp(0, labels.shape[1] - 1)
+    return order.gather(1, place.flatten(1)).view_as(place), is_key
