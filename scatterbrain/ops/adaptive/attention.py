@@ -211,11 +211,11 @@ def exact_sums(
     bias = torch.zeros_like(is_key, dtype=query.dtype).masked_fill(~is_key, -math.inf)
     rows = torch.cat([key, value, torch.ones_like(value[..., :1])], -1)
     if dropout_p > 0 or not torch.is_grad_enabled():
-        result = _forward_tiles(query, rows, index, owner, keys, bias, scale, dropout_p)
+        results = _forward_tiles(query, rows, index, owner, keys, bias, scale, dropout_p)
     else:
-        result = _ExactTiles.apply(query, rows, index, owner, keys, bias, scale)
-    result = tiles.put(result)
-    return result[..., :-2], result[..., -2:-1], result[..., -1:].detach()
+        results = _ExactTiles.apply(query, rows, index, owner, keys, bias, scale)
+    sums, maximum = (tiles.put(x) for x in results)
+    return sums[..., :-1], sums[..., -1:], maximum.detach()
 
 
 def _may_synchronise(x: torch.Tensor) -> bool:
@@ -259,8 +259,8 @@ def _forward_tiles(
     bias: torch.Tensor,
     scale: float,
     dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """Tiles (g, n, C, D + 2) of sums of weighted values and of weights, and their maximum; see `exact_sums`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles (g, n, C, D + 1) of sums of weighted values and of weights, and (g, n, C, 1) of maxima; see `exact_sums`.
 
     Args:
         query: (g, T, E).
@@ -277,12 +277,12 @@ def _forward_tiles(
         maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
         weights = (logits - maximum).exp()
         total = torch.bmm(weights, kv[..., q.shape[2] :])
-        normaliser = total[..., -1:]
         if dropout_p > 0:
-            total = torch.bmm(F.dropout(weights, dropout_p), kv[..., q.shape[2] :])
-        result = torch.cat([total[..., :-1], normaliser, maximum], -1)
-        results.append(result.view(index.shape[0], -1, *result.shape[1:]))
-    return results[0] if len(results) == 1 else torch.cat(results, 1)
+            dropped = torch.bmm(F.dropout(weights, dropout_p), kv[..., q.shape[2] :])
+            total = torch.cat([dropped[..., :-1], total[..., -1:]], -1)
+        results.append([x.view(index.shape[0], -1, *x.shape[1:]) for x in (total, maximum)])
+    sums, maxima = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*results, strict=True))
+    return sums, maxima
 
 
 class _ExactTiles(torch.autograd.Function):
@@ -290,19 +290,20 @@ class _ExactTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, rows, index, owner, keys, bias, scale):
-        result = _forward_tiles(query, rows, index, owner, keys, bias, scale)
-        ctx.save_for_backward(query, rows, index, owner, keys, bias, result[..., -1:].contiguous())
+        sums, maximum = _forward_tiles(query, rows, index, owner, keys, bias, scale)
+        ctx.save_for_backward(query, rows, index, owner, keys, bias, maximum)
+        ctx.mark_non_differentiable(maximum)
         ctx.scale = scale
-        return result
+        return sums, maximum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         *tensors, maximum = ctx.saved_tensors
         query, rows, index = tensors[:3]
         groups, width = query.shape[0], query.shape[2]
-        # the maximum is a constant, and places without a query hold copies of the first one
-        grad = grad[..., :-1].masked_fill((index < 0).unsqueeze(-1), 0.0)
+        # places without a query hold copies of the first one
+        grad = grad.masked_fill((index < 0).unsqueeze(-1), 0.0)
         query_grad, rows_grad = (torch.zeros_like(x).flatten(0, 1) for x in (query, rows))
         first = torch.arange(groups, device=query.device).unsqueeze(1)
         start = 0
