@@ -3,7 +3,12 @@
 from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
-from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
+from scatterbrain.attention.cluster import (
+    ClusterAttention,
+    PairedClusterAttention,
+    SBAdaptiveAttention,
+    SBClusterAttention,
+)
 from scatterbrain.attention.combination import (
     CombinationLocalPerformerAttention,
     CombinationSmyrfPerformerAttention,
@@ -17,6 +22,7 @@ from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.adaptive import adaptive_attention, plan_adaptive_attention
 from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.full import full_attention
@@ -38,6 +44,7 @@ __all__ = [
     "PerformerAttention",
     "RandomFeatureOptions",
     "ReformerAttention",
+    "SBAdaptiveAttention",
     "SBBlockSparseAttention",
     "SBClusterAttention",
     "SBLocal2dAttention",
@@ -45,6 +52,7 @@ __all__ = [
     "SBSmyrfAttention",
     "SmyrfAttention",
     "UserError",
+    "adaptive_attention",
     "attention_memory",
     "create_attention",
     "draw_projection",
@@ -53,5 +61,6 @@ __all__ = [
     "local_attention",
     "paired_landmark_attention",
     "performer_attention",
+    "plan_adaptive_attention",
     "scatterbrain_attention",
 ]

@@ -2,10 +2,9 @@
 
 from scatterbrain.ops.adaptive.attention import adaptive_attention
 from scatterbrain.ops.adaptive.naive import exact_pairs, naive_adaptive_attention
-from scatterbrain.ops.adaptive.plan import AdaptivePlan, plan_adaptive_attention
+from scatterbrain.ops.adaptive.plan import plan_adaptive_attention
 
 __all__ = [
-    "AdaptivePlan",
     "adaptive_attention",
     "exact_pairs",
     "naive_adaptive_attention",

@@ -210,7 +210,8 @@ def exact_sums(
     keys, is_key = exact_lists(key_assignment, taken, num_exact)
     bias = torch.zeros_like(is_key, dtype=query.dtype).masked_fill(~is_key, -math.inf)
     rows = torch.cat([key, value, torch.ones_like(value[..., :1])], -1)
-    if dropout_p > 0 or not torch.is_grad_enabled():
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or rows.requires_grad)
+    if dropout_p > 0 or is_exporting() or not needs_grad:
         results = _forward_tiles(query, rows, index, owner, keys, bias, scale, dropout_p)
     else:
         results = _ExactTiles.apply(query, rows, index, owner, keys, bias, scale)

@@ -334,25 +334,29 @@ def _attend_blocks(
             landmark = (labels.transpose(1, 2) == torch.arange(means.shape[1], device=key.device)).to(query.dtype)
     weights = _exp(weights.sub_(maximum), least)  # (g, M + 1, n C)
     if counted is not None:
-        weights = weights * counted
+        weights = weights * counted if weights.requires_grad else weights.mul_(counted)
 
-    def landmarks_of_keys(weights: torch.Tensor) -> torch.Tensor:
-        """Weights (g n, L, C) of the landmark of each key of the window."""
-        if landmark.dim() == 1:
-            return weights.view(-1, block).index_select(0, landmark).view_as(exact)
-        return landmark @ weights.view(groups, -1, num_blocks, block).transpose(1, 2).flatten(0, 1)
+    left_out = None
 
     def sums_of(weights: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:
         """Sums (g n, C, D + 1) of the weighted values and ones."""
+        nonlocal left_out
         total = torch.bmm(weights.transpose(1, 2), sums).view(-1, block, sums.shape[-1])
         if exact is None:
             return total
-        exact = torch.addcmul(exact, landmarks_of_keys(weights), masks[0], value=-1.0)
+        if landmark.dim() == 1:
+            replaced = weights.view(-1, block).index_select(0, landmark).view_as(exact)
+        else:
+            of_blocks = weights.view(groups, -1, num_blocks, block).transpose(1, 2).flatten(0, 1)
+            replaced = landmark @ of_blocks
+        exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
+        if counted is not None:
+            if left_out is None:
+                # exponents are bounded from below, so that only a landmark that does not count has the weight 0
+                left_out = replaced.detach() == 0
+            exact.masked_fill_(left_out, 0.0)
         return total.baddbmm_(exact.transpose(1, 2), value.transpose(1, 2))
 
-    if counted is not None and exact is not None:
-        # exponents are bounded from below, so that only a landmark that does not count has the weight 0
-        exact = exact * (landmarks_of_keys(weights.detach()) > 0)
     total = sums_of(weights, exact)
     normaliser = total[..., -1:]
     if dropout_p > 0:  # dropped weights still count in the normaliser

@@ -9,13 +9,13 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.adaptive import (
-    AdaptivePlan,
     adaptive_attention,
     exact_pairs,
     naive_adaptive_attention,
     plan_adaptive_attention,
 )
 from scatterbrain.ops.adaptive import attention as implementation
+from scatterbrain.ops.adaptive.plan import AdaptivePlan
 from scatterbrain.ops.clusters import assign_key_clusters, landmark_attention, naive_landmark_attention
 from scatterbrain.ops.common.inputs import length_mask
 from tests.helpers import TensorRecorder, assert_close, dense_attention, draw_inputs
