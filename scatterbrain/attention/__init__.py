@@ -94,10 +94,11 @@ def _paired_clusters(columns: float, length: int, exact_share: float) -> dict[st
 
 
 def _adaptive(columns: float, length: int, options: Options) -> dict[str, int | float]:
-    # an eighth of the columns for query clusters, as much for the window, a quarter for chosen keys, half for landmarks
-    queries = options.get("num_query_landmarks", keys_for(columns / 8))
-    num_exact = int(columns / 4 / (1 + queries / length))
-    window = keys_for(columns / 8)
+    # a sixteenth of the columns for query clusters, as much for the window, an eighth for chosen keys, and the rest for
+    # landmarks: with fewer, their clusters are larger than the share that a query cluster takes
+    queries = options.get("num_query_landmarks", keys_for(columns / 16))
+    num_exact = int(columns / 8 / (1 + queries / length))
+    window = keys_for(columns / 16)
     num_landmarks = keys_for(columns - queries - window - num_exact * (1 + queries / length))
     return {
         "local_context": window,

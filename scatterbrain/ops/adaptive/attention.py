@@ -1,14 +1,14 @@
 """Adaptive attention: the operator, and its implementation by tiles in plain PyTorch.
 
 Landmarks and the window are computed in the original order of the queries, by `scatterbrain.ops.clusters.blocked`,
-without the clusters that a query takes. The keys of these are gathered once for each tile of queries of one cluster.
-Both are sums relative to a maximum of their own, and are merged relative to the larger one.
+without the clusters that a query takes. The keys of these are gathered once for all queries of a cluster, or, where
+sizes must not depend on the data (GPUs, export, compilation), once for each tile of queries of a cluster. Both are sums
+relative to a maximum of their own, and are merged relative to the larger one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -202,21 +202,18 @@ def exact_sums(
         scale: softmax scale s.
         dropout_p: probability of dropping a weight; dropped weights still count in the sum of weights.
     """
-    tiles = ClusterTiles.of(query_assignment, taken.shape[1])
-    index, owner = tiles.index, tiles.owner
-    if _may_synchronise(query):
-        used = int((index >= 0).any(2).sum(1).max())  # tiles without queries are the last
-        index, owner = index[:, :used], owner[:, :used]
-    keys, is_key = exact_lists(key_assignment, taken, num_exact)
-    bias = torch.zeros_like(is_key, dtype=query.dtype).masked_fill(~is_key, -math.inf)
     rows = torch.cat([key, value, torch.ones_like(value[..., :1])], -1)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or rows.requires_grad)
-    if dropout_p > 0 or is_exporting() or not needs_grad:
-        results = _forward_tiles(query, rows, index, owner, keys, bias, scale, dropout_p)
+    keys, is_key = exact_lists(key_assignment, taken, num_exact)
+    if not _may_synchronise(query):
+        return _static_sums(query, rows, query_assignment, keys, is_key, scale, dropout_p)
+    parts = _cluster_parts(query_assignment, keys, is_key, rows.shape[1], tile_budget(query))
+    flat = query.flatten(0, 1), rows.flatten(0, 1)
+    if torch.is_grad_enabled() and dropout_p == 0 and any(x.requires_grad for x in flat):
+        sums, maximum = _ExactSums.apply(*flat, parts, scale)
     else:
-        results = _ExactTiles.apply(query, rows, index, owner, keys, bias, scale)
-    sums, maximum = (tiles.put(x) for x in results)
-    return sums[..., :-1], sums[..., -1:], maximum.detach()
+        sums, maximum = _forward(*flat, parts, scale, dropout_p)
+    sums, maximum = (x.unflatten(0, query.shape[:2]) for x in (sums, maximum))
+    return sums[..., :-1], sums[..., -1:], maximum
 
 
 def _may_synchronise(x: torch.Tensor) -> bool:
@@ -224,103 +221,127 @@ def _may_synchronise(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting())
 
 
-def _parts(
-    query: torch.Tensor,
-    rows: torch.Tensor,
-    index: torch.Tensor,
-    owner: torch.Tensor,
-    keys: torch.Tensor,
-    bias: torch.Tensor,
-    scale: float,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """As many tiles at a time as the budget allows: places of queries (g n C), positions of keys (g n K), and tensors.
-
-    The tensors are queries (g n, C, E), keys, values and ones (g n, K, E + D + 1) and logits (g n, C, K).
-    """
-    groups, _, size = index.shape
-    length = tile_budget(query) // (groups * keys.shape[2] * (size + rows.shape[2]))
-    pairs = ((index, owner),)
-    if not is_exporting():
-        pairs = zip(*(x.split(max(1, length), 1) for x in (index, owner)), strict=True)
-    for places, of_tile in pairs:
-        places, lists = places.flatten(1).clamp_min(0), gather_rows(keys, of_tile).flatten(1)
-        q = gather_rows(query, places).view(-1, size, query.shape[2])
-        kv = gather_rows(rows, lists).view(q.shape[0], -1, rows.shape[2])
-        tile_bias = gather_rows(bias, of_tile).flatten(0, 1).unsqueeze(1)
-        logits = torch.baddbmm(tile_bias, q, kv[..., : q.shape[2]].transpose(1, 2), alpha=scale)
-        yield places, lists, q, kv, logits
+Parts = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _forward_tiles(
-    query: torch.Tensor,
-    rows: torch.Tensor,
-    index: torch.Tensor,
-    owner: torch.Tensor,
-    keys: torch.Tensor,
-    bias: torch.Tensor,
-    scale: float,
-    dropout_p: float = 0.0,
+def _cluster_parts(
+    query_assignment: torch.Tensor, keys: torch.Tensor, is_key: torch.Tensor, num_keys: int, budget: int
+) -> Parts:
+    """Positions of queries of one cluster and of its exact keys, in flat tensors (g T) and (g S)."""
+    groups, length = query_assignment.shape
+    order = stable_argsort(query_assignment) + torch.arange(groups).unsqueeze(1) * length
+    keys = keys + torch.arange(groups).view(-1, 1, 1) * num_keys
+    sizes = torch.zeros(is_key.shape[:2], dtype=torch.int64)
+    sizes = sizes.scatter_add(1, query_assignment, torch.ones_like(query_assignment)).flatten().tolist()
+    places = order.flatten().split(sizes)
+    lists = zip(keys.flatten(0, 1), is_key.flatten(0, 1).sum(1).tolist(), strict=True)
+    return [
+        (some, of_cluster[:number])
+        for of_queries, (of_cluster, number) in zip(places, lists, strict=True)
+        if number and len(of_queries)
+        for some in of_queries.split(max(1, budget // number))
+    ]
+
+
+def _forward(
+    query: torch.Tensor, rows: torch.Tensor, parts: Parts, scale: float, dropout_p: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles (g, n, C, D + 1) of sums of weighted values and of weights, and (g, n, C, 1) of maxima; see `exact_sums`.
+    """Sums of weighted values and of weights (N, D + 1) of queries (N, E), relative to exp of the maximum (N, 1).
 
     Args:
-        query: (g, T, E).
-        rows: keys, values and ones (g, S, E + D + 1).
-        index: positions of the queries of each tile (g, n, C), -1 for none.
-        owner: query cluster of each tile (g, n).
-        keys: positions of the keys of each query cluster (g, Q, K).
-        bias: of the logits (g, Q, K), -inf where there is no key.
+        query: (N, E).
+        rows: keys, values and ones (n, E + D + 1).
+        parts: positions of queries and of keys that see each other.
         scale: softmax scale s.
         dropout_p: probability of dropping a weight.
     """
-    results = []
-    for *_, q, kv, logits in _parts(query, rows, index, owner, keys, bias, scale):
-        maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
-        weights = (logits - maximum).exp()
-        total = torch.bmm(weights, kv[..., q.shape[2] :])
+    width = query.shape[1]
+    sums = query.new_zeros(query.shape[0], rows.shape[1] - width)
+    maxima = query.new_full((query.shape[0], 1), FLOOR)
+    for places, keys in parts:
+        kv = rows.index_select(0, keys)
+        logits = (query.index_select(0, places) * scale) @ kv[:, :width].T
+        maximum = logits.detach().amax(1, keepdim=True)
+        weights = logits.sub_(maximum).exp_()
+        total = weights @ kv[:, width:]
         if dropout_p > 0:
-            dropped = torch.bmm(F.dropout(weights, dropout_p), kv[..., q.shape[2] :])
-            total = torch.cat([dropped[..., :-1], total[..., -1:]], -1)
-        results.append([x.view(index.shape[0], -1, *x.shape[1:]) for x in (total, maximum)])
-    sums, maxima = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*results, strict=True))
+            dropped = F.dropout(weights, dropout_p) @ kv[:, width:]
+            total = torch.cat([dropped[:, :-1], total[:, -1:]], 1)
+        sums = sums.index_copy_(0, places, total)
+        maxima.index_copy_(0, places, maximum)
     return sums, maxima
 
 
-class _ExactTiles(torch.autograd.Function):
-    """`_forward_tiles` with gradients by tiles: those of gathered rows would be as large as all rows for each part."""
+class _ExactSums(torch.autograd.Function):
+    """`_forward` with gradients by parts: autograd's of gathered rows would be as large as all rows for each part."""
 
     @staticmethod
-    def forward(ctx, query, rows, index, owner, keys, bias, scale):
-        sums, maximum = _forward_tiles(query, rows, index, owner, keys, bias, scale)
-        ctx.save_for_backward(query, rows, index, owner, keys, bias, maximum)
-        ctx.mark_non_differentiable(maximum)
-        ctx.scale = scale
-        return sums, maximum
+    def forward(ctx, query, rows, parts, scale):
+        sums, maxima = _forward(query, rows, parts, scale)
+        ctx.save_for_backward(query, rows, maxima)
+        ctx.mark_non_differentiable(maxima)
+        ctx.parts, ctx.scale = parts, scale
+        return sums, maxima
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        *tensors, maximum = ctx.saved_tensors
-        query, rows, index = tensors[:3]
-        groups, width = query.shape[0], query.shape[2]
-        # places without a query hold copies of the first one
-        grad = grad.masked_fill((index < 0).unsqueeze(-1), 0.0)
-        query_grad, rows_grad = (torch.zeros_like(x).flatten(0, 1) for x in (query, rows))
-        first = torch.arange(groups, device=query.device).unsqueeze(1)
-        start = 0
-        for places, lists, q, kv, logits in _parts(*tensors, ctx.scale):
-            end = start + places.shape[1] // index.shape[2]
-            grad_out = grad[:, start:end].flatten(0, 1)
-            weights = (logits - maximum[:, start:end].flatten(0, 1)).exp()
-            start = end
-            of_logits = torch.bmm(grad_out, kv[..., width:].transpose(1, 2)).mul_(weights).mul_(ctx.scale)
-            of_query = torch.bmm(of_logits, kv[..., :width])
-            of_rows = torch.cat(
-                [torch.bmm(of_logits.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), grad_out)], -1
-            )
-            query_grad.index_add_(0, (places + first * query.shape[1]).flatten(), of_query.flatten(0, 1))
-            rows_grad.index_add_(0, (lists + first * rows.shape[1]).flatten(), of_rows.flatten(0, 1))
-        return query_grad.view_as(query), rows_grad.view_as(rows), None, None, None, None, None
+        query, rows, maxima = ctx.saved_tensors
+        width = query.shape[1]
+        query_grad, rows_grad = torch.zeros_like(query), torch.zeros_like(rows)
+        for places, keys in ctx.parts:
+            kv, q = rows.index_select(0, keys), query.index_select(0, places) * ctx.scale
+            of_sums = grad.index_select(0, places)
+            weights = (q @ kv[:, :width].T).sub_(maxima.index_select(0, places)).exp_()
+            of_logits = (of_sums @ kv[:, width:].T).mul_(weights)
+            query_grad.index_copy_(0, places, of_logits @ kv[:, :width] * ctx.scale)
+            rows_grad.index_add_(0, keys, torch.cat([of_logits.T @ q, weights.T @ of_sums], 1))
+        return query_grad, rows_grad, None, None
+
+
+def _static_sums(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    query_assignment: torch.Tensor,
+    keys: torch.Tensor,
+    is_key: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+) -> Sums:
+    """The sums of `exact_sums` by tiles of queries of one cluster, whose sizes do not depend on the data.
+
+    Args:
+        query: (g, T, E).
+        rows: keys, values and ones (g, S, E + D + 1).
+        query_assignment: cluster of each query (g, T).
+        keys: positions of the keys of each query cluster (g, Q, K).
+        is_key: boolean (g, Q, K), false for a place without a key.
+        scale: softmax scale s.
+        dropout_p: probability of dropping a weight.
+    """
+    tiles = ClusterTiles.of(query_assignment, keys.shape[1])
+    bias = torch.zeros_like(is_key, dtype=query.dtype).masked_fill(~is_key, -math.inf)
+    groups, _, size = tiles.index.shape
+    width = query.shape[2]
+    length = max(1, tile_budget(query) // (groups * keys.shape[2] * (size + rows.shape[2])))
+    pairs = ((tiles.index, tiles.owner),)
+    if not is_exporting():
+        pairs = zip(*(x.split(length, 1) for x in (tiles.index, tiles.owner)), strict=True)
+    results = []
+    for places, owner in pairs:
+        q = gather_rows(query, places.flatten(1).clamp_min(0)).view(-1, size, width)
+        kv = gather_rows(rows, gather_rows(keys, owner).flatten(1)).view(q.shape[0], -1, rows.shape[2])
+        tile_bias = gather_rows(bias, owner).flatten(0, 1).unsqueeze(1)
+        logits = torch.baddbmm(tile_bias, q, kv[..., :width].transpose(1, 2), alpha=scale)
+        maximum = logits.detach().amax(-1, keepdim=True).clamp_min(FLOOR)
+        weights = (logits - maximum).exp()
+        total = torch.bmm(weights, kv[..., width:])
+        if dropout_p > 0:
+            dropped = torch.bmm(F.dropout(weights, dropout_p), kv[..., width:])
+            total = torch.cat([dropped[..., :-1], total[..., -1:]], -1)
+        results.append([x.view(groups, -1, *x.shape[1:]) for x in (total, maximum)])
+    sums, maximum = (tiles.put(torch.cat(parts, 1)) for parts in zip(*results, strict=True))
+    return sums[..., :-1], sums[..., -1:], maximum.detach()
 
 
 def exact_lists(key_assignment: torch.Tensor, taken: torch.Tensor, num_exact: int) -> tuple[torch.Tensor, torch.Tensor]:

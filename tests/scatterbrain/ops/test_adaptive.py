@@ -74,9 +74,11 @@ def compare(pair, tensors, ratio_out, ratio_grad, dtype):
         assert_close(name, reference, result[name], ratio_out if name == "out" else ratio_grad)
 
 
+@pytest.mark.parametrize("synchronise", [True, False])
 @pytest.mark.parametrize("density", [0.0, 0.08, 0.4, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tiles_match_the_specification(shape, density):
+def test_tiles_match_the_specification(shape, density, synchronise, monkeypatch):
+    monkeypatch.setattr(implementation, "_may_synchronise", lambda _: synchronise)
     length, num_keys, width, value_width, *sizes, lengths = shape
     lengths = lengths_of(lengths)
     *tensors, _ = draw_inputs(2, 2, length, num_keys, width, value_width, dtype=torch.float32)
@@ -316,7 +318,9 @@ def test_options_have_an_effect_and_dropout_keeps_the_mean():
     assert_close("mean under dropout", function(), dropped.mean(0), 0.1)
 
 
-def test_slices_change_nothing(monkeypatch):
+@pytest.mark.parametrize("synchronise", [True, False])
+def test_slices_and_the_tiles_of_other_devices_change_nothing(synchronise, monkeypatch):
+    monkeypatch.setattr(implementation, "_may_synchronise", lambda _: synchronise)
     *tensors, _ = draw_inputs(2, 2, 130, 150, dtype=torch.float32)
     lengths = torch.tensor([150, 70])
     plan = plan_adaptive_attention(*tensors, 19, 5, 0.2, key_lengths=lengths)
