@@ -206,13 +206,14 @@ def exact_sums(
     keys, is_key = exact_lists(key_assignment, taken, num_exact)
     if not _may_synchronise(query):
         return _static_sums(query, rows, query_assignment, keys, is_key, scale, dropout_p)
-    parts = _cluster_parts(query_assignment, keys, is_key, rows.shape[1], tile_budget(query))
+    order, parts = _cluster_parts(query_assignment, keys, is_key, rows.shape[1], tile_budget(query))
     flat = query.flatten(0, 1), rows.flatten(0, 1)
     if torch.is_grad_enabled() and dropout_p == 0 and any(x.requires_grad for x in flat):
-        sums, maximum = _ExactSums.apply(*flat, parts, scale)
+        sums, maximum = _ExactSums.apply(flat[0][order], flat[1], parts, scale)
     else:
-        sums, maximum = _forward(*flat, parts, scale, dropout_p)
-    sums, maximum = (x.unflatten(0, query.shape[:2]) for x in (sums, maximum))
+        sums, maximum = _forward(flat[0][order], flat[1], parts, scale, dropout_p)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    sums, maximum = (x.index_select(0, place).unflatten(0, query.shape[:2]) for x in (sums, maximum))
     return sums[..., :-1], sums[..., -1:], maximum
 
 
@@ -221,26 +222,29 @@ def _may_synchronise(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting())
 
 
-Parts = list[tuple[torch.Tensor, torch.Tensor]]
+# Numbers of consecutive queries, and positions of the keys that they see.
+Parts = list[tuple[int, torch.Tensor]]
 
 
 def _cluster_parts(
     query_assignment: torch.Tensor, keys: torch.Tensor, is_key: torch.Tensor, num_keys: int, budget: int
-) -> Parts:
-    """Positions of queries of one cluster and of its exact keys, in flat tensors (g T) and (g S)."""
+) -> tuple[torch.Tensor, Parts]:
+    """Positions (g T) of the queries in the order of their clusters, and stretches of this order with their keys.
+
+    Positions are those in flat tensors (g T, E) and (g S, E).
+    """
     groups, length = query_assignment.shape
-    order = stable_argsort(query_assignment) + torch.arange(groups).unsqueeze(1) * length
-    keys = keys + torch.arange(groups).view(-1, 1, 1) * num_keys
+    first = torch.arange(groups).unsqueeze(1)
+    order = (stable_argsort(query_assignment) + first * length).flatten()
+    keys = keys + (first * num_keys).unsqueeze(2)
     sizes = torch.zeros(is_key.shape[:2], dtype=torch.int64)
-    sizes = sizes.scatter_add(1, query_assignment, torch.ones_like(query_assignment)).flatten().tolist()
-    places = order.flatten().split(sizes)
-    lists = zip(keys.flatten(0, 1), is_key.flatten(0, 1).sum(1).tolist(), strict=True)
-    return [
-        (some, of_cluster[:number])
-        for of_queries, (of_cluster, number) in zip(places, lists, strict=True)
-        if number and len(of_queries)
-        for some in of_queries.split(max(1, budget // number))
-    ]
+    sizes = sizes.scatter_add(1, query_assignment, torch.ones_like(query_assignment))
+    clusters = zip(sizes.flatten().tolist(), keys.flatten(0, 1), is_key.sum(2).flatten().tolist(), strict=True)
+    parts = []
+    for size, of_cluster, number in clusters:
+        most = max(1, budget // max(1, number))
+        parts += [(min(most, size - start), of_cluster[:number]) for start in range(0, size, most)]
+    return order, parts
 
 
 def _forward(
@@ -249,26 +253,28 @@ def _forward(
     """Sums of weighted values and of weights (N, D + 1) of queries (N, E), relative to exp of the maximum (N, 1).
 
     Args:
-        query: (N, E).
+        query: (N, E), in the order of the parts.
         rows: keys, values and ones (n, E + D + 1).
-        parts: positions of queries and of keys that see each other.
+        parts: numbers of consecutive queries, and positions of the keys that they see.
         scale: softmax scale s.
         dropout_p: probability of dropping a weight.
     """
     width = query.shape[1]
-    sums = query.new_zeros(query.shape[0], rows.shape[1] - width)
-    maxima = query.new_full((query.shape[0], 1), FLOOR)
-    for places, keys in parts:
+    results = []
+    for q, (_, keys) in zip(query.split([size for size, _ in parts]), parts, strict=True):
+        if not len(keys):
+            results.append((q.new_zeros(len(q), rows.shape[1] - width), q.new_full((len(q), 1), FLOOR)))
+            continue
         kv = rows.index_select(0, keys)
-        logits = (query.index_select(0, places) * scale) @ kv[:, :width].T
+        logits = (q * scale) @ kv[:, :width].T
         maximum = logits.detach().amax(1, keepdim=True)
         weights = logits.sub_(maximum).exp_()
         total = weights @ kv[:, width:]
         if dropout_p > 0:
             dropped = F.dropout(weights, dropout_p) @ kv[:, width:]
             total = torch.cat([dropped[:, :-1], total[:, -1:]], 1)
-        sums = sums.index_copy_(0, places, total)
-        maxima.index_copy_(0, places, maximum)
+        results.append((total, maximum))
+    sums, maxima = (torch.cat(x) for x in zip(*results, strict=True))
     return sums, maxima
 
 
@@ -287,16 +293,16 @@ class _ExactSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         query, rows, maxima = ctx.saved_tensors
-        width = query.shape[1]
-        query_grad, rows_grad = torch.zeros_like(query), torch.zeros_like(rows)
-        for places, keys in ctx.parts:
-            kv, q = rows.index_select(0, keys), query.index_select(0, places) * ctx.scale
-            of_sums = grad.index_select(0, places)
-            weights = (q @ kv[:, :width].T).sub_(maxima.index_select(0, places)).exp_()
+        width, sizes = query.shape[1], [size for size, _ in ctx.parts]
+        query_grads, rows_grad = [], torch.zeros_like(rows)
+        stretches = zip(*(x.split(sizes) for x in (query, maxima, grad)), ctx.parts, strict=True)
+        for q, maximum, of_sums, (_, keys) in stretches:
+            kv, q = rows.index_select(0, keys), q * ctx.scale
+            weights = (q @ kv[:, :width].T).sub_(maximum).exp_()
             of_logits = (of_sums @ kv[:, width:].T).mul_(weights)
-            query_grad.index_copy_(0, places, of_logits @ kv[:, :width] * ctx.scale)
+            query_grads.append(of_logits @ kv[:, :width] * ctx.scale)
             rows_grad.index_add_(0, keys, torch.cat([of_logits.T @ q, weights.T @ of_sums], 1))
-        return query_grad, rows_grad, None, None
+        return torch.cat(query_grads), rows_grad, None, None
 
 
 def _static_sums(

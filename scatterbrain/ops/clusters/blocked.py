@@ -336,11 +336,11 @@ def _attend_blocks(
     if counted is not None:
         weights = weights * counted if weights.requires_grad else weights.mul_(counted)
 
-    left_out = None
+    of_counted = None
 
     def sums_of(weights: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:
         """Sums (g n, C, D + 1) of the weighted values and ones."""
-        nonlocal left_out
+        nonlocal of_counted
         total = torch.bmm(weights.transpose(1, 2), sums).view(-1, block, sums.shape[-1])
         if exact is None:
             return total
@@ -351,10 +351,10 @@ def _attend_blocks(
             replaced = landmark @ of_blocks
         exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
         if counted is not None:
-            if left_out is None:
+            if of_counted is None:
                 # exponents are bounded from below, so that only a landmark that does not count has the weight 0
-                left_out = replaced.detach() == 0
-            exact.masked_fill_(left_out, 0.0)
+                of_counted = replaced.detach().sign()
+            exact = exact.mul_(of_counted)
         return total.baddbmm_(exact.transpose(1, 2), value.transpose(1, 2))
 
     total = sums_of(weights, exact)
