@@ -349,7 +349,10 @@ def _attend_blocks(
         else:
             of_blocks = weights.view(groups, -1, num_blocks, block).transpose(1, 2).flatten(0, 1)
             replaced = landmark @ of_blocks
-        exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
+        if exact.requires_grad or dropout_p > 0:
+            exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
+        else:
+            exact.addcmul_(replaced, masks[0], value=-1.0)
         if counted is not None:
             if of_counted is None:
                 # exponents are bounded from below, so that only a landmark that does not count has the weight 0
