@@ -20,7 +20,14 @@ from scatterbrain.ops.adaptive.plan import AdaptivePlan, check_density, check_pl
 from scatterbrain.ops.clusters.blocked import BlockLayout, centred_keys, landmark_sums
 from scatterbrain.ops.clusters.tiles import ClusterTiles
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
+from scatterbrain.ops.common.inputs import (
+    check_dropout,
+    check_inputs,
+    default_scale,
+    empty_output,
+    length_mask,
+    visible_rows,
+)
 from scatterbrain.ops.common.numerics import (
     FLOOR,
     accumulation_dtype,
@@ -141,20 +148,20 @@ def _tiled(
     num_landmarks = plan.taken.shape[3]
     # A window of twice the sequence holds every key; tiles grow with its width.
     layout = BlockLayout.of(query, at_most(window, 2 * max(query.shape[2], key.shape[2])), num_landmarks)
-    counts = None
+    hidden = None
     if key_lengths is not None:
-        counts = key_lengths.clamp(0, key.shape[2]).view(-1, 1).expand(batch, heads).reshape(-1, 1, 1)
+        hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None].expand(batch, heads, key.shape[2], 1)
     tensors = [x.flatten(0, 1) for x in (query, key, value, *plan[:3])]
     slices = [split_rows(x, layout.groups) for x in tensors]
-    slices.append([None] * len(slices[0]) if counts is None else split_rows(counts, layout.groups))
+    slices.append([None] * len(slices[0]) if hidden is None else split_rows(hidden.flatten(0, 1), layout.groups))
     options = {"scale": scale, "dropout_p": dropout_p}
     outputs = []
     with no_autocast(query):
-        for *each, key_labels, query_labels, taken, count in zip(*slices, strict=True):
+        for *each, key_labels, query_labels, taken, of_slice in zip(*slices, strict=True):
             q, k, v = (x.to(accumulation_dtype(query.dtype)) for x in each)
-            k, _ = centred_keys(k, count)
+            k, _ = centred_keys(k, of_slice)
             lists = {"query_assignment": query_labels, "taken": taken} if plan.num_exact else {}
-            sums = landmark_sums(layout, q, k, v, key_labels, count, num_landmarks=num_landmarks, **options, **lists)
+            sums = landmark_sums(layout, q, k, v, key_labels, of_slice, num_landmarks=num_landmarks, **options, **lists)
             if plan.num_exact:
                 exact = exact_sums(q, k, v, key_labels, **lists, num_exact=plan.num_exact, **options)
                 sums = merge_sums(sums, exact)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.clusters.kmeans import adds_in_order, cluster_sums
+from scatterbrain.ops.common.inputs import length_mask
 from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, is_exporting, no_autocast, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
 
@@ -69,10 +70,10 @@ def blocked_landmark_attention(
     batch, heads, length, _ = query.shape
     # A window of twice the sequence holds every key; tiles grow with its width.
     layout = BlockLayout.of(query, at_most(window, 2 * max(length, key.shape[2])), num_landmarks)
-    counts = None
+    hidden = None
     if key_lengths is not None:
-        counts = key_lengths.clamp(0, key.shape[2]).view(-1, 1).expand(batch, heads).reshape(-1, 1, 1)
-    tensors = [None if x is None else x.flatten(0, 1) for x in (query, key, value, assignment)] + [counts]
+        hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None].expand(batch, heads, key.shape[2], 1)
+    tensors = [None if x is None else x.flatten(0, 1) for x in (query, key, value, assignment, hidden)]
     if is_exporting():  # a recorded loop would fix the number of slices, and with it the batch size
         slices = [tensors]
     else:
@@ -164,29 +165,29 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     assignment: torch.Tensor,
-    counts: torch.Tensor | None,
+    hidden: torch.Tensor | None,
     *,
     num_landmarks: int,
     scale: float,
     dropout_p: float,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (g, T, D) and logarithms (g, T) or None of g sequences, which see `counts` (g, 1, 1) keys, or all."""
+    """Output (g, T, D) and logarithms (g, T) or None of g sequences, some of whose keys are `hidden` (g, S, 1)."""
     dtype = query.dtype
     query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
-    key, centre = centred_keys(key, counts)
+    key, centre = centred_keys(key, hidden)
     options = {"num_landmarks": num_landmarks, "scale": scale, "dropout_p": dropout_p}
-    total, normaliser, maximum = landmark_sums(layout, query, key, value, assignment, counts, **options)
+    total, normaliser, maximum = landmark_sums(layout, query, key, value, assignment, hidden, **options)
     out = (total / normaliser).to(dtype)
     if not with_lse:
         return out, None
     log = (maximum + normaliser.log() + scale * (query @ centre.transpose(1, 2))).squeeze(-1)
-    if counts is not None:
-        log = log.masked_fill(counts.squeeze(-1) == 0, -math.inf)
+    if hidden is not None:
+        log = log.masked_fill(hidden.all(1), -math.inf)
     return out, log
 
 
-def centred_keys(key: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def centred_keys(key: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys (g, S, E) relative to their mean, zero where they are hidden, and the mean (g, 1, E).
 
     A part that all keys share changes no weight, and without it products of queries and keys round less. Nor does it
@@ -194,13 +195,12 @@ def centred_keys(key: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.
 
     Args:
         key: (g, S, E), zero where they are hidden.
-        counts: numbers of visible keys (g, 1, 1); None for all.
+        hidden: boolean (g, S, 1), true for hidden keys; None for none.
     """
+    counts = None if hidden is None else key.shape[1] - hidden.sum(1, keepdim=True)  # (g, 1, 1)
     centre = key.detach().sum(1, keepdim=True) / (key.shape[1] if counts is None else counts.clamp_min(1))
     key = key - centre
-    if counts is not None:
-        key = key.masked_fill(torch.arange(key.shape[1], device=key.device)[:, None] >= counts, 0.0)
-    return key, centre
+    return key if hidden is None else key.masked_fill(hidden, 0.0), centre
 
 
 def landmark_sums(
@@ -209,7 +209,7 @@ def landmark_sums(
     key: torch.Tensor,
     value: torch.Tensor,
     assignment: torch.Tensor,
-    counts: torch.Tensor | None,
+    hidden: torch.Tensor | None,
     *,
     num_landmarks: int,
     scale: float,
@@ -225,7 +225,7 @@ def landmark_sums(
         key: (g, S, E), of `centred_keys`.
         value: (g, S, D), zero where they are hidden.
         assignment: cluster of each key (g, S), -1 for hidden keys.
-        counts: numbers of visible keys (g, 1, 1); None for all.
+        hidden: boolean (g, S, 1), true for hidden keys; None for none.
         num_landmarks: number of clusters M.
         scale: softmax scale s.
         dropout_p: probability of dropping a weight; dropped weights still count in the sum of weights.
@@ -233,9 +233,7 @@ def landmark_sums(
         taken: boolean (g, Q, M), clusters whose keys do not count for the queries of a cluster, in the window neither;
             None for no such clusters.
     """
-    num_keys, hidden = key.shape[1], None
-    if counts is not None:
-        hidden = torch.arange(num_keys, device=key.device)[:, None] >= counts  # (g, S, 1)
+    num_keys = key.shape[1]
     (sums, value_sums), members = cluster_sums((key, value), assignment, num_landmarks)
     # One more cluster stands for what is no key: of no weight, except where a query sees no key. There it makes the
     # normaliser 1, and outputs and gradients zero.
