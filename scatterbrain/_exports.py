@@ -10,7 +10,12 @@ from scatterbrain.attention.baselines import (
     ZeroAttention,
 )
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
-from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
+from scatterbrain.attention.cluster import (
+    ClusterAttention,
+    PairedClusterAttention,
+    SBAdaptiveAttention,
+    SBClusterAttention,
+)
 from scatterbrain.attention.combination import (
     CombinationLocalPerformerAttention,
     CombinationSmyrfPerformerAttention,
@@ -24,6 +29,7 @@ from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.adaptive import adaptive_attention, plan_adaptive_attention
 from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.full import full_attention
@@ -48,6 +54,7 @@ __all__ = [
     "RandomFeatureOptions",
     "RandomKeysAttention",
     "ReformerAttention",
+    "SBAdaptiveAttention",
     "SBBlockSparseAttention",
     "SBClusterAttention",
     "SBLocal2dAttention",
@@ -58,6 +65,7 @@ __all__ = [
     "UniformAttention",
     "UserError",
     "ZeroAttention",
+    "adaptive_attention",
     "attention_memory",
     "create_attention",
     "draw_projection",
@@ -67,5 +75,6 @@ __all__ = [
     "packed_attention",
     "paired_landmark_attention",
     "performer_attention",
+    "plan_adaptive_attention",
     "scatterbrain_attention",
 ]

@@ -19,6 +19,7 @@ from scatterbrain.attention.cluster import (
     SUMMARY_SIZE,
     ClusterAttention,
     PairedClusterAttention,
+    SBAdaptiveAttention,
     SBClusterAttention,
 )
 from scatterbrain.attention.combination import (
@@ -99,6 +100,21 @@ def _paired_clusters(columns: float, length: int, exact_share: float) -> dict[st
     return sizes | ({"num_exact": num_exact} if exact_share else {})
 
 
+def _adaptive(columns: float, length: int, options: Options) -> dict[str, int | float]:
+    # a sixteenth of the columns for query clusters, as much for the window, an eighth for chosen keys, and the rest for
+    # landmarks: with fewer, their clusters are larger than the share that a query cluster takes
+    queries = options.get("num_query_landmarks", keys_for(columns / 16))
+    num_exact = int(columns / 8 / (1 + queries / length))
+    window = keys_for(columns / 16)
+    num_landmarks = keys_for(columns - queries - window - num_exact * (1 + queries / length))
+    return {
+        "local_context": window,
+        "num_landmarks": num_landmarks,
+        "num_query_landmarks": queries,
+        "density": num_exact / length,
+    }
+
+
 # One entry for each config of configs/model/t2tattn_cfg.
 ATTENTIONS: dict[str, AttentionKind] = {
     "full": AttentionKind(FullAttention),
@@ -138,6 +154,7 @@ ATTENTIONS: dict[str, AttentionKind] = {
     "sbpairedcluster": AttentionKind(
         PairedClusterAttention, lambda c, length, _: _paired_clusters(c, length, EXACT_SHARE)
     ),
+    "sbadaptive": AttentionKind(SBAdaptiveAttention, _adaptive),
     "local2d": AttentionKind(Local2dAttention, lambda c, *_: {"num_neighbours": keys_for(c)}),
     "sblocal2d": AttentionKind(
         SBLocal2dAttention, lambda c, *_: {"num_neighbours": keys_for(c / 2), "nb_features": features_for(c / 2, 2)}

@@ -6,6 +6,9 @@
                                                       cluster a = a(i) of query i, and c_ab the mean of the keys of
                                                       cluster b weighted by exp(s p_a.k)
 
+The exact keys are a window, the heaviest of each query cluster, or a window and the clusters in which a landmark loses
+most for the query cluster (`SBAdaptiveAttention`).
+
 Scatterbrain's combination (Chen et al., NeurIPS 2021, algorithm 1) with a low-rank part computed from the data in
 place of a random one; see `scatterbrain.ops.clusters`. Linear in time and memory, and deterministic.
 """
@@ -18,6 +21,8 @@ import torch
 
 from scatterbrain.attention.base import AttentionModule, refuse_causal
 from scatterbrain.errors import UserError, check_whole_number, is_number
+from scatterbrain.ops.adaptive import adaptive_attention, naive_adaptive_attention, plan_adaptive_attention
+from scatterbrain.ops.adaptive.plan import check_density, exact_keys
 from scatterbrain.ops.clusters import (
     assign_key_clusters,
     assign_query_clusters,
@@ -197,6 +202,92 @@ class PairedClusterAttention(AttentionModule):
         return naive_paired_landmark_attention(
             query, key, value, keys, queries, self.num_exact, options["scale"], *masks
         )[1]
+
+
+class SBAdaptiveAttention(AttentionModule):
+    """Attention that is exact in a local window and on key clusters chosen for each query cluster.
+
+    All other keys have the weights of the means of their clusters.
+
+    Args:
+        local_context: width W >= 1 of the window in keys.
+        num_landmarks: number of key clusters M.
+        num_query_landmarks: number of query clusters Q.
+        density: largest share in [0, 1] of the keys that a query cluster weights exactly, besides the window.
+        tolerance: estimated share of a query cluster's weight that landmarks may misplace: a query cluster weights no
+            more clusters exactly once it is reached. None takes as many as fit `density`.
+        num_steps: iterations of k-means.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+        softmax_temp: softmax scale; None is E ** -0.5.
+        causal: has to be false.
+        attention_dropout: probability of dropping a weight in training, see `adaptive_attention`.
+        backend: `naive`, `torch` or `auto`, see the operator.
+
+    `key_lengths` are the lengths of the queries as well, where there are as many queries as keys.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        local_context: int,
+        num_landmarks: int,
+        num_query_landmarks: int,
+        density: float,
+        tolerance: float | None = None,
+        num_steps: int = 1,
+        value_weight: float = 0.0,
+        softmax_temp: float | None = None,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(softmax_temp, causal, attention_dropout, backend)
+        refuse_causal(self, causal)
+        check_window(local_context)
+        sizes = {"num_landmarks": num_landmarks, "num_query_landmarks": num_query_landmarks}
+        _check_sizes(value_weight, **sizes, num_steps=num_steps)
+        check_density(density, tolerance)
+        self.local_context, self.density, self.tolerance = local_context, density, tolerance
+        self.num_landmarks, self.num_query_landmarks = num_landmarks, num_query_landmarks
+        self.num_steps, self.value_weight = num_steps, value_weight
+
+    def sizes(self) -> dict[str, int | float]:
+        """The window, the numbers of clusters and the density."""
+        names = ("local_context", "num_landmarks", "num_query_landmarks", "density")
+        return {name: getattr(self, name) for name in names}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """A column for each key that a query sees exactly and for each cluster, and the lists of the query clusters."""
+        clusters = self.num_landmarks + self.num_query_landmarks
+        num_exact = exact_keys(self.density, num_keys)
+        return self.local_context + clusters + num_exact + self.num_query_landmarks * num_exact / num_keys
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        return adaptive_attention(
+            *(query, key, value, self.num_landmarks, self.num_query_landmarks, self.density, self.local_context),
+            **self._plan_options(query, key, options["key_lengths"]),
+            **options,
+        )
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        scale, key_lengths = options["scale"], options["key_lengths"]
+        plan = plan_adaptive_attention(
+            *(query, key, value, self.num_landmarks, self.num_query_landmarks, self.density),
+            **self._plan_options(query, key, key_lengths),
+            scale=scale,
+            key_lengths=key_lengths,
+        )
+        return naive_adaptive_attention(query, key, value, *plan[:3], self.local_context, scale, key_lengths)[1]
+
+    def _plan_options(self, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None) -> dict:
+        return {
+            "tolerance": self.tolerance,
+            "query_lengths": query_lengths(query, key, key_lengths),
+            "num_steps": self.num_steps,
+            "value_weight": self.value_weight,
+        }
 
 
 def _check_sizes(value_weight: float, **sizes: int) -> None:

@@ -22,7 +22,7 @@ _FAMILIES = {
     "P": ("combination-local-performer", "combination-smyrf-performer"),
     "s": ("bs-bigbird", "bs-longformer", "bs-openai", "sbbs-bigbird", "sbbs-longformer", "sbbs-openai"),
     "X": ("zero", "uniform", "strided", "random-keys", "querycluster"),
-    "v": ("cluster", "sbcluster", "pairedcluster", "sbpairedcluster"),
+    "v": ("cluster", "sbcluster", "pairedcluster", "sbpairedcluster", "sbadaptive"),
 }
 ATTENTION_MARKERS = {name: marker for marker, names in _FAMILIES.items() for name in names}
 ATTENTION_COLOURS = {name: _HIGHLIGHTED.get(name, OTHER_COLOUR) for name in ATTENTION_MARKERS}

@@ -68,7 +68,7 @@ def blocked_landmark_attention(
     """
     batch, heads, length, _ = query.shape
     # A window of twice the sequence holds every key; tiles grow with its width.
-    layout = _Layout.of(query, at_most(window, 2 * max(length, key.shape[2])), num_landmarks)
+    layout = BlockLayout.of(query, at_most(window, 2 * max(length, key.shape[2])), num_landmarks)
     hidden = None
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None].expand(batch, heads, key.shape[2], 1)
@@ -87,7 +87,7 @@ def blocked_landmark_attention(
 
 
 @dataclass(frozen=True)
-class _Layout:
+class BlockLayout:
     """Cut of queries and keys into blocks and stretches.
 
     Attributes:
@@ -109,7 +109,8 @@ class _Layout:
     blocks: int
 
     @classmethod
-    def of(cls, query: torch.Tensor, window: int, num_landmarks: int) -> _Layout:
+    def of(cls, query: torch.Tensor, window: int, num_landmarks: int) -> BlockLayout:
+        """Cut for queries (B, H, T, E)."""
         length, block, stretch = query.shape[2], 1, 0
         if window:
             # Short blocks compute few pairs outside the window; long ones make larger products and smaller gradients of
@@ -158,7 +159,7 @@ class _Layout:
 
 
 def _attend(
-    layout: _Layout,
+    layout: BlockLayout,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -171,16 +172,67 @@ def _attend(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (g, T, D) and logarithms (g, T) or None of g sequences, some of whose keys are `hidden` (g, S, 1)."""
-    dtype, num_keys = query.dtype, key.shape[1]
+    dtype = query.dtype
     query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
-    # A part that all keys share changes no weight, and without it products of queries and keys round less. Nor does it
-    # change a gradient.
-    counts = None if hidden is None else num_keys - hidden.sum(1, keepdim=True)  # (g, 1, 1)
-    centre = key.detach().sum(1, keepdim=True) / (num_keys if counts is None else counts.clamp_min(1))
-    key = key - centre
+    key, centre = centred_keys(key, hidden)
+    options = {"num_landmarks": num_landmarks, "scale": scale, "dropout_p": dropout_p}
+    total, normaliser, maximum = landmark_sums(layout, query, key, value, assignment, hidden, **options)
+    out = (total / normaliser).to(dtype)
+    if not with_lse:
+        return out, None
+    log = (maximum + normaliser.log() + scale * (query @ centre.transpose(1, 2))).squeeze(-1)
     if hidden is not None:
-        key = key.masked_fill(hidden, 0.0)
+        log = log.masked_fill(hidden.all(1), -math.inf)
+    return out, log
 
+
+def centred_keys(key: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (g, S, E) relative to their mean, zero where they are hidden, and the mean (g, 1, E).
+
+    A part that all keys share changes no weight, and without it products of queries and keys round less. Nor does it
+    change a gradient.
+
+    Args:
+        key: (g, S, E), zero where they are hidden.
+        hidden: boolean (g, S, 1), true for hidden keys; None for none.
+    """
+    counts = None if hidden is None else key.shape[1] - hidden.sum(1, keepdim=True)  # (g, 1, 1)
+    centre = key.detach().sum(1, keepdim=True) / (key.shape[1] if counts is None else counts.clamp_min(1))
+    key = key - centre
+    return key if hidden is None else key.masked_fill(hidden, 0.0), centre
+
+
+def landmark_sums(
+    layout: BlockLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    assignment: torch.Tensor,
+    hidden: torch.Tensor | None,
+    *,
+    num_landmarks: int,
+    scale: float,
+    dropout_p: float,
+    query_assignment: torch.Tensor | None = None,
+    taken: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of weighted values (g, T, D) and of weights (g, T, 1), relative to exp of the maximum (g, T, 1).
+
+    Args:
+        layout: cut of queries and keys.
+        query: (g, T, E).
+        key: (g, S, E), of `centred_keys`.
+        value: (g, S, D), zero where they are hidden.
+        assignment: cluster of each key (g, S), -1 for hidden keys.
+        hidden: boolean (g, S, 1), true for hidden keys; None for none.
+        num_landmarks: number of clusters M.
+        scale: softmax scale s.
+        dropout_p: probability of dropping a weight; dropped weights still count in the sum of weights.
+        query_assignment: cluster of each query (g, T); None where `taken` is.
+        taken: boolean (g, Q, M), clusters whose keys do not count for the queries of a cluster, in the window neither;
+            None for no such clusters.
+    """
+    num_keys = key.shape[1]
     (sums, value_sums), members = cluster_sums((key, value), assignment, num_landmarks)
     # One more cluster stands for what is no key: of no weight, except where a query sees no key. There it makes the
     # normaliser 1, and outputs and gradients zero.
@@ -205,17 +257,22 @@ def _attend(
             key_bias = torch.zeros_like(ones)
             key_bias = key_bias if hidden is None else key_bias.masked_fill(hidden, _HIDDEN)
             slices.append(layout.slices(layout.stretches(key_bias, _HIDDEN)))
-    slices = zip(*slices, strict=True)
-    options = {"scale": scale, "dropout_p": dropout_p, "with_lse": with_lse}
-    outputs, logs = zip(*[_attend_blocks(bias, means, sums, masks, *x, **options) for x in slices], strict=True)
-    out = torch.cat(outputs, 1).flatten(1, 2)[:, : layout.length].to(dtype)
-    if not with_lse:
-        return out, None
-    log = torch.cat(logs, 1).flatten(1, 2)[:, : layout.length]
-    log = (log + scale * (query @ centre.transpose(1, 2))).squeeze(-1)
-    if counts is not None:
-        log = log.masked_fill(counts.squeeze(-1) == 0, -math.inf)
-    return out, log
+    counted = [None] * len(slices[0])
+    if taken is not None:
+        # 0 and 1 for each cluster and query, as products with a one-hot matrix of the query's cluster
+        table = F.pad((~taken).to(query.dtype).transpose(1, 2), (0, 0, 0, 1), value=1.0)  # (g, M + 1, Q)
+        of_blocks = layout.query_blocks(query_assignment.unsqueeze(-1))  # (g, num_blocks, C, 1)
+        clusters = torch.arange(table.shape[2], device=key.device).unsqueeze(1)
+        counted = [table @ (clusters == x.flatten(1).unsqueeze(1)).to(query.dtype) for x in layout.slices(of_blocks)]
+    options = {"scale": scale, "dropout_p": dropout_p}
+    results = [
+        _attend_blocks(bias, means, sums, masks, *x, counted=of_slice, **options)
+        for of_slice, *x in zip(counted, *slices, strict=True)
+    ]
+    total, normaliser, maximum = (
+        (x[0] if len(x) == 1 else torch.cat(x, 1)).flatten(1, 2)[:, : layout.length] for x in zip(*results, strict=True)
+    )
+    return total, normaliser, maximum
 
 
 def _attend_blocks(
@@ -229,25 +286,26 @@ def _attend_blocks(
     labels: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
     *,
+    counted: torch.Tensor | None = None,
     scale: float,
     dropout_p: float,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (g, n, C, D) of n blocks of g sequences, and logarithms (g, n, C, 1) of the normaliser or None.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of weighted values (g, n, C, D) and of weights (g, n, C, 1), relative to exp of the maximum (g, n, C, 1).
 
     Args:
         bias: of the logits of landmarks (g, M + 1, 1).
         means: (g, M + 1, E).
         sums: sums of the values, and numbers of keys (g, M + 1, D + 1).
-        masks: of `_Layout.masks`; None without a window.
+        masks: of `BlockLayout.masks`; None without a window.
         query: (g, n, C, E).
         key: stretches (g, n, E, L); None without a window, as the rest.
         value: stretches of values and ones (g, n, D + 1, L).
         labels: clusters of the keys (g, n, 1, L), M for what is no key.
         key_bias: of the logits of the keys (g, n, 1, L); None where the maximum needs none.
+        counted: 1 for the landmarks (g, M + 1, n C) that count for a query, and 0 for those whose keys do not; None
+            where all count.
         scale: softmax scale s.
         dropout_p: probability of dropping a weight.
-        with_lse: compute the logarithms.
     """
     groups, num_blocks, block, _ = query.shape
     least = _LEAST_EXPONENT[query.dtype]
@@ -272,9 +330,14 @@ def _attend_blocks(
         else:
             landmark = (labels.transpose(1, 2) == torch.arange(means.shape[1], device=key.device)).to(query.dtype)
     weights = _exp(weights.sub_(maximum), least)  # (g, M + 1, n C)
+    if counted is not None:
+        weights = weights * counted if weights.requires_grad else weights.mul_(counted)
+
+    of_counted = None
 
     def sums_of(weights: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:
         """Sums (g n, C, D + 1) of the weighted values and ones."""
+        nonlocal of_counted
         total = torch.bmm(weights.transpose(1, 2), sums).view(-1, block, sums.shape[-1])
         if exact is None:
             return total
@@ -283,7 +346,15 @@ def _attend_blocks(
         else:
             of_blocks = weights.view(groups, -1, num_blocks, block).transpose(1, 2).flatten(0, 1)
             replaced = landmark @ of_blocks
-        exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
+        if exact.requires_grad or dropout_p > 0:
+            exact = torch.addcmul(exact, replaced, masks[0], value=-1.0)
+        else:
+            exact.addcmul_(replaced, masks[0], value=-1.0)
+        if counted is not None:
+            if of_counted is None:
+                # exponents are bounded from below, so that only a landmark that does not count has the weight 0
+                of_counted = replaced.detach().sign()
+            exact = exact.mul_(of_counted)
         return total.baddbmm_(exact.transpose(1, 2), value.transpose(1, 2))
 
     total = sums_of(weights, exact)
@@ -291,8 +362,7 @@ def _attend_blocks(
     if dropout_p > 0:  # dropped weights still count in the normaliser
         total = sums_of(*(x if x is None else F.dropout(x, dropout_p) for x in (weights, exact)))
     shape = (groups, num_blocks, block, -1)
-    out = (total[..., :-1] / normaliser).view(shape)
-    return out, maximum.view(shape) + normaliser.log().view(shape) if with_lse else None
+    return total[..., :-1].view(shape), normaliser.view(shape), maximum.view(shape)
 
 
 def _exp(x: torch.Tensor, least: float) -> torch.Tensor:

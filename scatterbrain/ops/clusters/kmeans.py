@@ -302,7 +302,17 @@ def _nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     norms, transposed = centroids.square().sum(-1).unsqueeze(1), centroids.transpose(1, 2)
     size = max(1, tile_budget(points) // (points.shape[0] * centroids.shape[1]))
     slices = (points,) if is_exporting() else points.split(size, 1)
-    return torch.cat([torch.baddbmm(norms, x, transposed, alpha=-2.0).argmin(-1) for x in slices], 1)
+    return torch.cat([_argmin(torch.baddbmm(norms, x, transposed, alpha=-2.0)) for x in slices], 1)
+
+
+def _argmin(x: torch.Tensor) -> torch.Tensor:
+    """Index (G, N) int64 of the least of (G, N, M), which is overwritten; of equals the lowest, and any for nan."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_exporting():
+        return x.argmin(-1)
+    # in half the time of argmin: 0 for the least and M for others, plus the index
+    x = x.sub_(x.amin(-1, keepdim=True)).sign_().mul_(x.shape[-1])
+    x = x.add_(torch.arange(x.shape[-1], dtype=x.dtype)).amin(-1)
+    return x.nan_to_num_(0.0).long()
 
 
 def _moments(x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
-from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
+from scatterbrain.attention.cluster import (
+    ClusterAttention,
+    PairedClusterAttention,
+    SBAdaptiveAttention,
+    SBClusterAttention,
+)
 from scatterbrain.attention.combination import (
     CombinationLocalPerformerAttention,
     CombinationSmyrfPerformerAttention,
@@ -48,8 +53,9 @@ BUILD = {
     "sbcluster": lambda **options: SBClusterAttention(5, 6, **options),
     "pairedcluster": lambda **options: PairedClusterAttention(6, 3, **options),
     "sbpairedcluster": lambda **options: PairedClusterAttention(6, 3, 2, **options),
+    "sbadaptive": lambda **options: SBAdaptiveAttention(5, 9, 3, 0.3, **options),
 }
-CLUSTERS = [name for name in BUILD if name.endswith("cluster")]
+CLUSTERS = [name for name in BUILD if name.endswith(("cluster", "adaptive"))]
 SPARSE = [name for name in BUILD if not name.startswith(("sb", "combination")) and name not in CLUSTERS]
 LOW_RANK = [name for name in BUILD if name.startswith("sb") and name not in CLUSTERS]
 RANDOM = [name for name in BUILD if not name.startswith(("bs-", "local2d")) and name not in CLUSTERS]

@@ -1,0 +1,223 @@
+"""Clusters of keys and of queries, and the key clusters that each query cluster weights exactly."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from scatterbrain.errors import UserError, is_number
+from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_clusters, cluster_sums, valid_points
+from scatterbrain.ops.common.inputs import check_tensors, default_scale, visible_rows
+from scatterbrain.ops.common.numerics import (
+    accumulation_dtype,
+    at_most,
+    is_exporting,
+    no_autocast,
+    split_rows,
+    stable_argsort,
+    tile_budget,
+)
+
+# How many times the clusters that still fit are taken in order. The second and third time find what one too large
+# cluster has stopped; more find next to nothing.
+_ROUNDS = 3
+
+
+class AdaptivePlan(NamedTuple):
+    """Clusters and supports of a call, constants for autograd.
+
+    Attributes:
+        key_assignment: cluster of each key (B, H, S) int64 in [0, M), -1 for hidden keys.
+        query_assignment: cluster of each query (B, H, T) int64 in [0, Q).
+        taken: boolean (B, H, Q, M), the key clusters that a query cluster weights exactly.
+        num_exact: upper bound of the number of keys in the clusters that one query cluster takes.
+    """
+
+    key_assignment: torch.Tensor
+    query_assignment: torch.Tensor
+    taken: torch.Tensor
+    num_exact: int
+
+    def density(self) -> torch.Tensor:
+        """Share (B, H) of the pairs of query and visible key that are exact because of their clusters, float32.
+
+        The window adds to it; `exact_pairs` has both, dense.
+        """
+        sizes = _sizes(self.key_assignment.flatten(0, 1), self.taken.shape[3])  # [G, M]
+        exact = (self.taken.flatten(0, 1) * sizes.unsqueeze(1)).sum(2)  # [G, Q]
+        seen = exact.gather(1, self.query_assignment.flatten(0, 1)).float().mean(1)
+        return (seen / sizes.sum(1).clamp_min(1)).view(self.taken.shape[:2])
+
+
+def plan_adaptive_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    *,
+    tolerance: float | None = None,
+    scale: float | None = None,
+    key_lengths: torch.Tensor | None = None,
+    query_lengths: torch.Tensor | None = None,
+    num_steps: int = 1,
+    value_weight: float = 0.0,
+) -> AdaptivePlan:
+    """Clusters, and the key clusters that each query cluster takes, of which README.md in this folder has the rule.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D), for the clustering of the keys alone.
+        num_landmarks: number of key clusters M.
+        num_query_landmarks: number of query clusters Q.
+        density: largest share in [0, 1] of the visible keys that a query cluster takes.
+        tolerance: estimated share of a query cluster's weight that landmarks may misplace; a query cluster takes no
+            more clusters once it is reached. None takes as many as fit `density`.
+        scale: softmax scale s; None is E ** -0.5.
+        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        query_lengths: (B,) integers; queries i >= query_lengths[b] move no centroid. None for all.
+        num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+
+    Returns:
+        The plan, without gradient.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    check_density(density, tolerance)
+    scale = default_scale(query, scale)
+    with torch.no_grad(), no_autocast(query):
+        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+        query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
+        num_landmarks = at_most(num_landmarks, key.shape[2])
+        num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
+        num_exact = exact_keys(density, key.shape[2])
+        shape = (*query.shape[:2], num_query_landmarks, num_landmarks)
+        if num_exact == 0:
+            taken = torch.zeros(shape, dtype=torch.bool, device=query.device)
+            return AdaptivePlan(key_labels, query_labels, taken, 0)
+        rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+        counted = valid_points(query, query_lengths).expand(query.shape[:3])
+        tensors = (rows.query, rows.key, key_labels, query_labels.masked_fill(~counted, -1))
+        # as many sequences at a time as the budget of tiles allows
+        columns = num_query_landmarks + query.shape[3] + num_landmarks
+        size = max(1, tile_budget(query) // (key.shape[2] * columns))
+        slices = zip(*(split_rows(x.flatten(0, 1), size) for x in tensors), strict=True)
+        taken = [_take(*each, num_landmarks, num_query_landmarks, density, tolerance, scale) for each in slices]
+        return AdaptivePlan(key_labels, query_labels, torch.cat(taken).view(shape), num_exact)
+
+
+def exact_keys(density: float, num_keys: int) -> int:
+    """Largest number of keys that a query cluster takes of `num_keys`."""
+    return int(density * num_keys + 1e-6)
+
+
+def check_density(density: float, tolerance: float | None) -> None:
+    """Check the options of the support.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if not is_number(density) or not 0 <= density <= 1:
+        raise UserError(f"density={density!r} has to lie in [0, 1]: the largest share of the keys with exact weights.")
+    if tolerance is not None and (not is_number(tolerance) or not 0 <= tolerance < 1):
+        raise UserError(f"tolerance={tolerance!r} has to lie in [0, 1), or be None for as many keys as fit density.")
+
+
+def check_plan(
+    plan: AdaptivePlan, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None
+) -> AdaptivePlan:
+    """A given plan, with -1 for the clusters of hidden keys.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit, or on the CPU clusters or numbers out of range.
+    """
+    if not isinstance(plan, AdaptivePlan):
+        raise UserError(f"plan has to be a result of plan_adaptive_attention, got {type(plan).__name__}.")
+    key_labels, query_labels, taken, num_exact = plan
+    check_tensors(key_assignment=key_labels, query_assignment=query_labels, taken=taken)
+    num_clusters = taken.shape[-2:] if taken.dim() == 4 else ("Q", "M")
+    for name, tensor, shape, dtype in (
+        ("key_assignment", key_labels, key.shape[:3], torch.int64),
+        ("query_assignment", query_labels, query.shape[:3], torch.int64),
+        ("taken", taken, (*query.shape[:2], *num_clusters), torch.bool),
+    ):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != query.device:
+            raise UserError(
+                f"{name} of the plan has to be {dtype} of shape {tuple(shape)} on {query.device}, got {tensor.dtype} "
+                f"of shape {tuple(tensor.shape)} on {tensor.device}. Make the plan from tensors of these shapes."
+            )
+    visible = valid_points(key, key_lengths)
+    key_labels = key_labels if key_lengths is None else key_labels.masked_fill(~visible, -1)
+    if query.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting()):
+        for name, labels, size, used in (
+            ("key_assignment", key_labels, taken.shape[3], visible),
+            ("query_assignment", query_labels, taken.shape[2], True),
+        ):
+            bad = ((labels < 0) | (labels >= size)) & used
+            if bad.any():
+                raise UserError(
+                    f"{name} of the plan has the cluster {labels[bad][0].item()}, and clusters have to lie in "
+                    f"[0, {size}). Make the plan with the same key_lengths."
+                )
+        largest = (taken.flatten(0, 1) * _sizes(key_labels.flatten(0, 1), taken.shape[3]).unsqueeze(1)).sum(2).max()
+        if num_exact < largest:
+            raise UserError(
+                f"num_exact={num_exact} of the plan is below the {largest.item()} keys that a query cluster takes."
+            )
+    return AdaptivePlan(key_labels, query_labels, taken, num_exact)
+
+
+def _sizes(labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """Numbers of keys (G, M) int64 of clusters (G, S), -1 for none."""
+    sizes = torch.zeros(labels.shape[0], num_clusters + 1, dtype=torch.int64, device=labels.device)
+    return sizes.scatter_add(1, labels.where(labels >= 0, num_clusters), torch.ones_like(labels))[:, :num_clusters]
+
+
+def _take(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_labels: torch.Tensor,
+    query_labels: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    tolerance: float | None,
+    scale: float,
+) -> torch.Tensor:
+    """Boolean (G, Q, M), the clusters that each query cluster takes, of G sequences (G, N, E); labels -1 for none."""
+    dtype = accumulation_dtype(query.dtype)
+    (sums,), members = cluster_sums((query.to(dtype),), query_labels, num_query_landmarks)
+    means = scale * sums / members.clamp_min(1.0)  # s p_a
+    key = key.to(dtype)
+    hidden = (key_labels < 0).unsqueeze(-1)
+    centre = key.sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True).clamp_min(1)
+    # relative to a common centre, squares do not cancel where all keys share a large component
+    logits = (key - centre).masked_fill(hidden, 0.0) @ means.transpose(1, 2)  # [G, S, Q]
+    (first, second), members = cluster_sums((logits, logits.square()), key_labels, num_landmarks)
+    sizes = members.clamp_min(1.0)
+    mean = first / sizes
+    variance = (second / sizes - mean.square()).clamp_min(1e-12)
+    # logarithms of the weight of a cluster whose logits are normal, and of what its landmark may misplace of it
+    log_weight = (mean + variance / 2 + sizes.log()).masked_fill(members == 0, -torch.inf).transpose(1, 2)
+    log_loss = log_weight + (-torch.expm1(-variance)).log().transpose(1, 2) / 2  # [G, Q, M]
+
+    order = stable_argsort(-log_loss)
+    sizes = members.squeeze(-1).long().unsqueeze(1).expand_as(order).gather(2, order)
+    room = (density * (~hidden).sum((1, 2)).double() + 1e-6).long().view(-1, 1, 1)
+    wanted = sizes > 0
+    if tolerance is not None:
+        total = log_weight.logsumexp(-1, keepdim=True)
+        shares = (log_loss - total).masked_fill(log_weight == -torch.inf, -torch.inf).exp().gather(2, order)
+        # what landmarks would misplace without this cluster and those after it
+        wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
+    taken = torch.zeros_like(wanted)
+    for _ in range(_ROUNDS):
+        left = room - (sizes * taken).sum(-1, keepdim=True)
+        fits = wanted & ~taken & (sizes <= left)
+        taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))
+    return torch.zeros_like(taken).scatter(2, order, taken)
