@@ -17,6 +17,7 @@ from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
+from scatterbrain.integrations.sdpa import replace_sdpa
 from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.full import full_attention
@@ -53,5 +54,6 @@ __all__ = [
     "local_attention",
     "paired_landmark_attention",
     "performer_attention",
+    "replace_sdpa",
     "scatterbrain_attention",
 ]
