@@ -105,6 +105,7 @@ class Router:
         enable_gqa: bool = False,
         *,
         pass_on: Callable[[], torch.Tensor],
+        key_mask: torch.Tensor | None = None,
         seed_offset: int = 0,
     ) -> torch.Tensor:
         """Output (B, H, T, D) by the method where it takes the call, and of `pass_on` otherwise.
@@ -119,16 +120,23 @@ class Router:
             scale: softmax scale; None is E ** -0.5.
             enable_gqa: key and value may have Hkv heads, H a multiple of Hkv.
             pass_on: computes the call as it was requested.
+            key_mask: boolean (B, S), false for keys to hide, with `is_causal` as well; instead of `attn_mask`.
             seed_offset: added to the seed of the random parts.
         """
         reason = self._reason(query, key, value, dropout_p, is_causal, scale, enable_gqa)
-        if reason is None:
-            attn_mask, reason = self._key_mask(attn_mask, query, key, is_causal)
+        if reason is None and attn_mask is not None:
+            key_mask, reason = self._key_mask(attn_mask, query, key, is_causal)
+        if reason is None and key_mask is not None and not self.takes_attn_mask:
+            # reading values waits for an accelerator
+            if key_mask.device.type == "cpu" and bool(key_mask.all()):
+                key_mask = None
+            else:
+                reason = f"attn_mask, and {self.method} takes none"
         if reason is None:
             # function modes of a caller do not see the operators, which call scaled_dot_product_attention themselves
             with torch._C.DisableTorchFunction():
                 try:
-                    out = self._compute(query, key, value, attn_mask, is_causal, scale, enable_gqa, seed_offset)
+                    out = self._compute(query, key, value, key_mask, is_causal, scale, enable_gqa, seed_offset)
                 except UserError as error:
                     reason = f"{self.method}: {error}"
                 else:
@@ -178,11 +186,9 @@ class Router:
         return None
 
     def _key_mask(
-        self, attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, is_causal: bool
+        self, attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, is_causal: bool
     ) -> tuple[torch.Tensor | None, str | None]:
-        """Mask of the keys (B, S) or None, and why a mask cannot be one."""
-        if attn_mask is None:
-            return None, None
+        """Mask of the keys (B, S), or why a mask is none."""
         if is_causal:
             return None, "attn_mask and is_causal"  # an error of scaled_dot_product_attention
         batch, num_keys = query.shape[0], key.shape[2]
@@ -192,22 +198,17 @@ class Router:
         if mask is None:
             return None, "attn_mask that differs by query or head"
         if mask.dtype != torch.bool:
-            # reading values waits for an accelerator
             if mask.device.type != "cpu" or not bool(((mask == 0) | (mask == -math.inf)).all()):
                 return None, "additive attn_mask"
             mask = mask == 0
-        if self.takes_attn_mask:
-            return mask, None
-        if mask.device.type == "cpu" and bool(mask.all()):
-            return None, None
-        return None, f"attn_mask, and {self.method} takes none"
+        return mask, None
 
     def _compute(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
         is_causal: bool,
         scale: float | None,
         enable_gqa: bool,
@@ -218,7 +219,7 @@ class Router:
         module = self._module(query, is_causal, scale, seed_offset)
         with no_autocast(query):
             out, _ = module(
-                *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=attn_mask, enable_gqa=enable_gqa
+                *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=key_mask, enable_gqa=enable_gqa
             )
         return out.transpose(1, 2)
 

@@ -60,8 +60,8 @@ def replace(
 
     A layer is a module of timm that calls scaled_dot_product_attention, such as `Attention`, `AttentionRope` and
     `EvaAttention`. Only that call is replaced: projections, rotary embeddings and norms are the layer's own. What the
-    method does not take as it is, such as the relative position biases of BEiT and Swin, is computed as before; `report`
-    counts it. `state_dict` does not change. Layers run outside the graphs of `torch.compile`.
+    method does not take as it is, such as the relative position biases of BEiT and Swin, is computed as before, and
+    `report` counts it. `state_dict` does not change. Layers run outside the graphs of `torch.compile`.
 
     Args:
         model: model of timm; changed in place.

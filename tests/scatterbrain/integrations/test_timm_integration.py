@@ -97,7 +97,7 @@ def test_options_of_layers():
     model(images())
     assert integration.report(model) == {"blocks.0.attn": {"routed": 1}}
     assert model.blocks[0].attn.scatterbrain_router.method == "full"
-    with pytest.raises(UserError, match="no layer is named 'blocks.7"):
+    with pytest.raises(UserError, match=r"no layer is named 'blocks\.7"):
         integration.replace(model, "local", layers={"blocks.7.attn": None})
 
 
