@@ -3,8 +3,8 @@
 >>> register()
 >>> model = AutoModel.from_pretrained(name, attn_implementation="scatterbrain")
 
-or, with options, `replace(model, "sblocal", memory_fraction=1 / 16)`. Needs transformers 5.0 or newer, for padding to
-be more than passed on 5.13 or newer.
+or, with options, `replace(model, "sblocal", memory_fraction=1 / 16)`. Needs transformers 5.0 or newer; before 5.4
+masks have no notes, so that padding is passed on.
 
 The mask function is that of "sdpa", and so is every mask. A mask that consists of causality and padding alone carries
 a note that says so, for the methods that take these. Without a note, or where the mask was changed after it, the

@@ -220,10 +220,13 @@ def test_autocast(method):
 @pytest.mark.parametrize("method", ["full", "performer", "sbcluster"])
 def test_gradients_after_a_call_in_inference_mode(method):
     query, key, value = (x.requires_grad_() for x in tensors())
-    with scatterbrain.replace_sdpa(method, 16):
-        with torch.inference_mode():
-            F.scaled_dot_product_attention(query, key, value)
-        F.scaled_dot_product_attention(query, key, value).square().sum().backward()
+    with scatterbrain.replace_sdpa(method, 16) as replacement:
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                out = F.scaled_dot_product_attention(query, key, value)
+    out.square().sum().backward()
+    (module,) = replacement.router._modules.values()
+    assert not any(buffer.is_inference() for buffer in module.buffers())
     assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in (query, key, value))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +21,9 @@ from transformers import masking_utils  # noqa: E402
 
 LENGTH = 48
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-# from then on, a mask function is told the number of queries
+# from 5.4 on, a mask function gets the number of queries
 NOTES = "q_length" in inspect.signature(masking_utils.sdpa_mask).parameters
-needs_notes = pytest.mark.skipif(not NOTES, reason="this version of transformers does not tell the number of queries")
+needs_notes = pytest.mark.skipif(not NOTES, reason="before transformers 5.4, masks have no notes")
 
 
 def bert(**options) -> nn.Module:
@@ -358,3 +360,10 @@ def test_autocast():
 def test_other_models_are_refused():
     with pytest.raises(UserError, match="Linear is no model of transformers"):
         integration.replace(nn.Linear(2, 2))
+
+
+def test_the_example_of_the_page(capsys):
+    page = (Path(__file__).parents[3] / "docs" / "use_in_your_model.md").read_text()
+    (body,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    exec(compile(body, "use_in_your_model.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"print\(report\(model\)\)  # (.*)", body)[1]
