@@ -246,7 +246,7 @@ class Router:
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which scaled_dot_product_attention computes: that of autocast, where it is enabled."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 

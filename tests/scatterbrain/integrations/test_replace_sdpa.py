@@ -230,6 +230,25 @@ def test_gradients_after_a_call_in_inference_mode(method):
     assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in (query, key, value))
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("method", ["full", "sbcluster"])
+def test_values_of_a_mask_on_an_accelerator_are_not_read(method, name):
+    """Reading them would make the program wait for the device; the meta device has none to read."""
+    query, key, value = (x.to("meta") for x in tensors())
+    kwargs = dict(CALLS[name])
+    if "attn_mask" in kwargs:
+        mask = kwargs["attn_mask"]
+        kwargs["attn_mask"] = mask[:, :1, :1].to("meta").expand(mask.shape)
+    router = Router(method, 16)
+    reason = router._reason(query, key, value, 0.0, kwargs.get("is_causal", False), None, False)
+    assert (reason is None) == (name != "causal" or method == "full")
+    if "attn_mask" in kwargs:
+        mask, reason = router._key_mask(kwargs["attn_mask"], query, key, False)
+        assert (mask is None, reason) == ((True, "additive attn_mask") if name.startswith("add") else (False, None))
+        out = router.attend(query, key, value, **kwargs, pass_on=lambda: None)
+        assert (out is None) == (method == "sbcluster" or name.startswith("add"))
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
