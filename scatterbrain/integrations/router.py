@@ -157,8 +157,11 @@ class Router:
     ) -> str | None:
         """Why a call is passed on, whatever its mask; None for no reason."""
         tensors = (query, key, value)
+        # modules made here would belong to the recording, or to the level of the transform
+        if torch.jit.is_tracing() or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+            return "torch.jit.trace or a transform of torch.func"
         if any(type(x) not in (torch.Tensor, nn.Parameter) or x.is_nested for x in tensors):
-            return "tensors of another class, or nested"
+            return "tensors of another class (torch.export, DTensor), or nested"
         if any(x.dim() != 4 or not x.is_floating_point() or x.device != query.device for x in tensors):
             return "not floating-point tensors (B, H, length, width) of one device"
         if len({_dtype(x) for x in tensors}) > 1:

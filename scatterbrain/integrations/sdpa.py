@@ -28,7 +28,7 @@ class SDPAMode(TorchFunctionMode):
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
-        self._route, self._route_multi_head = _uncompiled()
+        self._route, self._inside = _uncompiled()
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -37,8 +37,8 @@ class SDPAMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._route(self, func, args, kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._route_multi_head(self, func, args, kwargs)
+        if func in COMPOSITE:
+            return self._inside(self, func, args, kwargs)
         return func(*args, **kwargs)
 
     def _seed_offset(self) -> int:
@@ -52,28 +52,33 @@ def _route(mode: SDPAMode, function: Callable, args: tuple, kwargs: dict[str, An
     )
 
 
-def _route_multi_head(mode: SDPAMode, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Output of `nn.MultiheadAttention`, which under a mode reaches it as a whole."""
-    if kwargs.get("need_weights", True):
+def _inside(mode: SDPAMode, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Result of a Python function of PyTorch, whose own calls reach the mode.
+
+    Under a mode such a function is one call, and the mode is off while it runs. Here a copy of the function that does
+    not ask for modes runs, with the mode on.
+    """
+    if function is F.multi_head_attention_forward and kwargs.get("need_weights", True):
         mode.router.count("nn.MultiheadAttention with need_weights=True")
-        return function(*args, **kwargs)
+    names = {**function.__globals__, "has_torch_function": _no, "has_torch_function_unary": _no}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    with mode:
+        return copy(*args, **kwargs)
 
-    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return _route(mode, F.scaled_dot_product_attention, args, kwargs)
 
-    # The same function, whose own scaled_dot_product_attention is the routed one. No module is changed.
-    names = {**function.__globals__, "scaled_dot_product_attention": attention}
-    routed = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    routed.__kwdefaults__ = function.__kwdefaults__
-    return routed(*args, **kwargs)
+def _no(*_: Any) -> bool:
+    return False
+
+
+# They compute attention, or layers again (checkpointing).
+COMPOSITE = (F.multi_head_attention_forward, torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 @functools.cache
 def _uncompiled() -> tuple[Callable, Callable]:
-    """`_route` and `_route_multi_head` with a graph break around them; here, since this imports the compiler."""
-    return torch.compiler.disable(_route), torch.compiler.disable(_route_multi_head)
+    """`_route` and `_inside` with a graph break around them; here, since this imports the compiler."""
+    return torch.compiler.disable(_route), torch.compiler.disable(_inside)
 
 
 class SDPAReplacement(SDPAMode):

@@ -106,6 +106,8 @@ def replace(
         previous = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
+            vars(model)[PREVIOUS] = previous
+            restore(model)
             raise UserError(
                 f"{type(model).__name__} computes attention in its own code. scatterbrain.replace_sdpa takes any "
                 "PyTorch code that calls scaled_dot_product_attention."

@@ -7,10 +7,12 @@ import gc
 import math
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import scatterbrain
@@ -168,6 +170,22 @@ def test_what_is_passed_on_and_why():
         (found,) = replacement.report()
         assert found.startswith(reason)
         assert torch.equal(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_and_recordings_are_passed_on():
+    query, key, value = torch.randn(3, 3, 1, 2, LENGTH, 16).unbind()
+    expected = SDPA(query, key, value)
+    with scatterbrain.replace_sdpa("sblocal", 16) as replacement:
+        out = torch.vmap(F.scaled_dot_product_attention)(query, key, value)
+        torch.func.grad(lambda x: F.scaled_dot_product_attention(x, key[0], value[0]).sum())(query[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it is deprecated
+            torch.jit.trace(lambda x: F.scaled_dot_product_attention(x, x, x), query[0], check_trace=False)
+        assert replacement.report() == {"torch.jit.trace or a transform of torch.func": 3}
+        torch.export.export(Layer(), (torch.randn(1, LENGTH, 32),))
+    torch.testing.assert_close(out, expected)
+    assert "routed" not in replacement.report()
 
 
 def test_what_the_method_refuses_is_passed_on():
@@ -358,6 +376,37 @@ def test_a_copy_of_the_model_inside_the_context():
     with scatterbrain.replace_sdpa("sbcluster", 16):
         assert torch.equal(copy.deepcopy(model)(x), model(x))
     assert set(model.state_dict()) == set(network()[0].state_dict())
+
+
+@pytest.mark.parametrize("call", ["Tensor.backward", "autograd.backward", "autograd.grad"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_inside_the_context(reentrant, call):
+    """Layers are computed again with the method, and the same random parts."""
+    if reentrant and call == "autograd.grad":
+        pytest.skip("PyTorch does not allow it")
+    model, x = network()
+    x.requires_grad_()
+    gradients = []
+    for checkpoint in (True, False):
+        model.zero_grad()
+        with scatterbrain.replace_sdpa("performer", 16) as replacement:
+            out = x
+            for layer in model:
+                if checkpoint:
+                    out = torch.utils.checkpoint.checkpoint(layer, out, use_reentrant=reentrant)
+                else:
+                    out = layer(out)
+            parameters, loss = list(model.parameters()), out.square().sum()
+            if call == "Tensor.backward":
+                loss.backward()
+            elif call == "autograd.backward":
+                torch.autograd.backward(loss)
+            else:
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    parameter.grad = gradient
+        assert replacement.report() == {"routed": 4 if checkpoint else 2}
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("method", ["full", "sblocal"])

@@ -151,6 +151,19 @@ def test_autocast():
         assert model(images()).dtype == torch.bfloat16
 
 
+def test_distributed_data_parallel(tmp_path):
+    model, x = integration.replace(create(), "performer", 16), images()
+    expected = model(x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        out = nn.parallel.DistributedDataParallel(model)(x)
+        out.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(out, expected)
+    assert integration.report(model)["blocks.0.attn"] == {"routed": 2}
+
+
 def test_compiled_models():
     model, x = integration.replace(create(), "sblocal", 16), images()
     torch._dynamo.reset()

@@ -360,8 +360,16 @@ def test_autocast():
 def test_other_models_are_refused():
     with pytest.raises(UserError, match="Linear is no model of transformers"):
         integration.replace(nn.Linear(2, 2))
+    config = transformers.XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    model = transformers.XLNetModel(config)
+    before = dict(vars(model.config))
+    with pytest.raises(UserError, match="XLNetModel computes attention in its own code"):
+        integration.replace(model)
+    assert vars(model.config) == before
+    assert not [name for name in vars(model) if "scatterbrain" in name]
 
 
+@needs_notes
 def test_the_example_of_the_page(capsys):
     page = (Path(__file__).parents[3] / "docs" / "use_in_your_model.md").read_text()
     (body,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
