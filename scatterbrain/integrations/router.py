@@ -6,6 +6,7 @@ counted by reason.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 import threading
@@ -18,7 +19,7 @@ from torch import nn
 
 from scatterbrain.attention import ATTENTIONS, create_attention, option_parameters
 from scatterbrain.attention.base import AttentionModule
-from scatterbrain.errors import UserError, check_whole_number, did_you_mean, is_number
+from scatterbrain.errors import UserError, check_whole_number, is_number
 from scatterbrain.ops.common.numerics import no_autocast
 
 ROUTED = "routed"
@@ -290,16 +291,22 @@ def layer_routers(
     layers = layers or {}
     for pattern in layers:
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"layers: no layer is named '{pattern}'. {did_you_mean(pattern, names)}")
+            raise UserError(
+                f"layers: no layer is named '{pattern}'. Names are those of model.named_modules(), such as '{names[-1]}'."
+            )
+    # one for each set of options, since making one checks them by making attentions
+    made: dict[str | None, Router | None] = {None: Router(seed=seed, **options)}
+    for pattern, changed in layers.items():
+        # options of one method are not those of another
+        base = {"min_tokens": options["min_tokens"]} if "method" in (changed or {}) else options
+        made[pattern] = None if changed is None else Router(**({"seed": seed} | base | dict(changed)))
     found: dict[str, Router | None] = {}
     for index, name in enumerate(names):
-        own = options
-        for pattern, changed in layers.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                # options of one method are not those of another
-                base = {"min_tokens": options["min_tokens"]} if "method" in (changed or {}) else options
-                own = None if changed is None else base | dict(changed)
-        found[name] = None if own is None else Router(**({"seed": seed + index} | own))
+        matching = [pattern for pattern in layers if fnmatch.fnmatchcase(name, pattern)]
+        pattern = matching[-1] if matching else None
+        router = found[name] = copy.copy(made[pattern])
+        if router is not None and "seed" not in (layers.get(pattern) or {}):
+            router.seed = seed + index
     return found
 
 

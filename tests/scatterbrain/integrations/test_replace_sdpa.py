@@ -502,5 +502,7 @@ def test_options_of_layers():
     assert [getattr(router, "method", None) for router in found.values()] == ["sbcluster", "local", None]
     assert found["a.0"].options == {"num_steps": 2, "memory_fraction": 1 / 8}
     assert (found["a.1"].options, found["a.1"].min_tokens, found["a.1"].seed) == ({}, 32, 8)
+    assert layer_routers(names, {"a.*": {"seed": 40}}, 7, **options)["a.1"].seed == 40
+    assert found["a.0"]._modules is not found["a.1"]._modules
     with pytest.raises(UserError, match="no layer is named 'c'"):
         layer_routers(names, {"c": None}, 0, **options)
