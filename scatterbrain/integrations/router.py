@@ -291,9 +291,8 @@ def layer_routers(
     layers = layers or {}
     for pattern in layers:
         if not fnmatch.filter(names, pattern):
-            raise UserError(
-                f"layers: no layer is named '{pattern}'. Names are those of model.named_modules(), such as '{names[-1]}'."
-            )
+            example = f"Names are those of model.named_modules(), such as '{names[-1]}'."
+            raise UserError(f"layers: no layer is named '{pattern}'. {example}")
     # one for each set of options, since making one checks them by making attentions
     made: dict[str | None, Router | None] = {None: Router(seed=seed, **options)}
     for pattern, changed in layers.items():
