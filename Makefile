@@ -39,15 +39,16 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Four attentions, or those of ATTENTIONS=full,cluster,..., over 200 photographs, by a network that was trained on others
-# (checkpoints/demo/README.md).
+# Four attentions, or those of ATTENTIONS=full,cluster,..., and floors to compare them with, over 200 photographs, by a
+# network that was trained on others (checkpoints/demo/README.md).
 # Everything is as with ImageNet and a published checkpoint: conversion, one multirun, a table, figures.
 DEMO_CHECKPOINT := demo/t2t_vit_t_7_flowers.pth
 DEMO_RUN := demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 ATTENTIONS ?= full,local,performer,sblocal
+FLOORS ?= zero,uniform,strided,random-keys,querycluster
 
 demo: setup $(DEMO_CHECKPOINT)
-	$(BIN)/python run.py -m experiment=flowers-t2tvit-eval model/t2tattn_cfg=$(ATTENTIONS) \
+	$(BIN)/python run.py -m experiment=flowers-t2tvit-eval model/t2tattn_cfg=$(ATTENTIONS),$(FLOORS) \
 		eval.ckpt=$(DEMO_CHECKPOINT) hydra.sweep.dir=$(DEMO_RUN)
 	$(BIN)/python scripts/compare_runs.py $(DEMO_RUN) --output $(DEMO_RUN)/demo.json >/dev/null
 	$(BIN)/python scripts/plot_attention_maps.py --checkpoint $(DEMO_CHECKPOINT) --data-dir data/flowers \

@@ -2,6 +2,13 @@
 
 from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
 from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.baselines import (
+    QueryClusterAttention,
+    RandomKeysAttention,
+    StridedAttention,
+    UniformAttention,
+    ZeroAttention,
+)
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import ClusterAttention, PairedClusterAttention, SBClusterAttention
 from scatterbrain.attention.combination import (
@@ -22,6 +29,7 @@ from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attent
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.full import full_attention
 from scatterbrain.ops.local import local_attention
+from scatterbrain.ops.packed import packed_attention
 from scatterbrain.ops.performer import performer_attention
 from scatterbrain.ops.scatterbrain import scatterbrain_attention
 
@@ -37,7 +45,9 @@ __all__ = [
     "LocalAttention",
     "PairedClusterAttention",
     "PerformerAttention",
+    "QueryClusterAttention",
     "RandomFeatureOptions",
+    "RandomKeysAttention",
     "ReformerAttention",
     "SBBlockSparseAttention",
     "SBClusterAttention",
@@ -45,13 +55,17 @@ __all__ = [
     "SBLocalAttention",
     "SBSmyrfAttention",
     "SmyrfAttention",
+    "StridedAttention",
+    "UniformAttention",
     "UserError",
+    "ZeroAttention",
     "attention_memory",
     "create_attention",
     "draw_projection",
     "full_attention",
     "landmark_attention",
     "local_attention",
+    "packed_attention",
     "paired_landmark_attention",
     "performer_attention",
     "replace_sdpa",

@@ -1,9 +1,9 @@
-"""What accuracy, agreement with full attention and output error each attention has for its memory: a curve for each.
+"""What accuracy, agreement with full attention and output error each attention has for its columns: a curve for each.
 
 A T2T-ViT that was trained with full attention has it swapped in both token stages for one of each kind, at several
-memory budgets and seeds. All photographs give the top-1 accuracy, and the share whose first prediction is that of full
-attention; some give the relative Frobenius error of the output of each stage, on the inputs that full attention has.
-Memory follows from the sizes (`scatterbrain.ops.common.budget`); block-sparse attentions and Reformer exceed it.
+budgets of attention columns and seeds. All photographs give the top-1 accuracy, and the share whose first prediction is
+that of full attention; some give the relative Frobenius error of the output of each stage, on full attention's inputs.
+Columns follow from the sizes (`scatterbrain.ops.common.budget`); block-sparse attentions and Reformer exceed a budget.
 
 Ctrl-C and SIGTERM end the run with the configurations that are complete by then. --output is written after each
 attention, with "complete": false until all are done.

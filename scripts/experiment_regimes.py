@@ -2,7 +2,7 @@
 
 Synthetic queries, keys and values at many softmax scales s = beta / sqrt(E): a small beta (a high temperature) gives
 every key the same weight, a large one gives a single key all of it. For each, the relative Frobenius error of the
-matrix of weights and of the output against full attention, at equal memory (`ops.common.budget`), is set against the
+matrix of weights and of the output against full attention, at equal columns (`ops.common.budget`), is set against the
 entropy of full attention. Chen et al., "Scatterbrain", NeurIPS 2021, section 3, is the claim: sparse and low-rank
 attention err in different regimes, and together they err less in all.
 

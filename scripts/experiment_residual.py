@@ -3,7 +3,7 @@
 Photographs run through a T2T-ViT with full attention. In both token stages the matrix of weights is split into the
 part on a sparse support and the residual, which Scatterbrain's low-rank part has to fit (Chen et al., "Scatterbrain",
 NeurIPS 2021, section 3). The singular values of all three give the rank that each needs. Supports: the local window,
-SMYRF's clusters, and as an oracle the largest weights of each query, each with half of the memory.
+SMYRF's clusters, and as an oracle the largest weights of each query, each with half of the columns.
 
     python scripts/experiment_residual.py --checkpoint FILE --data-dir data/flowers
 """

@@ -2,8 +2,8 @@
 
 Chen et al., "Scatterbrain", NeurIPS 2021, section 5, trains on language and on the Long Range Arena; here are both in
 small, from data that any machine has: the sources of Python's standard library, split by file, and random nested lists.
-Initial weights, batches, schedule and the attentions' memory are the same for all. An attention that cannot be causal
-is left out of the language model. A causal window of W keys shows W // 2 + 1 of them; its memory is counted in full.
+Initial weights, batches, schedule and the attentions' columns are the same for all. An attention that cannot be causal
+is left out of the language model. A causal window of W keys shows W // 2 + 1 of them; all of them are counted.
 
     python scripts/experiment_training.py --output training.json --figure training.png
 

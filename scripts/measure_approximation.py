@@ -7,13 +7,15 @@ there is randomness. From the seeds also follow the bias, common to all of them,
 squares add up. Some photographs, spread evenly, also give the error of the matrix of attention weights, and how sharp
 full attention is: its effective number of keys (exp of the entropy of a query's weights) and its largest logit.
 
-Columns of the table: `sizes` of window, features or clusters; `memory` that they take, of the full attention matrix;
-`error of output`, mean and standard deviation over seeds; `bias`, the error of the mean output over all seeds;
-`spread`, the root mean square deviation of one seed's output from that mean; `error of matrix`, that of the attention
-weights. All errors are relative: 0 is full attention, 1 as far off as an output of zeros.
+Columns of the table: `sizes` of window, features or clusters; `columns` of the attention matrix that they take;
+`error of output`, mean and standard deviation over seeds; `of query part`, that error relative to the part of full
+attention's output that depends on the query, || out - full || / || full - its mean over the queries ||; `bias`, the
+error of the mean output over all seeds; `spread`, the root mean square deviation of one seed's output from that mean;
+`matrix`, the error of the attention weights. All are relative: 0 is full attention, 1 as far off as an output of
+zeros, or for the query part as full attention's mean output.
 
 --layers measures the blocks of the backbone too, or alone: 197 tokens, the class token among them, in several heads of
-width 64. There 1/32 is 6 columns only; give a larger --memory-fraction, such as 1/8. The column `memory` has what is
+width 64. There 1/32 is 6 columns only; give a larger --memory-fraction, such as 1/8. `columns` has what is
 spent. An attention that is not defined at this length is left out, and a line says why.
 
     python scripts/measure_approximation.py --checkpoint FILE --data-dir data/flowers

@@ -127,7 +127,21 @@ def family() -> Expected:
     rows: Expected = []
     for row in load("docs/data/family_comparison.json")["runs"]:
         values = [row[key] for key in ("top1", "agreement", "images_per_second", "speedup")]
-        rows.append((row["attention"], [(value,) for value in (*values, 100 * row["attention_memory"])]))
+        cost = find("docs/data/attention_cost.json", attention=row["attention"])
+        values += [100 * row["attention_memory"], 100 * cost["attention_operations"], cost["attention_peak_mib"]]
+        rows.append((row["attention"], [(value,) for value in values]))
+    return rows
+
+
+def floors() -> Expected:
+    """Errors of the output, and of its part that depends on the query, in both stages."""
+    path = "docs/data/approximation_demo.json"
+    rows: Expected = []
+    names = ("zero", "uniform", "strided", "random-keys", "querycluster", "local", "performer", "sblocal", "smyrf")
+    for name in (*names, "combination-local-performer", "cluster", "sbcluster", "pairedcluster"):
+        stages = [find(path, attention=name, stage=stage) for stage in (1, 2)]
+        errors: list[Values] = [(row[kind]["mean"],) for row in stages for kind in ("output_error", "query_error")]
+        rows.append((name, [None, *errors]))
     return rows
 
 
@@ -190,6 +204,9 @@ def gpu_attention() -> Expected:
         if "fallback" not in suffix:
             others = [(device_time(f"{name}{suffix}", length, "forward"),) for name in ("local", "performer")]
         values = [(full,), (ours,), (full / ours,), *others, (full_both,), (ours_both,), (full_both / ours_both,)]
+        for name in ("SDPA cuDNN", f"sblocal{suffix}"):
+            row = find("docs/data/benchmark_attention_h100.json", name=name, length=length, **{"pass": "forward"})
+            values.append((row["temporary_bytes"] / 2**20,))
         rows.append((label, values))
     return rows
 
@@ -331,14 +348,25 @@ def bfloat16() -> Expected:
     return [("2 cores", photographs + [(row["same_as_against"],) for row in content["results"]])]
 
 
+def query_part() -> Expected:
+    names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "pairedcluster")
+    path = "docs/data/approximation_demo.json"
+    stages = {
+        each: [find(path, attention=name, stage=each)["query_error"]["mean"] for name in names] for each in (1, 2)
+    }
+    return [(f"stage {each}", [(error,) for error in errors]) for each, errors in stages.items()]
+
+
 # Page, how the table's heading begins, and what its rows have to show.
 CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
     ("README.md", "batch x tokens|forward", gpu_speed),
+    ("README.md", "error of the query-dependent part", query_part),
     ("checkpoints/demo/README.md", "attention|top-1", lambda: accuracy(FOUR, 0)),
     ("checkpoints/demo/README.md", "part|images seen", card_training),
     ("docs/attentions.md", "name|exact weights|low-rank part|error", output_error),
     ("docs/attentions.md", "attention|top-1", family),
+    ("docs/attentions.md", "name|what a query sees", floors),
     ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
     ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
     ("docs/benchmarks.md", "images/s|batch 128", gpu_model),
@@ -358,9 +386,10 @@ NO_RESULTS = (
     "datamodule.format|",
     "names of the classes",
     "attentions|export",
+    "attentions|key_lengths",
     "|call|",
     "operator|",
-    "|fused kernels",
+    'backend="triton"|',
 )
 
 

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scatterbrain.attention.base import AttentionModule
+from scatterbrain.attention.baselines import (
+    QueryClusterAttention,
+    RandomKeysAttention,
+    StridedAttention,
+    UniformAttention,
+    ZeroAttention,
+)
 from scatterbrain.attention.block_sparse import BlockSparseAttention, SBBlockSparseAttention
 from scatterbrain.attention.cluster import (
     SUMMARY_SIZE,
@@ -45,7 +52,7 @@ EXACT_SHARE = 1 / 8
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """Registry entry of an attention: its module, and how a memory budget determines its sizes.
+    """Registry entry of an attention: its module, and how a budget of columns determines its sizes.
 
     Attributes:
         module: class of the attention.
@@ -135,6 +142,12 @@ ATTENTIONS: dict[str, AttentionKind] = {
     "sblocal2d": AttentionKind(
         SBLocal2dAttention, lambda c, *_: {"num_neighbours": keys_for(c / 2), "nb_features": features_for(c / 2, 2)}
     ),
+    # to compare with: floors, and clustered attention
+    "zero": AttentionKind(ZeroAttention),
+    "uniform": AttentionKind(UniformAttention),
+    "strided": AttentionKind(StridedAttention, lambda c, *_: {"num_keys": keys_for(c)}),
+    "random-keys": AttentionKind(RandomKeysAttention, lambda c, *_: {"num_keys": keys_for(c)}),
+    "querycluster": AttentionKind(QueryClusterAttention, lambda c, *_: {"num_query_landmarks": keys_for(c)}),
 }
 
 
@@ -147,14 +160,14 @@ def create_attention(
     seed: int = 0,
     **options: Any,
 ) -> AttentionModule:
-    """Attention module whose sizes (window, features, clusters) fit a memory budget.
+    """Attention module whose sizes (window, features, clusters) fit a budget of attention columns.
 
     Args:
         config_name: one of `ATTENTIONS`.
         sequence_length: number of keys S that the budget refers to.
         dim_heads: width E of queries and keys.
         softmax_temp: softmax scale; None is E ** -0.5.
-        memory_fraction: memory over that of the full attention matrix; see `scatterbrain.ops.common.budget`.
+        memory_fraction: columns over those of the full attention matrix; see `scatterbrain.ops.common.budget`.
         seed: seed of the random features, where there are any.
         **options: options of the module, see its class; sizes override the budget. None selects the default.
 
@@ -193,14 +206,14 @@ def create_attention(
 
 
 def attention_memory(attention: AttentionModule, sequence_length: int) -> float:
-    """Memory of an attention over that of the full attention matrix, by the rule of `ops.common.budget`.
+    """Columns of an attention over those of the full attention matrix, by the rule of `ops.common.budget`.
 
     Args:
         attention: the module.
         sequence_length: number of keys S.
 
     Returns:
-        Fraction in (0, 1].
+        Fraction in [0, 1].
 
     Raises:
         UserError: a length below 1.

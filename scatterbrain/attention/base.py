@@ -126,7 +126,7 @@ class AttentionModule(nn.Module):
         return out.transpose(1, 2), weights
 
     def _warn_of_length(self, num_keys: int) -> None:
-        """Warn once where the number of keys makes the memory budget another."""
+        """Warn once where the number of keys makes the share of columns another."""
         expected = self.sequence_length
         if expected is None or torch.compiler.is_compiling():
             return
@@ -134,7 +134,7 @@ class AttentionModule(nn.Module):
             self.sequence_length = None
             warnings.warn(
                 f"The sizes of this {type(self).__name__} ({self.sizes()}) were chosen for {expected} keys, and it got "
-                f"{num_keys}: its memory relative to full attention is another. Modules take tensors "
+                f"{num_keys}: its share of the attention columns is another. Modules take tensors "
                 f"(B, length, H, width); create it with sequence_length={num_keys} if that is the length.",
                 stacklevel=3,
             )
@@ -157,11 +157,11 @@ class AttentionModule(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in {**self.sizes(), **options}.items())
 
     def sizes(self) -> dict[str, int]:
-        """Sizes that the memory budget determines, by the names of their options; empty for full attention."""
+        """Sizes that the budget determines, by the names of their options; empty for full attention."""
         return {}
 
     def memory_columns(self, num_keys: int) -> float:
-        """Memory in columns of the attention matrix, of which full attention has `num_keys`; see `ops.common.budget`.
+        """Columns of the attention matrix that it takes, of `num_keys`; see `ops.common.budget`.
 
         Args:
             num_keys: number of keys S.
@@ -181,6 +181,6 @@ def refuse_causal(attention: AttentionModule, refused: bool) -> None:
     """
     if refused:
         raise UserError(
-            f"{type(attention).__name__} cannot be causal: its clusters, or its low-rank sums, are taken over all keys "
-            "at once. Choose sblocal, local or performer."
+            f"{type(attention).__name__} cannot be causal: it chooses, clusters or sums over all keys at once. "
+            "Choose sblocal, local or performer."
         )

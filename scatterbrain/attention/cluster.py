@@ -45,6 +45,7 @@ class ClusterAttention(AttentionModule):
         UserError: a value out of range.
     """
 
+    takes_attn_mask = True
     local_context = 0
 
     def __init__(
@@ -79,9 +80,12 @@ class ClusterAttention(AttentionModule):
         )
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        scale, key_lengths = options["scale"], options["key_lengths"]
-        assignment = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
-        return naive_landmark_attention(query, key, value, assignment, self.local_context, scale, key_lengths)[1]
+        scale, key_lengths, attn_mask = options["scale"], options["key_lengths"], options.get("attn_mask")
+        assignment = assign_key_clusters(
+            key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight, attn_mask
+        )
+        masks = key_lengths, attn_mask
+        return naive_landmark_attention(query, key, value, assignment, self.local_context, scale, *masks)[1]
 
 
 class SBClusterAttention(ClusterAttention):
@@ -135,11 +139,13 @@ class PairedClusterAttention(AttentionModule):
         attention_dropout: probability of dropping the weight of a summary or of an exact key in training.
         backend: `naive`, `torch` or `auto`, see the operator.
 
-    `key_lengths` are the lengths of the queries as well, where there are as many queries as keys.
+    `key_lengths` and `attn_mask` hold for the queries as well, where there are as many queries as keys.
 
     Raises:
         UserError: a value out of range.
     """
+
+    takes_attn_mask = True
 
     def __init__(
         self,
@@ -174,18 +180,22 @@ class PairedClusterAttention(AttentionModule):
         return paired_landmark_attention(
             *(query, key, value, self.num_landmarks, self.num_query_landmarks, self.num_exact),
             query_lengths=query_lengths(query, key, options["key_lengths"]),
+            query_mask=query_lengths(query, key, options.get("attn_mask")),
             num_steps=self.num_steps,
             value_weight=self.value_weight,
             **options,
         )
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
-        scale, key_lengths = options["scale"], options["key_lengths"]
-        lengths = query_lengths(query, key, key_lengths)
-        keys = assign_key_clusters(key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight)
-        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, lengths)
+        key_lengths, attn_mask = options["key_lengths"], options.get("attn_mask")
+        of_queries = [query_lengths(query, key, mask) for mask in (key_lengths, attn_mask)]
+        keys = assign_key_clusters(
+            key, value, self.num_landmarks, self.num_steps, key_lengths, self.value_weight, attn_mask
+        )
+        queries = assign_query_clusters(query, self.num_query_landmarks, self.num_steps, *of_queries)
+        masks = key_lengths, of_queries[0], attn_mask, of_queries[1]
         return naive_paired_landmark_attention(
-            query, key, value, keys, queries, self.num_exact, scale, key_lengths, lengths
+            query, key, value, keys, queries, self.num_exact, options["scale"], *masks
         )[1]
 
 

@@ -145,6 +145,13 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
     return difference.norm(dim=1) / reference.norm(dim=1)
 
 
+@torch.no_grad()
+def query_dependence(inputs: StageInputs) -> torch.Tensor:
+    """Norm of full attention's output less its mean over the queries, over that of the output, (B,) float64."""
+    full, _ = _full_attention(inputs, of_weights=False)
+    return relative_error(full.mean(1, keepdim=True), full)
+
+
 def effective_keys(weights: torch.Tensor) -> torch.Tensor:
     """Number of keys over which a query spreads its weights (..., S): exp of their entropy in nats, in [1, S]."""
     return torch.special.entr(weights).sum(-1).exp()

@@ -18,7 +18,8 @@ from src.evaluation.results import Results, read_results
 from src.evaluation.results_table import accuracy_text
 
 # Of a row of a comparison: what does not depend on the load of the machine.
-_COLUMNS = ("num_images", "top1", "top1_std", "top1_difference", "agreement", "attention_memory")
+_ACCURACY = ("num_images", "top1", "top1_std", "top1_difference", "agreement")
+_COLUMNS = (*_ACCURACY, "attention_memory", "attention_operations", "attention_peak_mib")
 
 
 def compare_folders(folder: Path, against: Path | None, output: str | os.PathLike[str] | None, command: str) -> None:

@@ -21,6 +21,7 @@ _FAMILIES = {
     "^": ("smyrf", "sbsmyrf", "reformer"),
     "P": ("combination-local-performer", "combination-smyrf-performer"),
     "s": ("bs-bigbird", "bs-longformer", "bs-openai", "sbbs-bigbird", "sbbs-longformer", "sbbs-openai"),
+    "X": ("zero", "uniform", "strided", "random-keys", "querycluster"),
     "v": ("cluster", "sbcluster", "pairedcluster", "sbpairedcluster"),
 }
 ATTENTION_MARKERS = {name: marker for marker, names in _FAMILIES.items() for name in names}

@@ -44,7 +44,9 @@ class ComparisonRow:
         images_per_second: throughput.
         speedup: `images_per_second` over that of the reference; None without one of the same device, precision
             and `fast`.
-        attention_memory: fraction of the full attention matrix; None where it does not apply.
+        attention_memory: columns of the attention matrix, as a fraction of all; None where it does not apply.
+        attention_operations: matrix-product operations of the attention over those of full attention; None likewise.
+        attention_peak_mib: peak memory of a call of the attention for one image, MiB; None likewise.
         published: published top-1; None where there is none.
         num_images: number of images evaluated; without those that were skipped, since they could not be decoded.
     """
@@ -65,6 +67,8 @@ class ComparisonRow:
     attention_memory: float | None
     published: PublishedAccuracy | None
     num_images: int | None = None
+    attention_operations: float | None = None
+    attention_peak_mib: float | None = None
 
     @property
     def sampling_error(self) -> float | None:
@@ -219,6 +223,8 @@ def compare_runs(
                 attention_memory=run.attention_memory,
                 published=run.published,
                 num_images=run.data["num_images"],
+                attention_operations=run.attention_operations,
+                attention_peak_mib=run.attention_peak_mib,
             )
         )
     return Comparison(_common(runs), rows, [Path(folder).name for folder in failed], one_pass)

@@ -23,7 +23,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     """The comparison as a figure: one line per run, one panel per quantity.
 
     Panels are top-1 (bars: standard deviation over seeds; bands: sampling error of the images; diamonds: published),
-    agreement with full attention, images per second, and attention memory; those without any value, such as accuracy
+    agreement with full attention, images per second, and attention columns; those without any value, such as accuracy
     without labels, are left out.
 
     Args:
@@ -38,7 +38,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         panels.append(_draw_agreement)
     panels.append(_draw_speed)
     if any(row.attention_memory is not None for row in rows):
-        panels.append(_draw_memory)
+        panels.append(_draw_columns)
     labels = [_escape_dollars(textwrap.fill(row.label, _LABEL_WIDTH)) for row in rows]
     lines = sum(label.count("\n") + 1 for label in labels)
 
@@ -171,7 +171,7 @@ def _draw_speed(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     axes.set_xlabel("images per second" + (" (x full)" if speedups else ""))
 
 
-def _draw_memory(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
+def _draw_columns(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     values = [row.attention_memory for row in rows if row.attention_memory]
     axes.set_xscale("log")
     low = min([*(100 * value for value in values), 1.0]) * 0.6
@@ -186,4 +186,4 @@ def _draw_memory(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
     axes.set_xticks(decades, [f"{decade:g}" for decade in decades])
     axes.xaxis.set_minor_locator(NullLocator())
     _write_values(axes, ["-" if row.attention_memory is None else percent_text(row.attention_memory) for row in rows])
-    axes.set_xlabel("attention memory, % of full")
+    axes.set_xlabel("attention columns, % of full")

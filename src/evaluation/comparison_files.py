@@ -63,7 +63,7 @@ def print_comparison(comparison: Comparison, paths: Sequence[Path]) -> None:
     """Print the table of a comparison and where its files are."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)  # a log file has no width
+        console = Console(width=160)  # a log file has no width
     console.print(comparison_table(comparison))
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)

@@ -32,7 +32,9 @@ def _columns(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("agreement", cells("agreement", "{:.2f}")),
         ("images/s", cells("images_per_second", "{:,.1f}")),
         ("speed-up", cells("speedup", "{:.2f}x")),
-        ("memory", [percent_text(row.attention_memory) for row in rows]),
+        ("attention columns", [percent_text(row.attention_memory) for row in rows]),
+        ("operations", [percent_text(row.attention_operations) for row in rows]),
+        ("MiB", cells("attention_peak_mib", "{:.1f}")),
     ]
     return [(heading, column) for heading, column in columns if any(cell != "-" for cell in column)]
 
@@ -44,7 +46,9 @@ _NOTES = {
     "published": "published: top-1 on the whole ImageNet validation set",
     "agreement": "agreement: percent of images given the same first class as with full attention, with the first seed",
     "speed-up": "speed-up: images/s over those with full attention",
-    "memory": "memory: of the attention in both token stages, relative to the full attention matrix",
+    "attention columns": "attention columns: of the attention matrix of both token stages, relative to all of them",
+    "operations": "operations: of the attention's matrix products in both token stages, relative to full attention",
+    "MiB": "MiB: peak memory of a call of the attention for one image, its output included, in the larger stage",
 }
 
 
@@ -62,6 +66,8 @@ def comparison_table(comparison: Comparison) -> Table:
     if comparison.unlabelled:
         table.caption = _NO_LABELS
     for number, (heading, _) in enumerate(columns):
+        # the longest heading on two lines: the screen is narrower than a file
+        heading = heading.replace("attention columns", "attention\ncolumns")
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number > 0)
     for cells in zip(*(column for _, column in columns), strict=True):
         table.add_row(*(escape(cell) for cell in cells))

@@ -69,8 +69,11 @@ class Results:
         versions: version of Python and of each library that may change results.
         command: the command that was run.
         attention_options: options of the attention of both token stages; None where there is none.
-        attention_memory: its memory over both token stages, as a fraction of what the full attention matrix
-            takes; None where that does not apply.
+        attention_memory: columns of the attention matrix that it takes over both token stages, as a fraction of all;
+            None where that does not apply.
+        attention_operations: its matrix-product operations over those of full attention, see `attention_cost`; None
+            likewise, after an interruption, and in files of earlier versions.
+        attention_peak_mib: peak memory of a call of it for one image, MiB; None likewise.
         seconds: how long the evaluation (its last part) took, as far as `images_per_second` counts it; None if not
             measured.
         random_features: where they come from: drawn from the `seeds`, or stored in the `checkpoint`, which was trained
@@ -104,6 +107,8 @@ class Results:
     command: str
     attention_options: list[dict[str, Any]] | None = None
     attention_memory: float | None = None
+    attention_operations: float | None = None
+    attention_peak_mib: float | None = None
     seconds: float | None = None
     random_features: str | None = None
     fast: bool = False

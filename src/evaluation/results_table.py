@@ -53,5 +53,8 @@ def results_table(results: Results, published: PublishedAccuracy | None) -> Tabl
         table.add_row("loss", f"{results.loss:.4f}")
     table.add_row("images/s", f"{results.images_per_second:,.1f}")
     if results.attention_memory is not None:
-        table.add_row("attention memory", f"{percent_text(results.attention_memory)} of full")
+        table.add_row("attention columns", f"{percent_text(results.attention_memory)} of full")
+    if results.attention_operations is not None:
+        table.add_row("its operations", f"{percent_text(results.attention_operations)} of full")
+        table.add_row("its peak memory", f"{results.attention_peak_mib:.1f} MiB for one image")
     return table

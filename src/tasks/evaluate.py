@@ -170,7 +170,8 @@ def evaluate_runs(config: DictConfig, trainer: Trainer) -> tuple[list[Results] |
         one_pass, peak_memory = (
             (one_pass_of(runs, task, trainer), None) if config.compare else (None, peak_memory_mib(trainer))
         )
-        results = collect_results(runs, task, datamodule, fast, peak_memory, compared, one_pass)
+        device = trainer.strategy.root_device
+        results = collect_results(runs, task, datamodule, fast, peak_memory, compared, one_pass, device)
         if trainer.is_global_zero:
             if results is not None:
                 with _removed_at_end(state, task):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer
 from rich.console import Console
@@ -20,6 +21,7 @@ from src.evaluation.predictions import write_predictions
 from src.evaluation.records import summarise
 from src.evaluation.results import ACCURACY, RESULTS_FILE, Results, skipped_info, write_results
 from src.evaluation.results_table import results_table
+from src.tasks.attention_info import attention_cost
 from src.tasks.classification_evaluation import ClassificationEvaluation
 from src.tasks.environment import peak_memory_mib
 from src.tasks.errors import prefix_errors
@@ -38,6 +40,7 @@ def collect_results(
     peak_memory: float | None,
     compared: Mapping[str, Any],
     one_pass: OnePass | None,
+    device: torch.device,
 ) -> list[Results] | None:
     """Results of each run after the test; None where no image was evaluated.
 
@@ -49,6 +52,7 @@ def collect_results(
         peak_memory: of the device, MiB; None on the CPU, and where the pass had several attentions.
         compared: see `Results`.
         one_pass: of `eval.attentions`.
+        device: of the test, for the memory of the attention; not measured after an interruption.
     """
     if None in task.records:
         return None
@@ -70,6 +74,7 @@ def collect_results(
             compared=dict(compared),
             one_pass=None if one_pass is None else dataclasses.asdict(one_pass),
             **summarise(task.records[number]),
+            **({} if task.stopped else attention_cost(run.classifier.model, device)),
         )
         for number, run in enumerate(runs)
     ]

@@ -104,6 +104,20 @@ def test_errors_are_means_over_images_and_seeds(measured, model, batch, name, st
             assert expected > 100 * ROUNDING * values[0]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_error_of_the_query_part_is_relative_to_what_depends_on_the_query(measured, model, batch, stage):
+    (row,) = (row for row in measured["results"] if (row["attention"], row["stage"]) == ("local", stage))
+    inputs = capture_stage_inputs(model, batch)[stage - 1]
+    local = create_stage_attentions("local", model, MEMORY, 5)[stage - 1]
+    full, out = (
+        attention(inputs.query, inputs.key, inputs.value)[0].double()
+        for attention in (model.token_attentions[stage - 1], local)
+    )
+    ratios = [(a - b).norm() / (b - b.mean(0)).norm() for a, b in zip(out, full, strict=True)]
+    assert row["query_error"]["mean"] == pytest.approx(torch.stack(ratios).mean().item(), rel=ROUNDING)
+    assert row["query_error"]["mean"] > row["output_error"]["mean"]
+
+
 def test_sharpness_of_full_attention(measured, model, batch):
     inputs = capture_stage_inputs(model, batch[[1, 5]])
     for row, stage, attention in zip(measured["full_attention"], inputs, model.token_attentions, strict=True):

@@ -17,10 +17,11 @@ from scripts import benchmark_attention as benchmark
 from src.analysis import tools
 from src.analysis.benchmark import attention, attention_report, baselines
 from src.analysis.benchmark.attention import AttentionBench
-from src.analysis.benchmark.timing import peak_bytes, seconds_per_call
+from src.analysis.benchmark.timing import seconds_per_call
 from src.analysis.tools import until_stopped
 from src.evaluation.colours import ATTENTION_COLOURS
 from src.evaluation.result_rows import write_rows
+from src.utils.peak_memory import peak_bytes
 from tests.scatterbrain.ops import precision
 
 SMALL = ["--device", "cpu", "--threads", "1", "--dim", "16", "--batch", "2"]

@@ -77,7 +77,7 @@ def dense_error(attention, inputs):
 
 
 def test_every_attention_with_a_budget_is_measured():
-    assert set(ATTENTIONS) - set(memory.BUDGETED) == {"full"}
+    assert set(ATTENTIONS) - set(memory.BUDGETED) == {"full", "zero", "uniform"}
     assert set(memory.STRONG) <= set(memory.BUDGETED)
 
 

@@ -44,7 +44,7 @@ def blocked_landmark_attention(
     window: int,
     *,
     scale: float,
-    key_lengths: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     with_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -58,7 +58,7 @@ def blocked_landmark_attention(
         num_landmarks: number of clusters M.
         window: width W in keys, see `scatterbrain.ops.common.windows`; 0 for no window.
         scale: softmax scale s.
-        key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        key_mask: boolean (B, S), true for visible keys; None for all.
         dropout_p: probability of dropping a weight; that of a landmark for a query is dropped for all of its keys.
         with_lse: compute the logarithms.
 
@@ -69,10 +69,10 @@ def blocked_landmark_attention(
     batch, heads, length, _ = query.shape
     # A window of twice the sequence holds every key; tiles grow with its width.
     layout = _Layout.of(query, at_most(window, 2 * max(length, key.shape[2])), num_landmarks)
-    counts = None
-    if key_lengths is not None:
-        counts = key_lengths.clamp(0, key.shape[2]).view(-1, 1).expand(batch, heads).reshape(-1, 1, 1)
-    tensors = [None if x is None else x.flatten(0, 1) for x in (query, key, value, assignment)] + [counts]
+    hidden = None
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None].expand(batch, heads, key.shape[2], 1)
+    tensors = [None if x is None else x.flatten(0, 1) for x in (query, key, value, assignment, hidden)]
     if is_exporting():  # a recorded loop would fix the number of slices, and with it the batch size
         slices = [tensors]
     else:
@@ -163,23 +163,22 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     assignment: torch.Tensor,
-    counts: torch.Tensor | None,
+    hidden: torch.Tensor | None,
     *,
     num_landmarks: int,
     scale: float,
     dropout_p: float,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (g, T, D) and logarithms (g, T) or None of g sequences, which see `counts` (g, 1, 1) keys, or all."""
+    """Output (g, T, D) and logarithms (g, T) or None of g sequences, some of whose keys are `hidden` (g, S, 1)."""
     dtype, num_keys = query.dtype, key.shape[1]
     query, key, value = (x.to(accumulation_dtype(dtype)) for x in (query, key, value))
     # A part that all keys share changes no weight, and without it products of queries and keys round less. Nor does it
     # change a gradient.
+    counts = None if hidden is None else num_keys - hidden.sum(1, keepdim=True)  # (g, 1, 1)
     centre = key.detach().sum(1, keepdim=True) / (num_keys if counts is None else counts.clamp_min(1))
     key = key - centre
-    hidden = None
-    if counts is not None:
-        hidden = torch.arange(num_keys, device=key.device)[:, None] >= counts  # (g, S, 1)
+    if hidden is not None:
         key = key.masked_fill(hidden, 0.0)
 
     (sums, value_sums), members = cluster_sums((key, value), assignment, num_landmarks)

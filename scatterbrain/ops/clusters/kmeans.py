@@ -8,7 +8,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters import triton as fused
-from scatterbrain.ops.common.inputs import length_mask
+from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
     at_most,
@@ -16,6 +16,7 @@ from scatterbrain.ops.common.numerics import (
     is_exporting,
     no_autocast,
     split_rows,
+    stable_argsort,
     tile_budget,
 )
 
@@ -58,6 +59,7 @@ def assign_key_clusters(
     num_steps: int = 1,
     key_lengths: torch.Tensor | None = None,
     value_weight: float = 0.5,
+    attn_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cluster of each key, of keys that also have similar values, since values are averaged within a cluster.
 
@@ -69,6 +71,8 @@ def assign_key_clusters(
         key_lengths: (B,) integers; keys j >= key_lengths[b] are in no cluster. None for all.
         value_weight: weight of the values in the distance, with keys and values scaled to the same standard deviation
             over the sequence; 0 clusters the keys alone.
+        attn_mask: boolean (B, S); keys where it is false are in no cluster, and the others are clustered as if they
+            were a sequence by themselves. None for all.
 
     Returns:
         (B, H, S) int64, a cluster in [0, M) or -1 for no cluster.
@@ -79,6 +83,11 @@ def assign_key_clusters(
     if not value_weight >= 0:
         raise UserError(f"value_weight={value_weight} has to be at least 0; 0 clusters the keys alone.")
     check_steps(num_clusters, num_steps)
+    if attn_mask is not None:
+        order, count = visible_first(visible_keys(key_lengths, attn_mask, key.shape[2]))
+        key, value = (take_in_order(x.detach(), order) for x in (key, value))
+        labels = assign_key_clusters(key, value, num_clusters, num_steps, count, value_weight)
+        return put_in_order(labels, order)
     if value_weight == 0 and fused.is_fast(key) and not (torch.compiler.is_compiling() or is_exporting()):
         num_clusters = at_most(num_clusters, key.shape[2])
         if fused.unsupported(key, key, num_clusters, 0) is None:
@@ -97,7 +106,11 @@ def assign_key_clusters(
 
 
 def assign_query_clusters(
-    query: torch.Tensor, num_clusters: int, num_steps: int = 1, query_lengths: torch.Tensor | None = None
+    query: torch.Tensor,
+    num_clusters: int,
+    num_steps: int = 1,
+    query_lengths: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cluster of each query, as `assign_clusters`, but padding is in the nearest cluster, not in none.
 
@@ -106,6 +119,8 @@ def assign_query_clusters(
         num_clusters: number of clusters Q.
         num_steps: iterations of Lloyd's algorithm.
         query_lengths: (B,) integers; queries i >= query_lengths[b] move no centroid. None for all.
+        query_mask: boolean (B, T); queries where it is false move no centroid, and the others are clustered as if they
+            were a sequence by themselves. None for all.
 
     Returns:
         (B, H, T) int64, a cluster in [0, Q).
@@ -113,7 +128,26 @@ def assign_query_clusters(
     Raises:
         UserError: fewer than one cluster, or a negative number of steps.
     """
-    return nearest_centroids(query, num_clusters, num_steps, query_lengths)
+    if query_mask is None:
+        return nearest_centroids(query, num_clusters, num_steps, query_lengths)
+    order, count = visible_first(visible_keys(query_lengths, query_mask, query.shape[2]))
+    labels = nearest_centroids(take_in_order(query.detach(), order), num_clusters, num_steps, count)
+    return put_in_order(labels, order)
+
+
+def visible_first(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (B, N) of the points that a mask (B, N) shows, then of the others, in their order; and counts (B,)."""
+    return stable_argsort((~mask).int()), mask.sum(1)
+
+
+def take_in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows of (B, H, N, E) in an order (B, N)."""
+    return gather_rows(x.transpose(1, 2), order).transpose(1, 2)
+
+
+def put_in_order(labels: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Labels (B, H, N) of `take_in_order`, at the positions that they were taken from."""
+    return torch.empty_like(labels).scatter_(2, order.unsqueeze(1).expand_as(labels), labels)
 
 
 def cluster_means(points: torch.Tensor, assignment: torch.Tensor, num_clusters: int) -> torch.Tensor:
@@ -172,11 +206,12 @@ def adds_in_order(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def valid_points(points: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Boolean (B or 1, 1, N), true for the points below `lengths` (B,)."""
-    if lengths is None:
+def valid_points(points: torch.Tensor, lengths: torch.Tensor | None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Boolean (B or 1, 1, N), true for the points below `lengths` (B,) that `mask` (B, N) shows."""
+    visible = visible_keys(None if lengths is None else lengths.to(points.device), mask, points.shape[2])
+    if visible is None:
         return torch.ones(1, 1, points.shape[2], dtype=torch.bool, device=points.device)
-    return length_mask(lengths.to(points.device), points.shape[2])[:, None]
+    return visible[:, None]
 
 
 def check_steps(num_clusters: int, num_steps: int) -> None:

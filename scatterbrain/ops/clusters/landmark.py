@@ -14,11 +14,13 @@ from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_land
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import (
     VisibleRows,
+    check_attn_mask,
     check_dropout,
     check_inputs,
     check_tensors,
     default_scale,
     empty_output,
+    visible_keys,
     visible_rows,
 )
 from scatterbrain.ops.common.numerics import accumulation_dtype, at_most, is_exporting
@@ -35,11 +37,13 @@ def landmark_attention(
     scale: float | None = None,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
     num_steps: int = 1,
     value_weight: float = 0.0,
     assignment: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) of attention with weights exp(s q.k) in a local window and exp(s q.c_b) outside it.
@@ -55,15 +59,17 @@ def landmark_attention(
         scale: softmax scale s; None is E ** -0.5.
         is_causal: has to be false.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
+        attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         assignment: cluster of each key (B, H, S) int64 in [0, M), such as a result of `assign_key_clusters` that is
             reused over layers, steps of a sampler or random seeds; `num_steps` and `value_weight` are not used then.
-            Those of hidden keys may be any. The range is checked on the CPU only: the check would synchronise a GPU.
-            None computes the clusters.
+            Those of hidden keys may be any. With `enable_gqa` it is (B, Hkv, S), as the keys. The range is checked on
+            the CPU only: the check would synchronise a GPU. None computes the clusters.
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
         backend: `naive` (dense, float64), `torch` (by blocks, linear in T), `triton` (fused CUDA kernels, see
             `scatterbrain.ops.clusters.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
@@ -75,48 +81,59 @@ def landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    given_key = key
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+    attn_mask = check_attn_mask(attn_mask, key)
+    repeats = query.shape[1] // given_key.shape[1]
     check_dropout(dropout_p)
     window_bounds(window)
     refuse_causal(is_causal)
     scale = default_scale(query, scale)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    reason = fused.unsupported(query, value, num_landmarks, window, dropout_p, return_lse and needs_grad)
+    reason = fused.unsupported(query, value, num_landmarks, window, dropout_p, return_lse and needs_grad, attn_mask)
     backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=fused.is_fast(query))
     if query.shape[0] == 0:
         out = empty_output(query, key, value)
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
     if assignment is not None:
-        assignment = _check_assignment(assignment, key, num_landmarks, key_lengths)
+        assignment = _check_assignment(assignment, given_key, num_landmarks, key_lengths, attn_mask)
     elif backend != "triton" or value_weight != 0:  # the kernels find clusters of keys alone themselves
-        assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+        unique = key[:, ::repeats], value[:, ::repeats]
+        assignment = assign_key_clusters(*unique, num_landmarks, num_steps, key_lengths, value_weight, attn_mask)
         num_landmarks = at_most(num_landmarks, key.shape[2])
+    if assignment is not None and repeats > 1:
+        assignment = assignment.repeat_interleave(repeats, 1)
     if backend == "naive":
-        out = naive_landmark_attention(query, key, value, assignment, window, scale, key_lengths)[0].to(query.dtype)
+        masks = key_lengths, attn_mask
+        out = naive_landmark_attention(query, key, value, assignment, window, scale, *masks)[0].to(query.dtype)
         if not return_lse:
             return out
-        lse = naive_landmark_lse(query, key, assignment, window, scale, key_lengths)
+        lse = naive_landmark_lse(query, key, assignment, window, scale, *masks)
         return out, lse.to(accumulation_dtype(query.dtype))
     if backend == "triton" and not (needs_grad and key_lengths is not None):
         rows = VisibleRows(query, key, value, None)  # the kernels skip hidden keys themselves
     else:
-        rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    options = {"scale": scale, "key_lengths": key_lengths}
+        rows = visible_rows(query, key, value, scale, key_lengths=key_lengths, attn_mask=attn_mask)
     if backend == "triton":
         if assignment is None:
             check_steps(num_landmarks, num_steps)
             num_landmarks = at_most(num_landmarks, key.shape[2])
-        options |= {"num_steps": num_steps, "assignment": assignment, "return_lse": return_lse}
-        out, lse = fused.attention(*rows[:3], num_landmarks, window, **options)
+        options = {"key_lengths": key_lengths, "assignment": assignment, "return_lse": return_lse}
+        out, lse = fused.attention(*rows[:3], num_landmarks, window, scale=scale, num_steps=num_steps, **options)
     else:
-        options |= {"dropout_p": dropout_p, "with_lse": return_lse}
-        out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, **options)
+        mask = visible_keys(key_lengths, attn_mask, key.shape[2])
+        options = {"key_mask": mask, "dropout_p": dropout_p, "with_lse": return_lse}
+        out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, scale=scale, **options)
     (out,) = rows.mark(out)
     return (out, rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)) if return_lse else out
 
 
 def _check_assignment(
-    assignment: torch.Tensor, key: torch.Tensor, num_landmarks: int, key_lengths: torch.Tensor | None
+    assignment: torch.Tensor,
+    key: torch.Tensor,
+    num_landmarks: int,
+    key_lengths: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Given clusters (B, H, S) of the keys, -1 for hidden ones.
 
@@ -130,16 +147,16 @@ def _check_assignment(
             f"assignment has to be int64 of shape {tuple(key.shape[:3])} on {key.device}, a cluster for each key, got "
             f"{assignment.dtype} of shape {tuple(assignment.shape)} on {assignment.device}."
         )
-    visible = valid_points(key, key_lengths)
+    visible = valid_points(key, key_lengths, attn_mask)
     if assignment.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting()):
         bad = visible & ((assignment < 0) | (assignment >= num_landmarks))
         if bad.any():
             raise UserError(
                 f"assignment has the cluster {assignment[bad][0].item()}, and the clusters of visible keys have to lie "
                 f"in [0, {num_landmarks}), num_landmarks being {num_landmarks}. Take it from assign_key_clusters with "
-                "the same num_landmarks and key_lengths."
+                "the same num_landmarks, key_lengths and attn_mask."
             )
-    return assignment if key_lengths is None else assignment.masked_fill(~visible, -1)
+    return assignment if key_lengths is None and attn_mask is None else assignment.masked_fill(~visible, -1)
 
 
 def log_landmark_features(

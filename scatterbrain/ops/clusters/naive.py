@@ -17,6 +17,7 @@ def naive_landmark_attention(
     window: int,
     scale: float,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) and attention weights (B, H, T, S) of landmark attention, both float64.
 
@@ -28,11 +29,12 @@ def naive_landmark_attention(
         window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
         scale: softmax scale s.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
     """
     query, key, value = (x.double() for x in (query, key, value))
-    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths, attn_mask=attn_mask)
     logits = _landmark_logits(rows.query, rows.key, assignment, window, scale)
-    return rows.mark(*_attend(logits, rows.value, _visible(key, key_lengths)))
+    return rows.mark(*_attend(logits, rows.value, _visible(key, key_lengths, attn_mask)))
 
 
 def naive_landmark_lse(
@@ -42,6 +44,7 @@ def naive_landmark_lse(
     window: int,
     scale: float,
     key_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logarithms (B, H, T) of the sums of the weights of landmark attention, float64; -inf where no key is visible.
 
@@ -52,10 +55,11 @@ def naive_landmark_lse(
         window: width W of the window, see `naive_landmark_attention`; 0 for none.
         scale: softmax scale s.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
     """
     query, key = query.double(), key.double()
-    rows = visible_rows(query, key, key, scale, key_lengths=key_lengths)
-    visible = _visible(key, key_lengths)
+    rows = visible_rows(query, key, key, scale, key_lengths=key_lengths, attn_mask=attn_mask)
+    visible = _visible(key, key_lengths, attn_mask)
     blind = ~visible.any(-1, keepdim=True)
     logits = _landmark_logits(rows.query, rows.key, assignment, window, scale).masked_fill(~visible, -math.inf)
     # the gradient of a sum over nothing would be nan
@@ -90,6 +94,8 @@ def naive_paired_landmark_attention(
     scale: float,
     key_lengths: torch.Tensor | None = None,
     query_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) and attention weights (B, H, T, S) of paired landmark attention, both float64.
 
@@ -103,12 +109,14 @@ def naive_paired_landmark_attention(
         scale: softmax scale s.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b]. None hides none.
         query_lengths: (B,) integers; queries i >= query_lengths[b] do not enter the means p_a. None for all.
+        attn_mask: boolean (B, S), false for hidden keys. None hides none.
+        query_mask: boolean (B, T); nor do queries where it is false. None for all.
     """
     query, key, value = (x.double() for x in (query, key, value))
-    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths, attn_mask=attn_mask)
     query, key, value, _ = rows  # hidden rows are zero: 0 * nan is nan
-    visible = _visible(key, key_lengths)  # [B or 1, 1, 1, S]
-    counted = _visible(query, query_lengths).squeeze(2)  # [B or 1, 1, T]
+    visible = _visible(key, key_lengths, attn_mask)  # [B or 1, 1, 1, S]
+    counted = _visible(query, query_lengths, query_mask).squeeze(2)  # [B or 1, 1, T]
     exact = scale * query @ key.transpose(-2, -1)
     logits = torch.zeros_like(exact)
     for a in range(int(query_assignment.max()) + 1):
@@ -128,10 +136,11 @@ def naive_paired_landmark_attention(
     return rows.mark(*_attend(logits, value, visible))
 
 
-def _visible(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Boolean (B or 1, 1, 1, N), true for the tokens of x (B, H, N, E) below `lengths` (B,)."""
+def _visible(x: torch.Tensor, lengths: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    """Boolean (B or 1, 1, 1, N), true for the tokens of x (B, H, N, E) that lengths (B,) and mask (B, N) show."""
     n = torch.arange(x.shape[2], device=x.device).view(1, 1, 1, -1)
-    return torch.ones_like(n, dtype=torch.bool) if lengths is None else n < lengths.view(-1, 1, 1, 1)
+    visible = torch.ones_like(n, dtype=torch.bool) if lengths is None else n < lengths.view(-1, 1, 1, 1)
+    return visible if mask is None else visible & mask[:, None, None]
 
 
 def _attend(logits: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

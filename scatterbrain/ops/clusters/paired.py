@@ -13,7 +13,15 @@ from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_c
 from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.common.backends import choose_backend
-from scatterbrain.ops.common.inputs import check_dropout, check_inputs, default_scale, empty_output, visible_rows
+from scatterbrain.ops.common.inputs import (
+    check_attn_mask,
+    check_dropout,
+    check_inputs,
+    check_tensors,
+    default_scale,
+    empty_output,
+    visible_rows,
+)
 from scatterbrain.ops.common.numerics import (
     FLOOR,
     accumulation_dtype,
@@ -38,9 +46,12 @@ def paired_landmark_attention(
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
     query_lengths: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    query_mask: torch.Tensor | None = None,
     num_steps: int = 2,
     value_weight: float = 0.5,
     dropout_p: float = 0.0,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention with the weights exp(s p_a.k) exp(s (q - p_a).c_ab).
@@ -61,9 +72,12 @@ def paired_landmark_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         query_lengths: (B,) integers; queries i >= query_lengths[b] move no centroid, so that padding does not influence
             other queries. None for all.
+        attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
+        query_mask: boolean (B, T); queries where it is false move no centroid. None for all.
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
         value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
         dropout_p: probability of dropping the weight of a summary or exact key for a query (ignored by `naive`).
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
         backend: `naive` (dense, float64), `torch` (by tiles, linear in T) or `auto`, which is `torch`.
 
     Returns:
@@ -72,12 +86,22 @@ def paired_landmark_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    given_key = key
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+    repeats = query.shape[1] // given_key.shape[1]
     if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
         raise UserError(
             f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
             f"{query_lengths.dtype} of shape {tuple(query_lengths.shape)}."
         )
+    if query_mask is not None:
+        check_tensors(query_mask=query_mask)
+        if query_mask.shape != (query.shape[0], query.shape[2]) or query_mask.dtype != torch.bool:
+            raise UserError(
+                f"query_mask has to be boolean of shape ({query.shape[0]}, {query.shape[2]}), true for the queries "
+                f"that count, got {query_mask.dtype} of shape {tuple(query_mask.shape)}."
+            )
+    attn_mask = check_attn_mask(attn_mask, key)
     check_dropout(dropout_p)
     refuse_causal(is_causal)
     if isinstance(num_exact, bool) or not isinstance(num_exact, int) or num_exact < 0:
@@ -86,20 +110,22 @@ def paired_landmark_attention(
     backend = choose_backend(backend)
     if query.shape[0] == 0:
         return empty_output(query, key, value)
-    key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
-    query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
+    unique = key[:, ::repeats], value[:, ::repeats]
+    key_labels = assign_key_clusters(*unique, num_landmarks, num_steps, key_lengths, value_weight, attn_mask)
+    if repeats > 1:
+        key_labels = key_labels.repeat_interleave(repeats, 1)
+    query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths, query_mask)
     num_landmarks, num_exact = (at_most(number, key.shape[2]) for number in (num_landmarks, num_exact))
     num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
     if backend == "naive":
-        out, _ = naive_paired_landmark_attention(
-            query, key, value, key_labels, query_labels, num_exact, scale, key_lengths, query_lengths
-        )
+        masks = key_lengths, query_lengths, attn_mask, query_mask
+        out, _ = naive_paired_landmark_attention(query, key, value, key_labels, query_labels, num_exact, scale, *masks)
         return out.to(query.dtype)
-    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+    rows = visible_rows(query, key, value, scale, key_lengths=key_lengths, attn_mask=attn_mask)
     query, key, value, _ = rows
     with no_autocast(query):
         dtype, (batch, heads) = accumulation_dtype(query.dtype), query.shape[:2]
-        centred = valid_points(query, query_lengths).expand(query.shape[:3])
+        centred = valid_points(query, query_lengths, query_mask).expand(query.shape[:3])
         means = cluster_means(query.to(dtype), query_labels.masked_fill(~centred, -1), num_query_landmarks)
         flat = [x.to(dtype).flatten(0, 1) for x in (query, key, value, means)]
         flat += [key_labels.flatten(0, 1), query_labels.flatten(0, 1)]

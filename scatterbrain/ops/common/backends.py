@@ -14,6 +14,8 @@ PYTORCH = ("naive", "torch")
 PYTORCH_AND_TRITON = ("naive", "torch", "triton")
 # what the kernels are compiled for; float64 runs in plain PyTorch
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# elements from the first row of a head to the last
+LARGEST_OFFSET = 2**31
 # looked up once: torch.compile traces neither a search for packages nor the environment
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,6 +40,24 @@ def no_kernels(x: torch.Tensor) -> str | None:
     if x.dtype not in KERNEL_DTYPES:
         return f"it takes float16, bfloat16 and float32, and the tensors are {x.dtype}"
     return None
+
+
+def too_large(query: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why the kernels cannot run a call: their offsets within a sample have 32 bits; None where they can.
+
+    Args:
+        query: (B, H, T, E).
+        value: (B, H, S, D).
+    """
+    heads, length, width = query.shape[1:]
+    if heads * max(length, value.shape[2]) * max(width, value.shape[3]) >= LARGEST_OFFSET:
+        return "it takes fewer than 2^31 elements of all heads of a sample"
+    return None
+
+
+def with_near_rows(x: torch.Tensor) -> torch.Tensor:
+    """The tensor (B, H, N, E), copied where its rows are not contiguous or too far apart for offsets of 32 bits."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < LARGEST_OFFSET else x.contiguous()
 
 
 def choose_backend(

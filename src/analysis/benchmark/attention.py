@@ -28,8 +28,9 @@ from src.analysis.benchmark.baselines import (
     pytorch_baselines,
 )
 from src.analysis.benchmark.report import BASELINE, DTYPES
-from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, peak_bytes, seconds_per_call
+from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, seconds_per_call
 from src.analysis.tools import choose_device, shown
+from src.utils.peak_memory import peak_bytes
 from src.utils.text import first_line
 
 # Seeds of the inputs among which one without a fallback tile is looked for.

@@ -26,6 +26,7 @@ from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 
 BACKBONE, MEAN_OF_BLOCKS = "backbone", "blocks"
+ERRORS = ("output", "query", "matrix")
 
 Row = dict[str, Any]
 
@@ -57,6 +58,7 @@ class LayerRecords:
         }
         self.output_errors: dict[str, list[torch.Tensor]] = {name: [] for name in self.samples}
         self.biases: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in self.samples}
+        self.query_dependence: list[torch.Tensor] = []
         self.matrix_errors: list[torch.Tensor] = []
         self.effective_keys: list[float] = []
         self.largest_logits: list[float] = []
@@ -70,6 +72,7 @@ class LayerRecords:
             else:
                 errors = approximation.relative_errors(inputs, modules)
             self.output_errors[name].append(errors)
+        self.query_dependence.append(approximation.query_dependence(inputs))
         every = [module for modules in self.samples.values() for module in modules]
         for number in of_matrix:
             one = inputs.image(number)
@@ -83,22 +86,25 @@ class LayerRecords:
         """A row for each attention.
 
         Yields:
-            `attention`, `layer`, `stage`; its sizes as `options`, `memory` over that of the full matrix; relative
-            `output_error` over all images, and `matrix_error` over some, see `over_seeds`; `bias` and `spread` of the
-            output, see `bias_and_spread`, None with one seed.
+            `attention`, `layer`, `stage`; its sizes as `options`, `memory`, the share of the columns; relative
+            `output_error` over all images, `query_error`, that over `query_dependence`, and `matrix_error` over some
+            images, see `over_seeds`; `bias` and `spread` of the output, see `bias_and_spread`, None with one seed.
         """
+        dependence = torch.cat(self.query_dependence)
         matrices = torch.cat(self.matrix_errors, 1).split([len(modules) for modules in self.samples.values()])
         for (name, modules), matrix in zip(self.samples.items(), matrices, strict=True):
             bias = about_it = None
             if self.biases[name]:
                 bias, about_it = (torch.cat(parts).mean().item() for parts in zip(*self.biases[name], strict=True))
+            errors = torch.cat(self.output_errors[name], 1)
             yield {
                 "attention": name,
                 "layer": self.layer,
                 "stage": self.stage,
                 "options": modules[0].sizes(),
                 "memory": attention_memory(modules[0], self.num_tokens),
-                "output_error": approximation.over_seeds(torch.cat(self.output_errors[name], 1).mean(1).tolist()),
+                "output_error": approximation.over_seeds(errors.mean(1).tolist()),
+                "query_error": approximation.over_seeds((errors / dependence).mean(1).tolist()),
                 "bias": bias,
                 "spread": about_it,
                 "matrix_error": approximation.over_seeds(matrix.mean(1).tolist()),
@@ -159,9 +165,9 @@ def backbone_means(rows: Sequence[Row]) -> list[Row]:
         blocks = [row for row in rows if row["attention"] == name and row["stage"] is None]
         if blocks:
             mean = {**blocks[0], "layer": MEAN_OF_BLOCKS}
-            for kind in ("output_error", "matrix_error"):
-                per_seed = zip(*(row[kind]["per_seed"] for row in blocks), strict=True)
-                mean[kind] = approximation.over_seeds([statistics.fmean(values) for values in per_seed])
+            for kind in ERRORS:
+                per_seed = zip(*(row[f"{kind}_error"]["per_seed"] for row in blocks), strict=True)
+                mean[f"{kind}_error"] = approximation.over_seeds([statistics.fmean(values) for values in per_seed])
             if mean["bias"] is not None:
                 mean |= {kind: statistics.fmean(row[kind] for row in blocks) for kind in ("bias", "spread")}
             means.append(mean)
@@ -170,9 +176,9 @@ def backbone_means(rows: Sequence[Row]) -> list[Row]:
 
 def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Table:
     """Table of the errors, and the sharpness below them."""
-    headers = ("attention", "layer", "sizes", "memory", "error of output", "bias", "spread", "error of matrix")
+    headers = ("attention", "layer", "sizes", "columns", "error of output", "of query part", "bias", "spread", "matrix")
     table = new_table(title, headers, headers[:3])
-    table.caption = "memory: of the attention matrix\n" + "\n".join(
+    table.caption = "columns: of the attention matrix\n" + "\n".join(
         f"{row['layer']}, full attention: {row['effective_keys']:,.0f} effective keys of {row['num_tokens']:,}, "
         f"largest |logit| {row['largest_logit']:.1f}"
         for row in sharpness
@@ -184,7 +190,8 @@ def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Ta
         layer = row["layer"]
         sizes = " + ".join(map(str, row["options"].values())) or "-"
         parts = ("-" if row[kind] is None else f"{row[kind]:.3f}" for kind in ("bias", "spread"))
-        errors = (approximation.plus_minus(row["output_error"]), *parts, approximation.plus_minus(row["matrix_error"]))
+        output, query, matrix = (approximation.plus_minus(row[f"{kind}_error"]) for kind in ERRORS)
+        errors = (output, query, *parts, matrix)
         table.add_row(row["attention"], layer, sizes, f"{100 * row['memory']:.1f} %", *errors)
     return table
 

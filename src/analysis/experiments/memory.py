@@ -1,4 +1,4 @@
-"""Accuracy, agreement with full attention and output errors against memory: `scripts/experiment_memory.py`."""
+"""Accuracy, agreement with full attention and output errors by attention columns: `scripts/experiment_memory.py`."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def measure_point(
     """Row of one attention at one budget, over seeds; `log` is called with the name of each step.
 
     Returns:
-        `attention`, `memory_fraction`, `seeds`; `memory` over that of full attention in both stages together; `top1`
+        `attention`, `memory_fraction`, `seeds`; `memory`, the share of the attention columns of both stages; `top1`
         and `agreement` in percent (see `over_seeds`); and for each of the `stages` `sizes`, `memory`, `output_error`.
     """
     model = reference.model
@@ -222,7 +222,7 @@ def fraction_text(value: float) -> str:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Agreement and the output errors of both stages against memory, a curve for each attention.
+    """Agreement and the output errors of both stages against attention columns, a curve for each attention.
 
     Rows of `measure_memory` that have a reason, and no results, are left out.
     """
@@ -252,7 +252,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for axes in panels:
         axes.set_xscale("log")
         set_ticks(axes.xaxis, [2**-power for power in range(12, -1, -1)], fraction_text)
-        axes.set_xlabel("memory, of full attention's")
+        axes.set_xlabel("attention columns, of all")
         style(axes)
     figure.canvas.draw()  # limits and sizes of the panels are known then
     for axes in panels:
@@ -275,7 +275,7 @@ def set_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str] 
 
 
 def draw_curve(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]], name: str, most: float) -> None:
-    """Draw one attention over memory; the band is the std over seeds, up to `most`, the largest possible value."""
+    """Draw one attention over its columns; the band is the std over seeds, up to `most`, the largest possible value."""
     memory = [at for at, _ in points]
     means = [value["mean"] for _, value in points]
     stds = [value["std"] or 0.0 for _, value in points]
@@ -293,9 +293,9 @@ def draw_curve(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]], na
 
 def memory_table(rows: Sequence[Row], full_top1: float) -> Table:
     """Table of every configuration that was measured, and full attention's accuracy in percent."""
-    headers = ("attention", "budget", "memory", "top-1 %", "agreement %", "error, stage 1", "error, stage 2")
+    headers = ("attention", "budget", "columns", "top-1 %", "agreement %", "error, stage 1", "error, stage 2")
     table = tools.new_table("Mean ± std over seeds", headers, ("attention",))
-    table.caption = f"full attention: top-1 {full_top1:.2f} %. Errors: of the output, relative to full attention's."
+    table.caption = f"full attention: top-1 {full_top1:.2f} %. Columns: of the attention matrix. Errors: of the output."
     last = None
     for row in rows:
         if "reason" in row:

@@ -171,7 +171,7 @@ def largest_and_nearest(weights: torch.Tensor, num_keys: int, rank: int, num_ste
 
 
 def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[str, Approximation]:
-    """Matrices near full attention's (T, S) at equal memory, and equal weights; rows need not sum to 1."""
+    """Matrices near full attention's (T, S) at equal columns, and equal weights; rows need not sum to 1."""
     length = weights.shape[-1]
     columns = budget_columns(length, memory)
     (keys, rank), (half_keys, half_rank) = ((keys_for(c), features_for(c)) for c in (columns, columns / 2))
@@ -193,7 +193,7 @@ def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[s
 
 
 def attentions(inputs: StageInputs, memory: float, seed: int) -> dict[str, Approximation]:
-    """The attentions that are compared, by name, fitted to the same memory."""
+    """The attentions that are compared, by name, fitted to the same columns."""
     length, width = inputs.key.shape[1], inputs.key.shape[3]
     # one-hot values along with the true ones: output and matrix of one call
     value = inputs.with_identity_values().value
@@ -363,7 +363,7 @@ def draw(rows: Sequence[Mapping[str, Any]], memory: float, error: str = "matrix_
     for kind, axes in zip(kinds, grid[:, 0], strict=True):
         axes.set_ylabel(f"{DATA[kind]}\nrelative error of the {error.partition('_')[0]}")
     figure.suptitle(
-        f"{100 * memory:.3g} % of full attention's memory. Dotted: as far off as zero; bars: std over seeds.",
+        f"{100 * memory:.3g} % of the attention columns. Dotted: as far off as zero; bars: std over seeds.",
         fontsize=9,
         color=FAINT,
     )
@@ -412,7 +412,7 @@ def draw_variance(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Table of `compare_families`: regimes with the least error, and the largest error of each."""
-    headers = ("data", "memory", "family", "sparse", "low-rank", "both")
+    headers = ("data", "columns", "family", "sparse", "low-rank", "both")
     table = new_table("Regimes in which each has the least error of the matrix (its largest error)", headers, headers)
     for row in summary:
         cells = (f"{row[name]} ({row['worst'][name]:.2f})" for name in ("sparse", "low_rank", "both"))

@@ -157,7 +157,7 @@ def result_tables(content: Mapping[str, Any]) -> list[Table]:
         groups = by_attention(content, task)
         several = max((len(results) for results in groups.values()), default=1) > 1
         spread = "± over seeds" if several else "± of the data"
-        headers = ("attention", "memory", "steps", METRICS[task], spread, "ms per step", "MiB")
+        headers = ("attention", "columns", "steps", METRICS[task], spread, "ms per step", "MiB")
         table = tools.new_table(f"{TITLES[task]}: {METRICS[task]} on held-out data", headers, ("attention",))
         for name, results in groups.items():
             metric, error = mean_metric(results), None

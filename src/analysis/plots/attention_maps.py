@@ -248,6 +248,6 @@ def plot(arguments: argparse.Namespace) -> None:
         stages = stage_maps(model, attentions, image.to(device), arguments.token)
         name = "/".join(Path(dataset.paths[position]).parts[-2:])
         photographs.append(Photograph(name, approximation.pixels_of(image), stages))
-    memory = f"{100 * arguments.memory_fraction:.3g} % of full attention's memory"
-    write_png(draw(photographs, f"{variant}, {memory}, seed {arguments.seed}."), arguments.output)
+    columns = f"{100 * arguments.memory_fraction:.3g} % of the attention columns"
+    write_png(draw(photographs, f"{variant}, {columns}, seed {arguments.seed}."), arguments.output)
     say(arguments.output)

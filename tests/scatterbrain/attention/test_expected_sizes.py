@@ -12,8 +12,9 @@ from scatterbrain.errors import UserError
 
 LENGTH, WIDTH = 256, 8
 BUDGETED = [name for name, kind in ATTENTIONS.items() if kind.fit is not None]
-ANY_WIDTH = ("local", "bs-", "cluster", "sbcluster", "pairedcluster", "sbpairedcluster")
-WITH_WIDTH = [name for name in BUDGETED if not name.startswith(ANY_WIDTH)]
+ANY_WIDTH = ("local", "bs-", "cluster", "sbcluster", "pairedcluster", "sbpairedcluster", "querycluster")
+FLOORS = ("strided", "random-keys")
+WITH_WIDTH = [name for name in BUDGETED if not name.startswith((*ANY_WIDTH, *FLOORS))]
 
 
 def create(name: str) -> torch.nn.Module:

@@ -122,7 +122,7 @@ def test_grouped_queries(name):
         attention(*tensors)
 
 
-@pytest.mark.parametrize("name", ["full", "performer", "sblocal", "bs-longformer"])
+@pytest.mark.parametrize("name", ["full", "performer", "sblocal", "bs-longformer", "sbcluster", "pairedcluster"])
 def test_export_with_a_mask(name):
     shapes = {0: Dim("batch", max=64)}
     of_arguments = {"query": shapes, "key": shapes, "value": shapes, "attn_mask": shapes}

@@ -28,6 +28,7 @@ BOUNDED = {
     "num_window_blocks": 2 * LENGTH + 1,
     "num_landmarks": LENGTH,
     "num_query_landmarks": LENGTH,
+    "num_keys": LENGTH,
     "num_exact": LENGTH,
 }
 HUGE = 40_001

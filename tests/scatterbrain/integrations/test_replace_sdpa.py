@@ -27,7 +27,10 @@ CAUSAL = {
     *("full", "local", "performer", "linear-attention-performer", "sblocal", "combination-local-performer"),
     *("bs-bigbird", "bs-longformer", "bs-openai"),
 }
-MASKED = CAUSAL | {"local2d", "sblocal2d", "sbbs-bigbird", "sbbs-longformer", "sbbs-openai"}
+MASKED = CAUSAL | {
+    *("local2d", "sblocal2d", "sbbs-bigbird", "sbbs-longformer", "sbbs-openai"),
+    *("cluster", "sbcluster", "pairedcluster", "sbpairedcluster"),
+}
 
 
 def tensors(length: int = LENGTH, heads: int = 2, dtype: torch.dtype = torch.float32, width: int = 16):
@@ -89,7 +92,7 @@ def test_full_attention_is_that_of_pytorch(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("method", ["local", "sblocal", "pairedcluster"])
+@pytest.mark.parametrize("method", ["local", "sblocal", "sbcluster", "smyrf"])
 def test_a_mask_is_kept_by_every_method(method, name):
     """Hidden keys have no influence: the method sees the mask, or PyTorch computes the call."""
     query, key, value = tensors()
@@ -249,7 +252,7 @@ def test_gradients_after_a_call_in_inference_mode(method):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("method", ["full", "sbcluster"])
+@pytest.mark.parametrize("method", ["full", "smyrf"])
 def test_values_of_a_mask_on_an_accelerator_are_not_read(method, name):
     """Reading them would make the program wait for the device; the meta device has none to read."""
     query, key, value = (x.to("meta") for x in tensors())
@@ -264,7 +267,7 @@ def test_values_of_a_mask_on_an_accelerator_are_not_read(method, name):
         mask, reason = router._key_mask(kwargs["attn_mask"], query, key, False)
         assert (mask is None, reason) == ((True, "additive attn_mask") if name.startswith("add") else (False, None))
         out = router.attend(query, key, value, **kwargs, pass_on=lambda: None)
-        assert (out is None) == (method == "sbcluster" or name.startswith("add"))
+        assert (out is None) == (method == "smyrf" or name.startswith("add"))
 
 
 # Models -------------------------------------------------------------------------------------------------------------

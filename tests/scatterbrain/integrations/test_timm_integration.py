@@ -130,7 +130,7 @@ def test_biases_and_masks_are_kept():
     for kwargs, out in zip(calls, expected, strict=True):
         torch.testing.assert_close(layer(tokens, **kwargs), out)
     assert layer.scatterbrain_router.counts() == {"routed": len(calls)}
-    integration.replace(layer, "sbcluster", 16)
+    integration.replace(layer, "smyrf", 16)
     for kwargs, out in zip(calls, expected, strict=True):
         assert torch.equal(layer(tokens, **kwargs), out)
 

@@ -107,7 +107,7 @@ def test_vision_models(method):
 
 @pytest.mark.parametrize("make", [bert, llama])
 def test_methods_that_take_no_mask_leave_padding_to_sdpa(make):
-    model = integration.replace(make(), "sbcluster", 16)
+    model = integration.replace(make(), "smyrf", 16)
     plain = make()
     for padding in ("right", "left"):
         x = inputs(padding)
@@ -125,8 +125,8 @@ def test_a_causal_model_and_a_method_that_is_not():
 @needs_notes
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_hidden_tokens_have_no_influence(padding):
-    for make in (bert, llama):
-        model, x = integration.replace(make(), "sblocal", 16), inputs(padding)
+    for make, method in ((bert, "sbcluster"), (bert, "sblocal"), (llama, "sblocal")):
+        model, x = integration.replace(make(), method, 16), inputs(padding)
         tokens = x["attention_mask"].bool()
         changed = x | {"input_ids": torch.where(tokens, x["input_ids"], 49 - x["input_ids"])}
         out = output(model, **x)

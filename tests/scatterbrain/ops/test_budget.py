@@ -38,6 +38,8 @@ PUBLISHED = {
 }
 # Blocks cost what their global rows and columns add; Reformer sees the chunk before a query's own too.
 MORE_THAN_THE_BUDGET = ("bs-", "sbbs-", "reformer")
+WITHOUT_BUDGET = ("full", "zero", "uniform")
+BUDGETED = [name for name in ATTENTIONS if not name.startswith((*MORE_THAN_THE_BUDGET, *WITHOUT_BUDGET))]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -47,7 +49,7 @@ def test_published_numbers_at_one_thirty_second(name):
 
 @pytest.mark.parametrize("length", [100, 784, 3136])
 @pytest.mark.parametrize("fraction", [1 / 32, 1 / 8, 1.0])
-@pytest.mark.parametrize("name", [name for name in ATTENTIONS if not name.startswith((*MORE_THAN_THE_BUDGET, "full"))])
+@pytest.mark.parametrize("name", BUDGETED)
 def test_spends_no_more_than_it_may_and_not_much_less(name, length, fraction):
     columns = length * fraction
     spent = create_attention(name, length, memory_fraction=fraction).memory_columns(length)

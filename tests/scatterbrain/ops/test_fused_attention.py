@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from scatterbrain.errors import UserError
-from scatterbrain.ops.common.backends import is_interpreted
+from scatterbrain.ops.clusters.triton import unsupported as landmarks_unsupported
+from scatterbrain.ops.common.backends import is_interpreted, with_near_rows
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, unsupported
 from scatterbrain.ops.scatterbrain.triton import tiles as tiles_module
@@ -448,6 +449,18 @@ def test_unsupported_inputs_are_refused(changes, reason):
     tensors = draw_inputs(**({"length": 5, "dtype": torch.float32} | changes))
     with pytest.raises(UserError, match=f"backend='triton' cannot run this: .*{reason}.*Choose 'torch'"):
         OPERATORS["scatterbrain"](*tensors, 3, backend="triton")
+
+
+@needs_interpreter
+def test_offsets_have_32_bits():
+    # only strides and sizes count; there is no such memory
+    query = torch.zeros(1).expand(1, 2, 2**24, 64)
+    assert "2^31 elements" in unsupported(query, query)
+    assert "2^31 elements" in landmarks_unsupported(query, query, 4, 0)
+    far = torch.empty_strided((1, 1, 3, 4), (0, 0, 2**30, 1), device="meta")
+    assert with_near_rows(far).stride(2) == 4
+    near = torch.empty_strided((1, 1, 3, 4), (0, 0, 64, 1), device="meta")
+    assert with_near_rows(near) is near
 
 
 @needs_interpreter

@@ -55,6 +55,8 @@ def write_run(folder, attention, first=FULL, names=NAMES, overrides=None, **chan
         "versions": {},
         "command": "",
         "attention_memory": 1.0 if attention == "full" else 1 / 32,
+        "attention_operations": 1.0 if attention == "full" else 0.054,
+        "attention_peak_mib": 3.25,
     }
     folder.mkdir(parents=True)
     write_results(folder, Results(**{**values, **changes}))
@@ -241,9 +243,10 @@ def test_files_of_a_comparison(tmp_path, four):
     assert lines[0] == "# Attention of the token stages compared: t2t_vit_t_14"
     assert lines[2] == "50,000 images of val, 224 px, checkpoint 81.7.pth.tar (sha256 abababab), cpu, 32-true."
     assert lines[4] == (
-        "| attention | top-1 | to full | published | top-5 | agreement | images/s | speed-up | memory |"
+        "| attention | top-1 | to full | published | top-5 | agreement | images/s | speed-up | attention columns "
+        "| operations | MiB |"
     )
-    assert lines[7] == "| local | 50.00 | -25.00 | 80.6 | 50.00 | 75.00 | 25.0 | 2.50x | 3.1 % |"
+    assert lines[7] == "| local | 50.00 | -25.00 | 80.6 | 50.00 | 75.00 | 25.0 | 2.50x | 3.1 % | 5.4 % | 3.2 |"
     assert lines[8].startswith("| performer | 75.00 ± 35.36 (2 seeds) | +0.00 | 77.8-79.0 |")
     assert lines[-1] == "Runs without complete results: 4."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from scatterbrain.ops.common.backends import no_kernels
+from scatterbrain.ops.common.backends import no_kernels, too_large
 
 # With wider heads, more landmarks or wider windows, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
@@ -22,6 +22,7 @@ def unsupported(
     window: int,
     dropout_p: float = 0.0,
     needs_gradient_of_lse: bool = False,
+    attn_mask: torch.Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot run a call; None where they can.
 
@@ -32,8 +33,9 @@ def unsupported(
         window: width W, 0 for none.
         dropout_p: probability of dropping a weight.
         needs_gradient_of_lse: whether autograd records log-sum-exp.
+        attn_mask: boolean mask of the keys, or None.
     """
-    reason = no_kernels(query)
+    reason = no_kernels(query) or too_large(query, value)
     if reason is not None:
         return reason
     width = max(query.shape[3], value.shape[3])
@@ -45,6 +47,8 @@ def unsupported(
         return f"it takes windows of up to {MAX_WINDOW} keys, and this one has {window}"
     if dropout_p > 0:
         return "it has no dropout"
+    if attn_mask is not None:
+        return "it takes key_lengths and no attn_mask"
     if needs_gradient_of_lse:
         return "its log-sum-exp has no gradient"
     return None

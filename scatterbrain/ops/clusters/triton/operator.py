@@ -29,6 +29,7 @@ from scatterbrain.ops.clusters.triton.kmeans import (
     sum_chunks_kernel,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override
+from scatterbrain.ops.common.backends import with_near_rows
 from scatterbrain.ops.common.passes import (
     PLAIN_TENSORS,
     Pass,
@@ -318,7 +319,8 @@ def run_clusters(
 
 def _with_vector_loads(x: torch.Tensor) -> torch.Tensor:
     """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
-    return x if x.stride(-1) == 1 and has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
+    x = with_near_rows(x)
+    return x if has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def run_forward(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend, no_kernels
+from scatterbrain.ops.common.backends import (
+    PYTORCH_AND_TRITON,
+    choose_backend,
+    no_kernels,
+    too_large,
+    with_near_rows,
+)
 from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_window, default_scale, visible_rows
 
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
@@ -33,7 +39,7 @@ def unsupported(
         dropout_p: probability of dropping a weight.
         attn_mask: mask of the keys or None.
     """
-    reason = no_kernels(query)
+    reason = no_kernels(query) or too_large(query, value)
     if reason is not None:
         return reason
     width = max(query.shape[3], value.shape[3])
@@ -164,7 +170,7 @@ def _kernel_inputs(
     key_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The tensors with a contiguous last dimension, the projection in float32 or the dtype of the queries."""
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (with_near_rows(x) for x in (query, key, value))
     if projection is not None:
         if projection.dtype != torch.float32 or query.numel() > MAX_UNCONVERTED:
             projection = projection.to(query.dtype)

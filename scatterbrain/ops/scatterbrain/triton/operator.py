@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from scatterbrain.ops.common.backends import with_near_rows
 from scatterbrain.ops.common.passes import (
     PLAIN_TENSORS,
     Pass,
@@ -638,9 +639,7 @@ def _(gradient, query, key, value, projection, key_lengths, out, statistics, win
 
 
 def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
-    if gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
-    return run(gradient, *ctx.saved_tensors, *ctx.options)
+    return run(with_near_rows(gradient), *ctx.saved_tensors, *ctx.options)
 
 
 def _setup_context(ctx, inputs, output) -> None:
