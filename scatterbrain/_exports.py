@@ -29,6 +29,7 @@ from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
+from scatterbrain.integrations.sdpa import replace_sdpa
 from scatterbrain.ops.adaptive import adaptive_attention, plan_adaptive_attention
 from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
 from scatterbrain.ops.common.projection import draw_projection
@@ -76,5 +77,6 @@ __all__ = [
     "paired_landmark_attention",
     "performer_attention",
     "plan_adaptive_attention",
+    "replace_sdpa",
     "scatterbrain_attention",
 ]

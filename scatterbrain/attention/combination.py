@@ -28,6 +28,7 @@ class CombinationAttention(AttentionModule):
     def __init__(self, *parts: AttentionModule) -> None:
         super().__init__(parts[0].softmax_temp, parts[0].causal)
         self.parts = nn.ModuleList(parts)
+        self.takes_attn_mask = all(part.takes_attn_mask for part in parts)
 
     def forward(
         self,
