@@ -104,7 +104,7 @@ class AttentionModule(nn.Module):
                     f"{type(self).__name__} takes no attn_mask. Move the padding behind the tokens and give "
                     "key_lengths, or choose an attention that takes it, such as full, local, performer or sblocal."
                 )
-            masks["attn_mask"] = check_attn_mask(attn_mask, key)
+            masks["attn_mask"] = check_attn_mask(attn_mask, query, key)
         if self.dim_heads is not None and query.shape[3] != self.dim_heads:
             raise UserError(
                 f"{type(self).__name__} was made for heads of width {self.dim_heads}, and query is "

@@ -109,15 +109,17 @@ def check_inputs(
     return query, key, value, None if key_lengths is None else key_lengths.to(query.device)
 
 
-def check_attn_mask(attn_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+def check_attn_mask(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """A mask of the keys as boolean (B, S) on the device of the keys, or None.
 
     Args:
         attn_mask: boolean (B, S) or (B, 1, 1, S), true for the keys that take part; None for all.
+        query: (B, H, T, E).
         key: (B, H, S, E).
 
     Raises:
-        UserError: another type, dtype or shape, such as an additive mask, or one that differs by query or head.
+        UserError: another type, dtype or shape, such as an additive mask, or one that differs by query or head; two
+            dimensions where B is T, which may be (B, S) or, as for `scaled_dot_product_attention`, (T, S).
     """
     if attn_mask is None:
         return None
@@ -129,6 +131,13 @@ def check_attn_mask(attn_mask: torch.Tensor | None, key: torch.Tensor) -> torch.
             f"keys that take part, got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}. Convert a mask of 0 and 1 "
             "by mask.bool(), an additive one of 0 and -inf by mask == 0. is_causal hides later keys. For other biases, "
             "and masks that differ by query or head, call torch.nn.functional.scaled_dot_product_attention."
+        )
+    # a recorded program with a dynamic batch cannot depend on it
+    if attn_mask.dim() == 2 and not torch.compiler.is_compiling() and batch == query.shape[2] > 1:
+        raise UserError(
+            f"attn_mask of shape {tuple(attn_mask.shape)} is ambiguous, since there are as many samples as queries: "
+            "(B, S) here, (T, S) in scaled_dot_product_attention. Give padding of the keys as (B, 1, 1, S): "
+            "attn_mask[:, None, None]."
         )
     return attn_mask.reshape(batch, num_keys).to(key.device)
 

@@ -53,7 +53,7 @@ def full_attention(
         UserError: shapes, dtypes or options that do not fit.
     """
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
-    attn_mask = check_attn_mask(attn_mask, key)
+    attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)

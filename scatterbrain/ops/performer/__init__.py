@@ -62,7 +62,7 @@ def performer_attention(
         UserError: shapes, dtypes or options that do not fit.
     """
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection, enable_gqa)
-    attn_mask = check_attn_mask(attn_mask, key)
+    attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
     if eps < 0 or (eps > 0 and is_causal):
