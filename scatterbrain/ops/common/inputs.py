@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from scatterbrain.errors import UserError, is_number
+from scatterbrain.errors import UserError, check_switch, is_number
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.common.windows import window_bounds
 
@@ -38,6 +38,7 @@ def check_inputs(
     key_lengths: torch.Tensor | Sequence[int] | None = None,
     projection: torch.Tensor | None = None,
     enable_gqa: bool = False,
+    is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Query, key, value and lengths of an operator, checked and converted.
 
@@ -51,6 +52,7 @@ def check_inputs(
         projection: random projections (R, E), None for an operator without.
         enable_gqa: key and value may have fewer heads, whose number divides H. Each is repeated for H / Hkv consecutive
             heads of the queries.
+        is_causal: only its type is checked.
 
     Returns:
         Query, key and value of one dtype, and the lengths as a tensor on their device, or None.
@@ -61,6 +63,8 @@ def check_inputs(
     check_tensors(query=query, key=key, value=value)
     if projection is not None:
         check_tensors(projection=projection)
+    check_switch("enable_gqa", enable_gqa)
+    check_switch("is_causal", is_causal)
     query, key, value = _autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or not tensor.is_floating_point():
