@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_switch
 from scatterbrain.ops.common.inputs import (
     check_attn_mask,
     check_dropout,
@@ -57,6 +57,7 @@ class AttentionModule(nn.Module):
     ) -> None:
         super().__init__()
         check_dropout(attention_dropout)
+        check_switch("causal", causal)
         self.softmax_temp = None if softmax_temp is None else check_scale("softmax_temp", softmax_temp)
         self.causal = causal
         self.attention_dropout = attention_dropout
