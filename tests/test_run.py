@@ -158,6 +158,8 @@ def results_of(folder: Path) -> list[Path]:
         ({"eval__ckpt": "[a]"}, ["eval.ckpt=['a']", "Give a path"]),
         ({"eval": "null"}, ["eval=None", "eval.NAME=VALUE"]),
         ({"mode": "null"}, ["mode=null: a group cannot be null", "--help"]),
+        ({"datamodule": 3}, ["datamodule=3: a group cannot be null, a number", "--help"]),
+        ({"eval__ckpt": "a=b.pth"}, ["Cannot read 'eval.ckpt=a=b.pth'", "quote", "spaces or =:"]),
         ({"trainer__accelerator": "gpuu"}, ["trainer cannot be built", "gpuu"]),
         ({"trainer__accelerator": "tpu"}, ["trainer.accelerator=tpu", "no such device", "trainer.accelerator=auto"]),
         ({"paths__log_dir": "INPUTS/empty.pth/logs"}, ["empty.pth/logs", "cannot be used"]),

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_switch
 from scatterbrain.ops.common.inputs import (
     check_attn_mask,
     check_dropout,
@@ -57,6 +57,7 @@ class AttentionModule(nn.Module):
     ) -> None:
         super().__init__()
         check_dropout(attention_dropout)
+        check_switch("causal", causal)
         self.softmax_temp = None if softmax_temp is None else check_scale("softmax_temp", softmax_temp)
         self.causal = causal
         self.attention_dropout = attention_dropout
@@ -104,7 +105,7 @@ class AttentionModule(nn.Module):
                     f"{type(self).__name__} takes no attn_mask. Move the padding behind the tokens and give "
                     "key_lengths, or choose an attention that takes it, such as full, local, performer or sblocal."
                 )
-            masks["attn_mask"] = check_attn_mask(attn_mask, key)
+            masks["attn_mask"] = check_attn_mask(attn_mask, query, key)
         if self.dim_heads is not None and query.shape[3] != self.dim_heads:
             raise UserError(
                 f"{type(self).__name__} was made for heads of width {self.dim_heads}, and query is "

@@ -28,7 +28,7 @@ from src.models.modules.tokens_to_token import TOTAL_STRIDE
 logger = logging.getLogger(__name__)
 
 # Where files keep their state dict, by priority: published accuracies are those of the averaged weights.
-STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "module")
 MAX_NESTING = 4  # of a checkpoint in a checkpoint
 # What wrappers (DataParallel, torch.compile, FSDP, activation checkpointing) add to the names of what they wrap.
 WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -195,7 +195,8 @@ def _check_is_t2t_vit(state_dict: Mapping[str, Any], path: Path, found: list[str
     missing = [
         key
         for key in ARCHITECTURE_KEYS
-        if not isinstance(state_dict.get(key), torch.Tensor) or state_dict[key].dim() < 2
+        # `_check_tensors` names values that are no tensors
+        if key not in state_dict or (isinstance(state_dict[key], torch.Tensor) and state_dict[key].dim() < 2)
     ]
     if missing:
         raise UserError(

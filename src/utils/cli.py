@@ -19,6 +19,9 @@ from scatterbrain.errors import UserError, did_you_mean
 FULL_ERROR = "HYDRA_FULL_ERROR"
 # What is reported by its message alone; anything else is a bug.
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError)
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Values that Hydra reads as null, a switch, a number or a dictionary.
+_NO_NAME = r"(?i:null|true|false|nan|[+-]?inf)|[+-]?[\d._]+(?:[eE][+-]?\d+)?|\{.*\}"
 # Whether the user requested tracebacks; set by `run_cli`, which changes the environment variable for Hydra.
 _show_traceback = False
 
@@ -48,7 +51,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return (
             f"Cannot read '{error.override}'. Give options as option=value, and quote a value that holds commas, "
-            "brackets or spaces: 'option=\"a, b\"'."
+            "brackets, spaces or =: 'option=\"a, b\"'."
         )
     if isinstance(error, MissingConfigException):
         return _describe_missing_config(error)
@@ -71,6 +74,17 @@ def _describe_missing_config(error: MissingConfigException) -> str:
     if group and error.options:
         return f"There is no {group}={choice}. {did_you_mean(choice, error.options)}"
     return " ".join(str(error).split())
+
+
+def _describe_group_overrides(arguments: list[str]) -> str:
+    """For `mode=null` and `datamodule=3`: which groups are given a value that is no name of a file."""
+    pairs = (argument.lstrip("+~").partition("=") for argument in arguments)
+    wrong = [
+        f"{name}={value}" for name, _, value in pairs if re.fullmatch(_NO_NAME, value) and (CONFIGS / name).is_dir()
+    ]
+    which = f"{', '.join(wrong)}: " if wrong else ""
+    kind = "null" if wrong and all(each.endswith("=null") for each in wrong) else "null, a number, true or false"
+    return f"{which}a group cannot be {kind}. Leave it out, or choose one of its files (see --help)."
 
 
 def describe_missing_attention_config(name: str) -> str | None:
@@ -127,8 +141,7 @@ def run_cli(main: Callable[[], None], argv: list[str]) -> int:
     except ValueError as error:
         if "Config group override must be" not in str(error):  # Hydra's only check that is no HydraException
             raise
-        nulls = ", ".join(argument for argument in argv[1:] if argument.endswith("=null"))
-        report(UserError(f"{nulls}: a group cannot be null. Leave it out, or choose one of its files (see --help)."))
+        report(UserError(_describe_group_overrides(argv[1:])))
         return 1
     except SystemExit as end:  # argparse, for an unknown flag: usage and one line
         return 1 if end.code == 2 else int(end.code or 0)

@@ -83,7 +83,7 @@ def landmark_attention(
     """
     given_key = key
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
-    attn_mask = check_attn_mask(attn_mask, key)
+    attn_mask = check_attn_mask(attn_mask, query, key)
     repeats = query.shape[1] // given_key.shape[1]
     check_dropout(dropout_p)
     window_bounds(window)

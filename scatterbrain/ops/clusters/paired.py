@@ -100,7 +100,7 @@ def paired_landmark_attention(
                 f"query_mask has to be boolean of shape ({query.shape[0]}, {query.shape[2]}), true for the queries "
                 f"that count, got {query_mask.dtype} of shape {tuple(query_mask.shape)}."
             )
-    attn_mask = check_attn_mask(attn_mask, key)
+    attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
     refuse_causal(is_causal)
     if isinstance(num_exact, bool) or not isinstance(num_exact, int) or num_exact < 0:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from scatterbrain.errors import UserError, is_number
+from scatterbrain.errors import UserError, check_switch, is_number
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.common.windows import window_bounds
 
@@ -38,6 +38,7 @@ def check_inputs(
     key_lengths: torch.Tensor | Sequence[int] | None = None,
     projection: torch.Tensor | None = None,
     enable_gqa: bool = False,
+    is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Query, key, value and lengths of an operator, checked and converted.
 
@@ -51,6 +52,7 @@ def check_inputs(
         projection: random projections (R, E), None for an operator without.
         enable_gqa: key and value may have fewer heads, whose number divides H. Each is repeated for H / Hkv consecutive
             heads of the queries.
+        is_causal: only its type is checked.
 
     Returns:
         Query, key and value of one dtype, and the lengths as a tensor on their device, or None.
@@ -61,6 +63,8 @@ def check_inputs(
     check_tensors(query=query, key=key, value=value)
     if projection is not None:
         check_tensors(projection=projection)
+    check_switch("enable_gqa", enable_gqa)
+    check_switch("is_causal", is_causal)
     query, key, value = _autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or not tensor.is_floating_point():
@@ -109,15 +113,17 @@ def check_inputs(
     return query, key, value, None if key_lengths is None else key_lengths.to(query.device)
 
 
-def check_attn_mask(attn_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+def check_attn_mask(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """A mask of the keys as boolean (B, S) on the device of the keys, or None.
 
     Args:
         attn_mask: boolean (B, S) or (B, 1, 1, S), true for the keys that take part; None for all.
+        query: (B, H, T, E).
         key: (B, H, S, E).
 
     Raises:
-        UserError: another type, dtype or shape, such as an additive mask, or one that differs by query or head.
+        UserError: another type, dtype or shape, such as an additive mask, or one that differs by query or head; two
+            dimensions where B is T, which may be (B, S) or, as for `scaled_dot_product_attention`, (T, S).
     """
     if attn_mask is None:
         return None
@@ -129,6 +135,13 @@ def check_attn_mask(attn_mask: torch.Tensor | None, key: torch.Tensor) -> torch.
             f"keys that take part, got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}. Convert a mask of 0 and 1 "
             "by mask.bool(), an additive one of 0 and -inf by mask == 0. is_causal hides later keys. For other biases, "
             "and masks that differ by query or head, call torch.nn.functional.scaled_dot_product_attention."
+        )
+    # a recorded program with a dynamic batch cannot depend on it
+    if attn_mask.dim() == 2 and not torch.compiler.is_compiling() and batch == query.shape[2] > 1:
+        raise UserError(
+            f"attn_mask of shape {tuple(attn_mask.shape)} is ambiguous, since there are as many samples as queries: "
+            "(B, S) here, (T, S) in scaled_dot_product_attention. Give padding of the keys as (B, 1, 1, S): "
+            "attn_mask[:, None, None]."
         )
     return attn_mask.reshape(batch, num_keys).to(key.device)
 

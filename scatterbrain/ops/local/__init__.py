@@ -57,8 +57,10 @@ def local_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
-    attn_mask = check_attn_mask(attn_mask, key)
+    query, key, value, key_lengths = check_inputs(
+        query, key, value, key_lengths, enable_gqa=enable_gqa, is_causal=is_causal
+    )
+    attn_mask = check_attn_mask(attn_mask, query, key)
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)

@@ -9,6 +9,7 @@ from scatterbrain.ops.common.inputs import (
     check_attn_mask,
     check_dropout,
     check_inputs,
+    check_tensors,
     check_window,
     default_scale,
     empty_output,
@@ -65,8 +66,9 @@ def scatterbrain_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection, enable_gqa)
-    attn_mask = check_attn_mask(attn_mask, key)
+    check_tensors(projection=projection)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection, enable_gqa, is_causal)
+    attn_mask = check_attn_mask(attn_mask, query, key)
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)

@@ -117,6 +117,13 @@ def test_refuses_temperatures_that_are_no_number(name, temperature):
         create(name, softmax_temp=temperature)
 
 
+@pytest.mark.parametrize("name", ["full", "local", "performer", "sblocal", "bs-longformer"])
+def test_refuses_causal_that_is_not_boolean(name):
+    # "false" would be true
+    with pytest.raises(UserError, match=r"causal='false' is not valid\. Give true or false\."):
+        create(name, causal="false")
+
+
 NO_TENSORS = ["text", [[1.0]], np.ones((2, 2, 16, 8), dtype=np.float32), None, 3]
 
 

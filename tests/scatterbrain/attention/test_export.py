@@ -168,6 +168,24 @@ def test_onnx_of_a_window_of_one_key(tmp_path):
     onnx("sblocal", tmp_path, attention=scatterbrain.create_attention("sblocal", LENGTH, WIDTH, local_context=1).eval())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_clusters_take_lengths_that_are_multiples_of_their_number():
+    module = create("cluster")
+    shapes = ({1: module.num_landmarks * Dim("groups", min=2, max=14)},) * 3
+    program = export(module, inputs(2), dynamic_shapes=shapes).module()
+    for groups in (2, 5, 10):
+        assert_same(program, "cluster", *inputs(2, groups * module.num_landmarks, seed=1))
+    with pytest.raises(Exception, match="% 9 == 0"):
+        program(*inputs(2, 50))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sbcluster", "pairedcluster"])
+def test_clusters_do_not_take_every_length(name):
+    with pytest.raises((AssertionError, torch._dynamo.exc.UserError), match=r"inconsistent min|length"):
+        export(create(name), inputs(2), dynamic_shapes=({1: Dim("length", min=16, max=128)},) * 3)
+
+
 def test_a_compiled_layout_follows_the_length():
     torch._dynamo.reset()
     call = torch.compile(create("bs-longformer"), backend="aot_eager", fullgraph=True)

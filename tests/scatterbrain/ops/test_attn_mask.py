@@ -340,3 +340,17 @@ def test_the_kernels_of_landmarks_take_no_mask(monkeypatch):
     expected = landmark_attention(*tensors, 3, attn_mask=mask, value_weight=0.5, backend="torch")
     monkeypatch.setattr(landmark_kernels, "is_fast", lambda _: True)
     assert torch.equal(landmark_attention(*tensors, 3, attn_mask=mask, value_weight=0.5), expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_two_dimensions_are_ambiguous_where_the_batch_is_as_large_as_the_number_of_queries(name):
+    # (T, S) for scaled_dot_product_attention
+    operator, mask = OPERATORS[name], torch.tensor([[0, 1, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1]]).bool()
+    tensors = draw_inputs(2, 2, 2, 7)
+    with pytest.raises(UserError, match=r"attn_mask of shape \(2, 7\) is ambiguous.* Give .* as \(B, 1, 1, S\)"):
+        operator(*tensors, 3, attn_mask=mask)
+    clear, _ = operator.naive(*tensors, 3, attn_mask=mask)
+    assert_close("out", clear, operator(*tensors, 3, attn_mask=mask[:, None, None]), DOUBLE)
+    # one of each, and one query more
+    operator(*draw_inputs(1, 2, 1, 7), 3, attn_mask=mask[:1])
+    operator(*draw_inputs(2, 2, 3, 7), 3, attn_mask=mask)

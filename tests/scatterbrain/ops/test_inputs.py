@@ -104,3 +104,17 @@ def test_default_scale_is_that_of_the_width(name):
     tensors = draw_inputs(length=20, width=16)
     assert torch.equal(OPERATORS[name](*tensors, 3), OPERATORS[name](*tensors, 3, scale=0.25))
     assert not torch.equal(OPERATORS[name](*tensors, 3), OPERATORS[name](*tensors, 3, scale=0.3))
+
+
+@pytest.mark.parametrize("option", ["is_causal", "enable_gqa"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_refuses_switches_that_are_not_boolean(name, option):
+    # "false" would be true
+    with pytest.raises(UserError, match=f"{option}='false' is not valid. Give true or false."):
+        call(name, **{option: "false"})
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if "projection" in operator.takes])
+def test_refuses_to_run_without_a_projection(name):
+    with pytest.raises(UserError, match="projection has to be a tensor, got NoneType"):
+        call(name, {PROJECTION: None})
