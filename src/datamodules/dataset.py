@@ -179,6 +179,15 @@ class ImageDataset(Dataset):
         """
         return load_rgb(self.listing.source(self._positions[index]), self.max_pixels)
 
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of one image.
+
+        Raises:
+            UserError: bytes are missing.
+            OSError: the file cannot be read.
+        """
+        return self.listing.read(self._positions[index])
+
     def subset(self, indices: Iterable[int], transform: Callable[[Image.Image], Any] | None = None) -> ImageDataset:
         """The images at `indices` of `paths`, in that order, with another transform if one is given."""
         indices = list(indices)

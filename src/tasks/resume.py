@@ -19,7 +19,7 @@ from src.evaluation.results import RESULTS_FILE, Results, read_results
 from src.tasks.evaluation_output import list_skipped
 from src.tasks.evaluation_runs import DataModule
 from src.tasks.option_changes import option_changes
-from src.tasks.resume_state import ResumeState, names_digest, resume_folder
+from src.tasks.resume_state import ResumeState, data_digests, resume_folder
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def compared_settings(config: DictConfig, datamodule: DataModule) -> dict[str, A
     loading = ("batch_size", "interpolation", "crop_pct", "mean", "std", "num_distinct")
     options = {name: config.datamodule[name] for name in loading if name in config.datamodule}
     return {
-        "data.names.sha256": names_digest(dataset.paths, dataset.targets),
+        **{f"data.{name}": digest for name, digest in data_digests(dataset).items()},
         "eval.compile": config.eval.compile,
         "datamodule": OmegaConf.to_container(OmegaConf.create(options), resolve=True),
     }

@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from scatterbrain.errors import UserError
+from src.datamodules.dataset import ImageDataset
+from src.datamodules.sampling import spread
+from src.datamodules.synthetic import SyntheticImages
 from src.distributed.interrupts import on_sigterm
 from src.tasks.image_records import ImageRecords
 from src.tasks.option_changes import option_changes
@@ -41,6 +44,8 @@ _HEAD = struct.Struct("<4sQI")
 # Batches that a resumed evaluation evaluates at least, per rank: the first one warms up and fixes the size to which
 # others are padded, so there has to be one before the last, which may be smaller.
 _BATCHES_LEFT = 2
+# images whose files are compared, spread over the data set
+COMPARED_IMAGES = 16
 
 
 class ResumeState:
@@ -248,12 +253,24 @@ def resume_folder(output_dir: str | os.PathLike[str]) -> Path:
     return Path(output_dir) / FOLDER
 
 
-def names_digest(names: Sequence[str | os.PathLike[str]], targets: Sequence[int] | torch.Tensor) -> str:
-    """SHA-256 of the names of images and their targets, in order."""
-    digest = hashlib.sha256()
-    for name, target in zip(names, torch.as_tensor(targets).tolist(), strict=True):
-        digest.update(f"{os.fspath(name)}\0{target}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+def data_digests(dataset: ImageDataset | SyntheticImages) -> dict[str, str]:
+    """SHA-256 of the names of images and their targets, in order, and of the files of some images.
+
+    Other versions of a data set, reduced or distorted ones, have the same names.
+    """
+    names = hashlib.sha256()
+    for name, target in zip(dataset.paths, torch.as_tensor(dataset.targets).tolist(), strict=True):
+        names.update(f"{os.fspath(name)}\0{target}\0".encode(errors="surrogateescape"))
+    digests = {"names.sha256": names.hexdigest()}
+    if isinstance(dataset, ImageDataset):
+        contents = hashlib.sha256()
+        for index in spread(len(dataset), COMPARED_IMAGES):
+            try:
+                contents.update(hashlib.sha256(dataset.read(index)).digest())
+            except (OSError, UserError):
+                contents.update(b"unreadable")
+        digests["images.sha256"] = contents.hexdigest()
+    return digests
 
 
 def _block(content: bytes) -> bytes:

@@ -14,7 +14,7 @@ from scatterbrain.errors import UserError
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.tasks.classification_training import CHECKPOINT_KEY
 from src.tasks.option_changes import option_changes
-from src.tasks.resume_state import names_digest
+from src.tasks.resume_state import data_digests
 from src.tasks.training_checkpoints import LAST_CHECKPOINT, read_training_checkpoint
 from src.utils.files import sha256_of_file
 
@@ -113,8 +113,9 @@ def check_same_inputs(
             if str(ckpt) == started_from["path"]:
                 change = f"other weights in train.ckpt={ckpt}"
             raise _other_training(path, f"with {change}", "train.ckpt")
-    # trainings of earlier versions do not have them
-    changes = option_changes(earlier["config"].get("images", inputs), inputs)
+    # trainings of earlier versions do not have all of them
+    before = earlier["config"].get("images", {})
+    changes = option_changes({name: images | before.get(name, {}) for name, images in inputs.items()}, inputs)
     if changes:
         raise _other_training(
             path,
@@ -124,12 +125,9 @@ def check_same_inputs(
 
 
 def describe_images(datamodule: ImageFolderDataModule) -> dict[str, dict[str, Any]]:
-    """Number and digest of names and classes of the images for training and of those for validation."""
+    """Number and digests of the images for training and of those for validation."""
     datasets = {"train": datamodule.train_dataset, "validation": datamodule.val_dataset}
-    return {
-        name: {"num_images": len(dataset), "names.sha256": names_digest(dataset.paths, dataset.targets)}
-        for name, dataset in datasets.items()
-    }
+    return {name: {"num_images": len(dataset)} | data_digests(dataset) for name, dataset in datasets.items()}
 
 
 def _other_training(path: Path, difference: str, same: str) -> UserError:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import src.datamodules.dataset as dataset
@@ -295,6 +296,7 @@ OTHERS = pytest.mark.parametrize(
         ({"eval__ckpt": "other"}, r"with checkpoint.sha256=\w+ \(now \w+\). Give the same"),
         ({"data": "fewer"}, r"with data.num_images=11 \(now 9\), data.names"),
         ({"data": "renamed"}, r"with data.names.sha256=\w+ \(now \w+\). Give the same"),
+        ({"data": "inverted"}, r"with data.images.sha256=\w+ \(now \w+\). Give the same"),
         ({"model___t2tattn_cfg": "sblocal"}, r"with attention=performer \(now sblocal\)"),
         ({"++model__t2tattn1_cfg__nb_features": 3}, "with attention_options=.*3"),
         ({"seed": 3}, r"with seeds=\[1111\] \(now \[3\]\). Give the same"),
@@ -320,6 +322,10 @@ def with_inputs(changes: dict[str, object], checkpoints: dict[str, Path], tmp_pa
     if changes.get("data") == "renamed":
         changes = {"data": make_images(tmp_path / "renamed", NUM_IMAGES)}
         rename_one(changes["data"])
+    if changes.get("data") == "inverted":
+        changes = {"data": make_images(tmp_path / "inverted", NUM_IMAGES)}
+        one = sorted(path for path in changes["data"].rglob("*") if path.is_file())[3]
+        ImageOps.invert(Image.open(one).convert("RGB")).save(one)
     return changes
 
 

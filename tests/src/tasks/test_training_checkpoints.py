@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image, ImageOps
 
 import src.tasks.classification_training as training_module
 from scatterbrain.errors import UserError
@@ -325,13 +326,16 @@ def test_other_options_than_before(training, stopped_training, tmp_path, changes
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("change", ["fewer", "renamed"])
+@pytest.mark.parametrize("change", ["fewer", "renamed", "inverted"])
 def test_other_images_than_before(training, training_data, tmp_path, finished, split, change):
     train(training(**({} if finished else {"train__max_time": "00:00:00"})))
     before = contents_of(tmp_path / "run")
     shutil.copytree(training_data, tmp_path / "other")
     image = tmp_path / "other" / split / "c0" / "000.png"
-    image.unlink() if change == "fewer" else image.rename(image.with_name("other.png"))
+    if change == "inverted":
+        ImageOps.invert(Image.open(image).convert("RGB")).save(image)
+    else:
+        image.unlink() if change == "fewer" else image.rename(image.with_name("other.png"))
     with pytest.raises(UserError) as caught:
         train(training(data=tmp_path / "other", train__resume="true"))
     name = {"train": "train", "val": "validation"}[split]
@@ -342,7 +346,8 @@ def test_other_images_than_before(training, training_data, tmp_path, finished, s
         f"{last} was trained on other images than those of datamodule.data_dir={tmp_path / 'other'}: {name}."
     )
     assert (f"{name}.num_images={number} (now {number - 1})" in message) == (change == "fewer")
-    assert message.count("(now") == (2 if change == "fewer" else 1)
+    # numbers, names, contents
+    assert message.count("(now") == {"fewer": 3, "renamed": 2, "inverted": 1}[change]
     assert message.endswith(f"Give the same images to resume; or start again from its weights with train.ckpt={last}.")
     assert contents_of(tmp_path / "run") == before
 
