@@ -268,12 +268,12 @@ def _forward(
     """
     width = query.shape[1]
     results = []
-    for q, (_, keys) in zip(query.split([size for size, _ in parts]), parts, strict=True):
+    for q, (_, keys) in zip((query * scale).split([size for size, _ in parts]), parts, strict=True):
         if not len(keys):
             results.append((q.new_zeros(len(q), rows.shape[1] - width), q.new_full((len(q), 1), FLOOR)))
             continue
         kv = rows.index_select(0, keys)
-        logits = (q * scale) @ kv[:, :width].T
+        logits = q @ kv[:, :width].T
         maximum = logits.detach().amax(1, keepdim=True)
         weights = logits.sub_(maximum).exp_()
         total = weights @ kv[:, width:]

@@ -198,7 +198,8 @@ def _take(
     centre = key.sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True).clamp_min(1)
     # relative to a common centre, squares do not cancel where all keys share a large component
     logits = (key - centre).masked_fill(hidden, 0.0) @ means.transpose(1, 2)  # [G, S, Q]
-    (first, second), members = cluster_sums((logits, logits.square()), key_labels, num_landmarks)
+    (moments,), members = cluster_sums((torch.cat([logits, logits.square()], 2),), key_labels, num_landmarks)
+    first, second = moments.chunk(2, 2)
     sizes = members.clamp_min(1.0)
     mean = first / sizes
     variance = (second / sizes - mean.square()).clamp_min(1e-12)

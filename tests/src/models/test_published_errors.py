@@ -66,6 +66,7 @@ def test_published_attentions_err_as_published(stages, name, stage):
         ("sbcluster", (2.4, 1.9)),
         ("pairedcluster", (3.0, 2.4)),
         ("sbpairedcluster", (3.0, 2.3)),
+        ("sbadaptive", (3.0, 2.0)),
     ],
 )
 def test_clusters_err_less_at_the_same_memory(stages, name, least):
