@@ -388,6 +388,7 @@ NO_RESULTS = (
     "attentions|export",
     "attentions|key_lengths",
     "|call|",
+    "call|",
     "operator|",
     'backend="triton"|',
 )
