@@ -8,6 +8,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters import triton as fused
+from scatterbrain.ops.clusters.steps import STEP_EVERY
 from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
@@ -19,9 +20,6 @@ from scatterbrain.ops.common.numerics import (
     stable_argsort,
     tile_budget,
 )
-
-# Lloyd's steps look at the first of so many points: centroids are means of many, and half of them find as good ones.
-STEP_EVERY = 2
 
 
 def assign_clusters(

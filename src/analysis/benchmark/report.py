@@ -17,9 +17,10 @@ SYMBOLS = {"local_context": "W", "nb_features": "M", "num_landmarks": "C", "num_
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def sizes_text(sizes: Mapping[str, int]) -> str:
+def sizes_text(sizes: Mapping[str, float]) -> str:
     """Sizes of an attention, as the tables have them."""
-    return ", ".join(f"{SYMBOLS.get(name, name.removeprefix('num_'))} {size}" for name, size in sizes.items())
+    texts = {name: f"{size:.2g}" if isinstance(size, float) else size for name, size in sizes.items()}
+    return ", ".join(f"{SYMBOLS.get(name, name.removeprefix('num_'))} {text}" for name, text in texts.items())
 
 
 def cell(value: float | None, shape: Callable[[float], str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from scatterbrain.ops.clusters.kmeans import STEP_EVERY
+from scatterbrain.ops.clusters.steps import STEP_EVERY
 from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_combine_kernel,
     landmark_bwd_dkdv_kernel,
