@@ -28,7 +28,7 @@ from src.analysis.benchmark.attention import AttentionBench, Candidate, Entry, T
 from src.analysis.benchmark.baselines import Function, flex_blocks, flex_window, heads_first, load_pisa
 from src.analysis.benchmark.report import BASELINE, header, sizes_text
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
-from src.analysis.experiments.memory import ERROR_TICKS, set_ticks
+from src.analysis.experiments.memory import LOG_TICKS, set_ticks
 from src.analysis.plots.style import COLOURS, DOTTED, label_ends, new_figure, style
 from src.analysis.tools import digits, new_table
 from src.datamodules.sampling import spread
@@ -299,7 +299,8 @@ class FrontierBench(AttentionBench):
         axes.axvline(1, color=COLOURS["full"], linestyle=DOTTED)
         axes.set(xscale="log", yscale="log", xlabel="time, full attention = 1", ylabel="relative error of the output")
         style(axes)
-        set_ticks(axes.yaxis, ERROR_TICKS)
+        set_ticks(axes.yaxis, LOG_TICKS)
+        set_ticks(axes.xaxis, LOG_TICKS)
         axes.figure.canvas.draw()  # limits and sizes of the panel are known then
         label_ends(axes, ends)
 

@@ -48,7 +48,7 @@ BUDGETED = tuple(name for name, kind in ATTENTIONS.items() if kind.fit is not No
 MEMORY_FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
 # drawn strong, in the order of the legend; the others are thin, with their names at the ends of their lines
 STRONG = ("local", "performer", "sblocal", "smyrf", "cluster", "pairedcluster")
-ERROR_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+LOG_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
 
 Row = dict[str, Any]
 
@@ -247,7 +247,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for stage, axes in enumerate(panels[1:], start=1):
         axes.axhline(1, color=FAINT, linewidth=0.8, linestyle=DOTTED)
         axes.set_yscale("log")
-        set_ticks(axes.yaxis, ERROR_TICKS)
+        set_ticks(axes.yaxis, LOG_TICKS)
         axes.set_title(f"stage {stage}: relative error of the output")
     for axes in panels:
         axes.set_xscale("log")
