@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def packed_attention(
     *sizes: torch.Tensor | int,
     cu_seqlens: torch.Tensor | Sequence[int],
     max_seqlen: int | None = None,
-    **options,
+    **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Output (N, H, D) of self-attention within each of B packed sequences.
 
