@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+# Exponentials and logarithms of the kernels are to base 2: logits are multiplied by this.
+LOG2E = math.log2(math.e)
 _TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 

@@ -28,6 +28,11 @@ def window_bounds(window: int) -> tuple[int, int]:
     return window // 2, (window + 1) // 2
 
 
+def tiles_of_windows(window: int, rows: int, others: int) -> int:
+    """Tiles of `others` keys that the windows of `rows` queries in a row touch; 0 without a window."""
+    return 0 if window == 0 else -(-(rows + window - 1) // others)
+
+
 def window_mask(num_queries: int, num_keys: int, window: int, device: torch.device | None = None) -> torch.Tensor:
     """Dense (T, S) boolean mask, true where key j lies in the window of query i."""
     left, right = window_bounds(window)

@@ -98,9 +98,8 @@ def attention(
         key_lengths = key_lengths.to(query.device).contiguous()
     if assignment is not None:
         assignment = assignment.to(torch.int16).contiguous()
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     arguments = (query, key, value, key_lengths, assignment, num_landmarks, window, scale, num_steps)
-    out, statistics = attend(*arguments, needs_grad or return_lse)
+    out, statistics = attend(*arguments, return_lse)
     lse = log_normalisers(statistics, *arguments) if return_lse else None
     return out if width == value.shape[3] else out[..., :width], lse
 

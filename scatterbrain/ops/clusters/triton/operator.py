@@ -7,7 +7,6 @@ bit from run to run.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from scatterbrain.ops.common.passes import (
     padded_width,
 )
 from scatterbrain.ops.common.triton_functions import (
+    LOG2E,
     BufferLayout,
     LaunchSequence,
     device_of,
@@ -48,9 +48,8 @@ from scatterbrain.ops.common.triton_functions import (
     precision_of_products,
     row_strides,
 )
-from scatterbrain.ops.common.windows import window_bounds
+from scatterbrain.ops.common.windows import tiles_of_windows, window_bounds
 
-LOG2E = math.log2(math.e)
 # More chunks than these are added up in two kernels, so that there are programs enough; sums that the first one leaves,
 # and elements of one of its programs.
 MANY_CHUNKS, FEW_CHUNKS, SUM_BLOCK = 32, 8, 1024
@@ -77,7 +76,7 @@ class _Plan:
         self.num_keys, self.value_width = value.shape[2:]
         self.groups = self.batch * self.heads
         self.device, self.dtype = query.device, query.dtype
-        self.num_landmarks, self.window, self.num_steps = num_landmarks, window, num_steps
+        self.num_landmarks, self.num_steps = num_landmarks, num_steps
         self.has_labels = labels is not None
         # name of the clusters' tensor
         self.labels = "given_labels" if self.has_labels else "labels"
@@ -106,10 +105,6 @@ class _Plan:
         wanted = max(1, programs // (self.groups * self.blocks))
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
-
-    def window_tiles(self, rows: int, others: int) -> int:
-        """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
-        return 0 if self.window == 0 else -(-(rows + self.window - 1) // others)
 
     @property
     def rows_of_sums(self) -> int:
@@ -272,7 +267,7 @@ def _forward_pass(
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     names = ("query", "key", "value", "key_lengths", "given_labels", "out")
     launches, (*layouts, scratch) = _cluster_kernels(plan, names, key, value)
-    window_tiles = plan.window_tiles(tiles.query_rows, tiles.key_rows)
+    window_tiles = tiles_of_windows(window, tiles.query_rows, tiles.key_rows)
     launches.add(
         landmark_fwd_kernel,
         (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), groups),
@@ -423,7 +418,7 @@ def _backward_pass(
         BM=tiles.dq_rows,
         BN=tiles.dq_keys,
         **plan.in_window,
-        WINDOW_TILES=plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
+        WINDOW_TILES=tiles_of_windows(window, tiles.dq_rows, tiles.dq_keys),
         num_warps=tiles.dq_warps,
         maxnreg=tiles.dq_registers,
         **plan.first,
@@ -443,7 +438,7 @@ def _backward_pass(
             BM=tiles.window_queries,
             BN=tiles.window_keys,
             **plan.in_window,
-            WINDOW_TILES=plan.window_tiles(tiles.window_keys, tiles.window_queries),
+            WINDOW_TILES=tiles_of_windows(window, tiles.window_keys, tiles.window_queries),
             num_warps=tiles.window_warps,
             **plan.pdl,
         )
@@ -491,7 +486,7 @@ def _backward_pass(
         BM=tiles.dk_queries,
         BN=tiles.dk_rows,
         **plan.in_window,
-        WINDOW_TILES=plan.window_tiles(tiles.dk_rows, tiles.dk_queries),
+        WINDOW_TILES=tiles_of_windows(window, tiles.dk_rows, tiles.dk_queries),
         num_warps=tiles.dk_warps,
         maxnreg=tiles.dk_registers,
         **plan.pdl,
@@ -570,14 +565,17 @@ class FusedLandmarkAttention(torch.autograd.Function):
 
 
 def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    tensors, options = arguments[:5], arguments[5:]
+    """Results of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly.
+
+    Where gradients are recorded, the statistics are kept for them in any case.
+    """
+    tensors, (*options, statistics) = arguments[:5], arguments[5:]
+    needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
+    options = (*options, statistics or needs_grad)
     if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
-        return fused_landmark_attention(*arguments)
+        return fused_landmark_attention(*tensors, *options)
     with device_of(tensors[0]):
-        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]]):
-            return FusedLandmarkAttention.apply(*tensors, options)
-        return run_forward(*arguments)
+        return FusedLandmarkAttention.apply(*tensors, options) if needs_grad else run_forward(*tensors, *options)
 
 
 def log_normalisers(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:

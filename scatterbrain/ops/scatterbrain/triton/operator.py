@@ -24,6 +24,7 @@ from scatterbrain.ops.common.passes import (
     power_of_two,
 )
 from scatterbrain.ops.common.triton_functions import (
+    LOG2E,
     BufferLayout,
     LaunchSequence,
     device_of,
@@ -33,7 +34,7 @@ from scatterbrain.ops.common.triton_functions import (
     row_strides,
     safe_warps,
 )
-from scatterbrain.ops.common.windows import window_bounds
+from scatterbrain.ops.common.windows import tiles_of_windows, window_bounds
 from scatterbrain.ops.scatterbrain.triton.bwd import (
     attention_bwd_dkdv_kernel,
     attention_bwd_dq_kernel,
@@ -52,7 +53,6 @@ from scatterbrain.ops.scatterbrain.triton.sums import (
 )
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, tiles_override
 
-LOG2E = math.log2(math.e)
 # A query's sum over all keys may be this many times its normaliser, and its relative error that many roundings: those
 # of half precision (and of tf32), or of float32. Past it, its tile is a fallback tile. On the token stages of a trained
 # T2T-ViT there is none, on normal random queries and keys of width 64 hardly any.
@@ -226,10 +226,6 @@ class _Plan:
             layout.add(name, self.num_parts, FALLBACK_ROWS, width)
         return names
 
-    def window_tiles(self, rows: int, others: int) -> int:
-        """Tiles of `others` keys that the windows of `rows` queries in a row touch."""
-        return 0 if self.window == 0 else -(-(rows + self.window - 1) // others)
-
     def statistics(self, lse: bool = True) -> BufferLayout:
         """What the forward pass leaves to the backward pass: log normalisers, fallback tiles, and sums over keys.
 
@@ -387,7 +383,7 @@ def _forward_pass(
             **plan.constants,
             BM=tiles.query_rows,
             BN=tiles.key_rows,
-            WINDOW_TILES=plan.window_tiles(tiles.query_rows, tiles.key_rows),
+            WINDOW_TILES=tiles_of_windows(window, tiles.query_rows, tiles.key_rows),
             QUERY_TILES=tiles.query_tiles,
             EVEN=plan.length % (tiles.query_rows * tiles.query_tiles) == 0,
             IS_CAUSAL=is_causal,
@@ -547,7 +543,7 @@ def _backward_pass(
         **plan.pair_constants,
         BM=tiles.dq_rows,
         BN=tiles.dq_keys,
-        WINDOW_TILES=plan.window_tiles(tiles.dq_rows, tiles.dq_keys),
+        WINDOW_TILES=tiles_of_windows(window, tiles.dq_rows, tiles.dq_keys),
         STAGES=tiles.dq_stages,
         IS_CAUSAL=is_causal,
         LOW_RANK=plan.low_rank,
@@ -577,7 +573,7 @@ def _backward_pass(
         **plan.pair_constants,
         BM=tiles.dk_queries,
         BN=tiles.dk_rows,
-        WINDOW_TILES=plan.window_tiles(tiles.dk_rows, tiles.dk_queries),
+        WINDOW_TILES=tiles_of_windows(window, tiles.dk_rows, tiles.dk_queries),
         STAGES=tiles.dk_stages,
         IS_CAUSAL=is_causal,
         LOW_RANK=plan.low_rank,
