@@ -364,6 +364,8 @@ fused_landmark_attention = torch.library.custom_op(
 
 @fused_landmark_attention.register_fake
 def _(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps, statistics):
+    # int: Dynamo passes a size that has changed since its last trace as a symbol
+    num_landmarks, window = int(num_landmarks), int(window)
     plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
