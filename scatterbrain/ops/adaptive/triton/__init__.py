@@ -1,0 +1,1 @@
+"""Adaptive attention for CUDA. See README.md of the folder above."""
