@@ -1,8 +1,8 @@
 """Kernels of the exact part: the keys that a query cluster takes, for tiles of its queries, forward and backward.
 
 Queries are taken in the order of their clusters, so that a tile has one list of keys; rows of queries, keys and values
-are gathered. The forward kernel merges its sums with those of landmarks and window by their log normalisers. The backward
-kernels add to gradients that those of landmarks and window have written; each row belongs to one program.
+are gathered. The forward kernel merges its sums with those of landmarks and window by their log normalisers. The
+backward kernels add to gradients that those of landmarks and window have written; each row belongs to one program.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import triton.language as tl
 
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, NO_KEYS, load_rows, sequence_ptr, store_rows
+
+# Numbers of queries of a tile are kept with its first one in 32 bits.
+MAX_ROWS = tl.constexpr(128)
 
 
 @triton.jit
@@ -116,9 +119,7 @@ def exact_fwd_kernel(
 
 
 @triton.jit
-def exact_bwd_dq_step(
-    logits, k, v, gradient, lse, dot, dq, excess, qk_scale, PRECISION: tl.constexpr
-):
+def exact_bwd_dq_step(logits, k, v, gradient, lse, dot, dq, excess, qk_scale, PRECISION: tl.constexpr):
     """Add the gradient of a tile's logits to those of the queries, and to their sums."""
     weights = tl.exp2(logits * qk_scale - lse[:, None])
     d_weights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION) - dot[:, None]
@@ -182,12 +183,15 @@ def exact_bwd_dq_kernel(
 def query_tiles_kernel(
     taken_ptr,  # (G, CLUSTERS, words) int32, bits of the key clusters that a query cluster takes
     start_ptr,  # (G, CLUSTERS + 1) int32, see `exact_fwd_kernel`
-    tile_ptr,  # (G, M, num_tiles, 2) int32, written
+    tile_ptr,  # (G, M, num_tiles) int32, written
     count_ptr,  # (G, M) int32, written
     num_landmarks, num_tiles,
     CLUSTERS: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BM queries of one cluster that take a key cluster: first place in the order of clusters, and end."""
+    """Tiles of up to BM queries of one cluster that take a key cluster.
+
+    For each tile its first place in the order of clusters, times MAX_ROWS, and its number of queries less one.
+    """
     grid_dependency_control(PDL, False)
     landmark = tl.program_id(0)
     group = tl.program_id(1)
@@ -202,10 +206,11 @@ def query_tiles_kernel(
     place = tl.cumsum(number, 0) - number
     row = group * num_landmarks + landmark
     tl.store(count_ptr + row, tl.sum(number, 0))
-    tile_ptr += (row.to(tl.int64) * num_tiles + place) * 2
+    tile_ptr += row.to(tl.int64) * num_tiles + place
     for step in range(tl.max(number, 0)):
-        tl.store(tile_ptr + step * 2, start + step * BM, mask=step < number)
-        tl.store(tile_ptr + step * 2 + 1, end, mask=step < number)
+        first = start + step * BM
+        tile = first * MAX_ROWS + tl.minimum(end - first, BM) - 1
+        tl.store(tile_ptr + step, tile, mask=step < number)
 
 
 @triton.jit
@@ -241,13 +246,14 @@ def exact_bwd_dkdv_kernel(
         order_ptr += wide * num_queries
         lse_ptr += wide * num_queries
         dot_ptr += wide * num_queries
-        tile_ptr += (wide * CLUSTERS + cluster) * num_tiles * 2
+        tile_ptr += (wide * CLUSTERS + cluster) * num_tiles
         dk = tl.zeros((BN, BE), tl.float32)
         dv = tl.zeros((BN, BD), tl.float32)
         for tile in tl.range(0, count, num_stages=STAGES):
-            row = tl.load(tile_ptr + tile * 2) + tl.arange(0, BM)
-            last = tl.load(tile_ptr + tile * 2 + 1) - 1
-            i = tl.load(order_ptr + tl.minimum(row, last))
+            packed = tl.load(tile_ptr + tile)
+            row = tl.arange(0, BM)
+            last = packed % MAX_ROWS
+            i = tl.load(order_ptr + packed // MAX_ROWS + tl.minimum(row, last))
             q = load_rows(q_ptr, i, i >= 0, stride_qn, E, BE, False)
             gradient = load_rows(gradient_ptr, i, i >= 0, stride_gn, D, BD, False)
             # weights of queries past the end of the cluster are zero
