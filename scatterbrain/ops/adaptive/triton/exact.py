@@ -106,8 +106,8 @@ def exact_fwd_kernel(
             )
             acc, total, running_max = exact_step(logits, v, acc, total, running_max, qk_scale, PRECISION)
         exact = running_max + tl.log2(total)
-        lse_ptr += wide * num_queries + i
-        rest = tl.load(lse_ptr)
+        lse_ptrs = lse_ptr + wide * num_queries + i
+        rest = tl.load(lse_ptrs)
         largest = tl.maximum(exact, rest)
         share, share_of_rest = tl.exp2(exact - largest), tl.exp2(rest - largest)
         normaliser = share + share_of_rest
@@ -115,7 +115,7 @@ def exact_fwd_kernel(
         out = load_rows(out_ptr, i, valid, stride_on, D, BD, False).to(tl.float32)
         out = out * (share_of_rest / normaliser)[:, None] + acc * (share / (total * normaliser))[:, None]
         store_rows(out_ptr, out, i, valid, stride_on, D)
-        tl.store(lse_ptr, largest + tl.log2(normaliser), mask=valid)
+        tl.store(lse_ptrs, largest + tl.log2(normaliser), mask=valid)
 
 
 @triton.jit
