@@ -18,6 +18,7 @@ import triton.language as tl
 from scatterbrain.ops.clusters.triton.fwd import (
     dot_centre,
     landmark_not_taken,
+    load_words,
     not_taken,
     window_rows,
     words_of_queries,
@@ -73,6 +74,7 @@ def landmark_bwd_dq_kernel(
     tl.store(offset_ptr + wide * num_queries + i, offset, mask=valid)
     if CLUSTERS > 0:
         word_ptr = words_of_queries(taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS)
+        first, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
     dq = tl.zeros((BM, BE), tl.float32)
     for block in tl.range(0, MP, MB, num_stages=2):
         b = block + tl.arange(0, MB)
@@ -81,7 +83,8 @@ def landmark_bwd_dq_kernel(
         log_count = tl.load(log_count_ptr + group * MP + b)
         logits = tl.dot(q, tl.trans(landmark), input_precision=PRECISION) * qk_scale + log_count[None, :]
         if CLUSTERS > 0:
-            logits = tl.where(landmark_not_taken(word_ptr, b, block, num_landmarks, MB), logits, LOG_ZERO)
+            free = landmark_not_taken(word_ptr, first, second, third, fourth, b, block, num_landmarks, MB, MP)
+            logits = tl.where(free, logits, LOG_ZERO)
         weights = tl.exp2(logits + offset[:, None])
         d_logits = weights * (tl.dot(gradient, tl.trans(mean_v), input_precision=PRECISION) - dot[:, None])
         dq = tl.dot(d_logits.to(q.dtype), landmark, dq, input_precision=PRECISION)
@@ -96,7 +99,10 @@ def landmark_bwd_dq_kernel(
             )
             inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
             if CLUSTERS > 0:
-                inside = inside & not_taken(word_ptr[:, None], label[None, :], 0, num_landmarks, (MP + 31) // 32)
+                inside = inside & not_taken(
+                    word_ptr[:, None], first[:, None], second[:, None], third[:, None], fourth[:, None],
+                    label[None, :], MP,
+                )  # fmt: skip
             exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - lse[:, None]
             estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + offset[:, None]
             # both masks before the exponential: outside the window it may overflow
@@ -159,8 +165,11 @@ def landmark_bwd_window_kernel(
                 word_ptr = words_of_queries(
                     taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
                 )
-                of_key = tl.maximum(label, 0)[:, None]
-                inside = inside & not_taken(word_ptr[None, :], of_key, 0, num_landmarks, (MP + 31) // 32)
+                word, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
+                inside = inside & not_taken(
+                    word_ptr[None, :], word[None, :], second[None, :], third[None, :], fourth[None, :],
+                    tl.maximum(label, 0)[:, None], MP,
+                )  # fmt: skip
             estimate = tl.dot(delta, tl.trans(q), input_precision=PRECISION) * qk_scale + offset[None, :]
             estimate = tl.exp2(tl.where(inside, estimate, LOG_ZERO))
             d_weights = dot[None, :] - tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
@@ -216,7 +225,9 @@ def landmark_bwd_sums_kernel(
             word_ptr = words_of_queries(
                 taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
             )
-            free = landmark_not_taken(word_ptr, b, tl.program_id(2) * MB, num_landmarks, MB)
+            word, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
+            block = tl.program_id(2) * MB
+            free = landmark_not_taken(word_ptr, word, second, third, fourth, b, block, num_landmarks, MB, MP)
             logits = tl.where(free, logits, LOG_ZERO)
         weights = tl.exp2(logits + offset[:, None])
         d_logits = weights * (tl.dot(gradient, mean_v, input_precision=PRECISION) - dot[:, None])
@@ -302,7 +313,11 @@ def landmark_bwd_dkdv_kernel(
                 word_ptr = words_of_queries(
                     taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
                 )
-                inside = inside & not_taken(word_ptr[None, :], label[:, None], 0, num_landmarks, (MP + 31) // 32)
+                word, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
+                inside = inside & not_taken(
+                    word_ptr[None, :], word[None, :], second[None, :], third[None, :], fourth[None, :],
+                    label[:, None], MP,
+                )  # fmt: skip
             exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale - lse[None, :]
             estimate = tl.dot(delta, tl.trans(q), input_precision=PRECISION) * qk_scale + offset[None, :]
             exact = tl.exp2(tl.where(inside, exact, LOG_ZERO))

@@ -43,27 +43,64 @@ def words_of_queries(taken_ptr, query_label_ptr, group, i, valid, num_queries, n
 
 
 @triton.jit
-def not_taken(word_ptr, label, first, num_landmarks, WORDS: tl.constexpr):
-    """Whether the bits `label` are not set, for pointers to bits and labels that broadcast against each other.
+def load_words(word_ptr, num_landmarks, MP: tl.constexpr):
+    """The words at pointers (rows,), for `not_taken`: with up to 128 landmarks all four, else what is not read."""
+    last = (num_landmarks - 1) >> 5
+    first = tl.load(word_ptr)
+    second, third, fourth = first, first, first
+    if MP <= 128:
+        if MP > 32:
+            second = tl.load(word_ptr + tl.minimum(1, last))
+        if MP > 64:
+            third = tl.load(word_ptr + tl.minimum(2, last))
+        if MP > 96:
+            fourth = tl.load(word_ptr + tl.minimum(3, last))
+    return first, second, third, fourth
 
-    Labels lie in the WORDS words from `first` on.
+
+@triton.jit
+def not_taken(word_ptr, first, second, third, fourth, label, MP: tl.constexpr):
+    """Whether bits `label` are not set: in words from `load_words`, or at pointers to words with many landmarks.
+
+    Words and labels broadcast against each other.
     """
     column = label >> 5
-    if WORDS <= 4:
+    if MP <= 128:
         # by selection: a load of each element takes longer
-        last = (num_landmarks - 1) >> 5
-        word = tl.load(word_ptr + tl.minimum(first, last))
-        for part in tl.static_range(1, WORDS):
-            word = tl.where(column == first + part, tl.load(word_ptr + tl.minimum(first + part, last)), word)
+        word = first
+        if MP > 32:
+            word = tl.where(column == 1, second, word)
+        if MP > 64:
+            word = tl.where(column == 2, third, word)
+        if MP > 96:
+            word = tl.where(column == 3, fourth, word)
     else:
         word = tl.load(word_ptr + column)
     return ((word >> (label & 31)) & 1) == 0
 
 
 @triton.jit
-def landmark_not_taken(word_ptr, b, block, num_landmarks, MB: tl.constexpr):
-    """Whether the landmarks b, MB from `block` on, are not taken by the queries (rows,) with these bits."""
-    return not_taken(word_ptr[:, None], b[None, :], block >> 5, num_landmarks, MB // 32 if MB > 32 else 1)
+def landmark_not_taken(
+    word_ptr, first, second, third, fourth, b, block, num_landmarks, MB: tl.constexpr, MP: tl.constexpr
+):
+    """Whether queries (rows,) with these words leave out none of the landmarks b, MB from `block` on: (rows, MB)."""
+    if MB == 64 and MP > 64:
+        if MP <= 128:
+            low = tl.where(block > 0, third, first)
+            high = tl.where(block > 0, fourth, second)
+        else:
+            last = (num_landmarks - 1) >> 5
+            low = tl.load(word_ptr + tl.minimum(block >> 5, last))
+            high = tl.load(word_ptr + tl.minimum((block >> 5) + 1, last))
+        word = tl.where(((b & 32) == 0)[None, :], low[:, None], high[:, None])
+        free = ((word >> (b & 31)[None, :]) & 1) == 0
+    else:
+        # padding may lie past the words
+        label = tl.minimum(b, num_landmarks - 1)
+        free = not_taken(
+            word_ptr[:, None], first[:, None], second[:, None], third[:, None], fourth[:, None], label[None, :], MP
+        )
+    return free
 
 
 @triton.jit
@@ -75,7 +112,7 @@ def dot_centre(q, centre):
 @triton.jit
 def window_fwd(
     j, i, q, offset, normaliser, acc, running_max, total, end,
-    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, num_landmarks, stride_kn, stride_vn, qk_scale,
+    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
     E: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     CLUSTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +125,9 @@ def window_fwd(
     )
     inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
     if CLUSTERS > 0:
-        inside = inside & not_taken(word_ptr[:, None], label[None, :], 0, num_landmarks, (MP + 31) // 32)
+        inside = inside & not_taken(
+            word_ptr[:, None], first[:, None], second[:, None], third[:, None], fourth[:, None], label[None, :], MP
+        )
     exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
     exact = tl.where(inside, exact, LOG_ZERO)
     estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale
@@ -150,16 +189,18 @@ def landmark_fwd_kernel(
         i = (tl.program_id(0) * QUERY_TILES + step) * BM + tl.arange(0, BM)
         valid = i < num_queries
         q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
-        word_ptr = taken_ptr
+        word_ptr, first, second, third, fourth = taken_ptr, 0, 0, 0, 0
         if CLUSTERS > 0:
             word_ptr = words_of_queries(
                 taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
             )
+            first, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
         # logits are relative to that of the centre
         if MP == MB:
             logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
             if CLUSTERS > 0:
-                logits = tl.where(landmark_not_taken(word_ptr, b, 0, num_landmarks, MB), logits, LOG_ZERO)
+                free = landmark_not_taken(word_ptr, first, second, third, fourth, b, 0, num_landmarks, MB, MP)
+                logits = tl.where(free, logits, LOG_ZERO)
             running_max = tl.maximum(tl.max(logits, 1), LOG_ZERO)
             weights = tl.exp2(logits - running_max[:, None]).to(mean_v.dtype)
             total = row_sums(weights)
@@ -175,7 +216,8 @@ def landmark_fwd_kernel(
                 log_count = tl.load(log_count_ptr + b)
                 logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
                 if CLUSTERS > 0:
-                    logits = tl.where(landmark_not_taken(word_ptr, b, block, num_landmarks, MB), logits, LOG_ZERO)
+                    free = landmark_not_taken(word_ptr, first, second, third, fourth, b, block, num_landmarks, MB, MP)
+                    logits = tl.where(free, logits, LOG_ZERO)
                 new_max = tl.maximum(running_max, tl.max(logits, 1))
                 decay = tl.exp2(running_max - new_max)
                 weights = tl.exp2(logits - new_max[:, None]).to(mean_v.dtype)
@@ -190,14 +232,14 @@ def landmark_fwd_kernel(
             for part in tl.static_range(UNROLLED):
                 normaliser, acc, running_max, total = window_fwd(
                     first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
-                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, num_landmarks, stride_kn, stride_vn, qk_scale,
-                    E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                    stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
                 )  # fmt: skip
             for part in tl.range(UNROLLED, WINDOW_TILES, num_stages=2):
                 normaliser, acc, running_max, total = window_fwd(
                     first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
-                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, num_landmarks, stride_kn, stride_vn, qk_scale,
-                    E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                    stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
                 )  # fmt: skip
             total += tl.sum(normaliser, 1)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
