@@ -335,7 +335,7 @@ def run_clusters(
     key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int
 ) -> torch.Tensor:
     """Clusters (B, H, S) int16 of the keys, -1 for hidden ones; arguments as in `run_forward`."""
-    key = _with_vector_loads(key)
+    key = with_vector_loads(key)
     found = find_pass(_cluster_pass, (key, key_lengths), tiles_override(), num_landmarks, num_steps)
     _, buffers = allocate(found, key)
     with device_of(key):
@@ -343,7 +343,7 @@ def run_clusters(
     return found.layouts[0].views(buffers[0])["labels"].view(key.shape[:3]).clone()
 
 
-def _with_vector_loads(x: torch.Tensor) -> torch.Tensor:
+def with_vector_loads(x: torch.Tensor) -> torch.Tensor:
     """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
     x = with_near_rows(x)
     return x if has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
@@ -378,7 +378,7 @@ def run_forward(
     Returns:
         Output (B, H, T, D), and statistics (bytes,) uint8, see `LandmarkPlan.statistics`.
     """
-    query, key, value = (_with_vector_loads(x) for x in (query, key, value))
+    query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths, labels)
     found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps, statistics)
     (out,), buffers = allocate(found, query)
@@ -539,7 +539,7 @@ def run_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
-    gradient, query, key, value = (_with_vector_loads(x) for x in (gradient, query, key, value))
+    gradient, query, key, value = (with_vector_loads(x) for x in (gradient, query, key, value))
     inputs = (gradient, query, key, value, key_lengths, labels, out)
     found = find_pass(_backward_pass, inputs, tiles_override(), num_landmarks, window, scale)
     gradients, (workspace,) = allocate(found, query)
