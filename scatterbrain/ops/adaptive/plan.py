@@ -21,7 +21,7 @@ from scatterbrain.ops.common.numerics import (
 
 # How many times the clusters that still fit are taken in order. The second and third time find what one too large
 # cluster has stopped; more find next to nothing.
-_ROUNDS = 3
+ROUNDS = 3
 
 
 class AdaptivePlan(NamedTuple):
@@ -217,7 +217,7 @@ def _take(
         # what landmarks would misplace without this cluster and those after it
         wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
     taken = torch.zeros_like(wanted)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         left = room - (sizes * taken).sum(-1, keepdim=True)
         fits = wanted & ~taken & (sizes <= left)
         taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))

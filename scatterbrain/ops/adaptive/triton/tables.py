@@ -1,6 +1,6 @@
 """What the attention kernels read of a plan: bit tables of the supports, lists of keys, sorted orders.
 
-All lie in one buffer. The kernels of `plan.py` fill it, and `fill_tables` does so from an `AdaptivePlan` in plain
+All lie in one buffer. The kernels of `supports.py` fill it, and `fill_tables` does so from an `AdaptivePlan` in plain
 PyTorch: for plans that a user passes, and as the specification of those kernels. Centroids and means of the key
 clusters are not part of it: they are statistics of the landmark kernels (`clusters/triton/operator.py`).
 """

@@ -187,8 +187,8 @@ def add_cluster_kernels(
         launches: to which they are appended, with the layouts of `cluster_layouts`.
         plan: of the call.
         key: (B, H, S, E).
-        value: (B, H, S, D); None where there are no mean values. Then the keys are queries: those past the lengths, too,
-            have a cluster.
+        value: (B, H, S, D); None where there are no mean values. Then the keys are queries, and those past the lengths
+            have a cluster too.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
     """
