@@ -19,6 +19,7 @@ from scatterbrain.ops.adaptive import triton as fused
 from scatterbrain.ops.adaptive.naive import naive_adaptive_attention
 from scatterbrain.ops.adaptive.plan import AdaptivePlan, check_density, check_plan, plan_adaptive_attention
 from scatterbrain.ops.clusters.blocked import BlockLayout, centred_keys, landmark_sums
+from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps
 from scatterbrain.ops.clusters.tiles import ClusterTiles
 from scatterbrain.ops.clusters.triton import is_fast
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
@@ -126,6 +127,31 @@ def adaptive_attention(
     backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=is_fast(query))
     if query.shape[0] == 0:
         return empty_output(query, key, value)
+    if backend == "triton":
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if needs_grad and key_lengths is not None:
+            rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+        else:
+            rows = VisibleRows(query, key, value, None)  # the kernels skip hidden keys themselves
+        assignment = None
+        if plan is None and value_weight != 0:  # the kernels find clusters of keys alone themselves
+            assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+        check_steps(num_landmarks, num_steps)
+        out = fused.attention(
+            *rows[:3],
+            at_most(num_landmarks, key.shape[2]),
+            at_most(num_query_landmarks, query.shape[2]),
+            density,
+            window,
+            tolerance=tolerance,
+            scale=scale,
+            num_steps=num_steps,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            assignment=assignment,
+            plan=plan,
+        )
+        return rows.mark(out)[0]
     if plan is None:
         plan = plan_adaptive_attention(
             *(query, key, value, num_landmarks, num_query_landmarks, density),
@@ -138,13 +164,6 @@ def adaptive_attention(
         )
     if backend == "naive":
         return naive_adaptive_attention(query, key, value, *plan[:3], window, scale, key_lengths)[0].to(query.dtype)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if backend == "triton":
-        if needs_grad and key_lengths is not None:
-            rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-        else:
-            rows = VisibleRows(query, key, value, None)  # the kernels skip hidden keys themselves
-        return rows.mark(fused.attention(*rows[:3], plan, window, scale=scale, key_lengths=key_lengths))[0]
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
     return rows.mark(_tiled(*rows[:3], plan, window, scale, key_lengths, dropout_p))[0]
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from scatterbrain.ops.adaptive.plan import exact_keys
 from scatterbrain.ops.adaptive.triton.exact import (
     exact_bwd_dkdv_kernel,
     exact_bwd_dq_kernel,
     exact_fwd_kernel,
     query_tiles_kernel,
 )
+from scatterbrain.ops.adaptive.triton.plan import run_plan
 from scatterbrain.ops.adaptive.triton.tables import tables_layout
 from scatterbrain.ops.adaptive.triton.tiles import ExactTiles, tiles_for, tiles_override
 from scatterbrain.ops.clusters.triton import operator as landmarks
@@ -50,7 +52,7 @@ class _Call:
         key: torch.Tensor,
         value: torch.Tensor,
         key_lengths: torch.Tensor | None,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         num_landmarks: int,
         num_query_landmarks: int,
         num_exact: int,
@@ -60,14 +62,12 @@ class _Call:
     ) -> None:
         self.plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, window, scale, 0)
         self.num_query_landmarks, self.num_exact = num_query_landmarks, num_exact
-        # without exact keys, the kernels are those of landmark attention
-        self.clusters = num_query_landmarks if num_exact > 0 else 0
         plan = self.plan
         self.tiles: ExactTiles = tiles_for(
             max(plan.widths["BE"], plan.widths["BD"]), plan.length // num_query_landmarks, plan.dtype, plan.device
         )
         sizes = plan.groups, plan.length, plan.num_keys, num_landmarks, num_query_landmarks, num_exact
-        self.layouts = [plan.means(), tables_layout(*sizes, sorts_keys=sorts_keys), self.normalisers()]
+        self.layouts = [plan.clusters(), tables_layout(*sizes, sorts_keys=sorts_keys), self.normalisers()]
         self.of_queries = {"CLUSTERS": num_query_landmarks, "BLOCK": power_of_two(num_query_landmarks)}
         self.numbers = (plan.heads, plan.length, num_exact)
 
@@ -108,7 +108,7 @@ def run_statistics(
     labels: torch.Tensor,
     num_landmarks: int,
 ) -> torch.Tensor:
-    """Means and sizes of given clusters, (bytes,) uint8, see `LandmarkPlan.means`; arguments as in `run_forward`."""
+    """Means and sizes of given clusters, (bytes,) uint8, see `LandmarkPlan.clusters`; arguments as in `run_forward`."""
     key, value = with_vector_loads(key), with_vector_loads(value)
     tensors = (key, value, key_lengths, labels)
     found = find_pass(_statistics_pass, tensors, _override(), num_landmarks)
@@ -127,12 +127,40 @@ def _(key, value, key_lengths, labels, num_landmarks):
     return key.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
 
 
+adaptive_plan = torch.library.custom_op("scatterbrain::adaptive_plan", run_plan, mutates_args=())
+
+
+@adaptive_plan.register_fake
+def _(
+    query, key, value, key_lengths, query_lengths, labels,
+    num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, sorts_keys,
+):  # fmt: skip
+    plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, 0, scale, num_steps)
+    sizes = plan.groups, plan.length, plan.num_keys, num_landmarks, num_query_landmarks
+    tables = tables_layout(*sizes, exact_keys(density, plan.num_keys), sorts_keys)
+    return tuple(query.new_empty(x.nbytes, dtype=torch.uint8) for x in (plan.statistics(), tables))
+
+
+def find_statistics(*arguments: Any) -> torch.Tensor:
+    """Result of `run_statistics`: by the operator for `torch.compile` and tensor subclasses, else directly."""
+    return (cluster_statistics if _needs_dispatcher(arguments[:4]) else run_statistics)(*arguments)
+
+
+def find_plan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of `run_plan`: by the operator for `torch.compile` and tensor subclasses, else directly."""
+    return (adaptive_plan if _needs_dispatcher(arguments[:6]) else run_plan)(*arguments)
+
+
+def _needs_dispatcher(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    return torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors])
+
+
 def _forward_pass(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     key_lengths: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     num_landmarks: int,
     num_query_landmarks: int,
     num_exact: int,
@@ -146,25 +174,24 @@ def _forward_pass(
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     names = ("query", "key", "value", "key_lengths", "given_labels", "out")
     launches = LaunchSequence(names, call.layouts)
-    add_attention_kernel(launches, plan, query, key, value, tensors["out"], window, True, call.clusters)
-    if num_exact > 0:
-        launches.add(
-            exact_fwd_kernel,
-            (call.query_tiles(tiles.query_rows), plan.groups),
-            (
-                *("query", "key", "value", "out", "lse"),
-                *("exact_keys", "exact_counts", "query_order", "query_starts"),
-            ),
-            (*call.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale),
-            **plan.widths,
-            **call.of_queries,
-            BM=tiles.query_rows,
-            BN=tiles.key_rows,
-            **plan.precision,
-            STAGES=tiles.query_stages,
-            num_warps=tiles.query_warps,
-            **plan.pdl,
-        )
+    add_attention_kernel(launches, plan, query, key, value, tensors["out"], window, True, num_query_landmarks)
+    launches.add(
+        exact_fwd_kernel,
+        (call.query_tiles(tiles.query_rows), plan.groups),
+        (
+            *("query", "key", "value", "out", "lse"),
+            *("exact_keys", "exact_counts", "query_order", "query_starts"),
+        ),
+        (*call.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale),
+        **plan.widths,
+        **call.of_queries,
+        BM=tiles.query_rows,
+        BN=tiles.key_rows,
+        **plan.precision,
+        STAGES=tiles.query_stages,
+        num_warps=tiles.query_warps,
+        **plan.pdl,
+    )
     return Pass(launches, outputs, (call.normalisers(),))
 
 
@@ -173,7 +200,7 @@ def run_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     key_lengths: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     statistics: torch.Tensor,
     tables: torch.Tensor,
     num_landmarks: int,
@@ -189,12 +216,12 @@ def run_forward(
         key: (B, H, S, E).
         value: (B, H, S, D).
         key_lengths: (B,) integers; None for all keys.
-        labels: (B H, S) int16, cluster of each key, -1 for hidden ones.
-        statistics: (bytes,) uint8, means and sizes of the clusters, see `LandmarkPlan.means`.
+        labels: (B, H, S) int16, cluster of each key, -1 for hidden ones; None for those among the statistics.
+        statistics: (bytes,) uint8, means and sizes of the clusters, see `LandmarkPlan.clusters`.
         tables: (bytes,) uint8, see `tables_layout`; for the backward pass with the order of the keys.
         num_landmarks: number of key clusters M, at most S.
         num_query_landmarks: number of query clusters Q, at most T.
-        num_exact: largest number K of keys that a query cluster takes.
+        num_exact: largest number K >= 1 of keys that a query cluster takes.
         window: width W; 0 for no window.
         scale: softmax scale.
 
@@ -206,8 +233,8 @@ def run_forward(
     found = find_pass(_forward_pass, (query, key, value, key_lengths, labels), _override(), *options)
     (out,), (normalisers,) = allocate(found, query)
     # a kernel does not read what is None
-    lengths = query if key_lengths is None else key_lengths
-    found.launches((query, key, value, lengths, labels, out), (statistics, tables, normalisers))
+    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
+    found.launches((query, key, value, key_lengths, labels, out), (statistics, tables, normalisers))
     return out, normalisers
 
 
@@ -229,7 +256,7 @@ def _backward_pass(
     key: torch.Tensor,
     value: torch.Tensor,
     key_lengths: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     out: torch.Tensor,
     num_landmarks: int,
     num_query_landmarks: int,
@@ -251,65 +278,63 @@ def _backward_pass(
     )
     workspace, scratch = gradient_layouts(plan)
     num_tiles = call.query_tiles(tiles.dk_queries)
-    if num_exact > 0:
-        workspace.add("query_tiles", plan.groups, num_landmarks, num_tiles, dtype=torch.int32)
-        workspace.add("query_tile_counts", plan.groups, num_landmarks, dtype=torch.int32)
+    workspace.add("query_tiles", plan.groups, num_landmarks, num_tiles, dtype=torch.int32)
+    workspace.add("query_tile_counts", plan.groups, num_landmarks, dtype=torch.int32)
     names = ("gradient", "query", "key", "value", "key_lengths", "given_labels", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (*call.layouts, workspace, scratch))
-    add_gradient_kernels(launches, plan, gradient, query, key, value, out, tensors, window, call.clusters)
-    if num_exact > 0:
-        launches.add(
-            exact_bwd_dq_kernel,
-            (call.query_tiles(tiles.dq_rows), plan.groups),
-            (
-                *("query", "key", "value", "gradient", "d_query", "centre", "lse", "dots"),
-                *("exact_keys", "exact_counts", "query_order", "query_starts"),
-            ),
-            (
-                *(*call.numbers, *row_strides(query, key, value, gradient, tensors["d_query"])),
-                *(plan.qk_scale, plan.scale),
-            ),
-            **plan.widths,
-            **call.of_queries,
-            BM=tiles.dq_rows,
-            BN=tiles.dq_keys,
-            **plan.precision,
-            STAGES=tiles.dq_stages,
-            num_warps=tiles.dq_warps,
-            **plan.pdl,
-        )
-        launches.add(
-            query_tiles_kernel,
-            (num_landmarks, plan.groups),
-            ("taken_words", "query_starts", "query_tiles", "query_tile_counts"),
-            (num_landmarks, num_tiles),
-            **call.of_queries,
-            BM=tiles.dk_queries,
-            num_warps=1,
-            **plan.pdl,
-        )
-        launches.add(
-            exact_bwd_dkdv_kernel,
-            (plan.num_keys // tiles.dk_rows + num_landmarks, plan.groups),
-            (
-                *("query", "key", "value", "gradient", "d_key", "d_value", "lse", "dots"),
-                *("query_order", "key_order", "key_starts", "query_tiles", "query_tile_counts"),
-            ),
-            (
-                *(plan.heads, plan.length, plan.num_keys, num_tiles),
-                *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),
-                *(plan.qk_scale, plan.scale),
-            ),
-            **plan.widths,
-            CLUSTERS=num_landmarks,
-            BLOCK=power_of_two(num_landmarks),
-            BM=tiles.dk_queries,
-            BN=tiles.dk_rows,
-            **plan.precision,
-            STAGES=tiles.dk_stages,
-            num_warps=tiles.dk_warps,
-            **plan.pdl,
-        )
+    add_gradient_kernels(launches, plan, gradient, query, key, value, out, tensors, window, num_query_landmarks)
+    launches.add(
+        exact_bwd_dq_kernel,
+        (call.query_tiles(tiles.dq_rows), plan.groups),
+        (
+            *("query", "key", "value", "gradient", "d_query", "centre", "lse", "dots"),
+            *("exact_keys", "exact_counts", "query_order", "query_starts"),
+        ),
+        (
+            *(*call.numbers, *row_strides(query, key, value, gradient, tensors["d_query"])),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        **call.of_queries,
+        BM=tiles.dq_rows,
+        BN=tiles.dq_keys,
+        **plan.precision,
+        STAGES=tiles.dq_stages,
+        num_warps=tiles.dq_warps,
+        **plan.pdl,
+    )
+    launches.add(
+        query_tiles_kernel,
+        (num_landmarks, plan.groups),
+        ("taken_words", "query_starts", "query_tiles", "query_tile_counts"),
+        (num_landmarks, num_tiles),
+        **call.of_queries,
+        BM=tiles.dk_queries,
+        num_warps=1,
+        **plan.pdl,
+    )
+    launches.add(
+        exact_bwd_dkdv_kernel,
+        (plan.num_keys // tiles.dk_rows + num_landmarks, plan.groups),
+        (
+            *("query", "key", "value", "gradient", "d_key", "d_value", "lse", "dots"),
+            *("query_order", "key_order", "key_starts", "query_tiles", "query_tile_counts"),
+        ),
+        (
+            *(plan.heads, plan.length, plan.num_keys, num_tiles),
+            *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        CLUSTERS=num_landmarks,
+        BLOCK=power_of_two(num_landmarks),
+        BM=tiles.dk_queries,
+        BN=tiles.dk_rows,
+        **plan.precision,
+        STAGES=tiles.dk_stages,
+        num_warps=tiles.dk_warps,
+        **plan.pdl,
+    )
     return Pass(launches, outputs, (workspace,), scratch)
 
 
@@ -319,7 +344,7 @@ def run_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     key_lengths: torch.Tensor | None,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     statistics: torch.Tensor,
     tables: torch.Tensor,
     out: torch.Tensor,
@@ -336,9 +361,9 @@ def run_backward(
     options = (num_landmarks, num_query_landmarks, num_exact, window, scale)
     found = find_pass(_backward_pass, inputs, _override(), *options)
     gradients, (workspace,) = allocate(found, query)
-    lengths = query if key_lengths is None else key_lengths
+    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
     buffers = (statistics, tables, normalisers, workspace, landmarks.scratch_memory(found.scratch, gradients[1]))
-    found.launches((gradient, query, key, value, lengths, labels, out, *gradients), buffers)
+    found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), buffers)
     return tuple(gradients)
 
 
@@ -386,16 +411,8 @@ class FusedAdaptiveAttention(torch.autograd.Function):
 def attend(*arguments: Any) -> torch.Tensor:
     """Output of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
     tensors = arguments[:7]
-    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
+    if _needs_dispatcher(tensors):
         return fused_adaptive_attention(*arguments)[0]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
     with device_of(tensors[0]):
         return (FusedAdaptiveAttention.apply if needs_grad else run_forward)(*arguments)[0]
-
-
-def find_statistics(*arguments: Any) -> torch.Tensor:
-    """Result of `run_statistics`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    tensors = arguments[:4]
-    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
-        return cluster_statistics(*arguments)
-    return run_statistics(*arguments)

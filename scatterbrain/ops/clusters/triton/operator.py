@@ -129,20 +129,20 @@ class LandmarkPlan:
         )
         return FEW_CHUNKS
 
-    def means(self, prefix: str = "") -> BufferLayout:
-        """What the attention and the backward pass read of given clusters: the first parts of `statistics`."""
+    def clusters(self, prefix: str = "") -> BufferLayout:
+        """What the attention and the backward pass read of the clusters: the first parts of `statistics`."""
         layout = BufferLayout()
         layout.add(prefix + "centre", self.groups, self.widths["BE"])
         layout.add(prefix + "landmarks", self.groups, self.num_landmarks, self.width, dtype=self.dtype)
         layout.add(prefix + "mean_values", self.groups, self.num_landmarks, self.value_width, dtype=self.dtype)
         layout.add(prefix + "log_counts", self.groups, self.padded)
+        labels = (0,) if self.has_labels else (self.groups, self.num_keys)
+        layout.add(prefix + "labels", *labels, dtype=torch.int16)
         return layout
 
     def statistics(self, prefix: str = "") -> BufferLayout:
         """What the attention and the backward pass read of the clusters, and log normalisers of the queries."""
-        layout = self.means(prefix)
-        labels = (0,) if self.has_labels else (self.groups, self.num_keys)
-        layout.add(prefix + "labels", *labels, dtype=torch.int16)
+        layout = self.clusters(prefix)
         layout.add(prefix + "lse", self.groups, self.length)
         return layout
 
