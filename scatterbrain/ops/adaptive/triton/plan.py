@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import ROUNDS, exact_keys
+from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, exact_keys
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
     count_kernel,
@@ -26,7 +26,7 @@ from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_wid
 from scatterbrain.ops.common.triton_functions import LaunchSequence, device_of, row_strides
 
 # Points of a tile of the counting sort, and tiles and clusters of a program that adds tiles up.
-SORT_ROWS, PREFIX_TILES, PREFIX_BINS = 128, 64, 32
+SORT_ROWS, PREFIX_TILES, PREFIX_BINS = 256, 64, 32
 # Query clusters of a program of the moments, and places of one that lists keys.
 MOMENT_QUERIES, LIST_PLACES = 64, 256
 # Programs of the moments, at most: the choice of a support adds up what they leave.
@@ -149,6 +149,7 @@ def _plan_pass(
         BINS=bins,
         WORDS=-(-num_landmarks // WORD),
         ROUNDS=ROUNDS,
+        LEAST_VARIANCE=LEAST_VARIANCE,
         HAS_TOLERANCE=tolerance is not None,
         **keys.lengths,
         num_warps=1 if padded <= ONE_WARP else 4,
