@@ -91,7 +91,7 @@ def prefix_kernel(
 @triton.jit
 def order_kernel(
     key_label_ptr, query_label_ptr,  # see `count_kernel`
-    count_ptr, total_ptr,  # see `prefix_kernel`
+    count_ptr, total_ptr,  # see `prefix_kernel`; counts are overwritten
     key_order_ptr, key_start_ptr,  # (G, S), (G, M + 1) int32, written
     query_order_ptr, query_start_ptr,  # (G, T), (G, Q + 1) int32, written
     num_keys, length, num_landmarks, num_query_landmarks,
@@ -127,9 +127,12 @@ def order_kernel(
     count = tl.histogram(tl.where(has_cluster, label, 0), BINS)
     count -= tl.where(b == 0, BN - tl.sum(has_cluster.to(tl.int32), 0), 0)
     # points of the cluster in earlier tiles, and of earlier clusters in all others: the rest is the place in the tile
-    tile = (side * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    shift = tl.load(count_ptr + tile * BINS + b) + tl.cumsum(total - count, 0) - (total - count)
-    place = r + tl.gather(shift, tl.where(has_cluster, label, 0), 0)
+    count_ptr += (side * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BINS
+    shift = tl.load(count_ptr + b) + tl.cumsum(total - count, 0) - (total - count)
+    # looked up through memory: `tl.gather` is missing before Triton 3.3
+    tl.store(count_ptr + b, shift)
+    tl.debug_barrier()
+    place = r + tl.load(count_ptr + label, mask=has_cluster, other=0)
     # points without a cluster are hidden by a length: they are last already
     place = tl.where(has_cluster, place, i)
     tl.store(order_ptr + group.to(tl.int64) * number + place, i, mask=i < number)
