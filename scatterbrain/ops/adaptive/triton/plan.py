@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from scatterbrain.ops.adaptive.plan import ROUNDS, exact_keys
+from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, exact_keys
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
     count_kernel,
@@ -25,12 +27,29 @@ from scatterbrain.ops.clusters.triton.tiles import tiles_override
 from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
 from scatterbrain.ops.common.triton_functions import LaunchSequence, device_of, row_strides
 
-# Points of a tile of the counting sort, and tiles and clusters of a program that adds tiles up.
-SORT_ROWS, PREFIX_TILES, PREFIX_BINS = 128, 64, 32
-# Query clusters of a program of the moments, and places of one that lists keys.
-MOMENT_QUERIES, LIST_PLACES = 64, 256
-# Programs of the moments, at most: the choice of a support adds up what they leave.
-MOMENT_PROGRAMS = 264
+
+class PlanTiles(NamedTuple):
+    """Tile sizes of the kernels that plan.
+
+    Attributes:
+        sort_rows: points of a tile of the counting sort.
+        prefix_tiles: of these tiles, so many are added up at a time,
+        prefix_bins: for so many clusters.
+        moment_queries: query clusters of a program of the moments.
+        moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
+        list_places: places of a program that lists keys.
+    """
+
+    sort_rows: int = 256
+    prefix_tiles: int = 64
+    prefix_bins: int = 32
+    moment_queries: int = 64
+    moment_programs: int = 264
+    list_places: int = 256
+
+
+# Triton's interpreter, for tests: several tiles also for small shapes.
+_SMALL = PlanTiles(16, 4, 16, 16, 12, 16)
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
 
@@ -60,12 +79,12 @@ def _plan_pass(
 
     bins = power_of_two(max(num_landmarks, num_query_landmarks, 16))
     padded = power_of_two(max(num_landmarks, WORD))  # a multiple of a word
-    sort_tiles = -(-max(length, num_keys) // SORT_ROWS)
-    moment_queries = min(MOMENT_QUERIES, padded_width(num_query_landmarks))
+    tiles = PlanTiles() if query.is_cuda else _SMALL
+    sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
+    moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
     query_blocks = -(-num_query_landmarks // moment_queries)
     rows = keys.tiles.sum_rows
-    moment_programs = min(MOMENT_PROGRAMS, keys.tiles.sum_programs)
-    chunk, chunks = keys.chunks(num_keys, rows, moment_programs // query_blocks)
+    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs // query_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)
     query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
@@ -97,10 +116,10 @@ def _plan_pass(
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
     sort_grid = (sort_tiles, groups, 2)
-    sort_options = {"BINS": bins, "BN": SORT_ROWS, "num_warps": 4, **keys.pdl}
+    sort_options = {"BINS": bins, "BN": tiles.sort_rows, "num_warps": 4, **keys.pdl}
     both_labels = (keys.labels, "query_labels")
     launches.add(count_kernel, sort_grid, (*both_labels, "counts"), sizes, **sort_options)
-    prefix_bins = min(PREFIX_BINS, bins)
+    prefix_bins = min(tiles.prefix_bins, bins)
     launches.add(
         prefix_kernel,
         (bins // prefix_bins, groups, 2),
@@ -108,7 +127,7 @@ def _plan_pass(
         (sort_tiles,),
         BINS=bins,
         BB=prefix_bins,
-        BT=PREFIX_TILES,
+        BT=tiles.prefix_tiles,
         num_warps=4,
         **keys.pdl,
     )
@@ -149,6 +168,7 @@ def _plan_pass(
         BINS=bins,
         WORDS=-(-num_landmarks // WORD),
         ROUNDS=ROUNDS,
+        LEAST_VARIANCE=LEAST_VARIANCE,
         HAS_TOLERANCE=tolerance is not None,
         **keys.lengths,
         num_warps=1 if padded <= ONE_WARP else 4,
@@ -157,12 +177,12 @@ def _plan_pass(
     if num_exact > 0:
         launches.add(
             lists_kernel,
-            (-(-num_exact // LIST_PLACES), num_query_landmarks, groups),
+            (-(-num_exact // tiles.list_places), num_query_landmarks, groups),
             ("ends", "key_order", "key_starts", "exact_keys"),
             (num_keys, num_landmarks, num_query_landmarks, num_exact),
             MS=padded,
             STEPS=padded.bit_length() - 1,
-            BP=LIST_PLACES,
+            BP=tiles.list_places,
             num_warps=4,
             **keys.pdl,
         )

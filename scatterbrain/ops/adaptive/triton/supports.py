@@ -91,7 +91,7 @@ def prefix_kernel(
 @triton.jit
 def order_kernel(
     key_label_ptr, query_label_ptr,  # see `count_kernel`
-    count_ptr, total_ptr,  # see `prefix_kernel`
+    count_ptr, total_ptr,  # see `prefix_kernel`; counts are overwritten
     key_order_ptr, key_start_ptr,  # (G, S), (G, M + 1) int32, written
     query_order_ptr, query_start_ptr,  # (G, T), (G, Q + 1) int32, written
     num_keys, length, num_landmarks, num_query_landmarks,
@@ -117,17 +117,25 @@ def order_kernel(
         zero = tl.arange(0, 1)
         tl.store(start_ptr + zero, zero)
         tl.store(start_ptr + 1 + b, tl.cumsum(total, 0), mask=b < clusters)
-    i = first + tl.arange(0, BN)
-    label = load_labels(label_ptr, i, number, clusters)
-    earlier = first + tl.arange(0, BN)
-    other = load_labels(label_ptr, earlier, number, clusters)
-    rank = tl.sum(((label[:, None] == other[None, :]) & (earlier[None, :] < i[:, None])).to(tl.int32), 1)
-    rank += tl.sum(tl.where(b[None, :] < label[:, None], total[None, :], 0), 1)
-    tile = (side * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    has_cluster = (i < number) & (label >= 0)
-    rank += tl.load(count_ptr + tile * BINS + label, mask=has_cluster, other=0)
+    r = tl.arange(0, BN)
+    label = load_labels(label_ptr, first + r, number, clusters)
+    # the points of the tile in the order of their clusters, those of none last
+    packed = tl.sort(tl.where(label >= 0, label, BINS) * BN + r)
+    label = packed // BN
+    i = first + packed % BN
+    has_cluster = label < BINS
+    count = tl.histogram(tl.where(has_cluster, label, 0), BINS)
+    count -= tl.where(b == 0, BN - tl.sum(has_cluster.to(tl.int32), 0), 0)
+    # points of the cluster in earlier tiles, and of earlier clusters in all others: the rest is the place in the tile
+    count_ptr += (side * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BINS
+    shift = tl.load(count_ptr + b) + tl.cumsum(total - count, 0) - (total - count)
+    # looked up through memory: `tl.gather` is missing before Triton 3.3
+    tl.store(count_ptr + b, shift)
+    tl.debug_barrier()
+    place = r + tl.load(count_ptr + label, mask=has_cluster, other=0)
     # points without a cluster are hidden by a length: they are last already
-    tl.store(order_ptr + group.to(tl.int64) * number + tl.where(has_cluster, rank, i), i, mask=i < number)
+    place = tl.where(has_cluster, place, i)
+    tl.store(order_ptr + group.to(tl.int64) * number + place, i, mask=i < number)
 
 
 @triton.jit
@@ -164,25 +172,26 @@ def moments_kernel(
     p += tl.load(query_centre_ptr + group * BE + e)[None, :]
     has_members = tl.load(query_log_count_ptr + group * QUERY_MP + a, mask=is_cluster, other=LOG_ZERO) > LOG_ZERO
     p = tl.where(has_members[:, None], p, 0.0).to(k_ptr.dtype.element_ty)
+    of_centre = tl.sum(p.to(tl.float32) * centre[None, :], 1)
+    delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
+    mean = tl.dot(p, tl.trans(delta), input_precision=PRECISION)
     row = wide * num_query_landmarks + a
     if tl.program_id(0) == 0:
-        delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
-        mean = tl.dot(p, tl.trans(delta), input_precision=PRECISION)
         tl.store(mean_ptr + row[:, None] * MP + b[None, :], mean, mask=is_cluster[:, None])
     # squares of float16 numbers would overflow
     square_type: tl.constexpr = tl.float32 if k_ptr.dtype.element_ty == tl.float32 else tl.bfloat16
+    mean = mean.to(square_type)
     square = tl.zeros((QB, MB), tl.float32)
     first = tl.program_id(0) * chunk
     for n in tl.range(first, tl.minimum(first + chunk, num_keys), BN, num_stages=STAGES):
         j = n + tl.arange(0, BN)
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
-        label = tl.minimum(tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32), num_landmarks - 1)
-        exists = label >= 0
-        own = load_rows(delta_ptr, tl.maximum(label, 0), exists, E, E, BE).to(tl.float32) + centre[None, :]
-        offset = tl.where(exists[:, None], k.to(tl.float32) - own, 0.0).to(k.dtype)
-        logits = tl.dot(p, tl.trans(offset), input_precision=PRECISION)
+        label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32)
         one_hot = (label[:, None] == b[None, :]).to(square_type)
+        logits = tl.dot(p, tl.trans(k), input_precision=PRECISION) - of_centre[:, None]
+        # less the mean of the cluster
+        logits -= tl.dot(mean, tl.trans(one_hot), input_precision=PRECISION)
         square = tl.dot((logits * logits).to(square_type), one_hot, square, input_precision=PRECISION)
     tile = row * tl.num_programs(0) + tl.program_id(0)
     tl.store(square_ptr + tile[:, None] * MP + b[None, :], square, mask=is_cluster[:, None])
@@ -200,7 +209,7 @@ def support_kernel(
     density,  # in units of 2 ** -DENSITY_BITS
     scale, tolerance,
     MP: tl.constexpr, MS: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROUNDS: tl.constexpr,
-    HAS_TOLERANCE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+    LEAST_VARIANCE: tl.constexpr, HAS_TOLERANCE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Key clusters that one query cluster takes.
 
@@ -219,7 +228,7 @@ def support_kernel(
     total_ptr += group * BINS
     size = tl.load(total_ptr + b, mask=exists, other=0)
     members = tl.maximum(size, 1).to(tl.float32)
-    variance = tl.maximum(squares / members * (scale * scale), 1e-12)
+    variance = tl.maximum(squares / members * (scale * scale), LEAST_VARIANCE)
     # 1 - exp(-variance), by its series where the difference would cancel
     series = variance * (1.0 - variance * (0.5 - variance * (1 / 6 - variance * (1 / 24))))
     share = tl.where(variance < 0.02, series, 1.0 - tl.exp(-variance))
@@ -289,7 +298,7 @@ def lists_kernel(
         # the first cluster that ends behind the place
         cluster = tl.zeros((BP,), tl.int32)
         for step in tl.static_range(STEPS):
-            width: tl.constexpr = MS >> (step + 1)
+            width = MS >> (step + 1)
             end = tl.load(end_ptr + cluster + (width - 1))
             cluster += tl.where(end <= place, width, 0)
         cluster = tl.where(exists, cluster, 0)
