@@ -123,6 +123,7 @@ cluster_statistics = torch.library.custom_op("scatterbrain::cluster_statistics",
 
 @cluster_statistics.register_fake
 def _(key, value, key_lengths, labels, num_landmarks):
+    num_landmarks = int(num_landmarks)  # Dynamo passes a size that has changed since its last trace as a symbol
     plan = LandmarkPlan(key, key, value, key_lengths, labels, num_landmarks, 0, 1.0, 0)
     return key.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
 
@@ -135,6 +136,7 @@ def _(
     query, key, value, key_lengths, query_lengths, labels,
     num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, sorts_keys,
 ):  # fmt: skip
+    num_landmarks, num_query_landmarks, density = int(num_landmarks), int(num_query_landmarks), float(density)
     plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, 0, scale, num_steps)
     sizes = plan.groups, plan.length, plan.num_keys, num_landmarks, num_query_landmarks
     tables = tables_layout(*sizes, exact_keys(density, plan.num_keys), sorts_keys)
@@ -245,6 +247,7 @@ fused_adaptive_attention = torch.library.custom_op(
 
 @fused_adaptive_attention.register_fake
 def _(query, key, value, key_lengths, labels, statistics, tables, *options):
+    options = (*map(int, options[:4]), options[4])
     call = _Call(query, key, value, key_lengths, labels, *options, sorts_keys=False)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     return query.new_empty_strided(size, stride), query.new_empty(call.normalisers().nbytes, dtype=torch.uint8)
