@@ -35,11 +35,11 @@ class ExactTiles:
     dq_rows: int = 64
     dq_keys: int = 64
     dq_warps: int = 4
-    dq_stages: int = 2
+    dq_stages: int = 3
     dk_rows: int = 64
     dk_queries: int = 64
     dk_warps: int = 4
-    dk_stages: int = 2
+    dk_stages: int = 3
 
 
 DEFAULT = ExactTiles()
@@ -70,7 +70,7 @@ def tiles_for(width: int, queries: int, dtype: torch.dtype, device: torch.device
         return DEFAULT_FLOAT32
     tiles = DEFAULT
     if width > 64:
-        tiles = replace(tiles, query_stages=2, dq_keys=32, dk_queries=32)
+        tiles = replace(tiles, dq_keys=32, dk_queries=32)
     elif queries >= LARGE_CLUSTER:
         tiles = replace(tiles, **LARGE)
     return tiles
