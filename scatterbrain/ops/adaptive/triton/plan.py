@@ -24,7 +24,7 @@ from scatterbrain.ops.clusters.triton.operator import (
     with_vector_loads,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
-from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
+from scatterbrain.ops.common.passes import Pass, allocate, find_pass, power_of_two
 from scatterbrain.ops.common.triton_functions import LaunchSequence, device_of, row_strides
 
 
@@ -36,6 +36,7 @@ class PlanTiles(NamedTuple):
         prefix_tiles: of these tiles, so many are added up at a time,
         prefix_bins: for so many clusters.
         moment_queries: query clusters of a program of the moments.
+        moment_landmarks: its key clusters.
         moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
         list_places: places of a program that lists keys.
     """
@@ -44,12 +45,14 @@ class PlanTiles(NamedTuple):
     prefix_tiles: int = 64
     prefix_bins: int = 32
     moment_queries: int = 64
-    moment_programs: int = 264
+    moment_landmarks: int = 64
+    moment_programs: int = 528
     list_places: int = 256
 
 
+_FLOAT32 = PlanTiles(moment_queries=32, moment_landmarks=32)
 # Triton's interpreter, for tests: several tiles also for small shapes.
-_SMALL = PlanTiles(16, 4, 16, 16, 12, 16)
+_SMALL = PlanTiles(16, 4, 16, 16, 16, 12, 16)
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
 
@@ -79,12 +82,11 @@ def _plan_pass(
 
     bins = power_of_two(max(num_landmarks, num_query_landmarks, 16))
     padded = power_of_two(max(num_landmarks, WORD))  # a multiple of a word
-    tiles = PlanTiles() if query.is_cuda else _SMALL
+    tiles = _SMALL if not query.is_cuda else _FLOAT32 if query.dtype == torch.float32 else PlanTiles()
     sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
-    moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
-    query_blocks = -(-num_query_landmarks // moment_queries)
+    moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // tiles.moment_queries)
     rows = keys.tiles.sum_rows
-    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs // query_blocks)
+    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs, moment_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)
     query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
@@ -137,7 +139,7 @@ def _plan_pass(
     if num_exact > 0:
         launches.add(
             moments_kernel,
-            (chunks, groups, keys.blocks * query_blocks),
+            (chunks, groups, moment_blocks),
             (
                 *("key", "key_lengths", keys.labels, "centre", "landmarks"),
                 *("query_centre", "query_landmarks", "query_log_counts", "means", "squares"),
@@ -145,8 +147,9 @@ def _plan_pass(
             (*key_numbers, chunk, *row_strides(key)),
             E=keys.width,
             BE=keys.widths["BE"],
-            **keys.blocked,
-            QB=moment_queries,
+            MB=tiles.moment_landmarks,
+            MP=keys.padded,
+            QB=tiles.moment_queries,
             QUERY_MP=queries.padded,
             BN=rows,
             **keys.lengths,

@@ -99,10 +99,10 @@ class LandmarkPlan:
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
-    def chunks(self, length: int, rows: int, programs: int) -> tuple[int, int]:
-        """Rows of a chunk, a multiple of the tile, and number of chunks."""
+    def chunks(self, length: int, rows: int, programs: int, blocks: int | None = None) -> tuple[int, int]:
+        """Rows of a chunk, a multiple of the tile, and number of chunks, with a program for each of so many blocks."""
         tiles = -(-length // rows)
-        wanted = max(1, programs // (self.groups * self.blocks))
+        wanted = max(1, programs // (self.groups * (blocks or self.blocks)))
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
 
