@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 
 from scatterbrain.errors import UserError, is_number
-from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_clusters, cluster_sums, valid_points
+from scatterbrain.ops.clusters import triton as fused
+from scatterbrain.ops.clusters.kmeans import (
+    assign_key_clusters,
+    assign_query_clusters,
+    check_steps,
+    cluster_sums,
+    valid_points,
+)
 from scatterbrain.ops.common.inputs import check_tensors, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
@@ -93,6 +100,11 @@ def plan_adaptive_attention(
     """
     check_density(density, tolerance)
     scale = default_scale(query, scale)
+    if value_weight == 0 and _has_fast_kernels(query, key, num_landmarks, num_query_landmarks, num_steps):
+        from scatterbrain.ops.adaptive.triton.plan import find_plan
+
+        sizes = at_most(num_landmarks, key.shape[2]), at_most(num_query_landmarks, query.shape[2])
+        return find_plan(query, key, *sizes, density, tolerance, scale, key_lengths, query_lengths, num_steps)
     with torch.no_grad(), no_autocast(query):
         key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
         query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
@@ -112,6 +124,19 @@ def plan_adaptive_attention(
         slices = zip(*(split_rows(x.flatten(0, 1), size) for x in tensors), strict=True)
         taken = [_take(*each, num_landmarks, num_query_landmarks, density, tolerance, scale) for each in slices]
         return AdaptivePlan(key_labels, query_labels, torch.cat(taken).view(shape), num_exact)
+
+
+def _has_fast_kernels(
+    query: torch.Tensor, key: torch.Tensor, num_landmarks: int, num_query_landmarks: int, num_steps: int
+) -> bool:
+    """Whether the kernels of `triton/plan.py` can make the plan of a call that is not recorded, and are fast."""
+    if not fused.is_fast(query) or torch.compiler.is_compiling() or is_exporting():
+        return False
+    for number, points in ((num_landmarks, key), (num_query_landmarks, query)):
+        check_steps(number, num_steps)
+        if fused.unsupported(query, key, at_most(number, points.shape[2]), 0) is not None:
+            return False
+    return True
 
 
 def exact_keys(density: float, num_keys: int) -> int:

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from scatterbrain.ops.adaptive.plan import _take, exact_keys, plan_adaptive_attention
-from scatterbrain.ops.clusters import assign_clusters
-from scatterbrain.ops.clusters.kmeans import assign_query_clusters, cluster_means
+from scatterbrain.ops.clusters.kmeans import cluster_means
 from scatterbrain.ops.common.backends import is_interpreted
 from tests.helpers import draw_inputs
 from tests.scatterbrain.ops.poison import poisoned_memory
 
 triton = pytest.importorskip("triton")
 
-from scatterbrain.ops.adaptive.triton.plan import run_plan  # noqa: E402 - imports triton
+from scatterbrain.ops.adaptive.triton.plan import find_plan, run_plan  # noqa: E402 - imports triton
 from scatterbrain.ops.adaptive.triton.tables import (  # noqa: E402
     fill_tables,
     layout_of_plan,
@@ -108,7 +107,7 @@ def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, 
 @pytest.mark.parametrize("density", [0.0, 0.13, 0.5, 1.0])
 @pytest.mark.parametrize("num_landmarks", [5, 37])
 def test_plan(device, dtype, num_landmarks, density):
-    plan = check(draw(device, dtype, 61, 150, heads=2), num_landmarks, 7, density)
+    plan = check(draw(device, dtype, 61, 150), num_landmarks, 7, density)
     if density in (0.0, 1.0):
         sizes = torch.nn.functional.one_hot(plan.key_assignment, num_landmarks).sum(2) > 0
         assert torch.equal(plan.taken, sizes.unsqueeze(2).expand_as(plan.taken) & (density == 1.0))
@@ -123,10 +122,9 @@ def test_few_queries_or_keys(device, dtype, length, num_keys, num_steps):
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_lengths(device, dtype):
-    tensors = draw(device, dtype, 90, 80, batch=3, heads=2)
-    key_lengths = torch.tensor([80, 0, 33], device=device)
-    query_lengths = torch.tensor([90, 41, 2], device=device)
-    check(tensors, 20, 6, 0.25, lengths=(key_lengths, None))
+    tensors = draw(device, dtype, 60, 50, batch=3)
+    key_lengths = torch.tensor([50, 0, 33], device=device)
+    query_lengths = torch.tensor([60, 41, 2], device=device)
     plan = check(tensors, 20, 6, 0.25, lengths=(key_lengths, query_lengths))
     assert (plan.key_assignment[1] == -1).all()
     assert (plan.query_assignment >= 0).all()
@@ -137,7 +135,7 @@ def test_lengths(device, dtype):
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.4, 0.99])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.99])
 def test_tolerance(device, dtype, tolerance):
     plan = check(draw(device, dtype, 120), 24, 8, 0.6, tolerance)
     assert plan.taken.sum() == 0 or tolerance < 0.99
@@ -163,16 +161,16 @@ def test_given_clusters(device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), DEVICES[:1])
 def test_plan_is_that_of_pytorch(device, dtype):
     # lumps that are far apart: no point is near the border of two clusters, whatever the rounding
-    lumps = 30 * torch.randn(12, 16)
-    query, key = (lumps[torch.randint(12, (2, 2, n))] + torch.randn(2, 2, n, 16) for n in (60, 90))
-    lengths = torch.tensor([60, 31])
-    found = plan_by_kernels([0.1 * query, key, key], 11, 7, 0.2, lengths=(lengths, lengths))[0]
+    lumps = 30 * torch.randn(12, 20)
+    query, key = (lumps[torch.randint(12, (1, 2, n))] + torch.randn(1, 2, n, 20) for n in (60, 90))
+    query *= 0.1
+    lengths = torch.tensor([51])
+    found = find_plan(query, key, 11, 7, 0.2, None, 0.2, lengths, lengths, 1)
     expected = plan_adaptive_attention(
-        0.1 * query, key, key, 11, 7, 0.2, key_lengths=lengths, query_lengths=lengths, num_steps=1
+        query, key, key, 11, 7, 0.2, scale=0.2, key_lengths=lengths, query_lengths=lengths, num_steps=1
     )
-    assert torch.equal(found.key_assignment, assign_clusters(key, 11, 1, lengths))
-    assert torch.equal(found.query_assignment, assign_query_clusters(0.1 * query, 7, 1, lengths))
-    assert torch.equal(found.taken, expected.taken)
+    for name, one, other in zip(expected._fields, expected, found, strict=True):
+        assert one == other if name == "num_exact" else torch.equal(one, other), name
 
 
 @pytest.mark.gpu

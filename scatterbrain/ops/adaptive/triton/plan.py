@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, exact_keys
+from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
     count_kernel,
@@ -16,7 +16,8 @@ from scatterbrain.ops.adaptive.triton.supports import (
     prefix_kernel,
     support_kernel,
 )
-from scatterbrain.ops.adaptive.triton.tables import WORD, tables_layout
+from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
+from scatterbrain.ops.clusters.triton import ROW_MULTIPLE, with_even_rows
 from scatterbrain.ops.clusters.triton.operator import (
     LandmarkPlan,
     add_cluster_kernels,
@@ -25,7 +26,7 @@ from scatterbrain.ops.clusters.triton.operator import (
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
 from scatterbrain.ops.common.passes import Pass, allocate, find_pass, power_of_two
-from scatterbrain.ops.common.triton_functions import LaunchSequence, device_of, row_strides
+from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
 
 class PlanTiles(NamedTuple):
@@ -227,13 +228,45 @@ def run_plan(
     Returns:
         Two buffers (bytes,) uint8: statistics, see `LandmarkPlan.statistics`, and tables, see `tables_layout`.
     """
-    query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths, query_lengths, labels)
     options = (num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, sorts_keys)
+    _, buffers = _run(inputs, options)
+    return buffers[0], buffers[1]
+
+
+def _run(
+    inputs: tuple[torch.Tensor | None, ...], options: tuple[Any, ...]
+) -> tuple[tuple[BufferLayout, ...], list[torch.Tensor]]:
+    """Layouts and buffers of a pass, from the tensors and the other arguments of `run_plan`."""
+    inputs = (*(with_vector_loads(x) for x in inputs[:3]), *inputs[3:])
+    query = inputs[0]
     found = find_pass(_plan_pass, inputs, tiles_override(), *options)
     _, buffers = allocate(found, query)
     # a kernel does not read what is None
     tensors = [query if x is None else x for x in inputs]
     with device_of(query):
         found.launches(tensors, buffers)
-    return buffers[0], buffers[1]
+    return found.layouts, buffers
+
+
+@torch.no_grad()
+def find_plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    tolerance: float | None,
+    scale: float,
+    key_lengths: torch.Tensor | None,
+    query_lengths: torch.Tensor | None,
+    num_steps: int,
+) -> AdaptivePlan:
+    """The plan that `run_plan` makes of queries (B, H, T, E) and keys (B, H, S, E) of any width; arguments as there."""
+    query, key = (with_even_rows(x.detach()) for x in (query, key))
+    lengths = (None if x is None else x.to(query.device).contiguous() for x in (key_lengths, query_lengths))
+    narrow = key[..., :ROW_MULTIPLE]  # a plan has no mean values
+    options = (num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, False)
+    layouts, buffers = _run((query, key, narrow, *lengths, None), options)
+    statistics, tables = (layout.views(x) for layout, x in zip(layouts[:2], buffers[:2], strict=True))
+    return plan_of_tables(statistics["labels"], tables, num_landmarks, query.shape[0])

@@ -182,8 +182,8 @@ def add_cluster_kernels(
         launches: to which they are appended, with the layouts of `cluster_layouts`.
         plan: of the call.
         key: (B, H, S, E).
-        value: (B, H, S, D); None where there are no mean values. Then the keys are queries, and those past the lengths
-            have a cluster too.
+        value: (B, H, S, D); None where there are no mean values. Then the keys are queries: those past the lengths
+            have a cluster too, and other kernels come first.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
     """
@@ -213,8 +213,9 @@ def add_cluster_kernels(
         BN=tiles.start_rows,
         ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
         **plan.lengths,
+        FIRST=has_values,
         num_warps=tiles.start_warps,
-        **plan.first,
+        **(plan.first if has_values else plan.pdl),
     )
 
     assign = not plan.has_labels and plan.blocks == 1
