@@ -218,6 +218,49 @@ def _take(
     scale: float,
 ) -> torch.Tensor:
     """Boolean (G, Q, M), the clusters that each query cluster takes, of G sequences (G, N, E); labels -1 for none."""
+    log_weight, log_loss, members = log_losses(
+        query, key, key_labels, query_labels, num_landmarks, num_query_landmarks, scale
+    )
+    order = stable_argsort(-log_loss)
+    sizes = members.unsqueeze(1).expand_as(order).gather(2, order)
+    room = (density * members.sum(1).double() + 1e-6).long().view(-1, 1, 1)
+    wanted = sizes > 0
+    if tolerance is not None:
+        total = log_weight.logsumexp(-1, keepdim=True)
+        shares = (log_loss - total).masked_fill(log_weight == -torch.inf, -torch.inf).exp().gather(2, order)
+        # what landmarks would misplace without this cluster and those after it
+        wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
+    taken = torch.zeros_like(wanted)
+    for _ in range(ROUNDS):
+        left = room - (sizes * taken).sum(-1, keepdim=True)
+        fits = wanted & ~taken & (sizes <= left)
+        taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))
+    return torch.zeros_like(taken).scatter(2, order, taken)
+
+
+def log_losses(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_labels: torch.Tensor,
+    query_labels: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logarithms of the weights of clusters whose logits are normal, and of what their landmarks may misplace of them.
+
+    Args:
+        query: (G, T, E).
+        key: (G, S, E).
+        key_labels: cluster of each key (G, S), -1 for none.
+        query_labels: cluster of each query (G, T), -1 for none.
+        num_landmarks: number of key clusters M.
+        num_query_landmarks: number of query clusters Q.
+        scale: softmax scale s.
+
+    Returns:
+        Both (G, Q, M), -inf for clusters without keys, and sizes of the clusters (G, M) int64.
+    """
     dtype = accumulation_dtype(query.dtype)
     (sums,), members = cluster_sums((query.to(dtype),), query_labels, num_query_landmarks)
     means = scale * sums / members.clamp_min(1.0)  # s p_a
@@ -233,22 +276,6 @@ def _take(
     offsets = key - gather_rows(landmarks, key_labels.clamp_min(0))
     (squares,), _ = cluster_sums(((offsets @ means.transpose(1, 2)).square_(),), key_labels, num_landmarks)
     variance = (squares / sizes).clamp_min(LEAST_VARIANCE)
-    # logarithms of the weight of a cluster whose logits are normal, and of what its landmark may misplace of it
     log_weight = (mean + variance / 2 + sizes.log()).masked_fill(members == 0, -torch.inf).transpose(1, 2)
     log_loss = log_weight + (-torch.expm1(-variance)).log().transpose(1, 2) / 2  # [G, Q, M]
-
-    order = stable_argsort(-log_loss)
-    sizes = members.squeeze(-1).long().unsqueeze(1).expand_as(order).gather(2, order)
-    room = (density * (~hidden).sum((1, 2)).double() + 1e-6).long().view(-1, 1, 1)
-    wanted = sizes > 0
-    if tolerance is not None:
-        total = log_weight.logsumexp(-1, keepdim=True)
-        shares = (log_loss - total).masked_fill(log_weight == -torch.inf, -torch.inf).exp().gather(2, order)
-        # what landmarks would misplace without this cluster and those after it
-        wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
-    taken = torch.zeros_like(wanted)
-    for _ in range(ROUNDS):
-        left = room - (sizes * taken).sum(-1, keepdim=True)
-        fits = wanted & ~taken & (sizes <= left)
-        taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))
-    return torch.zeros_like(taken).scatter(2, order, taken)
+    return log_weight, log_loss, members.squeeze(-1).long()
