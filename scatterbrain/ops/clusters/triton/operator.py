@@ -99,10 +99,10 @@ class LandmarkPlan:
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
-    def chunks(self, length: int, rows: int, programs: int) -> tuple[int, int]:
-        """Rows of a chunk, a multiple of the tile, and number of chunks."""
+    def chunks(self, length: int, rows: int, programs: int, blocks: int | None = None) -> tuple[int, int]:
+        """Rows of a chunk, a multiple of the tile, and number of chunks, with a program for each of so many blocks."""
         tiles = -(-length // rows)
-        wanted = max(1, programs // (self.groups * self.blocks))
+        wanted = max(1, programs // (self.groups * (blocks or self.blocks)))
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
 
@@ -187,8 +187,8 @@ def add_cluster_kernels(
         launches: to which they are appended, with the layouts of `cluster_layouts`.
         plan: of the call.
         key: (B, H, S, E).
-        value: (B, H, S, D); None where there are no mean values. Then the keys are queries, and those past the lengths
-            have a cluster too.
+        value: (B, H, S, D); None where there are no mean values. Then the keys are queries: those past the lengths
+            have a cluster too, and other kernels come first.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
     """
@@ -218,8 +218,9 @@ def add_cluster_kernels(
         BN=tiles.start_rows,
         ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
         **plan.lengths,
+        FIRST=has_values,
         num_warps=tiles.start_warps,
-        **plan.first,
+        **(plan.first if has_values else plan.pdl),
     )
 
     assign = not plan.has_labels and plan.blocks == 1
