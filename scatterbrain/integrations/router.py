@@ -12,6 +12,7 @@ import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ MAX_MODULES = 1024
 # Options that belong to a call.
 OF_A_CALL = ("causal", "softmax_temp", "attention_dropout", "dim_heads")
 ATTRIBUTE = "scatterbrain_router"
+# What gets the calls of every router of this thread in its place: a profile, or a plan.
+OVERRIDE: ContextVar[Any] = ContextVar("scatterbrain_override", default=None)
 
 
 class Router:
@@ -124,6 +127,32 @@ class Router:
             key_mask: boolean (B, S), false for keys to hide, with `is_causal` as well; instead of `attn_mask`.
             seed_offset: added to the seed of the random parts.
         """
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        override = OVERRIDE.get()
+        if override is not None:
+            return override.attend(*arguments, pass_on=pass_on, key_mask=key_mask)
+        out, reason = self.try_attend(*arguments, key_mask=key_mask, seed_offset=seed_offset)
+        self.count(reason or ROUTED)
+        return pass_on() if out is None else out
+
+    def try_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        key_mask: torch.Tensor | None = None,
+        seed_offset: int = 0,
+    ) -> tuple[torch.Tensor | None, str | None]:
+        """Output (B, H, T, D) by the method and None, or None and why the method does not take the call.
+
+        The arguments are those of `attend`. Counts nothing.
+        """
         reason = self._reason(query, key, value, dropout_p, is_causal, scale, enable_gqa)
         if reason is None and attn_mask is not None:
             key_mask, reason = self._key_mask(attn_mask, query, key, is_causal)
@@ -133,18 +162,14 @@ class Router:
                 key_mask = None
             else:
                 reason = f"attn_mask, and {self.method} takes none"
-        if reason is None:
-            # function modes of a caller do not see the operators, which call scaled_dot_product_attention themselves
-            with torch._C.DisableTorchFunction():
-                try:
-                    out = self._compute(query, key, value, key_mask, is_causal, scale, enable_gqa, seed_offset)
-                except UserError as error:
-                    reason = f"{self.method}: {error}"
-                else:
-                    self.count(ROUTED)
-                    return out
-        self.count(reason)
-        return pass_on()
+        if reason is not None:
+            return None, reason
+        # function modes of a caller do not see the operators, which call scaled_dot_product_attention themselves
+        with torch._C.DisableTorchFunction():
+            try:
+                return self._compute(query, key, value, key_mask, is_causal, scale, enable_gqa, seed_offset), None
+            except UserError as error:
+                return None, f"{self.method}: {error}"
 
     def _reason(
         self,
