@@ -190,7 +190,7 @@ class Router:
             return "tensors of another class (torch.export, DTensor), or nested"
         if any(x.dim() != 4 or not x.is_floating_point() or x.device != query.device for x in tensors):
             return "not floating-point tensors (B, H, length, width) of one device"
-        if len({_dtype(x) for x in tensors}) > 1:
+        if len({compute_dtype(x) for x in tensors}) > 1:
             return "query, key and value differ in dtype"
         if query.shape[2] != key.shape[2]:
             return "another number of queries than of keys (cross-attention, or a cache)"
@@ -244,15 +244,18 @@ class Router:
         seed_offset: int,
     ) -> torch.Tensor:
         # as scaled_dot_product_attention does under autocast
-        query, key, value = (x.to(_dtype(x)) for x in (query, key, value))
-        module = self._module(query, is_causal, scale, seed_offset)
+        query, key, value = (x.to(compute_dtype(x)) for x in (query, key, value))
+        module = self.module_for(query, is_causal, scale, seed_offset)
         with no_autocast(query):
             out, _ = module(
                 *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=key_mask, enable_gqa=enable_gqa
             )
         return out.transpose(1, 2)
 
-    def _module(self, query: torch.Tensor, is_causal: bool, scale: float | None, seed_offset: int) -> AttentionModule:
+    def module_for(
+        self, query: torch.Tensor, is_causal: bool, scale: float | None, seed_offset: int
+    ) -> AttentionModule:
+        """Module of the method for the length and width of a query (B, H, T, E); arguments are those of `attend`."""
         seed = self.seed + (seed_offset if self.is_random else 0)
         length, width = query.shape[2:]
         name = (length, width, is_causal, scale, query.device, seed)
@@ -273,7 +276,7 @@ class Router:
             return module
 
 
-def _dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which scaled_dot_product_attention computes: that of autocast, where it is enabled."""
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
