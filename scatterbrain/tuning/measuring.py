@@ -30,7 +30,7 @@ def relative_error(result: torch.Tensor, full: torch.Tensor, queries: torch.Tens
     if queries is not None:
         keep = queries[:, None, :, None]
         difference, full = difference.where(keep, 0.0), full.where(keep, 0.0)
-    above, below = (x.flatten(1).norm(dim=1) for x in (difference, full))
+    above, below = (x.reshape(len(x), -1).norm(dim=1) for x in (difference, full))
     return (above / below).where(above > 0, 0.0).mean().item()
 
 

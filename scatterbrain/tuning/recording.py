@@ -91,7 +91,8 @@ class Recorder:
 
     def count(self, outcome: str) -> None:
         """Note attention that does not call scaled_dot_product_attention."""
-        self.not_reached[f"{self.stack[-1][0] if self.stack else ''}: {outcome}"] += 1
+        if self.stack and not self._passing_on:
+            self.not_reached[f"{call_label(self.stack[-1][0], 0)}: {outcome}"] += 1
 
     def attend(self, *args: Any, pass_on: Callable[[], torch.Tensor], **kwargs: Any) -> torch.Tensor:
         """Output of `pass_on`, after the measurements; arguments are those of `Router.attend`."""
