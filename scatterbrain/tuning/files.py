@@ -13,6 +13,22 @@ from typing import Any
 from scatterbrain.errors import UserError
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check, before a long computation, that `write_file` can write a file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: it is a folder, or its folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but a file is to be written there. Choose another name.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written. Check that its folder exists and that you may write to it.")
+
+
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path | None:
     """Path of the backup `<path>.bak` (`.bak2`, ...) of a file that was there with another content, else None.
 
@@ -27,8 +43,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path | Non
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, but a file is to be written there. Choose another name.")
+    check_writable(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         if path.is_file() and path.read_bytes() == data:

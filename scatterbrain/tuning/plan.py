@@ -180,19 +180,32 @@ def tune(report: ProfileReport, *, max_error: float | None = None, speed_up: flo
         UserError: not exactly one of the two, a value out of range, a speed-up that no plan reaches, or a profile
             without times.
     """
-    if (max_error is None) == (speed_up is None):
-        raise UserError("tune takes either max_error or speed_up. Give one, such as max_error=0.1.")
+    goal = check_goal(max_error, speed_up)
     if not all(call.milliseconds > 0 for call in report.calls):
         raise UserError("report has no times, and a plan needs them. Profile with repeats of at least 1.")
+    bound = _bound_for(report, speed_up) if max_error is None else float(max_error)
+    return Plan(report.model, report.device, dict(report.versions), goal, _choices(report, bound))
+
+
+def check_goal(max_error: float | None, speed_up: float | None) -> str:
+    """What a plan is to reach as text, such as `max_error=0.1`.
+
+    Args:
+        max_error: as of `tune`.
+        speed_up: as of `tune`.
+
+    Raises:
+        UserError: not exactly one of the two, or a value out of range.
+    """
+    if (max_error is None) == (speed_up is None):
+        raise UserError("tune takes either max_error or speed_up. Give one, such as max_error=0.1.")
     if max_error is not None:
         if not is_number(max_error) or not max_error >= 0:
             raise UserError(f"max_error={max_error!r} is not valid. Give a number of at least 0, such as 0.1.")
-        goal, bound = f"max_error={max_error:g}", float(max_error)
-    else:
-        if not is_number(speed_up) or not speed_up > 1:
-            raise UserError(f"speed_up={speed_up!r} is not valid. Give a number above 1, such as 2.")
-        goal, bound = f"speed_up={speed_up:g}", _bound_for(report, speed_up)
-    return Plan(report.model, report.device, dict(report.versions), goal, _choices(report, bound))
+        return f"max_error={max_error:g}"
+    if not is_number(speed_up) or not speed_up > 1:
+        raise UserError(f"speed_up={speed_up!r} is not valid. Give a number above 1, such as 2.")
+    return f"speed_up={speed_up:g}"
 
 
 def _choices(report: ProfileReport, bound: float) -> list[PlannedCall]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -239,6 +240,24 @@ class ProfileReport:
         from scatterbrain.tuning.figure import heat_map
 
         return heat_map(self)
+
+    def save_figure(self, path: str | os.PathLike[str]) -> Path | None:
+        """Write `figure` as an image, and return the path of the backup of a file that was there, or None.
+
+        Args:
+            path: the file, whose ending is the format, such as .png or .svg.
+
+        Raises:
+            UserError: the file cannot be written, or the format is unknown.
+            ImportError: matplotlib is not installed.
+        """
+        content = io.BytesIO()
+        kind = Path(path).suffix.removeprefix(".") or "png"
+        try:
+            self.figure().savefig(content, format=kind, dpi=160)
+        except ValueError as error:
+            raise UserError(f"{os.fspath(path)}: matplotlib writes no '{kind}'. Name a .png or .svg file.") from error
+        return write_file(path, content.getvalue())
 
     def save_html(self, path: str | os.PathLike[str], plan: Plan | None = None) -> Path | None:
         """Write the report as one HTML page, and return the path of the backup of a file that was there, or None.

@@ -46,14 +46,12 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
+        table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left", no_wrap=not number)
         for i, row in enumerate(self.rows):
             table.add_row(*(Text(cell, style=self.styles.get((i, j), "")) for j, cell in enumerate(row)))
-        return Group(table, *(Text(note) for note in self.notes))
+        return Group(Text(self.title, style="bold"), table, *(Text(note) for note in self.notes), "")
 
     def print(self) -> None:
         """Print it on standard output, by rich where that is installed."""
