@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from scatterbrain.errors import UserError
+from scatterbrain.integrations.router import OVERRIDE
 from scatterbrain.tuning import measuring
 from scatterbrain.tuning.applying import applied_plan, apply, call_counts, restore, router_of
 from scatterbrain.tuning.inputs import batches, evaluation, output_tensors, unwrap
@@ -117,7 +119,7 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
         return [] if call is None else [Candidate(call.method, call.budget, router_of(call))]
 
     recorder = Recorder(candidates, 0)
-    times: list[tuple[float, float]] = []
+    times: list[float] = []
     sums: dict[str, float] = {}
     counts: dict[str, dict[str, int]] = {}
     num_samples = num_batches = 0
@@ -132,13 +134,12 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
                     full = dict(output_tensors(call()))
                 if not full:
                     raise UserError(f"{type(model).__name__} returned no floating-point tensor to compare.")
-                device = next(iter(full.values())).device
-                full_time = measuring.milliseconds(call, device, repeats) if repeats and not times else 0.0
                 apply(model, plan)
                 out = dict(output_tensors(call()))
                 _add(counts, call_counts(model))
-                if repeats and not times:
-                    times.append((full_time, measuring.milliseconds(call, device, repeats)))
+                if repeats and not num_batches:
+                    device = next(iter(full.values())).device
+                    times = measuring.milliseconds([functools.partial(_without_plan, call), call], device, repeats)
                 restore(model)
                 samples = max(next(iter(full.values())).shape[:1] or (1,))
                 for name, tensor in full.items():
@@ -161,8 +162,17 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
     outputs = {name: total / num_samples for name, total in sums.items()}
     result = PlanCheck(type(model).__name__, plan.goal, num_batches, outputs, calls)
     if times:
-        ((result.full_milliseconds, result.milliseconds),) = times
+        result.full_milliseconds, result.milliseconds = times
     return result
+
+
+def _without_plan(call: Callable[[], Any]) -> Any:
+    """Result of a call with full attention: a recorder that records nothing goes before plans and routers."""
+    token = OVERRIDE.set(Recorder(lambda *_: (), 0))
+    try:
+        return call()
+    finally:
+        OVERRIDE.reset(token)
 
 
 def _add(total: dict[str, dict[str, int]], counts: dict[str, dict[str, int]]) -> None:

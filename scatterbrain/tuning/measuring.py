@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -159,31 +159,35 @@ def effective_keys(
     return float(torch.tensor(total / max(count, 1)).exp())
 
 
-def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call; on CUDA by events around four calls in a row, with the host's time where that is longer.
+def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """Median time of each call, in rounds of all of them, so that what slows the machine down slows all.
+
+    On CUDA by events around four calls in a row, with the host's time where that is longer.
 
     Args:
-        call: what to time; called once before.
-        device: where it computes.
-        repeats: number of times.
+        calls: what to time; each is called once before.
+        device: where they compute.
+        repeats: number of rounds.
     """
-    call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device)
-            begin.record(torch.cuda.current_stream(device))
-            for _ in range(CUDA_CALLS):
-                call()
-            end.record(torch.cuda.current_stream(device))
-            torch.cuda.synchronize(device)
-            times.append(begin.elapsed_time(end) / CUDA_CALLS)
-        else:
-            wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-            wait()
-            begin_seconds = time.perf_counter()
+    for call in calls:
+        call()
+    rounds = [[_milliseconds(call, device) for call in calls] for _ in range(repeats)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record(torch.cuda.current_stream(device))
+        for _ in range(CUDA_CALLS):
             call()
-            wait()
-            times.append(1e3 * (time.perf_counter() - begin_seconds))
-    return statistics.median(times)
+        end.record(torch.cuda.current_stream(device))
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / CUDA_CALLS
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return 1e3 * (time.perf_counter() - start)

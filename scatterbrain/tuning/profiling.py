@@ -41,7 +41,7 @@ def profile(
 
     *Error*: || out - full || / || full || of the output (Frobenius norm), full attention in float32, mean over samples.
     Queries at padding are left out. *Effective keys*: exp of the mean entropy (in nats) of the weights of queries.
-    *Time*: median of some calls of the shapes, alone; those of equal shapes are timed once. On CUDA with the host's
+    *Time*: median over rounds of all methods; calls of equal shapes are timed once. On CUDA with the host's
     time where that is longer.
 
     >>> report = scatterbrain.profile(model, images, methods=["sblocal", "sbcluster"], budgets=[1 / 16, 1 / 8])

@@ -86,7 +86,7 @@ class Recorder:
         self.devices: dict[torch.device, None] = {}
         # modules whose forward runs: the name, and the number of attention calls that it has made
         self.stack: list[list[Any]] = []
-        self._times: dict[tuple, float] = {}
+        self._times: dict[tuple, dict[tuple, float]] = {}
         self._passing_on = False
 
     def count(self, outcome: str) -> None:
@@ -138,7 +138,6 @@ class Recorder:
             *(tuple(x.shape) for x in (query, key, value)),
             *(query.dtype, query.device, is_causal, padding, scale),
         )
-        full_time = self._time((None, None, *signature), pass_on, query.device)
         plain = all(type(x) in (torch.Tensor, nn.Parameter) and not x.is_nested for x in (query, key, value))
         plain = plain and all(x.dim() == 4 for x in (query, key, value)) and query.shape[0] == key.shape[0]
         samples = query.shape[0] if plain else 1
@@ -149,8 +148,8 @@ class Recorder:
         record.num_calls += 1
         record.num_samples += samples
         record.effective_keys += keys * samples
-        record.milliseconds += full_time
         full = queries = None
+        taken: dict[tuple, Callable[[], object]] = {}
         for candidate, sums in zip(record.candidates, record.sums, strict=True):
             router, offset = candidate.router, candidate.seed_offset
 
@@ -163,25 +162,32 @@ class Recorder:
                 out, reason = None, f"{candidate.method}: out of memory"
             if out is None:
                 sums.reason = reason
-                sums.milliseconds += full_time
                 continue
             if full is None:
                 queries = measuring.key_mask_of(attn_mask, key_mask, query, key)
                 full = measuring.full_output(query, key, value, queries, is_causal, scale)
             sums.error += samples * measuring.relative_error(out, full, queries)
             sums.taken += 1
-            name = (candidate.method, candidate.budget, *signature)
-            sums.milliseconds += self._time(name, call, query.device)
+            taken[candidate.method, candidate.budget] = call
+        times = self._times_of(signature, {(None, None): pass_on, **taken}, query.device)
+        record.milliseconds += times[None, None]
+        for candidate, sums in zip(record.candidates, record.sums, strict=True):
+            name = (candidate.method, candidate.budget)
+            # with the plan, PyTorch computes what the method does not take
+            sums.milliseconds += times[name if name in taken else (None, None)]
         if plain and not record.maps and any(fnmatch.fnmatchcase(record.name, pattern) for pattern in self.maps):
             record.maps = attention_maps(query, key, value, masks, record.candidates)
 
-    def _time(self, name: tuple, call: Callable[[], object], device: torch.device) -> float:
-        """Time of a call; those of the same method and shapes are timed once."""
+    def _times_of(
+        self, signature: tuple, calls: dict[tuple, Callable[[], object]], device: torch.device
+    ) -> dict[tuple, float]:
+        """Times of calls, by method and budget; those of the same shapes are timed once."""
         if not self.repeats:
-            return 0.0
-        if name not in self._times:
-            self._times[name] = measuring.milliseconds(call, device, self.repeats)
-        return self._times[name]
+            return dict.fromkeys(calls, 0.0)
+        known = self._times.setdefault(signature, {})
+        if not calls.keys() <= known.keys():
+            known.update(zip(calls, measuring.milliseconds(list(calls.values()), device, self.repeats), strict=True))
+        return known
 
     def _describe(
         self,

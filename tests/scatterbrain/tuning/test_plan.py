@@ -295,6 +295,41 @@ def test_compiling_without_graph_breaks_is_an_error():
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
 
 
+def test_distributed_data_parallel(tmp_path):
+    if not torch.distributed.is_available() or torch.distributed.is_initialized():
+        pytest.skip("torch.distributed is not available, or in use")
+    model, x = network(), inputs()
+    plan = plan_of(planned("0", "performer"))
+    expected = scatterbrain.apply(copy.deepcopy(model), plan)(x)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        scatterbrain.apply(parallel, plan)  # names are those of the model inside
+        out = parallel(x)
+        out.sum().backward()
+        assert torch.equal(out, expected)
+        assert call_counts(parallel) == {"0": {"routed": 1}}
+        assert all(parameter.grad is not None for parameter in model[0].parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_recordings_are_those_of_full_attention():
+    model, x = network(), inputs()
+    expected = model(x)
+    scatterbrain.apply(model, plan_of(planned("0", "performer"), planned("2")))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def test_a_plan_goes_before_replace_sdpa():
+    model, x = network(), inputs()
+    scatterbrain.apply(model, plan_of(planned("0", "performer")))
+    with scatterbrain.replace_sdpa("local", 16, memory_fraction=1 / 4) as replacement:
+        out = model(x)
+    torch.testing.assert_close(out, attended(model[2], model[1](attended(model[0], x, "performer")), "local"))
+    assert replacement.report() == {"routed": 1}
+
+
 def test_autocast():
     model, x = network(Layer()), inputs()
     expected = model(x)
@@ -354,6 +389,7 @@ def test_nothing_remains_after_an_exception():
     assert torch.equal(out, F.scaled_dot_product_attention(query, query, query))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_encoders_of_pytorch(gradients, padding):
