@@ -18,6 +18,7 @@ from scatterbrain.errors import UserError, did_you_mean
 
 PACKAGES = "pip install 'scatterbrain-attention[profile]'"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FIGURES = (".png", ".svg", ".pdf")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -143,6 +144,9 @@ def profile_command(options: argparse.Namespace) -> None:
         import torchvision  # noqa: F401
         from PIL import Image  # noqa: F401
         from rich.console import Console
+
+        if options.figure is not None:
+            import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(f"profile needs the package {error.name}. Run: {PACKAGES}") from error
 
@@ -159,6 +163,8 @@ def profile_command(options: argparse.Namespace) -> None:
     max_error = 0.1 if options.speed_up is None and options.max_error is None else options.max_error
     wants_plan = options.plan or options.max_error is not None or options.speed_up is not None
     check_goal(max_error, options.speed_up)
+    if options.figure is not None and options.figure.suffix not in FIGURES:
+        raise UserError(f"--figure {options.figure} is no file of {', '.join(FIGURES)}. Give it such an ending.")
     found = find_images(options.images)
     model, transform, device = load_model(options)
     shown, held_out = found[: options.limit], found[options.limit :][: options.held_out]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from scatterbrain.ops.common.numerics import no_autocast
 from scatterbrain.tuning.measuring import weights_of
 from scatterbrain.tuning.report import AttentionMap, method_label
 
@@ -96,7 +97,8 @@ def _weights(
         return None
     module = router.module_for(query, is_causal, scale, candidate.seed_offset)
     tensors = [x.float().transpose(1, 2) for x in tensors]
-    _, weights = module(*tensors, need_weights=True, enable_gqa=query.shape[1] != key.shape[1])
+    with no_autocast(query):
+        _, weights = module(*tensors, need_weights=True, enable_gqa=query.shape[1] != key.shape[1])
     return weights[0].mean(0)[queries]
 
 

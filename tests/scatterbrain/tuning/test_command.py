@@ -104,6 +104,7 @@ def test_a_checkpoint(images, tmp_path, capsys):
         ({"--budgets": "3"}, "budgets: 3.0 is not valid"),
         ({"--limit": "0"}, "argument --limit: '0' is no whole number"),
         ({"--device": "nowhere"}, "--device nowhere is not there"),
+        ({"--figure": "heat.map"}, "--figure heat.map is no file of .png"),
         ({"--output": "missing/report.html"}, "report.html cannot be written"),
         ({"--json": "same.json", "--plan": "same.json"}, "name the same file"),
         ({"--max-error": "0.1", "--speed-up": "2"}, "not allowed with argument"),
