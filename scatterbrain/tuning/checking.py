@@ -16,7 +16,7 @@ from scatterbrain.tuning.applying import applied_plan, apply, call_counts, resto
 from scatterbrain.tuning.inputs import batches, evaluation, output_tensors, unwrap
 from scatterbrain.tuning.plan import FULL, Plan
 from scatterbrain.tuning.recording import Candidate, Recorder, recording
-from scatterbrain.tuning.report import call_label, number
+from scatterbrain.tuning.report import call_label, duration, number
 from scatterbrain.tuning.tables import Table
 
 
@@ -77,7 +77,7 @@ class PlanCheck:
         if self.full_milliseconds is not None and self.milliseconds is not None:
             ratio = self.full_milliseconds / self.milliseconds
             notes.append(
-                f"Whole model: {self.milliseconds:.3g} ms, with full attention {self.full_milliseconds:.3g} ms "
+                f"Whole model: {duration(self.milliseconds)}, with full attention {duration(self.full_milliseconds)} "
                 f"({ratio:.2f} times as fast)."
             )
         columns = ["call", "method", "error", "of the profile", "calls"]

@@ -186,6 +186,7 @@ def profile_command(options: argparse.Namespace) -> None:
             maps=map_patterns(options, model),
             on_call=on_call,
         )
+    report.model = options.timm
     report.print()
     plan = None
     if wants_plan:

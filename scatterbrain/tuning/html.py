@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from scatterbrain.tuning.report import CallReport, Measurement, ProfileReport, fraction, number
+from scatterbrain.tuning.report import AttentionMap, CallReport, Measurement, ProfileReport, duration, fraction, number
 
 if TYPE_CHECKING:
     from scatterbrain.tuning.plan import Plan, PlannedCall
@@ -46,8 +46,10 @@ summary { cursor: pointer; margin: 1rem 0; } summary:focus-visible { outline: 2p
 svg { display: block; font: 11px system-ui, sans-serif; } svg .label { fill: var(--ink); }
 svg .soft { fill: var(--soft); }
 .chosen { fill: none; stroke: var(--ink); stroke-width: 2.5; }
-.maps { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; } figcaption { font-size: .8rem;
-  color: var(--soft); } figure img { width: 120px; height: 120px; image-rendering: pixelated; border-radius: 3px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, 9.2rem); gap: .6rem; margin: .3rem 0 .8rem; }
+figure { margin: 0; } figcaption { font-size: .8rem; color: var(--soft); }
+h3 { margin: 1rem 0 0; font-size: 1rem; } h3 + p, .maps + p { margin: 0; }
+figure img { width: 9rem; height: 9rem; image-rendering: pixelated; border-radius: 3px; }
 figure img.photo { image-rendering: auto; }
 """
 SCRIPT = """
@@ -111,7 +113,7 @@ def _numbers(report: ProfileReport, plan: Plan | None) -> str:
     total = sum(call.milliseconds * call.num_calls for call in report.calls)
     items = [("Attention calls", str(sum(call.num_calls for call in report.calls)))]
     if total:
-        items.append(("Full attention, all calls", f"{total:.3g} ms"))
+        items.append(("Full attention, all calls", duration(total)))
     if plan is not None:
         items += [(f"Plan: {plan.goal}", f"{plan.speed_up:.2f} times as fast")]
         items += [("Largest error in the plan", number(max((call.error for call in plan.calls), default=0.0)))]
@@ -235,7 +237,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str)
 
 
 def _calls(report: ProfileReport, planned: dict[tuple[str, int], PlannedCall]) -> str:
-    columns = ["call", "B x H x T x E", "keys", "effective keys", "calls", "full ms", "smallest error", "of"]
+    columns = ["call", "B x H x T x E", "keys", "effective keys", "calls", "full ms", "smallest error"]
     columns += ["plan", "error", "times as fast"] if planned else []
     rows = []
     for order, call in enumerate(report.calls):
@@ -248,8 +250,7 @@ def _calls(report: ProfileReport, planned: dict[tuple[str, int], PlannedCall]) -
             _cell(call.effective_keys, ".0f"),
             (str(call.num_calls), call.num_calls),
             _cell(call.milliseconds, ".3g"),
-            ("", None) if best is None else (number(best.error), best.error),
-            ("", None) if best is None else (best.label, best.label),
+            ("", None) if best is None else (f"{number(best.error)}, {best.label}", best.error),
         ]
         choice = planned.get((call.name, call.index))
         if planned:
@@ -315,10 +316,15 @@ def _maps(report: ProfileReport) -> str:
             "<figcaption>input</figcaption></figure>"
         )
     for call in found:
-        figures = "".join(
-            f'<figure><img alt="{escape(shown.label)}" src="data:image/png;base64,{shown.png}">'
-            f"<figcaption>{escape(shown.label)}</figcaption></figure>"
-            for shown in call.maps
-        )
-        parts.append(f'<h3>{escape(call.label)}</h3><div class="maps">{figures}</div>')
+        parts.append(f"<h3>{escape(call.label)}</h3>")
+        rows: dict[str, list[AttentionMap]] = {}
+        for shown in call.maps:
+            rows.setdefault(shown.query, []).append(shown)
+        for query, row in rows.items():
+            figures = "".join(
+                f'<figure><img alt="{escape(shown.label)}" src="data:image/png;base64,{shown.png}">'
+                f"<figcaption>{escape(shown.label)}</figcaption></figure>"
+                for shown in row
+            )
+            parts.append(f'<p>Query: {escape(query)}</p><div class="maps">{figures}</div>')
     return "".join(parts)

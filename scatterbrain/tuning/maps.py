@@ -70,7 +70,7 @@ def attention_maps(
             if weights is not None:
                 shown[method_label(candidate.method, candidate.budget)] = weights[:, prefix:]
     return [
-        AttentionMap(f"{where}: {label}", png_of((weights[number] / full[number].max()).reshape(side, side)))
+        AttentionMap(where, label, png_of((weights[number] / full[number].max()).reshape(side, side)))
         for number, where in enumerate(positions)
         for label, weights in shown.items()
     ]

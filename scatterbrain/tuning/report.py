@@ -52,10 +52,12 @@ class AttentionMap:
     """Attention of one query over the tokens of an image, mean over the heads.
 
     Attributes:
-        label: query, and method.
+        query: which query.
+        label: the method and its budget.
         png: the map as a PNG file in base64; the brightest colour is the largest weight of full attention.
     """
 
+    query: str
     label: str
     png: str
 
@@ -152,7 +154,7 @@ class ProfileReport:
         styles: dict[tuple[int, int], str] = {}
         for call in self.calls:
             keys = "-" if call.effective_keys is None else f"{call.effective_keys:.0f}"
-            first = [call.label, call.size, f"{keys} effective keys", f"full {call.milliseconds:.3g} ms"]
+            first = [call.label, call.size, f"{keys} effective keys", f"full {duration(call.milliseconds)}"]
             for line in range(max(len(first), len(self.budgets))):
                 budget = self.budgets[line] if line < len(self.budgets) else None
                 row = [first[line] if line < len(first) else "", fraction(budget) if budget else ""]
@@ -315,6 +317,15 @@ def shorten(names: Sequence[str], limit: int = 4) -> str:
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def duration(milliseconds: float) -> str:
+    """A time with its unit.
+
+    Args:
+        milliseconds: the time.
+    """
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
 
 
 def number(value: float) -> str:

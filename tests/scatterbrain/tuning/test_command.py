@@ -55,7 +55,9 @@ def test_profile_plan_and_pages(images, tmp_path, capsys):
     arguments += ["--plan", str(files["plan.json"]), "--max-error", "0.5", "--figure", str(files["png"])]
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    assert all(word in printed.out for word in ("blocks.11.attn", "strided", "Plan for VisionTransformer", "held out"))
+    assert all(
+        word in printed.out for word in ("blocks.11.attn", "strided", "Plan for vit_tiny_patch16_224", "held out")
+    )
     assert f"Wrote {files['plan.json']}" in printed.err.replace("\n", "")
     assert (tmp_path / "out.html.bak").read_text() == "mine"
     report = scatterbrain.ProfileReport.load(files["json"])
@@ -89,7 +91,7 @@ def test_a_checkpoint(images, tmp_path, capsys):
     arguments[arguments.index(str(tmp_path / "model.pth"))] = str(tmp_path / "wrong.pth")
     assert main(arguments) == 1
     assert "wrong.pth holds no weights of VisionTransformer" in capsys.readouterr().err
-    assert json.loads((tmp_path / "one.json").read_text())["model"] == "VisionTransformer"
+    assert json.loads((tmp_path / "one.json").read_text())["model"] == MODEL
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -509,3 +510,17 @@ def test_the_functions_are_not_hidden_by_modules():
     assert callable(scatterbrain.profile)
     assert callable(scatterbrain.tune)
     assert callable(scatterbrain.apply)
+
+
+def test_the_documented_profile():
+    """What docs/profile.md says of DINOv2-small."""
+    report = scatterbrain.ProfileReport.load(ROOT / "docs/data/profile_dinov2.json")
+    plan = scatterbrain.tune(report, max_error=0.1)
+    replaced = [call for call in plan.calls if call.method != "full"]
+    assert len(replaced) == 5
+    assert [call.method_label for call in plan.calls[-2:]] == ["cluster 1/16"] * 2
+    assert plan.speed_up == pytest.approx(1.21, abs=0.005)
+    errors = [{m.label: m.error for m in call.measurements} for call in report.calls]
+    assert errors[3]["sbcluster 1/4"] > 0.1
+    parts = ("local", "performer", "sblocal")
+    assert all(error > 0.1 for each in errors for label, error in each.items() if label.startswith(parts))

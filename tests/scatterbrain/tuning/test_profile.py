@@ -389,9 +389,9 @@ def test_attention_maps_of_an_image(tmp_path):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     report = profile(grown(Model()), images, maps=["layer"])
     (call,) = report.calls
-    labels = [shown.label for shown in call.maps]
-    assert labels[:3] == ["centre: full", "centre: local 1/8", "centre: sbcluster 1/8"]
-    assert labels[3] == "first token: full"
+    labels = ["full", "local 1/8", "sbcluster 1/8"]
+    wanted = [(query, label) for query in ("centre", "first token") for label in labels]
+    assert [(shown.query, shown.label) for shown in call.maps] == wanted
     assert len(report.thumbnails) == 1
     report.save_html(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 7
