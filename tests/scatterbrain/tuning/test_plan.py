@@ -23,6 +23,8 @@ from scatterbrain.tuning.plan import PlannedCall
 from scatterbrain.tuning.report import CallReport, Measurement
 from tests.scatterbrain.tuning.models import HEADS, LENGTH, WIDTH, Layer, Outer, grown, inputs, network
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def planned(
     name: str, method: str = "sbcluster", index: int = 0, budget: float | None = 1 / 4, **changed
