@@ -12,7 +12,7 @@ from torch import nn
 from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.integrations.router import OVERRIDE, ROUTED, Router
 from scatterbrain.integrations.sdpa import SDPAMode
-from scatterbrain.tuning.inputs import unwrap
+from scatterbrain.tuning.inputs import named_modules, unwrap
 from scatterbrain.tuning.plan import FULL, Plan, PlannedCall
 from scatterbrain.tuning.recording import Recorder
 
@@ -127,7 +127,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             out of range.
     """
     inner = unwrap(model)
-    modules = dict(inner.named_modules())
+    modules = named_modules(inner)
     routers: dict[str, dict[int, Router]] = {}
     for call in plan.calls:
         if call.name not in modules:
@@ -201,7 +201,7 @@ def call_counts(model: nn.Module) -> dict[str, dict[str, int]]:
     from scatterbrain.tuning.report import call_label
 
     found = {}
-    for name, module in unwrap(model).named_modules():
+    for name, module in named_modules(unwrap(model)).items():
         planned = vars(module).get("forward")
         if isinstance(planned, PlannedForward):
             found |= {call_label(name, index): router.counts() for index, router in planned.routers.items()}

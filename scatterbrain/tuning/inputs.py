@@ -79,6 +79,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their names, which are the same where `torch.compile` wraps a module.
+
+    Args:
+        model: the model.
+    """
+    # the module inside comes after the one that wraps it
+    return {".".join(x for x in name.split(".") if x != "_orig_mod"): module for name, module in model.named_modules()}
+
+
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Context in which a model is in evaluation mode and without gradients; afterwards each module is as before.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import OVERRIDE, Router
 from scatterbrain.integrations.sdpa import SDPAMode
 from scatterbrain.tuning import measuring
+from scatterbrain.tuning.inputs import named_modules
 from scatterbrain.tuning.maps import attention_maps
 from scatterbrain.tuning.report import AttentionMap, CallReport, Measurement, call_label
 
@@ -274,13 +276,15 @@ def recording(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         if threading.get_ident() == thread and recorder.stack:
             recorder.stack.pop()
 
+    # not imported for this: nothing is compiled then
+    compiler = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     token = OVERRIDE.set(recorder)
     try:
-        for name, module in model.named_modules():
+        for name, module in named_modules(model).items():
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-        with SDPAMode(recorder):
+        with compiler, SDPAMode(recorder):
             yield
     finally:
         for handle in handles:

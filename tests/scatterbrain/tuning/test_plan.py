@@ -290,6 +290,21 @@ def test_compiled_models(method):
     torch.testing.assert_close(compiled(x), model[2](model[1](attended(model[0], x, "local"))))
 
 
+def test_models_with_compiled_parts():
+    model, x = network(Layer(), Outer()), inputs()
+    plan = plan_of(planned("0", "performer"), planned("1", "local", 1), planned("1.inner"))
+    expected, out = model(x), scatterbrain.apply(copy.deepcopy(model), plan)(x)
+    torch._dynamo.reset()
+    model[0].compile(backend="aot_eager")
+    model[1] = torch.compile(model[1], backend="aot_eager")
+    torch.testing.assert_close(model(x), expected)
+    scatterbrain.apply(model, plan)
+    torch.testing.assert_close(model(x), out)
+    assert call_counts(model) == {"0": {"routed": 1}, "1#1": {"routed": 1}, "1.inner": {"routed": 1}}
+    scatterbrain.restore(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_compiling_without_graph_breaks_is_an_error():
     model, x = network(), inputs()
     scatterbrain.apply(model, plan_of(planned("0")))

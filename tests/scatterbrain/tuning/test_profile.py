@@ -283,6 +283,20 @@ def test_compiled_models_are_profiled_as_they_are_without():
     assert [call.name for call in profile(compiled, x).calls] == ["0", "2"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_models_with_compiled_parts():
+    """Names are those without the wrappers of the compiler."""
+    model, x = network(Layer(), Outer(), Layer()), inputs()
+    expected = profile(model, x)
+    model[0].compile(backend="eager")
+    model[1] = torch.compile(model[1], backend="eager")
+    with torch.no_grad():
+        model(x)
+    report = profile(model, x)
+    assert [call.label for call in report.calls] == ["0", "1", "1.inner", "1#1", "2"]
+    assert errors(report) == errors(expected)
+
+
 def test_calls_are_announced():
     names: list[str] = []
     profile(network(), inputs(), on_call=names.append)
