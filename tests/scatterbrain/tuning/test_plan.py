@@ -336,7 +336,7 @@ def test_recordings_are_those_of_full_attention():
     model, x = network(), inputs()
     expected = model(x)
     scatterbrain.apply(model, plan_of(planned("0", "performer"), planned("2")))
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), expected)
 
 
 def test_a_plan_goes_before_replace_sdpa():
