@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"error: out of memory ({first_line(error)}). Give a smaller --batch-size.", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -188,24 +193,28 @@ def profile_command(options: argparse.Namespace) -> None:
         )
     report.model = options.timm
     report.print()
-    plan = None
-    if wants_plan:
-        plan = tune(report, max_error=max_error, speed_up=options.speed_up)
-        plan.print()
-        if held_out:
-            plan.check(model, batches(held_out), repeats=min(options.repeats, 3)).print()
-        else:
-            log.print(f"No image is left to check the plan: {options.images} has {len(found)}.")
-    saved = [
-        (options.output, lambda path: report.save_html(path, plan)),
-        (options.json, report.save),
-        (options.figure, report.save_figure),
-        (options.plan, plan and plan.save),
-    ]
-    for path, save in saved:
+
+    def write(path: Path | None, save: Callable[[Path], Path | None]) -> None:
         if path is not None:
             backup = save(path)
             log.print(f"Wrote {path}" + (f" (the file before is {backup})" if backup else ""), highlight=False)
+
+    plan = None
+    try:
+        if wants_plan:
+            plan = tune(report, max_error=max_error, speed_up=options.speed_up)
+    finally:  # a report without a plan, where none reaches the speed-up
+        write(options.output, lambda path: report.save_html(path, plan))
+        write(options.json, report.save)
+        write(options.figure, report.save_figure)
+    if plan is None:
+        return
+    write(options.plan, plan.save)
+    plan.print()
+    if held_out:
+        plan.check(model, batches(held_out), repeats=min(options.repeats, 3)).print()
+    else:
+        log.print(f"No image is left to check the plan: {options.images} has {len(found)}.")
 
 
 def find_images(folder: Path) -> list[Path]:

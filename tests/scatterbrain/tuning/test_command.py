@@ -71,6 +71,14 @@ def test_profile_plan_and_pages(images, tmp_path, capsys):
     assert image.open(files["png"]).size[0] > 100
 
 
+def test_a_report_is_written_where_no_plan_reaches_the_goal(images, tmp_path, capsys):
+    arguments = ["profile", "--timm", MODEL, "--images", str(images), "--random-weights", *SMALL, "--limit", "1"]
+    files = ["--output", str(tmp_path / "out.html"), "--plan", str(tmp_path / "plan.json")]
+    assert main([*arguments, *files, "--speed-up", "1e9"]) == 1
+    assert "speed_up=1e+09 is out of reach" in capsys.readouterr().err.replace("\n", " ")
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["out.html"]
+
+
 def test_a_checkpoint(images, tmp_path, capsys):
     torch.manual_seed(5)
     model = timm.create_model(MODEL)
