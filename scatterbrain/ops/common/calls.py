@@ -73,7 +73,7 @@ def key_of_call(
     """
     if torch.compiler.is_compiling() or not PLAIN_TENSORS.issuperset(map(type, tensors)):
         return None
-    query, key, value, *others = tensors
+    query = tensors[0]
     if query.is_cuda:
         if query.get_device() != torch.cuda.current_device():
             return None
@@ -82,9 +82,12 @@ def key_of_call(
     types = tuple(map(type, options))
     if not PLAIN_OPTIONS.issuperset(types):
         return None
-    records = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if others and torch.is_grad_enabled() and any([x.requires_grad for x in others]):
-        return None
+    records = False
+    if torch.is_grad_enabled():
+        for x in tensors[3:]:
+            if x.requires_grad:
+                return None
+        records = query.requires_grad or tensors[1].requires_grad or tensors[2].requires_grad
     rounds = query.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
     try:
         layouts = call_key(*tensors, tokens_first=tokens_first)
