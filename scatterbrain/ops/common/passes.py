@@ -83,6 +83,28 @@ def find_pass(build: Callable[..., Pass], tensors: tuple[torch.Tensor | None, ..
     return found
 
 
+def allocate(
+    plan: Pass, like: torch.Tensor, tokens_first: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results and buffers of a pass, in the dtype of `like` and where it is.
+
+    Args:
+        plan: the pass.
+        like: one of its tensors.
+        tokens_first: results are (B, N, H, width).
+    """
+    dtype, device = like.dtype, like.device
+    outputs = [
+        torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride in plan.outputs[tokens_first]
+    ]
+    return outputs, [layout.empty(device) for layout in plan.layouts]
+
+
+def scratch_memory(layout: BufferLayout, result: torch.Tensor) -> torch.Tensor:
+    """Memory for sums, which the last kernel does not read: that of the result that it writes, if it is enough."""
+    return result if layout.nbytes <= result.nbytes else layout.empty(result.device)
+
+
 def launch(
     found: Pass,
     first: tuple[torch.Tensor, ...],
@@ -102,16 +124,10 @@ def launch(
         tokens_first: results are (B, N, H, width).
     """
     query = inputs[0]
-    dtype, device = query.dtype, query.device
-    results = [
-        torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride in found.outputs[tokens_first]
-    ]
-    buffers = [*buffers, *[layout.empty(device) for layout in found.layouts]]
-    memory = buffers
+    results, added = allocate(found, query, tokens_first)
+    buffers = memory = [*buffers, *added]
     if found.scratch is not None:
-        reused = results[len(results) // 2]
-        enough = found.scratch.nbytes <= reused.nbytes
-        memory = [*buffers, reused if enough else found.scratch.empty(device)]
+        memory = [*buffers, scratch_memory(found.scratch, results[len(results) // 2])]
     # a kernel does not read what is None
     found.launches((*first, *[query if x is None else x for x in inputs], *last, *results), memory)
     return results, buffers
