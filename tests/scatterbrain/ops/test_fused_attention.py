@@ -11,6 +11,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.triton import unsupported as landmarks_unsupported
+from scatterbrain.ops.common import calls
 from scatterbrain.ops.common.backends import is_interpreted, with_near_rows
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, unsupported
@@ -283,6 +284,7 @@ def test_a_projection_is_rounded_before_or_in_the_kernels(is_causal, monkeypatch
 
     expected = run()
     monkeypatch.setattr("scatterbrain.ops.scatterbrain.triton.MAX_UNCONVERTED", 0)
+    calls.CALLS.clear()
     for one, other in zip(expected, run(), strict=True):
         assert torch.equal(one, other)
 

@@ -190,7 +190,7 @@ def _plan_pass(
             num_warps=4,
             **keys.pdl,
         )
-    return Pass(launches, (), (statistics, tables, workspace, sums))
+    return Pass(launches, ((), ()), (statistics, tables, workspace, sums))
 
 
 def run_plan(
