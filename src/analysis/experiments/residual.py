@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from rich.table import Table
 
 from scatterbrain.errors import UserError, check_whole_number
@@ -225,23 +225,31 @@ def draw(rows: Sequence[Mapping[str, Any]], maps: Sequence[Maps], pixels: np.nda
     """Maps of a token in both stages above, with the photograph's pixels; errors by rank below."""
     figure = style.new_figure(11, 7.9)
     above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
-    grid = above.subplots(2, len(maps[0].grids) + 1)
+    draw_maps(above, maps, pixels)
+    for stage, axes in enumerate(below.subplots(1, 2, sharey=True), start=1):
+        draw_spectra(axes, [row for row in rows if row["stage"] == stage])
+    return figure
+
+
+def draw_maps(figure: SubFigure, maps: Sequence[Maps], pixels: np.ndarray) -> None:
+    """Draw the maps of a token in both stages, after the photograph's pixels."""
+    grid = figure.subplots(2, len(maps[0].grids) + 1)
     for stage, (item, line) in enumerate(zip(maps, grid, strict=True), start=1):
         side = len(item.grids["full attention"])
         line[0].imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
         line[0].set_ylabel(f"stage {stage}, {side} \N{MULTIPLICATION SIGN} {side} tokens", fontsize=9, color=INK)
         for axes, (title, values) in zip(line[1:], item.grids.items(), strict=True):
-            style.draw_grid(axes, values, style.weight_colours())
+            change = title == "difference"
+            style.draw_grid(axes, values, style.change_colours() if change else style.weight_colours())
             axes.set_title(title, fontsize=8.5, color=INK)
-            axes.set_xlabel(f"{100 * values.mean():.0f} % of the weight", fontsize=8, color=FAINT)
+            share = np.abs(values).mean() / 2 if change else values.mean()
+            text = f"{100 * share:.{int(change)}f} % of the weight{' misplaced' * change}"
+            axes.set_xlabel(text, fontsize=8, color=FAINT)
         for axes in line:
             style.draw_token(axes, item.token)
-    bar = above.colorbar(style.weight_colours(), ax=grid, fraction=0.012, extend="both")
+    bar = figure.colorbar(style.weight_colours(), ax=grid, fraction=0.012, extend="both")
     bar.set_label("weight, times the average", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7, labelcolor=INK)
-    for stage, axes in enumerate(below.subplots(1, 2, sharey=True), start=1):
-        draw_spectra(axes, [row for row in rows if row["stage"] == stage])
-    return figure
 
 
 def draw_spectra(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
