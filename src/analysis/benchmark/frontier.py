@@ -311,6 +311,8 @@ class FrontierBench(AttentionBench):
         for name in self.arguments.methods[1:]:
             rows = select(self.results, method=name, length=length)
             points = [(row["ratio_to_full"], self.mean_error(name, row["sizes"], network)) for row in rows]
+            if len(BUDGETS[name][0]) > 2:  # several sizes vary: the points that no other is better than
+                points = sorted(x for x in points if all(other[1] > x[1] for other in points if other < x))
             if points:
                 line = {"color": LINE_COLOURS[name], "linestyle": "-" if name in ATTENTIONS else "--", "markersize": 4}
                 line |= {"marker": ATTENTION_MARKERS.get(name, "X"), "linewidth": 2.4 if name == "sbcluster" else 1.2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ from scatterbrain.ops.common.windows import window_mask
 from scatterbrain.ops.sparse.naive import naive_block_attention, naive_support_attention
 from src.analysis.approximation import load_model, open_split, pixels_of, relative_error
 from src.analysis.benchmark.frontier import BLOCK, all_layers, chosen_blocks
-from src.analysis.experiments.regimes import full_weights
 from src.analysis.experiments.memory import LOG_TICKS, set_ticks
+from src.analysis.experiments.regimes import full_weights
 from src.analysis.experiments.residual import Maps, draw_maps
 from src.analysis.plots.style import INK, LEGEND, new_figure, style
 from src.analysis.tools import new_table, print_report, provenance, save_figure, shown, without_paths, write_results
@@ -32,9 +33,9 @@ Options = dict[str, Any]
 SIZES: Options = {"window": 64, "num_landmarks": 128, "num_query_landmarks": 48, "density": 0.08, "num_steps": 1}
 SHORT, SHORT_SHARES = 600, {"window": 2, "num_landmarks": 2, "num_query_landmarks": 3}  # by which sizes are divided
 NETWORK_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
-# What differs from `SIZES`, by group and name.
-VARIANTS: dict[str, dict[str, Options]] = {
-    "parts": {
+# What differs from `SIZES`, by name, in groups.
+GROUPS: tuple[dict[str, Options], ...] = (
+    {
         "all parts": {},
         "no window": {"window": 0},
         "no chosen clusters": {"density": 0.0},
@@ -43,23 +44,15 @@ VARIANTS: dict[str, dict[str, Options]] = {
         "chosen clusters alone": {"window": 0, "landmarks": False},
         "landmarks alone": {"window": 0, "density": 0.0},
     },
-    "choice": {
-        "loss, one by one": {"choice": "loss"},
-        "mass times std": {"choice": "mass times std"},
-        "mass": {"choice": "mass"},
-        "variance": {"choice": "variance"},
-        "random": {"choice": "random"},
-        "oracle: heaviest clusters": {"choice": "heaviest clusters"},
-        "oracle: heaviest keys": {"choice": "heaviest keys"},
-    },
-    "steps of k-means": {f"{number} steps": {"num_steps": number} for number in (0, 4)},
-    "sizes": {
-        **{f"M = {number}": {"num_landmarks": number} for number in (64, 256)},
-        **{f"Q = {number}": {"num_query_landmarks": number} for number in (16, 128)},
-    },
-    "density": {f"density {density:g}": {"density": density} for density in (0.03, 0.15)},
-    "baseline": {f"PISA {density:.2f}": {"pisa": density} for density in (0.05, 0.15, 0.3)},
-}
+    {f"by {name}": {"choice": name} for name in ("loss, one by one", "mass times std", "mass", "variance", "random")}
+    | {f"oracle: {name}": {"choice": name} for name in ("heaviest clusters", "heaviest keys")},
+    {f"{number} steps": {"num_steps": number} for number in (0, 4)},
+    {f"M = {number}": {"num_landmarks": number} for number in (64, 256)}
+    | {f"Q = {number}": {"num_query_landmarks": number} for number in (16, 128)},
+    {f"density {density:g}": {"density": density} for density in (0.03, 0.15)},
+    {f"PISA {density:.2f}": {"pisa": density} for density in (0.05, 0.15, 0.3)},
+)
+VARIANTS: dict[str, Options] = {name: changes for group in GROUPS for name, changes in group.items()}
 
 
 def scores(choice: str, inputs: StageInputs, plan: AdaptivePlan) -> torch.Tensor:
@@ -77,7 +70,7 @@ def scores(choice: str, inputs: StageInputs, plan: AdaptivePlan) -> torch.Tensor
     variance = (logits.square() @ of_key / sizes - mean.square()).clamp_min(1e-12)
     log_mass = mean + sizes.log()
     return {
-        "loss": log_mass + variance / 2 + (-torch.expm1(-variance)).log() / 2,
+        "loss, one by one": log_mass + variance / 2 + (-torch.expm1(-variance)).log() / 2,
         "mass times std": log_mass + variance.log() / 2,
         "mass": log_mass,
         "variance": variance,
@@ -95,33 +88,18 @@ def take(scores: torch.Tensor, sizes: torch.Tensor, room: int) -> torch.Tensor:
 
 
 def attend(
-    inputs: StageInputs,
-    window: int,
-    num_landmarks: int,
-    num_query_landmarks: int,
-    density: float,
-    num_steps: int,
-    choice: str | None = None,
-    landmarks: bool = True,
+    inputs: StageInputs, window: int, choice: str | None = None, landmarks: bool = True, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (1, 1, N, D), weights (1, 1, N, N) and exact pairs (1, 1, N, N) of one sequence with one head, dense.
 
-    Args:
-        inputs: of one sequence with one head.
-        window: width W; 0 for none.
-        num_landmarks: number of key clusters M.
-        num_query_landmarks: number of query clusters Q.
-        density: largest share of the keys that a query cluster takes.
-        num_steps: iterations of Lloyd's algorithm.
-        choice: of `scores`, or `heaviest keys`: those of each query, as many as the rule takes; None for the rule.
-        landmarks: whether keys that are not exact have the weight of their landmark, or none.
+    `options` are those of `plan_adaptive_attention`. `choice` is one of `scores`, or `heaviest keys`: those of each
+    query, as many as the rule takes; None is the rule. Without `landmarks`, keys that are not exact have no weight.
     """
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    sizes = (num_landmarks, num_query_landmarks, density)
-    plan = plan_adaptive_attention(query, key, value, *sizes, scale=inputs.scale, num_steps=num_steps)
+    plan = plan_adaptive_attention(query, key, value, scale=inputs.scale, **options)
     labels = plan.key_assignment[0, 0]
     if choice not in (None, "heaviest keys"):
-        members, room = labels.bincount(minlength=plan.taken.shape[3]), exact_keys(density, key.shape[2])
+        members, room = labels.bincount(minlength=plan.taken.shape[3]), exact_keys(options["density"], key.shape[2])
         plan = plan._replace(taken=take(scores(choice, inputs, plan), members, room)[None, None])
     support = exact_pairs(*plan[:3], window)
     if choice == "heaviest keys":
@@ -139,65 +117,64 @@ def measure_layer(network: str, layer: str, inputs: StageInputs) -> Iterator[dic
     """Rows of all variants: `error`, the relative Frobenius error, and `share` of exact pairs, means over samples."""
     length = inputs.key.shape[1]
     shares = SHORT_SHARES if length < SHORT else {}
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for number in range(len(inputs.key)):
         one = inputs.image(number)
         tensors = [x.transpose(1, 2).double() for x in (one.query, one.key, one.value)]
         reference = full_weights(one) @ tensors[2]
-        for group, variants in VARIANTS.items():
-            for name, changes in variants.items():
-                if "pisa" in changes:
-                    blocks = chosen_blocks(changes["pisa"], length)
-                    out, share = naive_block_attention(*tensors, blocks, one.scale, True), blocks * BLOCK / length
-                else:
-                    options = SIZES | changes
-                    out, _, support = attend(one, **options | {key: options[key] // shares[key] for key in shares})
-                    share = support.double().mean().item()
-                found.setdefault((group, name), []).append((relative_error(out, reference).item(), min(1.0, share)))
-    for (group, name), values in found.items():
+        for name, changes in VARIANTS.items():
+            if "pisa" in changes:
+                blocks = chosen_blocks(changes["pisa"], length)
+                out, share = naive_block_attention(*tensors, blocks, one.scale, True), blocks * BLOCK / length
+            else:
+                options = SIZES | changes
+                out, _, support = attend(one, **options | {key: options[key] // shares[key] for key in shares})
+                share = support.double().mean().item()
+            found[name].append((relative_error(out, reference).item(), min(1.0, share)))
+    for name, values in found.items():
         error, share = map(statistics.fmean, zip(*values, strict=True))
         where = {"network": network, "layer": layer, "length": length, "samples": len(values)}
-        yield where | {"group": group, "variant": name, "error": error, "share": share}
+        yield where | {"variant": name, "error": error, "share": share}
 
 
 def result_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Table of the errors, with the share of exact pairs: a row for each variant, a column for each layer."""
     layers = list(dict.fromkeys(title(row) for row in rows))
     headers = ("variant", *layers)
-    table = new_table("Relative error of the output (share of exact pairs)", headers, headers[:1])
-    for group, variants in VARIANTS.items():
-        for name in variants:
-            chosen = [row for row in rows if (row["group"], row["variant"]) == (group, name)]
-            table.add_row(name, *(f"{row['error']:.3f} ({row['share']:.2f})" for row in chosen))
+    table = new_table("Relative error of the output (exact pairs in %)", headers, headers[:1])
+    for group in GROUPS:
+        for name in group:
+            chosen = [row for row in rows if row["variant"] == name]
+            table.add_row(name, *(f"{row['error']:.3f} ({100 * row['share']:.0f})" for row in chosen))
         table.add_section()
     return table
 
 
 def title(row: Mapping[str, Any]) -> str:
-    """Name of a layer, a word on each line."""
-    network = row["network"].split("_")[0].replace(" ", "\n")
-    return network if network.startswith("demo") else f"{network}\nlayer {row['layer']}"
+    """Name of a layer, on two lines."""
+    network = row["network"].split("_")[0]
+    return network.replace(" ", "\n", 1) if network.startswith("demo") else f"{network}\nlayer {row['layer']}"
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The error of each variant: a point for each layer, and a line for their geometric mean."""
-    names = [name for variants in VARIANTS.values() for name in variants]
-    groups = enumerate(VARIANTS.values())
-    places = {name: names.index(name) + group for group, variants in groups for name in variants}
+    places = {name: [*VARIANTS].index(name) + number for number, group in enumerate(GROUPS) for name in group}
     figure = new_figure(8, 6.2)
     axes = figure.add_subplot()
-    networks = list(dict.fromkeys(row["network"].split(" ")[0] for row in rows))
-    for number, layer in enumerate(dict.fromkeys(map(title, rows))):
-        chosen = {row["variant"]: row for row in rows if title(row) == layer}
-        network = next(iter(chosen.values()))["network"].split(" ")[0]
-        look = {"color": NETWORK_COLOURS[networks.index(network) % len(NETWORK_COLOURS)], "markersize": 5, "alpha": 0.8}
-        points = [row["error"] for row in chosen.values()], [places[name] for name in chosen]
-        axes.plot(*points, "os^v"[number % 2], label=layer.replace("\n", " "), **look)
+    networks: dict[str, list[str]] = {}
+    for layer in dict.fromkeys(map(title, rows)):
+        networks.setdefault(layer.split("\n")[0], []).append(layer)
+    for colour, layers in zip(itertools.cycle(NETWORK_COLOURS), networks.values(), strict=False):
+        for marker, layer in zip(itertools.cycle("os^v"), layers, strict=False):
+            points = [(row["error"], places[row["variant"]]) for row in rows if title(row) == layer]
+            look = {"color": colour, "marker": marker, "linestyle": "", "markersize": 5, "alpha": 0.8}
+            axes.plot(*zip(*points, strict=True), label=layer.replace("\n", " "), **look)
     for name, place in places.items():
         mean = statistics.geometric_mean(row["error"] for row in rows if row["variant"] == name)
         axes.plot([mean, mean], [place - 0.4, place + 0.4], color=INK, linewidth=1.6)
     axes.set_yticks(list(places.values()), list(places))
     axes.set(xscale="log", xlabel="relative error of the output; line: geometric mean")
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     style(axes)
     set_ticks(axes.xaxis, LOG_TICKS)

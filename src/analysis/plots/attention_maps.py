@@ -81,10 +81,7 @@ class Photograph:
 
 
 def stage_maps(
-    model: T2TViT,
-    attentions: Mapping[str, tuple[AttentionModule, AttentionModule]],
-    image: torch.Tensor,
-    where: Sequence[float],
+    model: T2TViT, attentions: Mapping[str, Sequence[AttentionModule]], image: torch.Tensor, where: Sequence[float]
 ) -> list[StageMaps]:
     """The maps of both stages for a normalised image (3, image_size, image_size).
 
@@ -101,12 +98,10 @@ def stage_maps(
         rows: dict[str, torch.Tensor] = {}
         for name, modules in attentions.items():
             rows[name] = approximation.attention_weights(inputs, modules[stage])[:, 0, number].cpu()
-            maps[name] = AttentionMap(
-                (rows[name] * num_tokens).reshape(side, side).numpy(),
-                modules[stage].sizes(),
-                approximation.effective_keys(rows[name]).item(),
-                approximation.relative_error(rows[name], rows["full"]).item(),
-            )
+            keys = approximation.effective_keys(rows[name])
+            error = approximation.relative_error(rows[name], rows["full"])
+            weights = (rows[name] * num_tokens).reshape(side, side).numpy()
+            maps[name] = AttentionMap(weights, modules[stage].sizes(), keys.item(), error.item())
         stages.append(StageMaps(token, maps))
     return stages
 
