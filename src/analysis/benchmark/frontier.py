@@ -79,6 +79,8 @@ def all_layers(arguments: argparse.Namespace) -> list[Layer]:
         UserError: there is neither, or see `load_model`, `open_split` and `file_layers`.
     """
     layers = []
+    if (arguments.checkpoint is None) != (arguments.data_dir is None):
+        raise UserError("--checkpoint and --data-dir belong together: give both or none.")
     if arguments.checkpoint is not None:
         _, model = load_model(arguments.checkpoint)
         dataset = open_split(arguments.data_dir, arguments.split, model)

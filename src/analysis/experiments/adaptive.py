@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from scatterbrain.errors import UserError
 from scatterbrain.ops.adaptive import exact_pairs, plan_adaptive_attention
 from scatterbrain.ops.adaptive.plan import AdaptivePlan, exact_keys
 from scatterbrain.ops.common.windows import window_mask
@@ -161,16 +162,15 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     places = {name: [*VARIANTS].index(name) + number for number, group in enumerate(GROUPS) for name in group}
     figure = new_figure(8, 6.2)
     axes = figure.add_subplot()
-    networks: dict[str, list[str]] = {}
-    for layer in dict.fromkeys(map(title, rows)):
-        networks.setdefault(layer.split("\n")[0], []).append(layer)
-    for colour, layers in zip(itertools.cycle(NETWORK_COLOURS), networks.values(), strict=False):
+    networks = itertools.groupby(dict.fromkeys(map(title, rows)), lambda layer: layer.split("\n")[0])
+    for colour, (_, layers) in zip(itertools.cycle(NETWORK_COLOURS), networks, strict=False):
         for marker, layer in zip(itertools.cycle("os^v"), layers, strict=False):
             points = [(row["error"], places[row["variant"]]) for row in rows if title(row) == layer]
             look = {"color": colour, "marker": marker, "linestyle": "", "markersize": 5, "alpha": 0.8}
             axes.plot(*zip(*points, strict=True), label=layer.replace("\n", " "), **look)
     for name, place in places.items():
-        mean = statistics.geometric_mean(row["error"] for row in rows if row["variant"] == name)
+        errors = [max(1e-9, row["error"]) for row in rows if row["variant"] == name]  # some may be exact
+        mean = statistics.geometric_mean(errors)
         axes.plot([mean, mean], [place - 0.4, place + 0.4], color=INK, linewidth=1.6)
     axes.set_yticks(list(places.values()), list(places))
     axes.set(xscale="log", xlabel="relative error of the output; line: geometric mean")
@@ -210,6 +210,8 @@ def draw_photographs(model: T2TViT, images: Sequence[torch.Tensor]) -> Figure:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write and draw what the options of `scripts/measure_adaptive.py` name."""
+    if arguments.maps is not None and arguments.checkpoint is None:
+        raise UserError("--maps draws photographs. Give --checkpoint and --data-dir.")
     rows = [row for layer in shown(all_layers(arguments), "Layers") for row in measure_layer(*layer)]
     print_report([result_table(rows)])
     settings = without_paths(arguments, "checkpoint", "data_dir", "tensors", "maps")

@@ -118,16 +118,13 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def by_attention(content: Mapping[str, Any], task: str) -> dict[str, list[Mapping[str, Any]]]:
     """Trainings of a task by attention, the best first and those that diverged last."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for result in content["results"]:
-        if result["task"] == task:
-            groups.setdefault(result["attention"], []).append(result)
+    results = [result for result in content["results"] if result["task"] == task]
+    names = dict.fromkeys(result["attention"] for result in results)
+    groups = {name: [result for result in results if result["attention"] == name] for name in names}
 
     def rank(name: str) -> float:
         metric = mean_metric(groups[name])
-        if metric is None:
-            return math.inf
-        return metric if task == "language" else -metric
+        return math.inf if metric is None else metric if task == "language" else -metric
 
     return {name: groups[name] for name in sorted(groups, key=rank)}
 
