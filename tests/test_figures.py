@@ -145,6 +145,14 @@ def floors() -> Expected:
     return rows
 
 
+def ablation() -> Expected:
+    """Error, and exact pairs in percent, of each variant of adaptive attention on each layer."""
+    rows: dict[str, list[Values]] = {}
+    for row in load("docs/data/adaptive_ablation.json")["results"]:
+        rows.setdefault(row["variant"], []).append((row["error"], 100 * row["share"]))
+    return list(rows.items())
+
+
 def scaling() -> Expected:
     rows: Expected = []
     for name in ("sblocal", "cluster", "pairedcluster"):
@@ -378,6 +386,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files and limits; their numbers are no results.

@@ -156,7 +156,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no-baselines": {"action": "store_true", "help": "time ours and SDPA alone"},
     "num-images": {"type": positive, "default": 5, "metavar": "N", "help": "photographs, spread evenly (%(default)s)"},
     "tensors": {"nargs": "+", "default": [], "metavar": "FILE", "help": ".npz with q<layer>, k<layer>, v<layer>"},
-    "maps": {"type": figure_file, "metavar": "FILE", "help": "draw weights of a token: .png, .pdf or .svg"},
+    "maps": {"type": result_file, "metavar": "FILE", "help": "draw weights of a token of two photographs, as PNG"},
     "variance-figure": {"type": figure_file, "metavar": "FILE", "help": "draw the variance: .png, .pdf or .svg"},
 }
 

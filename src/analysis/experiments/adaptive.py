@@ -23,8 +23,9 @@ from src.analysis.benchmark.frontier import BLOCK, all_layers, chosen_blocks
 from src.analysis.experiments.memory import LOG_TICKS, set_ticks
 from src.analysis.experiments.regimes import full_weights
 from src.analysis.experiments.residual import Maps, draw_maps
+from src.analysis.plots.attention_maps import write_png
 from src.analysis.plots.style import INK, LEGEND, new_figure, style
-from src.analysis.tools import new_table, print_report, provenance, save_figure, shown, without_paths, write_results
+from src.analysis.tools import new_table, print_report, provenance, shown, without_paths, write_results
 from src.datamodules.sampling import spread
 from src.models.attention_inputs import StageInputs, capture_stage_inputs
 from src.models.t2t_vit import T2TViT
@@ -45,7 +46,8 @@ GROUPS: tuple[dict[str, Options], ...] = (
         "chosen clusters alone": {"window": 0, "landmarks": False},
         "landmarks alone": {"window": 0, "density": 0.0},
     },
-    {f"by {name}": {"choice": name} for name in ("loss, one by one", "mass times std", "mass", "variance", "random")}
+    {f"by {name}": {"choice": name} for name in ("loss, one by one", "mass times std", "mass", "variance")}
+    | {"at random": {"choice": "random"}}
     | {f"oracle: {name}": {"choice": name} for name in ("heaviest clusters", "heaviest keys")},
     {f"{number} steps": {"num_steps": number} for number in (0, 4)},
     {f"M = {number}": {"num_landmarks": number} for number in (64, 256)}
@@ -142,7 +144,7 @@ def result_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Table of the errors, with the share of exact pairs: a row for each variant, a column for each layer."""
     layers = list(dict.fromkeys(title(row) for row in rows))
     headers = ("variant", *layers)
-    table = new_table("Relative error of the output (exact pairs in %)", headers, headers[:1])
+    table = new_table("Relative error of the output (exact pairs in %)", headers, headers[:1], pad_edge=False)
     for group in GROUPS:
         for name in group:
             chosen = [row for row in rows if row["variant"] == name]
@@ -202,6 +204,7 @@ def token_maps(inputs: StageInputs, where: Sequence[float] = (0.5, 0.5)) -> Maps
 def draw_photographs(model: T2TViT, images: Sequence[torch.Tensor]) -> Figure:
     """Maps of a token in the middle of each photograph, in both stages."""
     figure = new_figure(12.5, 4.1 * len(images))
+    figure.set_dpi(150)
     for image, part in zip(images, figure.subfigures(len(images), 1, squeeze=False)[:, 0], strict=True):
         maps = [token_maps(inputs) for inputs in capture_stage_inputs(model, image[None])]
         draw_maps(part, maps, pixels_of(image))
@@ -221,4 +224,4 @@ def run(arguments: argparse.Namespace) -> None:
         _, model = load_model(arguments.checkpoint)
         dataset = open_split(arguments.data_dir, arguments.split, model)
         images = [dataset[position][0] for position in spread(len(dataset), 2)]
-        save_figure(draw_photographs(model, images), arguments.maps)
+        write_png(draw_photographs(model, images), arguments.maps)
