@@ -99,7 +99,7 @@ def output_error() -> Expected:
     path = "docs/data/approximation_demo.json"
     rows: Expected = [("full", [None, None, (0,), (0,)])]
     names = ("local", "performer", "sblocal", "smyrf", "sbsmyrf", "combination-local-performer", "cluster", "sbcluster")
-    for name in (*names, "pairedcluster", "sbpairedcluster"):
+    for name in (*names, "pairedcluster", "sbpairedcluster", "sbadaptive"):
         first, second = (find(path, attention=name, stage=stage) for stage in (1, 2))
         one, two = first["options"], second["options"]
         sizes: dict[str, list[Values]] = {
@@ -114,6 +114,13 @@ def output_error() -> Expected:
                 tuple(each.get(key) for key in ("num_landmarks", "num_query_landmarks") for each in (one, two)),
             ],
             "sbpairedcluster": [(one.get("num_exact"), two.get("num_exact")), None],
+            "sbadaptive": [
+                (
+                    *(each.get("local_context") for each in (one, two)),
+                    *(tokens * each.get("density", 0) for tokens, each in ((3136, one), (784, two))),
+                ),
+                (one.get("num_landmarks"), two.get("num_landmarks")),
+            ],
         }
         for both, low_rank in (("sblocal", "nb_features"), ("sbcluster", "num_landmarks")):
             pairs = ((each.get("local_context"), each.get(low_rank)) for each in (one, two))
@@ -138,7 +145,7 @@ def floors() -> Expected:
     path = "docs/data/approximation_demo.json"
     rows: Expected = []
     names = ("zero", "uniform", "strided", "random-keys", "querycluster", "local", "performer", "sblocal", "smyrf")
-    for name in (*names, "combination-local-performer", "cluster", "sbcluster", "pairedcluster"):
+    for name in (*names, "combination-local-performer", "cluster", "sbcluster", "pairedcluster", "sbadaptive"):
         stages = [find(path, attention=name, stage=stage) for stage in (1, 2)]
         errors: list[Values] = [(row[kind]["mean"],) for row in stages for kind in ("output_error", "query_error")]
         rows.append((name, [None, *errors]))

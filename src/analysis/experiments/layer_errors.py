@@ -167,7 +167,7 @@ def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Ta
         if row["layer"] != layer:
             table.add_section()
         layer = row["layer"]
-        sizes = " + ".join(map(str, row["options"].values())) or "-"
+        sizes = " + ".join(f"{x:.2g}" if isinstance(x, float) else str(x) for x in row["options"].values()) or "-"
         parts = ("-" if row[kind] is None else f"{row[kind]:.3f}" for kind in ("bias", "spread"))
         output, query, matrix = (approximation.plus_minus(row[f"{kind}_error"]) for kind in ERRORS)
         errors = (output, query, *parts, matrix)
