@@ -364,7 +364,8 @@ def bfloat16() -> Expected:
 
 
 def query_part() -> Expected:
-    names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "pairedcluster")
+    names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "sbadaptive")
+    names += ("pairedcluster",)
     path = "docs/data/approximation_demo.json"
     stages = {
         each: [find(path, attention=name, stage=each)["query_error"]["mean"] for name in names] for each in (1, 2)
