@@ -160,6 +160,15 @@ def ablation() -> Expected:
     return list(rows.items())
 
 
+def adaptive_cost() -> Expected:
+    rows: Expected = []
+    for name in ("full", "sblocal", "sbcluster", "pairedcluster", "sbadaptive"):
+        row = find("docs/data/attention_cost.json", attention=name)
+        shares: list[Values] = [(100 * row[f"attention_{kind}"],) for kind in ("memory", "operations")]
+        rows.append((name, [*shares, (row["attention_peak_mib"],)]))
+    return rows
+
+
 def scaling() -> Expected:
     rows: Expected = []
     for name in ("sblocal", "cluster", "pairedcluster"):
@@ -394,6 +403,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
