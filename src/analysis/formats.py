@@ -37,11 +37,7 @@ def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
 
 
 def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) -> Evaluation:
-    """Evaluation of the data in `folder / format`.
-
-    Raises:
-        UserError: it is taken for another format, or see `src.tasks.evaluate.evaluate`.
-    """
+    """Evaluation of the data in `folder / format`; `UserError` where that is taken for another format."""
     overrides = {"experiment": "imagenet-t2tvit-eval", "eval.num_seeds": 1, "callbacks": "none", "logger": "none"}
     overrides |= {"model/t2tmodel": arguments.variant, "model/t2tattn_cfg": arguments.attention}
     overrides |= {"model.image_size": arguments.image_size, "model.num_classes": arguments.num_classes}
@@ -70,8 +66,7 @@ def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) ->
 def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of every format, written, evaluated and compared, class folders first.
 
-    Raises:
-        UserError: class folders cannot be evaluated, or a format cannot be written.
+    `UserError` where class folders cannot be evaluated, or a format cannot be written.
     """
     reference = None
     with progress_display(Console(stderr=True)) as progress:

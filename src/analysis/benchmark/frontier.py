@@ -73,11 +73,7 @@ Layer = tuple[str, str, StageInputs]  # network, name in it, and inputs
 
 
 def all_layers(arguments: argparse.Namespace) -> list[Layer]:
-    """Those of `--tensors`, after both token stages of `--checkpoint` on photographs spread evenly over the split.
-
-    Raises:
-        UserError: there is neither, or see `load_model`, `open_split` and `file_layers`.
-    """
+    """Those of `--tensors`, after both token stages of `--checkpoint` on photographs spread evenly over the split."""
     layers = []
     if (arguments.checkpoint is None) != (arguments.data_dir is None):
         raise UserError("--checkpoint and --data-dir belong together: give both or none.")

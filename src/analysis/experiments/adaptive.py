@@ -53,6 +53,7 @@ GROUPS: tuple[dict[str, Options], ...] = (
     {f"M = {number}": {"num_landmarks": number} for number in (64, 256)}
     | {f"Q = {number}": {"num_query_landmarks": number} for number in (16, 128)},
     {f"density {density:g}": {"density": density} for density in (0.03, 0.15)},
+    {f"tolerance {x:g}": {"density": 0.3, "tolerance": x} for x in (0.1, 0.3)},
     {f"PISA {density:.2f}": {"pisa": density} for density in (0.05, 0.15, 0.3)},
 )
 VARIANTS: dict[str, Options] = {name: changes for group in GROUPS for name, changes in group.items()}
