@@ -35,8 +35,8 @@ SIZES = {
     "bucket_size": "buckets of {}",
     "block": "blocks of {}",
     "nb_features": "{} features",
-    "num_landmarks": "{} key clusters",
-    "num_query_landmarks": "{} query clusters",
+    "num_landmarks": "{} clusters",
+    "num_query_landmarks": "{} of queries",
     "num_exact": "{} exact",
 }
 # Lengths in hundredths of an inch, multiples of 3: at 400/3 dots per inch all edges fall on pixels, and a panel has 224
@@ -172,7 +172,7 @@ def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
     outline_window(axes, stage, name, "white")
     parts = [SIZES[option].format(size) for option, size in item.options.items() if option in SIZES]
     sizes = " + ".join(parts) or f"all {stage.side**2:,} keys"
-    axes.set_title(sizes, fontsize=8.5, color=style.INK, pad=4)
+    axes.set_title(sizes, fontsize=8.5 * min(1, 28 / len(sizes)), color=style.INK, pad=4)  # 28 characters fit
     label, colour = NAMES.get(name, name), style.COLOURS.get(name, style.OTHER)
     where = {"transform": axes.transAxes, "ha": "center"}
     ink = style.INK if colour == style.OTHER else colour  # grey is for lines
