@@ -169,6 +169,14 @@ def adaptive_cost() -> Expected:
     return rows
 
 
+def adaptive_time() -> Expected:
+    path, lengths = "docs/data/benchmark_adaptive_cpu.json", (784, 3136, 12544)
+    return [
+        (name, [(find(path, name=name, length=length)["ratio_to_sdpa"],) for length in lengths])
+        for name in ("sbcluster", "sbadaptive")
+    ]
+
+
 def scaling() -> Expected:
     rows: Expected = []
     for name in ("sblocal", "cluster", "pairedcluster"):
@@ -405,6 +413,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
+    ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files and limits; their numbers are no results.
