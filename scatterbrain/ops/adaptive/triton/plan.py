@@ -17,6 +17,7 @@ from scatterbrain.ops.adaptive.triton.supports import (
     support_kernel,
 )
 from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
+from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances
 from scatterbrain.ops.clusters.triton import ROW_MULTIPLE, with_even_rows
 from scatterbrain.ops.clusters.triton.operator import (
     LandmarkPlan,
@@ -25,7 +26,7 @@ from scatterbrain.ops.clusters.triton.operator import (
     with_vector_loads,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
-from scatterbrain.ops.common.passes import Pass, allocate, find_pass, power_of_two
+from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
 from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
 
@@ -36,24 +37,26 @@ class PlanTiles(NamedTuple):
         sort_rows: points of a tile of the counting sort.
         prefix_tiles: of these tiles, so many are added up at a time,
         prefix_bins: for so many clusters.
-        moment_queries: query clusters of a program of the moments.
+        assign_rows: of these points, queries whose clusters are found at a time.
+        moment_queries: query clusters of a program of the moments, at most.
         moment_landmarks: its key clusters.
         moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
         list_places: places of a program that lists keys.
     """
 
     sort_rows: int = 256
+    assign_rows: int = 64
     prefix_tiles: int = 64
     prefix_bins: int = 32
     moment_queries: int = 64
     moment_landmarks: int = 64
-    moment_programs: int = 528
+    moment_programs: int = 396
     list_places: int = 256
 
 
-_FLOAT32 = PlanTiles(moment_queries=32, moment_landmarks=32)
+_FLOAT32 = PlanTiles(assign_rows=32, moment_queries=32, moment_landmarks=32)
 # Triton's interpreter, for tests: several tiles also for small shapes.
-_SMALL = PlanTiles(16, 4, 16, 16, 16, 12, 16)
+_SMALL = PlanTiles(32, 16, 4, 16, 16, 16, 12, 16)
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
 
@@ -75,7 +78,7 @@ def _plan_pass(
 ) -> Pass:
     """Launches that plan; arguments as in `run_plan`."""
     keys = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, 0, scale, num_steps)
-    narrow = query[..., :1]  # there are no mean values of queries
+    narrow = query[..., :1]  # queries have no mean values
     queries = LandmarkPlan(query, query, narrow, query_lengths, None, num_query_landmarks, 0, scale, num_steps)
     groups, length, num_keys = keys.groups, keys.length, keys.num_keys
     num_exact = exact_keys(density, num_keys)
@@ -85,9 +88,11 @@ def _plan_pass(
     padded = power_of_two(max(num_landmarks, WORD))  # a multiple of a word
     tiles = _SMALL if not query.is_cuda else _FLOAT32 if query.dtype == torch.float32 else PlanTiles()
     sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
-    moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // tiles.moment_queries)
+    moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
+    moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // moment_queries)
     rows = keys.tiles.sum_rows
-    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs, moment_blocks)
+    every = sample_of_variances(num_keys)
+    chunk, chunks = keys.chunks(-(-num_keys // every), rows, tiles.moment_programs, moment_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)
     query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
@@ -98,6 +103,7 @@ def _plan_pass(
     workspace.add("totals", 2, groups, bins, dtype=torch.int32)
     workspace.add("ends", groups, num_query_landmarks, padded, dtype=torch.int32)
     workspace.add("means", groups, num_query_landmarks, keys.padded)
+    workspace.add("sampled", groups, chunks, keys.padded, dtype=torch.int32)
     if not sorts_keys:
         workspace.add("key_order", groups, num_keys, dtype=torch.int32)
         workspace.add("key_starts", groups, num_landmarks + 1, dtype=torch.int32)
@@ -114,14 +120,29 @@ def _plan_pass(
         ("query", "key", "value", "key_lengths", "query_lengths", "given_labels"),
         (statistics, tables, workspace, sums),
     )
-    add_cluster_kernels(launches, keys, key, value)
-    add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"))
+    sample = sample_of_keys(num_keys, num_landmarks) if num_exact > 0 else 1
+    add_cluster_kernels(launches, keys, key, value, sample=sample)
+    sample = sample_of_queries(length, num_query_landmarks)
+    add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"), sample)
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
     sort_grid = (sort_tiles, groups, 2)
     sort_options = {"BINS": bins, "BN": tiles.sort_rows, "num_warps": 4, **keys.pdl}
     both_labels = (keys.labels, "query_labels")
-    launches.add(count_kernel, sort_grid, (*both_labels, "counts"), sizes, **sort_options)
+    launches.add(
+        count_kernel,
+        sort_grid,
+        ("query", "query_landmarks", "query_bias", *both_labels, "counts"),
+        (keys.heads, *sizes, *row_strides(query)),
+        E=keys.width,
+        BE=keys.widths["BE"],
+        QUERY_MB=queries.block,
+        QUERY_MP=queries.padded,
+        BM=tiles.assign_rows,
+        **keys.precision,
+        STAGES=queries.tiles.sum_stages,
+        **sort_options,
+    )
     prefix_bins = min(tiles.prefix_bins, bins)
     launches.add(
         prefix_kernel,
@@ -143,16 +164,16 @@ def _plan_pass(
             (chunks, groups, moment_blocks),
             (
                 *("key", "key_lengths", keys.labels, "centre", "landmarks"),
-                *("query_centre", "query_landmarks", "query_log_counts", "means", "squares"),
+                *("query_centre", "query_landmarks", "means", "squares", "sampled"),
             ),
             (*key_numbers, chunk, *row_strides(key)),
             E=keys.width,
             BE=keys.widths["BE"],
             MB=tiles.moment_landmarks,
             MP=keys.padded,
-            QB=tiles.moment_queries,
-            QUERY_MP=queries.padded,
+            QB=moment_queries,
             BN=rows,
+            EVERY=every,
             **keys.lengths,
             **keys.precision,
             STAGES=keys.tiles.sum_stages,
@@ -162,7 +183,7 @@ def _plan_pass(
     launches.add(
         support_kernel,
         (num_query_landmarks, groups),
-        ("means", "squares", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
+        ("means", "squares", "sampled", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
         (
             *(*key_numbers, chunks),
             *(round(density * 2**DENSITY_BITS.value), scale, 0.0 if tolerance is None else tolerance),
@@ -172,6 +193,7 @@ def _plan_pass(
         BINS=bins,
         WORDS=-(-num_landmarks // WORD),
         ROUNDS=ROUNDS,
+        EVERY=every,
         LEAST_VARIANCE=LEAST_VARIANCE,
         HAS_TOLERANCE=tolerance is not None,
         **keys.lengths,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scatterbrain.ops.clusters.steps import STEP_EVERY
+from scatterbrain.ops.clusters.steps import step_sample
 from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_combine_kernel,
     landmark_bwd_dkdv_kernel,
@@ -37,6 +37,7 @@ from scatterbrain.ops.common.passes import (
     describe_outputs,
     find_pass,
     padded_width,
+    power_of_two,
 )
 from scatterbrain.ops.common.triton_functions import (
     LOG2E,
@@ -180,6 +181,7 @@ def add_cluster_kernels(
     value: torch.Tensor | None,
     prefix: str = "",
     names: tuple[str, str, str] = ("key", "value", "key_lengths"),
+    sample: int = 1,
 ) -> None:
     """Kernels that find the clusters, or take given ones, and their means.
 
@@ -187,15 +189,16 @@ def add_cluster_kernels(
         launches: to which they are appended, with the layouts of `cluster_layouts`.
         plan: of the call.
         key: (B, H, S, E).
-        value: (B, H, S, D); None where there are no mean values. Then the keys are queries: those past the lengths
-            have a cluster too, and other kernels come first.
+        value: (B, H, S, D); None where centroids are all that is wanted. Then other kernels come first.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
+        sample: find centroids from the first of so many keys.
     """
     tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
     # the same chunks in a step, of fewer keys
-    step_rows = -(-plan.num_keys // STEP_EVERY)
+    step_every = step_sample(sample)
+    step_rows = -(-plan.num_keys // step_every)
     step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
     has_values = value is not None
     key_strides, value_strides = row_strides(key), row_strides(value if has_values else key)
@@ -208,6 +211,8 @@ def add_cluster_kernels(
     sums = prefix + "sums"
     results = (centre, landmarks, bias, *means)
     key_name, value_name, lengths = names
+    stretch = -(-plan.num_keys // (sample * plan.num_landmarks))
+    start_rows = min(tiles.start_rows, max(16, power_of_two(stretch)))
     launches.add(
         start_kernel,
         (plan.num_landmarks, plan.groups),
@@ -215,19 +220,19 @@ def add_cluster_kernels(
         (*key_numbers, *key_strides),
         **key_widths,
         MP=plan.padded,
-        BN=tiles.start_rows,
-        ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
+        BN=start_rows,
+        ONE_TILE=stretch <= start_rows,
         **plan.lengths,
+        EVERY=sample,
         FIRST=has_values,
         num_warps=tiles.start_warps,
         **(plan.first if has_values else plan.pdl),
     )
 
     assign = not plan.has_labels and plan.blocks == 1
-    for step in range(1 if plan.has_labels else plan.num_steps + 1):
+    for step in range(1 if plan.has_labels else plan.num_steps + has_values):
         last = plan.has_labels or step == plan.num_steps
-        every = 1 if last else STEP_EVERY
-        label_all = {"LABEL_ALL": last and not has_values}
+        every = 1 if last else step_every
         if not plan.has_labels and not assign:
             launches.add(
                 assign_kernel,
@@ -240,7 +245,6 @@ def add_cluster_kernels(
                 EVERY=every,
                 **plan.lengths,
                 **plan.precision,
-                **label_all,
                 num_warps=tiles.assign_warps,
                 **plan.pdl,
             )
@@ -260,8 +264,6 @@ def add_cluster_kernels(
             **plan.lengths,
             **plan.precision,
             STAGES=tiles.sum_stages,
-            VALUES=has_values,
-            **label_all,
             num_warps=tiles.sum_warps,
             **plan.pdl,
         )
@@ -276,7 +278,6 @@ def add_cluster_kernels(
                 MP=plan.padded,
                 BLOCK=tiles.combine_landmarks,
                 LAST=last,
-                VALUES=has_values,
                 num_warps=4,
                 **plan.pdl,
             )
