@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
+from scatterbrain.ops.adaptive.triton.starts import combine_both_kernel, start_both_kernel, sum_both_kernel
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
     count_kernel,
@@ -17,9 +18,10 @@ from scatterbrain.ops.adaptive.triton.supports import (
     support_kernel,
 )
 from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
-from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances
+from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances, step_sample
 from scatterbrain.ops.clusters.triton import ROW_MULTIPLE, with_even_rows
 from scatterbrain.ops.clusters.triton.operator import (
+    MANY_CHUNKS,
     LandmarkPlan,
     add_cluster_kernels,
     cluster_layouts,
@@ -59,6 +61,90 @@ _FLOAT32 = PlanTiles(assign_rows=32, moment_queries=32, moment_landmarks=32)
 _SMALL = PlanTiles(32, 16, 4, 16, 16, 16, 12, 16)
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
+
+
+def _can_share(keys: LandmarkPlan, queries: LandmarkPlan) -> bool:
+    """Whether the kernels of `starts.py` can find the centroids of keys and queries together."""
+    one_block = not keys.has_labels and keys.blocks == 1 and queries.blocks == 1
+    few_chunks = all(plan.chunks_of_steps(1)[1] <= MANY_CHUNKS for plan in (keys, queries))
+    same_tiles = ("start_warps", "sum_rows", "sum_warps", "sum_stages", "combine_landmarks")
+    return one_block and few_chunks and all(getattr(keys.tiles, x) == getattr(queries.tiles, x) for x in same_tiles)
+
+
+def _add_centroids(
+    launches: LaunchSequence,
+    keys: LandmarkPlan,
+    queries: LandmarkPlan,
+    key: torch.Tensor,
+    query: torch.Tensor,
+    samples: tuple[int, int],
+) -> None:
+    """Launches that find the centroids of keys and queries, from the first of so many of each."""
+    centroids = ("centre", "landmarks", "bias")
+    query_centroids = tuple("query_" + name for name in centroids)
+    key_strides, query_strides = row_strides(key), row_strides(query)
+    widths = {"E": keys.width, "BE": keys.widths["BE"]}
+
+    def of_both(of_keys: dict[str, Any], of_queries: dict[str, Any]) -> dict[str, Any]:
+        return of_keys | {"QUERY_" + name: option for name, option in of_queries.items()}
+
+    launches.add(
+        start_both_kernel,
+        (max(keys.num_landmarks, queries.num_landmarks), keys.groups, 2),
+        ("key", "key_lengths", *centroids, "query", "query_lengths", *query_centroids),
+        (
+            *(keys.heads, keys.num_keys, keys.num_landmarks, *key_strides),
+            *(queries.num_keys, queries.num_landmarks, *query_strides),
+        ),
+        **widths,
+        **of_both(keys.start_options(samples[0]), queries.start_options(samples[1])),
+        num_warps=keys.tiles.start_warps,
+        **keys.first,
+    )
+    (chunk, chunks), (query_chunk, query_chunks) = (
+        plan.chunks_of_steps(sample) for plan, sample in zip((keys, queries), samples, strict=True)
+    )
+    sides = [
+        {"BD": plan.widths["BD"], "MP": plan.padded, "FINAL": number == 1}
+        for plan, number in ((keys, chunks), (queries, query_chunks))
+    ]
+    steps = [
+        {"PARTS": plan.parts, **plan.lengths, "EVERY": step_sample(sample)}
+        for plan, sample in zip((keys, queries), samples, strict=True)
+    ]
+    for _ in range(keys.num_steps):
+        launches.add(
+            sum_both_kernel,
+            (max(chunks, query_chunks), keys.groups, 2),
+            (
+                *("key", "key_lengths", "sums", *centroids),
+                *("query", "query_lengths", "query_sums", *query_centroids),
+            ),
+            (
+                *(keys.heads, keys.num_keys, keys.num_landmarks, chunk, chunks, *key_strides),
+                *(queries.num_keys, queries.num_landmarks, query_chunk, query_chunks, *query_strides),
+            ),
+            **widths,
+            **of_both(sides[0] | steps[0], sides[1] | steps[1]),
+            BN=keys.tiles.sum_rows,
+            **keys.precision,
+            STAGES=keys.tiles.sum_stages,
+            num_warps=keys.tiles.sum_warps,
+            **keys.pdl,
+        )
+        if max(chunks, query_chunks) > 1:
+            block = keys.tiles.combine_landmarks
+            launches.add(
+                combine_both_kernel,
+                (-(-max(keys.padded, queries.padded) // block), keys.groups, 2),
+                ("sums", *centroids, "query_sums", *query_centroids),
+                (keys.num_landmarks, chunks, queries.num_landmarks, query_chunks),
+                **widths,
+                **of_both(*sides),
+                BLOCK=block,
+                num_warps=4,
+                **keys.pdl,
+            )
 
 
 def _plan_pass(
@@ -107,9 +193,9 @@ def _plan_pass(
     if not sorts_keys:
         workspace.add("key_order", groups, num_keys, dtype=torch.int32)
         workspace.add("key_starts", groups, num_landmarks + 1, dtype=torch.int32)
-    # one after another in the same place: sums of the keys, those of the queries, counts of tiles, squares
+    sums.add("query_sums", *query_sums.parts["query_sums"][1])
+    # one after another in the same place: sums, counts of tiles, squares
     for name, shape, dtype in (
-        ("query_sums", query_sums.parts["query_sums"][1], torch.float32),
         ("counts", (2, groups, sort_tiles, bins), torch.int32),
         ("squares", (groups, num_query_landmarks, chunks, keys.padded), torch.float32),
     ):
@@ -121,9 +207,14 @@ def _plan_pass(
         (statistics, tables, workspace, sums),
     )
     sample = sample_of_keys(num_keys, num_landmarks) if num_exact > 0 else 1
-    add_cluster_kernels(launches, keys, key, value, sample=sample)
-    sample = sample_of_queries(length, num_query_landmarks)
-    add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"), sample)
+    query_sample = sample_of_queries(length, num_query_landmarks)
+    can_share = _can_share(keys, queries)
+    if can_share:
+        _add_centroids(launches, keys, queries, key, query, (sample, query_sample))
+    add_cluster_kernels(launches, keys, key, value, sample=sample, has_centroids=can_share)
+    if not can_share:
+        names = ("query", "query", "query_lengths")
+        add_cluster_kernels(launches, queries, query, None, "query_", names, query_sample)
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
     sort_grid = (sort_tiles, groups, 2)

@@ -48,24 +48,13 @@ def store_centroids(
 
 
 @triton.jit
-def start_kernel(
-    k_ptr, lengths_ptr,
-    centre_ptr,  # (G, BE) float32, written
-    delta_ptr,  # (G, M, E), written
-    bias_ptr,  # (G, MP) float32, written
+def store_start(
+    landmark, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
-
-    ONE_TILE: a stretch has at most BN keys.
-    EVERY: the sequence is the first of each so many keys.
-    FIRST: this is the first kernel of a pass.
-    """
-    grid_dependency_control(PDL, FIRST)
-    landmark = tl.program_id(0)
-    group = tl.program_id(1)
+    """Store the initial centroid of a landmark, see `start_kernel`."""
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     end = (end + EVERY - 1) // EVERY
@@ -108,6 +97,30 @@ def start_kernel(
     store_centroids(
         (key - centre)[:, None], centre, delta_ptr, bias_ptr + group * MP, b, first < last, num_landmarks, E, MP, BE
     )
+
+
+@triton.jit
+def start_kernel(
+    k_ptr, lengths_ptr,
+    centre_ptr,  # (G, BE) float32, written
+    delta_ptr,  # (G, M, E), written
+    bias_ptr,  # (G, MP) float32, written
+    heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
+    E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
+
+    ONE_TILE: a stretch has at most BN keys.
+    EVERY: the sequence is the first of each so many keys.
+    FIRST: this is the first kernel of a pass.
+    """
+    grid_dependency_control(PDL, FIRST)
+    store_start(
+        tl.program_id(0), tl.program_id(1), k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
+        heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
+        E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -191,35 +204,17 @@ def finish_clusters(
 
 
 @triton.jit
-def cluster_sums_kernel(
-    k_ptr, v_ptr, lengths_ptr,
-    label_ptr,  # (G, S) int16: written with ASSIGN and LAST, read without ASSIGN
-    sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: sums of keys and, with LAST, values, and numbers; without FINAL
-    centre_ptr,  # (G, BE) float32
-    delta_ptr,  # (G, M, E), read with ASSIGN, written with FINAL, as the next
-    bias_ptr,  # (G, MP) float32
-    mean_v_ptr,  # (G, M, D) mean values in the dtype of the values, written with FINAL and LAST
-    log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with FINAL and LAST
-    heads, num_keys, num_landmarks, chunk,
+def store_sums(
+    part, parts, group, block, k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr,
+    mean_v_ptr, log_count_ptr, heads, num_keys, num_landmarks, chunk,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
     FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
-
-    Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
-
-    EVERY: take the first of so many keys only.
-    FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
-    PARTS: parts in which the scores of a block are computed, which saves registers.
-    """
-    grid_dependency_control(PDL, False)
-    # from the last sequence to the first: what the kernel before has read of the last ones is still in the L2 cache
-    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    """Store the sums of chunk `part` of `parts`, see `cluster_sums_kernel`."""
     wide = group.to(tl.int64)
-    block = tl.program_id(2) * MB
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
@@ -237,7 +232,7 @@ def cluster_sums_kernel(
     sum_k = tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
     count = tl.zeros((MB,), tl.int32)
-    first = tl.program_id(0) * chunk
+    first = part * chunk
     num_rows = (num_keys + EVERY - 1) // EVERY
     for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
         j = (n + tl.arange(0, BN)) * EVERY
@@ -271,11 +266,47 @@ def cluster_sums_kernel(
         )  # fmt: skip
     else:
         rows: tl.constexpr = BE + BD + 1
-        sum_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (rows * MP)
+        sum_ptr += (wide * parts + part) * (rows * MP)
         tl.store(sum_ptr + tl.arange(0, BE)[:, None] * MP + b[None, :], sum_k)
         if LAST:
             tl.store(sum_ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :], sum_v)
         tl.store(sum_ptr + (BE + BD) * MP + b, count.to(tl.float32))
+
+
+@triton.jit
+def cluster_sums_kernel(
+    k_ptr, v_ptr, lengths_ptr,
+    label_ptr,  # (G, S) int16: written with ASSIGN and LAST, read without ASSIGN
+    sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: sums of keys and, with LAST, values, and numbers; without FINAL
+    centre_ptr,  # (G, BE) float32
+    delta_ptr,  # (G, M, E), read with ASSIGN, written with FINAL, as the next
+    bias_ptr,  # (G, MP) float32
+    mean_v_ptr,  # (G, M, D) mean values in the dtype of the values, written with FINAL and LAST
+    log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with FINAL and LAST
+    heads, num_keys, num_landmarks, chunk,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
+    FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
+
+    Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
+
+    EVERY: take the first of so many keys only.
+    FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
+    PARTS: parts in which the scores of a block are computed, which saves registers.
+    """
+    grid_dependency_control(PDL, False)
+    # from the last sequence to the first: what the kernel before has read of the last ones is still in the L2 cache
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    store_sums(
+        tl.program_id(0), tl.num_programs(0), group, tl.program_id(2) * MB,
+        k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
+        heads, num_keys, num_landmarks, chunk, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+        E, BE, D, BD, MB, MP, BN, ASSIGN, LAST, FINAL, PARTS, EVERY, HAS_LENGTHS, PRECISION, STAGES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -307,17 +338,13 @@ def sum_of_chunks(ptr, chunks, stride, b, ROWS: tl.constexpr, MP: tl.constexpr):
 
 
 @triton.jit
-def combine_kernel(
-    sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,  # see `cluster_sums_kernel`
-    num_landmarks,
-    chunks, slots,  # chunks to add up, of so many in memory
+def combine_sums(
+    block, group, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, num_landmarks, chunks, slots,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-    LAST: tl.constexpr, PDL: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """Centroids and their bias, and with LAST sizes and mean values, of BLOCK landmarks, from the sums of chunks."""
-    grid_dependency_control(PDL, False)
-    group = tl.program_id(1)
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Store the centroids of BLOCK landmarks, see `combine_kernel`."""
+    b = block * BLOCK + tl.arange(0, BLOCK)
     stride: tl.constexpr = (BE + BD + 1) * MP
     sum_ptr += group.to(tl.int64) * slots * stride
     sum_k = sum_of_chunks(sum_ptr, chunks, stride, b, BE, MP)
@@ -328,4 +355,20 @@ def combine_kernel(
     finish_clusters(
         sum_k, sum_v, count, b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group, num_landmarks,
         E, BE, D, BD, MP, LAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,  # see `cluster_sums_kernel`
+    num_landmarks,
+    chunks, slots,  # chunks to add up, of so many in memory
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Centroids and their bias, and with LAST sizes and mean values, of BLOCK landmarks, from the sums of chunks."""
+    grid_dependency_control(PDL, False)
+    combine_sums(
+        tl.program_id(0), tl.program_id(1), sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
+        num_landmarks, chunks, slots, E, BE, D, BD, MP, BLOCK, LAST,
     )  # fmt: skip
