@@ -110,56 +110,60 @@ def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, 
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("density", [0.0, 0.13, 0.5, 1.0])
-@pytest.mark.parametrize("num_landmarks", [5, 37])
-def test_plan(device, dtype, num_landmarks, density):
-    plan = check(draw(device, dtype, 61, 150), num_landmarks, 7, density)
+@pytest.mark.parametrize(
+    ("num_landmarks", "num_query_landmarks", "density"),
+    # centroids of keys and queries together; keys alone; of several blocks
+    [(5, 7, 0.0), (5, 7, 0.5), (16, 17, 0.3), (37, 7, 0.13), (37, 7, 1.0)],
+)
+def test_plan(device, dtype, num_landmarks, num_query_landmarks, density):
+    plan = check(draw(device, dtype, 45, 100), num_landmarks, num_query_landmarks, density)
     if density in (0.0, 1.0):
         sizes = torch.nn.functional.one_hot(plan.key_assignment, num_landmarks).sum(2) > 0
         assert torch.equal(plan.taken, sizes.unsqueeze(2).expand_as(plan.taken) & (density == 1.0))
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize(("length", "num_keys"), [(1, 1), (1, 40), (40, 1), (7, 5), (200, 33)])
-@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("length", "num_keys", "num_steps"), [(1, 1, 0), (1, 20, 2), (20, 1, 2), (7, 5, 2), (70, 33, 0), (70, 33, 2)]
+)
 def test_few_queries_or_keys(device, dtype, length, num_keys, num_steps):
     check(draw(device, dtype, length, num_keys, 32, batch=2), 12, 9, 0.4, num_steps=num_steps)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_lengths(device, dtype):
-    tensors = draw(device, dtype, 60, 50, batch=3)
-    key_lengths = torch.tensor([50, 0, 33], device=device)
-    query_lengths = torch.tensor([60, 41, 2], device=device)
-    plan = check(tensors, 20, 6, 0.25, lengths=(key_lengths, query_lengths))
+    tensors = draw(device, dtype, 36, 40, batch=3)
+    key_lengths = torch.tensor([40, 0, 23], device=device)
+    query_lengths = torch.tensor([36, 21, 2], device=device)
+    plan = check(tensors, 16, 6, 0.25, lengths=(key_lengths, query_lengths))
     assert (plan.key_assignment[1] == -1).all()
     assert (plan.query_assignment >= 0).all()
     hidden = tensors[1].clone()
-    hidden[1:, :, 33:] = float("nan")
-    again = plan_by_kernels([tensors[0], hidden, tensors[2]], 20, 6, 0.25, lengths=(key_lengths, query_lengths))[0]
+    hidden[1:, :, 23:] = float("nan")
+    again = plan_by_kernels([tensors[0], hidden, tensors[2]], 16, 6, 0.25, lengths=(key_lengths, query_lengths))[0]
     assert all(torch.equal(one, other) for one, other in zip(plan[:3], again[:3], strict=True))
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.99])
 def test_tolerance(device, dtype, tolerance):
-    plan = check(draw(device, dtype, 120), 24, 8, 0.6, tolerance)
+    plan = check(draw(device, dtype, 60), 14, 8, 0.6, tolerance)
     assert plan.taken.sum() == 0 or tolerance < 0.99
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_equal_keys_and_queries(device, dtype):
-    query, key, value = draw(device, dtype, 50)
+    query, key, value = draw(device, dtype, 30)
     equal = [x[:, :, :1].expand_as(x).contiguous() for x in (query, key)]
     check([*equal, value], 8, 5, 0.3)
     check([query, equal[1], value], 8, 5, 1.0)
-    check([query, torch.cat([key[:, :, :25], equal[1][:, :, :25]], 2), value], 8, 5, 0.4)
+    check([query, torch.cat([key[:, :, :15], equal[1][:, :, :15]], 2), value], 8, 5, 0.4)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_given_clusters(device, dtype):
-    tensors = draw(device, dtype, 70)
-    labels = torch.randint(9, (1, 1, 70), device=device, dtype=torch.int16)
+    tensors = draw(device, dtype, 50)
+    labels = torch.randint(9, (1, 1, 50), device=device, dtype=torch.int16)
     plan = check(tensors, 9, 6, 0.4, labels=labels)
     assert torch.equal(plan.key_assignment, labels.long())
 
