@@ -218,7 +218,7 @@ def _plan_pass(
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
     sort_grid = (sort_tiles, groups, 2)
-    sort_options = {"BINS": bins, "BN": tiles.sort_rows, "num_warps": 4, **keys.pdl}
+    sort_options = {"BINS": bins, "BN": tiles.sort_rows, **keys.pdl}
     both_labels = (keys.labels, "query_labels")
     launches.add(
         count_kernel,
@@ -232,6 +232,7 @@ def _plan_pass(
         BM=tiles.assign_rows,
         **keys.precision,
         STAGES=queries.tiles.sum_stages,
+        num_warps=queries.tiles.assign_warps,
         **sort_options,
     )
     prefix_bins = min(tiles.prefix_bins, bins)
@@ -246,8 +247,8 @@ def _plan_pass(
         num_warps=4,
         **keys.pdl,
     )
-    starts = ("key_order", "key_starts", "query_order", "query_starts")
-    launches.add(order_kernel, sort_grid, (*both_labels, "counts", "totals", *starts), sizes, **sort_options)
+    orders = (*both_labels, "counts", "totals", "key_order", "key_starts", "query_order", "query_starts")
+    launches.add(order_kernel, sort_grid, orders, sizes, **sort_options, num_warps=4)
     key_numbers = (keys.heads, num_keys, num_landmarks, num_query_landmarks)
     if num_exact > 0:
         launches.add(

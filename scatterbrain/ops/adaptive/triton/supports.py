@@ -1,11 +1,11 @@
 """Kernels of the choice of supports and of the sorted orders. `plan.py` launches them; README.md has the rule.
 
-The clusters of keys and the centroids of queries are found by the kernels of `clusters/triton/kmeans.py`, those that the
-two share by `starts.py`. Then, in this order:
+The clusters of keys and the centroids of queries are found by kernels of `clusters/triton/kmeans.py` and `starts.py`.
+Then, in this order:
 
 - `count_kernel`, `prefix_kernel`, `order_kernel`: a counting sort of keys and of queries by cluster, stable. The first
   finds the clusters of the queries.
-- `moments_kernel`: means and mean squares of the logits of each key cluster, as each query cluster's centroid sees them.
+- `moments_kernel`: means and mean squares of the logits of each key cluster, as the centroids of queries see them.
 - `support_kernel`: the key clusters that each query cluster takes.
 - `lists_kernel`: positions of their keys.
 
