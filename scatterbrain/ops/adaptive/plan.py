@@ -10,14 +10,14 @@ from scatterbrain.errors import UserError, is_number
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.kmeans import (
     assign_key_clusters,
-    assign_query_clusters,
     check_steps,
     cluster_sums,
+    find_centroids,
     valid_points,
 )
+from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances
 from scatterbrain.ops.common.inputs import check_tensors, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import (
-    accumulation_dtype,
     at_most,
     gather_rows,
     is_exporting,
@@ -106,23 +106,25 @@ def plan_adaptive_attention(
         sizes = at_most(num_landmarks, key.shape[2]), at_most(num_query_landmarks, query.shape[2])
         return find_plan(query, key, *sizes, density, tolerance, scale, key_lengths, query_lengths, num_steps)
     with torch.no_grad(), no_autocast(query):
-        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
-        query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
+        num_exact = exact_keys(density, key.shape[2])
+        # without exact keys, the clusters are those of landmark attention
+        sample = sample_of_keys(key.shape[2], num_landmarks) if num_exact > 0 else 1
+        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight, sample=sample)
         num_landmarks = at_most(num_landmarks, key.shape[2])
         num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
-        num_exact = exact_keys(density, key.shape[2])
+        sample = sample_of_queries(query.shape[2], num_query_landmarks)
+        query_labels, centroids = find_centroids(query, num_query_landmarks, num_steps, query_lengths, sample)
         shape = (*query.shape[:2], num_query_landmarks, num_landmarks)
         if num_exact == 0:
             taken = torch.zeros(shape, dtype=torch.bool, device=query.device)
             return AdaptivePlan(key_labels, query_labels, taken, 0)
         rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-        counted = valid_points(query, query_lengths).expand(query.shape[:3])
-        tensors = (rows.query, rows.key, key_labels, query_labels.masked_fill(~counted, -1))
+        tensors = (centroids, rows.key, key_labels)
         # as many sequences at a time as the budget of tiles allows
-        columns = num_query_landmarks + query.shape[3] + num_landmarks
+        columns = num_query_landmarks + key.shape[3] + num_landmarks
         size = max(1, tile_budget(query) // (key.shape[2] * columns))
         slices = zip(*(split_rows(x.flatten(0, 1), size) for x in tensors), strict=True)
-        taken = [_take(*each, num_landmarks, num_query_landmarks, density, tolerance, scale) for each in slices]
+        taken = [_take(*each, num_landmarks, density, tolerance, scale) for each in slices]
         return AdaptivePlan(key_labels, query_labels, torch.cat(taken).view(shape), num_exact)
 
 
@@ -207,20 +209,16 @@ def _sizes(labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
 
 
 def _take(
-    query: torch.Tensor,
+    centroids: torch.Tensor,
     key: torch.Tensor,
     key_labels: torch.Tensor,
-    query_labels: torch.Tensor,
     num_landmarks: int,
-    num_query_landmarks: int,
     density: float,
     tolerance: float | None,
     scale: float,
 ) -> torch.Tensor:
-    """Boolean (G, Q, M), the clusters that each query cluster takes, of G sequences (G, N, E); labels -1 for none."""
-    log_weight, log_loss, members = log_losses(
-        query, key, key_labels, query_labels, num_landmarks, num_query_landmarks, scale
-    )
+    """Boolean (G, Q, M), the clusters that each query cluster takes; arguments as in `log_losses`."""
+    log_weight, log_loss, members = log_losses(centroids, key, key_labels, num_landmarks, scale)
     order = stable_argsort(-log_loss)
     sizes = members.unsqueeze(1).expand_as(order).gather(2, order)
     room = (density * members.sum(1).double() + 1e-6).long().view(-1, 1, 1)
@@ -239,32 +237,22 @@ def _take(
 
 
 def log_losses(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    key_labels: torch.Tensor,
-    query_labels: torch.Tensor,
-    num_landmarks: int,
-    num_query_landmarks: int,
-    scale: float,
+    centroids: torch.Tensor, key: torch.Tensor, key_labels: torch.Tensor, num_landmarks: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logarithms of the weights of clusters whose logits are normal, and of what their landmarks may misplace of them.
 
     Args:
-        query: (G, T, E).
+        centroids: of the query clusters (G, Q, E).
         key: (G, S, E).
         key_labels: cluster of each key (G, S), -1 for none.
-        query_labels: cluster of each query (G, T), -1 for none.
         num_landmarks: number of key clusters M.
-        num_query_landmarks: number of query clusters Q.
         scale: softmax scale s.
 
     Returns:
         Both (G, Q, M), -inf for clusters without keys, and sizes of the clusters (G, M) int64.
     """
-    dtype = accumulation_dtype(query.dtype)
-    (sums,), members = cluster_sums((query.to(dtype),), query_labels, num_query_landmarks)
-    means = scale * sums / members.clamp_min(1.0)  # s p_a
-    key = key.to(dtype)
+    means = scale * centroids  # s p_a
+    key = key.to(means.dtype)
     hidden = (key_labels < 0).unsqueeze(-1)
     centre = key.sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True).clamp_min(1)
     # relative to a common centre, sums lose no digits where all keys share a large component
@@ -273,9 +261,12 @@ def log_losses(
     sizes = members.clamp_min(1.0)
     landmarks = sums / sizes
     mean = landmarks @ means.transpose(1, 2)  # [G, M, Q]
-    offsets = key - gather_rows(landmarks, key_labels.clamp_min(0))
-    (squares,), _ = cluster_sums(((offsets @ means.transpose(1, 2)).square_(),), key_labels, num_landmarks)
-    variance = (squares / sizes).clamp_min(LEAST_VARIANCE)
+    # variances over a sample of the keys
+    some = slice(None, None, sample_of_variances(key.shape[1]))
+    offsets = key[:, some] - gather_rows(landmarks, key_labels[:, some].clamp_min(0))
+    squares = (offsets @ means.transpose(1, 2)).square_()
+    (squares,), sampled = cluster_sums((squares,), key_labels[:, some], num_landmarks)
+    variance = (squares / sampled.clamp_min(1.0)).clamp_min(LEAST_VARIANCE)
     log_weight = (mean + variance / 2 + sizes.log()).masked_fill(members == 0, -torch.inf).transpose(1, 2)
     log_loss = log_weight + (-torch.expm1(-variance)).log().transpose(1, 2) / 2  # [G, Q, M]
     return log_weight, log_loss, members.squeeze(-1).long()

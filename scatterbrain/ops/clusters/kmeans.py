@@ -8,7 +8,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters import triton as fused
-from scatterbrain.ops.clusters.steps import STEP_EVERY
+from scatterbrain.ops.clusters.steps import step_sample
 from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
@@ -46,7 +46,7 @@ def assign_clusters(
     Raises:
         UserError: fewer than one cluster, or a negative number of steps.
     """
-    labels = nearest_centroids(points, num_clusters, num_steps, lengths)
+    labels, _ = find_centroids(points, num_clusters, num_steps, lengths)
     return labels if lengths is None else labels.masked_fill(~valid_points(points, lengths), -1)
 
 
@@ -58,6 +58,7 @@ def assign_key_clusters(
     key_lengths: torch.Tensor | None = None,
     value_weight: float = 0.5,
     attn_mask: torch.Tensor | None = None,
+    sample: int = 1,
 ) -> torch.Tensor:
     """Cluster of each key, of keys that also have similar values, since values are averaged within a cluster.
 
@@ -71,6 +72,7 @@ def assign_key_clusters(
             over the sequence; 0 clusters the keys alone.
         attn_mask: boolean (B, S); keys where it is false are in no cluster, and the others are clustered as if they
             were a sequence by themselves. None for all.
+        sample: find centroids from the first of so many keys.
 
     Returns:
         (B, H, S) int64, a cluster in [0, M) or -1 for no cluster.
@@ -84,9 +86,10 @@ def assign_key_clusters(
     if attn_mask is not None:
         order, count = visible_first(visible_keys(key_lengths, attn_mask, key.shape[2]))
         key, value = (take_in_order(x.detach(), order) for x in (key, value))
-        labels = assign_key_clusters(key, value, num_clusters, num_steps, count, value_weight)
+        labels = assign_key_clusters(key, value, num_clusters, num_steps, count, value_weight, None, sample)
         return put_in_order(labels, order)
-    if value_weight == 0 and fused.is_fast(key) and not (torch.compiler.is_compiling() or is_exporting()):
+    is_fast = value_weight == 0 and sample == 1 and fused.is_fast(key)
+    if is_fast and not (torch.compiler.is_compiling() or is_exporting()):
         num_clusters = at_most(num_clusters, key.shape[2])
         if fused.unsupported(key, key, num_clusters, 0) is None:
             return fused.find_clusters(key, num_clusters, num_steps, key_lengths)
@@ -100,7 +103,8 @@ def assign_key_clusters(
         size = mean.square().sum(-1, keepdim=True).add(value_std.square()).sqrt()
         value_std = torch.maximum(value_std, 1e-4 * size).clamp_min(torch.finfo(value.dtype).tiny)
         points = torch.cat([points, (value - mean) * (value_weight * key_std / value_std)], dim=-1)
-    return assign_clusters(points, num_clusters, num_steps, key_lengths)
+    labels, _ = find_centroids(points, num_clusters, num_steps, key_lengths, sample)
+    return labels if key_lengths is None else labels.masked_fill(~valid_points(key, key_lengths), -1)
 
 
 def assign_query_clusters(
@@ -127,9 +131,9 @@ def assign_query_clusters(
         UserError: fewer than one cluster, or a negative number of steps.
     """
     if query_mask is None:
-        return nearest_centroids(query, num_clusters, num_steps, query_lengths)
+        return find_centroids(query, num_clusters, num_steps, query_lengths)[0]
     order, count = visible_first(visible_keys(query_lengths, query_mask, query.shape[2]))
-    labels = nearest_centroids(take_in_order(query.detach(), order), num_clusters, num_steps, count)
+    labels, _ = find_centroids(take_in_order(query.detach(), order), num_clusters, num_steps, count)
     return put_in_order(labels, order)
 
 
@@ -223,10 +227,23 @@ def check_steps(num_clusters: int, num_steps: int) -> None:
             raise UserError(f"{name}={number!r} of landmark attention has to be an integer of at least {least}.")
 
 
-def nearest_centroids(
-    points: torch.Tensor, num_clusters: int, num_steps: int, lengths: torch.Tensor | None
-) -> torch.Tensor:
-    """Nearest centroid (B, H, N) of every point (B, H, N, E), padding included; see `assign_clusters`."""
+def find_centroids(
+    points: torch.Tensor,
+    num_clusters: int,
+    num_steps: int,
+    lengths: torch.Tensor | None = None,
+    sample: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centroid (B, H, N) int64 of every point (B, H, N, E), padding included, and the centroids (B, H, M, E).
+
+    Args:
+        points: (B, H, N, E).
+        num_clusters: number of clusters M.
+        num_steps: iterations of Lloyd's algorithm.
+        lengths: (B,) integers; points i >= lengths[b] move no centroid. None for all.
+        sample: choose and move centroids by the first of so many points, Lloyd's steps take
+            every second point at most.
+    """
     check_steps(num_clusters, num_steps)
     batch, heads, length, _ = points.shape
     # every point is a cluster then
@@ -239,29 +256,35 @@ def nearest_centroids(
         if lengths is not None:
             lengths = lengths.to(points.device).clamp(0, length).view(-1, 1).expand(batch, heads)
             counts = split_rows(lengths.reshape(-1, 1), size)
-        labels = [_cluster_slice(*each, num_clusters, num_steps) for each in zip(slices, counts, strict=True)]
-    return torch.cat(labels).view(batch, heads, length)
+        options = (num_clusters, num_steps, sample)
+        found = [_cluster_slice(*each, *options) for each in zip(slices, counts, strict=True)]
+    labels, centroids = (torch.cat(x) for x in zip(*found, strict=True))
+    return labels.view(batch, heads, length), centroids.view(batch, heads, *centroids.shape[1:])
 
 
 def _cluster_slice(
-    points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int
-) -> torch.Tensor:
-    """Nearest centroid (G, N) int64 of points (G, N, E), of which the first `counts` (G, 1), or all, move centroids."""
-    centroids = _farthest_of_stretches(points, counts, num_clusters)
+    points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int, sample: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centroid (G, N) of each of the points (G, N, E), and centroids; the first `counts` (G, 1) move them."""
+    sampled = counts
+    if counts is not None and sample > 1:
+        sampled = (counts + (sample - 1)) // sample
+    centroids = _farthest_of_stretches(points[:, ::sample], sampled, num_clusters)
     # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
     centre = centroids.mean(1, keepdim=True)
     points, centroids = points - centre, centroids - centre
-    some = points[:, ::STEP_EVERY]
+    every = step_sample(sample)
+    some = points[:, ::every]
     outside = None
     if counts is not None:
-        outside = torch.arange(0, points.shape[1], STEP_EVERY, device=points.device) >= counts
+        outside = torch.arange(0, points.shape[1], every, device=points.device) >= counts
     for _ in range(num_steps):
         labels = _nearest(some, centroids)
         if outside is not None:
             labels = labels.masked_fill(outside, -1)
         (sums,), members = cluster_sums((some,), labels, num_clusters)
         centroids = torch.where(members > 0, sums / members.clamp_min(1.0), centroids)
-    return _nearest(points, centroids)
+    return _nearest(points, centroids), centroids + centre
 
 
 def _farthest_of_stretches(points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int) -> torch.Tensor:

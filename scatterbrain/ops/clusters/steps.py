@@ -1,4 +1,34 @@
 """What the implementations of k-means share."""
 
+from __future__ import annotations
+
+from scatterbrain.ops.common.numerics import is_exporting
+
 # Lloyd's steps look at the first of so many points: centroids are means of many, and half of them find as good ones.
 STEP_EVERY = 2
+# A plan of adaptive attention finds centroids from the first of so many points where a cluster has enough of them on
+# average, and variances of logits from the first of so many keys of long sequences.
+SAMPLE_EVERY = 4
+KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
+VARIANCE_EVERY, LONG_SEQUENCE = 2, 2048
+
+
+def sample_of_keys(num_keys: int, num_clusters: int) -> int:
+    """1, or s where a plan finds centroids of keys from the first of each s."""
+    # an exported graph serves other lengths
+    return SAMPLE_EVERY if not is_exporting() and num_keys >= KEYS_PER_CLUSTER * num_clusters else 1
+
+
+def sample_of_queries(length: int, num_clusters: int) -> int:
+    """1, or s where a plan finds centroids of queries from the first of each s."""
+    return SAMPLE_EVERY if not is_exporting() and length >= QUERIES_PER_CLUSTER * num_clusters else 1
+
+
+def sample_of_variances(num_keys: int) -> int:
+    """1, or s where a plan finds variances of logits from the first of each s keys."""
+    return VARIANCE_EVERY if not is_exporting() and num_keys >= LONG_SEQUENCE else 1
+
+
+def step_sample(sample: int) -> int:
+    """How many points Lloyd's steps take the first of, with centroids from the first of `sample`."""
+    return max(sample, STEP_EVERY)

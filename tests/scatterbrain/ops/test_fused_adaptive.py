@@ -78,22 +78,21 @@ def compare(tensors, sizes, window, key_lengths=None, factor=1.0, plan=None):
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("density", [0.0, 0.1, 0.4, 1.0])
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize(("density", "window"), [(0.0, 7), (0.1, 0), (0.4, 7), (1.0, 0), (1.0, 7)])
 def test_densities_and_windows(device, dtype, density, window):
-    compare(draw(device, dtype, 50, heads=2), (9, 4, density), window)
+    compare(draw(device, dtype, 34, heads=2), (9, 4, density), window)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize(
     ("lengths", "widths", "sizes", "window"),
     [
-        ((37, 53), (20, 12), (11, 3, 0.4), 300),
-        ((53, 20), (16, 48), (20, 17, 0.5), 2),
-        ((90, 70), (33, 8), (40, 5, 0.3), 5),  # several words, and landmarks that are not a multiple of 32
-        ((60, 170), (16, 16), (150, 4, 0.3), 9),  # more words than are kept in registers
+        ((21, 37), (20, 12), (11, 3, 0.4), 300),
+        ((37, 20), (16, 48), (20, 17, 0.5), 2),
+        ((34, 50), (33, 8), (40, 5, 0.3), 5),  # several words, and landmarks that are not a multiple of 32
+        ((20, 140), (16, 16), (130, 4, 0.3), 9),  # more words than are kept in registers
         ((1, 1), (16, 16), (1, 1, 1.0), 1),
-        ((200, 3), (16, 16), (3, 6, 0.7), 0),
+        ((70, 3), (16, 16), (3, 6, 0.7), 0),
     ],
 )
 def test_shapes(device, dtype, lengths, widths, sizes, window):
@@ -103,7 +102,7 @@ def test_shapes(device, dtype, lengths, widths, sizes, window):
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("window", [0, 5])
 def test_hidden_keys_may_hold_nan(device, dtype, window):
-    compare(draw(device, dtype, 41, batch=3), (7, 4, 0.4), window, (41, 0, 13))
+    compare(draw(device, dtype, 33, batch=3), (7, 4, 0.4), window, (33, 0, 13))
     out = adaptive_attention(
         *draw(device, dtype, 30, batch=2), 6, 3, 0.4, window, key_lengths=[30, 0], backend="triton"
     )
@@ -114,12 +113,12 @@ def test_hidden_keys_may_hold_nan(device, dtype, window):
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("max_logit", [50, 80])
 def test_extreme_logits(device, dtype, max_logit):
-    compare(draw(device, dtype, 60, max_logit=max_logit), (8, 4, 0.3), 9, factor=3)
+    compare(draw(device, dtype, 40, max_logit=max_logit), (8, 4, 0.3), 9, factor=3)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_a_large_common_part_of_the_keys_costs_no_accuracy(device, dtype):
-    query, key, value = draw(device, dtype, 60)
+    query, key, value = draw(device, dtype, 40)
     # float16 sums overflow beyond this
     compare([query, key + (100 if dtype != torch.float16 else 30), value], (8, 4, 0.3), 9, factor=6)
 

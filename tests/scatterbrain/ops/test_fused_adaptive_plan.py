@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from scatterbrain.ops.adaptive.plan import _take, exact_keys, log_losses, plan_adaptive_attention
-from scatterbrain.ops.clusters.kmeans import cluster_means
+from scatterbrain.ops.clusters import steps
+from scatterbrain.ops.clusters.kmeans import cluster_means, find_centroids
 from scatterbrain.ops.common.backends import is_interpreted
 from tests.helpers import draw_inputs
 from tests.scatterbrain.ops.poison import poisoned_memory
 
 triton = pytest.importorskip("triton")
 
-from scatterbrain.ops.adaptive.triton.plan import find_plan, run_plan  # noqa: E402 - imports triton
+from scatterbrain.ops.adaptive.triton.plan import _run, find_plan, run_plan  # noqa: E402 - imports triton
 from scatterbrain.ops.adaptive.triton.tables import (  # noqa: E402
     fill_tables,
     layout_of_plan,
@@ -21,6 +22,7 @@ from scatterbrain.ops.adaptive.triton.tables import (  # noqa: E402
     tables_layout,
 )
 from scatterbrain.ops.clusters.triton.operator import LandmarkPlan  # noqa: E402
+from scatterbrain.ops.common import passes  # noqa: E402 - imports triton
 
 needs_interpreter = pytest.mark.skipif(
     not is_interpreted() or triton.__version__.startswith("3.2."),
@@ -41,35 +43,33 @@ def draw(device, dtype, length=50, num_keys=None, width=16, batch=1, heads=1):
 def plan_by_kernels(
     tensors, num_landmarks, num_query_landmarks, density, tolerance=None, lengths=(None, None), num_steps=1, labels=None
 ):
-    """The plan, and statistics and tables by name."""
+    """The plan, centroids of the query clusters, and statistics and tables by name."""
     query, key, value = tensors
     scale = query.shape[3] ** -0.5
     num_landmarks, num_query_landmarks = min(num_landmarks, key.shape[2]), min(num_query_landmarks, query.shape[2])
     options = (num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, True)
     with poisoned_memory():
-        statistics, tables = run_plan(query, key, value, *lengths, labels, *options)
+        layouts, (statistics, tables, workspace, _) = _run((query, key, value, *lengths, labels), options)
     layout = LandmarkPlan(query, key, value, lengths[0], labels, num_landmarks, 0, scale, num_steps).statistics()
     statistics = layout.views(statistics)
     groups = query.shape[0] * query.shape[1]
     sizes = (num_landmarks, num_query_landmarks, exact_keys(density, key.shape[2]), True)
     tables = tables_layout(groups, query.shape[2], key.shape[2], *sizes).views(tables)
     key_labels = statistics["labels"] if labels is None else labels.flatten(0, 1)
-    return plan_of_tables(key_labels, tables, num_landmarks, query.shape[0]), statistics, tables
+    centroids = layouts[2].views(workspace)
+    centre = centroids["query_centre"][:, None, : query.shape[3]]
+    centroids = centre.double() + centroids["query_landmarks"].double()
+    return plan_of_tables(key_labels, tables, num_landmarks, query.shape[0]), centroids, statistics, tables
 
 
-def check_supports(tensors, plan, tolerance, density, query_lengths):
+def check_supports(tensors, plan, centroids, tolerance, density):
     """Compare the supports of a plan with those that the specification chooses for its clusters."""
-    query, key, _ = (x.flatten(0, 1).double() for x in tensors)
-    query_labels = plan.query_assignment
-    if query_lengths is not None:
-        counted = torch.arange(query.shape[1], device=query.device) < query_lengths.view(-1, 1, 1)
-        query_labels = query_labels.where(counted, -1)
-    key_labels, query_labels = plan.key_assignment.flatten(0, 1), query_labels.flatten(0, 1)
-    sizes, scale = (plan.taken.shape[3], plan.taken.shape[2]), query.shape[2] ** -0.5
-    inputs = (query, key, key_labels, query_labels, *sizes)
+    key, key_labels = tensors[1].flatten(0, 1).double(), plan.key_assignment.flatten(0, 1)
+    query_labels, scale = plan.query_assignment.flatten(0, 1), key.shape[2] ** -0.5
+    inputs = (centroids, key, key_labels, plan.taken.shape[3])
     expected, found = _take(*inputs, density, tolerance, scale), plan.taken.flatten(0, 1)
-    used = (query_labels.unsqueeze(1) == torch.arange(sizes[1], device=query.device)[:, None]).any(2)
-    if query.device.type == "cpu":
+    used = (query_labels.unsqueeze(1) == torch.arange(plan.taken.shape[2], device=key.device)[:, None]).any(2)
+    if key.device.type == "cpu":
         assert torch.equal(expected & used.unsqueeze(2), found & used.unsqueeze(2))
         return
     # rounding changes the order of clusters that lose about the same
@@ -80,7 +80,7 @@ def check_supports(tensors, plan, tolerance, density, query_lengths):
 
 
 def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, lengths=(None, None), **options):
-    plan, statistics, tables = plan_by_kernels(
+    plan, centroids, statistics, tables = plan_by_kernels(
         tensors, num_landmarks, num_query_landmarks, density, tolerance, lengths, **options
     )
     exact = tensors[0].dtype == torch.float32
@@ -94,7 +94,12 @@ def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, 
         assert torch.equal(table, found), name
     assert expected["exact_counts"].max() <= plan.num_exact
     # the supports are those of the clusters
-    check_supports(tensors, plan, tolerance, density, lengths[1])
+    check_supports(tensors, plan, centroids, tolerance, density)
+    # queries are in the cluster of the nearest centroid
+    points = tensors[0].flatten(0, 1).double()
+    distances = torch.cdist(points, centroids) - torch.cdist(points, centroids).amin(2, keepdim=True)
+    distances = distances.gather(2, plan.query_assignment.flatten(0, 1).unsqueeze(2))
+    assert distances.max() < (1e-4 if exact else 0.05) * points.norm(dim=2).max()
     # the statistics are those of the clusters
     means = cluster_means(tensors[1].double().nan_to_num(), plan.key_assignment, plan.taken.shape[3]).flatten(0, 1)
     empty = expected["key_starts"].diff(dim=1).unsqueeze(2) == 0
@@ -105,62 +110,71 @@ def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, 
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("density", [0.0, 0.13, 0.5, 1.0])
-@pytest.mark.parametrize("num_landmarks", [5, 37])
-def test_plan(device, dtype, num_landmarks, density):
-    plan = check(draw(device, dtype, 61, 150), num_landmarks, 7, density)
+@pytest.mark.parametrize(
+    ("num_landmarks", "num_query_landmarks", "density"),
+    # centroids of keys and queries together; keys alone; of several blocks
+    [(5, 7, 0.0), (5, 7, 0.5), (16, 17, 0.3), (37, 7, 0.13), (37, 7, 1.0)],
+)
+def test_plan(device, dtype, num_landmarks, num_query_landmarks, density):
+    plan = check(draw(device, dtype, 45, 100), num_landmarks, num_query_landmarks, density)
     if density in (0.0, 1.0):
         sizes = torch.nn.functional.one_hot(plan.key_assignment, num_landmarks).sum(2) > 0
         assert torch.equal(plan.taken, sizes.unsqueeze(2).expand_as(plan.taken) & (density == 1.0))
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize(("length", "num_keys"), [(1, 1), (1, 40), (40, 1), (7, 5), (200, 33)])
-@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("length", "num_keys", "num_steps"), [(1, 1, 0), (1, 20, 2), (20, 1, 2), (7, 5, 2), (70, 33, 0), (70, 33, 2)]
+)
 def test_few_queries_or_keys(device, dtype, length, num_keys, num_steps):
     check(draw(device, dtype, length, num_keys, 32, batch=2), 12, 9, 0.4, num_steps=num_steps)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_lengths(device, dtype):
-    tensors = draw(device, dtype, 60, 50, batch=3)
-    key_lengths = torch.tensor([50, 0, 33], device=device)
-    query_lengths = torch.tensor([60, 41, 2], device=device)
-    plan = check(tensors, 20, 6, 0.25, lengths=(key_lengths, query_lengths))
+    tensors = draw(device, dtype, 36, 40, batch=3)
+    key_lengths = torch.tensor([40, 0, 23], device=device)
+    query_lengths = torch.tensor([36, 21, 2], device=device)
+    plan = check(tensors, 16, 6, 0.25, lengths=(key_lengths, query_lengths))
     assert (plan.key_assignment[1] == -1).all()
     assert (plan.query_assignment >= 0).all()
     hidden = tensors[1].clone()
-    hidden[1:, :, 33:] = float("nan")
-    again = plan_by_kernels([tensors[0], hidden, tensors[2]], 20, 6, 0.25, lengths=(key_lengths, query_lengths))[0]
+    hidden[1:, :, 23:] = float("nan")
+    again = plan_by_kernels([tensors[0], hidden, tensors[2]], 16, 6, 0.25, lengths=(key_lengths, query_lengths))[0]
     assert all(torch.equal(one, other) for one, other in zip(plan[:3], again[:3], strict=True))
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.99])
 def test_tolerance(device, dtype, tolerance):
-    plan = check(draw(device, dtype, 120), 24, 8, 0.6, tolerance)
+    plan = check(draw(device, dtype, 60), 14, 8, 0.6, tolerance)
     assert plan.taken.sum() == 0 or tolerance < 0.99
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_equal_keys_and_queries(device, dtype):
-    query, key, value = draw(device, dtype, 50)
+    query, key, value = draw(device, dtype, 30)
     equal = [x[:, :, :1].expand_as(x).contiguous() for x in (query, key)]
     check([*equal, value], 8, 5, 0.3)
     check([query, equal[1], value], 8, 5, 1.0)
-    check([query, torch.cat([key[:, :, :25], equal[1][:, :, :25]], 2), value], 8, 5, 0.4)
+    check([query, torch.cat([key[:, :, :15], equal[1][:, :, :15]], 2), value], 8, 5, 0.4)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_given_clusters(device, dtype):
-    tensors = draw(device, dtype, 70)
-    labels = torch.randint(9, (1, 1, 70), device=device, dtype=torch.int16)
+    tensors = draw(device, dtype, 50)
+    labels = torch.randint(9, (1, 1, 50), device=device, dtype=torch.int16)
     plan = check(tensors, 9, 6, 0.4, labels=labels)
     assert torch.equal(plan.key_assignment, labels.long())
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES[:1])
-def test_plan_is_that_of_pytorch(device, dtype):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_plan_is_that_of_pytorch(device, dtype, sampled, monkeypatch):
+    if sampled:
+        for name in ("KEYS_PER_CLUSTER", "QUERIES_PER_CLUSTER", "LONG_SEQUENCE"):
+            monkeypatch.setattr(steps, name, 1)
+        monkeypatch.setattr(passes, "PASSES", passes.Cache())
     # lumps that are far apart: no point is near the border of two clusters, whatever the rounding
     lumps = 30 * torch.randn(12, 20)
     query, key = (lumps[torch.randint(12, (1, 2, n))] + torch.randn(1, 2, n, 20) for n in (60, 90))
@@ -191,7 +205,8 @@ def test_plans_on_a_gpu_come_from_the_kernels():
     plan = plan_adaptive_attention(query, key, value, 32, 16, 0.1, key_lengths=lengths)
     expected = find_plan(query, key, 32, 16, 0.1, None, 40**-0.5, lengths, None, 1)
     assert all(torch.equal(one, other) for one, other in zip(plan[:3], expected[:3], strict=True))
-    check_supports((query, key, value), plan, None, 0.1, None)
+    _, centroids = find_centroids(query.double(), 16, 1)
+    check_supports((query, key, value), plan, centroids.flatten(0, 1), None, 0.1)
 
 
 @pytest.mark.gpu

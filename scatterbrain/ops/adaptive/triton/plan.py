@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
+from scatterbrain.ops.adaptive.triton.starts import combine_both_kernel, start_both_kernel, sum_both_kernel
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
     count_kernel,
@@ -17,15 +18,17 @@ from scatterbrain.ops.adaptive.triton.supports import (
     support_kernel,
 )
 from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
+from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances, step_sample
 from scatterbrain.ops.clusters.triton import ROW_MULTIPLE, with_even_rows
 from scatterbrain.ops.clusters.triton.operator import (
+    MANY_CHUNKS,
     LandmarkPlan,
     add_cluster_kernels,
     cluster_layouts,
     with_vector_loads,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
-from scatterbrain.ops.common.passes import Pass, allocate, find_pass, power_of_two
+from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
 from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
 
@@ -36,26 +39,112 @@ class PlanTiles(NamedTuple):
         sort_rows: points of a tile of the counting sort.
         prefix_tiles: of these tiles, so many are added up at a time,
         prefix_bins: for so many clusters.
-        moment_queries: query clusters of a program of the moments.
+        assign_rows: of these points, queries whose clusters are found at a time.
+        moment_queries: query clusters of a program of the moments, at most.
         moment_landmarks: its key clusters.
         moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
         list_places: places of a program that lists keys.
     """
 
     sort_rows: int = 256
+    assign_rows: int = 64
     prefix_tiles: int = 64
     prefix_bins: int = 32
     moment_queries: int = 64
     moment_landmarks: int = 64
-    moment_programs: int = 528
+    moment_programs: int = 396
     list_places: int = 256
 
 
-_FLOAT32 = PlanTiles(moment_queries=32, moment_landmarks=32)
+_FLOAT32 = PlanTiles(assign_rows=32, moment_queries=32, moment_landmarks=32)
 # Triton's interpreter, for tests: several tiles also for small shapes.
-_SMALL = PlanTiles(16, 4, 16, 16, 16, 12, 16)
+_SMALL = PlanTiles(32, 16, 4, 16, 16, 16, 12, 16)
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
+
+
+def _can_share(keys: LandmarkPlan, queries: LandmarkPlan) -> bool:
+    """Whether the kernels of `starts.py` can find the centroids of keys and queries together."""
+    one_block = not keys.has_labels and keys.blocks == 1 and queries.blocks == 1
+    few_chunks = all(plan.chunks_of_steps(1)[1] <= MANY_CHUNKS for plan in (keys, queries))
+    same_tiles = ("start_warps", "sum_rows", "sum_warps", "sum_stages", "combine_landmarks")
+    return one_block and few_chunks and all(getattr(keys.tiles, x) == getattr(queries.tiles, x) for x in same_tiles)
+
+
+def _add_centroids(
+    launches: LaunchSequence,
+    keys: LandmarkPlan,
+    queries: LandmarkPlan,
+    key: torch.Tensor,
+    query: torch.Tensor,
+    samples: tuple[int, int],
+) -> None:
+    """Launches that find the centroids of keys and queries, from the first of so many of each."""
+    centroids = ("centre", "landmarks", "bias")
+    query_centroids = tuple("query_" + name for name in centroids)
+    key_strides, query_strides = row_strides(key), row_strides(query)
+    widths = {"E": keys.width, "BE": keys.widths["BE"]}
+
+    def of_both(of_keys: dict[str, Any], of_queries: dict[str, Any]) -> dict[str, Any]:
+        return of_keys | {"QUERY_" + name: option for name, option in of_queries.items()}
+
+    launches.add(
+        start_both_kernel,
+        (max(keys.num_landmarks, queries.num_landmarks), keys.groups, 2),
+        ("key", "key_lengths", *centroids, "query", "query_lengths", *query_centroids),
+        (
+            *(keys.heads, keys.num_keys, keys.num_landmarks, *key_strides),
+            *(queries.num_keys, queries.num_landmarks, *query_strides),
+        ),
+        **widths,
+        **of_both(keys.start_options(samples[0]), queries.start_options(samples[1])),
+        num_warps=keys.tiles.start_warps,
+        **keys.first,
+    )
+    (chunk, chunks), (query_chunk, query_chunks) = (
+        plan.chunks_of_steps(sample) for plan, sample in zip((keys, queries), samples, strict=True)
+    )
+    sides = [
+        {"BD": plan.widths["BD"], "MP": plan.padded, "FINAL": number == 1}
+        for plan, number in ((keys, chunks), (queries, query_chunks))
+    ]
+    steps = [
+        {"PARTS": plan.parts, **plan.lengths, "EVERY": step_sample(sample)}
+        for plan, sample in zip((keys, queries), samples, strict=True)
+    ]
+    for _ in range(keys.num_steps):
+        launches.add(
+            sum_both_kernel,
+            (max(chunks, query_chunks), keys.groups, 2),
+            (
+                *("key", "key_lengths", "sums", *centroids),
+                *("query", "query_lengths", "query_sums", *query_centroids),
+            ),
+            (
+                *(keys.heads, keys.num_keys, keys.num_landmarks, chunk, chunks, *key_strides),
+                *(queries.num_keys, queries.num_landmarks, query_chunk, query_chunks, *query_strides),
+            ),
+            **widths,
+            **of_both(sides[0] | steps[0], sides[1] | steps[1]),
+            BN=keys.tiles.sum_rows,
+            **keys.precision,
+            STAGES=keys.tiles.sum_stages,
+            num_warps=keys.tiles.sum_warps,
+            **keys.pdl,
+        )
+        if max(chunks, query_chunks) > 1:
+            block = keys.tiles.combine_landmarks
+            launches.add(
+                combine_both_kernel,
+                (-(-max(keys.padded, queries.padded) // block), keys.groups, 2),
+                ("sums", *centroids, "query_sums", *query_centroids),
+                (keys.num_landmarks, chunks, queries.num_landmarks, query_chunks),
+                **widths,
+                **of_both(*sides),
+                BLOCK=block,
+                num_warps=4,
+                **keys.pdl,
+            )
 
 
 def _plan_pass(
@@ -75,7 +164,7 @@ def _plan_pass(
 ) -> Pass:
     """Launches that plan; arguments as in `run_plan`."""
     keys = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, 0, scale, num_steps)
-    narrow = query[..., :1]  # there are no mean values of queries
+    narrow = query[..., :1]  # queries have no mean values
     queries = LandmarkPlan(query, query, narrow, query_lengths, None, num_query_landmarks, 0, scale, num_steps)
     groups, length, num_keys = keys.groups, keys.length, keys.num_keys
     num_exact = exact_keys(density, num_keys)
@@ -85,9 +174,11 @@ def _plan_pass(
     padded = power_of_two(max(num_landmarks, WORD))  # a multiple of a word
     tiles = _SMALL if not query.is_cuda else _FLOAT32 if query.dtype == torch.float32 else PlanTiles()
     sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
-    moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // tiles.moment_queries)
+    moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
+    moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // moment_queries)
     rows = keys.tiles.sum_rows
-    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs, moment_blocks)
+    every = sample_of_variances(num_keys)
+    chunk, chunks = keys.chunks(-(-num_keys // every), rows, tiles.moment_programs, moment_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)
     query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
@@ -98,12 +189,13 @@ def _plan_pass(
     workspace.add("totals", 2, groups, bins, dtype=torch.int32)
     workspace.add("ends", groups, num_query_landmarks, padded, dtype=torch.int32)
     workspace.add("means", groups, num_query_landmarks, keys.padded)
+    workspace.add("sampled", groups, chunks, keys.padded, dtype=torch.int32)
     if not sorts_keys:
         workspace.add("key_order", groups, num_keys, dtype=torch.int32)
         workspace.add("key_starts", groups, num_landmarks + 1, dtype=torch.int32)
-    # one after another in the same place: sums of the keys, those of the queries, counts of tiles, squares
+    sums.add("query_sums", *query_sums.parts["query_sums"][1])
+    # one after another in the same place: sums, counts of tiles, squares
     for name, shape, dtype in (
-        ("query_sums", query_sums.parts["query_sums"][1], torch.float32),
         ("counts", (2, groups, sort_tiles, bins), torch.int32),
         ("squares", (groups, num_query_landmarks, chunks, keys.padded), torch.float32),
     ):
@@ -114,14 +206,35 @@ def _plan_pass(
         ("query", "key", "value", "key_lengths", "query_lengths", "given_labels"),
         (statistics, tables, workspace, sums),
     )
-    add_cluster_kernels(launches, keys, key, value)
-    add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"))
+    sample = sample_of_keys(num_keys, num_landmarks) if num_exact > 0 else 1
+    query_sample = sample_of_queries(length, num_query_landmarks)
+    can_share = _can_share(keys, queries)
+    if can_share:
+        _add_centroids(launches, keys, queries, key, query, (sample, query_sample))
+    add_cluster_kernels(launches, keys, key, value, sample=sample, has_centroids=can_share)
+    if not can_share:
+        names = ("query", "query", "query_lengths")
+        add_cluster_kernels(launches, queries, query, None, "query_", names, query_sample)
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
     sort_grid = (sort_tiles, groups, 2)
-    sort_options = {"BINS": bins, "BN": tiles.sort_rows, "num_warps": 4, **keys.pdl}
+    sort_options = {"BINS": bins, "BN": tiles.sort_rows, **keys.pdl}
     both_labels = (keys.labels, "query_labels")
-    launches.add(count_kernel, sort_grid, (*both_labels, "counts"), sizes, **sort_options)
+    launches.add(
+        count_kernel,
+        sort_grid,
+        ("query", "query_landmarks", "query_bias", *both_labels, "counts"),
+        (keys.heads, *sizes, *row_strides(query)),
+        E=keys.width,
+        BE=keys.widths["BE"],
+        QUERY_MB=queries.block,
+        QUERY_MP=queries.padded,
+        BM=tiles.assign_rows,
+        **keys.precision,
+        STAGES=queries.tiles.sum_stages,
+        num_warps=queries.tiles.assign_warps,
+        **sort_options,
+    )
     prefix_bins = min(tiles.prefix_bins, bins)
     launches.add(
         prefix_kernel,
@@ -134,8 +247,8 @@ def _plan_pass(
         num_warps=4,
         **keys.pdl,
     )
-    starts = ("key_order", "key_starts", "query_order", "query_starts")
-    launches.add(order_kernel, sort_grid, (*both_labels, "counts", "totals", *starts), sizes, **sort_options)
+    orders = (*both_labels, "counts", "totals", "key_order", "key_starts", "query_order", "query_starts")
+    launches.add(order_kernel, sort_grid, orders, sizes, **sort_options, num_warps=4)
     key_numbers = (keys.heads, num_keys, num_landmarks, num_query_landmarks)
     if num_exact > 0:
         launches.add(
@@ -143,16 +256,16 @@ def _plan_pass(
             (chunks, groups, moment_blocks),
             (
                 *("key", "key_lengths", keys.labels, "centre", "landmarks"),
-                *("query_centre", "query_landmarks", "query_log_counts", "means", "squares"),
+                *("query_centre", "query_landmarks", "means", "squares", "sampled"),
             ),
             (*key_numbers, chunk, *row_strides(key)),
             E=keys.width,
             BE=keys.widths["BE"],
             MB=tiles.moment_landmarks,
             MP=keys.padded,
-            QB=tiles.moment_queries,
-            QUERY_MP=queries.padded,
+            QB=moment_queries,
             BN=rows,
+            EVERY=every,
             **keys.lengths,
             **keys.precision,
             STAGES=keys.tiles.sum_stages,
@@ -162,7 +275,7 @@ def _plan_pass(
     launches.add(
         support_kernel,
         (num_query_landmarks, groups),
-        ("means", "squares", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
+        ("means", "squares", "sampled", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
         (
             *(*key_numbers, chunks),
             *(round(density * 2**DENSITY_BITS.value), scale, 0.0 if tolerance is None else tolerance),
@@ -172,6 +285,7 @@ def _plan_pass(
         BINS=bins,
         WORDS=-(-num_landmarks // WORD),
         ROUNDS=ROUNDS,
+        EVERY=every,
         LEAST_VARIANCE=LEAST_VARIANCE,
         HAS_TOLERANCE=tolerance is not None,
         **keys.lengths,

@@ -1,9 +1,11 @@
 """Kernels of the choice of supports and of the sorted orders. `plan.py` launches them; README.md has the rule.
 
-The clusters of keys and of queries are found by the kernels of `clusters/triton/kmeans.py`. Then, in this order:
+The clusters of keys and the centroids of queries are found by kernels of `clusters/triton/kmeans.py` and `starts.py`.
+Then, in this order:
 
-- `count_kernel`, `prefix_kernel`, `order_kernel`: a counting sort of keys and of queries by cluster, stable.
-- `moments_kernel`: means and mean squares of the logits of each key cluster, as each query cluster's mean sees them.
+- `count_kernel`, `prefix_kernel`, `order_kernel`: a counting sort of keys and of queries by cluster, stable. The first
+  finds the clusters of the queries.
+- `moments_kernel`: means and mean squares of the logits of each key cluster, as the centroids of queries see them.
 - `support_kernel`: the key clusters that each query cluster takes.
 - `lists_kernel`: positions of their keys.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from scatterbrain.ops.clusters.triton.kmeans import nearest, nearest_centroid
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, end_of_keys, load_rows, sequence_ptr
 
@@ -44,18 +47,48 @@ def load_labels(label_ptr, i, number, clusters):
 
 @triton.jit
 def count_kernel(
+    q_ptr,
+    query_delta_ptr, query_bias_ptr,  # (G, Q, E), (G, QUERY_MP): centroids of the queries
     key_label_ptr,  # (G, S) int16, -1 for none
-    query_label_ptr,  # (G, T) int16
+    query_label_ptr,  # (G, T) int16, written
     count_ptr,  # (2, G, tiles, BINS) int32, written: numbers of the points of a tile in each cluster
-    num_keys, length, num_landmarks, num_query_landmarks,
-    BINS: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    heads, num_keys, length, num_landmarks, num_query_landmarks, stride_qb, stride_qh, stride_qn,
+    E: tl.constexpr, BE: tl.constexpr, QUERY_MB: tl.constexpr, QUERY_MP: tl.constexpr,
+    BINS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of the points of a tile in each cluster, of keys and of queries."""
+    """Numbers of the points of a tile in each cluster, of keys and of queries; of queries the clusters too.
+
+    All queries of a sequence have one, those past its length too.
+    """
     grid_dependency_control(PDL, False)
-    label_ptr, number, clusters, _ = sorted_side(
+    label_ptr, number, clusters, is_query = sorted_side(
         key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks
     )
-    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    first = tl.program_id(0) * BN
+    if is_query:
+        group = tl.program_id(1)
+        q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
+        query_delta_ptr += group.to(tl.int64) * num_query_landmarks * E
+        query_bias_ptr += group * QUERY_MP
+        if QUERY_MP == QUERY_MB:
+            b = tl.arange(0, QUERY_MB)
+            delta = tl.trans(load_rows(query_delta_ptr, b, b < num_query_landmarks, E, E, BE))
+            bias = tl.load(query_bias_ptr + b)
+        for n in tl.range(first, tl.minimum(first + BN, length), BM, num_stages=STAGES):
+            i = n + tl.arange(0, BM)
+            q = load_rows(q_ptr, i, i < length, stride_qn, E, BE)
+            if QUERY_MP == QUERY_MB:
+                label, _ = nearest(tl.dot(q, delta, input_precision=PRECISION) + bias[None, :], QUERY_MB)
+            else:
+                label = nearest_centroid(
+                    q, query_delta_ptr, query_bias_ptr, num_query_landmarks, E, BE, QUERY_MB, QUERY_MP, PRECISION
+                )
+            label = tl.minimum(label, num_query_landmarks - 1)
+            tl.store(label_ptr + i, label.to(tl.int16), mask=i < length)
+        # what other threads have stored is read
+        tl.debug_barrier()
+    i = first + tl.arange(0, BN)
     label = load_labels(label_ptr, i, number, clusters)
     # points without a cluster count as members of the first, and are taken off again
     outside = tl.sum((label < 0).to(tl.int32), 0)
@@ -143,17 +176,20 @@ def moments_kernel(
     k_ptr, lengths_ptr,
     label_ptr,  # (G, S) int16
     centre_ptr, delta_ptr,  # (G, BE), (G, M, E): landmarks less their centre
-    query_centre_ptr, query_delta_ptr, query_log_count_ptr,  # (G, BE), (G, Q, E), (G, QUERY_MP)
+    query_centre_ptr, query_delta_ptr,  # (G, BE), (G, Q, E): centroids of the queries
     mean_ptr,  # (G, Q, MP) float32, written
     square_ptr,  # (G, Q, chunks, MP) float32, written
+    sampled_ptr,  # (G, chunks, MP) int32, written with EVERY > 1: numbers of keys in the sums
     heads, num_keys, num_landmarks, num_query_landmarks, chunk, stride_kb, stride_kh, stride_kn,
-    E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, QB: tl.constexpr, QUERY_MP: tl.constexpr,
-    BN: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
+    EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Products of the means of QB query clusters with MB landmarks, and sums of squares over the keys of a chunk.
+    """Products of the centroids of QB query clusters with MB landmarks, and sums of squares over the keys of a chunk.
 
     `mean` is p_a.(c_b - centre), without the scale of the logits, and `square` the sum of (p_a.(k - c_b))^2 over the
-    keys of cluster b. The mean of a query cluster without members is 0.
+    keys of cluster b.
+
+    EVERY: a chunk has the first of each so many keys.
     """
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -170,36 +206,46 @@ def moments_kernel(
     is_cluster = a < num_query_landmarks
     p = load_rows(query_delta_ptr + wide * num_query_landmarks * E, a, is_cluster, E, E, BE).to(tl.float32)
     p += tl.load(query_centre_ptr + group * BE + e)[None, :]
-    has_members = tl.load(query_log_count_ptr + group * QUERY_MP + a, mask=is_cluster, other=LOG_ZERO) > LOG_ZERO
-    p = tl.where(has_members[:, None], p, 0.0).to(k_ptr.dtype.element_ty)
+    p = p.to(k_ptr.dtype.element_ty)
     of_centre = tl.sum(p.to(tl.float32) * centre[None, :], 1)
+    p = tl.trans(p)
     delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
-    mean = tl.dot(p, tl.trans(delta), input_precision=PRECISION)
+    mean = tl.dot(delta, p, input_precision=PRECISION)
     row = wide * num_query_landmarks + a
     if tl.program_id(0) == 0:
-        tl.store(mean_ptr + row[:, None] * MP + b[None, :], mean, mask=is_cluster[:, None])
+        tl.store(mean_ptr + row[None, :] * MP + b[:, None], mean, mask=is_cluster[None, :])
     # squares of float16 numbers would overflow
     square_type: tl.constexpr = tl.float32 if k_ptr.dtype.element_ty == tl.float32 else tl.bfloat16
     mean = mean.to(square_type)
-    square = tl.zeros((QB, MB), tl.float32)
+    square = tl.zeros((MB, QB), tl.float32)
+    sampled = tl.zeros((MB,), tl.int32)
     first = tl.program_id(0) * chunk
-    for n in tl.range(first, tl.minimum(first + chunk, num_keys), BN, num_stages=STAGES):
-        j = n + tl.arange(0, BN)
+    num_rows = (num_keys + EVERY - 1) // EVERY
+    for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
+        j = (n + tl.arange(0, BN)) * EVERY
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32)
-        one_hot = (label[:, None] == b[None, :]).to(square_type)
-        logits = tl.dot(p, tl.trans(k), input_precision=PRECISION) - of_centre[:, None]
+        logits = tl.dot(k, p, input_precision=PRECISION) - of_centre[None, :]
         # less the mean of the cluster
-        logits -= tl.dot(mean, tl.trans(one_hot), input_precision=PRECISION)
-        square = tl.dot((logits * logits).to(square_type), one_hot, square, input_precision=PRECISION)
+        one_hot = (label[:, None] == b[None, :]).to(square_type)
+        logits -= tl.dot(one_hot, mean, input_precision=PRECISION)
+        is_member = b[:, None] == label[None, :]
+        square = tl.dot(is_member.to(square_type), (logits * logits).to(square_type), square, input_precision=PRECISION)
+        if EVERY > 1:
+            # others count as members of the first cluster of the block, and are taken off again
+            in_block = (label >= block) & (label < block + MB)
+            sampled += tl.histogram(tl.where(in_block, label - block, 0), MB)
+            sampled -= tl.where(b == block, BN - tl.sum(in_block.to(tl.int32), 0), 0)
     tile = row * tl.num_programs(0) + tl.program_id(0)
-    tl.store(square_ptr + tile[:, None] * MP + b[None, :], square, mask=is_cluster[:, None])
+    tl.store(square_ptr + tile[None, :] * MP + b[:, None], square, mask=is_cluster[None, :])
+    if EVERY > 1 and tl.program_id(2) < MP // MB:
+        tl.store(sampled_ptr + (wide * tl.num_programs(0) + tl.program_id(0)) * MP + b, sampled)
 
 
 @triton.jit
 def support_kernel(
-    mean_ptr, square_ptr,  # see `moments_kernel`
+    mean_ptr, square_ptr, sampled_ptr,  # see `moments_kernel`
     total_ptr,  # (2, G, BINS) int32: sizes of the key clusters
     lengths_ptr,
     end_ptr,  # (G, Q, MS) int32, written: ends of the clusters in the list of a query cluster
@@ -209,11 +255,13 @@ def support_kernel(
     density,  # in units of 2 ** -DENSITY_BITS
     scale, tolerance,
     MP: tl.constexpr, MS: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROUNDS: tl.constexpr,
-    LEAST_VARIANCE: tl.constexpr, HAS_TOLERANCE: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+    EVERY: tl.constexpr, LEAST_VARIANCE: tl.constexpr, HAS_TOLERANCE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Key clusters that one query cluster takes.
 
     MS: number of landmarks, padded to a power of two, a multiple of 32.
+    EVERY: sums of squares are those of the first of each so many keys.
     """
     grid_dependency_control(PDL, False)
     group = tl.program_id(1)
@@ -221,14 +269,20 @@ def support_kernel(
     b = tl.arange(0, MS)
     exists = b < num_landmarks
     squares = tl.zeros((MS,), tl.float32)
+    sampled = tl.zeros((MS,), tl.int32)
     square_ptr += row * chunks * MP + b
+    sampled_ptr += group.to(tl.int64) * chunks * MP + b
     for c in tl.range(0, chunks, num_stages=4):
         squares += tl.load(square_ptr + c * MP, mask=exists, other=0.0)
+        if EVERY > 1:
+            sampled += tl.load(sampled_ptr + c * MP, mask=exists, other=0)
     mean = tl.load(mean_ptr + row * MP + b, mask=exists, other=0.0) * scale
     total_ptr += group * BINS
     size = tl.load(total_ptr + b, mask=exists, other=0)
     members = tl.maximum(size, 1).to(tl.float32)
-    variance = tl.maximum(squares / members * (scale * scale), LEAST_VARIANCE)
+    if EVERY == 1:
+        sampled = size
+    variance = tl.maximum(squares / tl.maximum(sampled, 1).to(tl.float32) * (scale * scale), LEAST_VARIANCE)
     # 1 - exp(-variance), by its series where the difference would cancel
     series = variance * (1.0 - variance * (0.5 - variance * (1 / 6 - variance * (1 / 24))))
     share = tl.where(variance < 0.02, series, 1.0 - tl.exp(-variance))

@@ -48,25 +48,17 @@ def store_centroids(
 
 
 @triton.jit
-def start_kernel(
-    k_ptr, lengths_ptr,
-    centre_ptr,  # (G, BE) float32, written
-    delta_ptr,  # (G, M, E), written
-    bias_ptr,  # (G, MP) float32, written
+def store_start(
+    landmark, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
-
-    ONE_TILE: a stretch has at most BN keys.
-    FIRST: this is the first kernel of a pass.
-    """
-    grid_dependency_control(PDL, FIRST)
-    landmark = tl.program_id(0)
-    group = tl.program_id(1)
+    """Store the initial centroid of a landmark, see `start_kernel`."""
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    end = (end + EVERY - 1) // EVERY
+    stride_kn *= EVERY
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     first = ((landmark.to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
     last = (((landmark + 1).to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
@@ -108,6 +100,30 @@ def start_kernel(
 
 
 @triton.jit
+def start_kernel(
+    k_ptr, lengths_ptr,
+    centre_ptr,  # (G, BE) float32, written
+    delta_ptr,  # (G, M, E), written
+    bias_ptr,  # (G, MP) float32, written
+    heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
+    E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
+
+    ONE_TILE: a stretch has at most BN keys.
+    EVERY: the sequence is the first of each so many keys.
+    FIRST: this is the first kernel of a pass.
+    """
+    grid_dependency_control(PDL, FIRST)
+    store_start(
+        tl.program_id(0), tl.program_id(1), k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
+        heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
+        E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY,
+    )  # fmt: skip
+
+
+@triton.jit
 def nearest(score, MB: tl.constexpr):
     """Column of the largest score of each row (rows, MB), and that score.
 
@@ -121,6 +137,24 @@ def nearest(score, MB: tl.constexpr):
 
 
 @triton.jit
+def nearest_centroid(
+    k, delta_ptr, bias_ptr, num_landmarks, E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cluster (rows,) of keys (rows, BE), over blocks of MB landmarks of one sequence."""
+    label = tl.zeros((k.shape[0],), tl.int32)
+    best = tl.full((k.shape[0],), float("-inf"), tl.float32)
+    for block in tl.range(0, MP, MB, num_stages=2):
+        b = block + tl.arange(0, MB)
+        delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
+        score = tl.dot(k, tl.trans(delta), input_precision=PRECISION) + tl.load(bias_ptr + b)[None, :]
+        column, value = nearest(score, MB)
+        label = tl.where(value > best, block + column, label)
+        best = tl.maximum(best, value)
+    return label
+
+
+@triton.jit
 def assign_kernel(
     k_ptr, lengths_ptr,
     delta_ptr,  # (G, M, E)
@@ -128,28 +162,16 @@ def assign_kernel(
     label_ptr,  # (G, S) int16, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, LABEL_ALL: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cluster of each key of a tile, or of the first of each EVERY keys, over blocks of MB landmarks.
-
-    LABEL_ALL: see `cluster_sums_kernel`.
-    """
+    """Cluster of each key of a tile, or of the first of each EVERY keys, over blocks of MB landmarks."""
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
-    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS and not LABEL_ALL)
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     j = (tl.program_id(0) * BN + tl.arange(0, BN)) * EVERY
     k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), j, j < end, stride_kn, E, BE)
     delta_ptr += group.to(tl.int64) * num_landmarks * E
-    label = tl.zeros((BN,), tl.int32)
-    best = tl.full((BN,), float("-inf"), tl.float32)
-    for block in tl.range(0, MP, MB, num_stages=2):
-        b = block + tl.arange(0, MB)
-        delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
-        bias = tl.load(bias_ptr + group * MP + b)
-        score = tl.dot(k, tl.trans(delta), input_precision=PRECISION) + bias[None, :]
-        column, value = nearest(score, MB)
-        label = tl.where(value > best, block + column, label)
-        best = tl.maximum(best, value)
+    label = nearest_centroid(k, delta_ptr, bias_ptr + group * MP, num_landmarks, E, BE, MB, MP, PRECISION)
     label = tl.where(j < end, label, -1)
     tl.store(label_ptr + group.to(tl.int64) * num_keys + j, label.to(tl.int16), mask=j < num_keys)
 
@@ -158,12 +180,8 @@ def assign_kernel(
 def finish_clusters(
     sum_k, sum_v, count, b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group, num_landmarks,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, LAST: tl.constexpr,
-    VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Store centroids, and with LAST sizes, from sums (BE, landmarks b) and numbers of members.
-
-    With LAST and VALUES, store mean values too.
-    """
+    """Store centroids, and with LAST mean values and sizes, from sums (BE, landmarks b) and numbers of members."""
     wide = group.to(tl.int64)
     e = tl.arange(0, BE)
     exists = b < num_landmarks
@@ -177,46 +195,26 @@ def finish_clusters(
     bias_ptr += group * MP
     used = (count > 0) | (tl.load(bias_ptr + b) > LOG_ZERO)
     store_centroids(delta, centre, delta_ptr, bias_ptr, b, used, num_landmarks, E, MP, BE)
-    if LAST and VALUES:
+    if LAST:
         d = tl.arange(0, BD)
         mean_v = (sum_v * share[None, :]).to(mean_v_ptr.dtype.element_ty)
         mean_v_ptrs = mean_v_ptr + wide * num_landmarks * D + b[None, :] * D + d[:, None]
         tl.store(mean_v_ptrs, mean_v, mask=exists[None, :] & (d < D)[:, None])
-    if LAST:
         tl.store(log_count_ptr + group * MP + b, tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), LOG_ZERO))
 
 
 @triton.jit
-def cluster_sums_kernel(
-    k_ptr, v_ptr, lengths_ptr,
-    label_ptr,  # (G, S) int16: written with ASSIGN and LAST, read without ASSIGN
-    sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: sums of keys and, with LAST, values, and numbers; without FINAL
-    centre_ptr,  # (G, BE) float32
-    delta_ptr,  # (G, M, E), read with ASSIGN, written with FINAL, as the next
-    bias_ptr,  # (G, MP) float32
-    mean_v_ptr,  # (G, M, D) mean values in the dtype of the values, written with FINAL and LAST
-    log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with FINAL and LAST
-    heads, num_keys, num_landmarks, chunk,
+def store_sums(
+    part, parts, group, block, k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr,
+    mean_v_ptr, log_count_ptr, heads, num_keys, num_landmarks, chunk,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
     FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, VALUES: tl.constexpr, LABEL_ALL: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the keys of a chunk, and with LAST and VALUES the values, by cluster, for one block of MB landmarks.
-
-    Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
-
-    LABEL_ALL: keys past the length of a sequence have the nearest cluster for a label, not -1; no sum has them.
-    EVERY: take the first of so many keys only.
-    FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
-    PARTS: parts in which the scores of a block are computed, which saves registers.
-    """
-    grid_dependency_control(PDL, False)
-    # from the last sequence to the first: what the kernel before has read of the last ones is still in the L2 cache
-    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    """Store the sums of chunk `part` of `parts`, see `cluster_sums_kernel`."""
     wide = group.to(tl.int64)
-    block = tl.program_id(2) * MB
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
@@ -234,31 +232,26 @@ def cluster_sums_kernel(
     sum_k = tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
     count = tl.zeros((MB,), tl.int32)
-    first = tl.program_id(0) * chunk
+    first = part * chunk
     num_rows = (num_keys + EVERY - 1) // EVERY
     for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
         j = (n + tl.arange(0, BN)) * EVERY
         exists = j < end
-        k = load_rows(k_ptr, j, j < num_keys if LABEL_ALL else exists, stride_kn, E, BE)
+        k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         if ASSIGN:
             label, best = nearest(tl.dot(k, delta, input_precision=PRECISION) + bias[None, :], MB // PARTS)
             if PARTS == 2:
                 score = tl.dot(k, other_delta, input_precision=PRECISION) + other_bias[None, :]
                 other, other_best = nearest(score, MB // 2)
                 label = tl.where(other_best > best, other + MB // 2, label)
-            if not LABEL_ALL:
-                label = tl.where(exists, label, -1)
+            label = tl.where(exists, label, -1)
             if LAST:
                 tl.store(label_ptr + j, label.to(tl.int16), mask=j < num_keys)
-            if LABEL_ALL:
-                label = tl.where(exists, label, -1)
         else:
             label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32) - block
-        if LABEL_ALL:
-            k = tl.where(exists[:, None], k, 0.0)
         one_hot = (label[:, None] == b[None, :]).to(k.dtype)
         sum_k = tl.dot(tl.trans(k), one_hot, sum_k, input_precision=PRECISION)
-        if LAST and VALUES:
+        if LAST:
             v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
             sum_v = tl.dot(tl.trans(v), one_hot, sum_v, input_precision=PRECISION)
         in_block = (label >= 0) & (label < MB)
@@ -269,15 +262,51 @@ def cluster_sums_kernel(
     if FINAL:
         finish_clusters(
             sum_k, sum_v, count.to(tl.float32), b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group,
-            num_landmarks, E, BE, D, BD, MP, LAST, VALUES,
+            num_landmarks, E, BE, D, BD, MP, LAST,
         )  # fmt: skip
     else:
         rows: tl.constexpr = BE + BD + 1
-        sum_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (rows * MP)
+        sum_ptr += (wide * parts + part) * (rows * MP)
         tl.store(sum_ptr + tl.arange(0, BE)[:, None] * MP + b[None, :], sum_k)
-        if LAST and VALUES:
+        if LAST:
             tl.store(sum_ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :], sum_v)
         tl.store(sum_ptr + (BE + BD) * MP + b, count.to(tl.float32))
+
+
+@triton.jit
+def cluster_sums_kernel(
+    k_ptr, v_ptr, lengths_ptr,
+    label_ptr,  # (G, S) int16: written with ASSIGN and LAST, read without ASSIGN
+    sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: sums of keys and, with LAST, values, and numbers; without FINAL
+    centre_ptr,  # (G, BE) float32
+    delta_ptr,  # (G, M, E), read with ASSIGN, written with FINAL, as the next
+    bias_ptr,  # (G, MP) float32
+    mean_v_ptr,  # (G, M, D) mean values in the dtype of the values, written with FINAL and LAST
+    log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with FINAL and LAST
+    heads, num_keys, num_landmarks, chunk,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
+    FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
+
+    Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
+
+    EVERY: take the first of so many keys only.
+    FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
+    PARTS: parts in which the scores of a block are computed, which saves registers.
+    """
+    grid_dependency_control(PDL, False)
+    # from the last sequence to the first: what the kernel before has read of the last ones is still in the L2 cache
+    group = tl.num_programs(1) - 1 - tl.program_id(1)
+    store_sums(
+        tl.program_id(0), tl.num_programs(0), group, tl.program_id(2) * MB,
+        k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
+        heads, num_keys, num_landmarks, chunk, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+        E, BE, D, BD, MB, MP, BN, ASSIGN, LAST, FINAL, PARTS, EVERY, HAS_LENGTHS, PRECISION, STAGES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -309,25 +338,37 @@ def sum_of_chunks(ptr, chunks, stride, b, ROWS: tl.constexpr, MP: tl.constexpr):
 
 
 @triton.jit
-def combine_kernel(
-    sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,  # see `cluster_sums_kernel`
-    num_landmarks,
-    chunks, slots,  # chunks to add up, of so many in memory
+def combine_sums(
+    block, group, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, num_landmarks, chunks, slots,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-    LAST: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """Centroids and their bias, and with LAST sizes and mean values, of BLOCK landmarks, from the sums of chunks."""
-    grid_dependency_control(PDL, False)
-    group = tl.program_id(1)
-    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Store the centroids of BLOCK landmarks, see `combine_kernel`."""
+    b = block * BLOCK + tl.arange(0, BLOCK)
     stride: tl.constexpr = (BE + BD + 1) * MP
     sum_ptr += group.to(tl.int64) * slots * stride
     sum_k = sum_of_chunks(sum_ptr, chunks, stride, b, BE, MP)
-    sum_v = sum_of_chunks(sum_ptr + BE * MP, chunks, stride, b, BD, MP) if LAST and VALUES else sum_k
+    sum_v = sum_of_chunks(sum_ptr + BE * MP, chunks, stride, b, BD, MP) if LAST else sum_k
     count = tl.zeros((BLOCK,), tl.float32)
     for p in tl.range(0, chunks, num_stages=4):
         count += tl.load(sum_ptr + p * stride + (BE + BD) * MP + b)
     finish_clusters(
         sum_k, sum_v, count, b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group, num_landmarks,
-        E, BE, D, BD, MP, LAST, VALUES,
+        E, BE, D, BD, MP, LAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,  # see `cluster_sums_kernel`
+    num_landmarks,
+    chunks, slots,  # chunks to add up, of so many in memory
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Centroids and their bias, and with LAST sizes and mean values, of BLOCK landmarks, from the sums of chunks."""
+    grid_dependency_control(PDL, False)
+    combine_sums(
+        tl.program_id(0), tl.program_id(1), sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
+        num_landmarks, chunks, slots, E, BE, D, BD, MP, BLOCK, LAST,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scatterbrain.ops.clusters.steps import STEP_EVERY
+from scatterbrain.ops.clusters.steps import step_sample
 from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_combine_kernel,
     landmark_bwd_dkdv_kernel,
@@ -39,6 +39,7 @@ from scatterbrain.ops.common.passes import (
     find_pass,
     launch,
     padded_width,
+    power_of_two,
 )
 from scatterbrain.ops.common.triton_functions import (
     LOG2E,
@@ -108,6 +109,23 @@ class LandmarkPlan:
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
 
+    def start_options(self, sample: int) -> dict[str, Any]:
+        """Options of `start_kernel` where it looks at the first of `sample` keys."""
+        stretch = -(-self.num_keys // (sample * self.num_landmarks))
+        rows = min(self.tiles.start_rows, max(16, power_of_two(stretch)))
+        return {"MP": self.padded, "BN": rows, "ONE_TILE": stretch <= rows, **self.lengths, "EVERY": sample}
+
+    def chunks_of_steps(self, sample: int) -> tuple[int, int]:
+        """Rows of a chunk of a Lloyd step, and number of chunks: as many as for all keys, which are more."""
+        rows = self.tiles.sum_rows
+        _, chunks = self.chunks(self.num_keys, rows, self.tiles.sum_programs)
+        return -(-self.num_keys // (step_sample(sample) * chunks * rows)) * rows, chunks
+
+    @property
+    def parts(self) -> int:
+        """Parts in which the scores of a block are computed, see `cluster_sums_kernel`."""
+        return 2 if self.block >= 64 else 1
+
     @property
     def rows_of_sums(self) -> int:
         """Rows of the sums of a chunk: keys, values, numbers of members."""
@@ -175,6 +193,8 @@ def add_cluster_kernels(
     value: torch.Tensor | None,
     prefix: str = "",
     names: tuple[str, str, str] = ("key", "value", "key_lengths"),
+    sample: int = 1,
+    has_centroids: bool = False,
 ) -> None:
     """Kernels that find the clusters, or take given ones, and their means.
 
@@ -182,16 +202,15 @@ def add_cluster_kernels(
         launches: to which they are appended, with the layouts of `cluster_layouts`.
         plan: of the call.
         key: (B, H, S, E).
-        value: (B, H, S, D); None where there are no mean values. Then the keys are queries: those past the lengths
-            have a cluster too, and other kernels come first.
+        value: (B, H, S, D); None where centroids are all that is wanted. Then other kernels come first.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
+        sample: find centroids from the first of so many keys.
+        has_centroids: kernels before have found the centroids; only the clusters and their means are missing.
     """
     tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
-    # the same chunks in a step, of fewer keys
-    step_rows = -(-plan.num_keys // STEP_EVERY)
-    step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
+    step_every, (step_chunk, _) = step_sample(sample), plan.chunks_of_steps(sample)
     has_values = value is not None
     key_strides, value_strides = row_strides(key), row_strides(value if has_values else key)
     key_numbers = (plan.heads, plan.num_keys, plan.num_landmarks)
@@ -203,26 +222,24 @@ def add_cluster_kernels(
     sums = prefix + "sums"
     results = (centre, landmarks, bias, *means)
     key_name, value_name, lengths = names
-    launches.add(
-        start_kernel,
-        (plan.num_landmarks, plan.groups),
-        (key_name, lengths, centre, landmarks, bias),
-        (*key_numbers, *key_strides),
-        **key_widths,
-        MP=plan.padded,
-        BN=tiles.start_rows,
-        ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
-        **plan.lengths,
-        FIRST=has_values,
-        num_warps=tiles.start_warps,
-        **(plan.first if has_values else plan.pdl),
-    )
+    if not has_centroids:
+        launches.add(
+            start_kernel,
+            (plan.num_landmarks, plan.groups),
+            (key_name, lengths, centre, landmarks, bias),
+            (*key_numbers, *key_strides),
+            **key_widths,
+            **plan.start_options(sample),
+            FIRST=has_values,
+            num_warps=tiles.start_warps,
+            **(plan.first if has_values else plan.pdl),
+        )
 
     assign = not plan.has_labels and plan.blocks == 1
-    for step in range(1 if plan.has_labels else plan.num_steps + 1):
+    steps = range(1 if plan.has_labels else plan.num_steps + has_values)
+    for step in steps[-1:] if has_centroids else steps:
         last = plan.has_labels or step == plan.num_steps
-        every = 1 if last else STEP_EVERY
-        label_all = {"LABEL_ALL": last and not has_values}
+        every = 1 if last else step_every
         if not plan.has_labels and not assign:
             launches.add(
                 assign_kernel,
@@ -235,7 +252,6 @@ def add_cluster_kernels(
                 EVERY=every,
                 **plan.lengths,
                 **plan.precision,
-                **label_all,
                 num_warps=tiles.assign_warps,
                 **plan.pdl,
             )
@@ -251,12 +267,10 @@ def add_cluster_kernels(
             LAST=last,
             FINAL=chunks == 1,
             EVERY=every,
-            PARTS=2 if plan.block >= 64 else 1,
+            PARTS=plan.parts,
             **plan.lengths,
             **plan.precision,
             STAGES=tiles.sum_stages,
-            VALUES=has_values,
-            **label_all,
             num_warps=tiles.sum_warps,
             **plan.pdl,
         )
@@ -271,7 +285,6 @@ def add_cluster_kernels(
                 MP=plan.padded,
                 BLOCK=tiles.combine_landmarks,
                 LAST=last,
-                VALUES=has_values,
                 num_warps=4,
                 **plan.pdl,
             )
