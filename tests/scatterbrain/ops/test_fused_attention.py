@@ -11,6 +11,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.triton import unsupported as landmarks_unsupported
+from scatterbrain.ops.common import calls
 from scatterbrain.ops.common.backends import is_interpreted, with_near_rows
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, unsupported
@@ -283,6 +284,7 @@ def test_a_projection_is_rounded_before_or_in_the_kernels(is_causal, monkeypatch
 
     expected = run()
     monkeypatch.setattr("scatterbrain.ops.scatterbrain.triton.MAX_UNCONVERTED", 0)
+    calls.CALLS.clear()
     for one, other in zip(expected, run(), strict=True):
         assert torch.equal(one, other)
 
@@ -386,12 +388,12 @@ def test_is_traced_as_one_graph(name):
     *tensors, rows = draw_inputs(1, 2, 30, dtype=torch.float32, rows=2)
     leaves = [x.requires_grad_() for x in tensors]
 
-    def attend(*tensors):
-        return operator(*tensors, rows, 5, backend="triton")
+    def attend(*tensors, window=5):
+        return operator(*tensors, rows, window, backend="triton")
 
     traced = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for function in (attend, traced):
-        assert torch.equal(function(*leaves), attend(*leaves))
+    for window in (5, 7):  # a size that changes between calls
+        assert torch.equal(traced(*leaves, window=window), attend(*leaves, window=window))
     for one, other in zip(
         *(torch.autograd.grad(function(*leaves).square().sum(), leaves) for function in (attend, traced)), strict=True
     ):

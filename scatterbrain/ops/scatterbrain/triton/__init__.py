@@ -11,6 +11,7 @@ from scatterbrain.ops.common.backends import (
     too_large,
     with_near_rows,
 )
+from scatterbrain.ops.common.calls import CALLS
 from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_window, default_scale, visible_rows
 
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
@@ -122,6 +123,38 @@ def attention(
         rows = VisibleRows(query, key, value, None)
     tensors = _kernel_inputs(*rows[:3], projection, key_lengths)
     return rows.mark(attend(*tensors, window, scale, cosh, is_causal, eps, statistics))[0]
+
+
+def remember(
+    known_as: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    window: int,
+    scale: float,
+    is_causal: bool,
+) -> None:
+    """Let calls that are like a checked one run the kernels at once, if these take its tensors as they are.
+
+    Args:
+        known_as: key of the call in `CALLS`.
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: random projection (R, E), each row taken with both signs.
+        window: width W.
+        scale: softmax scale.
+        is_causal: hide the keys j > i.
+    """
+    from scatterbrain.ops.common.passes import Call
+    from scatterbrain.ops.scatterbrain.triton.operator import OPERATOR
+
+    tensors = _kernel_inputs(query, key, value, projection, None)
+    is_given = all(x is y for x, y in zip(tensors, (query, key, value), strict=False)) and projection.is_contiguous()
+    if is_given and not is_causal:
+        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        CALLS[known_as] = Call(OPERATOR, tensors, (window, scale, True, False, 0.0, statistics))
 
 
 @torch.no_grad()
