@@ -66,7 +66,8 @@ def scatterbrain_attention(
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
 
     Raises:
-        UserError: shapes, dtypes or options that do not fit.
+        UserError: shapes, dtypes or options that do not fit; with `auto`, a long sequence on CUDA with more features
+            than the kernels take, for which full attention is faster.
     """
     known_as = None
     given = query, key, value
@@ -81,6 +82,8 @@ def scatterbrain_attention(
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
+    if backend == "auto":
+        fused.check_speed(query, key, projection)
     backend = choose_backend(
         backend,
         PYTORCH_AND_TRITON,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import (
     PYTORCH_AND_TRITON,
     choose_backend,
@@ -17,6 +18,8 @@ from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_wind
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
 MAX_FEATURES = 256
+# From this length on, full attention is faster than plain PyTorch with more features than that.
+LONG_SEQUENCE = 16384
 # Elements of the queries up to which the kernels round a float32 projection themselves, which saves a launch. With more
 # a launch costs less than what each tile takes to round it.
 MAX_UNCONVERTED = 1 << 22
@@ -57,6 +60,26 @@ def unsupported(
     if attn_mask is not None:
         return "it takes key_lengths and is_causal, and no attn_mask"
     return None
+
+
+def check_speed(query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor) -> None:
+    """Check that the choice of a backend does not fall back to one that is slower than full attention.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        projection: random projections (R, E), each of which gives two features.
+
+    Raises:
+        UserError: a long sequence on CUDA, and more features than the kernels take.
+    """
+    features, length = 2 * projection.shape[0], max(query.shape[2], key.shape[2])
+    if query.is_cuda and features > MAX_FEATURES and length >= LONG_SEQUENCE:
+        raise UserError(
+            f"{features} random features over {length} tokens are slower than full attention on a GPU: the kernels "
+            f"take up to {MAX_FEATURES} features. Choose landmarks (landmark_attention, attention sbcluster), "
+            "whose kernels take 1024 landmarks, or fewer features; backend='torch' runs this in plain PyTorch."
+        )
 
 
 def is_fast(
