@@ -94,7 +94,10 @@ def test_clusters_are_taken_where_they_fit():
     assert taken.tolist() == [[True, False, False, True], [False, False, True, True]]
 
 
-@pytest.mark.parametrize("choice", ["loss, one by one", "mass times std", "mass", "variance", "heaviest clusters"])
+CHOICES = ("loss, one by one", "loss, by coordinates", "loss, one variance", "mass times std", "mass")
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, "variance", "heaviest clusters"])
 def test_scores_are_those_of_each_pair_of_clusters(inputs, choice):
     one = inputs.image(1)
     query, key, value = (x.transpose(1, 2) for x in (one.query, one.key, one.value))
@@ -109,14 +112,19 @@ def test_scores_are_those_of_each_pair_of_clusters(inputs, choice):
             of_key = plan.key_assignment[0, 0] == b
             logits = one.scale * (key[of_key] - key.mean(0)) @ query[of_query].mean(0)
             mean, variance = logits.mean(), logits.var(correction=0)
+            spread, squares = key[of_key].var(0, correction=0), (one.scale * query[of_query].mean(0)).square()
+            if "coordinates" in choice:
+                variance = (squares * spread).sum()
+            elif "one variance" in choice:
+                variance = squares.sum() * spread.mean()
             mass = of_key.sum() * mean.exp()
             expected[a, b] = {
-                "loss, one by one": (mass * (variance / 2).exp() * (1 - (-variance).exp()).sqrt()).log(),
+                "loss": (mass * (variance / 2).exp() * (1 - (-variance).exp()).sqrt()).log(),
                 "mass times std": (mass * variance.sqrt()).log(),
                 "mass": mass.log(),
                 "variance": variance,
                 "heaviest clusters": weights[of_query][:, of_key].sum(),
-            }[choice]
+            }[choice.split(",")[0]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

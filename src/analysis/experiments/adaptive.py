@@ -46,7 +46,8 @@ GROUPS: tuple[dict[str, Options], ...] = (
         "chosen clusters alone": {"window": 0, "landmarks": False},
         "landmarks alone": {"window": 0, "density": 0.0},
     },
-    {f"by {name}": {"choice": name} for name in ("loss, one by one", "mass times std", "mass", "variance")}
+    {f"by loss, {name}": {"choice": f"loss, {name}"} for name in ("one by one", "by coordinates", "one variance")}
+    | {f"by {name}": {"choice": name} for name in ("mass times std", "mass", "variance")}
     | {"at random": {"choice": "random"}}
     | {f"oracle: {name}": {"choice": name} for name in ("heaviest clusters", "heaviest keys")},
     {f"{number} steps": {"num_steps": number} for number in (0, 4)},
@@ -73,12 +74,17 @@ def scores(choice: str, inputs: StageInputs, plan: AdaptivePlan) -> torch.Tensor
     mean = logits @ of_key / sizes
     variance = (logits.square() @ of_key / sizes - mean.square()).clamp_min(1e-12)
     log_mass = mean + sizes.log()
+    if choice in ("loss, by coordinates", "loss, one variance"):  # variances of the keys, not of their logits
+        offsets = key - (of_key.T @ key / sizes[:, None])[labels[1]]
+        spread = of_key.T @ offsets.square() / sizes[:, None]  # [M, E]
+        spread = spread if choice == "loss, by coordinates" else spread.mean(1, keepdim=True).expand_as(spread)
+        variance = (means.square() @ spread.T).clamp_min(1e-12)
     return {
-        "loss, one by one": log_mass + variance / 2 + (-torch.expm1(-variance)).log() / 2,
+        "loss": log_mass + variance / 2 + (-torch.expm1(-variance)).log() / 2,
         "mass times std": log_mass + variance.log() / 2,
         "mass": log_mass,
         "variance": variance,
-    }[choice]
+    }[choice.partition(",")[0]]
 
 
 def take(scores: torch.Tensor, sizes: torch.Tensor, room: int) -> torch.Tensor:

@@ -137,7 +137,10 @@ def point_table(scaling: Scaling) -> Table:
     """Table of time, its ratio to SDPA and memory of each attention at each length."""
     headers = ("attention", "N", "ms", "time/SDPA", "MiB")
     table = new_table(f"{scaling.title}; forward, one sequence", headers, ("attention",))
-    table.caption = f"sizes as at N = {scaling.growth_length}, whatever N is; batch {_batch(scaling)}"
+    of_each = ", ".join(f"{batch} at N = {length:,}" for length, batch in scaling.batches.items())
+    batches = {str(batch) for batch in scaling.batches.values()}
+    batch = of_each if len(batches) > 1 else batches.pop()
+    table.caption = f"sizes as at N = {scaling.growth_length}, whatever N is; batch {batch}"
     for line in scaling.lines:
         for point in line.points:
             numbers = (digits(point.milliseconds), f"{point.ratio:.3f}", digits(point.mebibytes))
@@ -165,13 +168,6 @@ def growth_table(scaling: Scaling, fit_from: int = FIT_FROM) -> Table:
         exponents = (cell(exponent, "{:.2f}".format) for exponent in (time, line.last_step(), memory))
         table.add_row(line.name, sizes_text(line.sizes) or "-", line.clock, *exponents, faster)
     return table
-
-
-def _batch(scaling: Scaling) -> str:
-    numbers = scaling.batches
-    if len(set(numbers.values())) == 1:
-        return str(next(iter(numbers.values())))
-    return ", ".join(f"{batch} at N = {length:,}" for length, batch in numbers.items())
 
 
 def draw(scalings: Sequence[Scaling]) -> Figure:
