@@ -86,12 +86,12 @@ class SaliencyNetwork(nn.Module):
         return x.sigmoid()
 
 
-def dinov2_config(**changes: Any) -> Any:
+def dinov2_config() -> Any:
     """Configuration of DINOv2-small."""
     from transformers import Dinov2Config
 
-    options = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": PATCH}
-    return Dinov2Config(**options | {"image_size": 518, "attn_implementation": "sdpa"} | changes)
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": PATCH}
+    return Dinov2Config(**sizes, image_size=518, use_mask_token=False, attn_implementation="sdpa")
 
 
 def onnx_file(folder: str | Path) -> bytes:
@@ -121,7 +121,6 @@ def load_dinov2(folder: str | Path) -> SaliencyNetwork:
     (position,) = (each for name, each in tensors.items() if "Concat" in name and each.shape == (1, 1, 384))
     (positions,) = (each for each in tensors.values() if each.shape == (1, 1369, 384))
     state["backbone.embeddings.position_embeddings"] = torch.cat([position, positions], 1)
-    state["backbone.embeddings.mask_token"] = torch.zeros(1, 384)
     backbone = from_state(Dinov2Model, dinov2_config(), part(state, "backbone."))
     network = SaliencyNetwork(backbone)
     network.decoder.load_state_dict(
