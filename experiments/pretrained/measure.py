@@ -67,7 +67,7 @@ class Saliency:
         paths = sorted(path for path in Path(arguments.inputs).glob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
         if not paths:
             raise UserError(f"{arguments.inputs} has no photograph (.jpeg, .jpg). Give --inputs a folder with some.")
-        self.paths = [paths[i] for i in spread(len(paths), min(arguments.num_inputs, len(paths)))]
+        self.paths = [paths[i] for i in spread(len(paths), arguments.num_inputs)]
         self.inputs = [networks.photograph(path, size) for path in self.paths]
         self.length = (size // networks.PATCH) ** 2 + 1
         self.known = self._known(arguments.wheels)
@@ -162,7 +162,7 @@ class Retrieval:
         pairs = [pair for text in articles(Path(arguments.inputs)) if (pair := self.network.passages(text))]
         if not pairs:
             raise UserError(f"{arguments.inputs} has no article of 1,024 tokens. Give --inputs a file of WikiText.")
-        chosen = [pairs[i] for i in spread(len(pairs), min(arguments.num_inputs, len(pairs)))]
+        chosen = [pairs[i] for i in spread(len(pairs), arguments.num_inputs)]
         self.inputs = [passage for pair in chosen for passage in pair]
         self.known = self._known()
         self.expected = self._embeddings()

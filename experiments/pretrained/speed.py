@@ -80,7 +80,7 @@ def photographs(arguments: argparse.Namespace, size: int) -> torch.Tensor:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if not paths:
         raise UserError(f"{folder} has no photograph (.jpeg, .jpg). Give --images a folder with some.")
-    chosen = [paths[i] for i in spread(len(paths), min(arguments.batch_size, len(paths)))]
+    chosen = [paths[i] for i in spread(len(paths), arguments.batch_size)]
     images = torch.cat([networks.photograph(path, size) for path in chosen])
     return images[torch.arange(arguments.batch_size) % len(chosen)]
 
