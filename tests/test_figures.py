@@ -18,7 +18,7 @@ PAGES = sorted(
     for pattern in ("README.md", "docs/*.md", "checkpoints/demo/README.md")
     for path in ROOT.glob(pattern)
 )
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![^ ])-)?\d[\d,]*(?:\.\d+)?")  # the minus of a number, not a hyphen
 
 # The values of a cell's numbers, in their order; None where a cell has nothing to compare.
 Values = tuple[float, ...] | None
@@ -357,6 +357,18 @@ def query_part() -> Expected:
     return [(f"stage {each}", [(error,) for error in errors]) for each, errors in stages.items()]
 
 
+def pretrained(name: str, *metrics: str) -> Expected:
+    """Errors of the layers and metrics at four budgets, after full attention's metrics in each of the cells."""
+    path = f"docs/data/pretrained_{name}.json"
+    names = ("local", "performer", "sblocal", "cluster", "sbcluster", "pairedcluster", "sbadaptive")
+    full = find(path, method="full")
+    rows: Expected = [("full", [tuple(full[metric] for metric in metrics), None, None, None])]
+    for each in names:
+        budgets = [find(path, method=each, budget=budget) for budget in (1 / 32, 1 / 16, 1 / 8, 1 / 4)]
+        rows.append((each, [(row["layer_error"], *(row[metric] for metric in metrics)) for row in budgets]))
+    return rows
+
+
 # Page, how the table's heading begins, and what its rows have to show.
 CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
@@ -378,6 +390,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files and limits; their numbers are no results.

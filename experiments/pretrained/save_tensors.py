@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from experiments.pretrained import networks
 from experiments.pretrained.measure import TASKS
 from scatterbrain.errors import UserError
 from src.analysis.tools import Parser, positive, result_file, run_tool
@@ -62,6 +63,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@networks.needed_packages()
 def run(arguments: argparse.Namespace) -> None:
     """Record and write."""
     with torch.inference_mode():

@@ -159,6 +159,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@networks.needed_packages()
 def run(arguments: argparse.Namespace, command: str) -> None:
     """Measure, print and write."""
     device = choose_device(arguments.device)
