@@ -390,6 +390,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
     ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
