@@ -220,10 +220,11 @@ def gpu_model() -> Expected:
         ("inference implementation, full attention", "inference full, CUDA graph"),
         ("inference implementation, sblocal", "inference sblocal, CUDA graph"),
         ("the same, compiled", "inference sblocal, compiled, CUDA graph"),
+        ("inference implementation, sbcluster", "inference sbcluster, CUDA graph"),
         ("timm", "timm vit_small_patch16_224"),
         ("the same, compiled, as a CUDA graph", "timm vit_small_patch16_224, compiled, CUDA graph"),
     ):
-        small, large = (find("docs/data/benchmark_model_h100.json", name=name, batch=batch) for batch in (128, 512))
+        small, large = (find("docs/data/benchmark_model_h200.json", name=name, batch=batch) for batch in (128, 512))
         memory = small["peak_memory_mib"] / 1024
         rows.append((label, [(small["images_per_second"],), (large["images_per_second"],), (memory,)]))
     return rows

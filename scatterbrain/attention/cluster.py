@@ -221,7 +221,7 @@ class SBAdaptiveAttention(AttentionModule):
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: has to be false.
         attention_dropout: probability of dropping a weight in training, see `adaptive_attention`.
-        backend: `naive`, `torch` or `auto`, see the operator.
+        backend: `naive`, `torch`, `triton` or `auto`, see the operator.
 
     `key_lengths` are the lengths of the queries as well, where there are as many queries as keys.
 

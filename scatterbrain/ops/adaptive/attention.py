@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from scatterbrain.errors import UserError
+from scatterbrain.ops.adaptive import triton as fused
 from scatterbrain.ops.adaptive.naive import naive_adaptive_attention
 from scatterbrain.ops.adaptive.plan import AdaptivePlan, check_density, check_plan, plan_adaptive_attention
 from scatterbrain.ops.clusters.blocked import BlockLayout, centred_keys, landmark_sums
+from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps
 from scatterbrain.ops.clusters.tiles import ClusterTiles
-from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.clusters.triton import is_fast
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import (
+    VisibleRows,
     check_dropout,
     check_inputs,
     default_scale,
@@ -60,6 +64,7 @@ def adaptive_attention(
     value_weight: float = 0.0,
     plan: AdaptivePlan | None = None,
     dropout_p: float = 0.0,
+    enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Output (B, H, T, D) of attention that is exact on a window and on key clusters chosen for each query cluster.
@@ -89,7 +94,10 @@ def adaptive_attention(
             `num_steps` and `value_weight`. Ranges are checked on the CPU only: the check would synchronise a GPU.
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
-        backend: `naive` (dense, float64), `torch` (by tiles) or `auto`, which is `torch`.
+        enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them. A plan has
+            clusters for all H heads.
+        backend: `naive` (dense, float64), `torch` (by tiles), `triton` (fused CUDA kernels, see
+            `scatterbrain.ops.adaptive.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
@@ -97,7 +105,7 @@ def adaptive_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
     if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
         raise UserError(
             f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
@@ -112,9 +120,38 @@ def adaptive_attention(
             "earlier queries. Choose local, performer or sblocal."
         )
     scale = default_scale(query, scale)
-    backend = choose_backend(backend)
+    if plan is not None and query.shape[0] > 0:
+        plan = check_plan(plan, query, key, key_lengths)
+        num_query_landmarks, num_landmarks = plan.taken.shape[2:]
+    reason = fused.unsupported(query, value, num_landmarks, num_query_landmarks, window, dropout_p)
+    backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=is_fast(query))
     if query.shape[0] == 0:
         return empty_output(query, key, value)
+    if backend == "triton":
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if needs_grad and key_lengths is not None:
+            rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
+        else:
+            rows = VisibleRows(query, key, value, None)  # the kernels skip hidden keys themselves
+        assignment = None
+        if plan is None and value_weight != 0:  # the kernels find clusters of keys alone themselves
+            assignment = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
+        check_steps(num_landmarks, num_steps)
+        out = fused.attention(
+            *rows[:3],
+            at_most(num_landmarks, key.shape[2]),
+            at_most(num_query_landmarks, query.shape[2]),
+            density,
+            window,
+            tolerance=tolerance,
+            scale=scale,
+            num_steps=num_steps,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            assignment=assignment,
+            plan=plan,
+        )
+        return rows.mark(out)[0]
     if plan is None:
         plan = plan_adaptive_attention(
             *(query, key, value, num_landmarks, num_query_landmarks, density),
@@ -125,8 +162,6 @@ def adaptive_attention(
             num_steps=num_steps,
             value_weight=value_weight,
         )
-    else:
-        plan = check_plan(plan, query, key, key_lengths)
     if backend == "naive":
         return naive_adaptive_attention(query, key, value, *plan[:3], window, scale, key_lengths)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)

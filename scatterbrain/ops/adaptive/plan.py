@@ -12,6 +12,7 @@ from scatterbrain.ops.common.inputs import check_tensors, default_scale, visible
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
     at_most,
+    gather_rows,
     is_exporting,
     no_autocast,
     split_rows,
@@ -21,7 +22,9 @@ from scatterbrain.ops.common.numerics import (
 
 # How many times the clusters that still fit are taken in order. The second and third time find what one too large
 # cluster has stopped; more find next to nothing.
-_ROUNDS = 3
+ROUNDS = 3
+# Variances of logits below this are rounding of equal keys.
+LEAST_VARIANCE = 1e-8
 
 
 class AdaptivePlan(NamedTuple):
@@ -196,13 +199,15 @@ def _take(
     key = key.to(dtype)
     hidden = (key_labels < 0).unsqueeze(-1)
     centre = key.sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True).clamp_min(1)
-    # relative to a common centre, squares do not cancel where all keys share a large component
-    logits = (key - centre).masked_fill(hidden, 0.0) @ means.transpose(1, 2)  # [G, S, Q]
-    (moments,), members = cluster_sums((torch.cat([logits, logits.square()], 2),), key_labels, num_landmarks)
-    first, second = moments.chunk(2, 2)
+    # relative to a common centre, sums lose no digits where all keys share a large component
+    key = (key - centre).masked_fill(hidden, 0.0)
+    (sums,), members = cluster_sums((key,), key_labels, num_landmarks)
     sizes = members.clamp_min(1.0)
-    mean = first / sizes
-    variance = (second / sizes - mean.square()).clamp_min(1e-12)
+    landmarks = sums / sizes
+    mean = landmarks @ means.transpose(1, 2)  # [G, M, Q]
+    offsets = key - gather_rows(landmarks, key_labels.clamp_min(0))
+    (squares,), _ = cluster_sums(((offsets @ means.transpose(1, 2)).square_(),), key_labels, num_landmarks)
+    variance = (squares / sizes).clamp_min(LEAST_VARIANCE)
     # logarithms of the weight of a cluster whose logits are normal, and of what its landmark may misplace of it
     log_weight = (mean + variance / 2 + sizes.log()).masked_fill(members == 0, -torch.inf).transpose(1, 2)
     log_loss = log_weight + (-torch.expm1(-variance)).log().transpose(1, 2) / 2  # [G, Q, M]
@@ -217,7 +222,7 @@ def _take(
         # what landmarks would misplace without this cluster and those after it
         wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
     taken = torch.zeros_like(wanted)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         left = room - (sizes * taken).sum(-1, keepdim=True)
         fits = wanted & ~taken & (sizes <= left)
         taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))

@@ -22,8 +22,13 @@ from torch import nn
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from scatterbrain.ops.adaptive import adaptive_attention, naive_adaptive_attention, plan_adaptive_attention
+from scatterbrain.ops.adaptive.plan import exact_keys
+from scatterbrain.ops.adaptive.triton.plan import run_plan
+from scatterbrain.ops.adaptive.triton.tables import plan_of_tables, tables_layout
 from scatterbrain.ops.clusters import landmark_attention, naive_landmark_attention
-from scatterbrain.ops.clusters.triton import find_clusters
+from scatterbrain.ops.clusters.triton import find_clusters, with_even_rows
+from scatterbrain.ops.clusters.triton.operator import LandmarkPlan
 from src.models.ops.fused_linear import FoldedLinear, Patches, fused_linear, naive_fused_linear
 from src.models.ops.token_tail import FoldedTail, naive_token_tail, token_tail
 from tests.helpers import OPERATORS
@@ -179,7 +184,8 @@ def run_attention(case: Attention, device: str) -> dict[str, float]:
                     :, :1
                 ].masked_fill_(hidden[:, None, :, None].expand_as(x[:, :1]), float("nan"))
     query, key, value = (x.detach().requires_grad_(case.gradients) for x in placed[:3])
-    operator = Landmarks(case) if case.operator == "landmarks" else OPERATORS[case.operator]
+    own = {"landmarks": Landmarks, "adaptive": Adaptive}
+    operator = own[case.operator](case) if case.operator in own else OPERATORS[case.operator]
     options = {"is_causal": case.is_causal, "key_lengths": lengths}
     with poisoned_memory():
         out = operator(query, key, value, projection, case.window, backend="triton", **options)
@@ -221,6 +227,50 @@ class Landmarks:
         """Output and weights of the specification."""
         scale = query.shape[-1] ** -0.5
         return naive_landmark_attention(query, key, value, self.clusters, window, scale, key_lengths)
+
+
+class Adaptive:
+    """Adaptive attention as the operators of `tests.helpers`, with a plan of PyTorch or, for every third case, its own.
+
+    The number of query clusters and the density follow from the seed of the case.
+    """
+
+    def __init__(self, case: Attention) -> None:
+        self.case, self.plan = case, None
+
+    def __call__(self, query, key, value, projection, window, is_causal, key_lengths, backend):
+        """Output of the kernels."""
+        rng = random.Random(f"adaptive {self.case.seed}")
+        num_landmarks, num_queries = (min(self.case.rows, key.shape[2]), min(rng.randint(1, 48), query.shape[2]))
+        density = rng.choice([1.0, rng.random(), rng.random() / 4, rng.random() / 4])
+        sizes, options = (num_landmarks, num_queries, density), {"num_steps": self.case.seed % 2}
+        num_exact = exact_keys(density, key.shape[2])
+        own = self.case.seed % 3 == 0 and num_exact > 0
+        if own:
+            tensors = [with_even_rows(x.detach()) for x in (query, key, value)]
+            arguments = (*tensors, key_lengths, None, None, *sizes, None, query.shape[3] ** -0.5, *options.values())
+            statistics, tables = run_plan(*arguments, False)
+            plan = LandmarkPlan(*tensors, key_lengths, None, num_landmarks, 0, 1.0, 0)
+            shape = (plan.groups, plan.length, plan.num_keys, num_landmarks, num_queries, num_exact)
+            views = tables_layout(*shape, sorts_keys=False).views(tables)
+            labels = plan.statistics().views(statistics)["labels"]
+            self.plan = plan_of_tables(labels, views, num_landmarks, query.shape[0])
+        else:
+            tensors = [x.detach() for x in (query, key, value)]
+            self.plan = plan_adaptive_attention(*tensors, *sizes, key_lengths=key_lengths, **options)
+        options["plan"] = None if own else self.plan
+        return adaptive_attention(
+            query, key, value, *sizes, window, key_lengths=key_lengths, backend=backend, **options
+        )
+
+    def naive(self, query, key, value, projection, window, is_causal, key_lengths):
+        """Output and weights of the specification."""
+        return naive_adaptive_attention(query, key, value, *self.plan[:3], window, query.shape[-1] ** -0.5, key_lengths)
+
+
+def draw_adaptive(seed: int, small: bool) -> Attention:
+    """The case of a seed, as of `draw_landmarks`."""
+    return replace(draw_landmarks(seed, small), operator="adaptive")
 
 
 def draw_landmarks(seed: int, small: bool) -> Attention:
@@ -353,6 +403,7 @@ def run_tail(case: Tail, device: str) -> dict[str, float]:
 KINDS = {
     "attention": (draw_attention, run_attention),
     "landmarks": (draw_landmarks, run_attention),
+    "adaptive": (draw_adaptive, run_attention),
     "linear": (draw_linear, run_linear),
     "tail": (draw_tail, run_tail),
 }

@@ -386,12 +386,12 @@ def test_is_traced_as_one_graph(name):
     *tensors, rows = draw_inputs(1, 2, 30, dtype=torch.float32, rows=2)
     leaves = [x.requires_grad_() for x in tensors]
 
-    def attend(*tensors):
-        return operator(*tensors, rows, 5, backend="triton")
+    def attend(*tensors, window=5):
+        return operator(*tensors, rows, window, backend="triton")
 
     traced = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    for function in (attend, traced):
-        assert torch.equal(function(*leaves), attend(*leaves))
+    for window in (5, 7):  # a size that changes between calls
+        assert torch.equal(traced(*leaves, window=window), attend(*leaves, window=window))
     for one, other in zip(
         *(torch.autograd.grad(function(*leaves).square().sum(), leaves) for function in (attend, traced)), strict=True
     ):

@@ -193,6 +193,19 @@ def test_is_traced_as_one_graph(width):
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
+@needs_interpreter
+def test_sizes_that_change_between_compiled_calls():
+    """Dynamo passes an integer that has changed as a symbol."""
+    tensors = draw("cpu", torch.float32, 20)
+
+    def run(num_landmarks, window):
+        return landmark_attention(*tensors, num_landmarks, window, backend="triton")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for sizes in ((5, 3), (6, 7)):
+        assert torch.equal(compiled(*sizes), run(*sizes))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [0, 16])
 def test_compiles_as_one_graph_and_replays(window):

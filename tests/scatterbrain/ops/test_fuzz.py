@@ -19,14 +19,21 @@ needs_interpreter = pytest.mark.skipif(
 @needs_interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of padding that is masked afterwards
 @pytest.mark.parametrize(
-    ("kind", "seeds"), [("attention", range(30)), ("landmarks", range(20)), ("linear", range(30)), ("tail", range(15))]
+    ("kind", "seeds"),
+    [
+        ("attention", range(30)),
+        ("landmarks", range(20)),
+        ("adaptive", range(8)),
+        ("linear", range(30)),
+        ("tail", range(15)),
+    ],
 )
 def test_small_cases(kind, seeds):
     assert not list(failures(kind, seeds, "cpu", small=True))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["attention", "landmarks"])
+@pytest.mark.parametrize("kind", ["attention", "landmarks", "adaptive"])
 @pytest.mark.parametrize("first", range(0, 320, 10))
 def test_attention(kind, first):
     assert not list(failures(kind, range(first, first + 10), "cuda", small=False))

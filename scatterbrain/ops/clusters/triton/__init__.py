@@ -93,7 +93,7 @@ def attention(
     from scatterbrain.ops.clusters.triton.operator import attend, log_normalisers
 
     width = value.shape[3]
-    query, key, value = (_with_even_rows(x) for x in (query, key, value))
+    query, key, value = (with_even_rows(x) for x in (query, key, value))
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
     if assignment is not None:
@@ -113,10 +113,10 @@ def find_clusters(
 
     if key_lengths is not None:
         key_lengths = key_lengths.to(key.device).contiguous()
-    return run_clusters(_with_even_rows(key.detach()), key_lengths, num_landmarks, num_steps).long()
+    return run_clusters(with_even_rows(key.detach()), key_lengths, num_landmarks, num_steps).long()
 
 
-def _with_even_rows(x: torch.Tensor) -> torch.Tensor:
+def with_even_rows(x: torch.Tensor) -> torch.Tensor:
     """The rows of (B, H, N, E), padded with zeros to a multiple of 16 elements, so that they are read as vectors."""
     excess = -x.shape[-1] % ROW_MULTIPLE
     return F.pad(x, (0, excess)) if excess else x

@@ -15,7 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scatterbrain.ops.clusters.triton.fwd import dot_centre, window_rows
+from scatterbrain.ops.clusters.triton.fwd import (
+    dot_centre,
+    landmark_not_taken,
+    load_words,
+    not_taken,
+    window_rows,
+    words_of_queries,
+)
 from scatterbrain.ops.clusters.triton.kmeans import sum_of_chunks
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import (
@@ -34,13 +41,14 @@ def landmark_bwd_dq_kernel(
     centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, label_ptr, lse_ptr,  # see `landmark_fwd_kernel`
     dot_ptr,  # (G, T) products of gradient and output, written
     offset_ptr,  # (G, T) log2 weight of a key at the centre, written
+    query_label_ptr, taken_ptr,  # see `landmark_fwd_kernel`
     heads, num_queries, num_keys, num_landmarks,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_dqb, stride_dqh, stride_dqn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of queries, and what the other kernels read of each query."""
     grid_dependency_control(PDL, True)
@@ -64,6 +72,9 @@ def landmark_bwd_dq_kernel(
     offset = dot_centre(q, centre) * qk_scale - lse
     tl.store(dot_ptr + wide * num_queries + i, dot, mask=valid)
     tl.store(offset_ptr + wide * num_queries + i, offset, mask=valid)
+    if CLUSTERS > 0:
+        word_ptr = words_of_queries(taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS)
+        first, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
     dq = tl.zeros((BM, BE), tl.float32)
     for block in tl.range(0, MP, MB, num_stages=2):
         b = block + tl.arange(0, MB)
@@ -71,6 +82,9 @@ def landmark_bwd_dq_kernel(
         mean_v = load_rows(mean_v_ptr, b, b < num_landmarks, D, D, BD)
         log_count = tl.load(log_count_ptr + group * MP + b)
         logits = tl.dot(q, tl.trans(landmark), input_precision=PRECISION) * qk_scale + log_count[None, :]
+        if CLUSTERS > 0:
+            free = landmark_not_taken(word_ptr, first, second, third, fourth, b, block, num_landmarks, MB, MP)
+            logits = tl.where(free, logits, LOG_ZERO)
         weights = tl.exp2(logits + offset[:, None])
         d_logits = weights * (tl.dot(gradient, tl.trans(mean_v), input_precision=PRECISION) - dot[:, None])
         dq = tl.dot(d_logits.to(q.dtype), landmark, dq, input_precision=PRECISION)
@@ -80,10 +94,15 @@ def landmark_bwd_dq_kernel(
         excess = tl.zeros((BM,), tl.float32)
         for part in tl.range(0, WINDOW_TILES, num_stages=2):
             j = tl.program_id(0) * BM - LEFT + part * BN + tl.arange(0, BN)
-            k, v, delta, position = window_rows(
+            k, v, delta, label, position = window_rows(
                 j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, BE, D, BD
             )
             inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
+            if CLUSTERS > 0:
+                inside = inside & not_taken(
+                    word_ptr[:, None], first[:, None], second[:, None], third[:, None], fourth[:, None],
+                    label[None, :], MP,
+                )  # fmt: skip
             exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - lse[:, None]
             estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + offset[:, None]
             # both masks before the exponential: outside the window it may overflow
@@ -104,12 +123,13 @@ def landmark_bwd_window_kernel(
     delta_ptr, label_ptr,  # see `landmark_fwd_kernel`
     dot_ptr, offset_ptr,  # see `landmark_bwd_dq_kernel`
     sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32, rows of keys written
+    query_label_ptr, taken_ptr,  # see `landmark_fwd_kernel`
     heads, num_queries, num_keys, num_landmarks, chunk,
     stride_qb, stride_qh, stride_qn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn,
     qk_scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of a chunk, by cluster, of - a_ij (g_i.v_j - delta_i) q_i, for one block of MB landmarks."""
     grid_dependency_control(PDL, False)
@@ -141,6 +161,15 @@ def landmark_bwd_window_kernel(
             offset = tl.load(offset_ptr + i, mask=valid, other=0.0)
             dot = tl.load(dot_ptr + i, mask=valid, other=0.0)
             inside = in_window(j[:, None], i[None, :], LEFT, RIGHT) & valid[None, :] & exists[:, None]
+            if CLUSTERS > 0:
+                word_ptr = words_of_queries(
+                    taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
+                )
+                word, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
+                inside = inside & not_taken(
+                    word_ptr[None, :], word[None, :], second[None, :], third[None, :], fourth[None, :],
+                    tl.maximum(label, 0)[:, None], MP,
+                )  # fmt: skip
             estimate = tl.dot(delta, tl.trans(q), input_precision=PRECISION) * qk_scale + offset[None, :]
             estimate = tl.exp2(tl.where(inside, estimate, LOG_ZERO))
             d_weights = dot[None, :] - tl.dot(v, tl.trans(gradient), input_precision=PRECISION)
@@ -158,11 +187,13 @@ def landmark_bwd_sums_kernel(
     delta_ptr, mean_v_ptr, log_count_ptr,  # see `landmark_fwd_kernel`
     dot_ptr, offset_ptr,  # see `landmark_bwd_dq_kernel`
     sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: rows of keys (with HAS_WINDOW added to) and values written
+    query_label_ptr, taken_ptr,  # see `landmark_fwd_kernel`
     heads, num_queries, num_landmarks, chunk,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
     qk_scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
-    BM: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, HAS_WINDOW: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the queries of a chunk of p_ib (g_i.v_b - delta_i) q_i and p_ib g_i, for one block of MB landmarks."""
     grid_dependency_control(PDL, False)
@@ -190,6 +221,14 @@ def landmark_bwd_sums_kernel(
         dot = tl.load(dot_ptr + i, mask=valid, other=0.0)
         offset = tl.load(offset_ptr + i, mask=valid, other=LOG_ZERO)
         logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
+        if CLUSTERS > 0:
+            word_ptr = words_of_queries(
+                taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
+            )
+            word, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
+            block = tl.program_id(2) * MB
+            free = landmark_not_taken(word_ptr, word, second, third, fourth, b, block, num_landmarks, MB, MP)
+            logits = tl.where(free, logits, LOG_ZERO)
         weights = tl.exp2(logits + offset[:, None])
         d_logits = weights * (tl.dot(gradient, mean_v, input_precision=PRECISION) - dot[:, None])
         sum_v = tl.dot(tl.trans(gradient), weights.to(q.dtype), sum_v, input_precision=PRECISION)
@@ -234,13 +273,14 @@ def landmark_bwd_combine_kernel(
 def landmark_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, gradient_ptr, dk_ptr, dv_ptr, lengths_ptr,
     delta_ptr, label_ptr, lse_ptr, dot_ptr, offset_ptr, d_landmark_ptr, d_mean_v_ptr,
+    query_label_ptr, taken_ptr,
     heads, num_queries, num_keys, num_landmarks,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     qk_scale, scale,
-    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values: the window's queries, and what all members of a cluster share."""
     grid_dependency_control(PDL, False)
@@ -269,6 +309,15 @@ def landmark_bwd_dkdv_kernel(
             offset = tl.load(offset_ptr + wide * num_queries + i, mask=valid, other=0.0)
             dot = tl.load(dot_ptr + wide * num_queries + i, mask=valid, other=0.0)
             inside = in_window(j[:, None], i[None, :], LEFT, RIGHT) & valid[None, :] & exists[:, None]
+            if CLUSTERS > 0:
+                word_ptr = words_of_queries(
+                    taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
+                )
+                word, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
+                inside = inside & not_taken(
+                    word_ptr[None, :], word[None, :], second[None, :], third[None, :], fourth[None, :],
+                    label[:, None], MP,
+                )  # fmt: skip
             exact = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale - lse[None, :]
             estimate = tl.dot(delta, tl.trans(q), input_precision=PRECISION) * qk_scale + offset[None, :]
             exact = tl.exp2(tl.where(inside, exact, LOG_ZERO))

@@ -23,13 +23,84 @@ def window_rows(
     j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Keys j, their values, the centroids of their clusters (relative to the centre), and positions for `in_window`."""
+    """Keys j, their values, the centroids of their clusters (relative to the centre), clusters, and positions.
+
+    Positions are those for `in_window`.
+    """
     exists = (j >= 0) & (j < end)
     k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
     v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
     label = tl.load(label_ptr + j, mask=exists, other=0).to(tl.int32)
     delta = load_rows(delta_ptr, label, exists, E, E, BE)
-    return k, v, delta, tl.where(exists, j, NO_POSITION)
+    return k, v, delta, label, tl.where(exists, j, NO_POSITION)
+
+
+@triton.jit
+def words_of_queries(taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS: tl.constexpr):
+    """Pointers (rows,) to the bits of the clusters that queries i take, of (G, CLUSTERS, words) and (G, T)."""
+    cluster = tl.load(query_label_ptr + group.to(tl.int64) * num_queries + i, mask=valid, other=0).to(tl.int32)
+    return taken_ptr + (group * CLUSTERS + cluster) * ((num_landmarks + 31) // 32)
+
+
+@triton.jit
+def load_words(word_ptr, num_landmarks, MP: tl.constexpr):
+    """The words at pointers (rows,), for `not_taken`: with up to 128 landmarks all four, else what is not read."""
+    last = (num_landmarks - 1) >> 5
+    first = tl.load(word_ptr)
+    second, third, fourth = first, first, first
+    if MP <= 128:
+        if MP > 32:
+            second = tl.load(word_ptr + tl.minimum(1, last))
+        if MP > 64:
+            third = tl.load(word_ptr + tl.minimum(2, last))
+        if MP > 96:
+            fourth = tl.load(word_ptr + tl.minimum(3, last))
+    return first, second, third, fourth
+
+
+@triton.jit
+def not_taken(word_ptr, first, second, third, fourth, label, MP: tl.constexpr):
+    """Whether bits `label` are not set: in words from `load_words`, or at pointers to words with many landmarks.
+
+    Words and labels broadcast against each other.
+    """
+    column = label >> 5
+    if MP <= 128:
+        # by selection: a load of each element takes longer
+        word = first
+        if MP > 32:
+            word = tl.where(column == 1, second, word)
+        if MP > 64:
+            word = tl.where(column == 2, third, word)
+        if MP > 96:
+            word = tl.where(column == 3, fourth, word)
+    else:
+        word = tl.load(word_ptr + column)
+    return ((word >> (label & 31)) & 1) == 0
+
+
+@triton.jit
+def landmark_not_taken(
+    word_ptr, first, second, third, fourth, b, block, num_landmarks, MB: tl.constexpr, MP: tl.constexpr
+):
+    """Whether queries (rows,) with these words leave out none of the landmarks b, MB from `block` on: (rows, MB)."""
+    if MB == 64 and MP > 64:
+        if MP <= 128:
+            low = tl.where(block > 0, third, first)
+            high = tl.where(block > 0, fourth, second)
+        else:
+            last = (num_landmarks - 1) >> 5
+            low = tl.load(word_ptr + tl.minimum(block >> 5, last))
+            high = tl.load(word_ptr + tl.minimum((block >> 5) + 1, last))
+        word = tl.where(((b & 32) == 0)[None, :], low[:, None], high[:, None])
+        free = ((word >> (b & 31)[None, :]) & 1) == 0
+    else:
+        # padding may lie past the words
+        label = tl.minimum(b, num_landmarks - 1)
+        free = not_taken(
+            word_ptr[:, None], first[:, None], second[:, None], third[:, None], fourth[:, None], label[None, :], MP
+        )
+    return free
 
 
 @triton.jit
@@ -41,17 +112,22 @@ def dot_centre(q, centre):
 @triton.jit
 def window_fwd(
     j, i, q, offset, normaliser, acc, running_max, total, end,
-    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale,
-    E: tl.constexpr, D: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
+    E: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    CLUSTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Put exact weights in place of the landmarks' for the window's keys among j, for queries i.
 
     Returns the new normaliser of the window (rows, 4), accumulator, running maximum, and normaliser of the landmarks.
     """
-    k, v, delta, position = window_rows(
+    k, v, delta, label, position = window_rows(
         j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
     )
     inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
+    if CLUSTERS > 0:
+        inside = inside & not_taken(
+            word_ptr[:, None], first[:, None], second[:, None], third[:, None], fourth[:, None], label[None, :], MP
+        )
     exact = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
     exact = tl.where(inside, exact, LOG_ZERO)
     estimate = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale
@@ -69,6 +145,8 @@ def landmark_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lengths_ptr,
     centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, label_ptr,  # see `kmeans.py`
     lse_ptr,  # (G, T) log2 normaliser of each query, with STATISTICS
+    query_label_ptr,  # (G, T) int16 cluster of each query, with CLUSTERS
+    taken_ptr,  # (G, CLUSTERS, words) int32, bits of the key clusters that a query cluster takes, with CLUSTERS
     heads, num_queries, num_keys, num_landmarks,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -76,7 +154,7 @@ def landmark_fwd_kernel(
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
     UNROLLED: tl.constexpr, QUERY_TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr, STATISTICS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """QUERY_TILES tiles of BM queries of one sequence: MB landmarks at a time, then the window's keys.
 
@@ -85,6 +163,8 @@ def landmark_fwd_kernel(
     see README.md.
 
     UNROLLED: WINDOW_TILES, or 0 where these are many: the loop over them is then one at run time.
+    CLUSTERS: number of query clusters; 0 for none. Key clusters that that of a query takes are left out, in the window
+        too. The log normaliser of a query with nothing left is LOG_ZERO.
     """
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -109,9 +189,18 @@ def landmark_fwd_kernel(
         i = (tl.program_id(0) * QUERY_TILES + step) * BM + tl.arange(0, BM)
         valid = i < num_queries
         q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
+        word_ptr, first, second, third, fourth = taken_ptr, 0, 0, 0, 0
+        if CLUSTERS > 0:
+            word_ptr = words_of_queries(
+                taken_ptr, query_label_ptr, group, i, valid, num_queries, num_landmarks, CLUSTERS
+            )
+            first, second, third, fourth = load_words(word_ptr, num_landmarks, MP)
         # logits are relative to that of the centre
         if MP == MB:
             logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
+            if CLUSTERS > 0:
+                free = landmark_not_taken(word_ptr, first, second, third, fourth, b, 0, num_landmarks, MB, MP)
+                logits = tl.where(free, logits, LOG_ZERO)
             running_max = tl.maximum(tl.max(logits, 1), LOG_ZERO)
             weights = tl.exp2(logits - running_max[:, None]).to(mean_v.dtype)
             total = row_sums(weights)
@@ -126,6 +215,9 @@ def landmark_fwd_kernel(
                 mean_v = load_rows(mean_v_ptr, b, b < num_landmarks, D, D, BD)
                 log_count = tl.load(log_count_ptr + b)
                 logits = tl.dot(q, landmark, input_precision=PRECISION) * qk_scale + log_count[None, :]
+                if CLUSTERS > 0:
+                    free = landmark_not_taken(word_ptr, first, second, third, fourth, b, block, num_landmarks, MB, MP)
+                    logits = tl.where(free, logits, LOG_ZERO)
                 new_max = tl.maximum(running_max, tl.max(logits, 1))
                 decay = tl.exp2(running_max - new_max)
                 weights = tl.exp2(logits - new_max[:, None]).to(mean_v.dtype)
@@ -140,16 +232,20 @@ def landmark_fwd_kernel(
             for part in tl.static_range(UNROLLED):
                 normaliser, acc, running_max, total = window_fwd(
                     first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
-                    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                    stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
                 )  # fmt: skip
             for part in tl.range(UNROLLED, WINDOW_TILES, num_stages=2):
                 normaliser, acc, running_max, total = window_fwd(
                     first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
-                    k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, qk_scale, E, D, LEFT, RIGHT, PRECISION,
+                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                    stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
                 )  # fmt: skip
             total += tl.sum(normaliser, 1)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
         store_rows(out_ptr, out, i, valid, stride_on, D)
         if STATISTICS:
             lse = tl.where(end > 0, offset + running_max + tl.log2(total), NO_KEYS)
+            if CLUSTERS > 0:
+                lse = tl.where((end > 0) & (running_max < 0.1 * LOG_ZERO), LOG_ZERO, lse)
             tl.store(lse_ptr + wide * num_queries + i, lse, mask=valid)

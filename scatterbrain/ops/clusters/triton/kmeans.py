@@ -127,12 +127,15 @@ def assign_kernel(
     label_ptr,  # (G, S) int16, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, LABEL_ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cluster of each key of a tile, or of the first of each EVERY keys, over blocks of MB landmarks."""
+    """Cluster of each key of a tile, or of the first of each EVERY keys, over blocks of MB landmarks.
+
+    LABEL_ALL: see `cluster_sums_kernel`.
+    """
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
-    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS and not LABEL_ALL)
     j = (tl.program_id(0) * BN + tl.arange(0, BN)) * EVERY
     k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), j, j < end, stride_kn, E, BE)
     delta_ptr += group.to(tl.int64) * num_landmarks * E
@@ -154,8 +157,12 @@ def assign_kernel(
 def finish_clusters(
     sum_k, sum_v, count, b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group, num_landmarks,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, LAST: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Store centroids, and with LAST mean values and sizes, from sums (BE, landmarks b) and numbers of members."""
+    """Store centroids, and with LAST sizes, from sums (BE, landmarks b) and numbers of members.
+
+    With LAST and VALUES, store mean values too.
+    """
     wide = group.to(tl.int64)
     e = tl.arange(0, BE)
     exists = b < num_landmarks
@@ -169,11 +176,12 @@ def finish_clusters(
     bias_ptr += group * MP
     used = (count > 0) | (tl.load(bias_ptr + b) > LOG_ZERO)
     store_centroids(delta, centre, delta_ptr, bias_ptr, b, used, num_landmarks, E, MP, BE)
-    if LAST:
+    if LAST and VALUES:
         d = tl.arange(0, BD)
         mean_v = (sum_v * share[None, :]).to(mean_v_ptr.dtype.element_ty)
         mean_v_ptrs = mean_v_ptr + wide * num_landmarks * D + b[None, :] * D + d[:, None]
         tl.store(mean_v_ptrs, mean_v, mask=exists[None, :] & (d < D)[:, None])
+    if LAST:
         tl.store(log_count_ptr + group * MP + b, tl.where(count > 0, tl.log2(tl.maximum(count, 1.0)), LOG_ZERO))
 
 
@@ -192,12 +200,13 @@ def cluster_sums_kernel(
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
     FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, VALUES: tl.constexpr, LABEL_ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
+    """Sums over the keys of a chunk, and with LAST and VALUES the values, by cluster, for one block of MB landmarks.
 
     Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
 
+    LABEL_ALL: keys past the length of a sequence have the nearest cluster for a label, not -1; no sum has them.
     EVERY: take the first of so many keys only.
     FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
     PARTS: parts in which the scores of a block are computed, which saves registers.
@@ -229,21 +238,26 @@ def cluster_sums_kernel(
     for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
         j = (n + tl.arange(0, BN)) * EVERY
         exists = j < end
-        k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
+        k = load_rows(k_ptr, j, j < num_keys if LABEL_ALL else exists, stride_kn, E, BE)
         if ASSIGN:
             label, best = nearest(tl.dot(k, delta, input_precision=PRECISION) + bias[None, :], MB // PARTS)
             if PARTS == 2:
                 score = tl.dot(k, other_delta, input_precision=PRECISION) + other_bias[None, :]
                 other, other_best = nearest(score, MB // 2)
                 label = tl.where(other_best > best, other + MB // 2, label)
-            label = tl.where(exists, label, -1)
+            if not LABEL_ALL:
+                label = tl.where(exists, label, -1)
             if LAST:
                 tl.store(label_ptr + j, label.to(tl.int16), mask=j < num_keys)
+            if LABEL_ALL:
+                label = tl.where(exists, label, -1)
         else:
             label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32) - block
+        if LABEL_ALL:
+            k = tl.where(exists[:, None], k, 0.0)
         one_hot = (label[:, None] == b[None, :]).to(k.dtype)
         sum_k = tl.dot(tl.trans(k), one_hot, sum_k, input_precision=PRECISION)
-        if LAST:
+        if LAST and VALUES:
             v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
             sum_v = tl.dot(tl.trans(v), one_hot, sum_v, input_precision=PRECISION)
         in_block = (label >= 0) & (label < MB)
@@ -254,13 +268,13 @@ def cluster_sums_kernel(
     if FINAL:
         finish_clusters(
             sum_k, sum_v, count.to(tl.float32), b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group,
-            num_landmarks, E, BE, D, BD, MP, LAST,
+            num_landmarks, E, BE, D, BD, MP, LAST, VALUES,
         )  # fmt: skip
     else:
         rows: tl.constexpr = BE + BD + 1
         sum_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (rows * MP)
         tl.store(sum_ptr + tl.arange(0, BE)[:, None] * MP + b[None, :], sum_k)
-        if LAST:
+        if LAST and VALUES:
             tl.store(sum_ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :], sum_v)
         tl.store(sum_ptr + (BE + BD) * MP + b, count.to(tl.float32))
 
@@ -299,20 +313,20 @@ def combine_kernel(
     num_landmarks,
     chunks, slots,  # chunks to add up, of so many in memory
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
-    LAST: tl.constexpr, PDL: tl.constexpr,
+    LAST: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Centroids and their bias, and with LAST mean values and sizes, of BLOCK landmarks, from the sums of chunks."""
+    """Centroids and their bias, and with LAST sizes and mean values, of BLOCK landmarks, from the sums of chunks."""
     grid_dependency_control(PDL, False)
     group = tl.program_id(1)
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     stride: tl.constexpr = (BE + BD + 1) * MP
     sum_ptr += group.to(tl.int64) * slots * stride
     sum_k = sum_of_chunks(sum_ptr, chunks, stride, b, BE, MP)
-    sum_v = sum_of_chunks(sum_ptr + BE * MP, chunks, stride, b, BD, MP) if LAST else sum_k
+    sum_v = sum_of_chunks(sum_ptr + BE * MP, chunks, stride, b, BD, MP) if LAST and VALUES else sum_k
     count = tl.zeros((BLOCK,), tl.float32)
     for p in tl.range(0, chunks, num_stages=4):
         count += tl.load(sum_ptr + p * stride + (BE + BD) * MP + b)
     finish_clusters(
         sum_k, sum_v, count, b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group, num_landmarks,
-        E, BE, D, BD, MP, LAST,
+        E, BE, D, BD, MP, LAST, VALUES,
     )  # fmt: skip

@@ -57,7 +57,7 @@ MANY_CHUNKS, FEW_CHUNKS, SUM_BLOCK = 32, 8, 1024
 MAX_UNROLLED = 3
 
 
-class _Plan:
+class LandmarkPlan:
     """What all kernels of one call share: sizes, strides, constants; arguments as in `run_forward`."""
 
     def __init__(
@@ -111,7 +111,7 @@ class _Plan:
         """Rows of the sums of a chunk: keys, values, numbers of members."""
         return self.widths["BE"] + self.widths["BD"] + 1
 
-    def add_sum_of_chunks(self, launches: LaunchSequence, chunks: int) -> int:
+    def add_sum_of_chunks(self, launches: LaunchSequence, chunks: int, sums: str = "sums") -> int:
         """Kernel that leaves `FEW_CHUNKS` sums of more than `MANY_CHUNKS`; the number of sums that are left."""
         if chunks <= MANY_CHUNKS:
             return chunks
@@ -119,7 +119,7 @@ class _Plan:
         launches.add(
             sum_chunks_kernel,
             (-(-size // SUM_BLOCK), FEW_CHUNKS, self.groups),
-            ("sums",),
+            (sums,),
             (chunks,),
             SIZE=size,
             BLOCK=SUM_BLOCK,
@@ -129,60 +129,89 @@ class _Plan:
         )
         return FEW_CHUNKS
 
-    def statistics(self) -> BufferLayout:
-        """What the attention and the backward pass read of the clusters, and log normalisers of the queries."""
+    def clusters(self, prefix: str = "") -> BufferLayout:
+        """What the attention and the backward pass read of the clusters: the first parts of `statistics`."""
         layout = BufferLayout()
-        layout.add("centre", self.groups, self.widths["BE"])
-        layout.add("landmarks", self.groups, self.num_landmarks, self.width, dtype=self.dtype)
-        layout.add("mean_values", self.groups, self.num_landmarks, self.value_width, dtype=self.dtype)
-        layout.add("log_counts", self.groups, self.padded)
-        layout.add("labels", *((0,) if self.has_labels else (self.groups, self.num_keys)), dtype=torch.int16)
-        layout.add("lse", self.groups, self.length)
+        layout.add(prefix + "centre", self.groups, self.widths["BE"])
+        layout.add(prefix + "landmarks", self.groups, self.num_landmarks, self.width, dtype=self.dtype)
+        layout.add(prefix + "mean_values", self.groups, self.num_landmarks, self.value_width, dtype=self.dtype)
+        layout.add(prefix + "log_counts", self.groups, self.padded)
+        labels = (0,) if self.has_labels else (self.groups, self.num_keys)
+        layout.add(prefix + "labels", *labels, dtype=torch.int16)
         return layout
 
-    def sums(self, chunks: int) -> BufferLayout:
+    def statistics(self, prefix: str = "") -> BufferLayout:
+        """What the attention and the backward pass read of the clusters, and log normalisers of the queries."""
+        layout = self.clusters(prefix)
+        layout.add(prefix + "lse", self.groups, self.length)
+        return layout
+
+    def sums(self, chunks: int, prefix: str = "") -> BufferLayout:
         """Memory for the sums of each chunk."""
         layout = BufferLayout()
-        layout.add("sums", self.groups, chunks, self.rows_of_sums, self.padded)
+        layout.add(prefix + "sums", self.groups, chunks, self.rows_of_sums, self.padded)
         return layout
 
 
-def _scratch(layout: BufferLayout, result: torch.Tensor) -> torch.Tensor:
+def scratch_memory(layout: BufferLayout, result: torch.Tensor) -> torch.Tensor:
     """Memory for sums, which the last kernel does not read: that of the result that it writes, if it is enough."""
     if layout.nbytes <= result.numel() * result.element_size():
         return result.as_strided((result.numel(),), (1,)).view(torch.uint8)
     return layout.empty(result.device)
 
 
-def _cluster_kernels(
-    plan: _Plan, tensors: tuple[str, ...], key: torch.Tensor, value: torch.Tensor
-) -> tuple[LaunchSequence, tuple[BufferLayout, BufferLayout, BufferLayout]]:
-    """Kernels that find the clusters, or take given ones, and their means.
+def cluster_layouts(plan: LandmarkPlan, prefix: str = "") -> tuple[BufferLayout, BufferLayout, BufferLayout]:
+    """Layouts of the statistics, of the workspace and of the sums of `add_cluster_kernels`.
 
     Args:
         plan: of the call.
-        tensors: names of those that a call passes.
-        key: (B, H, S, E).
-        value: (B, H, S, D).
+        prefix: of the names of their parts.
+    """
+    _, chunks = plan.chunks(plan.num_keys, plan.tiles.sum_rows, plan.tiles.sum_programs)
+    workspace = BufferLayout()
+    workspace.add(prefix + "bias", plan.groups, plan.padded)
+    return plan.statistics(prefix), workspace, plan.sums(chunks, prefix)
 
-    Returns:
-        The kernels, and the layouts of the statistics, of the workspace and of the sums.
+
+def add_cluster_kernels(
+    launches: LaunchSequence,
+    plan: LandmarkPlan,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    prefix: str = "",
+    names: tuple[str, str, str] = ("key", "value", "key_lengths"),
+) -> None:
+    """Kernels that find the clusters, or take given ones, and their means.
+
+    Args:
+        launches: to which they are appended, with the layouts of `cluster_layouts`.
+        plan: of the call.
+        key: (B, H, S, E).
+        value: (B, H, S, D); None where there are no mean values. Then the keys are queries, and those past the lengths
+            have a cluster too.
+        prefix: of the names of the parts of the layouts.
+        names: of keys, values and lengths.
     """
     tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
-    layouts = plan.statistics(), BufferLayout(), plan.sums(chunks)
-    layouts[1].add("bias", plan.groups, plan.padded)
-    launches = LaunchSequence(tensors, layouts)
     # the same chunks in a step, of fewer keys
     step_rows = -(-plan.num_keys // STEP_EVERY)
     step_chunk = -(-step_rows // (chunks * tiles.sum_rows)) * tiles.sum_rows
-    key_strides, value_strides = row_strides(key), row_strides(value)
+    has_values = value is not None
+    key_strides, value_strides = row_strides(key), row_strides(value if has_values else key)
     key_numbers = (plan.heads, plan.num_keys, plan.num_landmarks)
     key_widths = {"E": plan.width, "BE": plan.widths["BE"]}
+    labels = plan.labels if plan.has_labels else prefix + plan.labels
+    centre, landmarks, bias, *means = (
+        prefix + name for name in ("centre", "landmarks", "bias", "mean_values", "log_counts")
+    )
+    sums = prefix + "sums"
+    results = (centre, landmarks, bias, *means)
+    key_name, value_name, lengths = names
     launches.add(
         start_kernel,
         (plan.num_landmarks, plan.groups),
-        ("key", "key_lengths", "centre", "landmarks", "bias"),
+        (key_name, lengths, centre, landmarks, bias),
         (*key_numbers, *key_strides),
         **key_widths,
         MP=plan.padded,
@@ -193,16 +222,16 @@ def _cluster_kernels(
         **plan.first,
     )
 
-    results = ("centre", "landmarks", "bias", "mean_values", "log_counts")
     assign = not plan.has_labels and plan.blocks == 1
     for step in range(1 if plan.has_labels else plan.num_steps + 1):
         last = plan.has_labels or step == plan.num_steps
         every = 1 if last else STEP_EVERY
+        label_all = {"LABEL_ALL": last and not has_values}
         if not plan.has_labels and not assign:
             launches.add(
                 assign_kernel,
                 (-(-plan.num_keys // (every * tiles.assign_rows)), plan.groups),
-                ("key", "key_lengths", "landmarks", "bias", plan.labels),
+                (key_name, lengths, landmarks, bias, labels),
                 (*key_numbers, *key_strides),
                 **key_widths,
                 **plan.blocked,
@@ -210,13 +239,14 @@ def _cluster_kernels(
                 EVERY=every,
                 **plan.lengths,
                 **plan.precision,
+                **label_all,
                 num_warps=tiles.assign_warps,
                 **plan.pdl,
             )
         launches.add(
             cluster_sums_kernel,
             (chunks, plan.groups, plan.blocks),
-            ("key", "value", "key_lengths", plan.labels, "sums", *results),
+            (key_name, value_name, lengths, labels, sums, *results),
             (*key_numbers, chunk if last else step_chunk, *key_strides, *value_strides),
             **plan.widths,
             **plan.blocked,
@@ -229,24 +259,82 @@ def _cluster_kernels(
             **plan.lengths,
             **plan.precision,
             STAGES=tiles.sum_stages,
+            VALUES=has_values,
+            **label_all,
             num_warps=tiles.sum_warps,
             **plan.pdl,
         )
         if chunks > 1:
-            left = plan.add_sum_of_chunks(launches, chunks)
+            left = plan.add_sum_of_chunks(launches, chunks, sums)
             launches.add(
                 combine_kernel,
                 (-(-plan.padded // tiles.combine_landmarks), plan.groups),
-                ("sums", *results),
+                (sums, *results),
                 (plan.num_landmarks, left, chunks),
                 **plan.widths,
                 MP=plan.padded,
                 BLOCK=tiles.combine_landmarks,
                 LAST=last,
+                VALUES=has_values,
                 num_warps=4,
                 **plan.pdl,
             )
-    return launches, layouts
+
+
+def _of_queries(plan: LandmarkPlan, clusters: int) -> tuple[str, str]:
+    """Names of the clusters of the queries and of what these take; without `clusters`, of a tensor that is not read."""
+    return ("query_labels", "taken_words") if clusters else (plan.labels, plan.labels)
+
+
+def add_attention_kernel(
+    launches: LaunchSequence,
+    plan: LandmarkPlan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    window: int,
+    statistics: bool,
+    clusters: int = 0,
+) -> None:
+    """Kernel that computes the output from the statistics.
+
+    Args:
+        launches: to which it is appended.
+        plan: of the call.
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        out: (B, H, T, D).
+        window: width W.
+        statistics: compute log normalisers.
+        clusters: number of query clusters; what they take of the key clusters is left out. 0 for none.
+    """
+    tiles = plan.tiles
+    window_tiles = tiles_of_windows(window, tiles.query_rows, tiles.key_rows)
+    launches.add(
+        landmark_fwd_kernel,
+        (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), plan.groups),
+        (
+            *("query", "key", "value", "out", "key_lengths"),
+            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse", *_of_queries(plan, clusters)),
+        ),
+        (*plan.numbers, *row_strides(query, key, value, out), plan.qk_scale),
+        **plan.widths,
+        **plan.query_blocked,
+        BM=tiles.query_rows,
+        BN=tiles.key_rows,
+        **plan.in_window,
+        WINDOW_TILES=window_tiles,
+        UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
+        QUERY_TILES=tiles.query_tiles,
+        STAGES=tiles.query_stages,
+        STATISTICS=statistics,
+        CLUSTERS=clusters,
+        num_warps=tiles.query_warps,
+        maxnreg=tiles.query_registers,
+        **plan.pdl,
+    )
 
 
 def _forward_pass(
@@ -262,41 +350,22 @@ def _forward_pass(
     statistics: bool,
 ) -> Pass:
     """Launches of a forward pass; arguments as in `run_forward`."""
-    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
-    tiles, groups = plan.tiles, plan.groups
+    plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     names = ("query", "key", "value", "key_lengths", "given_labels", "out")
-    launches, (*layouts, scratch) = _cluster_kernels(plan, names, key, value)
-    window_tiles = tiles_of_windows(window, tiles.query_rows, tiles.key_rows)
-    launches.add(
-        landmark_fwd_kernel,
-        (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), groups),
-        (
-            *("query", "key", "value", "out", "key_lengths"),
-            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse"),
-        ),
-        (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale),
-        **plan.widths,
-        **plan.query_blocked,
-        BM=tiles.query_rows,
-        BN=tiles.key_rows,
-        **plan.in_window,
-        WINDOW_TILES=window_tiles,
-        UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
-        QUERY_TILES=tiles.query_tiles,
-        STAGES=tiles.query_stages,
-        STATISTICS=statistics,
-        num_warps=tiles.query_warps,
-        maxnreg=tiles.query_registers,
-        **plan.pdl,
-    )
+    *layouts, scratch = cluster_layouts(plan)
+    launches = LaunchSequence(names, (*layouts, scratch))
+    add_cluster_kernels(launches, plan, key, value)
+    add_attention_kernel(launches, plan, query, key, value, tensors["out"], window, statistics)
     return Pass(launches, outputs, tuple(layouts), scratch)
 
 
 def _cluster_pass(key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int) -> Pass:
     """Launches that find the clusters of keys; arguments as in `run_clusters`."""
-    plan = _Plan(key, key, key, key_lengths, None, num_landmarks, 0, 1.0, num_steps)
-    launches, layouts = _cluster_kernels(plan, ("key", "value", "key_lengths"), key, key)
+    plan = LandmarkPlan(key, key, key, key_lengths, None, num_landmarks, 0, 1.0, num_steps)
+    layouts = cluster_layouts(plan)
+    launches = LaunchSequence(("key", "value", "key_lengths"), layouts)
+    add_cluster_kernels(launches, plan, key, key)
     return Pass(launches, (), layouts)
 
 
@@ -304,7 +373,7 @@ def run_clusters(
     key: torch.Tensor, key_lengths: torch.Tensor | None, num_landmarks: int, num_steps: int
 ) -> torch.Tensor:
     """Clusters (B, H, S) int16 of the keys, -1 for hidden ones; arguments as in `run_forward`."""
-    key = _with_vector_loads(key)
+    key = with_vector_loads(key)
     found = find_pass(_cluster_pass, (key, key_lengths), tiles_override(), num_landmarks, num_steps)
     _, buffers = allocate(found, key)
     with device_of(key):
@@ -312,7 +381,7 @@ def run_clusters(
     return found.layouts[0].views(buffers[0])["labels"].view(key.shape[:3]).clone()
 
 
-def _with_vector_loads(x: torch.Tensor) -> torch.Tensor:
+def with_vector_loads(x: torch.Tensor) -> torch.Tensor:
     """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
     x = with_near_rows(x)
     return x if has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
@@ -345,15 +414,15 @@ def run_forward(
         statistics: compute log normalisers, which the backward pass needs, too.
 
     Returns:
-        Output (B, H, T, D), and statistics (bytes,) uint8, see `_Plan.statistics`.
+        Output (B, H, T, D), and statistics (bytes,) uint8, see `LandmarkPlan.statistics`.
     """
-    query, key, value = (_with_vector_loads(x) for x in (query, key, value))
+    query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths, labels)
     found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps, statistics)
     (out,), buffers = allocate(found, query)
     # a kernel does not read what is None
     key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    found.launches((query, key, value, key_lengths, labels, out), (*buffers, _scratch(found.scratch, out)))
+    found.launches((query, key, value, key_lengths, labels, out), (*buffers, scratch_memory(found.scratch, out)))
     return out, buffers[0]
 
 
@@ -364,9 +433,151 @@ fused_landmark_attention = torch.library.custom_op(
 
 @fused_landmark_attention.register_fake
 def _(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps, statistics):
-    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
+    # int: Dynamo passes a size that has changed since its last trace as a symbol
+    num_landmarks, window = int(num_landmarks), int(window)
+    plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, window, scale, num_steps)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
+
+
+def gradient_layouts(plan: LandmarkPlan) -> tuple[BufferLayout, BufferLayout]:
+    """Layouts of the workspace and of the sums of `add_gradient_kernels`."""
+    _, chunks = plan.chunks(plan.length, plan.tiles.landmark_rows, plan.tiles.landmark_programs)
+    workspace = BufferLayout()
+    workspace.add("dots", plan.groups, plan.length)
+    workspace.add("offsets", plan.groups, plan.length)
+    workspace.add("d_landmarks", plan.groups, plan.num_landmarks, plan.width, dtype=plan.dtype)
+    workspace.add("d_mean_values", plan.groups, plan.num_landmarks, plan.value_width, dtype=plan.dtype)
+    return workspace, plan.sums(chunks)
+
+
+def add_gradient_kernels(
+    launches: LaunchSequence,
+    plan: LandmarkPlan,
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    outputs: dict[str, torch.Tensor],
+    window: int,
+    clusters: int = 0,
+) -> None:
+    """Kernels that compute the gradients from the statistics.
+
+    Args:
+        launches: to which they are appended, with the layouts of `gradient_layouts`.
+        plan: of the call.
+        gradient: of the output, (B, H, T, D).
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        out: (B, H, T, D).
+        outputs: the gradients, by name.
+        window: width W.
+        clusters: number of query clusters; what they take of the key clusters is left out. 0 for none.
+    """
+    tiles, groups = plan.tiles, plan.groups
+    chunk, chunks = plan.chunks(plan.length, tiles.landmark_rows, tiles.landmark_programs)
+    of_queries = _of_queries(plan, clusters)
+    launches.add(
+        landmark_bwd_dq_kernel,
+        (-(-plan.length // tiles.dq_rows), groups),
+        (
+            *("query", "key", "value", "out", "gradient", "d_query", "key_lengths"),
+            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse", "dots", "offsets", *of_queries),
+        ),
+        (
+            *plan.numbers,
+            *row_strides(query, key, value, out, gradient, outputs["d_query"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        **plan.query_blocked,
+        BM=tiles.dq_rows,
+        BN=tiles.dq_keys,
+        **plan.in_window,
+        WINDOW_TILES=tiles_of_windows(window, tiles.dq_rows, tiles.dq_keys),
+        CLUSTERS=clusters,
+        num_warps=tiles.dq_warps,
+        maxnreg=tiles.dq_registers,
+        **plan.first,
+    )
+    if window > 0:
+        key_tiles = -(-plan.num_keys // tiles.window_keys)
+        launches.add(
+            landmark_bwd_window_kernel,
+            (chunks, groups, plan.blocks),
+            (
+                *("query", "value", "gradient", "key_lengths", "landmarks", plan.labels, "dots", "offsets", "sums"),
+                *of_queries,
+            ),
+            (
+                *(*plan.numbers, -(-key_tiles // chunks) * tiles.window_keys),
+                *(*row_strides(query, value, gradient), plan.qk_scale),
+            ),
+            **plan.widths,
+            **plan.blocked,
+            BM=tiles.window_queries,
+            BN=tiles.window_keys,
+            **plan.in_window,
+            WINDOW_TILES=tiles_of_windows(window, tiles.window_keys, tiles.window_queries),
+            CLUSTERS=clusters,
+            num_warps=tiles.window_warps,
+            **plan.pdl,
+        )
+    block = min(tiles.landmark_block, plan.block)
+    launches.add(
+        landmark_bwd_sums_kernel,
+        (chunks, groups, plan.padded // block),
+        ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sums", *of_queries),
+        (plan.heads, plan.length, plan.num_landmarks, chunk, *row_strides(query, gradient), plan.qk_scale),
+        **plan.widths,
+        MB=block,
+        MP=plan.padded,
+        BM=tiles.landmark_rows,
+        HAS_WINDOW=window > 0,
+        CLUSTERS=clusters,
+        **plan.precision,
+        STAGES=tiles.landmark_stages,
+        num_warps=tiles.landmark_warps,
+        **plan.pdl,
+    )
+    left = plan.add_sum_of_chunks(launches, chunks)
+    launches.add(
+        landmark_bwd_combine_kernel,
+        (-(-plan.padded // tiles.combine_landmarks), groups),
+        ("sums", "log_counts", "d_landmarks", "d_mean_values"),
+        (plan.num_landmarks, left, chunks, plan.scale),
+        **plan.widths,
+        MP=plan.padded,
+        BLOCK=tiles.combine_landmarks,
+        num_warps=4,
+        **plan.pdl,
+    )
+    launches.add(
+        landmark_bwd_dkdv_kernel,
+        (-(-plan.num_keys // tiles.dk_rows), groups),
+        (
+            *("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "landmarks", plan.labels),
+            *("lse", "dots", "offsets", "d_landmarks", "d_mean_values", *of_queries),
+        ),
+        (
+            *plan.numbers,
+            *row_strides(query, key, value, gradient, outputs["d_key"], outputs["d_value"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        MP=plan.padded,
+        BM=tiles.dk_queries,
+        BN=tiles.dk_rows,
+        **plan.in_window,
+        WINDOW_TILES=tiles_of_windows(window, tiles.dk_rows, tiles.dk_queries),
+        CLUSTERS=clusters,
+        num_warps=tiles.dk_warps,
+        maxnreg=tiles.dk_registers,
+        **plan.pdl,
+    )
 
 
 def _backward_pass(
@@ -382,8 +593,7 @@ def _backward_pass(
     scale: float,
 ) -> Pass:
     """Launches of a backward pass; arguments as in `run_backward`."""
-    plan = _Plan(query, key, value, key_lengths, labels, num_landmarks, window, scale, 0)
-    tiles, groups = plan.tiles, plan.groups
+    plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, window, scale, 0)
     outputs, tensors = describe_outputs(
         query,
         (
@@ -392,105 +602,10 @@ def _backward_pass(
             ("d_value", plan.num_keys, plan.value_width),
         ),
     )
-    chunk, chunks = plan.chunks(plan.length, tiles.landmark_rows, tiles.landmark_programs)
-    workspace = BufferLayout()
-    workspace.add("dots", groups, plan.length)
-    workspace.add("offsets", groups, plan.length)
-    workspace.add("d_landmarks", groups, num_landmarks, plan.width, dtype=plan.dtype)
-    workspace.add("d_mean_values", groups, num_landmarks, plan.value_width, dtype=plan.dtype)
-    scratch = plan.sums(chunks)
+    workspace, scratch = gradient_layouts(plan)
     names = ("gradient", "query", "key", "value", "key_lengths", "given_labels", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace, scratch))
-    launches.add(
-        landmark_bwd_dq_kernel,
-        (-(-plan.length // tiles.dq_rows), groups),
-        (
-            *("query", "key", "value", "out", "gradient", "d_query", "key_lengths"),
-            *("centre", "landmarks", "mean_values", "log_counts", plan.labels, "lse", "dots", "offsets"),
-        ),
-        (
-            *plan.numbers,
-            *row_strides(query, key, value, out, gradient, tensors["d_query"]),
-            *(plan.qk_scale, plan.scale),
-        ),
-        **plan.widths,
-        **plan.query_blocked,
-        BM=tiles.dq_rows,
-        BN=tiles.dq_keys,
-        **plan.in_window,
-        WINDOW_TILES=tiles_of_windows(window, tiles.dq_rows, tiles.dq_keys),
-        num_warps=tiles.dq_warps,
-        maxnreg=tiles.dq_registers,
-        **plan.first,
-    )
-    if window > 0:
-        key_tiles = -(-plan.num_keys // tiles.window_keys)
-        launches.add(
-            landmark_bwd_window_kernel,
-            (chunks, groups, plan.blocks),
-            ("query", "value", "gradient", "key_lengths", "landmarks", plan.labels, "dots", "offsets", "sums"),
-            (
-                *(*plan.numbers, -(-key_tiles // chunks) * tiles.window_keys),
-                *(*row_strides(query, value, gradient), plan.qk_scale),
-            ),
-            **plan.widths,
-            **plan.blocked,
-            BM=tiles.window_queries,
-            BN=tiles.window_keys,
-            **plan.in_window,
-            WINDOW_TILES=tiles_of_windows(window, tiles.window_keys, tiles.window_queries),
-            num_warps=tiles.window_warps,
-            **plan.pdl,
-        )
-    block = min(tiles.landmark_block, plan.block)
-    launches.add(
-        landmark_bwd_sums_kernel,
-        (chunks, groups, plan.padded // block),
-        ("query", "gradient", "landmarks", "mean_values", "log_counts", "dots", "offsets", "sums"),
-        (plan.heads, plan.length, num_landmarks, chunk, *row_strides(query, gradient), plan.qk_scale),
-        **plan.widths,
-        MB=block,
-        MP=plan.padded,
-        BM=tiles.landmark_rows,
-        HAS_WINDOW=window > 0,
-        **plan.precision,
-        STAGES=tiles.landmark_stages,
-        num_warps=tiles.landmark_warps,
-        **plan.pdl,
-    )
-    left = plan.add_sum_of_chunks(launches, chunks)
-    launches.add(
-        landmark_bwd_combine_kernel,
-        (-(-plan.padded // tiles.combine_landmarks), groups),
-        ("sums", "log_counts", "d_landmarks", "d_mean_values"),
-        (num_landmarks, left, chunks, plan.scale),
-        **plan.widths,
-        MP=plan.padded,
-        BLOCK=tiles.combine_landmarks,
-        num_warps=4,
-        **plan.pdl,
-    )
-    launches.add(
-        landmark_bwd_dkdv_kernel,
-        (-(-plan.num_keys // tiles.dk_rows), groups),
-        (
-            *("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "landmarks", plan.labels),
-            *("lse", "dots", "offsets", "d_landmarks", "d_mean_values"),
-        ),
-        (
-            *plan.numbers,
-            *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),
-            *(plan.qk_scale, plan.scale),
-        ),
-        **plan.widths,
-        BM=tiles.dk_queries,
-        BN=tiles.dk_rows,
-        **plan.in_window,
-        WINDOW_TILES=tiles_of_windows(window, tiles.dk_rows, tiles.dk_queries),
-        num_warps=tiles.dk_warps,
-        maxnreg=tiles.dk_registers,
-        **plan.pdl,
-    )
+    add_gradient_kernels(launches, plan, gradient, query, key, value, out, tensors, window)
     return Pass(launches, outputs, (workspace,), scratch)
 
 
@@ -508,12 +623,12 @@ def run_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
-    gradient, query, key, value = (_with_vector_loads(x) for x in (gradient, query, key, value))
+    gradient, query, key, value = (with_vector_loads(x) for x in (gradient, query, key, value))
     inputs = (gradient, query, key, value, key_lengths, labels, out)
     found = find_pass(_backward_pass, inputs, tiles_override(), num_landmarks, window, scale)
     gradients, (workspace,) = allocate(found, query)
     key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    buffers = (statistics, workspace, _scratch(found.scratch, gradients[1]))
+    buffers = (statistics, workspace, scratch_memory(found.scratch, gradients[1]))
     found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), buffers)
     return tuple(gradients)
 
@@ -580,6 +695,6 @@ def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def log_normalisers(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Natural logarithms (B, H, T) of the normalisers, from the statistics of `run_forward` and its arguments."""
-    plan = _Plan(*arguments)
+    plan = LandmarkPlan(*arguments)
     lse = plan.statistics().views(statistics)["lse"].view(plan.batch, plan.heads, plan.length)
     return torch.where(lse < 1e29, lse / LOG2E, -torch.inf)

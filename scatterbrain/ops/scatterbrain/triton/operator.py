@@ -470,6 +470,7 @@ fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_f
 
 @fused_attention.register_fake
 def _(query, key, value, projection, key_lengths, window, scale, cosh, is_causal, eps, statistics):
+    window = int(window)  # Dynamo passes a size that has changed since its last trace as a symbol
     plan = _Plan(query, key, value, projection, key_lengths, window, scale, cosh, is_causal)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     nbytes = plan.statistics().nbytes if statistics else 0

@@ -1,0 +1,236 @@
+"""Launches of the kernels that plan: clusters of keys and of queries, supports, sorted orders."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, exact_keys
+from scatterbrain.ops.adaptive.triton.supports import (
+    DENSITY_BITS,
+    count_kernel,
+    lists_kernel,
+    moments_kernel,
+    order_kernel,
+    prefix_kernel,
+    support_kernel,
+)
+from scatterbrain.ops.adaptive.triton.tables import WORD, tables_layout
+from scatterbrain.ops.clusters.triton.operator import (
+    LandmarkPlan,
+    add_cluster_kernels,
+    cluster_layouts,
+    with_vector_loads,
+)
+from scatterbrain.ops.clusters.triton.tiles import tiles_override
+from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
+from scatterbrain.ops.common.triton_functions import LaunchSequence, device_of, row_strides
+
+
+class PlanTiles(NamedTuple):
+    """Tile sizes of the kernels that plan.
+
+    Attributes:
+        sort_rows: points of a tile of the counting sort.
+        prefix_tiles: of these tiles, so many are added up at a time,
+        prefix_bins: for so many clusters.
+        moment_queries: query clusters of a program of the moments.
+        moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
+        list_places: places of a program that lists keys.
+    """
+
+    sort_rows: int = 256
+    prefix_tiles: int = 64
+    prefix_bins: int = 32
+    moment_queries: int = 64
+    moment_programs: int = 264
+    list_places: int = 256
+
+
+# Triton's interpreter, for tests: several tiles also for small shapes.
+_SMALL = PlanTiles(16, 4, 16, 16, 12, 16)
+# Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
+ONE_WARP = 256
+
+
+def _plan_pass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    query_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    tolerance: float | None,
+    scale: float,
+    num_steps: int,
+    sorts_keys: bool,
+) -> Pass:
+    """Launches that plan; arguments as in `run_plan`."""
+    keys = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, 0, scale, num_steps)
+    narrow = query[..., :1]  # there are no mean values of queries
+    queries = LandmarkPlan(query, query, narrow, query_lengths, None, num_query_landmarks, 0, scale, num_steps)
+    groups, length, num_keys = keys.groups, keys.length, keys.num_keys
+    num_exact = exact_keys(density, num_keys)
+    tables = tables_layout(groups, length, num_keys, num_landmarks, num_query_landmarks, num_exact, sorts_keys)
+
+    bins = power_of_two(max(num_landmarks, num_query_landmarks, 16))
+    padded = power_of_two(max(num_landmarks, WORD))  # a multiple of a word
+    tiles = PlanTiles() if query.is_cuda else _SMALL
+    sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
+    moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
+    query_blocks = -(-num_query_landmarks // moment_queries)
+    rows = keys.tiles.sum_rows
+    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs // query_blocks)
+
+    statistics, workspace, sums = cluster_layouts(keys)
+    query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
+    for layout in (query_workspace, query_statistics):
+        for name, (_, shape, dtype) in layout.parts.items():
+            if name not in ("query_labels", "query_lse"):
+                workspace.add(name, *shape, dtype=dtype)
+    workspace.add("totals", 2, groups, bins, dtype=torch.int32)
+    workspace.add("ends", groups, num_query_landmarks, padded, dtype=torch.int32)
+    workspace.add("means", groups, num_query_landmarks, keys.padded)
+    if not sorts_keys:
+        workspace.add("key_order", groups, num_keys, dtype=torch.int32)
+        workspace.add("key_starts", groups, num_landmarks + 1, dtype=torch.int32)
+    # one after another in the same place: sums of the keys, those of the queries, counts of tiles, squares
+    for name, shape, dtype in (
+        ("query_sums", query_sums.parts["query_sums"][1], torch.float32),
+        ("counts", (2, groups, sort_tiles, bins), torch.int32),
+        ("squares", (groups, num_query_landmarks, chunks, keys.padded), torch.float32),
+    ):
+        sums.end = 0
+        sums.add(name, *shape, dtype=dtype)
+
+    launches = LaunchSequence(
+        ("query", "key", "value", "key_lengths", "query_lengths", "given_labels"),
+        (statistics, tables, workspace, sums),
+    )
+    add_cluster_kernels(launches, keys, key, value)
+    add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"))
+
+    sizes = (num_keys, length, num_landmarks, num_query_landmarks)
+    sort_grid = (sort_tiles, groups, 2)
+    sort_options = {"BINS": bins, "BN": tiles.sort_rows, "num_warps": 4, **keys.pdl}
+    both_labels = (keys.labels, "query_labels")
+    launches.add(count_kernel, sort_grid, (*both_labels, "counts"), sizes, **sort_options)
+    prefix_bins = min(tiles.prefix_bins, bins)
+    launches.add(
+        prefix_kernel,
+        (bins // prefix_bins, groups, 2),
+        ("counts", "totals"),
+        (sort_tiles,),
+        BINS=bins,
+        BB=prefix_bins,
+        BT=tiles.prefix_tiles,
+        num_warps=4,
+        **keys.pdl,
+    )
+    starts = ("key_order", "key_starts", "query_order", "query_starts")
+    launches.add(order_kernel, sort_grid, (*both_labels, "counts", "totals", *starts), sizes, **sort_options)
+    key_numbers = (keys.heads, num_keys, num_landmarks, num_query_landmarks)
+    if num_exact > 0:
+        launches.add(
+            moments_kernel,
+            (chunks, groups, keys.blocks * query_blocks),
+            (
+                *("key", "key_lengths", keys.labels, "centre", "landmarks"),
+                *("query_centre", "query_landmarks", "query_log_counts", "means", "squares"),
+            ),
+            (*key_numbers, chunk, *row_strides(key)),
+            E=keys.width,
+            BE=keys.widths["BE"],
+            **keys.blocked,
+            QB=moment_queries,
+            QUERY_MP=queries.padded,
+            BN=rows,
+            **keys.lengths,
+            **keys.precision,
+            STAGES=keys.tiles.sum_stages,
+            num_warps=keys.tiles.sum_warps,
+            **keys.pdl,
+        )
+    launches.add(
+        support_kernel,
+        (num_query_landmarks, groups),
+        ("means", "squares", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
+        (
+            *(*key_numbers, chunks),
+            *(round(density * 2**DENSITY_BITS.value), scale, 0.0 if tolerance is None else tolerance),
+        ),
+        MP=keys.padded,
+        MS=padded,
+        BINS=bins,
+        WORDS=-(-num_landmarks // WORD),
+        ROUNDS=ROUNDS,
+        LEAST_VARIANCE=LEAST_VARIANCE,
+        HAS_TOLERANCE=tolerance is not None,
+        **keys.lengths,
+        num_warps=1 if padded <= ONE_WARP else 4,
+        **keys.pdl,
+    )
+    if num_exact > 0:
+        launches.add(
+            lists_kernel,
+            (-(-num_exact // tiles.list_places), num_query_landmarks, groups),
+            ("ends", "key_order", "key_starts", "exact_keys"),
+            (num_keys, num_landmarks, num_query_landmarks, num_exact),
+            MS=padded,
+            STEPS=padded.bit_length() - 1,
+            BP=tiles.list_places,
+            num_warps=4,
+            **keys.pdl,
+        )
+    return Pass(launches, (), (statistics, tables, workspace, sums))
+
+
+def run_plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    query_lengths: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    tolerance: float | None,
+    scale: float,
+    num_steps: int,
+    sorts_keys: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistics of the key clusters and tables of the plan, by the kernels and without synchronisation.
+
+    Args:
+        query: (B, H, T, E), E a multiple of 16, as D is.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        key_lengths: (B,) integers; None for all keys.
+        query_lengths: (B,) integers; queries i >= query_lengths[b] move no centroid. None for all.
+        labels: (B, H, S) int16, cluster of each key, -1 for hidden ones; None to find clusters.
+        num_landmarks: number of key clusters M, at most S.
+        num_query_landmarks: number of query clusters Q, at most T.
+        density: largest share of the visible keys that a query cluster takes.
+        tolerance: see `plan_adaptive_attention`; None for as many clusters as fit `density`.
+        scale: softmax scale.
+        num_steps: Lloyd steps.
+        sorts_keys: whether the tables have an order of the keys.
+
+    Returns:
+        Two buffers (bytes,) uint8: statistics, see `LandmarkPlan.statistics`, and tables, see `tables_layout`.
+    """
+    query, key, value = (with_vector_loads(x) for x in (query, key, value))
+    inputs = (query, key, value, key_lengths, query_lengths, labels)
+    options = (num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, sorts_keys)
+    found = find_pass(_plan_pass, inputs, tiles_override(), *options)
+    _, buffers = allocate(found, query)
+    # a kernel does not read what is None
+    tensors = [query if x is None else x for x in inputs]
+    with device_of(query):
+        found.launches(tensors, buffers)
+    return buffers[0], buffers[1]
