@@ -39,12 +39,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Four attentions, or those of ATTENTIONS=full,cluster,..., and floors to compare them with, over 200 photographs, by a
-# network that was trained on others (checkpoints/demo/README.md).
+# The four published attentions and four with clusters, or those of ATTENTIONS=full,smyrf,..., and floors to compare them
+# with, over 200 photographs, by a network that was trained on others (checkpoints/demo/README.md).
 # Everything is as with ImageNet and a published checkpoint: conversion, one multirun, a table, figures.
 DEMO_CHECKPOINT := demo/t2t_vit_t_7_flowers.pth
 DEMO_RUN := demo/$(shell date +%Y-%m-%d_%H-%M-%S)
-ATTENTIONS ?= full,local,performer,sblocal
+ATTENTIONS ?= full,local,performer,sblocal,cluster,sbcluster,pairedcluster,sbadaptive
 FLOORS ?= zero,uniform,strided,random-keys,querycluster
 
 demo: setup $(DEMO_CHECKPOINT)

@@ -38,6 +38,10 @@ from scatterbrain.ops.local import local_attention
 from scatterbrain.ops.packed import packed_attention
 from scatterbrain.ops.performer import performer_attention
 from scatterbrain.ops.scatterbrain import scatterbrain_attention
+from scatterbrain.tuning.applying import apply, restore
+from scatterbrain.tuning.plan import Plan, tune
+from scatterbrain.tuning.profiling import profile
+from scatterbrain.tuning.report import ProfileReport
 
 __all__ = [
     "ATTENTIONS",
@@ -51,6 +55,8 @@ __all__ = [
     "LocalAttention",
     "PairedClusterAttention",
     "PerformerAttention",
+    "Plan",
+    "ProfileReport",
     "QueryClusterAttention",
     "RandomFeatureOptions",
     "RandomKeysAttention",
@@ -67,6 +73,7 @@ __all__ = [
     "UserError",
     "ZeroAttention",
     "adaptive_attention",
+    "apply",
     "attention_memory",
     "create_attention",
     "draw_projection",
@@ -77,6 +84,9 @@ __all__ = [
     "paired_landmark_attention",
     "performer_attention",
     "plan_adaptive_attention",
+    "profile",
     "replace_sdpa",
+    "restore",
     "scatterbrain_attention",
+    "tune",
 ]

@@ -34,7 +34,7 @@ def build_parser() -> Parser:
     option("--lengths", type=positive_list, default="784,3136,12544", metavar="N,...", help="(%(default)s)")
     batch = "of all lengths, or one of each length, from the shortest to the longest (%(default)s)"
     option("--batch", type=positive_sequence, default="4", metavar="B,...", help=batch)
-    sizes = "e.g. local_context=64,num_landmarks=128: sizes of the attentions that have them, at all lengths"
+    sizes = "e.g. local_context=64,density=0.08: sizes of the attentions that have them, at all lengths"
     option("--sizes", type=named_numbers, default={}, metavar="NAME=N,...", help=sizes)
     option("--heads", type=positive, default=1, metavar="H", help="(%(default)s)")
     growth = "length whose window, features, ... are kept at the others, too (the middle one)"

@@ -24,13 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
 from src.analysis.benchmark.frontier import BUDGETS, FrontierBench
-from src.analysis.tools import Parser, comma_separated, positive, positive_list, positive_sequence, run_tool
+from src.analysis.tools import Parser, comma_separated, positive_list, positive_sequence, run_tool
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__, heads=1, std=1.0, passes=("forward",), growth_length=None)
     parser.add("checkpoint", "data-dir", required=False)
-    parser.add("split", "device", "dtype", "dim", "threads", "output", "figure")
+    parser.add("split", "device", "dtype", "dim", "threads", "num-images", "tensors", "output", "figure")
     parser.add("repeats", default="7")
     option = parser.add_argument
     names = {"type": comma_separated(tuple(BUDGETS)), "default": ",".join(BUDGETS), "metavar": "NAMES"}
@@ -38,8 +38,6 @@ def build_parser() -> Parser:
     option("--lengths", type=positive_list, default="784,3136", metavar="N,...", help="(%(default)s)")
     batch = "sequences (batch times heads) of all lengths, or of each, from the shortest on (%(default)s)"
     option("--batch", type=positive_sequence, default="4", metavar="B,...", help=batch)
-    option("--num-images", type=positive, default=5, metavar="N", help="photographs (%(default)s)")
-    option("--tensors", nargs="+", default=[], metavar="FILE", help=".npz with q<layer>, k<layer>, v<layer>")
     option("--pisa", metavar="DIR", help="checkout of PISA's repository")
     return parser
 

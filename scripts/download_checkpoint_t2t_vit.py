@@ -29,12 +29,8 @@ def build_parser() -> Parser:
     return parser
 
 
-main = partial(
-    run_tool,
-    build_parser,
-    lambda arguments: say(download_published(**vars(arguments))),
-    interrupted="No half-written file was left.",
-)
+LEFT = "No half-written file was left."
+main = partial(run_tool, build_parser, lambda arguments: say(download_published(**vars(arguments))), interrupted=LEFT)
 
 if __name__ == "__main__":
     sys.exit(main())

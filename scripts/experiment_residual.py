@@ -23,7 +23,7 @@ from src.analysis.tools import Parser, positive, run_tool
 def build_parser() -> Parser:
     parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
-    add("--num-images", type=positive, default=4, metavar="N", help="photographs, spread evenly (4)")
+    parser.add("num-images", default=4)
     add("--num-queries", type=positive, default=784, metavar="N", help="rows of the matrix, spread evenly (784)")
     parser.add("memory-fraction", "seed", "threads", "output", "figure")
     return parser

@@ -31,12 +31,8 @@ def build_parser() -> Parser:
     return parser
 
 
-main = partial(
-    run_tool,
-    build_parser,
-    lambda arguments: say(make_subset(**vars(arguments))),
-    interrupted="No half-made folder was left.",
-)
+LEFT = "No half-made folder was left."
+main = partial(run_tool, build_parser, lambda arguments: say(make_subset(**vars(arguments))), interrupted=LEFT)
 
 if __name__ == "__main__":
     sys.exit(main())

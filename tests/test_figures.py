@@ -99,7 +99,7 @@ def output_error() -> Expected:
     path = "docs/data/approximation_demo.json"
     rows: Expected = [("full", [None, None, (0,), (0,)])]
     names = ("local", "performer", "sblocal", "smyrf", "sbsmyrf", "combination-local-performer", "cluster", "sbcluster")
-    for name in (*names, "pairedcluster", "sbpairedcluster"):
+    for name in (*names, "pairedcluster", "sbpairedcluster", "sbadaptive"):
         first, second = (find(path, attention=name, stage=stage) for stage in (1, 2))
         one, two = first["options"], second["options"]
         sizes: dict[str, list[Values]] = {
@@ -114,6 +114,13 @@ def output_error() -> Expected:
                 tuple(each.get(key) for key in ("num_landmarks", "num_query_landmarks") for each in (one, two)),
             ],
             "sbpairedcluster": [(one.get("num_exact"), two.get("num_exact")), None],
+            "sbadaptive": [
+                (
+                    *(each.get("local_context") for each in (one, two)),
+                    *(tokens * each.get("density", 0) for tokens, each in ((3136, one), (784, two))),
+                ),
+                (one.get("num_landmarks"), two.get("num_landmarks")),
+            ],
         }
         for both, low_rank in (("sblocal", "nb_features"), ("sbcluster", "num_landmarks")):
             pairs = ((each.get("local_context"), each.get(low_rank)) for each in (one, two))
@@ -138,11 +145,36 @@ def floors() -> Expected:
     path = "docs/data/approximation_demo.json"
     rows: Expected = []
     names = ("zero", "uniform", "strided", "random-keys", "querycluster", "local", "performer", "sblocal", "smyrf")
-    for name in (*names, "combination-local-performer", "cluster", "sbcluster", "pairedcluster"):
+    for name in (*names, "combination-local-performer", "cluster", "sbcluster", "pairedcluster", "sbadaptive"):
         stages = [find(path, attention=name, stage=stage) for stage in (1, 2)]
         errors: list[Values] = [(row[kind]["mean"],) for row in stages for kind in ("output_error", "query_error")]
         rows.append((name, [None, *errors]))
     return rows
+
+
+def ablation() -> Expected:
+    """Error, and exact pairs in percent, of each variant of adaptive attention on each layer."""
+    rows: dict[str, list[Values]] = {}
+    for row in load("docs/data/adaptive_ablation.json")["results"]:
+        rows.setdefault(row["variant"], []).append((row["error"], 100 * row["share"]))
+    return list(rows.items())
+
+
+def adaptive_cost() -> Expected:
+    rows: Expected = []
+    for name in ("full", "sblocal", "sbcluster", "pairedcluster", "sbadaptive"):
+        row = find("docs/data/attention_cost.json", attention=name)
+        shares: list[Values] = [(100 * row[f"attention_{kind}"],) for kind in ("memory", "operations")]
+        rows.append((name, [*shares, (row["attention_peak_mib"],)]))
+    return rows
+
+
+def adaptive_time() -> Expected:
+    path, lengths = "docs/data/benchmark_adaptive_cpu.json", (784, 3136, 12544)
+    return [
+        (name, [(find(path, name=name, length=length)["ratio_to_sdpa"],) for length in lengths])
+        for name in ("sbcluster", "sbadaptive")
+    ]
 
 
 def scaling() -> Expected:
@@ -350,7 +382,8 @@ def bfloat16() -> Expected:
 
 
 def query_part() -> Expected:
-    names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "pairedcluster")
+    names = ("strided", "random-keys", "querycluster", "local", "performer", "sblocal", "sbcluster", "sbadaptive")
+    names += ("pairedcluster",)
     path = "docs/data/approximation_demo.json"
     stages = {
         each: [find(path, attention=name, stage=each)["query_error"]["mean"] for name in names] for each in (1, 2)
@@ -367,6 +400,20 @@ def pretrained(name: str, *metrics: str) -> Expected:
     for each in names:
         budgets = [find(path, method=each, budget=budget) for budget in (1 / 32, 1 / 16, 1 / 8, 1 / 4)]
         rows.append((each, [(row["layer_error"], *(row[metric] for metric in metrics)) for row in budgets]))
+    return rows
+
+
+def pretrained_plans() -> Expected:
+    rows: Expected = []
+    for label, name, metrics in (
+        ("DINOv2, 518 px", "dinov2_518", ("correlation", "worst_correlation", "iou")),
+        ("Whisper", "whisper", ("word_error_rate", "perplexity")),
+        ("MiniLM", "minilm", ("cosine", "worst_cosine", "retrieved")),
+    ):
+        row = find(f"docs/data/pretrained_{name}.json", method="plan")
+        replaced = sum(call["method"] != "full" for call in row["calls"])
+        error = row["worst_layer_error"]
+        rows.append((label, [(replaced, len(row["calls"])), (error,), tuple(row[metric] for metric in metrics)]))
     return rows
 
 
@@ -391,8 +438,14 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/pretrained.md", "DINOv2, 518 px", lambda: pretrained("dinov2_518", "correlation", "iou")),
+    ("docs/pretrained.md", "DINOv2, 784 px", lambda: pretrained("dinov2_784", "correlation", "iou")),
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
     ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
+    ("docs/pretrained.md", "plan for an error", pretrained_plans),
+    ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
+    ("docs/sbadaptive.md", "variant|demo", ablation),
+    ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files and limits; their numbers are no results.

@@ -93,6 +93,12 @@ class AttentionModule(nn.Module):
         Raises:
             UserError: shapes, dtypes or options that do not fit; `attn_mask` where `takes_attn_mask` is false.
         """
+        dropout_p = self.attention_dropout if self.training else 0.0
+        if key_lengths is None and attn_mask is None and need_weights is False and enable_gqa is False:
+            out = self._attend_again(query, key, value, dropout_p)
+            if out is not None:
+                self._warn_of_length(key.shape[1])
+                return out, None
         check_tensors(query=query, key=key, value=value)
         if min(x.dim() for x in (query, key, value)) < 3:
             raise UserError("query, key and value have to be tensors of four dimensions (B, length, H, width).")
@@ -118,7 +124,6 @@ class AttentionModule(nn.Module):
             return empty_output(query, key, value).transpose(1, 2), weights
         query, key = self._prepare(query, key, value, **masks)
         options = {"is_causal": self.causal, "scale": self.softmax_temp, **masks}
-        dropout_p = self.attention_dropout if self.training else 0.0
         out = self._attend(query, key, value, dropout_p=dropout_p, backend=self.backend, **options)
         weights = None
         if need_weights:
@@ -148,6 +153,26 @@ class AttentionModule(nn.Module):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         raise NotImplementedError
+
+    def _attend_again(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float
+    ) -> torch.Tensor | None:
+        """Output (B, T, H, D) of what `_prepare` and `_attend` compute, by an operator that has checked such a call.
+
+        None where it has not. Short sequences need it: checks and transposes take longer than the kernels.
+
+        Args:
+            query: (B, T, H, E).
+            key: (B, S, H, E).
+            value: (B, S, H, D).
+            dropout_p: probability of dropping a weight.
+        """
+        return None
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "_attend_again" not in vars(cls) and ("_attend" in vars(cls) or "_prepare" in vars(cls)):
+            cls._attend_again = AttentionModule._attend_again  # that of a base class would pass over them
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         raise NotImplementedError

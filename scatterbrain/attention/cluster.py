@@ -31,6 +31,7 @@ from scatterbrain.ops.clusters import (
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
+from scatterbrain.ops.clusters.landmark import run_landmarks_again
 from scatterbrain.ops.common.inputs import check_window, query_lengths
 
 
@@ -83,6 +84,13 @@ class ClusterAttention(AttentionModule):
             value_weight=self.value_weight,
             **options,
         )
+
+    def _attend_again(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float
+    ) -> torch.Tensor | None:
+        sizes = self.num_landmarks, self.local_context
+        options = self.softmax_temp, self.causal, self.num_steps, self.value_weight, dropout_p, False, self.backend
+        return run_landmarks_again(query, key, value, *sizes, *options, tokens_first=True)[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         scale, key_lengths, attn_mask = options["scale"], options["key_lengths"], options.get("attn_mask")

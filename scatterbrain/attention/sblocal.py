@@ -15,7 +15,11 @@ import torch
 
 from scatterbrain.attention.random_features import RandomFeatureAttention, even_features
 from scatterbrain.ops.common.inputs import check_window
-from scatterbrain.ops.scatterbrain import naive_scatterbrain_attention, scatterbrain_attention
+from scatterbrain.ops.scatterbrain import (
+    naive_scatterbrain_attention,
+    run_scatterbrain_again,
+    scatterbrain_attention,
+)
 
 
 class SBLocalAttention(RandomFeatureAttention):
@@ -65,6 +69,14 @@ class SBLocalAttention(RandomFeatureAttention):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return scatterbrain_attention(query, key, value, self.projection_matrix, self.local_context, **options)
+
+    def _attend_again(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float
+    ) -> torch.Tensor | None:
+        if self.features.use_statistics:
+            return None
+        options = self.local_context, self.softmax_temp, self.causal, dropout_p, False, self.backend
+        return run_scatterbrain_again(query, key, value, self.projection_matrix, *options, tokens_first=True)[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         naive = naive_scatterbrain_attention

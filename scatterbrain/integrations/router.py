@@ -12,6 +12,7 @@ import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ MAX_MODULES = 1024
 # Options that belong to a call.
 OF_A_CALL = ("causal", "softmax_temp", "attention_dropout", "dim_heads")
 ATTRIBUTE = "scatterbrain_router"
+# What gets the calls of every router of this thread in its place: a profile, or a plan.
+OVERRIDE: ContextVar[Any] = ContextVar("scatterbrain_override", default=None)
 
 
 class Router:
@@ -124,6 +127,32 @@ class Router:
             key_mask: boolean (B, S), false for keys to hide, with `is_causal` as well; instead of `attn_mask`.
             seed_offset: added to the seed of the random parts.
         """
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        override = OVERRIDE.get()
+        if override is not None:
+            return override.attend(*arguments, pass_on=pass_on, key_mask=key_mask)
+        out, reason = self.try_attend(*arguments, key_mask=key_mask, seed_offset=seed_offset)
+        self.count(reason or ROUTED)
+        return pass_on() if out is None else out
+
+    def try_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        key_mask: torch.Tensor | None = None,
+        seed_offset: int = 0,
+    ) -> tuple[torch.Tensor | None, str | None]:
+        """Output (B, H, T, D) by the method and None, or None and why the method does not take the call.
+
+        The arguments are those of `attend`. Counts nothing.
+        """
         reason = self._reason(query, key, value, dropout_p, is_causal, scale, enable_gqa)
         if reason is None and attn_mask is not None:
             key_mask, reason = self._key_mask(attn_mask, query, key, is_causal)
@@ -133,18 +162,14 @@ class Router:
                 key_mask = None
             else:
                 reason = f"attn_mask, and {self.method} takes none"
-        if reason is None:
-            # function modes of a caller do not see the operators, which call scaled_dot_product_attention themselves
-            with torch._C.DisableTorchFunction():
-                try:
-                    out = self._compute(query, key, value, key_mask, is_causal, scale, enable_gqa, seed_offset)
-                except UserError as error:
-                    reason = f"{self.method}: {error}"
-                else:
-                    self.count(ROUTED)
-                    return out
-        self.count(reason)
-        return pass_on()
+        if reason is not None:
+            return None, reason
+        # function modes of a caller do not see the operators, which call scaled_dot_product_attention themselves
+        with torch._C.DisableTorchFunction():
+            try:
+                return self._compute(query, key, value, key_mask, is_causal, scale, enable_gqa, seed_offset), None
+            except UserError as error:
+                return None, f"{self.method}: {error}"
 
     def _reason(
         self,
@@ -165,7 +190,7 @@ class Router:
             return "tensors of another class (torch.export, DTensor), or nested"
         if any(x.dim() != 4 or not x.is_floating_point() or x.device != query.device for x in tensors):
             return "not floating-point tensors (B, H, length, width) of one device"
-        if len({_dtype(x) for x in tensors}) > 1:
+        if len({compute_dtype(x) for x in tensors}) > 1:
             return "query, key and value differ in dtype"
         if query.shape[2] != key.shape[2]:
             return "another number of queries than of keys (cross-attention, or a cache)"
@@ -219,15 +244,18 @@ class Router:
         seed_offset: int,
     ) -> torch.Tensor:
         # as scaled_dot_product_attention does under autocast
-        query, key, value = (x.to(_dtype(x)) for x in (query, key, value))
-        module = self._module(query, is_causal, scale, seed_offset)
+        query, key, value = (x.to(compute_dtype(x)) for x in (query, key, value))
+        module = self.module_for(query, is_causal, scale, seed_offset)
         with no_autocast(query):
             out, _ = module(
                 *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=key_mask, enable_gqa=enable_gqa
             )
         return out.transpose(1, 2)
 
-    def _module(self, query: torch.Tensor, is_causal: bool, scale: float | None, seed_offset: int) -> AttentionModule:
+    def module_for(
+        self, query: torch.Tensor, is_causal: bool, scale: float | None, seed_offset: int
+    ) -> AttentionModule:
+        """Module of the method for the length and width of a query (B, H, T, E); arguments are those of `attend`."""
         seed = self.seed + (seed_offset if self.is_random else 0)
         length, width = query.shape[2:]
         name = (length, width, is_causal, scale, query.device, seed)
@@ -248,7 +276,7 @@ class Router:
             return module
 
 
-def _dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype in which scaled_dot_product_attention computes: that of autocast, where it is enabled."""
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x.dtype

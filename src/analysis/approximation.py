@@ -86,10 +86,8 @@ def attention_weights(inputs: StageInputs, attention: nn.Module) -> torch.Tensor
 def relative_errors(inputs: StageInputs, attentions: Sequence[nn.Module], *, of_weights: bool = False) -> torch.Tensor:
     """Relative Frobenius errors (attentions, B) float64 against full attention, over T, H and D.
 
-    Args:
-        inputs: of one layer.
-        attentions: modules with the softmax scale of the layer.
-        of_weights: compare the matrices of weights (T, S) in place of the outputs. Takes O(T S) memory.
+    The attentions have the softmax scale of the layer. `of_weights` compares the matrices of weights (T, S) in place of
+    the outputs, and takes O(T S) memory.
     """
     full, tensors = _full_attention(inputs, of_weights)
     columns = full.shape[-1]
@@ -102,14 +100,10 @@ def bias_and_spread(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Errors of one attention over seeds, split into bias and spread; their squares add up to the expected square.
 
-    Args:
-        inputs: of one layer.
-        samples: at least two modules that differ in their seed.
-
-    Returns:
-        Relative errors (samples, B) as in `relative_errors`; bias (B,), the relative norm of the expected output less
-        full attention, estimated without the part that a mean of so many samples still has from their spread (0 where
-        that is larger); spread (B,), root of the expected squared norm about the expected output, relative as well.
+    Of at least two modules that differ in their seed: relative errors (samples, B) as in `relative_errors`; bias (B,),
+    the relative norm of the expected output less full attention, estimated without the part that a mean of so many
+    samples still has from their spread (0 where that is larger); spread (B,), root of the expected squared norm about
+    the expected output, relative as well.
     """
     full, tensors = _full_attention(inputs, of_weights=False)
     errors, total, squares = [], 0.0, 0.0

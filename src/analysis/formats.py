@@ -18,17 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from scatterbrain.errors import UserError
+from src.analysis import tools
 from src.analysis.benchmark.loading import count_classes
 from src.analysis.benchmark.report import machine_line
-from src.analysis.tools import (
-    choose_device,
-    compose_config,
-    new_table,
-    print_report,
-    split_folder,
-    without_paths,
-    write_results,
-)
 from src.datamodules.writers import REFERENCE, WRITERS, Photograph, photographs_of, stem
 from src.evaluation.predictions import Evaluation, compare, read_predictions
 from src.tasks.build import check_swappable
@@ -39,34 +31,23 @@ from src.utils.progress import progress_display
 
 def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
     """Every image of the class folders, damaged as requested; `arguments.num_classes` is filled in."""
-    root = split_folder(arguments.data_dir, arguments.split)
+    root = tools.split_folder(arguments.data_dir, arguments.split)
     arguments.num_classes = arguments.num_classes or count_classes(root)
     return photographs_of(root, arguments.num_classes, arguments.damage)
 
 
 def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) -> Evaluation:
-    """Evaluation of the data in `folder / format`.
-
-    Raises:
-        UserError: it is taken for another format, or see `src.tasks.evaluate.evaluate`.
-    """
-    overrides = {
-        "experiment": "imagenet-t2tvit-eval",
-        "model/t2tmodel": arguments.variant,
-        "model/t2tattn_cfg": arguments.attention,
-        "model.image_size": arguments.image_size,
-        "model.num_classes": arguments.num_classes,
-        "datamodule.batch_size": arguments.batch_size,
-        "datamodule.num_workers": "null" if arguments.num_workers is None else arguments.num_workers,
-        "datamodule.on_error": "skip" if arguments.damage else "raise",
-        "eval.num_seeds": 1,
-        "callbacks": "none",
-        "logger": "none",
-    }
+    """Evaluation of the data in `folder / format`; `UserError` where that is taken for another format."""
+    overrides = {"experiment": "imagenet-t2tvit-eval", "eval.num_seeds": 1, "callbacks": "none", "logger": "none"}
+    overrides |= {"model/t2tmodel": arguments.variant, "model/t2tattn_cfg": arguments.attention}
+    overrides |= {"model.image_size": arguments.image_size, "model.num_classes": arguments.num_classes}
+    overrides |= {"datamodule.batch_size": arguments.batch_size}
+    overrides |= {"datamodule.num_workers": "null" if arguments.num_workers is None else arguments.num_workers}
+    overrides |= {"datamodule.on_error": "skip" if arguments.damage else "raise"}
     output_dir = folder / "runs" / format
     output_dir.mkdir(parents=True)
     paths = {"paths.output_dir": output_dir, "datamodule.data_dir": folder / format, "eval.ckpt": arguments.checkpoint}
-    config = compose_config(overrides, paths)
+    config = tools.compose_config(overrides, paths)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -85,8 +66,7 @@ def evaluate_format(arguments: argparse.Namespace, format: str, folder: Path) ->
 def compare_all(arguments: argparse.Namespace, images: Sequence[Photograph], folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of every format, written, evaluated and compared, class folders first.
 
-    Raises:
-        UserError: class folders cannot be evaluated, or a format cannot be written.
+    `UserError` where class folders cannot be evaluated, or a format cannot be written.
     """
     reference = None
     with progress_display(Console(stderr=True)) as progress:
@@ -120,7 +100,7 @@ def result_table(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) 
     title = f"{arguments.variant} with {arguments.attention}, {arguments.image_size} px, batch {arguments.batch_size}"
     counts = ("images", "skipped", "same\nlabel", "same first\nprediction")
     headers = ("format", *counts, "largest difference\nof a probability", "top-1 %", "result")
-    table = new_table(title, headers, ("format", "result"))
+    table = tools.new_table(title, headers, ("format", "result"))
     styles = dict.fromkeys(("num_images", "num_skipped", "labels_equal", "first_predictions_equal"), ",")
     styles |= {"probability_difference": ".1e", "top1": ".2f"}
     for row in rows:
@@ -139,12 +119,12 @@ def run(arguments: argparse.Namespace) -> int:
     images = read_photographs(arguments)
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix="formats-") as folder:
         rows = list(compare_all(arguments, images, Path(folder)))
-    device = choose_device("auto")
-    print_report([result_table(rows, arguments)], machine_line(device))
+    device = tools.choose_device("auto")
+    tools.print_report([result_table(rows, arguments)], machine_line(device))
     differing = [row for row in rows if row.get("differences")]
-    settings = without_paths(arguments, "data_dir", "checkpoint", "keep")
+    settings = tools.without_paths(arguments, "data_dir", "checkpoint", "keep")
     content = {"machine": machine_info(device), "settings": settings, "equal": not differing, "results": rows}
-    write_results(arguments, content)
+    tools.write_results(arguments, content)
     for row in differing:
         print(f"Error: {row['format']} differs from {REFERENCE} in {', '.join(row['differences'])}.", file=sys.stderr)
     return 1 if differing else 0

@@ -85,10 +85,10 @@ def positive_list(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(positive_sequence(text))))
 
 
-def named_numbers(text: str) -> dict[str, int]:
-    """Type of an option that takes sizes by name, such as `local_context=64,num_landmarks=128`."""
+def named_numbers(text: str) -> dict[str, float]:
+    """Type of an option that takes sizes by name, such as `local_context=64,density=0.08`."""
     pairs = [pair.partition("=") for pair in text.split(",")]
-    return {name.strip(): positive(number) for name, _, number in pairs}
+    return {name.strip(): (fraction if "." in number else positive)(number) for name, _, number in pairs}
 
 
 def fraction(text: str) -> float:
@@ -154,6 +154,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rounds": {"type": positive, "default": "5", "metavar": "R", "help": "(%(default)s)"},
     "compile": {"action": "store_true", "help": "run through torch.compile"},
     "no-baselines": {"action": "store_true", "help": "time ours and SDPA alone"},
+    "num-images": {"type": positive, "default": 5, "metavar": "N", "help": "photographs, spread evenly (%(default)s)"},
+    "tensors": {"nargs": "+", "default": [], "metavar": "FILE", "help": ".npz with q<layer>, k<layer>, v<layer>"},
+    "maps": {"type": result_file, "metavar": "FILE", "help": "draw weights of a token of two photographs, as PNG"},
     "variance-figure": {"type": figure_file, "metavar": "FILE", "help": "draw the variance: .png, .pdf or .svg"},
 }
 
@@ -198,11 +201,9 @@ def run_tool(
 ) -> int:
     """Exit status of a tool; 1 after an error of the user's, which is one line on stderr, and after Ctrl-C.
 
-    Args:
-        build_parser: of its options; `--threads`, where it has it, is the number of CPU threads of the work.
-        work: what it does with them; its exit status, None for 0.
-        argv: the command line without the tool's name; None is that of the process.
-        interrupted: what Ctrl-C leaves, a sentence.
+    `work` gets the options of `argv`, the command line without the tool's name (None: that of the process), and returns
+    the exit status, None for 0. `--threads`, where there is one, is the number of CPU threads of the work.
+    `interrupted` is a sentence: what Ctrl-C leaves.
     """
     before = torch.get_num_threads()
     try:
@@ -283,6 +284,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
     from src.tasks.environment import package_versions  # imports Lightning, which --help does not need
 
     return {"machine": machine_info(device), "versions": package_versions()}
+
+
+def left_out_lines(skipped: Iterable[tuple[str, str, str]], words: str = "") -> Iterator[str]:
+    """Lines on what was left out, of (name, reason, place): each reason of a name once, with its places."""
+    places: dict[tuple[str, str], dict[str, None]] = {}
+    for name, reason, place in skipped:
+        places.setdefault((name, reason), {})[place] = None
+    for (name, reason), at in places.items():
+        yield f"{name} left out at {words}{', '.join(at)}: {reason}."
 
 
 def shown(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

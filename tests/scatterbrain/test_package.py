@@ -63,7 +63,11 @@ def test_metadata_of_the_wheel(wheel):
         metadata = email.message_from_bytes(archive.read(name))
     assert (metadata["Name"], metadata["Version"]) == ("scatterbrain-attention", scatterbrain.__version__)
     assert [x for x in metadata.get_all("Requires-Dist") if "extra ==" not in x] == ["torch>=2.6"]
+<<<<<<< HEAD
     assert set(metadata.get_all("Provides-Extra")) == {"experiment", "timm", "transformers", "diffusers", "dev", "docs"}
+=======
+    assert set(metadata.get_all("Provides-Extra")) == {"experiment", "timm", "transformers", "profile", "dev", "docs"}
+>>>>>>> main
 
 
 def test_the_installed_wheel_runs_outside_the_checkout(wheel, tmp_path):
@@ -97,7 +101,7 @@ def test_requirements_are_those_of_the_package_and_its_extras():
     extras = project["optional-dependencies"]
     listed = requirements((ROOT / "requirements.txt").read_text().splitlines())
     assert listed == {*project["dependencies"], *extras["experiment"], *extras["dev"]}
-    assert set(extras["timm"]) <= set(extras["experiment"])
+    assert {*extras["timm"], *extras["profile"]} <= set(extras["experiment"])
     assert requirements((ROOT / "docs/requirements.txt").read_text().splitlines()) == set(extras["docs"])
 
 

@@ -94,6 +94,21 @@ def test_the_figure_has_a_line_for_each_method(tensors):
     assert [text.get_text() for text in panels[2].texts] == ["sbcluster", "local"]
 
 
+def test_the_line_of_adaptive_attention_has_the_points_that_no_other_is_better_than(tensors, monkeypatch):
+    budgets = [
+        {"local_context": 16, "num_landmarks": 8, "num_query_landmarks": 4, "density": x} for x in (0.0, 0.1, 0.3)
+    ]
+    monkeypatch.setitem(frontier.BUDGETS, "sbadaptive", tuple(budgets))
+    arguments = [*options(tensors), "--methods", "sbadaptive"]
+    bench = frontier.FrontierBench(build_parser().parse_args(arguments))
+    for sizes, ratio, error in zip(budgets, (0.2, 0.3, 0.1), (0.5, 0.6, 0.7), strict=True):
+        row = {"method": "sbadaptive", "sizes": sizes, "network": "tiny", "length": 64}
+        bench.results.append(row | {"ratio_to_full": ratio})
+        bench.errors.append(row | {"error": error})
+    lines = [line.get_xydata().tolist() for line in bench.draw().axes[0].get_lines()]
+    assert [[0.1, 0.7], [0.2, 0.5]] in lines
+
+
 def test_an_interrupted_run_is_resumed(tensors, tmp_path, monkeypatch):
     output = tmp_path / "frontier.json"
     assert main(options(tensors, "--output", output)) == 0
@@ -127,6 +142,11 @@ def test_operations_and_columns():
     assert found("pisa", density=0.15) == (144, full / 8 + full / 64 + choice + moments)
     steps = create_attention("cluster", 1024, num_landmarks=32).num_steps
     assert found("cluster", num_landmarks=32) == (32, full / 32 + 2 * (steps + 1) * 1024 * 32 * 64)
+    # a window of 64, landmarks, 81 chosen keys; one step of k-means for keys and queries; the choice
+    sizes = {"local_context": 64, "num_landmarks": 128, "num_query_landmarks": 48, "density": 0.08}
+    columns, operations = found("sbadaptive", **sizes)
+    assert columns == 64 + 128 + 48 + 81 + 48 * 81 / 1024
+    assert operations == 2 * 1024 * 64 * (2 * (64 + 128 + 81) + 2 * (128 + 48) + 48)
     # projections of queries and keys, sums over keys, averages
     assert found("performer", nb_features=64)[1] == 8 * 1024 * 64 * 64
 

@@ -138,13 +138,16 @@ def test_given_sizes_are_those_of_all_lengths(tmp_path):
         "--output",
         str(output),
     ]
-    options += ["--attentions", "full,cluster,sbcluster", "--sizes", "local_context=8,num_landmarks=12"]
+    options += ["--attentions", "full,cluster,sbcluster,sbadaptive"]
+    options += ["--sizes", "local_context=8,num_landmarks=12,num_query_landmarks=5,density=0.25"]
     assert benchmark.main([*SMALL, *options]) == 0
     sizes = {(row["name"], row["length"]): row["sizes"] for row in rows(read(output), kind="attention")}
     for length in (64, 128):
         assert sizes["full", length] == {}
         assert sizes["cluster", length] == {"num_landmarks": 12}
         assert sizes["sbcluster", length] == {"local_context": 8, "num_landmarks": 12}
+        both = {"num_query_landmarks": 5, "density": 0.25}
+        assert sizes["sbadaptive", length] == {"local_context": 8, "num_landmarks": 12, **both}
     assert not rows(read(output), kind="growth")
 
 

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 
 from scatterbrain.errors import UserError, is_number
-from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_clusters, cluster_sums, valid_points
+from scatterbrain.ops.clusters import triton as fused
+from scatterbrain.ops.clusters.kmeans import (
+    assign_key_clusters,
+    assign_query_clusters,
+    check_steps,
+    cluster_sums,
+    valid_points,
+)
 from scatterbrain.ops.common.inputs import check_tensors, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
@@ -93,6 +100,11 @@ def plan_adaptive_attention(
     """
     check_density(density, tolerance)
     scale = default_scale(query, scale)
+    if value_weight == 0 and _has_fast_kernels(query, key, num_landmarks, num_query_landmarks, num_steps):
+        from scatterbrain.ops.adaptive.triton.plan import find_plan
+
+        sizes = at_most(num_landmarks, key.shape[2]), at_most(num_query_landmarks, query.shape[2])
+        return find_plan(query, key, *sizes, density, tolerance, scale, key_lengths, query_lengths, num_steps)
     with torch.no_grad(), no_autocast(query):
         key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
         query_labels = assign_query_clusters(query, num_query_landmarks, num_steps, query_lengths)
@@ -112,6 +124,19 @@ def plan_adaptive_attention(
         slices = zip(*(split_rows(x.flatten(0, 1), size) for x in tensors), strict=True)
         taken = [_take(*each, num_landmarks, num_query_landmarks, density, tolerance, scale) for each in slices]
         return AdaptivePlan(key_labels, query_labels, torch.cat(taken).view(shape), num_exact)
+
+
+def _has_fast_kernels(
+    query: torch.Tensor, key: torch.Tensor, num_landmarks: int, num_query_landmarks: int, num_steps: int
+) -> bool:
+    """Whether the kernels of `triton/plan.py` can make the plan of a call that is not recorded, and are fast."""
+    if not fused.is_fast(query) or torch.compiler.is_compiling() or is_exporting():
+        return False
+    for number, points in ((num_landmarks, key), (num_query_landmarks, query)):
+        check_steps(number, num_steps)
+        if fused.unsupported(query, key, at_most(number, points.shape[2]), 0) is not None:
+            return False
+    return True
 
 
 def exact_keys(density: float, num_keys: int) -> int:
@@ -193,6 +218,49 @@ def _take(
     scale: float,
 ) -> torch.Tensor:
     """Boolean (G, Q, M), the clusters that each query cluster takes, of G sequences (G, N, E); labels -1 for none."""
+    log_weight, log_loss, members = log_losses(
+        query, key, key_labels, query_labels, num_landmarks, num_query_landmarks, scale
+    )
+    order = stable_argsort(-log_loss)
+    sizes = members.unsqueeze(1).expand_as(order).gather(2, order)
+    room = (density * members.sum(1).double() + 1e-6).long().view(-1, 1, 1)
+    wanted = sizes > 0
+    if tolerance is not None:
+        total = log_weight.logsumexp(-1, keepdim=True)
+        shares = (log_loss - total).masked_fill(log_weight == -torch.inf, -torch.inf).exp().gather(2, order)
+        # what landmarks would misplace without this cluster and those after it
+        wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
+    taken = torch.zeros_like(wanted)
+    for _ in range(ROUNDS):
+        left = room - (sizes * taken).sum(-1, keepdim=True)
+        fits = wanted & ~taken & (sizes <= left)
+        taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))
+    return torch.zeros_like(taken).scatter(2, order, taken)
+
+
+def log_losses(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    key_labels: torch.Tensor,
+    query_labels: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logarithms of the weights of clusters whose logits are normal, and of what their landmarks may misplace of them.
+
+    Args:
+        query: (G, T, E).
+        key: (G, S, E).
+        key_labels: cluster of each key (G, S), -1 for none.
+        query_labels: cluster of each query (G, T), -1 for none.
+        num_landmarks: number of key clusters M.
+        num_query_landmarks: number of query clusters Q.
+        scale: softmax scale s.
+
+    Returns:
+        Both (G, Q, M), -inf for clusters without keys, and sizes of the clusters (G, M) int64.
+    """
     dtype = accumulation_dtype(query.dtype)
     (sums,), members = cluster_sums((query.to(dtype),), query_labels, num_query_landmarks)
     means = scale * sums / members.clamp_min(1.0)  # s p_a
@@ -208,22 +276,6 @@ def _take(
     offsets = key - gather_rows(landmarks, key_labels.clamp_min(0))
     (squares,), _ = cluster_sums(((offsets @ means.transpose(1, 2)).square_(),), key_labels, num_landmarks)
     variance = (squares / sizes).clamp_min(LEAST_VARIANCE)
-    # logarithms of the weight of a cluster whose logits are normal, and of what its landmark may misplace of it
     log_weight = (mean + variance / 2 + sizes.log()).masked_fill(members == 0, -torch.inf).transpose(1, 2)
     log_loss = log_weight + (-torch.expm1(-variance)).log().transpose(1, 2) / 2  # [G, Q, M]
-
-    order = stable_argsort(-log_loss)
-    sizes = members.squeeze(-1).long().unsqueeze(1).expand_as(order).gather(2, order)
-    room = (density * (~hidden).sum((1, 2)).double() + 1e-6).long().view(-1, 1, 1)
-    wanted = sizes > 0
-    if tolerance is not None:
-        total = log_weight.logsumexp(-1, keepdim=True)
-        shares = (log_loss - total).masked_fill(log_weight == -torch.inf, -torch.inf).exp().gather(2, order)
-        # what landmarks would misplace without this cluster and those after it
-        wanted = wanted & (shares.flip(-1).cumsum(-1).flip(-1) > tolerance)
-    taken = torch.zeros_like(wanted)
-    for _ in range(ROUNDS):
-        left = room - (sizes * taken).sum(-1, keepdim=True)
-        fits = wanted & ~taken & (sizes <= left)
-        taken = taken | (fits & ((sizes * fits).cumsum(-1) <= left))
-    return torch.zeros_like(taken).scatter(2, order, taken)
+    return log_weight, log_loss, members.squeeze(-1).long()

@@ -205,7 +205,9 @@ class BufferLayout:
         return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors in a buffer, by name."""
+        """The tensors in a buffer of any dtype, by name."""
+        if buffer.dtype != torch.uint8:
+            buffer = buffer.as_strided((buffer.numel(),), (1,)).view(torch.uint8)
         return {
             name: buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for name, (offset, shape, dtype) in self.parts.items()
@@ -225,8 +227,10 @@ class _Launch(NamedTuple):
 
 
 class _CompiledLaunch(NamedTuple):
-    compiled: Any
+    run: Callable[..., None]
     grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
     pick: Callable[[list[int]], Sequence[int]]  # addresses of the kernel's tensors, from those of all
     scalars: tuple[Any, ...]
 
@@ -241,7 +245,7 @@ class LaunchSequence:
     ordinary way.
 
     Whoever keeps a sequence for later calls has to look it up by all that its sizes, strides and options depend on, by
-    the dtypes of the tensors and by the device: see `call_key` and `Cache`. The device has to be current.
+    the dtypes of the tensors and by the device: see `calls.py`. The device has to be current.
 
     Example::
 
@@ -294,19 +298,16 @@ class LaunchSequence:
         if self._compiled is None or _has_launch_hooks():
             return self._launch(tensors, buffers)
         addresses = [x.data_ptr() for x in tensors]
-        for buffer, offsets in zip(buffers, self._offsets, strict=True):
-            start = buffer.data_ptr()
-            addresses += [start + offset for offset in offsets]
-        if functools.reduce(operator.or_, addresses) & 15:
+        starts = [x.data_ptr() for x in buffers]
+        # parts of a buffer are as aligned as its start
+        if functools.reduce(operator.or_, starts, functools.reduce(operator.or_, addresses)) & 15:
             return self._launch(tensors, buffers)
+        for start, offsets in zip(starts, self._offsets, strict=True):
+            addresses += [start + offset for offset in offsets]
         stream = triton.runtime.driver.active.get_current_stream(self._device)
-        for compiled, grid, pick, scalars in self._compiled:
-            compiled.run(
-                *(*grid, stream, compiled.function, compiled.packed_metadata),
-                *(None, None, None),  # metadata for hooks, and the hooks
-                *pick(addresses),
-                *scalars,
-            )
+        for run, (x, y, z), function, metadata, pick, scalars in self._compiled:
+            # without metadata for hooks, and hooks
+            run(x, y, z, stream, function, metadata, None, None, None, *pick(addresses), *scalars)
 
     def _launch(self, tensors: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]) -> None:
         """Launch all kernels through Triton, and keep what it compiled if all addresses are aligned."""
@@ -340,7 +341,7 @@ def _compiled_launch(launch: _Launch, compiled: Any, order: list[str]) -> _Compi
         constants = parameters[len(indices) + len(scalars) :]
         scalars = (*scalars, *(launch.options.get(constant.name, constant.default) for constant in constants))
     grid = (*launch.grid, 1, 1)[:3]
-    return _CompiledLaunch(compiled, grid, pick, scalars)
+    return _CompiledLaunch(compiled.run, grid, compiled.function, compiled.packed_metadata, pick, scalars)
 
 
 def _has_launch_hooks() -> bool:
@@ -349,25 +350,3 @@ def _has_launch_hooks() -> bool:
     # from Triton 3.6 on, a chain of hooks
     enter, leave = owner.launch_enter_hook, owner.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-def call_key(*tensors: torch.Tensor | None) -> tuple:
-    """What a `LaunchSequence` depends on of these tensors: shapes, strides, dtypes, device, and alignment."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors])
-
-
-class Cache(dict):
-    """Results by key, at most `size` of them: lengths of sequences may differ from call to call.
-
-    Args:
-        size: number of results past which all are dropped.
-    """
-
-    def __init__(self, size: int = 1024) -> None:
-        super().__init__()
-        self.size = size
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if len(self) >= self.size:
-            self.clear()
-        super().__setitem__(key, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
+from scatterbrain.ops.common.calls import run_again
 from scatterbrain.ops.common.inputs import (
     check_attn_mask,
     check_dropout,
@@ -18,6 +19,7 @@ from scatterbrain.ops.common.inputs import (
 from scatterbrain.ops.scatterbrain import triton as fused
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 from scatterbrain.ops.scatterbrain.naive import naive_scatterbrain_attention
+from scatterbrain.ops.scatterbrain.triton.tiles import tiles_override
 
 __all__ = ["naive_scatterbrain_attention", "scatterbrain_attention"]
 
@@ -64,14 +66,24 @@ def scatterbrain_attention(
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
 
     Raises:
-        UserError: shapes, dtypes or options that do not fit.
+        UserError: shapes, dtypes or options that do not fit; with `auto`, a long sequence on CUDA with more features than
+            the kernels take, for which full attention is faster.
     """
+    known_as = None
+    given = query, key, value
+    if key_lengths is None and attn_mask is None:
+        options = window, scale, is_causal, dropout_p, enable_gqa, backend
+        out, known_as = run_scatterbrain_again(*given, projection, *options)
+        if out is not None:
+            return out
     check_tensors(projection=projection)
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, projection, enable_gqa, is_causal)
     attn_mask = check_attn_mask(attn_mask, query, key)
     check_window(window)
     check_dropout(dropout_p)
     scale = default_scale(query, scale)
+    if backend == "auto":
+        fused.check_speed(query, key, projection)
     backend = choose_backend(
         backend,
         PYTORCH_AND_TRITON,
@@ -92,6 +104,31 @@ def scatterbrain_attention(
         "key_lengths": key_lengths,
     }
     if backend == "triton":
-        return fused.attention(query, key, value, window, **options)
+        out = fused.attention(query, key, value, window, **options)
+        if known_as is not None and all(x is y for x, y in zip(given, (query, key, value), strict=True)):
+            fused.remember(known_as, query, key, value, projection, window, scale, is_causal)
+        return out
     rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
     return rows.mark(blocked_attention(*rows[:3], window, attn_mask=attn_mask, dropout_p=dropout_p, **options))[0]
+
+
+def run_scatterbrain_again(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    window: int,
+    scale: float | None,
+    is_causal: bool,
+    dropout_p: float,
+    enable_gqa: bool,
+    backend: str,
+    tokens_first: bool = False,
+) -> tuple[torch.Tensor | None, tuple | None]:
+    """Output of a call of `scatterbrain_attention` like one that has been checked, and its key; each may be None.
+
+    Arguments as there; with `tokens_first` query, key, value and output are (B, N, H, width).
+    """
+    options = window, scale, is_causal, dropout_p, enable_gqa, backend
+    tensors = query, key, value, projection
+    return run_again(scatterbrain_attention, tensors, options, tiles_override(), tokens_first)

@@ -19,14 +19,8 @@ from scatterbrain.attention import create_attention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
 from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, is_fast, unsupported
+from src.analysis.benchmark import baselines
 from src.analysis.benchmark.attention_report import AttentionReport
-from src.analysis.benchmark.baselines import (
-    QUADRATIC_MEMORY,
-    Function,
-    fast_transformers_baselines,
-    heads_first,
-    pytorch_baselines,
-)
 from src.analysis.benchmark.report import BASELINE, DTYPES
 from src.analysis.benchmark.timing import graph_milliseconds, in_turn, median_ratio, seconds_per_call
 from src.analysis.tools import choose_device, shown
@@ -57,7 +51,7 @@ class Candidate:
 
     name: str
     kind: str
-    function: Function
+    function: baselines.Function
     sizes: dict[str, int] = field(default_factory=dict)
     memory_fraction: float = 1.0
     module: torch.nn.Module | None = None
@@ -86,27 +80,15 @@ class Entry:
 
     def row(self, baseline: Sequence[float]) -> dict[str, Any]:
         """Results for JSON, times being those of one call; `baseline` is that of `BASELINE` in the same rounds."""
-        candidate = self.candidate
-        window, features = candidate.window_and_features
-        return {
-            "name": candidate.name,
-            "kind": candidate.kind,
-            "length": self.length,
-            "pass": self.attention_pass,
-            "window": window,
-            "features": features,
-            "sizes": candidate.sizes,
-            "memory_fraction": candidate.memory_fraction,
-            "temporary_bytes": self.temporary_bytes,
-            "milliseconds": statistics.median(self.milliseconds),
-            "milliseconds_min": min(self.milliseconds),
-            "ratio_to_sdpa": median_ratio(self.milliseconds, baseline),
-            "device_milliseconds": self.device_milliseconds,
-            "host_microseconds": self.host_microseconds,
-            "milliseconds_per_round": self.milliseconds,
-            "seed": candidate.seed,
-            "fallback_tiles": candidate.fallback_tiles,
-        }
+        item, milliseconds = self.candidate, self.milliseconds
+        window, features = item.window_and_features
+        row = {"name": item.name, "kind": item.kind, "length": self.length, "pass": self.attention_pass}
+        row |= {"window": window, "features": features, "sizes": item.sizes, "memory_fraction": item.memory_fraction}
+        row |= {"temporary_bytes": self.temporary_bytes, "milliseconds": statistics.median(milliseconds)}
+        row |= {"milliseconds_min": min(milliseconds), "ratio_to_sdpa": median_ratio(milliseconds, baseline)}
+        row |= {"device_milliseconds": self.device_milliseconds, "host_microseconds": self.host_microseconds}
+        row |= {"milliseconds_per_round": milliseconds, "seed": item.seed, "fallback_tiles": item.fallback_tiles}
+        return row
 
 
 class AttentionBench(AttentionReport):
@@ -162,10 +144,10 @@ class AttentionBench(AttentionReport):
         ours = [self.attention(name, length, length) for name in arguments.attentions]
         if arguments.growth_only and length != self.arguments.growth_length:
             ours = [item for item in ours if not item.sizes]
-        found = [Candidate(BASELINE, "baseline", heads_first(F.scaled_dot_product_attention))]
+        found = [Candidate(BASELINE, "baseline", baselines.heads_first(F.scaled_dot_product_attention))]
         if not arguments.no_baselines:
-            baselines = pytorch_baselines(self.device)
-            found += [Candidate(name, "baseline", function) for name, function in baselines.items()]
+            pytorch = baselines.pytorch_baselines(self.device)
+            found += [Candidate(name, "baseline", function) for name, function in pytorch.items()]
             found += self.fast_transformers(length, ours)
         found += ours
         if length != self.arguments.growth_length and not arguments.sizes:
@@ -182,7 +164,7 @@ class AttentionBench(AttentionReport):
             by_name = {item.name: item for item in ours}
             sizes = {name: item.window_and_features for name, item in by_name.items()}
             try:
-                found = fast_transformers_baselines(shape, self.device, sizes)
+                found = baselines.fast_transformers_baselines(shape, self.device, sizes)
                 return [Candidate(label, "baseline", call, by_name[key].sizes) for key, (label, call) in found.items()]
             except ImportError:
                 reason = "pytorch-fast-transformers is not installed"
@@ -220,7 +202,7 @@ class AttentionBench(AttentionReport):
 
     def fits(self, candidate: Candidate, length: int, attention_pass: str) -> bool:
         """Whether a candidate's N x N matrices keep to `MATRICES_GIB`; notes it where they do not."""
-        if candidate.name not in QUADRATIC_MEMORY:
+        if candidate.name not in baselines.QUADRATIC_MEMORY:
             return True
         matrices = 2 if attention_pass == "forward" else 4
         size = matrices * self.batches[length] * self.arguments.heads * length**2 * self.dtype.itemsize / 2**30
@@ -268,8 +250,8 @@ class AttentionBench(AttentionReport):
         repeats = self.arguments.repeats
         for entry in shown(in_turn(running, repeats), where, len(running) * repeats):
             entry.milliseconds.append(1e3 * seconds_per_call(entry.call, entry.calls_per_sample, self.device))
-        baselines = {entry.length: entry.milliseconds for entry in running if entry.candidate.name == BASELINE}
-        return [entry.row(baselines[entry.length]) for entry in running]
+        of_full = {entry.length: entry.milliseconds for entry in running if entry.candidate.name == BASELINE}
+        return [entry.row(of_full[entry.length]) for entry in running]
 
     def warm_up(self, entry: Entry) -> bool:
         """First calls, memory, and the device's time on CUDA; whether the candidate runs at all."""

@@ -16,7 +16,7 @@ from src.analysis.tools import digits, new_table
 
 Row = Mapping[str, Any]
 
-MARKERS = {"attention": ("o", "-"), "growth": ("^", "--"), "baseline": ("s", ":")}
+MARKERS = {"attention": ("o", "-"), "growth": ("^", "--")}  # those of baselines differ
 
 
 def rounds(row: Row) -> list[float]:
@@ -101,10 +101,9 @@ class AttentionReport(Bench):
             baselines = itertools.cycle("sDvXP*")  # most of them are grey
             for name in dict.fromkeys(row["name"] for row in rows):
                 line = [row for row in rows if row["name"] == name]
-                marker, dashes = MARKERS[line[0]["kind"]]
-                if line[0]["kind"] == "baseline":
-                    marker = next(baselines)
-                if line[0]["kind"] == "growth":
+                kind = line[0]["kind"]
+                marker, dashes = MARKERS[kind] if kind != "baseline" else (next(baselines), ":")
+                if kind == "growth":
                     # at the length that the sizes come from, the attention itself is the point
                     own = name.split(" as at ")[0]
                     line += [row for row in rows if (row["length"], row["name"]) == (self.arguments.growth_length, own)]

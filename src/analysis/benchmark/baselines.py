@@ -61,17 +61,9 @@ def fast_transformers_baselines(
 ) -> dict[str, tuple[str, Function]]:
     """Local attention, Performer and Scatterbrain by the kernels of pytorch-fast-transformers, float32 only.
 
-    Args:
-        shape: (B, N, H, E).
-        device: where they run.
-        sizes: window and features of our attentions, by name; those without a counterpart are ignored.
-
-    Returns:
-        Name and function, by the name of our attention.
-
-    Raises:
-        ImportError: the package is not installed.
-        RuntimeError: its kernels are not built for `device`.
+    Name and function, by the name of our attention. `shape` is (B, N, H, E), `sizes` the window and features of our
+    attentions by name; those without a counterpart are ignored. Raises `ImportError` where the package is not
+    installed, `RuntimeError` where its kernels are not built for `device`.
     """
     from fast_transformers import local_product
     from fast_transformers.attention.linear_attention import LinearAttention
@@ -133,16 +125,10 @@ def fast_transformers_baselines(
         masks = (full, keys, keys) if full.all_ones and keys.float_matrix is not None else ()
         return lambda query, key, value: attention(query, key, value, *masks)
 
-    makers = {
-        "local": ("fast-transformers local", local),
-        "performer": ("fast-transformers performer", performer),
-        "sblocal": ("published sblocal", scatterbrain),
-    }
-    return {
-        name: (makers[name][0], makers[name][1](window, features))
-        for name, (window, features) in sizes.items()
-        if name in makers
-    }
+    makers = {"local": ("fast-transformers local", local), "performer": ("fast-transformers performer", performer)}
+    makers["sblocal"] = ("published sblocal", scatterbrain)
+    known = ((name, *makers[name], size) for name, size in sizes.items() if name in makers)
+    return {name: (label, make(*size)) for name, label, make, size in known}
 
 
 # Compiled for each shape: `torch._dynamo.reset()` comes before more of them than its limit.

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scatterbrain.attention import ATTENTIONS, create_attention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.adaptive.plan import exact_keys
 from scatterbrain.ops.full import naive_full_attention
 from scatterbrain.ops.sparse.naive import naive_block_attention
 from src.analysis.approximation import load_model, open_split, relative_error
@@ -52,27 +53,44 @@ BUDGETS: dict[str, tuple[Sizes, ...]] = {
     "cluster": LANDMARKS,
     "sbcluster": tuple({"local_context": 64} | sizes for sizes in LANDMARKS),
     "pairedcluster": tuple({"num_landmarks": 4 * number, "num_query_landmarks": number} for number in (8, 16, 32)),
+    "sbadaptive": tuple(
+        {"local_context": 64, "num_landmarks": number, "num_query_landmarks": 48, "density": density}
+        for number in (64, 128, 256)
+        for density in (0.0, 0.03, 0.08, 0.15)
+    ),
     "pisa": DENSITIES,
     "topk-blocks": DENSITIES,
     "flex-window": WINDOWS,
 }
-LINE_COLOURS = {"pisa": COLOURS["topk"], "topk-blocks": "#999933", "flex-window": COLOURS["local"]} | COLOURS
-LINE_COLOURS["sbcluster"] = COLOURS["sbtopk"]
+LINE_COLOURS = {"topk-blocks": "#999933", "flex-window": COLOURS["local"]} | COLOURS
+LINE_COLOURS |= {"sbcluster": COLOURS["sbtopk"], "sbadaptive": COLOURS["topk"], "pisa": "#661100"}
+BLOCK_BASELINES = ("pisa", "topk-blocks")
 BLOCK = 64
 NUM_SEEDS = 3  # of random projections and hashes, over which an error is averaged
 
 
-def demo_layers(checkpoint: str, data_dir: str, split: str, num_images: int) -> Iterator[tuple[str, str, StageInputs]]:
-    """Network, layer and inputs of both token stages of a T2T-ViT, on photographs spread evenly over the split."""
-    _, model = load_model(checkpoint)
-    dataset = open_split(data_dir, split, model)
-    images = torch.stack([dataset[position][0] for position in spread(len(dataset), num_images)])
-    for stage, inputs in enumerate(capture_stage_inputs(model, images), start=1):
-        yield f"demo stage {stage}", str(stage), inputs
+Layer = tuple[str, str, StageInputs]  # network, name in it, and inputs
 
 
-def file_layers(path: str) -> Iterator[tuple[str, str, StageInputs]]:
-    """The same of an .npz file: q<layer>, k<layer>, v<layer> (B, N, H, E), softmax scale E ** -0.5."""
+def all_layers(arguments: argparse.Namespace) -> list[Layer]:
+    """Those of `--tensors`, after both token stages of `--checkpoint` on photographs spread evenly over the split."""
+    layers = []
+    if (arguments.checkpoint is None) != (arguments.data_dir is None):
+        raise UserError("--checkpoint and --data-dir belong together: give both or none.")
+    if arguments.checkpoint is not None:
+        _, model = load_model(arguments.checkpoint)
+        dataset = open_split(arguments.data_dir, arguments.split, model)
+        images = torch.stack([dataset[position][0] for position in spread(len(dataset), arguments.num_images)])
+        stages = enumerate(capture_stage_inputs(model, images), start=1)
+        layers = [(f"demo stage {stage}", str(stage), inputs) for stage, inputs in stages]
+    layers += [layer for path in arguments.tensors for layer in file_layers(path)]
+    if not layers:
+        raise UserError("There is nothing to measure the error on. Give --checkpoint and --data-dir, or --tensors.")
+    return layers
+
+
+def file_layers(path: str) -> Iterator[Layer]:
+    """Layers of an .npz file: q<layer>, k<layer>, v<layer> (B, N, H, E), softmax scale E ** -0.5."""
     try:
         with np.load(path) as file:
             for layer in sorted(name[1:] for name in file.files if name.startswith("q")):
@@ -104,12 +122,15 @@ def columns_and_operations(name: str, sizes: Sizes, length: int, dim: int) -> tu
     products = 2.0 * (length if name == "full" else window)
     if features:  # projections (one for two features beside a window), sums over keys, averages
         products += (3 if window else 4) * features + window * features / dim
-    if landmarks:
-        rounds = module.num_steps + 1
+    rounds = module.num_steps + 1 if landmarks else 0
+    if name == "sbadaptive":  # the choice of clusters takes a product of every key and query cluster
+        exact = exact_keys(sizes["density"], length)
+        products += 2 * (landmarks + exact) + rounds * (landmarks + queries) + queries
+    elif landmarks:
         products += 2 * landmarks + rounds * landmarks * (2 if queries else 1) + queries * (rounds + 3)
     if "cluster_size" in sizes:
         products += 2 * columns
-    if "density" in sizes:
+    if name in BLOCK_BASELINES:
         num_blocks = -(-length // BLOCK)
         columns = min(length, BLOCK * chosen_blocks(sizes["density"], length))
         products += 2 * columns + num_blocks**2 / length
@@ -122,15 +143,12 @@ class FrontierBench(AttentionBench):
     """One run, with the options of `scripts/benchmark_frontier.py`."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        photographs = [vars(arguments).pop(name) for name in ("checkpoint", "data_dir", "split", "num_images")]
-        files, pisa = vars(arguments).pop("tensors"), vars(arguments).pop("pisa")
+        self.layers, pisa = all_layers(arguments), vars(arguments).pop("pisa")
+        for name in ("checkpoint", "data_dir", "split", "num_images", "tensors"):
+            del vars(arguments)[name]
         arguments.methods = ["full", *(name for name in arguments.methods if name != "full")]
         super().__init__(arguments)
         self.pisa = load_pisa(pisa) if pisa and self.device.type == "cuda" else None
-        self.layers = [] if photographs[0] is None else [*demo_layers(*photographs)]
-        self.layers += [layer for path in files for layer in file_layers(path)]
-        if not self.layers:
-            raise UserError("There is nothing to measure the error on. Give --checkpoint and --data-dir, or --tensors.")
         self.points = [(name, sizes) for name in arguments.methods for sizes in BUDGETS[name]]
         self.errors: list[dict[str, Any]] = []
 
@@ -181,7 +199,7 @@ class FrontierBench(AttentionBench):
         reference = by_sample(heads_first(lambda *x: naive_full_attention(*x, scale=inputs.scale)[0]), exact)
         length, dim = exact[0].shape[1], exact[0].shape[3]
         for name, sizes in self.points:
-            if "density" in sizes:
+            if name in BLOCK_BASELINES:
                 options = {"num_blocks": chosen_blocks(sizes["density"], length), "scale": inputs.scale}
                 options["taylor"] = name == "pisa"
                 outputs = [by_sample(heads_first(functools.partial(naive_block_attention, **options)), exact)]
@@ -291,6 +309,8 @@ class FrontierBench(AttentionBench):
         for name in self.arguments.methods[1:]:
             rows = select(self.results, method=name, length=length)
             points = [(row["ratio_to_full"], self.mean_error(name, row["sizes"], network)) for row in rows]
+            if len(BUDGETS[name][0]) > 2:  # several sizes vary: the points that no other is better than
+                points = sorted(x for x in points if all(other[1] > x[1] for other in points if other < x))
             if points:
                 line = {"color": LINE_COLOURS[name], "linestyle": "-" if name in ATTENTIONS else "--", "markersize": 4}
                 line |= {"marker": ATTENTION_MARKERS.get(name, "X"), "linewidth": 2.4 if name == "sbcluster" else 1.2}

@@ -59,12 +59,8 @@ def make_candidates(arguments: argparse.Namespace, cache_dir: Path) -> tuple[lis
     split = split_folder(arguments.data_dir, arguments.split)
     common = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, **PIXELS}
     options = {"num_classes": count_classes(split), "image_size": arguments.image_size, **common}
-    ours, cached = (
-        ImageFolderDataModule(
-            arguments.data_dir, test_split=arguments.split, pin_memory=False, cache_dir=cache, **options
-        )
-        for cache in (None, str(cache_dir))
-    )
+    options |= {"test_split": arguments.split, "pin_memory": False}
+    ours, cached = (ImageFolderDataModule(arguments.data_dir, cache_dir=x, **options) for x in (None, str(cache_dir)))
     begin, before = time.perf_counter(), set(cache_dir.glob("*"))
     cached.test_dataloader()
     seconds = time.perf_counter() - begin if set(cache_dir.glob("*")) != before else None
@@ -84,13 +80,8 @@ def measure(candidates: Sequence[Candidate], rounds: int) -> list[dict[str, Any]
     for candidate in shown(in_turn(candidates, rounds), "Timing", len(candidates) * rounds):
         candidate.time_round()
     medians = [statistics.median(each.rates) for each in candidates]
-    return [
-        {
-            "loader": each.name,
-            "num_images": each.num_images,
-            "images_per_second": median,
-            "images_per_second_per_round": each.rates,
-            "ratio_to_timm": median / medians[0],
-        }
-        for each, median in zip(candidates, medians, strict=True)
-    ]
+    rows = []
+    for each, median in zip(candidates, medians, strict=True):
+        row = {"loader": each.name, "num_images": each.num_images, "images_per_second": median}
+        rows.append(row | {"images_per_second_per_round": each.rates, "ratio_to_timm": median / medians[0]})
+    return rows

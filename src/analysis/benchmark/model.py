@@ -52,19 +52,12 @@ class Candidate:
 
     def row(self, batch: int, published: Sequence[float] | None) -> dict[str, Any]:
         """Results for JSON; `published` is the time of the published implementation, uncompiled, in the same rounds."""
-        median = statistics.median(self.milliseconds)
-        return {
-            "name": self.implementation.name,
-            "kind": self.implementation.kind,
-            "attention": self.implementation.attention,
-            "batch": batch,
-            "milliseconds": median,
-            "milliseconds_per_round": self.milliseconds,
-            "images_per_second": 1e3 * batch / median,
-            "speed_over_published": published and median_ratio(published, self.milliseconds),
-            "peak_memory_mib": self.peak_memory_mib,
-            "first_call_seconds": self.first_call_seconds,
-        }
+        median, item = statistics.median(self.milliseconds), self.implementation
+        row = {"name": item.name, "kind": item.kind, "attention": item.attention, "batch": batch}
+        row |= {"milliseconds": median, "milliseconds_per_round": self.milliseconds}
+        row |= {"images_per_second": 1e3 * batch / median}
+        row |= {"speed_over_published": published and median_ratio(published, self.milliseconds)}
+        return row | {"peak_memory_mib": self.peak_memory_mib, "first_call_seconds": self.first_call_seconds}
 
 
 class ModelBench(Bench):
@@ -207,34 +200,21 @@ class ModelBench(Bench):
         config = self.compose(alone, num_images, checkpoint, output_dir)
         with contextlib.redirect_stdout(io.StringIO()):  # accuracies that mean nothing
             results, _ = evaluate(config)
-        return {
-            "attention": alone["attention"],
-            "implementation_alone": alone["name"],
-            "batch": batch,
-            "num_images": num_images,
-            "images_per_second": results.images_per_second,
-            "images_per_second_alone": rate,
-            "ratio_to_alone": results.images_per_second / rate,
-            "peak_memory_mib": results.peak_memory_mib,
-        }
+        row = {"attention": alone["attention"], "implementation_alone": alone["name"], "batch": batch}
+        row |= {"num_images": num_images, "images_per_second": results.images_per_second}
+        row |= {"images_per_second_alone": rate, "ratio_to_alone": results.images_per_second / rate}
+        return row | {"peak_memory_mib": results.peak_memory_mib}
 
     def compose(self, alone: dict[str, Any], num_images: int, checkpoint: Path, output_dir: Path) -> DictConfig:
         """The configuration of an evaluation, as its command line would give it."""
         arguments = self.arguments
-        overrides = {
-            "experiment": "synthetic-t2tvit-eval",
-            "model/t2tmodel": arguments.variant,
-            "model/t2tattn_cfg": alone["attention"],
-            "model.image_size": arguments.image_size,
-            "model.num_classes": arguments.num_classes,
-            "datamodule.batch_size": alone["batch"],
-            "datamodule.num_images": num_images,
-            "datamodule.num_distinct": min(num_images, 4 * alone["batch"]),
-            "trainer.accelerator": self.device.type,
-            "trainer.precision": arguments.precision,
-            "eval.compile": str("compiled" in alone["name"]).lower(),
-            "logger": "none",
-        }
+        overrides = {"experiment": "synthetic-t2tvit-eval", "logger": "none", "model/t2tmodel": arguments.variant}
+        overrides |= {"model/t2tattn_cfg": alone["attention"], "model.image_size": arguments.image_size}
+        overrides |= {"model.num_classes": arguments.num_classes, "datamodule.batch_size": alone["batch"]}
+        overrides |= {"datamodule.num_images": num_images}
+        overrides |= {"datamodule.num_distinct": min(num_images, 4 * alone["batch"])}
+        overrides |= {"trainer.accelerator": self.device.type, "trainer.precision": arguments.precision}
+        overrides |= {"eval.compile": str("compiled" in alone["name"]).lower()}
         if alone["attention"] != "full":
             overrides["model.t2tattn1_cfg.memory_fraction"] = arguments.memory_fraction
         return compose_config(overrides, {"paths.output_dir": output_dir, "eval.ckpt": checkpoint})
@@ -286,10 +266,6 @@ class ModelBench(Bench):
 def with_defaults(arguments: argparse.Namespace, device: torch.device) -> argparse.Namespace:
     """The options, with those that depend on others filled in."""
     check_swappable(arguments.variant)
-    on_cuda = device.type == "cuda"
-    filled = {
-        "batches": arguments.batches or ((32, 128, 256, 512) if on_cuda else (8,)),
-        "precision": arguments.precision or ("bf16-true" if on_cuda else "32-true"),
-        "device": device.type,
-    }
-    return argparse.Namespace(**{**vars(arguments), **filled})
+    batches, precision = ((32, 128, 256, 512), "bf16-true") if device.type == "cuda" else ((8,), "32-true")
+    filled = {"batches": arguments.batches or batches, "precision": arguments.precision or precision}
+    return argparse.Namespace(**{**vars(arguments), **filled, "device": device.type})

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from src.analysis.tools import Run, without_paths
+from src.analysis.tools import Run, left_out_lines, without_paths
 from src.utils.machine import machine_info
 
 # What every time is divided by: PyTorch's scaled_dot_product_attention as it chooses its kernel.
@@ -63,8 +63,5 @@ class Bench(Run):
     def notes(self) -> list[str]:
         """What could not be measured and why, each reason once, and the machine."""
         key, words = self.place
-        places: dict[tuple[str, str], dict[str, None]] = {}
-        for item in self.skipped:
-            places.setdefault((item["name"], item["reason"]), {})[str(item[key])] = None
-        lines = [f"{name} left out at {words} {', '.join(at)}: {reason}." for (name, reason), at in places.items()]
-        return [*lines, machine_line(self.device)]
+        skipped = ((item["name"], item["reason"], str(item[key])) for item in self.skipped)
+        return [*left_out_lines(skipped, f"{words} "), machine_line(self.device)]

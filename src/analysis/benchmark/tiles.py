@@ -147,21 +147,13 @@ class Workload:
 
 @dataclass
 class Search:
-    """The tiles of one shape: `run` changes one setting at a time, as long as that makes the kernels faster.
+    """The tiles of one shape: `run` changes one setting at a time, as long as that makes the kernels faster."""
 
-    Attributes:
-        best: the fastest tiles so far; before `run` the present ones.
-        milliseconds: their time; infinite where the present ones do not run.
-        present_milliseconds: that of the tiles it started from.
-        tried: number of candidates.
-        left_out: reasons why candidates do not count, with their number.
-    """
-
-    best: Tiles
-    milliseconds: float = math.inf
-    present_milliseconds: float = math.inf
-    tried: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    best: Tiles  # the fastest so far; before `run` the present ones
+    milliseconds: float = math.inf  # their time; infinite where the present ones do not run
+    present_milliseconds: float = math.inf  # that of the tiles it started from
+    tried: int = 0  # number of candidates
+    left_out: Counter[str] = field(default_factory=Counter)  # reasons why candidates do not count, with their number
 
     def run(self, workload: Workload) -> None:
         """Search; a workload of the forward pass alone leaves the gradients' settings as they are.

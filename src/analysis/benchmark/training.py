@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from scatterbrain.errors import UserError
+from src.analysis.benchmark.networks import SEED, Implementation
 from src.analysis.benchmark.report import cell
 from src.analysis.benchmark.timing import in_turn, seconds_per_call
 from src.analysis.tools import choose_device, digits, new_table, shown
-from src.models.t2t_vit import create_t2t_vit
 from src.tasks.attention_info import attention_options
 from src.tasks.build import check_swappable
 from src.tasks.classification_training import ClassificationTraining
@@ -27,7 +27,6 @@ from src.utils.text import first_line
 BASELINE = "full"
 PRECISIONS = ("bf16-mixed", "32")
 OPTIMIZER = Path(__file__).resolve().parents[3] / "configs" / "optimizer" / "adamw.yaml"
-SEED = 0
 # The first step fills the optimizer; the libraries choose kernels meanwhile.
 WARM_UP_STEPS = 3
 
@@ -39,17 +38,11 @@ class Candidate:
         self.name = name
         self.device = device
         self.autocast = arguments.precision == "bf16-mixed"
-        torch.manual_seed(SEED)
-        stage = {"name": name, "memory_fraction": arguments.memory_fraction}
-        size, num_classes = arguments.image_size, arguments.num_classes
-        model = create_t2t_vit(arguments.variant, [stage, stage], size, num_classes, seed=SEED).train()
+        model = Implementation("module", name).network(arguments).train()
         self.options = attention_options(model)
-        self.task = ClassificationTraining(
-            model,
-            num_classes,
-            make_optimizer=hydra.utils.instantiate(OmegaConf.load(OPTIMIZER), _partial_=True),
-            make_scheduler=lambda optimizer: None,
-        )
+        makers = {"make_optimizer": hydra.utils.instantiate(OmegaConf.load(OPTIMIZER), _partial_=True)}
+        makers["make_scheduler"] = lambda optimizer: None
+        self.task = ClassificationTraining(model, arguments.num_classes, **makers)
         self.task.on_fit_start()
         self.task.on_train_epoch_start()
         self.optimizer = self.task.configure_optimizers()["optimizer"]
@@ -151,19 +144,12 @@ class TrainingBench:
                 milliseconds = statistics.median(candidate.milliseconds)
                 memory = candidate.peak_bytes / 2**20 if candidate.peak_bytes else None
             full = rows[0] if rows else {"milliseconds": milliseconds, "peak_memory_mib": memory}
-            rows.append(
-                {
-                    "attention": candidate.name,
-                    "options": candidate.options,
-                    "out_of_memory": candidate.out_of_memory,
-                    "milliseconds": milliseconds,
-                    "milliseconds_per_round": [] if candidate.out_of_memory else candidate.milliseconds,
-                    "images_per_second": milliseconds and 1e3 * self.arguments.batch_size / milliseconds,
-                    "time_ratio_to_full": ratio(milliseconds, full["milliseconds"]),
-                    "peak_memory_mib": memory,
-                    "memory_ratio_to_full": ratio(memory, full["peak_memory_mib"]),
-                }
-            )
+            row = {"attention": candidate.name, "options": candidate.options, "out_of_memory": candidate.out_of_memory}
+            row |= {"milliseconds": milliseconds}
+            row |= {"milliseconds_per_round": [] if candidate.out_of_memory else candidate.milliseconds}
+            row |= {"images_per_second": milliseconds and 1e3 * self.arguments.batch_size / milliseconds}
+            row |= {"time_ratio_to_full": ratio(milliseconds, full["milliseconds"]), "peak_memory_mib": memory}
+            rows.append(row | {"memory_ratio_to_full": ratio(memory, full["peak_memory_mib"])})
         return rows
 
     def table(self) -> Table:

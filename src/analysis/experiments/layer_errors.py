@@ -29,26 +29,18 @@ BACKBONE, MEAN_OF_BLOCKS = "backbone", "blocks"
 ERRORS = ("output", "query", "matrix")
 
 Row = dict[str, Any]
+Modules = Sequence[AttentionModule]
 
 
 class LayerRecords:
     """Measurements of one layer, batch by batch.
 
-    Args:
-        layer: its name, `stage 1`, ..., or `block 1`, ...
-        stage: 1 or 2; None in the backbone.
-        num_tokens: number of queries and of keys.
-        full: its full attention.
-        samples: modules of each attention, one for each seed.
+    `layer` is its name, `stage 1`, ..., or `block 1`, ...; `stage` 1 or 2, None in the backbone; `num_tokens` the
+    number of queries and of keys; `full` its full attention; `samples` the modules of each attention, one a seed.
     """
 
     def __init__(
-        self,
-        layer: str,
-        stage: int | None,
-        num_tokens: int,
-        full: AttentionModule,
-        samples: Mapping[str, Sequence[AttentionModule]],
+        self, layer: str, stage: int | None, num_tokens: int, full: AttentionModule, samples: Mapping[str, Modules]
     ) -> None:
         self.layer, self.stage, self.num_tokens, self.full = layer, stage, num_tokens, full
         # without random features, all seeds would be the same
@@ -77,18 +69,16 @@ class LayerRecords:
         for number in of_matrix:
             one = inputs.image(number)
             self.matrix_errors.append(approximation.relative_errors(one, every, of_weights=True))
-            self.effective_keys.append(
-                approximation.effective_keys(approximation.attention_weights(one, self.full)).mean().item()
-            )
+            weights = approximation.attention_weights(one, self.full)
+            self.effective_keys.append(approximation.effective_keys(weights).mean().item())
             self.largest_logits.append(approximation.largest_logit(one).item())
 
     def approximations(self) -> Iterator[Row]:
         """A row for each attention.
 
-        Yields:
-            `attention`, `layer`, `stage`; its sizes as `options`, `memory`, the share of the columns; relative
-            `output_error` over all images, `query_error`, that over `query_dependence`, and `matrix_error` over some
-            images, see `over_seeds`; `bias` and `spread` of the output, see `bias_and_spread`, None with one seed.
+        It has `attention`, `layer`, `stage`; its sizes as `options`, `memory`, the share of the columns; relative
+        `output_error` over all images, `query_error`, that over `query_dependence`, and `matrix_error` over some
+        images, see `over_seeds`; `bias` and `spread` of the output, see `bias_and_spread`, None with one seed.
         """
         dependence = torch.cat(self.query_dependence)
         matrices = torch.cat(self.matrix_errors, 1).split([len(modules) for modules in self.samples.values()])
@@ -97,29 +87,18 @@ class LayerRecords:
             if self.biases[name]:
                 bias, about_it = (torch.cat(parts).mean().item() for parts in zip(*self.biases[name], strict=True))
             errors = torch.cat(self.output_errors[name], 1)
-            yield {
-                "attention": name,
-                "layer": self.layer,
-                "stage": self.stage,
-                "options": modules[0].sizes(),
-                "memory": attention_memory(modules[0], self.num_tokens),
-                "output_error": approximation.over_seeds(errors.mean(1).tolist()),
-                "query_error": approximation.over_seeds((errors / dependence).mean(1).tolist()),
-                "bias": bias,
-                "spread": about_it,
-                "matrix_error": approximation.over_seeds(matrix.mean(1).tolist()),
-            }
+            output, query = errors.mean(1).tolist(), (errors / dependence).mean(1).tolist()
+            row = {"attention": name, "layer": self.layer, "stage": self.stage, "options": modules[0].sizes()}
+            row |= {"memory": attention_memory(modules[0], self.num_tokens)}
+            row |= {"output_error": approximation.over_seeds(output), "query_error": approximation.over_seeds(query)}
+            row |= {"bias": bias, "spread": about_it}
+            yield row | {"matrix_error": approximation.over_seeds(matrix.mean(1).tolist())}
 
     def sharpness(self) -> Row:
         """Row on full attention: `effective_keys`, mean over images, heads and queries, and the `largest_logit`."""
-        return {
-            "layer": self.layer,
-            "stage": self.stage,
-            "num_tokens": self.num_tokens,
-            "scale": self.full.softmax_temp,
-            "effective_keys": statistics.fmean(self.effective_keys),
-            "largest_logit": max(self.largest_logits),
-        }
+        row = {"layer": self.layer, "stage": self.stage, "num_tokens": self.num_tokens}
+        row |= {"scale": self.full.softmax_temp, "effective_keys": statistics.fmean(self.effective_keys)}
+        return row | {"largest_logit": max(self.largest_logits)}
 
 
 def layer_records(
@@ -188,7 +167,7 @@ def error_table(rows: Sequence[Row], sharpness: Sequence[Row], title: str) -> Ta
         if row["layer"] != layer:
             table.add_section()
         layer = row["layer"]
-        sizes = " + ".join(map(str, row["options"].values())) or "-"
+        sizes = " + ".join(f"{x:.2g}" if isinstance(x, float) else str(x) for x in row["options"].values()) or "-"
         parts = ("-" if row[kind] is None else f"{row[kind]:.3f}" for kind in ("bias", "spread"))
         output, query, matrix = (approximation.plus_minus(row[f"{kind}_error"]) for kind in ERRORS)
         errors = (output, query, *parts, matrix)
@@ -224,19 +203,10 @@ def run(arguments: argparse.Namespace, command: str) -> None:
     print_report([error_table([*rows, *means], sharpness, title)], *lines)
     data = {"images": arguments.images} if arguments.images else {}
     data |= {} if arguments.data_dir is None else {"dir": arguments.data_dir, "split": arguments.split}
-    content = {
-        **provenance(device),
-        "command": command,
-        "model": name,
-        "checkpoint": {"path": arguments.checkpoint, "sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())},
-        "data": data | {"num_images": len(chosen), "num_matrix_images": len(of_matrix)},
-        "image_size": model.image_size,
-        "memory_fraction": arguments.memory_fraction,
-        "seeds": seeds,
-        "full_attention": sharpness,
-        "results": rows,
-        "layers": arguments.layers,
-        "backbone_means": means,
-        "skipped": skipped,
-    }
-    write_results(arguments, content)
+    content = {**provenance(device), "command": command, "model": name}
+    sha256 = sha256_of_file(Path(arguments.checkpoint).expanduser())
+    content |= {"checkpoint": {"path": arguments.checkpoint, "sha256": sha256}}
+    content |= {"data": data | {"num_images": len(chosen), "num_matrix_images": len(of_matrix)}}
+    content |= {"image_size": model.image_size, "memory_fraction": arguments.memory_fraction, "seeds": seeds}
+    content |= {"full_attention": sharpness, "results": rows, "layers": arguments.layers, "backbone_means": means}
+    write_results(arguments, content | {"skipped": skipped})

@@ -26,7 +26,7 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
-from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus, relative_error
+from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus, relative_errors
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
 from src.datamodules.dataset import ImageFolderDataset
 from src.datamodules.sampling import spread
@@ -51,6 +51,7 @@ STRONG = ("local", "performer", "sblocal", "smyrf", "cluster", "pairedcluster")
 LOG_TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
 
 Row = dict[str, Any]
+Log = Callable[[str], None]
 
 
 def load_photographs(dataset: ImageFolderDataset, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +85,7 @@ def predict(model: T2TViT, images: torch.Tensor, batch_size: int) -> torch.Tenso
 
 @dataclass(frozen=True)
 class Reference:
-    """The network with full attention, the photographs, and its predictions and outputs for them."""
+    """The network with full attention, the photographs, and its predictions for them."""
 
     model: T2TViT
     images: torch.Tensor  # (B, 3, size, size), normalised, on the device of the model
@@ -92,7 +93,6 @@ class Reference:
     batch_size: int  # of all calls
     predictions: torch.Tensor  # (B,), the first of each photograph
     stages: tuple[tuple[StageInputs, StageInputs], ...]  # by batch, of the photographs of the output errors
-    outputs: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of full attention, likewise
 
     @classmethod
     @torch.no_grad()
@@ -102,11 +102,7 @@ class Reference:
         """Run a network with full attention in evaluation mode; `error_images` of the images are spread evenly."""
         chosen = images[spread(len(images), error_images)].split(batch_size)
         stages = tuple(capture_stage_inputs(model, part) for part in chosen)
-        outputs = tuple(
-            tuple(full(x.query, x.key, x.value)[0] for full, x in zip(model.token_attentions, pair, strict=True))
-            for pair in stages
-        )
-        return cls(model, images, labels, batch_size, predict(model, images, batch_size), stages, outputs)
+        return cls(model, images, labels, batch_size, predict(model, images, batch_size), stages)
 
     @property
     def top1(self) -> float:
@@ -115,14 +111,9 @@ class Reference:
 
     def output_errors(self, attentions: Sequence[AttentionModule]) -> list[float]:
         """Relative Frobenius error of the output of each stage, mean over photographs."""
-        found = []
-        for attention, inputs, outputs in zip(
-            attentions, zip(*self.stages, strict=True), zip(*self.outputs, strict=True), strict=True
-        ):
-            pairs = zip(inputs, outputs, strict=True)
-            errors = [relative_error(attention(x.query, x.key, x.value)[0], full) for x, full in pairs]
-            found.append(torch.cat(errors).mean())
-        return torch.stack(found).tolist()
+        stages = zip(attentions, zip(*self.stages, strict=True), strict=True)
+        errors = [torch.cat([relative_errors(x, [attention])[0] for x in inputs]) for attention, inputs in stages]
+        return [values.mean().item() for values in errors]
 
 
 def percent(hits: torch.Tensor) -> float:
@@ -132,17 +123,12 @@ def percent(hits: torch.Tensor) -> float:
 
 @torch.no_grad()
 def measure_point(
-    reference: Reference,
-    attention: str,
-    memory_fraction: float,
-    seeds: Sequence[int],
-    log: Callable[[str], None] = lambda _: None,
+    reference: Reference, attention: str, memory_fraction: float, seeds: Sequence[int], log: Log = lambda _: None
 ) -> Row:
     """Row of one attention at one budget, over seeds; `log` is called with the name of each step.
 
-    Returns:
-        `attention`, `memory_fraction`, `seeds`; `memory`, the share of the attention columns of both stages; `top1`
-        and `agreement` in percent (see `over_seeds`); and for each of the `stages` `sizes`, `memory`, `output_error`.
+    It has `attention`, `memory_fraction`, `seeds`; `memory`, the share of the attention columns of both stages; `top1`
+    and `agreement` in percent (see `over_seeds`); and for each of the `stages` `sizes`, `memory`, `output_error`.
     """
     model = reference.model
     top1, agreement, errors = [], [], []
@@ -172,16 +158,13 @@ def measure_memory(
     memory_fractions: Sequence[float] = MEMORY_FRACTIONS,
     num_seeds: int = 3,
     seed: int = 1111,
-    log: Callable[[str], None] = lambda _: None,
+    log: Log = lambda _: None,
 ) -> Iterator[Row]:
-    """Rows of every attention at every budget, one attention after the other.
+    """Rows of `measure_point` of every attention at every budget, one attention after the other.
 
-    Seeds are `seed`, `seed + 1`, ...; an attention that does not depend on its seed has one.
-
-    Yields:
-        For each configuration a row of `measure_point`; or, where it cannot be measured, `attention`,
-        `memory_fraction` and the `reason`. One whose sizes are those of another budget of the same attention, because
-        they are the smallest or the largest that it has, is not measured again.
+    Seeds are `seed`, `seed + 1`, ...; an attention that does not depend on its seed has one. What cannot be measured
+    has `attention`, `memory_fraction` and the `reason`. A configuration whose sizes are those of another budget of the
+    same attention, because they are the smallest or the largest that it has, is not measured again.
     """
     check_whole_number("seed", seed, 0, MAX_SEED - num_seeds)
     for memory_fraction in memory_fractions:
@@ -303,26 +286,18 @@ def memory_table(rows: Sequence[Row], full_top1: float) -> Table:
         if last not in (None, row["attention"]):
             table.add_section()
         last = row["attention"]
-        table.add_row(
-            row["attention"],
-            fraction_text(row["memory_fraction"]),
-            f"{100 * row['memory']:.2f} %",
-            plus_minus(row["top1"], 2),
-            plus_minus(row["agreement"], 2),
-            *(plus_minus(stage["output_error"]) for stage in row["stages"]),
-        )
+        cells = [row["attention"], fraction_text(row["memory_fraction"]), f"{100 * row['memory']:.2f} %"]
+        cells += [plus_minus(row[name], 2) for name in ("top1", "agreement")]
+        table.add_row(*cells, *(plus_minus(stage["output_error"]) for stage in row["stages"]))
     return table
 
 
 def skipped_lines(rows: Sequence[Row]) -> Iterator[str]:
     """Lines on what was left out and why, each reason of an attention once."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if "reason" in row:
-            key = (row["attention"], row["reason"])
-            reasons.setdefault(key, []).append(fraction_text(row["memory_fraction"]))
-    for (attention, reason), fractions in reasons.items():
-        yield f"{attention} left out at {', '.join(fractions)}: {reason}."
+    rows = [row for row in rows if "reason" in row]
+    return tools.left_out_lines(
+        (row["attention"], row["reason"], fraction_text(row["memory_fraction"])) for row in rows
+    )
 
 
 class Experiment(tools.Run):
@@ -362,15 +337,10 @@ class Experiment(tools.Run):
             progress.update(task, description="full attention")
             images, labels = images.to(self.device), labels.to(self.device)
             self.reference = Reference.of(self.model, images, labels, arguments.error_images, arguments.batch_size)
-            rows = measure_memory(
-                self.reference,
-                arguments.attentions,
-                arguments.memory_fractions,
-                arguments.num_seeds,
-                arguments.seed,
-                lambda text: progress.update(task, description=text),
-            )
-            for row in rows:
+            names = ("attentions", "memory_fractions", "num_seeds", "seed")
+            options = {name: getattr(arguments, name) for name in names}
+            options["log"] = lambda text: progress.update(task, description=text)
+            for row in measure_memory(self.reference, **options):
                 self.rows.append(row)
                 progress.advance(task)
                 if self.results and len(self.rows) % len(arguments.memory_fractions) == 0:
@@ -392,20 +362,11 @@ class Experiment(tools.Run):
 
     def report(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
-        arguments = self.arguments
-        return {
-            "complete": not self.missing,
-            **tools.provenance(self.device),
-            "model": self.name,
-            "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
-            "image_size": self.model.image_size,
-            "num_images": len(self.reference.images),
-            "num_error_images": sum(len(pair[0].query) for pair in self.reference.stages),
-            "settings": {
-                name: getattr(arguments, name)
-                for name in ("split", "attentions", "memory_fractions", "num_seeds", "seed", "batch_size")
-            },
-            "full_attention": {"top1": self.reference.top1},
-            "results": self.results,
-            "skipped": [row for row in self.rows if "reason" in row],
-        }
+        names = ("split", "attentions", "memory_fractions", "num_seeds", "seed", "batch_size")
+        content = {"complete": not self.missing, **tools.provenance(self.device), "model": self.name}
+        content |= {"checkpoint_sha256": sha256_of_file(Path(self.arguments.checkpoint).expanduser())}
+        content |= {"image_size": self.model.image_size, "num_images": len(self.reference.images)}
+        content |= {"num_error_images": sum(len(pair[0].query) for pair in self.reference.stages)}
+        content |= {"settings": {name: getattr(self.arguments, name) for name in names}}
+        content |= {"full_attention": {"top1": self.reference.top1}, "results": self.results}
+        return content | {"skipped": [row for row in self.rows if "reason" in row]}

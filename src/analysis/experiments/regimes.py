@@ -54,12 +54,8 @@ LONGEST = 4096  # dense matrices of weights in float64
 # from equal weights to a single key, for both kinds of data
 TEMPERATURES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0, 5.0, 9.0, 16.0)
 SHARES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)  # ticks
-VARIANCE_COLOURS = {
-    "independent": COLOURS["performer"],
-    "cosh": COLOURS["smyrf"],
-    "orthogonal": COLOURS["local"],
-    "orthogonal cosh": COLOURS["sblocal"],
-}
+VARIANCE_COLOURS = {"independent": COLOURS["performer"], "cosh": COLOURS["smyrf"]}
+VARIANCE_COLOURS |= {"orthogonal": COLOURS["local"], "orthogonal cosh": COLOURS["sblocal"]}
 SQUARED_NORMS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
@@ -108,9 +104,8 @@ def top_key_attentions(inputs: StageInputs, memory: float, seed: int) -> dict[st
     """
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
     columns, length = budget_columns(key.shape[2], memory), key.shape[2]
-    half = create_attention(
-        "sblocal", length, key.shape[3], softmax_temp=inputs.scale, memory_fraction=memory, seed=seed
-    )
+    options = {"softmax_temp": inputs.scale, "memory_fraction": memory, "seed": seed}
+    half = create_attention("sblocal", length, key.shape[3], **options)
     features = half.sizes()["nb_features"]
     low_rank = low_rank_logits(query, key, half.projection_matrix, inputs.scale)
     order = dense_logits(query, key, inputs.scale)[0]
@@ -176,14 +171,12 @@ def oracles(weights: torch.Tensor, value: torch.Tensor, memory: float) -> dict[s
     columns = budget_columns(length, memory)
     (keys, rank), (half_keys, half_rank) = ((keys_for(c), features_for(c)) for c in (columns, columns / 2))
     weights = weights.float()  # half the time, and the errors are far above its rounding
+    both = largest_and_nearest(weights, half_keys, half_rank)
     found = {
         "uniform": (torch.full_like(weights, 1 / length), {}),
         "largest": (keep_largest(weights, keys), {"num_keys": keys}),
         "svd": (nearest_of_rank(weights, rank), {"rank": rank}),
-        "largest+svd": (
-            largest_and_nearest(weights, half_keys, half_rank),
-            {"num_keys": half_keys, "rank": half_rank},
-        ),
+        "largest+svd": (both, {"num_keys": half_keys, "rank": half_rank}),
     }
     result = {}
     for name, (matrix, sizes) in found.items():
@@ -228,11 +221,8 @@ def measure_regimes(
 ) -> list[dict[str, Any]]:
     """Errors of all approximations in all regimes, a row for each data, beta and memory.
 
-    Seeds are `seed`, `seed + 1`, ...; `progress` wraps the list of cases.
-
-    Returns:
-        Rows of `effective_keys` and, in `results`, by name, `matrix_error` and `output_error`, each with `mean` and
-        `std` over seeds.
+    Rows have `effective_keys` and, in `results`, by name, `matrix_error` and `output_error`, each with `mean` and `std`
+    over seeds, which are `seed`, `seed + 1`, ...; `progress` wraps the list of cases.
     """
     check_whole_number("length", length, 2, LONGEST)
     check_whole_number("seed", seed, 0, MAX_SEED - num_seeds)
@@ -263,9 +253,8 @@ def measure_regimes(
 def compare_families(rows: Sequence[Mapping[str, Any]], error: str = "matrix_error") -> list[dict[str, Any]]:
     """Number of regimes in which each of a family has the least error, for each data, memory and family.
 
-    Returns:
-        Rows of `regimes`, of which sparse is the best in `sparse`, low-rank in `low_rank`, both in `both`, and the
-        `worst` error over the regimes, of each of the three.
+    Rows have `regimes`, of which sparse is the best in `sparse`, low-rank in `low_rank`, both in `both`, and the
+    `worst` error over the regimes, of each of the three.
     """
     summary = []
     for kind, memory in dict.fromkeys((row["data"], row["memory_fraction"]) for row in rows):
@@ -275,10 +264,8 @@ def compare_families(rows: Sequence[Mapping[str, Any]], error: str = "matrix_err
             best = [each.index(min(each)) for each in errors]
             counts = {which: best.count(number) for number, which in enumerate(("sparse", "low_rank", "both"))}
             worst = dict(zip(counts, (max(column) for column in zip(*errors, strict=True)), strict=True))
-            summary.append(
-                {"data": kind, "memory_fraction": memory, "family": family, "regimes": len(chosen), **counts}
-                | {"worst": worst}
-            )
+            row = {"data": kind, "memory_fraction": memory, "family": family, "regimes": len(chosen)}
+            summary.append(row | counts | {"worst": worst})
     return summary
 
 
@@ -295,19 +282,12 @@ def predicted_variance(squared_norm: float, num_features: int, cosh: bool = Fals
 def measure_variance(
     squared_norms: Sequence[float] = SQUARED_NORMS, num_features: int = 16, num_samples: int = 20_000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Variance of the random features' estimate of exp(q.k), over exp(2 q.k), beside its formula.
+    """Variance over `num_samples` of the random features' estimate of exp(q.k), over exp(2 q.k), beside its formula.
 
-    Queries and keys have scale 1, equal length, an angle of 60 degrees and width M, for which M rows can be orthogonal.
-
-    Args:
-        squared_norms: |q + k|^2; beyond 2 the tails are so heavy that no affordable number of samples will do.
-        num_features: M, even.
-        num_samples: estimates of which the variance is taken.
-        seed: of the random projections.
-
-    Returns:
-        For each squared norm and kind of `rows` (`independent`, `cosh`, `orthogonal`, and `orthogonal cosh` as
-        Scatterbrain has them): `measured`, its `std_error` and `predicted` (None for orthogonal rows).
+    Queries and keys have scale 1, equal length, an angle of 60 degrees and an even width M, for which M rows can be
+    orthogonal. `squared_norms` are |q + k|^2; beyond 2 the tails are so heavy that no affordable number of samples will
+    do. For each and for each kind of `rows` (`independent`, `cosh`, `orthogonal`, and `orthogonal cosh` as Scatterbrain
+    has them) the result has `measured`, its `std_error` and `predicted` (None for orthogonal rows).
     """
     generator = torch.Generator().manual_seed(seed)
     independent = torch.randn(num_samples * num_features, num_features, generator=generator, dtype=torch.float64)
@@ -362,11 +342,8 @@ def draw(rows: Sequence[Mapping[str, Any]], memory: float, error: str = "matrix_
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=1.6, ncols=2, **LEGEND)
     for kind, axes in zip(kinds, grid[:, 0], strict=True):
         axes.set_ylabel(f"{DATA[kind]}\nrelative error of the {error.partition('_')[0]}")
-    figure.suptitle(
-        f"{100 * memory:.3g} % of the attention columns. Dotted: as far off as zero; bars: std over seeds.",
-        fontsize=9,
-        color=FAINT,
-    )
+    text = f"{100 * memory:.3g} % of the attention columns. Dotted: as far off as zero; bars: std over seeds."
+    figure.suptitle(text, fontsize=9, color=FAINT)
     return figure
 
 
@@ -376,21 +353,13 @@ def draw_curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, error: 
     keys = [min(row["effective_keys"]["mean"] / row["num_tokens"], 1 - 1e-4) for row in rows]
     errors = [row["results"][name][error] for row in rows]
     means, stds = [each["mean"] for each in errors], [each["std"] or 0.0 for each in errors]
+    # a bar below zero has no place on a logarithmic axis
+    bars = [min(std, 0.9 * mean) for mean, std in zip(means, stds, strict=True)], stds
     combined = "sb" in name or "+" in name
-    axes.errorbar(
-        keys,
-        means,
-        # a bar below zero has no place on a logarithmic axis
-        yerr=([min(std, 0.9 * mean) for mean, std in zip(means, stds, strict=True)], stds),
-        label=NAMES.get(name, name),
-        color=COLOURS[name],
-        linestyle="--" if name == "uniform" else "-",
-        linewidth=0.9 if name == "uniform" else 2 if combined else 1.2,
-        marker="" if name == "uniform" else "s" if combined else "o",
-        markersize=3,
-        elinewidth=0.8,
-        capsize=1.5,
-    )
+    look = {"linestyle": "-", "linewidth": 2 if combined else 1.2, "marker": "s" if combined else "o"}
+    look |= {"linestyle": "--", "linewidth": 0.9, "marker": ""} if name == "uniform" else {}
+    look |= {"color": COLOURS[name], "markersize": 3, "elinewidth": 0.8, "capsize": 1.5}
+    axes.errorbar(keys, means, yerr=bars, label=NAMES.get(name, name), **look)
 
 
 def draw_variance(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -428,13 +397,8 @@ def run(arguments: argparse.Namespace) -> None:
     variance = measure_variance(num_samples=arguments.variance_samples, seed=arguments.seed)
     summary = compare_families(rows)
     print_report([summary_table(summary)])
-    content = {
-        **provenance(torch.device("cpu")),
-        "settings": without_paths(arguments, "variance_figure"),
-        "summary": summary,
-        "regimes": rows,
-        "variance": variance,
-    }
+    content = {**provenance(torch.device("cpu")), "settings": without_paths(arguments, "variance_figure")}
+    content |= {"summary": summary, "regimes": rows, "variance": variance}
     write_results(arguments, content, lambda: draw(rows, max(arguments.memory_fractions)))
     if arguments.variance_figure is not None:
         save_figure(draw_variance(variance), arguments.variance_figure)

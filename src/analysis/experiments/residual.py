@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from rich.table import Table
 
 from scatterbrain.errors import UserError, check_whole_number
@@ -113,12 +113,11 @@ def measure_stage(
 ) -> dict[str, dict[str, Any]]:
     """The split of one image's matrix in one stage, by support; `num_queries` of its rows are kept, spread evenly.
 
-    Returns:
-        For each support: `sizes`, `energy_on_support` (share of the sum of squares), `num_values` (by part and
-        energy), `left` (by part: error of the nearest matrix of rank 0, 1, ..., over the norm of full attention's),
-        and `equal_memory`: errors at the same memory of sparse alone (`sparse`), of the nearest matrix of a rank
-        (`low_rank`), of both with the low rank fitted to the residual (`both`) and outside the support
-        (`both_free`, see `fit_outside`), which spends `rank`.
+    For each support: `sizes`, `energy_on_support` (share of the sum of squares), `num_values` (by part and energy),
+    `left` (by part: error of the nearest matrix of rank 0, 1, ..., over the norm of full attention's), and
+    `equal_memory`: errors at the same memory of sparse alone (`sparse`), of the nearest matrix of a rank (`low_rank`),
+    of both with the low rank fitted to the residual (`both`) and outside the support (`both_free`, see `fit_outside`),
+    which spends `rank`.
     """
     weights = full_weights(inputs)
     length = weights.shape[0]
@@ -138,22 +137,15 @@ def measure_stage(
         values = dict(zip(PARTS, parts, strict=True))
         left = {part: left_after(each, total) for part, each in values.items()}
         alone = (weights * ~wholes[name][0][rows]).norm().item() / total
-        result[name] = {
-            "sizes": sizes,
-            "energy_on_support": (sparse.norm().item() / total) ** 2,
-            "num_values": {
-                part: {f"{energy:g}": values_for_energy(each, energy) for energy in ENERGIES}
-                for part, each in values.items()
-            },
-            "left": {part: each.tolist() for part, each in left.items()},
-            "equal_memory": {
-                "sparse": alone,
-                "low_rank": left["full"][rank].item(),
-                "both": left["residual"][half_rank].item(),
-                "both_free": fit_outside(weights.float(), mask[rows], half_rank),
-                "rank": half_rank,
-            },
+        energies = {f"{energy:g}": energy for energy in ENERGIES}
+        counts = {
+            part: {text: values_for_energy(each, energy) for text, energy in energies.items()}
+            for part, each in values.items()
         }
+        equal = {"sparse": alone, "low_rank": left["full"][rank].item(), "both": left["residual"][half_rank].item()}
+        equal |= {"both_free": fit_outside(weights.float(), mask[rows], half_rank), "rank": half_rank}
+        result[name] = {"sizes": sizes, "energy_on_support": (sparse.norm().item() / total) ** 2, "num_values": counts}
+        result[name] |= {"left": {part: each.tolist() for part, each in left.items()}, "equal_memory": equal}
     return result
 
 
@@ -192,16 +184,11 @@ def thinned(curve: Sequence[float]) -> list[tuple[int, float]]:
 
 
 def measure_residuals(
-    model: T2TViT,
-    images: Sequence[torch.Tensor],
-    memory: float = 1 / 32,
-    num_queries: int = 784,
-    seed: int = 1111,
+    model: T2TViT, images: Sequence[torch.Tensor], memory: float = 1 / 32, num_queries: int = 784, seed: int = 1111
 ) -> list[dict[str, Any]]:
     """Means of `measure_stage` over images (3, image_size, image_size), a row for each stage and support.
 
-    Returns:
-        Rows of `stage`, `num_tokens`, `num_queries`, `support`, and the means; `left` as (rank, error) pairs.
+    Rows have `stage`, `num_tokens`, `num_queries`, `support`, and the means; `left` as (rank, error) pairs.
     """
     found: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     lengths = {}
@@ -225,23 +212,31 @@ def draw(rows: Sequence[Mapping[str, Any]], maps: Sequence[Maps], pixels: np.nda
     """Maps of a token in both stages above, with the photograph's pixels; errors by rank below."""
     figure = style.new_figure(11, 7.9)
     above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
-    grid = above.subplots(2, len(maps[0].grids) + 1)
+    draw_maps(above, maps, pixels)
+    for stage, axes in enumerate(below.subplots(1, 2, sharey=True), start=1):
+        draw_spectra(axes, [row for row in rows if row["stage"] == stage])
+    return figure
+
+
+def draw_maps(figure: SubFigure, maps: Sequence[Maps], pixels: np.ndarray) -> None:
+    """Draw the maps of a token in both stages, after the photograph's pixels."""
+    grid = figure.subplots(2, len(maps[0].grids) + 1)
     for stage, (item, line) in enumerate(zip(maps, grid, strict=True), start=1):
         side = len(item.grids["full attention"])
         line[0].imshow(pixels, extent=(-0.5, side - 0.5, side - 0.5, -0.5))
         line[0].set_ylabel(f"stage {stage}, {side} \N{MULTIPLICATION SIGN} {side} tokens", fontsize=9, color=INK)
         for axes, (title, values) in zip(line[1:], item.grids.items(), strict=True):
-            style.draw_grid(axes, values, style.weight_colours())
+            change = title == "difference"
+            style.draw_grid(axes, values, style.change_colours() if change else style.weight_colours())
             axes.set_title(title, fontsize=8.5, color=INK)
-            axes.set_xlabel(f"{100 * values.mean():.0f} % of the weight", fontsize=8, color=FAINT)
+            share = np.abs(values).mean() / 2 if change else values.mean()
+            text = f"{100 * share:.0f} % of the weight{' moved' * change}"
+            axes.set_xlabel(text, fontsize=8, color=FAINT)
         for axes in line:
             style.draw_token(axes, item.token)
-    bar = above.colorbar(style.weight_colours(), ax=grid, fraction=0.012, extend="both")
+    bar = figure.colorbar(style.weight_colours(), ax=grid, fraction=0.012, extend="both")
     bar.set_label("weight, times the average", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7, labelcolor=INK)
-    for stage, axes in enumerate(below.subplots(1, 2, sharey=True), start=1):
-        draw_spectra(axes, [row for row in rows if row["stage"] == stage])
-    return figure
 
 
 def draw_spectra(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -293,13 +288,8 @@ def run(arguments: argparse.Namespace) -> None:
     memory, seed = arguments.memory_fraction, arguments.seed
     rows = measure_residuals(model, shown(images, "Photographs"), memory, arguments.num_queries, seed)
     print_report([residual_table(rows)])
-    content = {
-        **provenance(torch.device("cpu")),
-        "model": name,
-        "checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser()),
-        "images": [dataset.paths[position] for position in chosen],
-        "memory_fraction": memory,
-        "seed": seed,
-        "results": rows,
-    }
+    content = {**provenance(torch.device("cpu")), "model": name}
+    content |= {"checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())}
+    content |= {"images": [dataset.paths[position] for position in chosen], "memory_fraction": memory}
+    content |= {"seed": seed, "results": rows}
     write_results(arguments, content, lambda: draw(rows, *photograph_maps(model, images[0], memory, seed)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from scatterbrain.errors import UserError
-from src.analysis.benchmark.report import BASELINE, sizes_text
+from src.analysis.benchmark.report import BASELINE, cell, sizes_text
 from src.analysis.plots.style import COLOURS, DOTTED, FAINT, INK, LEGEND, new_figure, style
 from src.analysis.tools import digits, new_table, print_report, save_figure
 from src.evaluation.results import read_json
@@ -24,6 +25,9 @@ ATTENTION_LINES = ("sblocal", "pairedcluster", "cluster", "local", "performer")
 FIT_FROM = 1024
 QUANTITIES = {"milliseconds": "time of one sequence, ms", "mebibytes": "memory of one sequence, MiB"}
 REMEDY = "Give --inputs what benchmark_attention.py has written by --output."
+
+
+Rows = dict[int, dict[str, Any]]  # by length
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,8 @@ class Line:
 
     def faster_from(self) -> int | None:
         """Shortest length from which on it is faster than SDPA at every length; None where it is not at the longest."""
-        found = None
-        for point in reversed(self.points):
-            if point.ratio >= 1:
-                break
-            found = point.length
-        return found
+        faster = [*itertools.takewhile(lambda point: point.ratio < 1, reversed(self.points))]
+        return faster[-1].length if faster else None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_scaling(path: str | os.PathLike[str], attentions: Sequence[str] = ATTEN
         raise UserError(f"{os.fspath(path)} is not a file of benchmark_attention.py. {REMEDY}") from error
 
 
-def _constant_sizes(rows: Sequence[dict[str, Any]], name: str, growth_length: int) -> dict[int, dict[str, Any]]:
+def _constant_sizes(rows: Sequence[dict[str, Any]], name: str, growth_length: int) -> Rows:
     """Rows of an attention, by length, whose sizes are those that fit `growth_length`."""
     grown = [row for row in rows if row["kind"] == "growth" and row["name"] == f"{name} as at {growth_length}"]
     own = [row for row in rows if row["kind"] == "attention" and row["name"] == name]
@@ -120,19 +120,15 @@ def _constant_sizes(rows: Sequence[dict[str, Any]], name: str, growth_length: in
     return {row["length"]: row for row in sorted((*grown, *at_home), key=lambda row: row["length"])}
 
 
-def _line(
-    name: str, by_length: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]], batches: dict[int, int]
-) -> Line:
+def _line(name: str, by_length: Rows, baseline: Rows, batches: dict[int, int]) -> Line:
     """The points of one attention, all of them by the same clock."""
     pairs = [(row, baseline[length]) for length, row in sorted(by_length.items())]
     device = all(item["device_milliseconds"] is not None for pair in pairs for item in pair)
     points = []
     for row, full in pairs:
         batch = batches[row["length"]]
-        milliseconds, ratio = row["milliseconds"], row["ratio_to_sdpa"]
-        if device:
-            milliseconds = row["device_milliseconds"]
-            ratio = milliseconds / full["device_milliseconds"]
+        milliseconds = row["device_milliseconds" if device else "milliseconds"]
+        ratio = milliseconds / full["device_milliseconds"] if device else row["ratio_to_sdpa"]
         points.append(Point(row["length"], milliseconds / batch, ratio, row["temporary_bytes"] / 2**20 / batch))
     return Line(name, pairs[0][0]["sizes"], "device" if device else "call", tuple(points))
 
@@ -166,13 +162,8 @@ def growth_table(scaling: Scaling, fit_from: int = FIT_FROM) -> Table:
         first = line.faster_from()
         never = f"not up to N = {line.points[-1].length:,}"
         faster = "-" if line.name == BASELINE else f"from N = {first:,} on" if first else never
-        table.add_row(
-            line.name,
-            sizes_text(line.sizes) or "-",
-            line.clock,
-            *("-" if exponent is None else f"{exponent:.2f}" for exponent in (time, line.last_step(), memory)),
-            faster,
-        )
+        exponents = (cell(exponent, "{:.2f}".format) for exponent in (time, line.last_step(), memory))
+        table.add_row(line.name, sizes_text(line.sizes) or "-", line.clock, *exponents, faster)
     return table
 
 
@@ -198,10 +189,8 @@ def draw(scalings: Sequence[Scaling]) -> Figure:
             axes.set_ylabel(label)
     for axes in grid[-1]:
         axes.set_xlabel("sequence length N")
-    handles = {}
-    for panels in grid:
-        for handle, label in zip(*panels[0].get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    pairs = [pair for panels in grid for pair in zip(*panels[0].get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in pairs}
     options = {"loc": "outside lower center", **LEGEND, "fontsize": 8.5, "ncols": len(handles)}
     figure.legend(handles.values(), handles.keys(), **options)
     return figure
@@ -211,17 +200,10 @@ def draw_panel(axes: Axes, scaling: Scaling, quantity: str) -> None:
     """Draw one quantity against N, with the guides."""
     for line in scaling.lines:
         bold = line.name in (BASELINE, "sblocal", "pairedcluster")
-        axes.plot(
-            [point.length for point in line.points],
-            [getattr(point, quantity) for point in line.points],
-            label=line.name,
-            color=COLOURS.get(line.name, "black"),
-            linestyle="--" if line.clock != scaling.lines[0].clock and quantity == "milliseconds" else "-",
-            linewidth=2 if bold else 1.2,
-            marker="s" if bold else "o",
-            markersize=4,
-            zorder=3,
-        )
+        dashed = line.clock != scaling.lines[0].clock and quantity == "milliseconds"
+        look = {"color": COLOURS.get(line.name, "black"), "linestyle": "--" if dashed else "-", "markersize": 4}
+        look |= {"linewidth": 2 if bold else 1.2, "marker": "s" if bold else "o", "zorder": 3, "label": line.name}
+        axes.plot(*zip(*((point.length, getattr(point, quantity)) for point in line.points), strict=True), **look)
     axes.set(xscale="log", yscale="log")
     style(axes)
     lengths = list(scaling.batches)

@@ -106,14 +106,9 @@ class Experiment(tools.Run):
 
     def report(self) -> dict[str, Any]:
         """Everything, for a file."""
-        return {
-            "complete": not self.missing,
-            **tools.provenance(self.device),
-            "settings": tools.without_paths(self.arguments),
-            "tasks": self.tasks,
-            "results": [asdict(result) for result in self.results],
-            "skipped": self.skipped,
-        }
+        content = {"complete": not self.missing, **tools.provenance(self.device)}
+        content |= {"settings": tools.without_paths(self.arguments), "tasks": self.tasks}
+        return content | {"results": [asdict(result) for result in self.results], "skipped": self.skipped}
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -123,16 +118,13 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 def by_attention(content: Mapping[str, Any], task: str) -> dict[str, list[Mapping[str, Any]]]:
     """Trainings of a task by attention, the best first and those that diverged last."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for result in content["results"]:
-        if result["task"] == task:
-            groups.setdefault(result["attention"], []).append(result)
+    results = [result for result in content["results"] if result["task"] == task]
+    names = dict.fromkeys(result["attention"] for result in results)
+    groups = {name: [result for result in results if result["attention"] == name] for name in names}
 
     def rank(name: str) -> float:
         metric = mean_metric(groups[name])
-        if metric is None:
-            return math.inf
-        return metric if task == "language" else -metric
+        return math.inf if metric is None else metric if task == "language" else -metric
 
     return {name: groups[name] for name in sorted(groups, key=rank)}
 
@@ -166,15 +158,11 @@ def result_tables(content: Mapping[str, Any]) -> list[Table]:
             elif metric is not None:
                 error = results[0]["standard_error"]
             peak = [result["peak_memory_mib"] for result in results]
-            table.add_row(
-                name,
-                f"{100 * results[0]['memory']:.1f} %",
-                " / ".join(str(steps) for steps in dict.fromkeys(result["steps"] for result in results)),
-                as_metric(task, metric),
-                "-" if error is None else as_metric(task, error),
-                f"{1e3 * statistics.fmean(result['seconds_per_step'] for result in results):.1f}",
-                "-" if None in peak else f"{max(peak):.0f}",
-            )
+            steps = " / ".join(str(steps) for steps in dict.fromkeys(result["steps"] for result in results))
+            cells = [as_metric(task, metric), "-" if error is None else as_metric(task, error)]
+            cells += [f"{1e3 * statistics.fmean(result['seconds_per_step'] for result in results):.1f}"]
+            cells += ["-" if None in peak else f"{max(peak):.0f}"]
+            table.add_row(name, f"{100 * results[0]['memory']:.1f} %", steps, *cells)
         for name, value in content["tasks"][task]["baselines"].items():
             table.add_row(f"({name})", "", "", as_metric(task, value), "", "", "")
         tables.append(table)

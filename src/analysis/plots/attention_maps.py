@@ -35,8 +35,8 @@ SIZES = {
     "bucket_size": "buckets of {}",
     "block": "blocks of {}",
     "nb_features": "{} features",
-    "num_landmarks": "{} key clusters",
-    "num_query_landmarks": "{} query clusters",
+    "num_landmarks": "{} clusters",
+    "num_query_landmarks": "{} of queries",
     "num_exact": "{} exact",
 }
 # Lengths in hundredths of an inch, multiples of 3: at 400/3 dots per inch all edges fall on pixels, and a panel has 224
@@ -81,10 +81,7 @@ class Photograph:
 
 
 def stage_maps(
-    model: T2TViT,
-    attentions: Mapping[str, tuple[AttentionModule, AttentionModule]],
-    image: torch.Tensor,
-    where: Sequence[float],
+    model: T2TViT, attentions: Mapping[str, Sequence[AttentionModule]], image: torch.Tensor, where: Sequence[float]
 ) -> list[StageMaps]:
     """The maps of both stages for a normalised image (3, image_size, image_size).
 
@@ -101,12 +98,10 @@ def stage_maps(
         rows: dict[str, torch.Tensor] = {}
         for name, modules in attentions.items():
             rows[name] = approximation.attention_weights(inputs, modules[stage])[:, 0, number].cpu()
-            maps[name] = AttentionMap(
-                (rows[name] * num_tokens).reshape(side, side).numpy(),
-                modules[stage].sizes(),
-                approximation.effective_keys(rows[name]).item(),
-                approximation.relative_error(rows[name], rows["full"]).item(),
-            )
+            keys = approximation.effective_keys(rows[name])
+            error = approximation.relative_error(rows[name], rows["full"])
+            weights = (rows[name] * num_tokens).reshape(side, side).numpy()
+            maps[name] = AttentionMap(weights, modules[stage].sizes(), keys.item(), error.item())
         stages.append(StageMaps(token, maps))
     return stages
 
@@ -177,7 +172,7 @@ def draw_map(axes: Axes, stage: StageMaps, name: str) -> None:
     outline_window(axes, stage, name, "white")
     parts = [SIZES[option].format(size) for option, size in item.options.items() if option in SIZES]
     sizes = " + ".join(parts) or f"all {stage.side**2:,} keys"
-    axes.set_title(sizes, fontsize=8.5, color=style.INK, pad=4)
+    axes.set_title(sizes, fontsize=8.5 * min(1, 28 / len(sizes)), color=style.INK, pad=4)  # 28 characters fit
     label, colour = NAMES.get(name, name), style.COLOURS.get(name, style.OTHER)
     where = {"transform": axes.transAxes, "ha": "center"}
     ink = style.INK if colour == style.OTHER else colour  # grey is for lines

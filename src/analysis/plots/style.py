@@ -48,16 +48,14 @@ def style(axes: Axes) -> None:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 6.5) -> None:
-    """Write texts beside a panel, each as near to the end of its line as the others allow.
+    """Write texts right of a panel, each as near to the end of its line as the others allow.
 
-    Args:
-        axes: with its limits and scales set; the texts stand right of it.
-        ends: x and y of a line's end in the units of the data, its text, and its colour.
-        size: of the text, points.
+    Limits and scales of the axes are set. `ends` are x and y of a line's end in the units of the data, its text, and
+    its colour; `size` is that of the text in points.
     """
     transform = axes.transData + axes.transAxes.inverted()
-    places = sorted((*transform.transform((x, y)), text, colour) for x, y, text, colour in ends)
-    places.sort(key=lambda place: place[1])
+    places = ((*transform.transform((x, y)), text, colour) for x, y, text, colour in sorted(ends))
+    places = sorted(places, key=lambda place: place[1])
     height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72 or 1
     gap = 1.25 * size / height
     heights: list[float] = []
@@ -69,25 +67,10 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
         heights[number] = min(heights[number], top)
         top = heights[number] - gap
     for (x, y, text, colour), height in zip(places, heights, strict=True):
-        axes.annotate(
-            text,
-            xy=(x, y),
-            xytext=(1.06, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            fontsize=size,
-            color=FAINT if colour == OTHER else colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.5,
-                "shrinkA": 1,
-                "shrinkB": 2,
-                "relpos": (0, 0.5),
-            },
-        )
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
+        options = {"xytext": (1.06, height), "xycoords": "axes fraction", "textcoords": "axes fraction"}
+        options |= {"fontsize": size, "color": FAINT if colour == OTHER else colour, "va": "center"}
+        axes.annotate(text, (x, y), annotation_clip=False, arrowprops=arrow, **options)
 
 
 def weight_colours() -> ScalarMappable:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scatterbrain.ops.adaptive.plan import _take, exact_keys, plan_adaptive_attention
-from scatterbrain.ops.clusters import assign_clusters
-from scatterbrain.ops.clusters.kmeans import assign_query_clusters, cluster_means
+from scatterbrain.ops.adaptive.plan import _take, exact_keys, log_losses, plan_adaptive_attention
+from scatterbrain.ops.clusters.kmeans import cluster_means
 from scatterbrain.ops.common.backends import is_interpreted
 from tests.helpers import draw_inputs
 from tests.scatterbrain.ops.poison import poisoned_memory
 
 triton = pytest.importorskip("triton")
 
-from scatterbrain.ops.adaptive.triton.plan import run_plan  # noqa: E402 - imports triton
+from scatterbrain.ops.adaptive.triton.plan import find_plan, run_plan  # noqa: E402 - imports triton
 from scatterbrain.ops.adaptive.triton.tables import (  # noqa: E402
     fill_tables,
     layout_of_plan,
@@ -58,17 +57,26 @@ def plan_by_kernels(
     return plan_of_tables(key_labels, tables, num_landmarks, query.shape[0]), statistics, tables
 
 
-def supports_of(tensors, plan, tolerance, density, query_lengths=None):
-    """What the specification takes (G, Q, M) for the clusters of a plan."""
+def check_supports(tensors, plan, tolerance, density, query_lengths):
+    """Compare the supports of a plan with those that the specification chooses for its clusters."""
     query, key, _ = (x.flatten(0, 1).double() for x in tensors)
-    key_labels, query_labels = (x.flatten(0, 1) for x in plan[:2])
+    query_labels = plan.query_assignment
     if query_lengths is not None:
-        hidden = torch.arange(query.shape[1], device=query.device) >= query_lengths.repeat_interleave(
-            tensors[0].shape[1]
-        ).view(-1, 1)
-        query_labels = query_labels.masked_fill(hidden, -1)
-    sizes = plan.taken.shape[3], plan.taken.shape[2]
-    return _take(query, key, key_labels, query_labels, *sizes, density, tolerance, query.shape[2] ** -0.5)
+        counted = torch.arange(query.shape[1], device=query.device) < query_lengths.view(-1, 1, 1)
+        query_labels = query_labels.where(counted, -1)
+    key_labels, query_labels = plan.key_assignment.flatten(0, 1), query_labels.flatten(0, 1)
+    sizes, scale = (plan.taken.shape[3], plan.taken.shape[2]), query.shape[2] ** -0.5
+    inputs = (query, key, key_labels, query_labels, *sizes)
+    expected, found = _take(*inputs, density, tolerance, scale), plan.taken.flatten(0, 1)
+    used = (query_labels.unsqueeze(1) == torch.arange(sizes[1], device=query.device)[:, None]).any(2)
+    if query.device.type == "cpu":
+        assert torch.equal(expected & used.unsqueeze(2), found & used.unsqueeze(2))
+        return
+    # rounding changes the order of clusters that lose about the same
+    log_weight, log_loss, _ = log_losses(*inputs, scale)
+    shares = (log_loss - log_weight.logsumexp(2, keepdim=True)).exp().nan_to_num()
+    left, least = ((shares * ~taken).sum(2)[used] for taken in (found, expected))
+    assert (left - least).abs().mean() < 0.03
 
 
 def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, lengths=(None, None), **options):
@@ -86,15 +94,7 @@ def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, 
         assert torch.equal(table, found), name
     assert expected["exact_counts"].max() <= plan.num_exact
     # the supports are those of the clusters
-    taken = supports_of(tensors, plan, tolerance, density, lengths[1])
-    used = torch.zeros(taken.shape[:2], dtype=torch.bool, device=taken.device)
-    used.scatter_(1, plan.query_assignment.flatten(0, 1), True)
-    if lengths[1] is not None:  # no query moves a centroid of a cluster of padding alone
-        counted = torch.arange(tensors[0].shape[2], device=taken.device) < lengths[1].view(-1, 1, 1)
-        labels = plan.query_assignment.where(counted, 0).flatten(0, 1)
-        used = torch.zeros_like(used).scatter_(1, labels, True)
-    differ = (taken != plan.taken.flatten(0, 1)) & used.unsqueeze(2)
-    assert not differ.any() if exact else differ.float().mean() < 0.03
+    check_supports(tensors, plan, tolerance, density, lengths[1])
     # the statistics are those of the clusters
     means = cluster_means(tensors[1].double().nan_to_num(), plan.key_assignment, plan.taken.shape[3]).flatten(0, 1)
     empty = expected["key_starts"].diff(dim=1).unsqueeze(2) == 0
@@ -108,7 +108,7 @@ def check(tensors, num_landmarks, num_query_landmarks, density, tolerance=None, 
 @pytest.mark.parametrize("density", [0.0, 0.13, 0.5, 1.0])
 @pytest.mark.parametrize("num_landmarks", [5, 37])
 def test_plan(device, dtype, num_landmarks, density):
-    plan = check(draw(device, dtype, 61, 150, heads=2), num_landmarks, 7, density)
+    plan = check(draw(device, dtype, 61, 150), num_landmarks, 7, density)
     if density in (0.0, 1.0):
         sizes = torch.nn.functional.one_hot(plan.key_assignment, num_landmarks).sum(2) > 0
         assert torch.equal(plan.taken, sizes.unsqueeze(2).expand_as(plan.taken) & (density == 1.0))
@@ -123,10 +123,9 @@ def test_few_queries_or_keys(device, dtype, length, num_keys, num_steps):
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_lengths(device, dtype):
-    tensors = draw(device, dtype, 90, 80, batch=3, heads=2)
-    key_lengths = torch.tensor([80, 0, 33], device=device)
-    query_lengths = torch.tensor([90, 41, 2], device=device)
-    check(tensors, 20, 6, 0.25, lengths=(key_lengths, None))
+    tensors = draw(device, dtype, 60, 50, batch=3)
+    key_lengths = torch.tensor([50, 0, 33], device=device)
+    query_lengths = torch.tensor([60, 41, 2], device=device)
     plan = check(tensors, 20, 6, 0.25, lengths=(key_lengths, query_lengths))
     assert (plan.key_assignment[1] == -1).all()
     assert (plan.query_assignment >= 0).all()
@@ -137,7 +136,7 @@ def test_lengths(device, dtype):
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.4, 0.99])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.99])
 def test_tolerance(device, dtype, tolerance):
     plan = check(draw(device, dtype, 120), 24, 8, 0.6, tolerance)
     assert plan.taken.sum() == 0 or tolerance < 0.99
@@ -163,16 +162,16 @@ def test_given_clusters(device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), DEVICES[:1])
 def test_plan_is_that_of_pytorch(device, dtype):
     # lumps that are far apart: no point is near the border of two clusters, whatever the rounding
-    lumps = 30 * torch.randn(12, 16)
-    query, key = (lumps[torch.randint(12, (2, 2, n))] + torch.randn(2, 2, n, 16) for n in (60, 90))
-    lengths = torch.tensor([60, 31])
-    found = plan_by_kernels([0.1 * query, key, key], 11, 7, 0.2, lengths=(lengths, lengths))[0]
+    lumps = 30 * torch.randn(12, 20)
+    query, key = (lumps[torch.randint(12, (1, 2, n))] + torch.randn(1, 2, n, 20) for n in (60, 90))
+    query *= 0.1
+    lengths = torch.tensor([51])
+    found = find_plan(query, key, 11, 7, 0.2, None, 0.2, lengths, lengths, 1)
     expected = plan_adaptive_attention(
-        0.1 * query, key, key, 11, 7, 0.2, key_lengths=lengths, query_lengths=lengths, num_steps=1
+        query, key, key, 11, 7, 0.2, scale=0.2, key_lengths=lengths, query_lengths=lengths, num_steps=1
     )
-    assert torch.equal(found.key_assignment, assign_clusters(key, 11, 1, lengths))
-    assert torch.equal(found.query_assignment, assign_query_clusters(0.1 * query, 7, 1, lengths))
-    assert torch.equal(found.taken, expected.taken)
+    for name, one, other in zip(expected._fields, expected, found, strict=True):
+        assert one == other if name == "num_exact" else torch.equal(one, other), name
 
 
 @pytest.mark.gpu
@@ -183,6 +182,16 @@ def test_real_sizes(dtype, width, num_landmarks, num_query_landmarks):
     tensors = draw("cuda", dtype, 3136, 2500, width, batch=3)
     lengths = torch.tensor([2500, 1000, 77], device="cuda")
     check(tensors, num_landmarks, num_query_landmarks, 0.08, lengths=(lengths, None))
+
+
+@pytest.mark.gpu
+def test_plans_on_a_gpu_come_from_the_kernels():
+    query, key, value = draw("cuda", torch.bfloat16, 300, 400, 40, batch=2)
+    lengths = torch.tensor([400, 123])
+    plan = plan_adaptive_attention(query, key, value, 32, 16, 0.1, key_lengths=lengths)
+    expected = find_plan(query, key, 32, 16, 0.1, None, 40**-0.5, lengths, None, 1)
+    assert all(torch.equal(one, other) for one, other in zip(plan[:3], expected[:3], strict=True))
+    check_supports((query, key, value), plan, None, 0.1, None)
 
 
 @pytest.mark.gpu

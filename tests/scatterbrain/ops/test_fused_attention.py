@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.triton import unsupported as landmarks_unsupported
+from scatterbrain.ops.common import calls
 from scatterbrain.ops.common.backends import is_interpreted, with_near_rows
 from scatterbrain.ops.common.projection import draw_projection
-from scatterbrain.ops.scatterbrain.triton import count_fallback_tiles, unsupported
+from scatterbrain.ops.scatterbrain.triton import check_speed, count_fallback_tiles, unsupported
 from scatterbrain.ops.scatterbrain.triton import tiles as tiles_module
 from tests.helpers import OPERATORS, assert_close, draw_inputs
 from tests.scatterbrain.ops.poison import poisoned_memory
@@ -283,6 +285,7 @@ def test_a_projection_is_rounded_before_or_in_the_kernels(is_causal, monkeypatch
 
     expected = run()
     monkeypatch.setattr("scatterbrain.ops.scatterbrain.triton.MAX_UNCONVERTED", 0)
+    calls.CALLS.clear()
     for one, other in zip(expected, run(), strict=True):
         assert torch.equal(one, other)
 
@@ -464,6 +467,16 @@ def test_offsets_have_32_bits():
 
 
 @needs_interpreter
+@pytest.mark.parametrize(("length", "projections", "is_refused"), [(16384, 129, True), (16383, 129, False)])
+def test_many_features_of_a_long_sequence_are_refused_on_cuda(length, projections, is_refused):
+    """They would run in plain PyTorch, slower than full attention."""
+    with FakeTensorMode():
+        query = torch.empty(1, 1, length, 16, device="cuda")
+        rows = torch.empty(projections, 16, device="cuda")
+        with pytest.raises(UserError, match="sbcluster") if is_refused else contextlib.nullcontext():
+            check_speed(query, query, rows)
+
+
 def test_dropout_and_gradients_of_the_projection_are_refused():
     query, key, value, rows = draw_inputs(length=5, dtype=torch.float32)
     operator = OPERATORS["scatterbrain"]

@@ -175,18 +175,3 @@ def test_profilers_are_seen(monkeypatch):
     assert not triton_functions._has_launch_hooks()
     monkeypatch.setattr(owner, "launch_exit_hook", lambda metadata: None)
     assert triton_functions._has_launch_hooks()
-
-
-def test_keys_hold_what_kernels_are_specialised_on():
-    x = torch.zeros(40)
-    variants = (x, x[1:33], x[:32], x[:32].view(4, 8), x[:32].view(4, 8).t(), x[:32].long(), x[:32].to("meta"), None)
-    keys = [triton_functions.call_key(variant) for variant in variants]
-    assert len(set(keys)) == len(keys)
-    assert triton_functions.call_key(x[16:24], x) == triton_functions.call_key(x[:8], torch.zeros(40))
-
-
-def test_caches_are_bounded():
-    cache = triton_functions.Cache(2)
-    for key in range(5):
-        cache[key] = key
-    assert dict(cache) == {4: 4}

@@ -31,14 +31,15 @@ from scatterbrain.ops.clusters.triton.operator import (
     gradient_layouts,
     with_vector_loads,
 )
+from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
-    PLAIN_TENSORS,
     Pass,
     allocate,
     by_token,
     describe_outputs,
     find_pass,
     power_of_two,
+    scratch_memory,
 )
 from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
@@ -96,7 +97,7 @@ def _statistics_pass(
     layouts = cluster_layouts(plan)
     launches = LaunchSequence(("key", "value", "key_lengths", "given_labels"), layouts)
     add_cluster_kernels(launches, plan, key, value)
-    return Pass(launches, (), layouts)
+    return Pass(launches, ((), ()), layouts)
 
 
 def run_statistics(
@@ -363,7 +364,7 @@ def run_backward(
     found = find_pass(_backward_pass, inputs, _override(), *options)
     gradients, (workspace,) = allocate(found, query)
     key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    buffers = (statistics, tables, normalisers, workspace, landmarks.scratch_memory(found.scratch, gradients[1]))
+    buffers = (statistics, tables, normalisers, workspace, scratch_memory(found.scratch, gradients[1]))
     found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), buffers)
     return tuple(gradients)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, exact_keys
+from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
     count_kernel,
@@ -16,7 +16,8 @@ from scatterbrain.ops.adaptive.triton.supports import (
     prefix_kernel,
     support_kernel,
 )
-from scatterbrain.ops.adaptive.triton.tables import WORD, tables_layout
+from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
+from scatterbrain.ops.clusters.triton import ROW_MULTIPLE, with_even_rows
 from scatterbrain.ops.clusters.triton.operator import (
     LandmarkPlan,
     add_cluster_kernels,
@@ -24,8 +25,8 @@ from scatterbrain.ops.clusters.triton.operator import (
     with_vector_loads,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
-from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
-from scatterbrain.ops.common.triton_functions import LaunchSequence, device_of, row_strides
+from scatterbrain.ops.common.passes import Pass, allocate, find_pass, power_of_two
+from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
 
 class PlanTiles(NamedTuple):
@@ -36,6 +37,7 @@ class PlanTiles(NamedTuple):
         prefix_tiles: of these tiles, so many are added up at a time,
         prefix_bins: for so many clusters.
         moment_queries: query clusters of a program of the moments.
+        moment_landmarks: its key clusters.
         moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
         list_places: places of a program that lists keys.
     """
@@ -44,12 +46,14 @@ class PlanTiles(NamedTuple):
     prefix_tiles: int = 64
     prefix_bins: int = 32
     moment_queries: int = 64
-    moment_programs: int = 264
+    moment_landmarks: int = 64
+    moment_programs: int = 528
     list_places: int = 256
 
 
+_FLOAT32 = PlanTiles(moment_queries=32, moment_landmarks=32)
 # Triton's interpreter, for tests: several tiles also for small shapes.
-_SMALL = PlanTiles(16, 4, 16, 16, 12, 16)
+_SMALL = PlanTiles(16, 4, 16, 16, 16, 12, 16)
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
 
@@ -79,12 +83,11 @@ def _plan_pass(
 
     bins = power_of_two(max(num_landmarks, num_query_landmarks, 16))
     padded = power_of_two(max(num_landmarks, WORD))  # a multiple of a word
-    tiles = PlanTiles() if query.is_cuda else _SMALL
+    tiles = _SMALL if not query.is_cuda else _FLOAT32 if query.dtype == torch.float32 else PlanTiles()
     sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
-    moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
-    query_blocks = -(-num_query_landmarks // moment_queries)
+    moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // tiles.moment_queries)
     rows = keys.tiles.sum_rows
-    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs // query_blocks)
+    chunk, chunks = keys.chunks(num_keys, rows, tiles.moment_programs, moment_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)
     query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
@@ -137,7 +140,7 @@ def _plan_pass(
     if num_exact > 0:
         launches.add(
             moments_kernel,
-            (chunks, groups, keys.blocks * query_blocks),
+            (chunks, groups, moment_blocks),
             (
                 *("key", "key_lengths", keys.labels, "centre", "landmarks"),
                 *("query_centre", "query_landmarks", "query_log_counts", "means", "squares"),
@@ -145,8 +148,9 @@ def _plan_pass(
             (*key_numbers, chunk, *row_strides(key)),
             E=keys.width,
             BE=keys.widths["BE"],
-            **keys.blocked,
-            QB=moment_queries,
+            MB=tiles.moment_landmarks,
+            MP=keys.padded,
+            QB=tiles.moment_queries,
             QUERY_MP=queries.padded,
             BN=rows,
             **keys.lengths,
@@ -186,7 +190,7 @@ def _plan_pass(
             num_warps=4,
             **keys.pdl,
         )
-    return Pass(launches, (), (statistics, tables, workspace, sums))
+    return Pass(launches, ((), ()), (statistics, tables, workspace, sums))
 
 
 def run_plan(
@@ -224,13 +228,45 @@ def run_plan(
     Returns:
         Two buffers (bytes,) uint8: statistics, see `LandmarkPlan.statistics`, and tables, see `tables_layout`.
     """
-    query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths, query_lengths, labels)
     options = (num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, sorts_keys)
+    _, buffers = _run(inputs, options)
+    return buffers[0], buffers[1]
+
+
+def _run(
+    inputs: tuple[torch.Tensor | None, ...], options: tuple[Any, ...]
+) -> tuple[tuple[BufferLayout, ...], list[torch.Tensor]]:
+    """Layouts and buffers of a pass, from the tensors and the other arguments of `run_plan`."""
+    inputs = (*(with_vector_loads(x) for x in inputs[:3]), *inputs[3:])
+    query = inputs[0]
     found = find_pass(_plan_pass, inputs, tiles_override(), *options)
     _, buffers = allocate(found, query)
     # a kernel does not read what is None
     tensors = [query if x is None else x for x in inputs]
     with device_of(query):
         found.launches(tensors, buffers)
-    return buffers[0], buffers[1]
+    return found.layouts, buffers
+
+
+@torch.no_grad()
+def find_plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    tolerance: float | None,
+    scale: float,
+    key_lengths: torch.Tensor | None,
+    query_lengths: torch.Tensor | None,
+    num_steps: int,
+) -> AdaptivePlan:
+    """The plan that `run_plan` makes of queries (B, H, T, E) and keys (B, H, S, E) of any width; arguments as there."""
+    query, key = (with_even_rows(x.detach()) for x in (query, key))
+    lengths = (None if x is None else x.to(query.device).contiguous() for x in (key_lengths, query_lengths))
+    narrow = key[..., :ROW_MULTIPLE]  # a plan has no mean values
+    options = (num_landmarks, num_query_landmarks, density, tolerance, scale, num_steps, False)
+    layouts, buffers = _run((query, key, narrow, *lengths, None), options)
+    statistics, tables = (layout.views(x) for layout, x in zip(layouts[:2], buffers[:2], strict=True))
+    return plan_of_tables(statistics["labels"], tables, num_landmarks, query.shape[0])

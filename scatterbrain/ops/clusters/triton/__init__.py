@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.backends import no_kernels, too_large
+from scatterbrain.ops.common.calls import CALLS
 
 # With wider heads, more landmarks or wider windows, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
@@ -102,6 +103,38 @@ def attention(
     out, statistics = attend(*arguments, return_lse)
     lse = log_normalisers(statistics, *arguments) if return_lse else None
     return out if width == value.shape[3] else out[..., :width], lse
+
+
+def remember(
+    known_as: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    scale: float,
+    num_steps: int,
+) -> None:
+    """Let calls that are like a checked one run the kernels at once, if these take its tensors as they are.
+
+    Args:
+        known_as: key of the call in `CALLS`.
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        num_landmarks: number of clusters M, at most S.
+        window: width W; 0 for no window.
+        scale: softmax scale.
+        num_steps: Lloyd steps.
+    """
+    from scatterbrain.ops.clusters.triton.operator import OPERATOR, with_vector_loads
+    from scatterbrain.ops.common.passes import Call
+
+    tensors = query, key, value
+    if all(with_vector_loads(with_even_rows(x.detach())).data_ptr() == x.data_ptr() for x in tensors):
+        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        options = num_landmarks, window, scale, num_steps, statistics
+        CALLS[known_as] = Call(OPERATOR, (*tensors, None, None), options)
 
 
 @torch.no_grad()

@@ -55,13 +55,14 @@ def start_kernel(
     bias_ptr,  # (G, MP) float32, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
 
     ONE_TILE: a stretch has at most BN keys.
+    FIRST: this is the first kernel of a pass.
     """
-    grid_dependency_control(PDL, True)
+    grid_dependency_control(PDL, FIRST)
     landmark = tl.program_id(0)
     group = tl.program_id(1)
     wide = group.to(tl.int64)

@@ -29,13 +29,15 @@ from scatterbrain.ops.clusters.triton.kmeans import (
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override
 from scatterbrain.ops.common.backends import with_near_rows
+from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
-    PLAIN_TENSORS,
+    FusedFunction,
+    Operator,
     Pass,
-    allocate,
     by_token,
     describe_outputs,
     find_pass,
+    launch,
     padded_width,
 )
 from scatterbrain.ops.common.triton_functions import (
@@ -99,10 +101,10 @@ class LandmarkPlan:
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
-    def chunks(self, length: int, rows: int, programs: int) -> tuple[int, int]:
-        """Rows of a chunk, a multiple of the tile, and number of chunks."""
+    def chunks(self, length: int, rows: int, programs: int, blocks: int | None = None) -> tuple[int, int]:
+        """Rows of a chunk, a multiple of the tile, and number of chunks, with a program for each of so many blocks."""
         tiles = -(-length // rows)
-        wanted = max(1, programs // (self.groups * self.blocks))
+        wanted = max(1, programs // (self.groups * (blocks or self.blocks)))
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
 
@@ -153,13 +155,6 @@ class LandmarkPlan:
         return layout
 
 
-def scratch_memory(layout: BufferLayout, result: torch.Tensor) -> torch.Tensor:
-    """Memory for sums, which the last kernel does not read: that of the result that it writes, if it is enough."""
-    if layout.nbytes <= result.numel() * result.element_size():
-        return result.as_strided((result.numel(),), (1,)).view(torch.uint8)
-    return layout.empty(result.device)
-
-
 def cluster_layouts(plan: LandmarkPlan, prefix: str = "") -> tuple[BufferLayout, BufferLayout, BufferLayout]:
     """Layouts of the statistics, of the workspace and of the sums of `add_cluster_kernels`.
 
@@ -187,8 +182,8 @@ def add_cluster_kernels(
         launches: to which they are appended, with the layouts of `cluster_layouts`.
         plan: of the call.
         key: (B, H, S, E).
-        value: (B, H, S, D); None where there are no mean values. Then the keys are queries, and those past the lengths
-            have a cluster too.
+        value: (B, H, S, D); None where there are no mean values. Then the keys are queries: those past the lengths
+            have a cluster too, and other kernels come first.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
     """
@@ -218,8 +213,9 @@ def add_cluster_kernels(
         BN=tiles.start_rows,
         ONE_TILE=-(-plan.num_keys // plan.num_landmarks) <= tiles.start_rows,
         **plan.lengths,
+        FIRST=has_values,
         num_warps=tiles.start_warps,
-        **plan.first,
+        **(plan.first if has_values else plan.pdl),
     )
 
     assign = not plan.has_labels and plan.blocks == 1
@@ -366,7 +362,7 @@ def _cluster_pass(key: torch.Tensor, key_lengths: torch.Tensor | None, num_landm
     layouts = cluster_layouts(plan)
     launches = LaunchSequence(("key", "value", "key_lengths"), layouts)
     add_cluster_kernels(launches, plan, key, key)
-    return Pass(launches, (), layouts)
+    return Pass(launches, ((), ()), layouts)
 
 
 def run_clusters(
@@ -375,9 +371,8 @@ def run_clusters(
     """Clusters (B, H, S) int16 of the keys, -1 for hidden ones; arguments as in `run_forward`."""
     key = with_vector_loads(key)
     found = find_pass(_cluster_pass, (key, key_lengths), tiles_override(), num_landmarks, num_steps)
-    _, buffers = allocate(found, key)
     with device_of(key):
-        found.launches((key, key, key if key_lengths is None else key_lengths), buffers)
+        _, buffers = launch(found, (), (key, key, key_lengths))
     return found.layouts[0].views(buffers[0])["labels"].view(key.shape[:3]).clone()
 
 
@@ -419,10 +414,7 @@ def run_forward(
     query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths, labels)
     found = find_pass(_forward_pass, inputs, tiles_override(), num_landmarks, window, scale, num_steps, statistics)
-    (out,), buffers = allocate(found, query)
-    # a kernel does not read what is None
-    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    found.launches((query, key, value, key_lengths, labels, out), (*buffers, scratch_memory(found.scratch, out)))
+    (out,), buffers = launch(found, (), inputs)
     return out, buffers[0]
 
 
@@ -624,13 +616,9 @@ def run_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
     gradient, query, key, value = (with_vector_loads(x) for x in (gradient, query, key, value))
-    inputs = (gradient, query, key, value, key_lengths, labels, out)
-    found = find_pass(_backward_pass, inputs, tiles_override(), num_landmarks, window, scale)
-    gradients, (workspace,) = allocate(found, query)
-    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    buffers = (statistics, workspace, scratch_memory(found.scratch, gradients[1]))
-    found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), buffers)
-    return tuple(gradients)
+    inputs = (query, key, value, key_lengths, labels)
+    found = find_pass(_backward_pass, (gradient, *inputs, out), tiles_override(), num_landmarks, window, scale)
+    return tuple(launch(found, (gradient,), inputs, (out,), (statistics,))[0])
 
 
 fused_landmark_attention_backward = torch.library.custom_op(
@@ -643,10 +631,6 @@ def _(gradient, query, key, value, key_lengths, labels, out, statistics, num_lan
     return tuple(x.new_empty_strided(*by_token(*x.shape)) for x in (query, key, value))
 
 
-def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
-    return run(gradient, *ctx.saved_tensors, *ctx.options)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, num_landmarks, window, scale, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -655,42 +639,31 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient, _):
-    return (*_gradients(ctx, gradient, torch.ops.scatterbrain.fused_landmark_attention_backward), *[None] * 7)
+    gradients = torch.ops.scatterbrain.fused_landmark_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, *[None] * 7)
 
 
 fused_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-class FusedLandmarkAttention(torch.autograd.Function):
-    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, key_lengths, labels, options):
-        """Results and arguments as in `run_forward`, those from `num_landmarks` on as `options`."""
-        inputs = (query, key, value, key_lengths, labels)
-        results = run_forward(*inputs, *options)
-        _setup_context(ctx, (*inputs, *options), results)
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        """Gradients of query, key and value."""
-        return (*_gradients(ctx, gradient, run_backward), None, None, None)
+OPERATOR = Operator(_forward_pass, _backward_pass, run_forward, run_backward, 3, tiles_override)
 
 
-def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Results of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly.
 
-    Where gradients are recorded, the statistics are kept for them in any case.
+    Statistics are None where gradients are recorded and they were not requested.
     """
     tensors, (*options, statistics) = arguments[:5], arguments[5:]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
     options = (*options, statistics or needs_grad)
-    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
+    is_plain = all([x is None or type(x) in PLAIN_TENSORS for x in tensors])
+    if torch.compiler.is_compiling() or not is_plain or (needs_grad and statistics):
         return fused_landmark_attention(*tensors, *options)
     with device_of(tensors[0]):
-        return FusedLandmarkAttention.apply(*tensors, options) if needs_grad else run_forward(*tensors, *options)
+        if needs_grad:
+            return FusedFunction.apply(*tensors, (OPERATOR, options, None, False)), None
+        return run_forward(*tensors, *options)
 
 
 def log_normalisers(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:

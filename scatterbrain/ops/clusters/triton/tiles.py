@@ -121,6 +121,10 @@ WIDE = {
 # without a window, up to 128 landmarks: the tables stay in shared memory over several tiles of queries
 NO_WINDOW = {"query_block": 128, "query_tiles": 4, "query_stages": 2, "query_registers": 168}
 
+# up to so many keys one program adds up a sequence, and no kernel has to combine chunks
+SHORT_SEQUENCE = 1024
+SHORT = {"sum_rows": 128, "sum_programs": 128, "sum_warps": 8}
+
 _override: LandmarkTiles | None = None
 
 
@@ -148,6 +152,8 @@ def tiles_for(
         tiles = replace(tiles, **WIDE)
     elif dtype.itemsize == 2 and window == 0 and num_landmarks <= tiles.block:
         tiles = replace(tiles, **NO_WINDOW)
+    if dtype.itemsize == 2 and width <= 64 and stretch * num_landmarks <= SHORT_SEQUENCE:
+        tiles = replace(tiles, **SHORT)
     if stretch > 32:
         tiles = replace(tiles, start_rows=64) if stretch <= 256 else replace(tiles, start_rows=128, start_warps=4)
     if num_landmarks > tiles.block:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from scatterbrain.errors import UserError
 from scatterbrain.ops.common.backends import (
     PYTORCH_AND_TRITON,
     choose_backend,
@@ -11,11 +12,14 @@ from scatterbrain.ops.common.backends import (
     too_large,
     with_near_rows,
 )
+from scatterbrain.ops.common.calls import CALLS
 from scatterbrain.ops.common.inputs import VisibleRows, check_inputs, check_window, default_scale, visible_rows
 
 # With wider heads or more features, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
 MAX_FEATURES = 256
+# From this length on, full attention is faster than plain PyTorch with more features than that.
+LONG_SEQUENCE = 16384
 # Elements of the queries up to which the kernels round a float32 projection themselves, which saves a launch. With more
 # a launch costs less than what each tile takes to round it.
 MAX_UNCONVERTED = 1 << 22
@@ -56,6 +60,26 @@ def unsupported(
     if attn_mask is not None:
         return "it takes key_lengths and is_causal, and no attn_mask"
     return None
+
+
+def check_speed(query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor) -> None:
+    """Check that the choice of a backend does not fall back to one that is slower than full attention.
+
+    Args:
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        projection: random projections (R, E), each of which gives two features.
+
+    Raises:
+        UserError: a long sequence on CUDA, and more features than the kernels take.
+    """
+    features, length = 2 * projection.shape[0], max(query.shape[2], key.shape[2])
+    if query.is_cuda and features > MAX_FEATURES and length >= LONG_SEQUENCE:
+        raise UserError(
+            f"{features} random features over {length} tokens are slower than full attention on a GPU: the kernels take up "
+            f"to {MAX_FEATURES} features. Choose window and landmarks (landmark_attention, the attention sbcluster), "
+            "whose kernels take 1024 landmarks, or fewer features; backend='torch' runs this in plain PyTorch."
+        )
 
 
 def is_fast(
@@ -122,6 +146,38 @@ def attention(
         rows = VisibleRows(query, key, value, None)
     tensors = _kernel_inputs(*rows[:3], projection, key_lengths)
     return rows.mark(attend(*tensors, window, scale, cosh, is_causal, eps, statistics))[0]
+
+
+def remember(
+    known_as: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    window: int,
+    scale: float,
+    is_causal: bool,
+) -> None:
+    """Let calls that are like a checked one run the kernels at once, if these take its tensors as they are.
+
+    Args:
+        known_as: key of the call in `CALLS`.
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        projection: random projection (R, E), each row taken with both signs.
+        window: width W.
+        scale: softmax scale.
+        is_causal: hide the keys j > i.
+    """
+    from scatterbrain.ops.common.passes import Call
+    from scatterbrain.ops.scatterbrain.triton.operator import OPERATOR
+
+    tensors = _kernel_inputs(query, key, value, projection, None)
+    is_given = all(x is y for x, y in zip(tensors, (query, key, value), strict=False)) and projection.is_contiguous()
+    if is_given and not is_causal:
+        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        CALLS[known_as] = Call(OPERATOR, tensors, (window, scale, True, False, 0.0, statistics))
 
 
 @torch.no_grad()

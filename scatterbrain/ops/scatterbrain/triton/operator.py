@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from scatterbrain.ops.common.backends import with_near_rows
+from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
-    PLAIN_TENSORS,
+    FusedFunction,
+    Operator,
     Pass,
-    allocate,
     by_token,
     describe_outputs,
     find_pass,
+    launch,
     padded_width,
     power_of_two,
 )
@@ -410,24 +412,6 @@ def _forward_pass(
     return Pass(launches, outputs, layouts)
 
 
-def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    projection: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    *options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and the first buffer of the pass: the statistics, or where none are kept the workspace."""
-    found = find_pass(_forward_pass, (query, key, value, projection, key_lengths), tiles_override(), *options)
-    (out,), buffers = allocate(found, query)
-    # a kernel does not read what is None
-    projection = query if projection is None else projection
-    key_lengths = query if key_lengths is None else key_lengths
-    found.launches((query, key, value, projection, key_lengths, out), buffers)
-    return out, buffers[0]
-
-
 def run_forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -460,9 +444,9 @@ def run_forward(
         Output (B, H, T, D), and what the backward pass needs, (bytes,) uint8, see `read_statistics`; empty without
         `statistics`.
     """
-    options = (window, scale, cosh, is_causal, eps, statistics)
-    out, buffer = _forward(query, key, value, projection, key_lengths, *options)
-    return out, buffer if statistics else query.new_empty(0, dtype=torch.uint8)
+    tensors, options = (query, key, value, projection, key_lengths), (window, scale, cosh, is_causal, eps, statistics)
+    (out,), buffers = launch(find_pass(_forward_pass, tensors, tiles_override(), *options), (), tensors)
+    return out, buffers[0] if statistics else query.new_empty(0, dtype=torch.uint8)
 
 
 fused_attention = torch.library.custom_op("scatterbrain::fused_attention", run_forward, mutates_args=())
@@ -615,14 +599,10 @@ def run_backward(
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
-    tensors = (gradient, query, key, value, projection, key_lengths, out)
-    found = find_pass(_backward_pass, tensors, tiles_override(), window, scale, cosh, is_causal)
-    gradients, (workspace,) = allocate(found, query)
-    projection = query if projection is None else projection
-    key_lengths = query if key_lengths is None else key_lengths
-    tensors = (gradient, query, key, value, projection, key_lengths, out, *gradients)
-    found.launches(tensors, (statistics, workspace))
-    return tuple(gradients)
+    gradient = with_near_rows(gradient)
+    inputs, options = (query, key, value, projection, key_lengths), (window, scale, cosh, is_causal)
+    found = find_pass(_backward_pass, (gradient, *inputs, out), tiles_override(), *options)
+    return tuple(launch(found, (gradient,), inputs, (out,), (statistics,))[0])
 
 
 fused_attention_backward = torch.library.custom_op(
@@ -635,10 +615,6 @@ def _(gradient, query, key, value, projection, key_lengths, out, statistics, win
     return tuple(x.new_empty_strided(*by_token(*x.shape)) for x in (query, key, value))
 
 
-def _gradients(ctx, gradient: torch.Tensor, run) -> tuple[torch.Tensor, ...]:
-    return run(with_near_rows(gradient), *ctx.saved_tensors, *ctx.options)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, window, scale, cosh, is_causal, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -647,28 +623,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient, _):
-    return (*_gradients(ctx, gradient, torch.ops.scatterbrain.fused_attention_backward), *[None] * 8)
+    gradients = torch.ops.scatterbrain.fused_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, *[None] * 8)
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-class FusedAttention(torch.autograd.Function):
-    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, projection, key_lengths, options):
-        """The output; arguments as in `run_forward`, those from `window` to `eps` as `options`."""
-        out, statistics = _forward(query, key, value, projection, key_lengths, *options, True)
-        ctx.save_for_backward(query, key, value, projection, key_lengths, out, statistics)
-        ctx.options = options[:4]
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        """Gradients of query, key and value."""
-        return (*_gradients(ctx, gradient, run_backward), None, None, None)
+OPERATOR = Operator(_forward_pass, _backward_pass, run_forward, run_backward, 4, tiles_override)
 
 
 def attend(
@@ -684,7 +646,6 @@ def attend(
     if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
         return fused_attention(*tensors, *options)[0]
     with device_of(query):
-        *options, statistics = options
-        if statistics:
-            return FusedAttention.apply(*tensors, tuple(options))
-        return _forward(*tensors, *options, False)[0]
+        if options[-1]:
+            return FusedFunction.apply(*tensors, (OPERATOR, options, None, False))
+        return run_forward(*tensors, *options)[0]

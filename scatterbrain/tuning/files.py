@@ -1,0 +1,103 @@
+"""Files that a user asks for: written in one step, and never over another file without a backup."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from scatterbrain.errors import UserError
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check, before a long computation, that `write_file` can write a file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: it is a folder, or its folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but a file is to be written there. Choose another name.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written. Check that its folder exists and that you may write to it.")
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path | None:
+    """Path of the backup `<path>.bak` (`.bak2`, ...) of a file that was there with another content, else None.
+
+    Readers see the old file or the complete new one.
+
+    Args:
+        path: the file; its folder must exist.
+        content: text (UTF-8) or bytes.
+
+    Raises:
+        UserError: the folder does not exist or cannot be written to, or `path` is a folder.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    check_writable(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        if path.is_file() and path.read_bytes() == data:
+            return None
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        backup = _back_up(path) if path.exists() else None
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Check that its folder exists and that you may write to it."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return backup
+
+
+def _back_up(path: Path) -> Path:
+    for number in itertools.count(1):
+        backup = path.with_name(f"{path.name}.bak{number if number > 1 else ''}")
+        try:
+            # one step, which fails where the name is taken
+            os.link(path, backup)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            with contextlib.suppress(FileExistsError), open(backup, "xb") as file:
+                file.write(path.read_bytes())
+                return backup
+            continue
+        return backup
+    raise AssertionError
+
+
+def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Content of a JSON file that `save` of a report or a plan wrote.
+
+    Args:
+        path: the file.
+        kind: what its entry `format` has to be.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or is of another kind.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)} cannot be read ({error.strerror}). Check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)} is no JSON file ({error}). Write it again with `save`.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        raise UserError(f"{os.fspath(path)} is no '{kind}' but {found!r}. Write it with `save` of this version.")
+    return content

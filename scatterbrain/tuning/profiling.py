@@ -1,0 +1,139 @@
+"""`scatterbrain.profile`: error and time of attention methods at each attention call of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from scatterbrain.attention import ATTENTIONS
+from scatterbrain.errors import UserError, check_whole_number, is_number
+from scatterbrain.integrations.router import Router
+from scatterbrain.tuning.inputs import batches, evaluation, unwrap
+from scatterbrain.tuning.maps import thumbnail
+from scatterbrain.tuning.recording import Candidate, Recorder, check_calls, recording
+from scatterbrain.tuning.report import ProfileReport
+
+METHODS = ("local", "performer", "sblocal", "cluster", "sbcluster", "pairedcluster", "sbadaptive")
+BUDGETS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+
+
+def profile(
+    model: nn.Module,
+    inputs: Any,
+    methods: Sequence[str] = METHODS,
+    budgets: Sequence[float] = BUDGETS,
+    *,
+    min_tokens: int = 256,
+    seed: int = 0,
+    repeats: int = 5,
+    maps: Sequence[str] = (),
+    on_call: Callable[[str], None] | None = None,
+) -> ProfileReport:
+    """Error and time of each method with each budget, at each attention call of a model.
+
+    The model runs once, with full attention, in evaluation mode and without gradients, and stays as it is. At each call
+    of `scaled_dot_product_attention` every method computes its output, too, from the same queries, keys and values.
+    Calls that a method does not take as they are (causal, masks, cross-attention, short sequences) are listed with the
+    reason. Autocast around it holds for the methods as well. A plan that is applied to the model is off meanwhile.
+
+    *Error*: || out - full || / || full || of the output (Frobenius norm), full attention in float32, mean over samples.
+    Queries at padding are left out. *Effective keys*: exp of the mean entropy (in nats) of the weights of queries.
+    *Time*: median over rounds of all methods; calls of equal shapes are timed once. On CUDA with the host's
+    time where that is longer.
+
+    >>> report = scatterbrain.profile(model, images, methods=["sblocal", "sbcluster"], budgets=[1 / 16, 1 / 8])
+    >>> report.print()
+    >>> report.save_html("report.html")
+
+    Args:
+        model: any model; what is computed by `torch.compile` is computed without it.
+        inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or an iterable of these.
+        methods: names of `scatterbrain.ATTENTIONS`.
+        budgets: shares of the attention columns, `memory_fraction` of `create_attention`.
+        min_tokens: smallest number of queries of a call that methods compute.
+        seed: of the random parts of the first call; call i has `seed + i`.
+        repeats: number of times for each median; 0 measures no times.
+        maps: patterns (`fnmatch`) of names of modules whose attention maps are kept, for models of square images.
+        on_call: called with the name of each call that was measured.
+
+    Returns:
+        The report: `print()`, `save`, `save_html`, `figure`, and `scatterbrain.tune` for a plan.
+
+    Raises:
+        UserError: unknown method, budget out of range, inputs of another type, or a model without such a call.
+    """
+    routers = _routers(methods, budgets, min_tokens)
+    check_whole_number("seed", seed, 0)
+    check_whole_number("repeats", repeats, 0)
+    for router, _ in routers.values():
+        router.seed = seed
+
+    def candidates(name: str, index: int, number: int) -> list[Candidate]:
+        return [Candidate(router.method, budget, router, number) for router, budget in routers.values()]
+
+    model = unwrap(model)
+    recorder = Recorder(candidates, repeats, [maps] if isinstance(maps, str) else maps, on_call)
+    thumbnails: list[str] = []
+    with evaluation(model), recording(model, recorder):
+        for args, kwargs in batches(inputs):
+            model(*args, **kwargs)
+            if maps and not thumbnails:
+                thumbnails += [png for png in [thumbnail((*args, *kwargs.values()))] if png]
+    check_calls(recorder, model)
+    calls = recorder.reports(seed)
+    if not any(call.maps for call in calls):
+        thumbnails.clear()
+    return ProfileReport(
+        model=type(model).__name__,
+        device=device_name(next(iter(recorder.devices))),
+        versions=versions(),
+        methods=list(dict.fromkeys(methods)),
+        budgets=list(dict.fromkeys(float(budget) for budget in budgets)),
+        calls=calls,
+        not_reached=dict(recorder.not_reached),
+        thumbnails=thumbnails,
+    )
+
+
+def _routers(
+    methods: Sequence[str], budgets: Sequence[float], min_tokens: int
+) -> Mapping[tuple[str, float | None], tuple[Router, float | None]]:
+    """Router and budget of each method and budget."""
+    if isinstance(methods, str) or not methods:
+        raise UserError(f"methods={methods!r} is not valid. Give a list of names of scatterbrain.ATTENTIONS.")
+    if not isinstance(budgets, Sequence) or not budgets:
+        raise UserError(f"budgets={budgets!r} is not valid. Give a list of shares in (0, 1], such as [1 / 16, 1 / 8].")
+    for budget in budgets:
+        if not is_number(budget) or not 0 < budget <= 1:
+            raise UserError(f"budgets: {budget!r} is not valid. Give shares in (0, 1], such as [1 / 16, 1 / 8].")
+    routers = {}
+    for method in methods:
+        has_budget = method not in ATTENTIONS or ATTENTIONS[method].fit is not None
+        for budget in budgets if has_budget else [None]:
+            options = {} if budget is None else {"memory_fraction": float(budget)}
+            routers[method, budget] = (Router(method, min_tokens, **options), budget)
+    return routers
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a device for a reader.
+
+    Args:
+        device: the device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return str(device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of torch and of this library."""
+    from scatterbrain import __version__
+
+    return {"scatterbrain": __version__, "torch": torch.__version__}
