@@ -66,8 +66,8 @@ def scatterbrain_attention(
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key.
 
     Raises:
-        UserError: shapes, dtypes or options that do not fit; with `auto`, a long sequence on CUDA with more features than
-            the kernels take, for which full attention is faster.
+        UserError: shapes, dtypes or options that do not fit; with `auto`, a long sequence on CUDA with more features
+            than the kernels take, for which full attention is faster.
     """
     known_as = None
     given = query, key, value
