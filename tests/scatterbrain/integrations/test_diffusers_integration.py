@@ -215,3 +215,24 @@ def test_the_example_of_the_documentation(capsys):
     torch.manual_seed(0)
     exec(compile(code, "use_in_your_model.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.search(r"^# (\{.*)$", code, re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_profile_and_a_plan(replaced):
+    model, inputs = sd3()
+    layers = MODELS["sd3"][1]
+    expected = output(model, inputs)
+    if replaced:  # a plan goes before `replace`
+        replace(model, "local", min_tokens=1, local_context=5)
+        approximate = output(model, inputs)
+    before = report(model)
+    profile = scatterbrain.profile(model, inputs, ["strided"], [1.0], min_tokens=16, repeats=1)
+    assert [call.name for call in profile.calls] == layers
+    for call in profile.calls:
+        assert call.measurements[0].error < 1e-5
+        call.milliseconds = 1e9  # the method is the faster one
+    scatterbrain.apply(model, scatterbrain.tune(profile, max_error=1e-4))
+    torch.testing.assert_close(output(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert report(model) == before
+    scatterbrain.restore(model)
+    torch.testing.assert_close(output(model, inputs), approximate if replaced else expected)
