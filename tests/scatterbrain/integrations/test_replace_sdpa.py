@@ -213,7 +213,8 @@ def test_errors_of_pytorch_remain():
         with scatterbrain.replace_sdpa("full", 16):
             out = outcome(**arguments)
         if isinstance(expected, RuntimeError):
-            assert isinstance(out, RuntimeError) and str(out) == str(expected)
+            assert isinstance(out, RuntimeError)
+            assert str(out) == str(expected)
         else:
             assert torch.equal(out, expected)
     assert isinstance(expected, RuntimeError)

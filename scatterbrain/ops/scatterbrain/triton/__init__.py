@@ -76,8 +76,8 @@ def check_speed(query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor
     features, length = 2 * projection.shape[0], max(query.shape[2], key.shape[2])
     if query.is_cuda and features > MAX_FEATURES and length >= LONG_SEQUENCE:
         raise UserError(
-            f"{features} random features over {length} tokens are slower than full attention on a GPU: the kernels take "
-            f"up to {MAX_FEATURES} features. Choose window and landmarks (landmark_attention, the attention sbcluster), "
+            f"{features} random features over {length} tokens are slower than full attention on a GPU: the kernels "
+            f"take up to {MAX_FEATURES} features. Choose landmarks (landmark_attention, attention sbcluster), "
             "whose kernels take 1024 landmarks, or fewer features; backend='torch' runs this in plain PyTorch."
         )
 
