@@ -20,7 +20,8 @@ from tests.src.tasks.setup import EXPERIMENT, TRAINING_EXPERIMENT, compose_confi
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "notebooks/README.md"),
-    *("checkpoints/**/README.md", "scatterbrain/**/README.md", "src/**/README.md", "tests/golden/README.md"),
+    *("checkpoints/**/README.md", "scatterbrain/**/README.md", "src/**/README.md", "tests/*/README.md"),
+    "experiments/*/README.md",
 )
 PAGES = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 README_BYTES = 10_000

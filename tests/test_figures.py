@@ -18,7 +18,7 @@ PAGES = sorted(
     for pattern in ("README.md", "docs/*.md", "checkpoints/demo/README.md")
     for path in ROOT.glob(pattern)
 )
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![^ ])-)?\d[\d,]*(?:\.\d+)?")  # the minus of a number, not a hyphen
 
 # The values of a cell's numbers, in their order; None where a cell has nothing to compare.
 Values = tuple[float, ...] | None
@@ -391,6 +391,32 @@ def query_part() -> Expected:
     return [(f"stage {each}", [(error,) for error in errors]) for each, errors in stages.items()]
 
 
+def pretrained(name: str, *metrics: str) -> Expected:
+    """Errors of the layers and metrics at four budgets, after full attention's metrics in each of the cells."""
+    path = f"docs/data/pretrained_{name}.json"
+    names = ("local", "performer", "sblocal", "cluster", "sbcluster", "pairedcluster", "sbadaptive")
+    full = find(path, method="full")
+    rows: Expected = [("full", [tuple(full[metric] for metric in metrics), None, None, None])]
+    for each in names:
+        budgets = [find(path, method=each, budget=budget) for budget in (1 / 32, 1 / 16, 1 / 8, 1 / 4)]
+        rows.append((each, [(row["layer_error"], *(row[metric] for metric in metrics)) for row in budgets]))
+    return rows
+
+
+def pretrained_plans() -> Expected:
+    rows: Expected = []
+    for label, name, metrics in (
+        ("DINOv2, 518 px", "dinov2_518", ("correlation", "worst_correlation", "iou")),
+        ("Whisper", "whisper", ("word_error_rate", "perplexity")),
+        ("MiniLM", "minilm", ("cosine", "worst_cosine", "retrieved")),
+    ):
+        row = find(f"docs/data/pretrained_{name}.json", method="plan")
+        replaced = sum(call["method"] != "full" for call in row["calls"])
+        error = row["worst_layer_error"]
+        rows.append((label, [(replaced, len(row["calls"])), (error,), tuple(row[metric] for metric in metrics)]))
+    return rows
+
+
 # Page, how the table's heading begins, and what its rows have to show.
 CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
@@ -412,6 +438,11 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/pretrained.md", "DINOv2, 518 px", lambda: pretrained("dinov2_518", "correlation", "iou")),
+    ("docs/pretrained.md", "DINOv2, 784 px", lambda: pretrained("dinov2_784", "correlation", "iou")),
+    ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
+    ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
+    ("docs/pretrained.md", "plan for an error", pretrained_plans),
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/sbadaptive.md", "|784 tokens", adaptive_time),

@@ -50,6 +50,7 @@ def small_settings(tmp_path, monkeypatch):
         "03_memory": memory,
         "04_training": training,
         "05_scaling": {},
+        "06_pretrained": {},
     }
 
 

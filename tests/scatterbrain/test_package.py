@@ -63,7 +63,8 @@ def test_metadata_of_the_wheel(wheel):
         metadata = email.message_from_bytes(archive.read(name))
     assert (metadata["Name"], metadata["Version"]) == ("scatterbrain-attention", scatterbrain.__version__)
     assert [x for x in metadata.get_all("Requires-Dist") if "extra ==" not in x] == ["torch>=2.6"]
-    assert set(metadata.get_all("Provides-Extra")) == {"experiment", "timm", "transformers", "profile", "dev", "docs"}
+    extras = {"experiment", "timm", "transformers", "diffusers", "profile", "dev", "docs"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 def test_the_installed_wheel_runs_outside_the_checkout(wheel, tmp_path):

@@ -372,6 +372,6 @@ def test_other_models_are_refused():
 @needs_notes
 def test_the_example_of_the_page(capsys):
     page = (Path(__file__).parents[3] / "docs" / "use_in_your_model.md").read_text()
-    (body,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    (body,) = [each for each in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "transformers import" in each]
     exec(compile(body, "use_in_your_model.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.search(r"print\(report\(model\)\)  # (.*)", body)[1]
