@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from scatterbrain.attention import create_attention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import landmark_attention
 from scatterbrain.ops.clusters.causal import (
     blocked,
     causal_clusters,
@@ -15,6 +17,7 @@ from scatterbrain.ops.clusters.causal import (
     levels,
     naive_causal_landmark_attention,
 )
+from scatterbrain.ops.clusters.causal.attention import CHUNK
 from tests.helpers import TensorRecorder, assert_close, dense_attention, draw_inputs
 
 # float64 against float64, and float32 against float64, as of landmark attention
@@ -239,3 +242,36 @@ def test_errors_name_what_is_wrong():
     ):
         with pytest.raises(UserError, match=match):
             causal_landmark_attention(query, key, value, *sizes, **option)
+
+
+def test_modules_are_sized_by_the_budget():
+    for length, fraction in ((1024, 1 / 8), (4096, 1 / 32), (4096, 1 / 8), (16384, 1 / 16), (65536, 1 / 8)):
+        module = create_attention("sbcluster", length, causal=True, memory_fraction=fraction)
+        assert length * fraction / 2 < module.memory_columns(length) <= length * fraction
+        assert module.num_landmarks <= CHUNK
+    with pytest.raises(UserError, match="num_landmarks=65 is more than the 64 keys"):
+        create_attention("sbcluster", 4096, causal=True, num_landmarks=65)
+    with pytest.raises(UserError, match="value_weight"):
+        create_attention("sbcluster", 4096, causal=True, value_weight=0.5)
+
+
+def test_columns_are_those_of_the_weights():
+    """The mean number of different weights of a query is that of exact keys and landmarks, where all have keys."""
+    query, key, value, _ = draw_inputs(1, 1, 96, dtype=torch.float64)
+    clusters = causal_clusters(key, 2, 16, 8, num_steps=0)
+    _, weights, _ = naive_causal_landmark_attention(query, key, value, clusters, 16, 8, 0.25)
+    seen = [len(row.round(decimals=14).unique()) - (i < 95) for i, row in enumerate(weights[0, 0])]
+    assert sum(seen) / 96 == pytest.approx(levels.visible_columns(96, 2, 16, 8))
+
+
+@pytest.mark.parametrize("length", [1, 64, 500])
+def test_modules_equal_the_operator_and_its_weights(length):
+    tensors = [torch.randn(2, length, 2, 16) for _ in range(3)]
+    module = create_attention("sbcluster", 500, 16, causal=True, num_landmarks=8, local_context=130)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, : length // 3] = False
+    out, weights = module(*tensors, attn_mask=mask, need_weights=True)
+    query, key, value = (x.transpose(1, 2) for x in tensors)
+    expected = landmark_attention(query, key, value, 8, 130, is_causal=True, attn_mask=mask[:, None, None])
+    assert torch.equal(out, expected.transpose(1, 2))
+    assert_close("weights", expected, weights @ value, 1e-5)

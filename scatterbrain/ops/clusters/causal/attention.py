@@ -75,7 +75,7 @@ def causal_landmark_attention(
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
     attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
-    check_sizes(num_landmarks, window, chunk, num_steps)
+    check_causal_sizes(num_landmarks, window, chunk, num_steps)
     scale = default_scale(query, scale)
     backend = choose_backend(backend)
     if query.shape[0] == 0:
@@ -104,7 +104,7 @@ def causal_landmark_attention(
     return (out, lse) if return_lse else out
 
 
-def check_sizes(num_landmarks: int, window: int, chunk: int, num_steps: int) -> None:
+def check_causal_sizes(num_landmarks: int, window: int, chunk: int, num_steps: int) -> None:
     """Check the sizes of causal landmark attention.
 
     Raises:

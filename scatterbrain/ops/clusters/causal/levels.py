@@ -67,6 +67,23 @@ def num_visible_nodes(num_chunks: int) -> int:
     return sum(2 - nodes % 2 for nodes in node_counts(num_chunks + 1, 0))
 
 
+def visible_columns(num_keys: int, num_landmarks: int, window: int, chunk: int) -> float:
+    """Mean number of exact keys and landmarks that the queries of a sequence see.
+
+    Args:
+        num_keys: length of the sequence.
+        num_landmarks: landmarks M of a node.
+        window: width W of the window.
+        chunk: keys C of a chunk.
+    """
+    num_exact, total = exact_chunks(window, chunk), 0.0
+    for first in range(0, num_keys, chunk):
+        far = max(0, first // chunk - num_exact)
+        rows = min(chunk, num_keys - first)
+        total += rows * (first - far * chunk + (rows + 1) / 2 + num_landmarks * num_visible_nodes(far))
+    return total / num_keys
+
+
 def causal_clusters(
     key: torch.Tensor,
     num_landmarks: int,
@@ -98,6 +115,8 @@ def causal_clusters(
     key = key.detach()
     length = num_keys if num_queries is None else num_queries
     mask = visible_keys(key_lengths, attn_mask, num_keys)
+    if mask is not None:  # hidden keys may hold any value
+        key = key.masked_fill(~mask[:, None, :, None], 0.0)
     _, merges = find_levels(*chunks_of(key, key[..., :1], mask, chunk, length), num_landmarks, window, num_steps)
     shape = (batch * heads, -(-max(length, num_keys) // chunk) * chunk)
     node = torch.arange(shape[1], device=key.device) // chunk
@@ -199,8 +218,9 @@ def assign_points(points: torch.Tensor, count: torch.Tensor, num_clusters: int, 
 
     A node's P points are cut into M stretches of ceil(P / M), of which each gives an initial centroid: the point
     farthest from the weighted mean of the stretch (of two points the one with fewer keys), of equals the first.
-    Stretches without keys give none. Then `num_steps` times each point goes to the nearest centroid, of equals that of the lowest index,
-    and each centroid with points to their weighted mean, and each point goes to the nearest centroid once more.
+    Stretches without keys give none. Then `num_steps` times each point goes to the nearest centroid, of equals that of
+    the lowest index, and each centroid with points to their weighted mean, and each point goes to the nearest centroid
+    once more.
 
     Args:
         points: (G, n, P, E).
