@@ -1,6 +1,7 @@
 """Landmark attention: a low-rank part computed from the data, by clusters of keys and of queries. See README.md."""
 
 from scatterbrain.ops.clusters.causal import (
+    LandmarkCache,
     causal_clusters,
     causal_landmark_attention,
     naive_causal_landmark_attention,
@@ -15,6 +16,7 @@ from scatterbrain.ops.clusters.naive import (
 from scatterbrain.ops.clusters.paired import paired_landmark_attention
 
 __all__ = [
+    "LandmarkCache",
     "assign_clusters",
     "assign_key_clusters",
     "assign_query_clusters",
