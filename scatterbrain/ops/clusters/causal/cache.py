@@ -15,10 +15,10 @@ from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast
 class LandmarkCache:
     """Keys and values of a sequence as causal landmark attention sees them from its end, for decoding.
 
-    Holds the exact keys of the current chunk and of the exact chunks before it, and one or two nodes of M landmarks of each
-    level: at most W / 2 + 2 C keys and 2 M log2(N / C) landmarks. `append` of a token takes constant time on average,
-    `attend` of one takes O(W + C + M log N). Results are those of `causal_landmark_attention` for the whole sequence.
-    For inference: there are no gradients.
+    Holds the exact keys of the current chunk and of the chunks that the window reaches, and one or two nodes of M
+    landmarks of each level: at most W / 2 + 2 C keys and 2 M log2(N / C) landmarks. `append` of a token takes constant
+    time on average, `attend` of one takes O(W + C + M log N). Results are those of `causal_landmark_attention` for the
+    whole sequence. For inference: there are no gradients.
 
     Example::
 
