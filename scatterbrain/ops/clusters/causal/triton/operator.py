@@ -1,0 +1,228 @@
+"""The kernels of causal landmark attention as one `torch.library` operator with a backward.
+
+Forward: landmarks of the chunks, of the levels one after another, attention by chunks of queries. Nothing is summed by
+atomic operations: results are the same bit by bit from run to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scatterbrain.ops.clusters.causal.levels import exact_chunks, node_counts
+from scatterbrain.ops.clusters.causal.triton.fwd import causal_fwd_kernel
+from scatterbrain.ops.clusters.causal.triton.nodes import chunk_nodes_kernel, join_nodes_kernel
+from scatterbrain.ops.common.backends import with_near_rows
+from scatterbrain.ops.common.passes import (
+    PLAIN_TENSORS,
+    Pass,
+    allocate,
+    by_token,
+    describe_outputs,
+    find_pass,
+    padded_width,
+)
+from scatterbrain.ops.common.triton_functions import (
+    LOG2E,
+    BufferLayout,
+    LaunchSequence,
+    device_of,
+    has_vector_loads,
+    pdl_options,
+    precision_of_products,
+    row_strides,
+)
+
+
+class _Plan:
+    """What all kernels of one call share: sizes, strides, constants; arguments as in `run_forward`."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_lengths: torch.Tensor | None,
+        num_landmarks: int,
+        window: int,
+        chunk: int,
+        scale: float,
+        num_steps: int,
+    ) -> None:
+        self.batch, self.heads, self.length, self.width = query.shape
+        self.num_keys, self.value_width = value.shape[2:]
+        self.groups = self.batch * self.heads
+        self.device, self.dtype = query.device, query.dtype
+        self.num_landmarks, self.chunk, self.num_steps = num_landmarks, chunk, num_steps
+        self.num_chunks = -(-self.length // chunk)
+        self.exact = exact_chunks(window, chunk)
+        self.counts = node_counts(self.num_chunks, self.exact)
+        # level l has (num_nodes >> l) - 1 nodes
+        self.num_nodes = self.counts[0] + 1 if self.counts else 0
+        self.widths = {
+            "E": self.width,
+            "BE": padded_width(self.width),
+            "D": self.value_width,
+            "BD": padded_width(self.value_width),
+        }
+        self.sizes = {"M": num_landmarks, "MP": max(16, num_landmarks)}
+        self.near = {"C": chunk, "M": num_landmarks, "EXACT": self.exact, "LEVELS": len(self.counts)}
+        self.lengths = {"HAS_LENGTHS": key_lengths is not None}
+        self.precision = {"PRECISION": precision_of_products(self.dtype)}
+        self.numbers = (self.heads, self.length, self.num_keys, self.num_nodes)
+        self.qk_scale, self.scale = scale * LOG2E, scale
+        self.pdl = pdl_options(self.device)
+        self.first = {"PDL": self.pdl["PDL"]}
+
+    def first_node(self, level: int) -> int:
+        """The first node of a level in the table."""
+        return 2 * self.num_nodes - ((2 * self.num_nodes) >> level)
+
+    def statistics(self) -> BufferLayout:
+        """The table of landmarks, the clusters, and log normalisers of the queries."""
+        rows = 2 * self.num_nodes * self.num_landmarks
+        layout = BufferLayout()
+        layout.add("mean_keys", self.groups, rows, self.width, dtype=self.dtype)
+        layout.add("mean_values", self.groups, rows, self.value_width, dtype=self.dtype)
+        layout.add("log_counts", self.groups, rows)
+        layout.add("spreads", self.groups, rows)
+        layout.add("labels", self.groups, self.num_nodes * self.chunk, dtype=torch.int8)
+        layout.add("join_labels", self.groups, rows, dtype=torch.int8)
+        layout.add("lse", self.groups, self.length)
+        return layout
+
+
+TABLE = ("mean_keys", "mean_values", "log_counts", "spreads")
+
+
+def _forward_pass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    num_landmarks: int,
+    window: int,
+    chunk: int,
+    scale: float,
+    num_steps: int,
+    statistics: bool,
+) -> Pass:
+    """Launches of a forward pass; arguments as in `run_forward`."""
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps)
+    outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
+    layout = plan.statistics()
+    launches = LaunchSequence(("query", "key", "value", "key_lengths", "out"), (layout,))
+    wide = max(plan.widths["BE"], plan.widths["BD"]) > 64 or plan.dtype.itemsize > 2
+    for level, count in enumerate(plan.counts):
+        options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision, "num_warps": 4}
+        if level == 0:
+            launches.add(
+                chunk_nodes_kernel,
+                (count, plan.groups),
+                ("key", "value", "key_lengths", *TABLE, "labels"),
+                (plan.heads, plan.num_keys, plan.num_nodes, *row_strides(key, value)),
+                C=chunk,
+                STRETCH=-(-chunk // num_landmarks),
+                **options,
+                **plan.lengths,
+                **plan.first,
+            )
+        else:
+            launches.add(
+                join_nodes_kernel,
+                (count, plan.groups),
+                (*TABLE, "join_labels"),
+                (plan.num_nodes, plan.first_node(level - 1), plan.first_node(level), 0.5**level),
+                PP=max(16, 2 * num_landmarks),
+                **options,
+                **plan.pdl,
+            )
+    launches.add(
+        causal_fwd_kernel,
+        (plan.num_chunks, plan.groups),
+        ("query", "key", "value", "out", "key_lengths", *TABLE, "lse"),
+        (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale, plan.scale),
+        **plan.widths,
+        **plan.near,
+        **plan.lengths,
+        STATISTICS=statistics,
+        **plan.precision,
+        STAGES=1 if wide else 2,
+        num_warps=8 if wide else 4,
+        **(plan.pdl if plan.counts else plan.first),
+    )
+    return Pass(launches, outputs, (layout,))
+
+
+def _with_vector_loads(x: torch.Tensor) -> torch.Tensor:
+    """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
+    x = with_near_rows(x)
+    return x if has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def run_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    num_landmarks: int,
+    window: int,
+    chunk: int,
+    scale: float,
+    num_steps: int,
+    statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal landmark attention by the kernels; `scatterbrain.ops.clusters.causal.triton.attention` checks arguments.
+
+    Args:
+        query: (B, H, T, E), E a multiple of 16, as D is.
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        key_lengths: (B,) integers; None for all keys.
+        num_landmarks: landmarks M of a node.
+        window: width W.
+        chunk: keys C of a chunk.
+        scale: softmax scale.
+        num_steps: Lloyd steps.
+        statistics: compute log normalisers, which the backward pass needs, too.
+
+    Returns:
+        Output (B, H, T, D), and statistics (bytes,) uint8, see `_Plan.statistics`.
+    """
+    query, key, value = (_with_vector_loads(x) for x in (query, key, value))
+    inputs = (query, key, value, key_lengths)
+    found = find_pass(_forward_pass, inputs, None, num_landmarks, window, chunk, scale, num_steps, statistics)
+    (out,), (buffer,) = allocate(found, query)
+    # a kernel does not read what is None
+    key_lengths = query if key_lengths is None else key_lengths
+    found.launches((query, key, value, key_lengths, out), (buffer,))
+    return out, buffer
+
+
+def clusters_of(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Clusters of the keys at each level, as `causal_clusters` gives them, from the arguments of `run_forward`."""
+    plan = _Plan(*arguments)
+    views = plan.statistics().views(statistics)
+    position = torch.arange(plan.num_keys, device=plan.device)
+    found, levels = None, []
+    for level, count in enumerate(plan.counts):
+        inside = position < count * (plan.chunk << level)
+        if level == 0:
+            index = position.clamp_max(plan.num_nodes * plan.chunk - 1)
+            found = views["labels"][:, index].long()
+        else:
+            row = (plan.first_node(level - 1) + position // (plan.chunk << (level - 1))) * plan.num_landmarks
+            index = (row + found.clamp_min(0)).clamp_max(views["join_labels"].shape[1] - 1)
+            found = views["join_labels"].gather(1, index).long().masked_fill(found < 0, -1)
+        found = found.masked_fill(~inside, -1)
+        levels.append(found)
+    shape = (len(levels), plan.batch, plan.heads, plan.num_keys)
+    return torch.stack(levels).view(shape) if levels else position.new_zeros(shape)
+
+
+def log_normalisers(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Natural logarithms (B, H, T) of the normalisers, from the statistics of `run_forward` and its arguments."""
+    plan = _Plan(*arguments)
+    lse = plan.statistics().views(statistics)["lse"].view(plan.batch, plan.heads, plan.length)
+    return torch.where(lse > 1e29, -torch.inf, lse / LOG2E)
