@@ -94,19 +94,20 @@ def causal_fwd_kernel(
     weights = tl.exp2(logits - running_max[:, None])
     total = tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    for part in tl.range(tl.maximum(chunk - EXACT, 0), chunk, num_stages=STAGES):
-        j = part * C + tl.arange(0, C)
-        k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
-        v = load_rows(v_ptr, j, j < end, stride_vn, D, BD)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-        if HAS_LENGTHS:
-            logits = tl.where((j < end)[None, :], logits, LOG_ZERO)
-        new_max = tl.maximum(running_max, tl.max(logits, 1))
-        decay = tl.exp2(running_max - new_max)
-        weights = tl.exp2(logits - new_max[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        running_max = new_max
+    if EXACT > 0:
+        for part in tl.range(tl.maximum(chunk - EXACT, 0), chunk, num_stages=STAGES):
+            j = part * C + tl.arange(0, C)
+            k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
+            v = load_rows(v_ptr, j, j < end, stride_vn, D, BD)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+            if HAS_LENGTHS:
+                logits = tl.where((j < end)[None, :], logits, LOG_ZERO)
+            new_max = tl.maximum(running_max, tl.max(logits, 1))
+            decay = tl.exp2(running_max - new_max)
+            weights = tl.exp2(logits - new_max[:, None])
+            total = total * decay + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            running_max = new_max
     if LEVELS > 0:
         size = wide * 2 * num_nodes * M
         mean_k_ptr += size * E
@@ -119,15 +120,15 @@ def causal_fwd_kernel(
             mean_k = load_rows(mean_k_ptr, rows, exists, E, E, BE)
             mean_v = load_rows(mean_v_ptr, rows, exists, D, D, BD)
             log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
-            logits = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION) * qk_scale + log_count[None, :]
+            far = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION) * qk_scale + log_count[None, :]
             sigma = norm[:, None] * spread[None, :]
             limited = tl.minimum(sigma, limit[None, :])
-            logits += limited * (sigma - 0.5 * limited)
-            new_max = tl.maximum(running_max, tl.max(logits, 1))
+            far += limited * (sigma - 0.5 * limited)
+            new_max = tl.maximum(running_max, tl.max(far, 1))
             decay = tl.exp2(running_max - new_max)
-            weights = tl.exp2(logits - new_max[:, None])
-            total = total * decay + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(mean_v.dtype), mean_v, acc * decay[:, None], input_precision=PRECISION)
+            far_weights = tl.exp2(far - new_max[:, None])
+            total = total * decay + tl.sum(far_weights, 1)
+            acc = tl.dot(far_weights.to(mean_v.dtype), mean_v, acc * decay[:, None], input_precision=PRECISION)
             running_max = new_max
     out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
     out = tl.where(broken[:, None], float("nan"), out)

@@ -1,7 +1,7 @@
 """Kernels that make the nodes: clusters of the keys of a chunk, and clusters of the landmarks of two nodes.
 
-Landmarks of a sequence lie in one table: those of level l begin at node 2 P - (2 P >> l), P = n - w for n chunks of which
-a query sees w before its own exactly. Level l has (P >> l) - 1 nodes.
+Landmarks of a sequence lie in one table: those of level l begin at node 2 P - (2 P >> l), P = n - w for n chunks of
+which a query sees w before its own exactly. Level l has (P >> l) - 1 nodes.
 """
 
 from __future__ import annotations

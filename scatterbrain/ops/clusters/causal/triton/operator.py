@@ -1,7 +1,8 @@
 """The kernels of causal landmark attention as one `torch.library` operator with a backward.
 
-Forward: landmarks of the chunks, of the levels one after another, attention by chunks of queries. Nothing is summed by
-atomic operations: results are the same bit by bit from run to run.
+Forward: landmarks of the chunks, of the levels one after another, attention by chunks of queries. Backward: gradients
+of the queries, of the levels from the highest one down, of keys and values. Nothing is summed by atomic operations:
+results are the same bit by bit from run to run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from typing import Any
 import torch
 
 from scatterbrain.ops.clusters.causal.levels import exact_chunks, node_counts
+from scatterbrain.ops.clusters.causal.triton.bwd import (
+    causal_bwd_dkdv_kernel,
+    causal_bwd_dq_kernel,
+    causal_bwd_nodes_kernel,
+    causal_bwd_pieces_kernel,
+)
 from scatterbrain.ops.clusters.causal.triton.fwd import causal_fwd_kernel
 from scatterbrain.ops.clusters.causal.triton.nodes import chunk_nodes_kernel, join_nodes_kernel
 from scatterbrain.ops.common.backends import with_near_rows
@@ -33,6 +40,9 @@ from scatterbrain.ops.common.triton_functions import (
     precision_of_products,
     row_strides,
 )
+
+# Chunks of queries of one program in the gradient of a node; nodes that more of them see have several programs.
+PIECE_CHUNKS = 16
 
 
 class _Plan:
@@ -198,6 +208,203 @@ def run_forward(
     key_lengths = query if key_lengths is None else key_lengths
     found.launches((query, key, value, key_lengths, out), (buffer,))
     return out, buffer
+
+
+fused_causal_landmark_attention = torch.library.custom_op(
+    "scatterbrain::fused_causal_landmark_attention", run_forward, mutates_args=()
+)
+
+
+@fused_causal_landmark_attention.register_fake
+def _(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps, statistics):
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps)
+    size, stride = by_token(*query.shape[:3], value.shape[3])
+    return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
+
+
+def _backward_pass(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    chunk: int,
+    scale: float,
+    piece_chunks: int,
+) -> Pass:
+    """Launches of a backward pass; arguments as in `run_backward`."""
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, 0)
+    outputs, tensors = describe_outputs(
+        query,
+        (
+            ("d_query", plan.length, plan.width),
+            ("d_key", plan.num_keys, plan.width),
+            ("d_value", plan.num_keys, plan.value_width),
+        ),
+    )
+    pieces = [-(-(2 << level) // piece_chunks) for level in range(len(plan.counts))]
+    rows = 2 * plan.num_nodes * num_landmarks
+    workspace = BufferLayout()
+    workspace.add("dots", plan.groups, plan.length)
+    workspace.add("of_keys", plan.groups, rows, plan.width, dtype=plan.dtype)
+    workspace.add("of_values", plan.groups, rows, plan.value_width, dtype=plan.dtype)
+    workspace.add("of_scatters", plan.groups, rows)
+    of_piece = (plan.widths["BE"] + plan.widths["BD"] + 1, plan.sizes["MP"])
+    several = [count * number for count, number in zip(plan.counts, pieces, strict=True) if number > 1]
+    workspace.add("pieces", plan.groups, max(several, default=0), *of_piece)
+    names = ("gradient", "query", "key", "value", "key_lengths", "out", "d_query", "d_key", "d_value")
+    launches = LaunchSequence(names, (plan.statistics(), workspace))
+    wide = max(plan.widths["BE"], plan.widths["BD"]) > 64 or plan.dtype.itemsize > 2
+    tiles = {**plan.precision, "STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
+    launches.add(
+        causal_bwd_dq_kernel,
+        (plan.num_chunks, plan.groups),
+        ("query", "key", "value", "out", "gradient", "d_query", "key_lengths", *TABLE, "lse", "dots"),
+        (
+            *plan.numbers,
+            *row_strides(query, key, value, out, gradient, tensors["d_query"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        **plan.near,
+        **plan.lengths,
+        **tiles,
+        **plan.first,
+    )
+    passed_on = ("of_keys", "of_values", "of_scatters")
+    for level in reversed(range(len(plan.counts))):
+        count, number = plan.counts[level], pieces[level]
+        num_joined = 2 * plan.counts[level + 1] if level + 1 < len(plan.counts) else 0
+        nodes = (plan.first_node(level), plan.first_node(level + 1), num_joined)
+        launches.add(
+            causal_bwd_nodes_kernel,
+            (count * number, plan.groups),
+            ("query", "gradient", *TABLE, "join_labels", "lse", "dots", *passed_on, "pieces"),
+            (
+                *(plan.heads, plan.length, plan.num_nodes, plan.num_chunks, level, *nodes),
+                *(*row_strides(query, gradient), plan.qk_scale, plan.scale),
+            ),
+            **plan.widths,
+            C=chunk,
+            **plan.sizes,
+            EXACT=plan.exact,
+            PIECES=number,
+            **tiles,
+            **plan.pdl,
+        )
+        if number > 1:
+            launches.add(
+                causal_bwd_pieces_kernel,
+                (count, plan.groups),
+                ("mean_keys", "log_counts", "spreads", "join_labels", *passed_on, "pieces"),
+                (plan.num_nodes, *nodes, plan.scale),
+                **plan.widths,
+                **plan.sizes,
+                PIECES=number,
+                num_warps=4,
+                **plan.pdl,
+            )
+    launches.add(
+        causal_bwd_dkdv_kernel,
+        (-(-plan.num_keys // chunk), plan.groups),
+        ("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "labels", "lse", "dots", *passed_on),
+        (
+            *(*plan.numbers, plan.num_chunks),
+            *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),
+            *(plan.qk_scale, plan.scale),
+        ),
+        **plan.widths,
+        C=chunk,
+        M=num_landmarks,
+        EXACT=plan.exact,
+        **plan.lengths,
+        **tiles,
+        **plan.pdl,
+    )
+    return Pass(launches, outputs, (workspace,))
+
+
+def run_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    chunk: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
+    gradient, query, key, value = (_with_vector_loads(x) for x in (gradient, query, key, value))
+    inputs = (gradient, query, key, value, key_lengths, out)
+    found = find_pass(_backward_pass, inputs, None, num_landmarks, window, chunk, scale, PIECE_CHUNKS)
+    gradients, (workspace,) = allocate(found, query)
+    key_lengths = query if key_lengths is None else key_lengths
+    found.launches((gradient, query, key, value, key_lengths, out, *gradients), (statistics, workspace))
+    return tuple(gradients)
+
+
+fused_causal_landmark_attention_backward = torch.library.custom_op(
+    "scatterbrain::fused_causal_landmark_attention_backward", run_backward, mutates_args=()
+)
+
+
+@fused_causal_landmark_attention_backward.register_fake
+def _(gradient, query, key, value, key_lengths, out, statistics, num_landmarks, window, chunk, scale):
+    return tuple(x.new_empty_strided(*by_token(*x.shape)) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, num_landmarks, window, chunk, scale, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = (num_landmarks, window, chunk, scale)
+
+
+def _backward(ctx, gradient, _):
+    run = torch.ops.scatterbrain.fused_causal_landmark_attention_backward
+    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 7)
+
+
+fused_causal_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class FusedCausalLandmarkAttention(torch.autograd.Function):
+    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, key_lengths, options):
+        """Results and arguments as in `run_forward`, those from `num_landmarks` on as `options`."""
+        inputs = (query, key, value, key_lengths)
+        results = run_forward(*inputs, *options)
+        _setup_context(ctx, (*inputs, *options), results)
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        """Gradients of query, key and value."""
+        return (*run_backward(gradient, *ctx.saved_tensors, *ctx.options), None, None)
+
+
+def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly.
+
+    Where gradients are recorded, the statistics are kept for them in any case.
+    """
+    tensors, (*options, statistics) = arguments[:4], arguments[4:]
+    needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
+    options = (*options, statistics or needs_grad)
+    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
+        return fused_causal_landmark_attention(*tensors, *options)
+    with device_of(tensors[0]):
+        return FusedCausalLandmarkAttention.apply(*tensors, options) if needs_grad else run_forward(*tensors, *options)
 
 
 def clusters_of(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
