@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.ops.clusters.causal import triton as fused
 from scatterbrain.ops.clusters.causal.blocked import blocked_causal_landmark_attention
 from scatterbrain.ops.clusters.causal.levels import causal_clusters, exact_chunks
 from scatterbrain.ops.clusters.causal.naive import naive_causal_landmark_attention
-from scatterbrain.ops.common.backends import choose_backend
+from scatterbrain.ops.clusters.triton import is_fast
+from scatterbrain.ops.common.backends import PYTORCH_AND_TRITON, choose_backend
 from scatterbrain.ops.common.inputs import (
     check_attn_mask,
     check_dropout,
@@ -61,7 +63,8 @@ def causal_landmark_attention(
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
         enable_gqa: key and value may have Hkv heads, H a multiple of Hkv; `repeat_interleave` repeats them.
-        backend: `naive` (dense, float64), `torch` (by blocks, in time T (W + M log T)) or `auto`: `torch`.
+        backend: `naive` (dense, float64), `torch` (by blocks, in time T (W + M log T)), `triton` (fused CUDA kernels,
+            see `scatterbrain.ops.clusters.causal.triton`), or `auto`: `triton` where it runs and is fast, else `torch`.
 
     Returns:
         (B, H, T, D) in the dtype of `query`; zero for a query that sees no key. With `return_lse` also the natural
@@ -77,10 +80,16 @@ def causal_landmark_attention(
     check_dropout(dropout_p)
     check_causal_sizes(num_landmarks, window, chunk, num_steps)
     scale = default_scale(query, scale)
-    backend = choose_backend(backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    reason = fused.unsupported(query, value, num_landmarks, chunk, dropout_p, return_lse and needs_grad, attn_mask)
+    backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=is_fast(query))
     if query.shape[0] == 0:
         out = empty_output(query, key, value)
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
+    if backend == "triton":  # the kernels keep away from what is hidden themselves
+        options = {"scale": scale, "num_steps": num_steps, "key_lengths": key_lengths, "return_lse": return_lse}
+        out, lse = fused.attention(query, key, value, num_landmarks, window, chunk, **options)
+        return (out, lse) if return_lse else out
     repeats = key.shape[1] // given[0].shape[1]
     masks = {"key_lengths": key_lengths, "attn_mask": attn_mask}
     rows = visible_rows(query, key, value, scale, True, **masks)

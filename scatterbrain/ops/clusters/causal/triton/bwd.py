@@ -144,11 +144,12 @@ def causal_bwd_dq_kernel(
 def finish_node(
     d_mean_k, d_mean_v, d_spread, node, b, size, mean_k_ptr, log_count_ptr, spread_ptr, join_label_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale,
-    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store what each landmark b of a node passes on to its keys, from the gradients (BE, M), (BD, M), (M,) of itself.
 
     of_k, of_v: the gradient of each key without the part that depends on it, and of each value; of_scatter: h_b.
+    WIDTH: that of the keys without padding.
     """
     exists = b < M
     rows = (first + node) * M + b
@@ -157,7 +158,7 @@ def finish_node(
     mean_k = finite_part(load_rows(mean_k_ptr + size * E, rows, exists, E, E, BE).to(tl.float32))
     share = 1.0 / count
     # 2 spread n E is that of the natural logarithm, where the gradient of the spread is to base 2
-    of_scatter = tl.where(spread > 0.0, d_spread * share / tl.where(spread > 0.0, spread, 1.0), 0.0) * (0.5 / E)
+    of_scatter = tl.where(spread > 0.0, d_spread * share / tl.where(spread > 0.0, spread, 1.0), 0.0) * (0.5 / WIDTH)
     of_k = tl.trans(d_mean_k) * (share * scale)[:, None] - 2.0 * of_scatter[:, None] * mean_k
     of_v = tl.trans(d_mean_v) * share[:, None]
     if node < num_joined:
@@ -182,8 +183,8 @@ def causal_bwd_nodes_kernel(
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, EXACT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    MP: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the landmarks of one node, from the queries that see it, or from one of PIECES parts of these."""
     grid_dependency_control(PDL, False)
@@ -230,7 +231,7 @@ def causal_bwd_nodes_kernel(
     if PIECES == 1:
         finish_node(
             d_mean_k, d_mean_v, d_spread, node, b, size, mean_k_ptr, log_count_ptr, spread_ptr, join_label_ptr,
-            of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M,
+            of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M, WIDTH,
         )  # fmt: skip
     else:
         piece_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (BE + BD + 1) * MP
@@ -245,7 +246,7 @@ def causal_bwd_pieces_kernel(
     of_k_ptr, of_v_ptr, of_scatter_ptr, piece_ptr,  # see `causal_bwd_nodes_kernel`
     num_nodes, first, first_above, num_joined, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    PIECES: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up the pieces of one node."""
     grid_dependency_control(PDL, False)
@@ -264,6 +265,7 @@ def causal_bwd_pieces_kernel(
     finish_node(
         d_mean_k, d_mean_v, d_spread, node, b, wide * 2 * num_nodes * M, mean_k_ptr, log_count_ptr, spread_ptr,
         join_label_ptr, of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M,
+        WIDTH,
     )  # fmt: skip
 
 

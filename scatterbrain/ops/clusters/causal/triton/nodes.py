@@ -25,24 +25,24 @@ def keys_of(log_count):
 @triton.jit
 def store_landmarks(
     mean_k, mean_v, count, scatter, rows, exists, mean_k_ptr, mean_v_ptr, log_count_ptr, spread_ptr,
-    E: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store landmarks: mean keys and values, log2 of the number of keys, and spread for `landmark_logits`.
 
-    scatter: sums of the squared distances of the keys from their mean.
+    scatter: sums of the squared distances of the keys from their mean. WIDTH: that of the keys without padding.
     """
     store_rows(mean_k_ptr, mean_k, rows, exists, E, E)
     store_rows(mean_v_ptr, mean_v, rows, exists, D, D)
     tl.store(log_count_ptr + rows, tl.where(count > 0.0, tl.log2(tl.maximum(count, 1.0)), LOG_ZERO), mask=exists)
-    spread = tl.sqrt(tl.maximum(scatter, 0.0) * (LOG2E / E) / tl.maximum(count, 1.0))
+    spread = tl.sqrt(tl.maximum(scatter, 0.0) * (LOG2E / WIDTH) / tl.maximum(count, 1.0))
     tl.store(spread_ptr + rows, spread, mask=exists)
 
 
 @triton.jit
-def assign(points, weight, centroid, used, STEPS: tl.constexpr, PRECISION: tl.constexpr):
-    """Clusters of weighted points (P, BE), weight 0 for none, from initial centroids (M, BE) of which some are used.
+def assign(points, weight, centroid, used, M: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr):
+    """Clusters of weighted points (P, BE), weight 0 for none, from initial centroids (MP, BE): M, and of these some.
 
-    Returns the clusters (P,), -1 for none, their weights (P, M) in the dtype of the points, and sums of these (M,).
+    Returns the clusters (P,), -1 for none, their weights (P, MP) in the dtype of the points, and sums of these (MP,).
     """
     clusters = tl.arange(0, centroid.shape[0])
     for step in tl.static_range(STEPS + 1):
@@ -51,7 +51,8 @@ def assign(points, weight, centroid, used, STEPS: tl.constexpr, PRECISION: tl.co
         bias = tl.where(used, -0.5 * tl.sum(wide * wide, 1), LOG_ZERO)
         score = tl.dot(points, tl.trans(rounded), input_precision=PRECISION) + bias[None, :]
         label, _ = nearest(score, centroid.shape[0])
-        label = tl.where(weight > 0.0, label, -1)
+        # more than M only for points that are not finite
+        label = tl.where((weight > 0.0) & (label < M), label, -1)
         weights = tl.where(label[:, None] == clusters[None, :], weight[:, None], 0.0).to(points.dtype)
         total = tl.sum(weights.to(tl.float32), 0)
         if step < STEPS:
@@ -72,8 +73,8 @@ def chunk_nodes_kernel(
     heads, num_keys, num_nodes,  # num_nodes: P
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, STRETCH: tl.constexpr, STEPS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    MP: tl.constexpr, WIDTH: tl.constexpr, STRETCH: tl.constexpr, STEPS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Landmarks of one chunk. STRETCH: keys of a stretch, which gives one initial centroid."""
     grid_dependency_control(PDL, True)
@@ -112,7 +113,7 @@ def chunk_nodes_kernel(
     points = points.to(k.dtype)
     centroid = tl.where((number > 0)[:, None], centroid - origin[None, :], 0.0)
     weight = tl.where(exists, 1.0, 0.0)
-    label, weights, count = assign(points, weight, centroid, number > 0, STEPS, PRECISION)
+    label, weights, count = assign(points, weight, centroid, number > 0, M, STEPS, PRECISION)
     share = 1.0 / tl.maximum(count, 1.0)
     mean_k = tl.dot(tl.trans(weights), points, input_precision=PRECISION) * share[:, None]
     mean_v = tl.dot(tl.trans(weights), v, input_precision=PRECISION) * share[:, None]
@@ -121,7 +122,7 @@ def chunk_nodes_kernel(
     size = wide * 2 * num_nodes * M
     store_landmarks(
         mean_k + origin[None, :], mean_v, count, scatter, rows, b < M, mean_k_ptr + size * E, mean_v_ptr + size * D,
-        log_count_ptr + size, spread_ptr + size, E, D,
+        log_count_ptr + size, spread_ptr + size, E, D, WIDTH,
     )  # fmt: skip
     tl.store(label_ptr + wide * num_nodes * C + j, label.to(tl.int8))
 
@@ -132,7 +133,7 @@ def join_nodes_kernel(
     join_label_ptr,  # (G, 2 P M) int8, cluster of each landmark of the level before in its node of this level, written
     num_nodes, first_before, first, weight_scale,  # first nodes of the levels in the table; 1 / 2^level
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    PP: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, PP: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Landmarks of one node, from the 2 M of the two nodes that it joins. PP: 2 M, 16 at least."""
     grid_dependency_control(PDL, False)
@@ -162,18 +163,18 @@ def join_nodes_kernel(
     points = tl.where((count > 0.0)[:, None], k.to(tl.float32) - origin[None, :], 0.0)
     norms = tl.sum(points * points, 1)
     points = points.to(k.dtype)
-    label, weights, total = assign(points, count * weight_scale, centroid, used, STEPS, PRECISION)
+    label, weights, total = assign(points, count * weight_scale, centroid, used, M, STEPS, PRECISION)
     share = 1.0 / tl.where(total > 0.0, total, 1.0)
     mean_k = tl.dot(tl.trans(weights), points, input_precision=PRECISION) * share[:, None]
     mean_v = tl.dot(tl.trans(weights), v, input_precision=PRECISION) * share[:, None]
     member = label[:, None] == b[None, :]
     number = tl.sum(tl.where(member, count[:, None], 0.0), 0)
     # of the parts about their means, and of these about the new one
-    scatter = count * (spread * spread * (E / LOG2E) + norms)
+    scatter = count * (spread * spread * (WIDTH / LOG2E) + norms)
     scatter = tl.sum(tl.where(member, scatter[:, None], 0.0), 0) - number * tl.sum(mean_k * mean_k, 1)
     rows = (first + node) * M + b
     store_landmarks(
         mean_k + origin[None, :], mean_v, number, scatter, rows, b < M, mean_k_ptr, mean_v_ptr, log_count_ptr,
-        spread_ptr, E, D,
+        spread_ptr, E, D, WIDTH,
     )  # fmt: skip
     tl.store(join_label_ptr + size + before + p, label.to(tl.int8), mask=exists)

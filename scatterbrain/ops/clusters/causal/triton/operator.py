@@ -58,6 +58,7 @@ class _Plan:
         window: int,
         chunk: int,
         scale: float,
+        width: int,
         num_steps: int,
     ) -> None:
         self.batch, self.heads, self.length, self.width = query.shape
@@ -76,12 +77,15 @@ class _Plan:
             "D": self.value_width,
             "BD": padded_width(self.value_width),
         }
-        self.sizes = {"M": num_landmarks, "MP": max(16, num_landmarks)}
+        self.sizes = {"M": num_landmarks, "MP": max(16, num_landmarks), "WIDTH": width}
         self.near = {"C": chunk, "M": num_landmarks, "EXACT": self.exact, "LEVELS": len(self.counts)}
         self.lengths = {"HAS_LENGTHS": key_lengths is not None}
         self.precision = {"PRECISION": precision_of_products(self.dtype)}
         self.numbers = (self.heads, self.length, self.num_keys, self.num_nodes)
         self.qk_scale, self.scale = scale * LOG2E, scale
+        # tiles of wide heads, float32 and two nodes of many landmarks need more registers
+        wide = max(self.widths["BE"], self.widths["BD"], 2 * num_landmarks, chunk) > 64 or self.dtype.itemsize > 2
+        self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
@@ -115,17 +119,18 @@ def _forward_pass(
     window: int,
     chunk: int,
     scale: float,
+    width: int,
     num_steps: int,
     statistics: bool,
 ) -> Pass:
     """Launches of a forward pass; arguments as in `run_forward`."""
-    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps)
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps)
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     layout = plan.statistics()
     launches = LaunchSequence(("query", "key", "value", "key_lengths", "out"), (layout,))
-    wide = max(plan.widths["BE"], plan.widths["BD"]) > 64 or plan.dtype.itemsize > 2
     for level, count in enumerate(plan.counts):
-        options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision, "num_warps": 4}
+        options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision}
+        options["num_warps"] = plan.tiles["num_warps"]
         if level == 0:
             launches.add(
                 chunk_nodes_kernel,
@@ -158,8 +163,7 @@ def _forward_pass(
         **plan.lengths,
         STATISTICS=statistics,
         **plan.precision,
-        STAGES=1 if wide else 2,
-        num_warps=8 if wide else 4,
+        **plan.tiles,
         **(plan.pdl if plan.counts else plan.first),
     )
     return Pass(launches, outputs, (layout,))
@@ -180,6 +184,7 @@ def run_forward(
     window: int,
     chunk: int,
     scale: float,
+    width: int,
     num_steps: int,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +199,7 @@ def run_forward(
         window: width W.
         chunk: keys C of a chunk.
         scale: softmax scale.
+        width: E without padding, for the spread.
         num_steps: Lloyd steps.
         statistics: compute log normalisers, which the backward pass needs, too.
 
@@ -202,7 +208,7 @@ def run_forward(
     """
     query, key, value = (_with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths)
-    found = find_pass(_forward_pass, inputs, None, num_landmarks, window, chunk, scale, num_steps, statistics)
+    found = find_pass(_forward_pass, inputs, None, num_landmarks, window, chunk, scale, width, num_steps, statistics)
     (out,), (buffer,) = allocate(found, query)
     # a kernel does not read what is None
     key_lengths = query if key_lengths is None else key_lengths
@@ -216,8 +222,8 @@ fused_causal_landmark_attention = torch.library.custom_op(
 
 
 @fused_causal_landmark_attention.register_fake
-def _(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps, statistics):
-    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps)
+def _(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps, statistics):
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
 
@@ -233,10 +239,11 @@ def _backward_pass(
     window: int,
     chunk: int,
     scale: float,
+    width: int,
     piece_chunks: int,
 ) -> Pass:
     """Launches of a backward pass; arguments as in `run_backward`."""
-    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, 0)
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, 0)
     outputs, tensors = describe_outputs(
         query,
         (
@@ -257,8 +264,7 @@ def _backward_pass(
     workspace.add("pieces", plan.groups, max(several, default=0), *of_piece)
     names = ("gradient", "query", "key", "value", "key_lengths", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
-    wide = max(plan.widths["BE"], plan.widths["BD"]) > 64 or plan.dtype.itemsize > 2
-    tiles = {**plan.precision, "STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
+    tiles = {**plan.precision, **plan.tiles}
     launches.add(
         causal_bwd_dq_kernel,
         (plan.num_chunks, plan.groups),
@@ -339,11 +345,12 @@ def run_backward(
     window: int,
     chunk: int,
     scale: float,
+    width: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
     gradient, query, key, value = (_with_vector_loads(x) for x in (gradient, query, key, value))
     inputs = (gradient, query, key, value, key_lengths, out)
-    found = find_pass(_backward_pass, inputs, None, num_landmarks, window, chunk, scale, PIECE_CHUNKS)
+    found = find_pass(_backward_pass, inputs, None, num_landmarks, window, chunk, scale, width, PIECE_CHUNKS)
     gradients, (workspace,) = allocate(found, query)
     key_lengths = query if key_lengths is None else key_lengths
     found.launches((gradient, query, key, value, key_lengths, out, *gradients), (statistics, workspace))
@@ -356,20 +363,20 @@ fused_causal_landmark_attention_backward = torch.library.custom_op(
 
 
 @fused_causal_landmark_attention_backward.register_fake
-def _(gradient, query, key, value, key_lengths, out, statistics, num_landmarks, window, chunk, scale):
+def _(gradient, query, key, value, key_lengths, out, statistics, num_landmarks, window, chunk, scale, width):
     return tuple(x.new_empty_strided(*by_token(*x.shape)) for x in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, num_landmarks, window, chunk, scale, _, _ = inputs
+    *tensors, num_landmarks, window, chunk, scale, width, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = (num_landmarks, window, chunk, scale)
+    ctx.options = (num_landmarks, window, chunk, scale, width)
 
 
 def _backward(ctx, gradient, _):
     run = torch.ops.scatterbrain.fused_causal_landmark_attention_backward
-    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 7)
+    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 8)
 
 
 fused_causal_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
