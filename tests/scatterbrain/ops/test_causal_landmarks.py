@@ -275,3 +275,16 @@ def test_modules_equal_the_operator_and_its_weights(length):
     expected = landmark_attention(query, key, value, 8, 130, is_causal=True, attn_mask=mask[:, None, None])
     assert torch.equal(out, expected.transpose(1, 2))
     assert_close("weights", expected, weights @ value, 1e-5)
+
+
+def test_is_compiled_and_exported():
+    tensors = [torch.randn(2, 300, 2, 16) for _ in range(3)]
+    module = create_attention("sbcluster", 300, 16, causal=True, num_landmarks=8)
+    expected = module(*tensors)[0]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors)[0], expected)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {name: {0: batch} for name in ("query", "key", "value")}
+    exported = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes).module()
+    others = [torch.cat([x, x.flip(1)]) for x in tensors]
+    assert_close("exported", module(*others)[0], exported(*others)[0], SINGLE_OUTPUT)

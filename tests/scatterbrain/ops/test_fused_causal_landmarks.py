@@ -205,3 +205,46 @@ def test_what_the_kernels_do_not_take():
     assert unsupported(query, value, 8, 64) is None
     with pytest.raises(UserError, match="num_landmarks of 8"):
         causal_landmark_attention(query, key, value, 4, backend="triton")
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES[:2])
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_operator_follows_the_rules_of_torch_library(device, dtype, has_lengths):
+    tensors = [x.requires_grad_() for x in draw(device, dtype, 40)]
+    lengths = torch.tensor([33], device=device) if has_lengths else None
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*tensors, lengths, 8, 3, 16, 0.25, 16, 1, True)
+    torch.library.opcheck(operator.fused_causal_landmark_attention, arguments, test_utils=tests)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("width", [16, 20])
+def test_is_traced_as_one_graph(width):
+    tensors = [x.requires_grad_() for x in draw("cpu", torch.float32, 40, width=width)]
+
+    def run(*tensors):
+        return causal_landmark_attention(*tensors, 8, 3, chunk=16, backend="triton")
+
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors)
+    expected = run(*tensors)
+    assert torch.equal(out, expected)
+    grads = [torch.autograd.grad(x, tensors, torch.ones_like(x)) for x in (out, expected)]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_landmarks", [8, 16, 32, 64])
+def test_real_sizes(dtype, num_landmarks):
+    compare(draw("cuda", dtype, 3136, width=64), num_landmarks, 1, 64)
+    compare(draw("cuda", dtype, 1000, 1200, 64, 128), num_landmarks, 200, 64)
+    compare(draw("cuda", dtype, 777, 777, 40), num_landmarks, 128, 64, torch.tensor([500], device="cuda"))
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels_on_cuda():
+    options = {"causal": True, "local_context": 1, "num_landmarks": 32}
+    tensors = [x.transpose(1, 2) for x in draw("cuda", torch.bfloat16, 256, width=64)]
+    modules = [create_attention("sbcluster", 256, 64, backend=name, **options) for name in ("auto", "triton")]
+    out, expected = (module(*tensors)[0] for module in modules)
+    assert torch.equal(out, expected)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from scatterbrain.errors import check_whole_number
 from scatterbrain.ops.common.inputs import visible_keys
-from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast, tile_budget
+from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast, split_rows, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
 
 
@@ -235,7 +235,7 @@ def assign_points(points: torch.Tensor, count: torch.Tensor, num_clusters: int, 
     rows = max(1, tile_budget(points) // (size * max(num_clusters, points.shape[3])))
     with torch.no_grad(), no_autocast(points):
         dtype = accumulation_dtype(points.dtype)
-        slices = (x.detach().to(dtype).flatten(0, 1).split(rows) for x in (points, count))
+        slices = (split_rows(x.detach().to(dtype).flatten(0, 1), rows) for x in (points, count))
         labels = [_assign(*each, num_clusters, num_steps) for each in zip(*slices, strict=True)]
     return torch.cat(labels).view(groups, nodes, size)
 
