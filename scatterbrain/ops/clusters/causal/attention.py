@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.errors import UserError, check_switch, check_whole_number
 from scatterbrain.ops.clusters.causal import triton as fused
 from scatterbrain.ops.clusters.causal.blocked import blocked_causal_landmark_attention
 from scatterbrain.ops.clusters.causal.levels import causal_clusters, exact_chunks
@@ -15,6 +15,7 @@ from scatterbrain.ops.common.inputs import (
     check_attn_mask,
     check_dropout,
     check_inputs,
+    check_tensors,
     default_scale,
     empty_output,
     visible_keys,
@@ -74,8 +75,7 @@ def causal_landmark_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    given = key, value
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
+    query, key, value, key_lengths, repeats = _check_groups(query, key, value, key_lengths, enable_gqa)
     attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
     check_causal_sizes(num_landmarks, window, chunk, num_steps)
@@ -84,13 +84,14 @@ def causal_landmark_attention(
     reason = fused.unsupported(query, value, num_landmarks, chunk, dropout_p, return_lse and needs_grad, attn_mask)
     backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=is_fast(query))
     if query.shape[0] == 0:
-        out = empty_output(query, key, value)
+        out = empty_output(query, *(x.repeat_interleave(repeats, 1) for x in (key, value)))
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
     if backend == "triton":  # the kernels keep away from what is hidden themselves
         options = {"scale": scale, "num_steps": num_steps, "key_lengths": key_lengths, "return_lse": return_lse}
         out, lse = fused.attention(query, key, value, num_landmarks, window, chunk, **options)
         return (out, lse) if return_lse else out
-    repeats = key.shape[1] // given[0].shape[1]
+    if repeats > 1:
+        key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     masks = {"key_lengths": key_lengths, "attn_mask": attn_mask}
     rows = visible_rows(query, key, value, scale, True, **masks)
     if backend == "naive":
@@ -111,6 +112,23 @@ def causal_landmark_attention(
         out, lse = rows.mark(out, lse.unsqueeze(-1))
         lse = lse.squeeze(-1)
     return (out, lse) if return_lse else out
+
+
+def _check_groups(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    enable_gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+    """Results of `check_inputs` with Hkv heads of keys and values as they are, and the heads of queries for each."""
+    check_tensors(query=query, key=key, value=value)
+    check_switch("enable_gqa", enable_gqa)
+    heads, of_keys = (x.shape[1] if x.dim() == 4 else 0 for x in (query, key))
+    if not (enable_gqa and 0 < of_keys < heads and heads % of_keys == 0):
+        return *check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa), 1
+    some, key, value, key_lengths = check_inputs(query[:, :of_keys], key, value, key_lengths)
+    return query.to(some.dtype), key, value, key_lengths, heads // of_keys
 
 
 def check_causal_sizes(num_landmarks: int, window: int, chunk: int, num_steps: int) -> None:

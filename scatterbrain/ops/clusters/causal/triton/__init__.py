@@ -70,8 +70,8 @@ def attention(
 
     Args:
         query: (B, H, T, E); slices of a fused qkv are read without a copy where 16 divides their widths and strides.
-        key: (B, H, S, E).
-        value: (B, H, S, D).
+        key: (B, Hkv, S, E), each head for H / Hkv consecutive heads of the queries.
+        value: (B, Hkv, S, D).
         num_landmarks: landmarks M of a node, one of `LANDMARKS`.
         window: width W of the window.
         chunk: keys C of a chunk, one of `CHUNKS`.
@@ -105,7 +105,7 @@ def find_clusters(
     num_steps: int,
     key_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Clusters (levels, B, H, S) of the keys at each level, as `attention` finds them; see `causal_clusters`."""
+    """Clusters (levels, B, Hkv, S) of the keys at each level, as `attention` finds them; see `causal_clusters`."""
     from scatterbrain.ops.clusters.causal.triton.operator import clusters_of, run_forward
 
     arguments = _arguments(query, key, value, num_landmarks, window, chunk, scale, num_steps, key_lengths)

@@ -75,8 +75,8 @@ def causal_bwd_dq_kernel(
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_dqb, stride_dqh, stride_dqn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, LEVELS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of one chunk."""
     grid_dependency_control(PDL, True)
@@ -84,8 +84,8 @@ def causal_bwd_dq_kernel(
     group = tl.program_id(1)
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
-    v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
+    k_ptr = sequence_ptr(k_ptr, group // REPEATS, heads // REPEATS, stride_kb, stride_kh)
+    v_ptr = sequence_ptr(v_ptr, group // REPEATS, heads // REPEATS, stride_vb, stride_vh)
     i = chunk * C + tl.arange(0, C)
     valid = i < num_queries
     lse = tl.load(lse_ptr + wide * num_queries + i, mask=valid, other=NO_KEYS)
@@ -114,7 +114,7 @@ def causal_bwd_dq_kernel(
             dq = exact_dq(dq, q, gradient, k, v, (j < end)[None, :], dot, lse, qk_scale, PRECISION)
     dq *= scale
     if LEVELS > 0:
-        size = wide * 2 * num_nodes * M
+        size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
         mean_k_ptr += size * E
         mean_v_ptr += size * D
         seen = chunk - EXACT
@@ -183,8 +183,8 @@ def causal_bwd_nodes_kernel(
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    MP: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, REPEATS: tl.constexpr, PIECES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the landmarks of one node, from the queries that see it, or from one of PIECES parts of these."""
     grid_dependency_control(PDL, False)
@@ -192,10 +192,6 @@ def causal_bwd_nodes_kernel(
     piece = tl.program_id(0) % PIECES
     group = tl.program_id(1)
     wide = group.to(tl.int64)
-    q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
-    gradient_ptr = sequence_ptr(gradient_ptr, group, heads, stride_gb, stride_gh)
-    dot_ptr += wide * num_queries
-    lse_ptr += wide * num_queries
     size = wide * 2 * num_nodes * M
     b = tl.arange(0, MP)
     exists = b < M
@@ -212,12 +208,20 @@ def causal_bwd_nodes_kernel(
     stop = tl.minimum(((node + 4 - node % 2) << level) - 1 + EXACT, num_chunks)
     part = (2 << level) // PIECES
     begin += piece * part
-    stop = tl.minimum(stop, begin + part)
-    for chunk in tl.range(begin, stop, num_stages=STAGES):
+    number = tl.maximum(tl.minimum(stop, begin + part) - begin, 0)
+    for step in tl.range(0, number * REPEATS, num_stages=STAGES):
+        head = group
+        chunk = begin + step
+        if REPEATS > 1:
+            head = group * REPEATS + step // number
+            chunk = begin + step % number
         i = chunk * C + tl.arange(0, C)
+        of_head = head.to(tl.int64) * num_queries
         q, gradient, dot, lse = load_queries(
-            i, i < num_queries, q_ptr, gradient_ptr, dot_ptr, lse_ptr, stride_qn, stride_gn, E, BE, D, BD
-        )
+            i, i < num_queries, sequence_ptr(q_ptr, head, heads, stride_qb, stride_qh),
+            sequence_ptr(gradient_ptr, head, heads, stride_gb, stride_gh), dot_ptr + of_head, lse_ptr + of_head,
+            stride_qn, stride_gn, E, BE, D, BD,
+        )  # fmt: skip
         wide_q = q.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide_q * wide_q, 1)) * scale
         logits = tl.dot(q, mean_k, input_precision=PRECISION) * qk_scale + log_count[None, :]
@@ -289,39 +293,42 @@ def causal_bwd_dkdv_kernel(
     stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one chunk: from the queries that see it exactly, and from its landmarks."""
     grid_dependency_control(PDL, False)
     chunk = tl.program_id(0)
     group = tl.program_id(1)
     wide = group.to(tl.int64)
-    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
-    gradient_ptr = sequence_ptr(gradient_ptr, group, heads, stride_gb, stride_gh)
-    dot_ptr += wide * num_queries
-    lse_ptr += wide * num_queries
+    end = end_of_keys(lengths_ptr, group, heads // REPEATS, num_keys, HAS_LENGTHS)
     j = chunk * C + tl.arange(0, C)
     exists = j < end
-    k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), j, exists, stride_kn, E, BE)
-    v = load_rows(sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh), j, exists, stride_vn, D, BD)
+    k = load_rows(sequence_ptr(k_ptr, group, heads // REPEATS, stride_kb, stride_kh), j, exists, stride_kn, E, BE)
+    v = load_rows(sequence_ptr(v_ptr, group, heads // REPEATS, stride_vb, stride_vh), j, exists, stride_vn, D, BD)
     k = finite_part(k)
     v = finite_part(v)
-    i = chunk * C + tl.arange(0, C)
-    q, gradient, dot, lse = load_queries(
-        i, i < num_queries, q_ptr, gradient_ptr, dot_ptr, lse_ptr, stride_qn, stride_gn, E, BE, D, BD
-    )
-    inside = (j[:, None] <= i[None, :]) & exists[:, None]
     dk = tl.zeros((C, BE), tl.float32)
     dv = tl.zeros((C, BD), tl.float32)
-    dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, inside, dot, lse, qk_scale, PRECISION)
-    if EXACT > 0:
-        for later in tl.range(chunk + 1, tl.minimum(chunk + EXACT + 1, num_chunks), num_stages=STAGES):
-            i = later * C + tl.arange(0, C)
-            q, gradient, dot, lse = load_queries(
-                i, i < num_queries, q_ptr, gradient_ptr, dot_ptr, lse_ptr, stride_qn, stride_gn, E, BE, D, BD
-            )
-            dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, exists[:, None], dot, lse, qk_scale, PRECISION)
+    for repeat in tl.range(0, REPEATS, num_stages=1):
+        head = group * REPEATS + repeat
+        of_q = sequence_ptr(q_ptr, head, heads, stride_qb, stride_qh)
+        of_gradient = sequence_ptr(gradient_ptr, head, heads, stride_gb, stride_gh)
+        of_dot = dot_ptr + head.to(tl.int64) * num_queries
+        of_lse = lse_ptr + head.to(tl.int64) * num_queries
+        i = chunk * C + tl.arange(0, C)
+        q, gradient, dot, lse = load_queries(
+            i, i < num_queries, of_q, of_gradient, of_dot, of_lse, stride_qn, stride_gn, E, BE, D, BD
+        )
+        inside = (j[:, None] <= i[None, :]) & exists[:, None]
+        dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, inside, dot, lse, qk_scale, PRECISION)
+        if EXACT > 0:
+            for later in tl.range(chunk + 1, tl.minimum(chunk + EXACT + 1, num_chunks), num_stages=STAGES):
+                i = later * C + tl.arange(0, C)
+                q, gradient, dot, lse = load_queries(
+                    i, i < num_queries, of_q, of_gradient, of_dot, of_lse, stride_qn, stride_gn, E, BE, D, BD
+                )
+                dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, exists[:, None], dot, lse, qk_scale, PRECISION)
     dk *= scale
     if chunk < num_nodes - 1:
         size = wide * 2 * num_nodes * M
@@ -333,5 +340,5 @@ def causal_bwd_dkdv_kernel(
         dk += 2.0 * of_scatter[:, None] * k.to(tl.float32)
         dv += load_rows(of_v_ptr + size * D, rows, member, D, D, BD).to(tl.float32)
     stored = j < num_keys
-    store_rows(sequence_ptr(dk_ptr, group, heads, stride_dkb, stride_dkh), dk, j, stored, stride_dkn, E)
-    store_rows(sequence_ptr(dv_ptr, group, heads, stride_dvb, stride_dvh), dv, j, stored, stride_dvn, D)
+    store_rows(sequence_ptr(dk_ptr, group, heads // REPEATS, stride_dkb, stride_dkh), dk, j, stored, stride_dkn, E)
+    store_rows(sequence_ptr(dv_ptr, group, heads // REPEATS, stride_dvb, stride_dvh), dv, j, stored, stride_dvn, D)

@@ -64,18 +64,22 @@ def causal_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, LEVELS: tl.constexpr, HAS_LENGTHS: tl.constexpr, STATISTICS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one chunk. EXACT: chunks before it that they see exactly; LEVELS: those of the last chunk."""
+    """The queries of one chunk.
+
+    EXACT: chunks before it that they see exactly; LEVELS: those of the last chunk; REPEATS: heads of the queries for
+    each head of the keys.
+    """
     grid_dependency_control(PDL, False)
     # the last chunks first: they see most landmarks
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     group = tl.program_id(1)
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
-    v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
+    k_ptr = sequence_ptr(k_ptr, group // REPEATS, heads // REPEATS, stride_kb, stride_kh)
+    v_ptr = sequence_ptr(v_ptr, group // REPEATS, heads // REPEATS, stride_vb, stride_vh)
     i = chunk * C + tl.arange(0, C)
     valid = i < num_queries
     q = load_rows(sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh), i, valid, stride_qn, E, BE)
@@ -109,7 +113,7 @@ def causal_fwd_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
             running_max = new_max
     if LEVELS > 0:
-        size = wide * 2 * num_nodes * M
+        size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
         mean_k_ptr += size * E
         mean_v_ptr += size * D
         seen = chunk - EXACT

@@ -63,7 +63,9 @@ class _Plan:
     ) -> None:
         self.batch, self.heads, self.length, self.width = query.shape
         self.num_keys, self.value_width = value.shape[2:]
+        self.repeats = self.heads // key.shape[1]
         self.groups = self.batch * self.heads
+        self.key_groups = self.batch * key.shape[1]
         self.device, self.dtype = query.device, query.dtype
         self.num_landmarks, self.chunk, self.num_steps = num_landmarks, chunk, num_steps
         self.num_chunks = -(-self.length // chunk)
@@ -78,7 +80,8 @@ class _Plan:
             "BD": padded_width(self.value_width),
         }
         self.sizes = {"M": num_landmarks, "MP": max(16, num_landmarks), "WIDTH": width}
-        self.near = {"C": chunk, "M": num_landmarks, "EXACT": self.exact, "LEVELS": len(self.counts)}
+        self.near = {"C": chunk, "EXACT": self.exact, "REPEATS": self.repeats}
+        self.far = {"M": num_landmarks, "LEVELS": len(self.counts)}
         self.lengths = {"HAS_LENGTHS": key_lengths is not None}
         self.precision = {"PRECISION": precision_of_products(self.dtype)}
         self.numbers = (self.heads, self.length, self.num_keys, self.num_nodes)
@@ -97,12 +100,12 @@ class _Plan:
         """The table of landmarks, the clusters, and log normalisers of the queries."""
         rows = 2 * self.num_nodes * self.num_landmarks
         layout = BufferLayout()
-        layout.add("mean_keys", self.groups, rows, self.width, dtype=self.dtype)
-        layout.add("mean_values", self.groups, rows, self.value_width, dtype=self.dtype)
-        layout.add("log_counts", self.groups, rows)
-        layout.add("spreads", self.groups, rows)
-        layout.add("labels", self.groups, self.num_nodes * self.chunk, dtype=torch.int8)
-        layout.add("join_labels", self.groups, rows, dtype=torch.int8)
+        layout.add("mean_keys", self.key_groups, rows, self.width, dtype=self.dtype)
+        layout.add("mean_values", self.key_groups, rows, self.value_width, dtype=self.dtype)
+        layout.add("log_counts", self.key_groups, rows)
+        layout.add("spreads", self.key_groups, rows)
+        layout.add("labels", self.key_groups, self.num_nodes * self.chunk, dtype=torch.int8)
+        layout.add("join_labels", self.key_groups, rows, dtype=torch.int8)
         layout.add("lse", self.groups, self.length)
         return layout
 
@@ -134,9 +137,9 @@ def _forward_pass(
         if level == 0:
             launches.add(
                 chunk_nodes_kernel,
-                (count, plan.groups),
+                (count, plan.key_groups),
                 ("key", "value", "key_lengths", *TABLE, "labels"),
-                (plan.heads, plan.num_keys, plan.num_nodes, *row_strides(key, value)),
+                (plan.heads // plan.repeats, plan.num_keys, plan.num_nodes, *row_strides(key, value)),
                 C=chunk,
                 STRETCH=-(-chunk // num_landmarks),
                 **options,
@@ -146,7 +149,7 @@ def _forward_pass(
         else:
             launches.add(
                 join_nodes_kernel,
-                (count, plan.groups),
+                (count, plan.key_groups),
                 (*TABLE, "join_labels"),
                 (plan.num_nodes, plan.first_node(level - 1), plan.first_node(level), 0.5**level),
                 PP=max(16, 2 * num_landmarks),
@@ -160,6 +163,7 @@ def _forward_pass(
         (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale, plan.scale),
         **plan.widths,
         **plan.near,
+        **plan.far,
         **plan.lengths,
         STATISTICS=statistics,
         **plan.precision,
@@ -192,8 +196,8 @@ def run_forward(
 
     Args:
         query: (B, H, T, E), E a multiple of 16, as D is.
-        key: (B, H, S, E).
-        value: (B, H, S, D).
+        key: (B, Hkv, S, E), each head for H / Hkv consecutive heads of the queries.
+        value: (B, Hkv, S, D).
         key_lengths: (B,) integers; None for all keys.
         num_landmarks: landmarks M of a node.
         window: width W.
@@ -244,24 +248,21 @@ def _backward_pass(
 ) -> Pass:
     """Launches of a backward pass; arguments as in `run_backward`."""
     plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, 0)
-    outputs, tensors = describe_outputs(
-        query,
-        (
-            ("d_query", plan.length, plan.width),
-            ("d_key", plan.num_keys, plan.width),
-            ("d_value", plan.num_keys, plan.value_width),
-        ),
+    outputs, tensors = describe_outputs(query, (("d_query", plan.length, plan.width),))
+    of_keys, others = describe_outputs(
+        key, (("d_key", plan.num_keys, plan.width), ("d_value", plan.num_keys, plan.value_width))
     )
+    outputs, tensors = outputs + of_keys, tensors | others
     pieces = [-(-(2 << level) // piece_chunks) for level in range(len(plan.counts))]
     rows = 2 * plan.num_nodes * num_landmarks
     workspace = BufferLayout()
     workspace.add("dots", plan.groups, plan.length)
-    workspace.add("of_keys", plan.groups, rows, plan.width, dtype=plan.dtype)
-    workspace.add("of_values", plan.groups, rows, plan.value_width, dtype=plan.dtype)
-    workspace.add("of_scatters", plan.groups, rows)
+    workspace.add("of_keys", plan.key_groups, rows, plan.width, dtype=plan.dtype)
+    workspace.add("of_values", plan.key_groups, rows, plan.value_width, dtype=plan.dtype)
+    workspace.add("of_scatters", plan.key_groups, rows)
     of_piece = (plan.widths["BE"] + plan.widths["BD"] + 1, plan.sizes["MP"])
     several = [count * number for count, number in zip(plan.counts, pieces, strict=True) if number > 1]
-    workspace.add("pieces", plan.groups, max(several, default=0), *of_piece)
+    workspace.add("pieces", plan.key_groups, max(several, default=0), *of_piece)
     names = ("gradient", "query", "key", "value", "key_lengths", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
     tiles = {**plan.precision, **plan.tiles}
@@ -276,6 +277,7 @@ def _backward_pass(
         ),
         **plan.widths,
         **plan.near,
+        **plan.far,
         **plan.lengths,
         **tiles,
         **plan.first,
@@ -287,16 +289,15 @@ def _backward_pass(
         nodes = (plan.first_node(level), plan.first_node(level + 1), num_joined)
         launches.add(
             causal_bwd_nodes_kernel,
-            (count * number, plan.groups),
+            (count * number, plan.key_groups),
             ("query", "gradient", *TABLE, "join_labels", "lse", "dots", *passed_on, "pieces"),
             (
                 *(plan.heads, plan.length, plan.num_nodes, plan.num_chunks, level, *nodes),
                 *(*row_strides(query, gradient), plan.qk_scale, plan.scale),
             ),
             **plan.widths,
-            C=chunk,
             **plan.sizes,
-            EXACT=plan.exact,
+            **plan.near,
             PIECES=number,
             **tiles,
             **plan.pdl,
@@ -304,7 +305,7 @@ def _backward_pass(
         if number > 1:
             launches.add(
                 causal_bwd_pieces_kernel,
-                (count, plan.groups),
+                (count, plan.key_groups),
                 ("mean_keys", "log_counts", "spreads", "join_labels", *passed_on, "pieces"),
                 (plan.num_nodes, *nodes, plan.scale),
                 **plan.widths,
@@ -315,7 +316,7 @@ def _backward_pass(
             )
     launches.add(
         causal_bwd_dkdv_kernel,
-        (-(-plan.num_keys // chunk), plan.groups),
+        (-(-plan.num_keys // chunk), plan.key_groups),
         ("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "labels", "lse", "dots", *passed_on),
         (
             *(*plan.numbers, plan.num_chunks),
@@ -323,9 +324,8 @@ def _backward_pass(
             *(plan.qk_scale, plan.scale),
         ),
         **plan.widths,
-        C=chunk,
         M=num_landmarks,
-        EXACT=plan.exact,
+        **plan.near,
         **plan.lengths,
         **tiles,
         **plan.pdl,
@@ -431,7 +431,7 @@ def clusters_of(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
             found = views["join_labels"].gather(1, index).long().masked_fill(found < 0, -1)
         found = found.masked_fill(~inside, -1)
         levels.append(found)
-    shape = (len(levels), plan.batch, plan.heads, plan.num_keys)
+    shape = (len(levels), plan.batch, plan.heads // plan.repeats, plan.num_keys)
     return torch.stack(levels).view(shape) if levels else position.new_zeros(shape)
 
 
