@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from scatterbrain.errors import UserError
@@ -45,8 +47,8 @@ class LandmarkCache:
         self.length = 0
         self._key: torch.Tensor | None = None  # (B, Hkv, near, E), and the values
         self._value: torch.Tensor | None = None
-        self._nodes: list[list[Level]] = []  # of each level, the first one first; (B, Hkv, M, width) each
-        self._joined: Level | None = None  # all of them
+        self._nodes: list[Level] = []  # one or two of each level, (B, Hkv, 1 or 2, M, width)
+        self._joined: Level | None = None  # all their landmarks, (B, Hkv, number, width)
 
     @torch.no_grad()
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -84,23 +86,23 @@ class LandmarkCache:
         dtype = accumulation_dtype(self._key.dtype)
         key, value = (x[:, :, :size].to(dtype).unflatten(2, (count, -1)) for x in (self._key, self._value))
         self._key, self._value = self._key[:, :, size:].clone(), self._value[:, :, size:].clone()
-        chunks = self._cluster(Level(key, value, torch.ones_like(key[..., :1]), torch.zeros_like(key[..., :1])))
-        for number in range(count):
-            node, level = Level(*(x[:, :, number] for x in chunks)), 0
-            # as a counter: of three nodes of a level, the first two become one of the next
-            while node is not None:
-                if level == len(self._nodes):
-                    self._nodes.append([])
-                nodes = self._nodes[level]
-                nodes.append(node)
-                node = None
-                if len(nodes) == 3:
-                    points = Level(*(torch.cat(pair, 2).unsqueeze(2) for pair in zip(*nodes[:2], strict=True)))
-                    node = Level(*(x.squeeze(2) for x in self._cluster(points)))
-                    del nodes[:2]
-                    level += 1
-        every = [node for nodes in self._nodes for node in nodes]
-        self._joined = Level(*(torch.cat(x, 2) for x in zip(*every, strict=True)))
+        new = self._cluster(Level(key, value, torch.ones_like(key[..., :1]), torch.zeros_like(key[..., :1])))
+        for level in itertools.count():
+            if level == len(self._nodes):
+                self._nodes.append(new)
+            else:
+                self._nodes[level] = Level(*(torch.cat(pair, 2) for pair in zip(self._nodes[level], new, strict=True)))
+            # one or two nodes stay, and the others, which begin at an even position, become half as many of the next
+            nodes = self._nodes[level]
+            num_pairs = (nodes.key.shape[2] - 1) // 2
+            if num_pairs == 0:
+                break
+            self._nodes[level] = Level(*(x[:, :, 2 * num_pairs :].clone() for x in nodes))
+            pairs = (x[:, :, : 2 * num_pairs].unflatten(2, (num_pairs, 2)).flatten(3, 4) for x in nodes)
+            new = self._cluster(Level(*pairs))
+        self._joined = Level(
+            *(torch.cat([x.flatten(2, 3) for x in each], 2) for each in zip(*self._nodes, strict=True))
+        )
 
     def _cluster(self, points: Level) -> Level:
         """Landmarks (B, Hkv, n, M, width) of nodes of points (B, Hkv, n, P, width)."""
@@ -181,5 +183,5 @@ class LandmarkCache:
 
     def num_elements(self) -> int:
         """Number of elements of the tensors of the cache."""
-        tensors = [self._key, self._value, *(x for nodes in self._nodes for node in nodes for x in node)]
+        tensors = [self._key, self._value, *(self._joined or ())]
         return sum(x.numel() for x in tensors if x is not None)

@@ -173,7 +173,7 @@ def finish_node(
     tl.store(of_scatter_ptr + size + rows, of_scatter, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["level", "first", "first_above", "num_joined"])
 def causal_bwd_nodes_kernel(
     q_ptr, gradient_ptr,
     mean_k_ptr, mean_v_ptr, log_count_ptr, spread_ptr, join_label_ptr, lse_ptr, dot_ptr,
@@ -244,7 +244,7 @@ def causal_bwd_nodes_kernel(
         tl.store(piece_ptr + (BE + BD) * MP + b, d_spread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "first_above", "num_joined"])
 def causal_bwd_pieces_kernel(
     mean_k_ptr, log_count_ptr, spread_ptr, join_label_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr, piece_ptr,  # see `causal_bwd_nodes_kernel`

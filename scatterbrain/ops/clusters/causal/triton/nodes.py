@@ -127,7 +127,7 @@ def chunk_nodes_kernel(
     tl.store(label_ptr + wide * num_nodes * C + j, label.to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_nodes", "first_before", "first"])
 def join_nodes_kernel(
     mean_k_ptr, mean_v_ptr, log_count_ptr, spread_ptr,  # see `chunk_nodes_kernel`; rows of this level written
     join_label_ptr,  # (G, 2 P M) int8, cluster of each landmark of the level before in its node of this level, written
