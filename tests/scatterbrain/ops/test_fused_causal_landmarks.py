@@ -81,6 +81,8 @@ SHAPES = [  # T, S, E, D, M, W, C, key lengths
     (150, 150, 32, 16, 8, 70, 16, (0, 149)),
     (10, 10, 16, 16, 8, 0, 64, None),
     (1, 1, 16, 16, 8, 1, 16, None),
+    (90, 90, 16, 16, 1, 0, 16, None),
+    (90, 90, 16, 16, 4, 0, 16, (90, 17)),
     (120, 40, 16, 16, 16, 0, 32, None),
     (40, 120, 16, 16, 8, 0, 16, (77, 3)),
     (230, 230, 16, 16, 8, 20, 16, None),
@@ -213,7 +215,7 @@ def test_runs_are_the_same_bit_by_bit(device, dtype):
 def test_what_the_kernels_do_not_take():
     query, key, value = draw("cpu", torch.float32)
     for sizes, options, reason in (
-        ((query, value, 4, 64), {}, "num_landmarks of 8, 16, 32 or 64, and this is 4"),
+        ((query, value, 12, 64), {}, "num_landmarks of 1, 2, 4, 8, 16, 32 or 64, and this is 12"),
         ((query, value, 8, 48), {}, "chunk of 16, 32, 64 or 128, and this is 48"),
         ((query, value, 8, 64), {"dropout_p": 0.1}, "no dropout"),
         ((query, value, 8, 64), {"needs_gradient_of_lse": True}, "no gradient"),
@@ -222,8 +224,8 @@ def test_what_the_kernels_do_not_take():
     ):
         assert reason in unsupported(*sizes, **options)
     assert unsupported(query, value, 8, 64) is None
-    with pytest.raises(UserError, match="num_landmarks of 8"):
-        causal_landmark_attention(query, key, value, 4, backend="triton")
+    with pytest.raises(UserError, match="num_landmarks of 1"):
+        causal_landmark_attention(query, key, value, 12, backend="triton")
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES[:2])

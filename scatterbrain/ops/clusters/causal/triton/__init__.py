@@ -10,7 +10,7 @@ from scatterbrain.ops.common.backends import no_kernels, too_large
 # With wider heads, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
 CHUNKS = (16, 32, 64, 128)
-LANDMARKS = (8, 16, 32, 64)
+LANDMARKS = (1, 2, 4, 8, 16, 32, 64)
 # Rows are read 16 bytes at a time, and Triton knows of strides only whether 16 divides them.
 ROW_MULTIPLE = 16
 

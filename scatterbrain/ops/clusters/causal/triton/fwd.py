@@ -30,14 +30,14 @@ def num_levels(seen, LEVELS: tl.constexpr):
 
 @triton.jit
 def level_rows(seen, level, num_nodes, M: tl.constexpr):
-    """Rows in the table (2 M,) of the last two nodes of a level, and which of them a query sees: those of one, or two.
+    """Rows in the table of the last two nodes of a level, 16 at least, and which of them a query sees: one node or two.
 
     seen: number of chunks that the query sees through landmarks.
     """
     left = ((seen + 1) >> level) - 1
-    b = tl.arange(0, 2 * M)
+    b = tl.arange(0, 2 * M if M > 8 else 16)
     rows = (2 * num_nodes - ((2 * num_nodes) >> level) + left - 2) * M + b
-    return rows, (b >= M) | (left % 2 == 0)
+    return rows, ((b >= M) | (left % 2 == 0)) & (b < 2 * M)
 
 
 @triton.jit
