@@ -47,7 +47,8 @@ def without_levels(
     points = chunks_of(key, value, None, CHUNK, length)
     points = Level(points[0], points[1], points[2].float(), torch.zeros_like(points[0][..., :1]))
     level = join(points, assign_points(points.key, points.count, num_landmarks, 1), num_landmarks)
-    mean, mean_value, count, scatter = (x.flatten(1, 2).unflatten(0, (batch, heads)) for x in level)
+    level = Level(*(x.flatten(1, 2).unflatten(0, (batch, heads)) for x in level))
+    mean, mean_value, count, _ = level
     chunk = torch.arange(length)[:, None] // CHUNK
     i, j = torch.arange(length)[:, None], torch.arange(length)
     exact = (scale * query @ key.transpose(2, 3)).masked_fill((j > i) | (j // CHUNK < chunk - 1), -math.inf)
@@ -55,7 +56,7 @@ def without_levels(
     far = scale * query @ mean.transpose(2, 3) + log_count
     if spread:
         norm = scale * query.norm(dim=-1, keepdim=True)
-        far = far + blocked.spread_correction(norm, scatter.transpose(2, 3), count, log_count, width)
+        far = far + blocked.spread_correction(norm, blocked.spread_of(level, width).transpose(2, 3), log_count)
     of_chunk = torch.arange(mean.shape[2]) // num_landmarks
     far = far.masked_fill((count == 0) | (of_chunk >= chunk - 1), -math.inf)
     return dense(torch.cat([exact, far], -1), torch.cat([value, mean_value], 2))

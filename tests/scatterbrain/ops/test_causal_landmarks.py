@@ -109,11 +109,14 @@ def test_extreme_logits(max_logit):
     compare(functions, tensors, max_logit * 1e-6, max_logit * 1e-5, torch.float32)
 
 
-def test_slices_change_nothing(monkeypatch):
-    *tensors, _ = draw_inputs(3, 2, 100, dtype=torch.float64)
+@pytest.mark.parametrize("budget", [1 << 9, 1 << 13])
+@pytest.mark.parametrize("sizes", [(2, 9, 4), (1, 0, 2), (3, 40, 8)], ids=str)
+@pytest.mark.parametrize("length", [96, 157])
+def test_slices_change_nothing(length, sizes, budget, monkeypatch):
+    *tensors, _ = draw_inputs(2, 2, length, width=4, dtype=torch.float64)
     for module in (blocked, levels):
-        monkeypatch.setattr(module, "tile_budget", lambda _: 1 << 9)
-    compare(pair(4, 9, 8), tensors, DOUBLE, DOUBLE, torch.float64)
+        monkeypatch.setattr(module, "tile_budget", lambda _: budget)
+    compare(pair(*sizes, torch.tensor([length, 70])), tensors, DOUBLE, DOUBLE, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

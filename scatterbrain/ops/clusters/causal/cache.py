@@ -8,7 +8,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.causal.attention import CHUNK, causal_landmark_attention, check_causal_sizes
-from scatterbrain.ops.clusters.causal.blocked import spread_correction
+from scatterbrain.ops.clusters.causal.blocked import Landmarks
 from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join
 from scatterbrain.ops.common.inputs import check_inputs, default_scale
 from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast
@@ -48,7 +48,7 @@ class LandmarkCache:
         self._key: torch.Tensor | None = None  # (B, Hkv, near, E), and the values
         self._value: torch.Tensor | None = None
         self._nodes: list[Level] = []  # one or two of each level, (B, Hkv, 1 or 2, M, width)
-        self._joined: Level | None = None  # all their landmarks, (B, Hkv, number, width)
+        self._landmarks: Landmarks | None = None  # all of them, as one node
 
     @torch.no_grad()
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -100,9 +100,8 @@ class LandmarkCache:
             self._nodes[level] = Level(*(x[:, :, 2 * num_pairs :].clone() for x in nodes))
             pairs = (x[:, :, : 2 * num_pairs].unflatten(2, (num_pairs, 2)).flatten(3, 4) for x in nodes)
             new = self._cluster(Level(*pairs))
-        self._joined = Level(
-            *(torch.cat([x.flatten(2, 3) for x in each], 2) for each in zip(*self._nodes, strict=True))
-        )
+        joined = (torch.cat([x.flatten(2, 3) for x in each], 2) for each in zip(*self._nodes, strict=True))
+        self._landmarks = Landmarks.of(Level(*joined), self._key.shape[3])
 
     def _cluster(self, points: Level) -> Level:
         """Landmarks (B, Hkv, n, M, width) of nodes of points (B, Hkv, n, P, width)."""
@@ -131,18 +130,12 @@ class LandmarkCache:
         dtype = accumulation_dtype(query.dtype)
         with no_autocast(query):
             # the queries of a group of heads as rows
-            rows = query.to(dtype).view(query.shape[0], self._key.shape[1], -1, query.shape[3])
+            rows = scale * query.to(dtype).reshape(query.shape[0], self._key.shape[1], -1, query.shape[3])
             key, value = self._key.to(dtype), self._value.to(dtype)
-            logits, values = [scale * rows @ key.transpose(2, 3)], [value]
-            if self._joined is not None:
-                mean, mean_value, count, scatter = self._joined
-                count = count.transpose(2, 3)
-                log_count = count.clamp_min(1.0).log()
-                norm = scale * torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-                spread = spread_correction(norm, scatter.transpose(2, 3), count, log_count, query.shape[3])
-                far = scale * rows @ mean.transpose(2, 3) + log_count + spread
-                logits.append(far.masked_fill(count == 0, -torch.inf))
-                values.append(mean_value)
+            logits, values = [rows @ key.transpose(2, 3)], [value]
+            if self._landmarks is not None:
+                logits.append(self._landmarks.logits(rows, torch.linalg.vector_norm(rows, dim=-1, keepdim=True)))
+                values.append(self._landmarks.value)
             out = torch.cat(logits, -1).softmax(-1) @ torch.cat(values, 2)
         return out.view(*query.shape[:3], -1).to(query.dtype)
 
@@ -183,5 +176,5 @@ class LandmarkCache:
 
     def num_elements(self) -> int:
         """Number of elements of the tensors of the cache."""
-        tensors = [self._key, self._value, *(self._joined or ())]
+        tensors = [self._key, self._value, *(self._landmarks or ()), *(x for level in self._nodes for x in level)]
         return sum(x.numel() for x in tensors if x is not None)
