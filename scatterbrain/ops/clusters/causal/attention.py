@@ -101,7 +101,7 @@ def causal_landmark_attention(
         out, _, lse = naive_causal_landmark_attention(query, key, value, clusters, window, chunk, scale, **masks)
         out, lse = out.to(query.dtype), lse.to(accumulation_dtype(query.dtype))
     else:
-        options = {"scale": scale, "num_steps": num_steps, "dropout_p": dropout_p}
+        options = {"scale": scale, "num_steps": num_steps, "dropout_p": dropout_p, "with_lse": return_lse}
         mask = visible_keys(key_lengths, attn_mask, key.shape[2])
         out, lse = blocked_causal_landmark_attention(
             *(rows.query, rows.key[:, ::repeats], rows.value[:, ::repeats]),
@@ -109,8 +109,9 @@ def causal_landmark_attention(
             key_mask=mask,
             **options,
         )
-        out, lse = rows.mark(out, lse.unsqueeze(-1))
-        lse = lse.squeeze(-1)
+        (out,) = rows.mark(out)
+        if return_lse:
+            lse = rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)
     return (out, lse) if return_lse else out
 
 

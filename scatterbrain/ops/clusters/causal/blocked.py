@@ -42,8 +42,9 @@ def blocked_causal_landmark_attention(
     num_steps: int,
     key_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D) in the dtype of `query`, and natural logarithms (B, H, T) of the normaliser.
+    with_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (B, H, T, D) in the dtype of `query`, and natural logarithms (B, H, T) of the normaliser or None.
 
     Args:
         query: (B, H, T, E).
@@ -56,6 +57,7 @@ def blocked_causal_landmark_attention(
         num_steps: iterations of Lloyd's algorithm.
         key_mask: boolean (B, S), true for visible keys; None for all.
         dropout_p: probability of dropping a weight; that of a landmark for a query is dropped for all of its keys.
+        with_lse: compute the logarithms.
 
     Returns:
         Output, zero for a query that sees no key, and logarithms in float32, or float64 for float64 inputs, -inf for
@@ -78,10 +80,10 @@ def blocked_causal_landmark_attention(
         slices = zip(
             *(split_rows(x, groups) for x in (key, value, visible)), split_rows(query, groups * repeats), strict=True
         )
-        options = {"scale": scale, "num_steps": num_steps, "dropout_p": dropout_p}
+        options = {"scale": scale, "num_steps": num_steps, "dropout_p": dropout_p, "with_lse": with_lse}
         results = [_attend(*each, num_landmarks, window, size, **options) for each in slices]
-    out, lse = (torch.cat(x)[:, :length].unflatten(0, (batch, heads)) for x in zip(*results, strict=True))
-    return out.to(query_dtype), lse
+    out, *lse = (torch.cat(x)[:, :length].unflatten(0, (batch, heads)) for x in zip(*results, strict=True))
+    return out.to(query_dtype), lse[0] if with_lse else None
 
 
 def _power_of_two(number: int) -> int:
@@ -101,8 +103,9 @@ def _attend(
     scale: float,
     num_steps: int,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (G, n C, D) and logarithms (G, n C) for chunks of keys (G, n, C, E), values, and which are visible.
+    with_lse: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Output (G, n C, D), and with `with_lse` logarithms (G, n C), of some sequences.
 
     Args:
         key: (g, n, C, E).
@@ -115,6 +118,7 @@ def _attend(
         scale: softmax scale s.
         num_steps: iterations of Lloyd's algorithm.
         dropout_p: probability of dropping a weight.
+        with_lse: compute the logarithms.
     """
     num_chunks, chunk, width = key.shape[1:]
     repeats = query.shape[0] // key.shape[0]
@@ -150,7 +154,7 @@ def _attend(
         else:
             far = _landmarks_of_slice(nodes, queries, norms, number, size)
         logits = torch.cat([near, *(x for x, _ in far)], -1)
-        lse = logits.logsumexp(-1)
+        lse = (logits.logsumexp(-1),) if with_lse else ()
         weights = logits.softmax(-1)
         if dropout_p > 0:
             weights = F.dropout(weights, dropout_p)
@@ -158,10 +162,10 @@ def _attend(
         out = (exact.unflatten(1, queries.shape[1:3]) @ values.transpose(2, 3)).flatten(1, 2)
         for part, (_, product) in zip(of_levels, far, strict=True):
             out = out + product(part)
-        results.append((out, lse))
-    out, lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
+        results.append((out, *lse))
+    out, *lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
     blind = of_queries(visible.flatten(1, 2).squeeze(-1).cumsum(1) == 0)
-    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+    return out.masked_fill(blind.unsqueeze(-1), 0.0), *(x.masked_fill(blind, -torch.inf) for x in lse)
 
 
 class Landmarks(NamedTuple):
