@@ -31,7 +31,7 @@ from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.sdpa import replace_sdpa
 from scatterbrain.ops.adaptive import adaptive_attention, plan_adaptive_attention
-from scatterbrain.ops.clusters import landmark_attention, paired_landmark_attention
+from scatterbrain.ops.clusters import LandmarkCache, landmark_attention, paired_landmark_attention
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.full import full_attention
 from scatterbrain.ops.local import local_attention
@@ -51,6 +51,7 @@ __all__ = [
     "CombinationLocalPerformerAttention",
     "CombinationSmyrfPerformerAttention",
     "FullAttention",
+    "LandmarkCache",
     "Local2dAttention",
     "LocalAttention",
     "PairedClusterAttention",

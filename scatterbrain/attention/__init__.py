@@ -35,6 +35,8 @@ from scatterbrain.attention.reformer import ReformerAttention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.attention.smyrf import SBSmyrfAttention, SmyrfAttention
 from scatterbrain.errors import UserError, check_whole_number, did_you_mean
+from scatterbrain.ops.clusters.causal.attention import CHUNK
+from scatterbrain.ops.clusters.causal.levels import visible_columns
 from scatterbrain.ops.common.budget import block_for, budget_columns, features_for, keys_for
 from scatterbrain.ops.sparse.lsh import num_reformer_buckets
 
@@ -115,6 +117,19 @@ def _adaptive(columns: float, length: int, options: Options) -> dict[str, int | 
     }
 
 
+def _window_and_landmarks(columns: float, length: int, options: Options) -> dict[str, int]:
+    if not options.get("causal", False):
+        return {"local_context": keys_for(columns / 2), "num_landmarks": keys_for(columns / 2)}
+    # at most half of the columns for landmarks, and the rest for the query's own chunk and others before it
+    num_landmarks = CHUNK
+    own = visible_columns(length, 0, 0, CHUNK)
+    while num_landmarks > 1 and visible_columns(length, num_landmarks, 0, CHUNK) - own > columns / 2:
+        num_landmarks //= 2
+    num_landmarks = options.get("num_landmarks", num_landmarks)
+    num_exact = max(0, int((columns - visible_columns(length, num_landmarks, 0, CHUNK)) / CHUNK))
+    return {"local_context": max(1, 2 * num_exact * CHUNK), "num_landmarks": num_landmarks}
+
+
 # One entry for each config of configs/model/t2tattn_cfg.
 ATTENTIONS: dict[str, AttentionKind] = {
     "full": AttentionKind(FullAttention),
@@ -147,9 +162,7 @@ ATTENTIONS: dict[str, AttentionKind] = {
         for layout in ("bigbird", "longformer", "openai")
     },
     "cluster": AttentionKind(ClusterAttention, lambda c, *_: {"num_landmarks": keys_for(c)}),
-    "sbcluster": AttentionKind(
-        SBClusterAttention, lambda c, *_: {"local_context": keys_for(c / 2), "num_landmarks": keys_for(c / 2)}
-    ),
+    "sbcluster": AttentionKind(SBClusterAttention, _window_and_landmarks),
     "pairedcluster": AttentionKind(PairedClusterAttention, lambda c, length, _: _paired_clusters(c, length, 0)),
     "sbpairedcluster": AttentionKind(
         PairedClusterAttention, lambda c, length, _: _paired_clusters(c, length, EXACT_SHARE)

@@ -208,5 +208,5 @@ def refuse_causal(attention: AttentionModule, refused: bool) -> None:
     if refused:
         raise UserError(
             f"{type(attention).__name__} cannot be causal: it chooses, clusters or sums over all keys at once. "
-            "Choose sblocal, local or performer."
+            "Choose sbcluster, sblocal, local or performer."
         )

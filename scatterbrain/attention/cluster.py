@@ -26,11 +26,15 @@ from scatterbrain.ops.adaptive.plan import check_density, exact_keys
 from scatterbrain.ops.clusters import (
     assign_key_clusters,
     assign_query_clusters,
+    causal_clusters,
     landmark_attention,
+    naive_causal_landmark_attention,
     naive_landmark_attention,
     naive_paired_landmark_attention,
     paired_landmark_attention,
 )
+from scatterbrain.ops.clusters.causal.attention import CHUNK, check_causal_sizes
+from scatterbrain.ops.clusters.causal.levels import visible_columns
 from scatterbrain.ops.clusters.landmark import run_landmarks_again
 from scatterbrain.ops.common.inputs import check_window, query_lengths
 
@@ -53,6 +57,7 @@ class ClusterAttention(AttentionModule):
 
     takes_attn_mask = True
     local_context = 0
+    can_be_causal = False
 
     def __init__(
         self,
@@ -65,7 +70,7 @@ class ClusterAttention(AttentionModule):
         backend: str = "auto",
     ) -> None:
         super().__init__(softmax_temp, causal, attention_dropout, backend)
-        refuse_causal(self, causal)
+        refuse_causal(self, causal and not self.can_be_causal)
         _check_sizes(value_weight, num_landmarks=num_landmarks, num_steps=num_steps)
         self.num_landmarks, self.num_steps, self.value_weight = num_landmarks, num_steps, value_weight
 
@@ -106,17 +111,20 @@ class SBClusterAttention(ClusterAttention):
 
     Args:
         local_context: width W >= 1 of the window in keys.
-        num_landmarks: number of clusters M.
+        num_landmarks: number of clusters M; if causal, of each node, see `scatterbrain.ops.clusters.causal`.
         num_steps: iterations of k-means.
-        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`; 0 if causal.
         softmax_temp: softmax scale; None is E ** -0.5.
-        causal: has to be false.
+        causal: hide the keys j > i. A query then sees its own chunk and those that the window reaches exactly, and the
+            landmarks of earlier chunks alone.
         attention_dropout: probability of dropping a weight in training, see `scatterbrain.ops.scatterbrain.blocked`.
         backend: `naive`, `torch` or `auto`, see the operator.
 
     Raises:
         UserError: a value out of range.
     """
+
+    can_be_causal = True
 
     def __init__(
         self,
@@ -132,10 +140,30 @@ class SBClusterAttention(ClusterAttention):
         check_window(local_context)
         super().__init__(num_landmarks, num_steps, value_weight, softmax_temp, causal, attention_dropout, backend)
         self.local_context = local_context
+        if causal:
+            check_causal_sizes(num_landmarks, local_context, CHUNK, num_steps)
+            if value_weight != 0:
+                raise UserError(f"value_weight={value_weight} is not possible with causal=True. Leave it out.")
 
     def sizes(self) -> dict[str, int]:
         """The window and the number of clusters."""
         return {"local_context": self.local_context, "num_landmarks": self.num_landmarks}
+
+    def memory_columns(self, num_keys: int) -> float:
+        """The window's keys, and a column for each landmark; if causal, the mean of those that the queries see."""
+        if self.causal:
+            return visible_columns(num_keys, self.num_landmarks, self.local_context, CHUNK)
+        return super().memory_columns(num_keys)
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        if not self.causal:
+            return super()._weights(query, key, value, **options)
+        sizes = (self.local_context, CHUNK)
+        masks = {name: options.get(name) for name in ("key_lengths", "attn_mask")}
+        found = causal_clusters(
+            key, self.num_landmarks, *sizes, num_queries=query.shape[2], num_steps=self.num_steps, **masks
+        )
+        return naive_causal_landmark_attention(query, key, value, found, *sizes, options["scale"], **masks)[1]
 
 
 class PairedClusterAttention(AttentionModule):

@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from scatterbrain.errors import UserError, check_whole_number
+from scatterbrain.errors import UserError, check_switch, check_whole_number
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.blocked import blocked_landmark_attention
+from scatterbrain.ops.clusters.causal import causal_landmark_attention
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps, cluster_means, valid_points
 from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_landmark_lse
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
@@ -56,10 +57,11 @@ def landmark_attention(
         query: (B, H, T, E).
         key: (B, H, S, E).
         value: (B, H, S, D).
-        num_landmarks: number of key clusters M.
+        num_landmarks: number of key clusters M; with `is_causal` of each node.
         window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
         scale: softmax scale s; None is E ** -0.5.
-        is_causal: has to be false.
+        is_causal: hide the keys j > i: `scatterbrain.ops.clusters.causal.causal_landmark_attention`, which takes no
+            `assignment` and no `value_weight`.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
@@ -81,7 +83,7 @@ def landmark_attention(
         for a query that sees no key.
 
     Raises:
-        UserError: causal, or shapes, dtypes or options that do not fit.
+        UserError: shapes, dtypes or options that do not fit.
     """
     known_as = None
     given = query, key, value
@@ -90,13 +92,24 @@ def landmark_attention(
         out, known_as = run_landmarks_again(*given, *options)
         if out is not None:
             return out
+    check_switch("is_causal", is_causal)
+    if is_causal:
+        if assignment is not None or value_weight != 0:
+            raise UserError(
+                "Causal landmark attention clusters the keys of each chunk itself: leave out assignment and "
+                "value_weight."
+            )
+        masks = {"key_lengths": key_lengths, "attn_mask": attn_mask}
+        options = {"num_steps": num_steps, "dropout_p": dropout_p, "return_lse": return_lse, "enable_gqa": enable_gqa}
+        return causal_landmark_attention(
+            query, key, value, num_landmarks, window, scale=scale, backend=backend, **masks, **options
+        )
     given_key = key
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
     attn_mask = check_attn_mask(attn_mask, query, key)
     repeats = query.shape[1] // given_key.shape[1]
     check_dropout(dropout_p)
     window_bounds(window)
-    refuse_causal(is_causal)
     scale = default_scale(query, scale)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     reason = fused.unsupported(query, value, num_landmarks, window, dropout_p, return_lse and needs_grad, attn_mask)
@@ -215,16 +228,3 @@ def log_landmark_features(
     log_key.masked_fill_(assignment.unsqueeze(-1) == torch.arange(num_clusters, device=key.device), 0.0)
     means = cluster_means(key.to(dtype), assignment, num_clusters)
     return query.to(dtype) @ (means * scale).transpose(-2, -1), log_key
-
-
-def refuse_causal(is_causal: bool) -> None:
-    """Check that landmark attention is not causal: its landmarks are means over all keys.
-
-    Raises:
-        UserError: it is.
-    """
-    if is_causal:
-        raise UserError(
-            "Landmark attention cannot be causal: landmarks are means over all keys, so later keys would influence "
-            "earlier queries. Choose a local window or random features (local, performer, sblocal)."
-        )

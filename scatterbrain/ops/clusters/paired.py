@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, assign_query_clusters, cluster_means, valid_points
-from scatterbrain.ops.clusters.landmark import refuse_causal
 from scatterbrain.ops.clusters.naive import naive_paired_landmark_attention
 from scatterbrain.ops.clusters.tiles import ClusterTiles
 from scatterbrain.ops.common.backends import choose_backend
@@ -102,7 +101,11 @@ def paired_landmark_attention(
             )
     attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
-    refuse_causal(is_causal)
+    if is_causal:
+        raise UserError(
+            "Paired landmark attention cannot be causal: a summary holds all keys of a cluster, so later keys would "
+            "influence earlier queries. Choose sbcluster, local, performer or sblocal."
+        )
     if isinstance(num_exact, bool) or not isinstance(num_exact, int) or num_exact < 0:
         raise UserError(f"num_exact={num_exact!r} is not a number of keys; give an integer of at least 0.")
     scale = default_scale(query, scale)

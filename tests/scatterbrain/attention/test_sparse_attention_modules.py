@@ -156,13 +156,16 @@ def test_gradients_reach_every_input(name):
             assert tensor.grad.abs().amax(-1).count_nonzero() > tensor.grad[..., 0].numel() / 2
 
 
-@pytest.mark.parametrize("name", [name for name in BUILD if not name.startswith(("bs-", "combination-local"))])
+CAUSAL = ("bs-", "combination-local", "sbcluster")
+
+
+@pytest.mark.parametrize("name", [name for name in BUILD if not name.startswith(CAUSAL)])
 def test_causality_is_refused_where_it_means_nothing(name):
     with pytest.raises(UserError, match="cannot be causal"):
         BUILD[name](causal=True)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILD if name.startswith(("bs-", "combination-local"))])
+@pytest.mark.parametrize("name", [name for name in BUILD if name.startswith(CAUSAL)])
 def test_causal_hides_the_future(name):
     query, key, value = draw(name)
     module = BUILD[name](causal=True)

@@ -25,11 +25,11 @@ LENGTH = 64
 # docs/attentions.md, "Masks"
 CAUSAL = {
     *("full", "local", "performer", "linear-attention-performer", "sblocal", "combination-local-performer"),
-    *("bs-bigbird", "bs-longformer", "bs-openai"),
+    *("bs-bigbird", "bs-longformer", "bs-openai", "sbcluster"),
 }
 MASKED = CAUSAL | {
     *("local2d", "sblocal2d", "sbbs-bigbird", "sbbs-longformer", "sbbs-openai"),
-    *("cluster", "sbcluster", "pairedcluster", "sbpairedcluster"),
+    *("cluster", "pairedcluster", "sbpairedcluster"),
 }
 
 

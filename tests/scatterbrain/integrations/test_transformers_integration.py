@@ -117,9 +117,36 @@ def test_methods_that_take_no_mask_leave_padding_to_sdpa(make):
 
 
 def test_a_causal_model_and_a_method_that_is_not():
-    model = integration.replace(llama(), "sbcluster", 16)
+    model = integration.replace(llama(), "cluster", 16)
     torch.testing.assert_close(output(model, **inputs()), output(llama(), **inputs()))
-    assert outcomes(model) == {"causal, and sbcluster is not"}
+    assert outcomes(model) == {"causal, and cluster is not"}
+
+
+@pytest.mark.parametrize("padding", ["none", pytest.param("left", marks=needs_notes)])
+def test_a_causal_model_with_landmarks(padding):
+    """Several chunks of 64 tokens and grouped queries: prefill is routed, decoding is not."""
+    model, plain = integration.replace(llama(), "sbcluster", 16, num_landmarks=32), llama()
+    ids = torch.randint(0, 50, (2, 300), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :77] = 0
+    tokens = mask.bool()
+    out, expected = (output(each, input_ids=ids, attention_mask=mask) for each in (model, plain))
+    assert outcomes(model) == {"routed"}
+    # the first tokens see no landmarks
+    torch.testing.assert_close(out[0, :64], expected[0, :64], rtol=1e-4, atol=1e-4)
+    few = output(integration.replace(llama(), "sbcluster", 16, num_landmarks=1), input_ids=ids, attention_mask=mask)
+    errors = [(x - expected)[tokens].norm().item() for x in (out, few)]
+    assert 0 < errors[0] < 0.7 * errors[1]
+    changed = ids.clone()
+    changed[:, 200:] = 7
+    changed[~tokens] = 3
+    before, after = (output(model, input_ids=x, attention_mask=mask)[:, :200] for x in (ids, changed))
+    torch.testing.assert_close(after[tokens[:, :200]], before[tokens[:, :200]])
+    with torch.no_grad():
+        grown = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert grown.shape == (2, 303)
+    assert outcomes(model) == {"routed", "another number of queries than of keys (cross-attention, or a cache)"}
 
 
 @needs_notes

@@ -1,0 +1,180 @@
+"""Cache of exact keys and of landmarks for decoding: memory and time of a token do not grow with the keys before."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters.causal.attention import CHUNK, causal_landmark_attention, check_causal_sizes
+from scatterbrain.ops.clusters.causal.blocked import Landmarks
+from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join
+from scatterbrain.ops.common.inputs import check_inputs, default_scale
+from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast
+
+
+class LandmarkCache:
+    """Keys and values of a sequence as causal landmark attention sees them from its end, for decoding.
+
+    Holds the exact keys of the current chunk and of the chunks that the window reaches, and one or two nodes of M
+    landmarks of each level: at most W / 2 + 2 C keys and 2 M log2(N / C) landmarks. `append` of a token takes constant
+    time on average, `attend` of one takes O(W + C + M log N). Results are those of `causal_landmark_attention` for the
+    whole sequence. For inference: there are no gradients.
+
+    Example::
+
+        cache = LandmarkCache(num_landmarks=32, window=256)
+        out = cache.prefill(query, key, value)     # (B, H, T, D), all tokens of the prompt
+        out = cache.step(query, key, value)        # (B, H, 1, D), one token more
+
+    Args:
+        num_landmarks: landmarks M of a node.
+        window: width W of the window, see `causal_landmark_attention`.
+        chunk: keys C of a chunk.
+        num_steps: iterations of Lloyd's algorithm.
+
+    Attributes:
+        length: number of keys so far.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(self, num_landmarks: int, window: int = 0, chunk: int = CHUNK, num_steps: int = 1) -> None:
+        check_causal_sizes(num_landmarks, window, chunk, num_steps)
+        self.num_landmarks, self.window, self.chunk, self.num_steps = num_landmarks, window, chunk, num_steps
+        self.length = 0
+        self._key: torch.Tensor | None = None  # (B, Hkv, near, E), and the values
+        self._value: torch.Tensor | None = None
+        self._nodes: list[Level] = []  # one or two of each level, (B, Hkv, 1 or 2, M, width)
+        self._landmarks: Landmarks | None = None  # all of them, as one node
+
+    @torch.no_grad()
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Add tokens to the end of the sequences.
+
+        Args:
+            key: (B, Hkv, n, E), n at least 1.
+            value: (B, Hkv, n, D).
+
+        Raises:
+            UserError: shapes or dtypes that do not fit, also those of the tokens before.
+        """
+        key, value = check_inputs(key, key, value)[1:3]
+        if self._key is None:
+            self._key, self._value = key.clone(), value.clone()
+        else:
+            for name, tensor, before in (("key", key, self._key), ("value", value, self._value)):
+                if (*tensor.shape[:2], tensor.shape[3]) != (*before.shape[:2], before.shape[3]):
+                    raise UserError(
+                        f"{name} {tuple(tensor.shape)} does not fit the cache of {tuple(before.shape)}: batch, heads "
+                        "and width have to be the same. Make a new LandmarkCache for other sequences."
+                    )
+            self._key, self._value = torch.cat([self._key, key], 2), torch.cat([self._value, value], 2)
+        self.length += key.shape[2]
+        # chunks before the exact ones of the last token become nodes
+        surplus = (self.length - 1) // self.chunk - exact_chunks(self.window, self.chunk)
+        surplus -= (self.length - self._key.shape[2]) // self.chunk
+        if surplus > 0:
+            with no_autocast(key):
+                self._add_nodes(surplus)
+
+    def _add_nodes(self, count: int) -> None:
+        """Make nodes of the first chunks of the exact keys."""
+        size = count * self.chunk
+        dtype = accumulation_dtype(self._key.dtype)
+        key, value = (x[:, :, :size].to(dtype).unflatten(2, (count, -1)) for x in (self._key, self._value))
+        self._key, self._value = self._key[:, :, size:].clone(), self._value[:, :, size:].clone()
+        new = self._cluster(Level(key, value, torch.ones_like(key[..., :1]), torch.zeros_like(key[..., :1])))
+        for level in itertools.count():
+            if level == len(self._nodes):
+                self._nodes.append(new)
+            else:
+                self._nodes[level] = Level(*(torch.cat(pair, 2) for pair in zip(self._nodes[level], new, strict=True)))
+            # one or two nodes stay, and the others, which begin at an even position, become half as many of the next
+            nodes = self._nodes[level]
+            num_pairs = (nodes.key.shape[2] - 1) // 2
+            if num_pairs == 0:
+                break
+            self._nodes[level] = Level(*(x[:, :, 2 * num_pairs :].clone() for x in nodes))
+            pairs = (x[:, :, : 2 * num_pairs].unflatten(2, (num_pairs, 2)).flatten(3, 4) for x in nodes)
+            new = self._cluster(Level(*pairs))
+        joined = (torch.cat([x.flatten(2, 3) for x in each], 2) for each in zip(*self._nodes, strict=True))
+        self._landmarks = Landmarks.of(Level(*joined), self._key.shape[3])
+
+    def _cluster(self, points: Level) -> Level:
+        """Landmarks (B, Hkv, n, M, width) of nodes of points (B, Hkv, n, P, width)."""
+        points = Level(*(x.flatten(0, 1) for x in points))
+        labels = assign_points(points.key, points.count, self.num_landmarks, self.num_steps)
+        level = join(points, labels, self.num_landmarks)
+        return Level(*(x.unflatten(0, self._key.shape[:2]) for x in level))
+
+    @torch.no_grad()
+    def attend(self, query: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """Output (B, H, 1, D) for the last token of each sequence, which `append` has added.
+
+        Args:
+            query: (B, H, 1, E), H a multiple of Hkv.
+            scale: softmax scale s; None is E ** -0.5.
+
+        Raises:
+            UserError: no tokens yet, or a shape that does not fit.
+        """
+        if self._key is None:
+            raise UserError("The LandmarkCache is empty. Add the keys and values of a token with append first.")
+        if query.dim() != 4 or query.shape[2] != 1:
+            raise UserError(f"query {tuple(query.shape)} has to be (B, H, 1, E), one token. Use prefill for more.")
+        check_inputs(query, self._key, self._value, enable_gqa=True)
+        scale = default_scale(query, scale)
+        dtype = accumulation_dtype(query.dtype)
+        with no_autocast(query):
+            # the queries of a group of heads as rows
+            rows = scale * query.to(dtype).reshape(query.shape[0], self._key.shape[1], -1, query.shape[3])
+            key, value = self._key.to(dtype), self._value.to(dtype)
+            logits, values = [rows @ key.transpose(2, 3)], [value]
+            if self._landmarks is not None:
+                logits.append(self._landmarks.logits(rows, torch.linalg.vector_norm(rows, dim=-1, keepdim=True)))
+                values.append(self._landmarks.value)
+            out = torch.cat(logits, -1).softmax(-1) @ torch.cat(values, 2)
+        return out.view(*query.shape[:3], -1).to(query.dtype)
+
+    def step(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+    ) -> torch.Tensor:
+        """Output (B, H, 1, D) for one more token of each sequence; arguments as of `append` and `attend`."""
+        self.append(key, value)
+        return self.attend(query, scale)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Output (B, H, T, D) for all tokens of a prompt, which are added to the empty cache.
+
+        Args:
+            query: (B, H, T, E), H a multiple of Hkv.
+            key: (B, Hkv, T, E).
+            value: (B, Hkv, T, D).
+            scale: softmax scale s; None is E ** -0.5.
+            backend: of `causal_landmark_attention`.
+
+        Raises:
+            UserError: the cache is not empty, or shapes that do not fit.
+        """
+        if self.length > 0:
+            raise UserError(f"The LandmarkCache has {self.length} tokens, and prefill needs an empty one. Use step.")
+        options = {"chunk": self.chunk, "scale": scale, "num_steps": self.num_steps, "backend": backend}
+        out = causal_landmark_attention(query, key, value, self.num_landmarks, self.window, enable_gqa=True, **options)
+        self.append(key, value)
+        return out
+
+    def num_elements(self) -> int:
+        """Number of elements of the tensors of the cache."""
+        tensors = [self._key, self._value, *(self._landmarks or ()), *(x for level in self._nodes for x in level)]
+        return sum(x.numel() for x in tensors if x is not None)

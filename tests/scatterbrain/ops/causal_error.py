@@ -1,0 +1,118 @@
+"""Errors of causal landmark attention, and of simpler forms of it, on queries, keys and values of trained networks.
+
+    python -m tests.scatterbrain.ops.causal_error --inputs qkv.npz...
+
+Each file holds arrays q<layer>, k<layer> and v<layer> of shape (1, N, H, E). The error is the L2 norm of the difference
+of outputs from causal full attention's over that of these, the mean over the heads; the columns are the exact keys and
+landmarks that a query sees, the mean over the queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from scatterbrain.ops.clusters.causal import blocked, causal_landmark_attention
+from scatterbrain.ops.clusters.causal.levels import Level, assign_points, chunks_of, join, visible_columns
+
+CHUNK = 64
+
+
+def dense(logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Output (B, H, T, D) of a softmax, and the mean number of weights."""
+    seen = (logits > -math.inf).sum(-1).double().mean().item()
+    return logits.softmax(-1) @ value, seen
+
+
+def local(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> tuple[torch.Tensor, float]:
+    """The last `window` keys of each query."""
+    distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    logits = query.shape[-1] ** -0.5 * query @ key.transpose(2, 3)
+    return dense(logits.masked_fill((distance < 0) | (distance >= window), -math.inf), value)
+
+
+def without_levels(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_landmarks: int, spread: bool
+) -> tuple[torch.Tensor, float]:
+    """The own chunk and the one before exactly, and M landmarks of every earlier chunk."""
+    batch, heads, length, width = query.shape
+    scale = width**-0.5
+    points = chunks_of(key, value, None, CHUNK, length)
+    points = Level(points[0], points[1], points[2].float(), torch.zeros_like(points[0][..., :1]))
+    level = join(points, assign_points(points.key, points.count, num_landmarks, 1), num_landmarks)
+    level = Level(*(x.flatten(1, 2).unflatten(0, (batch, heads)) for x in level))
+    mean, mean_value, count, _ = level
+    chunk = torch.arange(length)[:, None] // CHUNK
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    exact = (scale * query @ key.transpose(2, 3)).masked_fill((j > i) | (j // CHUNK < chunk - 1), -math.inf)
+    count, log_count = count.transpose(2, 3), count.transpose(2, 3).clamp_min(1.0).log()
+    far = scale * query @ mean.transpose(2, 3) + log_count
+    if spread:
+        norm = scale * query.norm(dim=-1, keepdim=True)
+        far = far + blocked.spread_correction(norm, blocked.spread_of(level, width).transpose(2, 3), log_count)
+    of_chunk = torch.arange(mean.shape[2]) // num_landmarks
+    far = far.masked_fill((count == 0) | (of_chunk >= chunk - 1), -math.inf)
+    return dense(torch.cat([exact, far], -1), torch.cat([value, mean_value], 2))
+
+
+def with_levels(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_landmarks: int, window: int, spread: bool = True
+) -> tuple[torch.Tensor, float]:
+    """Causal landmark attention, also without the correction for the spread of a cluster."""
+    replaced = contextlib.nullcontext() if spread else mock.patch.object(blocked, "spread_correction", return_value=0.0)
+    with replaced:
+        out = causal_landmark_attention(query, key, value, num_landmarks, window, chunk=CHUNK)
+    return out, visible_columns(query.shape[2], num_landmarks, window, CHUNK)
+
+
+FORMS: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {
+    "local, window N / 8": lambda *x: local(*x, x[0].shape[2] // 8),
+    "local, window 256": lambda *x: local(*x, 256),
+    "every chunk, M = 8": lambda *x: without_levels(*x, 8, False),
+    "every chunk, M = 8, spread": lambda *x: without_levels(*x, 8, True),
+    "levels, M = 32, W = 1, no spread": lambda *x: with_levels(*x, 32, 1, False),
+    "levels, M = 32, W = 1": lambda *x: with_levels(*x, 32, 1),
+    "levels, M = 16, W = 128": lambda *x: with_levels(*x, 16, 128),
+    "levels, M = 32, W = 128": lambda *x: with_levels(*x, 32, 128),
+    "levels, M = 64, W = 128": lambda *x: with_levels(*x, 64, 128),
+}
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean over the heads of the relative L2 norm of the difference."""
+    return ((out - expected).flatten(2).norm(dim=2) / expected.flatten(2).norm(dim=2)).mean().item()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE", help="q, k, v of layers, npz")
+    parser.add_argument("--heads", type=int, default=None, metavar="H", help="first heads of each layer (all)")
+    arguments = parser.parse_args()
+    table: dict[str, list[str]] = {name: [] for name in FORMS}
+    titles = []
+    for path in arguments.inputs:
+        arrays = np.load(path)
+        for layer in sorted((name[1:] for name in arrays.files if name[0] == "q"), key=int):
+            tensors = [torch.from_numpy(arrays[name + layer]).float().transpose(1, 2) for name in "qkv"]
+            tensors = [x[:, : arguments.heads].contiguous() for x in tensors]
+            titles.append(f"{path.stem.split('_')[0]} {layer}, N = {tensors[0].shape[2]}")
+            full, _ = local(*tensors, tensors[0].shape[2])
+            for name, form in FORMS.items():
+                out, columns = form(*tensors)
+                table[name].append(f"{error(out, full):.3f} / {columns:.0f}")
+    print("| error / columns |", " | ".join(titles), "|")
+    print("|---" * (1 + len(titles)) + "|")
+    for name, cells in table.items():
+        print(f"| {name} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Decoding with the cache of landmarks equals causal landmark attention of the whole sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters.causal import LandmarkCache, causal_landmark_attention
+from tests.helpers import assert_close, draw_inputs
+
+LENGTH = 150
+
+
+def tensors(heads=2, length=LENGTH, dtype=torch.float64):
+    query = draw_inputs(2, heads, length, dtype=torch.float32)[0]
+    key, value = draw_inputs(2, 2, length, dtype=torch.float32)[1:3]
+    return [x.to(dtype) for x in (query, key, value)]
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize(
+    ("num_landmarks", "window", "chunk"), [(4, 0, 8), (3, 20, 7), (1, 3, 2), (5, 1, 64), (2, 9, 3)]
+)
+def test_steps_equal_the_full_pass(heads, num_landmarks, window, chunk):
+    query, key, value = tensors(heads)
+    full = causal_landmark_attention(query, key, value, num_landmarks, window, chunk=chunk, enable_gqa=True, scale=0.4)
+    cache = LandmarkCache(num_landmarks, window, chunk)
+    for i in range(LENGTH):
+        out = cache.step(*(x[:, :, i : i + 1] for x in (query, key, value)), scale=0.4)
+        assert_close(f"token {i}", full[:, :, i : i + 1], out, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompt", [1, 8, 77, 120])
+def test_prefill_then_steps(prompt, dtype):
+    query, key, value = tensors(4, dtype=dtype)
+    full = causal_landmark_attention(query, key, value, 4, 16, chunk=8, enable_gqa=True)
+    cache = LandmarkCache(4, 16, 8)
+    out = [cache.prefill(*(x[:, :, :prompt] for x in (query, key, value)))]
+    out += [cache.step(*(x[:, :, i : i + 1] for x in (query, key, value))) for i in range(prompt, LENGTH)]
+    assert cache.length == LENGTH
+    assert out[0].dtype == dtype
+    assert_close("out", full, torch.cat(out, 2), 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_parts_of_any_length():
+    query, key, value = tensors()
+    full = causal_landmark_attention(query, key, value, 3, 9, chunk=5)
+    cache, end = LandmarkCache(3, 9, 5), 0
+    for size in (1, 13, 5, 64, 40, 27):
+        cache.append(key[:, :, end : end + size], value[:, :, end : end + size])
+        end += size
+        assert_close("out", full[:, :, end - 1 : end], cache.attend(query[:, :, end - 1 : end]), 1e-11)
+    assert end == LENGTH
+
+
+def test_memory_does_not_grow_with_the_sequence():
+    key, value = torch.randn(2, 1, 1, 20_000, 8).unbind()
+    cache = LandmarkCache(4, 64, 16)
+    sizes = []
+    for part in range(10):
+        cache.append(*(x[:, :, 2000 * part : 2000 * (part + 1)] for x in (key, value)))
+        sizes.append(cache.num_elements())
+    # W / 2 + 2 C keys, and two nodes of each of 11 levels, once more as what products take
+    assert max(sizes) <= (32 + 2 * 16) * 16 + 2 * 2 * 11 * 4 * 18 < 20_000 * 16 / 50
+
+
+def test_autocast_changes_nothing():
+    query, key, value = tensors(dtype=torch.float32)
+    cache = [LandmarkCache(4, 16, 8) for _ in range(2)]
+    plain = cache[0].prefill(query, key, value), cache[0].step(*(x[:, :, :1] for x in (query, key, value)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cache[1].prefill(query, key, value), cache[1].step(*(x[:, :, :1] for x in (query, key, value)))
+    assert all(torch.equal(x, y) for x, y in zip(plain, out, strict=True))
+
+
+def test_errors_name_what_is_wrong():
+    query, key, value = (x[:, :, :1] for x in tensors())
+    cache = LandmarkCache(4)
+    with pytest.raises(UserError, match="empty"):
+        cache.attend(query)
+    cache.step(query, key, value)
+    with pytest.raises(UserError, match="one token"):
+        cache.attend(query.expand(-1, -1, 2, -1))
+    with pytest.raises(UserError, match="needs an empty one"):
+        cache.prefill(query, key, value)
+    with pytest.raises(UserError, match="does not fit the cache"):
+        cache.append(key[:1], value[:1])
+    with pytest.raises(UserError, match="num_landmarks=65"):
+        LandmarkCache(65)
