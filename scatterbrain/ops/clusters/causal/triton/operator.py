@@ -21,8 +21,8 @@ from scatterbrain.ops.clusters.causal.triton.bwd import (
 from scatterbrain.ops.clusters.causal.triton.fwd import causal_fwd_kernel
 from scatterbrain.ops.clusters.causal.triton.nodes import chunk_nodes_kernel, join_nodes_kernel
 from scatterbrain.ops.common.backends import with_near_rows
+from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
-    PLAIN_TENSORS,
     Pass,
     allocate,
     by_token,
@@ -252,7 +252,8 @@ def _backward_pass(
     of_keys, others = describe_outputs(
         key, (("d_key", plan.num_keys, plan.width), ("d_value", plan.num_keys, plan.value_width))
     )
-    outputs, tensors = outputs + of_keys, tensors | others
+    outputs = tuple(first + second for first, second in zip(outputs, of_keys, strict=True))
+    tensors |= others
     pieces = [-(-(2 << level) // piece_chunks) for level in range(len(plan.counts))]
     rows = 2 * plan.num_nodes * num_landmarks
     workspace = BufferLayout()
@@ -371,6 +372,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, num_landmarks, window, chunk, scale, width, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the statistics have none
     ctx.options = (num_landmarks, window, chunk, scale, width)
 
 
