@@ -170,16 +170,16 @@ def test_special_cases(device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), DEVICES[:1])
 @pytest.mark.parametrize("options", [{}, {"tolerance": 0.05}, {"value_weight": 0.5}, {"num_steps": 0}], ids=str)
 def test_own_plan_is_that_of_pytorch(device, dtype, options):
-    tensors = draw(device, dtype, 60, batch=2)
+    tensors = draw(device, dtype, 40, batch=2)
     arguments = (*tensors, 9, 4, 0.3, 7)
-    lengths = {"key_lengths": [60, 33], "query_lengths": torch.tensor([60, 40])}
+    lengths = {"key_lengths": [40, 23], "query_lengths": torch.tensor([40, 30])}
     results = [adaptive_attention(*arguments, **options, **lengths, backend=name) for name in ("torch", "triton")]
     assert_close("out", *results, 1e-6)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_strided_inputs_and_grouped_queries(device, dtype):
-    qkv = torch.randn(2, 40, 3, 4, 16, device=device).to(dtype)
+    qkv = torch.randn(1, 33, 3, 4, 16, device=device).to(dtype)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     plan = plan_adaptive_attention(query, key, value, 8, 4, 0.4)
     arguments = (8, 4, 0.4, 5)
@@ -238,8 +238,7 @@ def test_operators_follow_the_rules_of_torch_library(device, dtype, has_lengths)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("width", [16, 20])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("width", "given"), [(16, False), (20, False), (20, True)])
 def test_is_traced_as_one_graph(width, given):
     tensors = [x.requires_grad_() for x in draw("cpu", torch.float32, 20, width=width)]
     plan = plan_adaptive_attention(*tensors, 5, 3, 0.5) if given else None
