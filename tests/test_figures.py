@@ -407,6 +407,7 @@ def pretrained_plans() -> Expected:
     rows: Expected = []
     for label, name, metrics in (
         ("DINOv2, 518 px", "dinov2_518", ("correlation", "worst_correlation", "iou")),
+        ("DINOv2, 784 px", "dinov2_784", ("correlation", "worst_correlation", "iou")),
         ("Whisper", "whisper", ("word_error_rate", "perplexity")),
         ("MiniLM", "minilm", ("cosine", "worst_cosine", "retrieved")),
     ):
