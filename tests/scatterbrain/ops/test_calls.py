@@ -150,7 +150,6 @@ def bad_calls(workload: Workload) -> list[tuple[str, list, dict]]:
         ]
     elif not workload.is_module:
         calls_ += [
-            ("cannot be causal", [query, key, value], {"is_causal": True}),
             ("num_steps=1.0", [query, key, value], {"num_steps": 1.0}),
             ("num_clusters=True", [query, key, value], {"num_landmarks": True}),
         ]
