@@ -55,6 +55,28 @@ def test_parts_of_any_length():
     assert end == LENGTH
 
 
+@pytest.mark.parametrize("prompt", [40, 77])
+def test_padding_before_the_prompts(prompt):
+    query, key, value = tensors(4, 120)
+    mask = torch.arange(120) >= torch.tensor([0, 21])[:, None]
+    hidden = ~mask[:, None, :, None]
+    mask = mask[:, None, None]
+    full = causal_landmark_attention(query, key, value, 4, 16, chunk=8, enable_gqa=True, attn_mask=mask)
+    key, value = key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.nan)
+    cache = LandmarkCache(4, 16, 8)
+    start = [x[:, :, :prompt] for x in (query, key, value)]
+    out = [cache.prefill(*start, attn_mask=mask[..., :prompt].view(2, prompt))]
+    out += [cache.step(*(x[:, :, i : i + 1] for x in (query, key, value))) for i in range(prompt, 120)]
+    assert_close("out", full, torch.cat(out, 2), 1e-11)
+
+
+def test_a_token_that_sees_nothing_gets_zero():
+    query, key, value = tensors(2, 30)
+    cache, mask = LandmarkCache(2, 0, 4), torch.zeros(2, 30, dtype=torch.bool)
+    cache.append(key, value, mask)
+    assert (cache.attend(query[:, :, :1]) == 0).all()
+
+
 def test_memory_does_not_grow_with_the_sequence():
     key, value = torch.randn(2, 1, 1, 20_000, 8).unbind()
     cache = LandmarkCache(4, 64, 16)
@@ -85,6 +107,8 @@ def test_errors_name_what_is_wrong():
         cache.attend(query.expand(-1, -1, 2, -1))
     with pytest.raises(UserError, match="needs an empty one"):
         cache.prefill(query, key, value)
+    with pytest.raises(UserError, match=r"attn_mask has to be boolean of shape \(2, 1\)"):
+        cache.append(key, value, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(UserError, match="does not fit the cache"):
         cache.append(key[:1], value[:1])
     with pytest.raises(UserError, match="num_landmarks=65"):

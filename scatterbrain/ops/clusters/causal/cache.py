@@ -10,8 +10,8 @@ from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.causal.attention import CHUNK, causal_landmark_attention, check_causal_sizes
 from scatterbrain.ops.clusters.causal.blocked import Landmarks
 from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join
-from scatterbrain.ops.common.inputs import check_inputs, default_scale
-from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast
+from scatterbrain.ops.common.inputs import check_inputs, check_tensors, default_scale
+from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, no_autocast
 
 
 class LandmarkCache:
@@ -47,23 +47,39 @@ class LandmarkCache:
         self.length = 0
         self._key: torch.Tensor | None = None  # (B, Hkv, near, E), and the values
         self._value: torch.Tensor | None = None
+        self._visible: torch.Tensor | None = None  # boolean (B, near)
         self._nodes: list[Level] = []  # one or two of each level, (B, Hkv, 1 or 2, M, width)
         self._landmarks: Landmarks | None = None  # all of them, as one node
 
     @torch.no_grad()
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None) -> None:
         """Add tokens to the end of the sequences.
 
         Args:
             key: (B, Hkv, n, E), n at least 1.
             value: (B, Hkv, n, D).
+            attn_mask: boolean (B, n) or (B, 1, 1, n), false for keys to hide, such as padding before a prompt. None
+                hides none.
 
         Raises:
             UserError: shapes or dtypes that do not fit, also those of the tokens before.
         """
         key, value = check_inputs(key, key, value)[1:3]
+        batch, _, number, _ = key.shape
+        if attn_mask is None:
+            visible = key.new_ones(batch, number, dtype=torch.bool)
+        else:
+            check_tensors(attn_mask=attn_mask)
+            if attn_mask.dtype != torch.bool or attn_mask.shape not in ((batch, number), (batch, 1, 1, number)):
+                raise UserError(
+                    f"attn_mask has to be boolean of shape ({batch}, {number}), true for the keys that take part, got "
+                    f"{attn_mask.dtype} of shape {tuple(attn_mask.shape)}."
+                )
+            visible = attn_mask.reshape(batch, number).to(key.device)
+            hidden = ~visible[:, None, :, None]
+            key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
         if self._key is None:
-            self._key, self._value = key.clone(), value.clone()
+            self._key, self._value, self._visible = key.clone(), value.clone(), visible
         else:
             for name, tensor, before in (("key", key, self._key), ("value", value, self._value)):
                 if (*tensor.shape[:2], tensor.shape[3]) != (*before.shape[:2], before.shape[3]):
@@ -72,6 +88,7 @@ class LandmarkCache:
                         "and width have to be the same. Make a new LandmarkCache for other sequences."
                     )
             self._key, self._value = torch.cat([self._key, key], 2), torch.cat([self._value, value], 2)
+            self._visible = torch.cat([self._visible, visible], 1)
         self.length += key.shape[2]
         # chunks before the exact ones of the last token become nodes
         surplus = (self.length - 1) // self.chunk - exact_chunks(self.window, self.chunk)
@@ -85,8 +102,10 @@ class LandmarkCache:
         size = count * self.chunk
         dtype = accumulation_dtype(self._key.dtype)
         key, value = (x[:, :, :size].to(dtype).unflatten(2, (count, -1)) for x in (self._key, self._value))
+        visible = self._visible[:, :size].to(dtype).view(-1, 1, count, self.chunk, 1).expand_as(key[..., :1])
         self._key, self._value = self._key[:, :, size:].clone(), self._value[:, :, size:].clone()
-        new = self._cluster(Level(key, value, torch.ones_like(key[..., :1]), torch.zeros_like(key[..., :1])))
+        self._visible = self._visible[:, size:].clone()
+        new = self._cluster(Level(key, value, visible, torch.zeros_like(visible)))
         for level in itertools.count():
             if level == len(self._nodes):
                 self._nodes.append(new)
@@ -112,7 +131,7 @@ class LandmarkCache:
 
     @torch.no_grad()
     def attend(self, query: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-        """Output (B, H, 1, D) for the last token of each sequence, which `append` has added.
+        """Output (B, H, 1, D) for the last token of each sequence, which `append` has added; zero where all is hidden.
 
         Args:
             query: (B, H, 1, E), H a multiple of Hkv.
@@ -132,18 +151,26 @@ class LandmarkCache:
             # the queries of a group of heads as rows
             rows = scale * query.to(dtype).reshape(query.shape[0], self._key.shape[1], -1, query.shape[3])
             key, value = self._key.to(dtype), self._value.to(dtype)
-            logits, values = [rows @ key.transpose(2, 3)], [value]
+            hidden = ~self._visible[:, None, None]
+            logits, values = [(rows @ key.transpose(2, 3)).masked_fill(hidden, FLOOR)], [value]
             if self._landmarks is not None:
                 logits.append(self._landmarks.logits(rows, torch.linalg.vector_norm(rows, dim=-1, keepdim=True)))
                 values.append(self._landmarks.value)
-            out = torch.cat(logits, -1).softmax(-1) @ torch.cat(values, 2)
+            joined = torch.cat(logits, -1)
+            blind = joined.amax(-1, keepdim=True) <= FLOOR / 2
+            out = (joined.softmax(-1) @ torch.cat(values, 2)).masked_fill(blind, 0.0)
         return out.view(*query.shape[:3], -1).to(query.dtype)
 
     def step(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None = None,
+        attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Output (B, H, 1, D) for one more token of each sequence; arguments as of `append` and `attend`."""
-        self.append(key, value)
+        self.append(key, value, attn_mask)
         return self.attend(query, scale)
 
     @torch.no_grad()
@@ -153,6 +180,7 @@ class LandmarkCache:
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float | None = None,
+        attn_mask: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> torch.Tensor:
         """Output (B, H, T, D) for all tokens of a prompt, which are added to the empty cache.
@@ -162,6 +190,7 @@ class LandmarkCache:
             key: (B, Hkv, T, E).
             value: (B, Hkv, T, D).
             scale: softmax scale s; None is E ** -0.5.
+            attn_mask: boolean (B, T) or (B, 1, 1, T), false for keys to hide. None hides none.
             backend: of `causal_landmark_attention`.
 
         Raises:
@@ -170,8 +199,11 @@ class LandmarkCache:
         if self.length > 0:
             raise UserError(f"The LandmarkCache has {self.length} tokens, and prefill needs an empty one. Use step.")
         options = {"chunk": self.chunk, "scale": scale, "num_steps": self.num_steps, "backend": backend}
-        out = causal_landmark_attention(query, key, value, self.num_landmarks, self.window, enable_gqa=True, **options)
-        self.append(key, value)
+        if attn_mask is not None and attn_mask.dim() == 2:
+            attn_mask = attn_mask[:, None, None]
+        options |= {"attn_mask": attn_mask, "enable_gqa": True}
+        out = causal_landmark_attention(query, key, value, self.num_landmarks, self.window, **options)
+        self.append(key, value, attn_mask)
         return out
 
     def num_elements(self) -> int:
