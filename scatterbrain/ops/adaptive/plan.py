@@ -262,7 +262,7 @@ def log_losses(
     landmarks = sums / sizes
     mean = landmarks @ means.transpose(1, 2)  # [G, M, Q]
     # variances over a sample of the keys
-    some = slice(None, None, sample_of_variances(key.shape[1]))
+    some = slice(None, None, sample_of_variances(key.shape[1], num_landmarks))
     offsets = key[:, some] - gather_rows(landmarks, key_labels[:, some].clamp_min(0))
     squares = (offsets @ means.transpose(1, 2)).square_()
     (squares,), sampled = cluster_sums((squares,), key_labels[:, some], num_landmarks)

@@ -7,10 +7,12 @@ from scatterbrain.ops.common.numerics import is_exporting
 # Lloyd's steps look at the first of so many points: centroids are means of many, and half of them find as good ones.
 STEP_EVERY = 2
 # A plan of adaptive attention finds centroids from the first of so many points where a cluster has enough of them on
-# average, and variances of logits from the first of so many keys of long sequences.
+# average.
 SAMPLE_EVERY = 4
 KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
-VARIANCE_EVERY, LONG_SEQUENCE = 2, 2048
+# It finds variances of logits from the first of each two keys of a long sequence, of each four or eight where so many of
+# a cluster are left on average.
+LONG_SEQUENCE, KEYS_PER_VARIANCE = 2048, 24
 
 
 def sample_of_keys(num_keys: int, num_clusters: int) -> int:
@@ -24,9 +26,12 @@ def sample_of_queries(length: int, num_clusters: int) -> int:
     return SAMPLE_EVERY if not is_exporting() and length >= QUERIES_PER_CLUSTER * num_clusters else 1
 
 
-def sample_of_variances(num_keys: int) -> int:
+def sample_of_variances(num_keys: int, num_clusters: int) -> int:
     """1, or s where a plan finds variances of logits from the first of each s keys."""
-    return VARIANCE_EVERY if not is_exporting() and num_keys >= LONG_SEQUENCE else 1
+    if is_exporting() or num_keys < LONG_SEQUENCE:
+        return 1
+    left = num_keys // num_clusters // KEYS_PER_VARIANCE
+    return 8 if left >= 8 else 4 if left >= 4 else 2
 
 
 def step_sample(sample: int) -> int:

@@ -64,7 +64,9 @@ class _Call:
         self.plan = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, window, scale, 0)
         self.num_query_landmarks, self.num_exact = num_query_landmarks, num_exact
         plan = self.plan
-        self.tiles: ExactTiles = tiles_for(max(plan.widths["BE"], plan.widths["BD"]), plan.dtype, plan.device)
+        self.tiles: ExactTiles = tiles_for(
+            max(plan.widths["BE"], plan.widths["BD"]), num_exact, plan.dtype, plan.device
+        )
         sizes = plan.groups, plan.length, plan.num_keys, num_landmarks, num_query_landmarks, num_exact
         self.layouts = [plan.clusters(), tables_layout(*sizes, sorts_keys=sorts_keys), self.normalisers()]
         self.of_queries = {"CLUSTERS": num_query_landmarks, "BLOCK": power_of_two(num_query_landmarks)}

@@ -177,7 +177,7 @@ def _plan_pass(
     moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
     moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // moment_queries)
     rows = keys.tiles.sum_rows
-    every = sample_of_variances(num_keys)
+    every = sample_of_variances(num_keys, num_landmarks)
     chunk, chunks = keys.chunks(-(-num_keys // every), rows, tiles.moment_programs, moment_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)

@@ -43,17 +43,20 @@ class ExactTiles:
 
 
 DEFAULT = ExactTiles()
+# lists of up to so many keys leave much of larger steps empty
+SHORT_LIST = 128
 # float32 tiles take twice the memory
 DEFAULT_FLOAT32 = ExactTiles(32, 32, 4, 2, 32, 32, 4, 1, 32, 32, 4, 1)
 
 _override: ExactTiles | None = None
 
 
-def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> ExactTiles:
+def tiles_for(width: int, num_exact: int, dtype: torch.dtype, device: torch.device) -> ExactTiles:
     """Tiles for a shape.
 
     Args:
         width: the larger of E and D, padded to a power of two.
+        num_exact: upper bound of the keys that a query cluster takes.
         dtype: of the inputs.
         device: where they are.
     """
@@ -64,7 +67,8 @@ def tiles_for(width: int, dtype: torch.dtype, device: torch.device) -> ExactTile
         return ExactTiles(16, 16, 4, 2, 16, 16, 4, 2, 16, 16, 4, 2)
     if dtype.itemsize != 2:
         return DEFAULT_FLOAT32
-    return replace(DEFAULT, dq_keys=32, dk_queries=32) if width > 64 else DEFAULT
+    tiles = replace(DEFAULT, dq_keys=32, dk_queries=32) if width > 64 else DEFAULT
+    return replace(tiles, key_rows=32) if num_exact <= SHORT_LIST else tiles
 
 
 @contextmanager

@@ -154,6 +154,8 @@ def tiles_for(
         tiles = replace(tiles, **NO_WINDOW)
     if dtype.itemsize == 2 and width <= 64 and stretch * num_landmarks <= SHORT_SEQUENCE:
         tiles = replace(tiles, **SHORT)
+    elif dtype.itemsize == 2 and width <= 64 and num_landmarks <= 64:
+        tiles = replace(tiles, sum_programs=396)  # three programs fit an SM
     if stretch > 32:
         tiles = replace(tiles, start_rows=64) if stretch <= 256 else replace(tiles, start_rows=128, start_warps=4)
     if num_landmarks > tiles.block:
