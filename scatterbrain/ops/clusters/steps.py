@@ -10,8 +10,8 @@ STEP_EVERY = 2
 # average.
 SAMPLE_EVERY = 4
 KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
-# It finds variances of logits from the first of each two keys of a long sequence, of each four or eight where so many of
-# a cluster are left on average.
+# It finds variances of logits from the first of each two keys of a long sequence, of each four or eight where so many
+# of a cluster are left on average.
 LONG_SEQUENCE, KEYS_PER_VARIANCE = 2048, 24
 
 
