@@ -418,6 +418,14 @@ def pretrained_plans() -> Expected:
     return rows
 
 
+def causal_error() -> Expected:
+    """Error and columns of each form of causal landmarks on each layer."""
+    rows: dict[str, list[Values]] = {}
+    for row in load("docs/data/causal_error.json")["results"]:
+        rows.setdefault(row["form"], []).append((row["error"], row["columns"]))
+    return list(rows.items())
+
+
 # Page, how the table's heading begins, and what its rows have to show.
 CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
@@ -434,6 +442,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/benchmarks.md", "|784 tokens", cpu_attention),
     ("docs/benchmarks.md", "|images/s", cpu_model),
     ("docs/benchmarks.md", "machine|photographs", bfloat16),
+    ("docs/causal.md", "error / columns", causal_error),
     ("docs/data_formats.md", "format|images", formats),
     ("docs/data_formats.md", "loader|images/s", loading),
     ("docs/demo.md", "attention|top-1", demo),

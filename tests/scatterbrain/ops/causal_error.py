@@ -1,6 +1,6 @@
 """Errors of causal landmark attention, and of simpler forms of it, on queries, keys and values of trained networks.
 
-    python -m tests.scatterbrain.ops.causal_error --inputs qkv.npz...
+    python -m tests.scatterbrain.ops.causal_error --inputs qkv.npz... --output docs/data/causal_error.json
 
 Each file holds arrays q<layer>, k<layer> and v<layer> of shape (1, N, H, E). The error is the L2 norm of the difference
 of outputs from causal full attention's over that of these, the mean over the heads; the columns are the exact keys and
@@ -21,6 +21,8 @@ import torch
 
 from scatterbrain.ops.clusters.causal import blocked, causal_landmark_attention
 from scatterbrain.ops.clusters.causal.levels import Level, assign_points, chunks_of, join, visible_columns
+from src.analysis.benchmark.report import header
+from src.analysis.tools import write_results
 
 CHUNK = 64
 
@@ -95,23 +97,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE", help="q, k, v of layers, npz")
     parser.add_argument("--heads", type=int, default=None, metavar="H", help="first heads of each layer (all)")
+    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="JSON file of the results")
     arguments = parser.parse_args()
+    results = []
     table: dict[str, list[str]] = {name: [] for name in FORMS}
     titles = []
     for path in arguments.inputs:
         arrays = np.load(path)
+        network = path.stem.split("_")[0]
         for layer in sorted((name[1:] for name in arrays.files if name[0] == "q"), key=int):
             tensors = [torch.from_numpy(arrays[name + layer]).float().transpose(1, 2) for name in "qkv"]
             tensors = [x[:, : arguments.heads].contiguous() for x in tensors]
-            titles.append(f"{path.stem.split('_')[0]} {layer}, N = {tensors[0].shape[2]}")
-            full, _ = local(*tensors, tensors[0].shape[2])
+            length = tensors[0].shape[2]
+            titles.append(f"{network} {layer}, N = {length}")
+            full, _ = local(*tensors, length)
             for name, form in FORMS.items():
                 out, columns = form(*tensors)
-                table[name].append(f"{error(out, full):.3f} / {columns:.0f}")
+                row = {"form": name, "error": error(out, full), "columns": columns}
+                results.append({"network": network, "layer": int(layer), "length": length, **row})
+                table[name].append(f"{row['error']:.3f} / {columns:.0f}")
     print("| error / columns |", " | ".join(titles), "|")
     print("|---" * (1 + len(titles)) + "|")
     for name, cells in table.items():
         print(f"| {name} |", " | ".join(cells), "|")
+    write_results(arguments, {**header(arguments, torch.device("cpu"), "inputs", chunk=CHUNK), "results": results})
 
 
 if __name__ == "__main__":
