@@ -117,7 +117,7 @@ def adaptive_attention(
     if is_causal:
         raise UserError(
             "Adaptive attention cannot be causal: its landmarks are means over all keys, so later keys would influence "
-            "earlier queries. Choose local, performer or sblocal."
+            "earlier queries. Choose sbcluster, sblocal, local or performer."
         )
     scale = default_scale(query, scale)
     if plan is not None and query.shape[0] > 0:
