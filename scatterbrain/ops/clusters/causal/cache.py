@@ -1,4 +1,4 @@
-"""Cache of exact keys and of landmarks for decoding: memory and time of a token grow with the logarithm of the keys before."""
+"""Cache of exact keys and of landmarks for decoding; time and memory of a token grow like log N."""
 
 from __future__ import annotations
 
