@@ -186,14 +186,14 @@ def test_grouped_queries_and_modules(device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("window", [0, 20])
 def test_gradients_of_grouped_queries(device, dtype, window):
-    query = torch.randn(2, 6, 100, 16, device=device, dtype=dtype)
-    key, value = torch.randn(2, 2, 2, 100, 16, device=device, dtype=dtype).unbind()
-    lengths = torch.tensor([100, 71], device=device)
+    query = torch.randn(2, 4, 70, 16, device=device, dtype=dtype)
+    key, value = torch.randn(2, 2, 2, 70, 16, device=device, dtype=dtype).unbind()
+    lengths = torch.tensor([70, 41], device=device)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     options = {"chunk": 16, "key_lengths": lengths, "backend": "triton"}
     out = causal_landmark_attention(*leaves, 8, window, enable_gqa=True, **options)
     expected = causal_landmark_attention(
-        query, *(x.repeat_interleave(3, 1) for x in (key, value)), 8, window, **options
+        query, *(x.repeat_interleave(2, 1) for x in (key, value)), 8, window, **options
     )
     assert torch.equal(out, expected)
     cotangent = torch.randn_like(out)
