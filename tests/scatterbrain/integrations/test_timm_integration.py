@@ -107,7 +107,7 @@ def test_random_parts_differ_by_layer_and_stay_in_copies():
     assert [layer.attn.scatterbrain_router.seed for layer in model.blocks] == [3, 4]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), out)
-        assert other.blocks[0].attn.forward.args[0] is other.blocks[0].attn
+        assert other.blocks[0].attn.forward.module is other.blocks[0].attn
     assert not torch.allclose(integration.replace(model, "performer", 16, seed=9)(x), out, atol=1e-4)
 
 
