@@ -24,6 +24,7 @@ from scatterbrain.errors import UserError, check_whole_number, is_number
 from scatterbrain.ops.common.numerics import no_autocast
 
 ROUTED = "routed"
+MAX_SEED = 2**63 - 1
 # Modules kept for the sequence lengths of late; an older one is made again, from the same seed.
 MAX_MODULES = 1024
 # Options that belong to a call.
@@ -50,6 +51,7 @@ class Router:
 
     def __init__(self, method: str = "sbcluster", min_tokens: int = 1024, seed: int = 0, **options: Any) -> None:
         check_whole_number("min_tokens", min_tokens, 1)
+        check_whole_number("seed", seed, 0, MAX_SEED)
         for name in OF_A_CALL:
             if name in options:
                 raise UserError(f"{name} is not an option here: each call of the model has its own. Leave it out.")

@@ -127,6 +127,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             out of range.
     """
     inner = unwrap(model)
+    if not isinstance(plan, Plan):
+        raise UserError(f"plan is {type(plan).__name__}. Give what scatterbrain.tune or Plan.load returns.")
     modules = named_modules(inner)
     routers: dict[str, dict[int, Router]] = {}
     for call in plan.calls:
@@ -173,6 +175,7 @@ def restore(model: nn.Module) -> nn.Module:
     Args:
         model: the model; changed in place.
     """
+    unwrap(model)  # checks it
     for module in model.modules():
         vars(module).pop(PLAN, None)
         planned = vars(module).get("forward")

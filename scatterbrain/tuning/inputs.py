@@ -69,7 +69,16 @@ def output_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, tor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model within `torch.compile` and DistributedDataParallel, whose names of modules are those of the plan."""
+    """The model within `torch.compile` and DistributedDataParallel, whose names of modules are those of the plan.
+
+    Args:
+        model: the model.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is {type(model).__name__}. Give a torch.nn.Module.")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
