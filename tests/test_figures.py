@@ -243,6 +243,47 @@ def gpu_attention() -> Expected:
     return rows
 
 
+def landmarks_on_a_gpu() -> Expected:
+    def values(path: str, length: int, names: tuple[str, ...], direction: str) -> list[Values]:
+        where = {"length": length, "pass": direction}
+        full = 1000 * find(path, name="SDPA", **where)["device_milliseconds"]
+        shown: list[Values] = [(full,)]
+        for name in names:
+            time = 1000 * find(path, name=name, **where)["device_milliseconds"] if name else None
+            shown += [(time,), (full / time,)] if time else [None, None]
+        return shown
+
+    path, both = "docs/data/benchmark_landmarks_h200.json", ("cluster", "sbcluster")
+    rows: Expected = []
+    for batch, length in ((128, 3136), (16, 12544), (48, 16384), (1, 65536)):
+        training = values(path, length, both, "training") if length < 65536 else [None] * 5
+        rows.append((f"{batch} x {length:,}", values(path, length, both, "forward") + training))
+    path, alone = "docs/data/benchmark_landmarks_512_h200.json", ("", "sbcluster")
+    rows.append(("48 x 16,384", values(path, 16384, alone, "forward") + [None] * 5))
+    path = "docs/data/benchmark_landmarks_short_h200.json"
+    rows.append(("128 x 784", values(path, 784, alone, "forward") + values(path, 784, alone, "training")))
+    return rows
+
+
+def adaptive_on_a_gpu() -> Expected:
+    rows: Expected = []
+    for batch, length in ((128, 3136), (16, 12544), (48, 16384), (1, 65536)):
+        for density in (0.03, 0.08):
+            values: list[Values] = [(density,)]
+            for direction in ("forward", "training"):
+                if direction == "training" and (length == 65536 or (length, density) == (16384, 0.08)):
+                    values += [None] * 3
+                    continue
+                where = {"length": length, "pass": direction, "density": density}
+                full, ours = (
+                    1000 * find("docs/data/benchmark_adaptive_h200.json", name=name, **where)["device_milliseconds"]
+                    for name in ("SDPA", "sbadaptive")
+                )
+                values += [(full,), (ours,), (full / ours,)]
+            rows.append((f"{batch} x {length:,}", values))
+    return rows
+
+
 def gpu_model() -> Expected:
     rows: Expected = []
     for label, name in (
@@ -430,6 +471,8 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/attentions.md", "name|what a query sees", floors),
     ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
     ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
+    ("docs/benchmarks.md", "batch x tokens|cuDNN full", landmarks_on_a_gpu),
+    ("docs/benchmarks.md", "batch x tokens, landmarks", adaptive_on_a_gpu),
     ("docs/benchmarks.md", "images/s|batch 128", gpu_model),
     ("docs/benchmarks.md", "|784 tokens", cpu_attention),
     ("docs/benchmarks.md", "|images/s", cpu_model),

@@ -215,9 +215,9 @@ def test_other_calls_stay_with_pytorch():
     masked = model[1](x, attn_mask=mask)
     scatterbrain.apply(model, plan_of(planned("0"), planned("1")))
     assert torch.equal(model[0](x), expected) is False
-    scatterbrain.apply(model, plan_of(planned("0"), planned("1", "full", budget=None)))
+    scatterbrain.apply(model, plan_of(planned("0", "pairedcluster"), planned("1", "full", budget=None)))
     assert torch.equal(model(x), expected)
-    assert call_counts(model) == {"0": {"causal, and sbcluster is not": 1}}
+    assert call_counts(model) == {"0": {"causal, and pairedcluster is not": 1}}
     scatterbrain.apply(model, plan_of(planned("0"), planned("1")))
     assert torch.equal(model(x[:, :10]), short)
     assert torch.equal(model[1](x, attn_mask=mask), masked)

@@ -129,10 +129,10 @@ def right_padding() -> torch.Tensor:
 
 def test_calls_that_a_method_cannot_take_are_listed_with_the_reason():
     causal = network(Layer(is_causal=True))
-    (call,) = profile(causal, inputs()).calls
+    (call,) = profile(causal, inputs(), ["local", "pairedcluster"]).calls
     assert call.is_causal
     assert [m.error is not None for m in call.measurements] == [True, True, False, False]
-    assert call.reasons() == {"causal, and sbcluster is not": ["sbcluster 1/8", "sbcluster 1/2"]}
+    assert call.reasons() == {"causal, and pairedcluster is not": ["pairedcluster 1/8", "pairedcluster 1/2"]}
     other = network(Layer(attn_mask=torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()))
     report = profile(other, inputs())
     (call,) = report.calls
@@ -341,9 +341,11 @@ def test_methods_of_any_iterable_and_batches_without_samples():
 
 
 def test_tables_and_files(tmp_path):
-    report = profile(network(Layer(), Layer(is_causal=True)), inputs(), ["full", "local", "sbcluster"])
+    report = profile(network(Layer(), Layer(is_causal=True)), inputs(), ["full", "local", "pairedcluster"])
     text = str(report)
-    assert all(word in text for word in ("full", "local", "sbcluster", "1/8", "1/2", "effective keys", "causal, and"))
+    assert all(
+        word in text for word in ("full", "local", "pairedcluster", "1/8", "1/2", "effective keys", "causal, and")
+    )
     path = tmp_path / "report.json"
     assert report.save(path) is None
     assert scatterbrain.ProfileReport.load(path) == report
