@@ -303,6 +303,19 @@ def key_padding(attn_mask: torch.Tensor, batch: int, num_keys: int) -> torch.Ten
 # Layers of a model ---------------------------------------------------------------------------------------------------
 
 
+def check_model(model: nn.Module) -> None:
+    """Check that a model is one.
+
+    Args:
+        model: the model.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is {type(model).__name__}. Give a torch.nn.Module.")
+
+
 def layer_routers(
     names: list[str], layers: Mapping[str, Mapping[str, Any] | None] | None, seed: int, **options: Any
 ) -> dict[str, Router | None]:
@@ -318,7 +331,12 @@ def layer_routers(
     Raises:
         UserError: a pattern without a layer, or options that `Router` refuses.
     """
-    layers = layers or {}
+    layers = {} if layers is None else layers
+    if not isinstance(layers, Mapping) or not all(isinstance(pattern, str) for pattern in layers):
+        raise UserError(f"layers={layers!r} is not valid. Give options, or None, by patterns of names.")
+    for pattern, changed in layers.items():
+        if changed is not None and not isinstance(changed, Mapping):
+            raise UserError(f"layers: {changed!r} of '{pattern}' is not valid. Give a dict of options, or None.")
     for pattern in layers:
         if not fnmatch.filter(names, pattern):
             example = f"Names are those of model.named_modules(), such as '{names[-1]}'."

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
-from scatterbrain.integrations.router import ATTRIBUTE, Router, layer_routers, report
+from scatterbrain.integrations.router import ATTRIBUTE, Router, check_model, layer_routers, report
 from scatterbrain.integrations.sdpa import SDPAMode
 from scatterbrain.tuning.applying import PlannedForward
 
@@ -80,6 +80,7 @@ def replace(
         UserError: the model has no such layer, or computes attention without scaled_dot_product_attention; unknown
             method, option or layer.
     """
+    check_model(model)
     found = {name: module for name, module in model.named_modules() if hasattr(module, "fused_attn")}
     if not found:
         raise UserError(
@@ -102,6 +103,7 @@ def restore(model: nn.Module) -> nn.Module:
     Args:
         model: model of timm; changed in place.
     """
+    check_model(model)
     for module in model.modules():
         _remove(module)
     return model

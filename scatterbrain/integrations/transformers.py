@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
-from scatterbrain.integrations.router import ATTRIBUTE, Router, layer_routers, report
+from scatterbrain.integrations.router import ATTRIBUTE, Router, check_model, layer_routers, report
 
 __all__ = ["register", "replace", "report", "restore"]
 
@@ -125,6 +125,7 @@ def restore(model: nn.Module) -> nn.Module:
     Args:
         model: a `PreTrainedModel`; changed in place.
     """
+    check_model(model)
     for config, implementation in vars(model).pop(PREVIOUS, ()):
         config._attn_implementation_internal = implementation
     for module in model.modules():

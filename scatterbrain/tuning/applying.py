@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError, did_you_mean
-from scatterbrain.integrations.router import OVERRIDE, ROUTED, Router
+from scatterbrain.integrations.router import OVERRIDE, ROUTED, Router, check_model
 from scatterbrain.integrations.sdpa import SDPAMode
 from scatterbrain.tuning.inputs import named_modules, unwrap
 from scatterbrain.tuning.plan import FULL, Plan, PlannedCall
@@ -175,7 +175,7 @@ def restore(model: nn.Module) -> nn.Module:
     Args:
         model: the model; changed in place.
     """
-    unwrap(model)  # checks it
+    check_model(model)
     for module in model.modules():
         vars(module).pop(PLAN, None)
         planned = vars(module).get("forward")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
+from scatterbrain.integrations.router import check_model
 
 
 def batches(inputs: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
@@ -77,8 +78,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         UserError: it is none.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is {type(model).__name__}. Give a torch.nn.Module.")
+    check_model(model)
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

@@ -171,6 +171,23 @@ def test_compiled_models():
     assert integration.report(model)["blocks.0.attn"] == {"routed": 2}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, "model is NoneType"),
+        ({"layers": ["blocks.0.*"]}, "layers=.* is not valid"),
+        ({"layers": {3: None}}, "layers=.* is not valid"),
+        ({"layers": {"blocks.0.*": 3}}, r"layers: 3 of 'blocks\.0\.\*' is not valid"),
+        ({"seed": "a"}, "seed=a is not valid"),
+    ],
+)
+def test_arguments_of_other_types(options, message):
+    with pytest.raises(UserError, match=message):
+        integration.replace(**({"model": create()} | options))
+    with pytest.raises(UserError, match="model is str"):
+        integration.restore("model.pt")
+
+
 def test_models_without_the_call_are_refused():
     with pytest.raises(UserError, match="Sequential has no attention layer of timm"):
         integration.replace(nn.Sequential(nn.Linear(2, 2)))
