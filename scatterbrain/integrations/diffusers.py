@@ -114,6 +114,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: a model of diffusers; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
     check_model(model)
     for module in model.modules():

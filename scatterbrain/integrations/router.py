@@ -185,6 +185,8 @@ class Router:
     ) -> str | None:
         """Why a call is passed on, whatever its mask; None for no reason."""
         tensors = (query, key, value)
+        if not all(isinstance(x, torch.Tensor) for x in tensors):
+            return "no tensors (torch.fx.symbolic_trace)"
         # modules made here would belong to the recording, or to the level of the transform
         if torch.jit.is_tracing() or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
             return "torch.jit.trace or a transform of torch.func"

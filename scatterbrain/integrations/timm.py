@@ -102,6 +102,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: model of timm; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
     check_model(model)
     for module in model.modules():

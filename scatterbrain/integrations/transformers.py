@@ -124,6 +124,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: a `PreTrainedModel`; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
     check_model(model)
     for config, implementation in vars(model).pop(PREVIOUS, ()):

@@ -174,6 +174,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: the model; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
     check_model(model)
     for module in model.modules():
