@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
-from scatterbrain.integrations.router import ATTRIBUTE, OVERRIDE, Router, layer_routers, report
+from scatterbrain.integrations.router import ATTRIBUTE, OVERRIDE, Router, check_model, layer_routers, report
 from scatterbrain.integrations.sdpa import SDPAMode
 
 __all__ = ["ScatterbrainAttnProcessor", "replace", "report", "restore"]
@@ -82,6 +82,7 @@ def replace(
     Raises:
         UserError: the model has no such layer, or a processor with weights of its own; unknown method, option or layer.
     """
+    check_model(model)
     found = {
         name: module
         for name, module in model.named_modules()
@@ -113,7 +114,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: a model of diffusers; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
+    check_model(model)
     for module in model.modules():
         processor = vars(module).get("processor")
         if isinstance(processor, ScatterbrainAttnProcessor):

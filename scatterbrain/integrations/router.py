@@ -24,6 +24,7 @@ from scatterbrain.errors import UserError, check_whole_number, is_number
 from scatterbrain.ops.common.numerics import no_autocast
 
 ROUTED = "routed"
+MAX_SEED = 2**63 - 1
 # Modules kept for the sequence lengths of late; an older one is made again, from the same seed.
 MAX_MODULES = 1024
 # Options that belong to a call.
@@ -50,6 +51,7 @@ class Router:
 
     def __init__(self, method: str = "sbcluster", min_tokens: int = 1024, seed: int = 0, **options: Any) -> None:
         check_whole_number("min_tokens", min_tokens, 1)
+        check_whole_number("seed", seed, 0, MAX_SEED)
         for name in OF_A_CALL:
             if name in options:
                 raise UserError(f"{name} is not an option here: each call of the model has its own. Leave it out.")
@@ -183,6 +185,8 @@ class Router:
     ) -> str | None:
         """Why a call is passed on, whatever its mask; None for no reason."""
         tensors = (query, key, value)
+        if not all(isinstance(x, torch.Tensor) for x in tensors):
+            return "no tensors (torch.fx.symbolic_trace)"
         # modules made here would belong to the recording, or to the level of the transform
         if torch.jit.is_tracing() or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
             return "torch.jit.trace or a transform of torch.func"
@@ -301,6 +305,19 @@ def key_padding(attn_mask: torch.Tensor, batch: int, num_keys: int) -> torch.Ten
 # Layers of a model ---------------------------------------------------------------------------------------------------
 
 
+def check_model(model: nn.Module) -> None:
+    """Check that a model is one.
+
+    Args:
+        model: the model.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is {type(model).__name__}. Give a torch.nn.Module.")
+
+
 def layer_routers(
     names: list[str], layers: Mapping[str, Mapping[str, Any] | None] | None, seed: int, **options: Any
 ) -> dict[str, Router | None]:
@@ -316,7 +333,12 @@ def layer_routers(
     Raises:
         UserError: a pattern without a layer, or options that `Router` refuses.
     """
-    layers = layers or {}
+    layers = {} if layers is None else layers
+    if not isinstance(layers, Mapping) or not all(isinstance(pattern, str) for pattern in layers):
+        raise UserError(f"layers={layers!r} is not valid. Give options, or None, by patterns of names.")
+    for pattern, changed in layers.items():
+        if changed is not None and not isinstance(changed, Mapping):
+            raise UserError(f"layers: {changed!r} of '{pattern}' is not valid. Give a dict of options, or None.")
     for pattern in layers:
         if not fnmatch.filter(names, pattern):
             example = f"Names are those of model.named_modules(), such as '{names[-1]}'."

@@ -6,16 +6,18 @@ registers the attention layer. Needs timm 1.0.23 or newer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
-from scatterbrain.integrations.router import ATTRIBUTE, Router, layer_routers, report
+from scatterbrain.integrations.router import ATTRIBUTE, Router, check_model, layer_routers, report
 from scatterbrain.integrations.sdpa import SDPAMode
+from scatterbrain.tuning.applying import PlannedForward
 
 try:
     from timm.layers import Attention
@@ -24,6 +26,8 @@ try:
     LAYERS = vision_transformer.ATTN_LAYERS
 except (ImportError, AttributeError) as error:
     raise ImportError("scatterbrain.integrations.timm needs timm 1.0.23 or newer: pip install -U timm") from error
+
+FORWARD = "scatterbrain_forward"
 
 __all__ = ["ScatterbrainAttention", "replace", "report", "restore"]
 
@@ -76,6 +80,7 @@ def replace(
         UserError: the model has no such layer, or computes attention without scaled_dot_product_attention; unknown
             method, option or layer.
     """
+    check_model(model)
     found = {name: module for name, module in model.named_modules() if hasattr(module, "fused_attn")}
     if not found:
         raise UserError(
@@ -97,7 +102,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: model of timm; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
+    check_model(model)
     for module in model.modules():
         _remove(module)
     return model
@@ -111,19 +120,51 @@ def _check_fused(name: str, module: nn.Module) -> None:
         )
 
 
+class _ReplacedForward:
+    """Forward of a layer whose attention its router gets; the forward before, where there is no router any more."""
+
+    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None) -> None:
+        # that of the instance, such as one of another package that wraps it
+        self.module, self.previous = module, previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, args, kwargs)
+
+
 def _install(module: nn.Module, router: Router) -> None:
     # beside parameters and sub-modules, so that state_dict stays
     vars(module)[ATTRIBUTE] = router
-    vars(module)["forward"] = functools.partial(_forward, module)
+    if FORWARD in vars(module):
+        return
+    outer = vars(module).get("forward")
+    planned = isinstance(outer, PlannedForward)  # a plan stays outside, where scatterbrain.restore finds it
+    replaced = vars(module)[FORWARD] = _ReplacedForward(module, outer.previous if planned else outer)
+    if planned:
+        outer.previous = replaced
+    else:
+        vars(module)["forward"] = replaced
 
 
 def _remove(module: nn.Module) -> None:
-    if vars(module).pop(ATTRIBUTE, None) is not None:
+    vars(module).pop(ATTRIBUTE, None)
+    replaced, outer = vars(module).get(FORWARD), vars(module).get("forward")
+    if replaced is None:
+        return
+    if isinstance(outer, PlannedForward) and outer.previous is replaced:
+        outer.previous = replaced.previous
+    elif outer is replaced:
         del vars(module)["forward"]
+        if replaced.previous is not None:
+            vars(module)["forward"] = replaced.previous
+    else:
+        return  # another package wraps it: it stays, without a router
+    del vars(module)[FORWARD]
 
 
 @torch.compiler.disable
-def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward(replaced: _ReplacedForward, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Output of the layer's own forward, whose attention the router gets."""
-    with SDPAMode(vars(module)[ATTRIBUTE]):
-        return type(module).forward(module, *args, **kwargs)
+    forward = replaced.previous or functools.partial(type(replaced.module).forward, replaced.module)
+    router = vars(replaced.module).get(ATTRIBUTE)
+    with contextlib.nullcontext() if router is None else SDPAMode(router):
+        return forward(*args, **kwargs)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
-from scatterbrain.integrations.router import ATTRIBUTE, Router, layer_routers, report
+from scatterbrain.integrations.router import ATTRIBUTE, Router, check_model, layer_routers, report
 
 __all__ = ["register", "replace", "report", "restore"]
 
@@ -101,7 +101,8 @@ def replace(
         name: module for name, module in model.named_modules() if not type(module).__module__.startswith("torch.nn.")
     }
     chosen = layer_routers(list(found), layers, seed, method=method, min_tokens=min_tokens, **options)
-    if PREVIOUS not in vars(model):
+    # again, where the user has set another implementation since
+    if PREVIOUS not in vars(model) or model.config._attn_implementation != NAME:
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         previous = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
         model.set_attn_implementation(NAME)
@@ -123,7 +124,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: a `PreTrainedModel`; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
+    check_model(model)
     for config, implementation in vars(model).pop(PREVIOUS, ()):
         config._attn_implementation_internal = implementation
     for module in model.modules():

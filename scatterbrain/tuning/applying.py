@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError, did_you_mean
-from scatterbrain.integrations.router import OVERRIDE, ROUTED, Router
+from scatterbrain.integrations.router import OVERRIDE, ROUTED, Router, check_model
 from scatterbrain.integrations.sdpa import SDPAMode
 from scatterbrain.tuning.inputs import named_modules, unwrap
 from scatterbrain.tuning.plan import FULL, Plan, PlannedCall
@@ -127,6 +127,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             out of range.
     """
     inner = unwrap(model)
+    if not isinstance(plan, Plan):
+        raise UserError(f"plan is {type(plan).__name__}. Give what scatterbrain.tune or Plan.load returns.")
     modules = named_modules(inner)
     routers: dict[str, dict[int, Router]] = {}
     for call in plan.calls:
@@ -172,7 +174,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Args:
         model: the model; changed in place.
+
+    Raises:
+        UserError: it is no `torch.nn.Module`.
     """
+    check_model(model)
     for module in model.modules():
         vars(module).pop(PLAN, None)
         planned = vars(module).get("forward")

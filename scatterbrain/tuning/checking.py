@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.integrations.router import OVERRIDE
 from scatterbrain.tuning import measuring
 from scatterbrain.tuning.applying import applied_plan, apply, call_counts, restore, router_of
@@ -18,6 +20,9 @@ from scatterbrain.tuning.plan import FULL, Plan
 from scatterbrain.tuning.recording import Candidate, Recorder, recording
 from scatterbrain.tuning.report import call_label, duration, number
 from scatterbrain.tuning.tables import Table
+
+# Milliseconds of the times, at least: medians of a few short runs of a model differ by several times.
+LEAST = 500.0
 
 
 @dataclass
@@ -108,6 +113,7 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
     Raises:
         UserError: the plan does not fit the model, or inputs of another type.
     """
+    check_whole_number("repeats", repeats, 0)
     model = unwrap(model)
     before = applied_plan(model)
     planned = {(call.name, call.index): call for call in plan.calls if call.method != FULL}
@@ -130,16 +136,25 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
                 def call(args: tuple = args, kwargs: dict[str, Any] = kwargs) -> Any:
                     return model(*args, **kwargs)
 
+                # a model may change its inputs
+                own_args, own_kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
                 with recording(model, recorder):
-                    full = dict(output_tensors(call()))
-                if not full:
+                    full = dict(output_tensors(model(*own_args, **own_kwargs)))
+                if not any(tensor.numel() for tensor in full.values()):
                     raise UserError(f"{type(model).__name__} returned no floating-point tensor to compare.")
                 apply(model, plan)
                 out = dict(output_tensors(call()))
+                if any(name not in out or out[name].shape != tensor.shape for name, tensor in full.items()):
+                    raise UserError(
+                        f"{type(model).__name__}: outputs with the plan have other names or shapes than with full "
+                        "attention. Check a part of the model whose outputs can be compared."
+                    )
                 _add(counts, call_counts(model))
                 if repeats and not num_batches:
                     device = next(iter(full.values())).device
-                    times = measuring.milliseconds([functools.partial(_without_plan, call), call], device, repeats)
+                    times = measuring.milliseconds(
+                        [functools.partial(_without_plan, call), call], device, repeats, LEAST
+                    )
                 restore(model)
                 samples = max(next(iter(full.values())).shape[:1] or (1,))
                 for name, tensor in full.items():

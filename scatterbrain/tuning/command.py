@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scatterbrain.errors import UserError, did_you_mean
+from scatterbrain.errors import UserError, check_whole_number, did_you_mean
 
 PACKAGES = "pip install 'scatterbrain-attention[profile]'"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -131,7 +131,7 @@ def shares(text: str) -> list[float]:
     """
     try:
         return [float(Fraction(share)) for share in text.split(",") if share]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no share such as 1/16") from None
 
 
@@ -155,6 +155,7 @@ def profile_command(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"profile needs the package {error.name}. Run: {PACKAGES}") from error
 
+    from scatterbrain.integrations.router import MAX_SEED
     from scatterbrain.tuning.files import check_writable
     from scatterbrain.tuning.plan import check_goal, tune
     from scatterbrain.tuning.profiling import BUDGETS, METHODS, profile
@@ -168,6 +169,7 @@ def profile_command(options: argparse.Namespace) -> None:
     max_error = 0.1 if options.speed_up is None and options.max_error is None else options.max_error
     wants_plan = options.plan or options.max_error is not None or options.speed_up is not None
     check_goal(max_error, options.speed_up)
+    check_whole_number("seed", options.seed, 0, MAX_SEED)
     if options.figure is not None and options.figure.suffix not in FIGURES:
         raise UserError(f"--figure {options.figure} is no file of {', '.join(FIGURES)}. Give it such an ending.")
     found = find_images(options.images)
@@ -197,7 +199,8 @@ def profile_command(options: argparse.Namespace) -> None:
     def write(path: Path | None, save: Callable[[Path], Path | None]) -> None:
         if path is not None:
             backup = save(path)
-            log.print(f"Wrote {path}" + (f" (the file before is {backup})" if backup else ""), highlight=False)
+            before = f" (the file before is {backup})" if backup else ""
+            log.print(f"Wrote {path}{before}", markup=False, highlight=False)
 
     plan = None
     try:
@@ -214,7 +217,7 @@ def profile_command(options: argparse.Namespace) -> None:
     if held_out:
         plan.check(model, batches(held_out), repeats=min(options.repeats, 3)).print()
     else:
-        log.print(f"No image is left to check the plan: {options.images} has {len(found)}.")
+        log.print(f"No image is left to check the plan: {options.images} has {len(found)}.", markup=False)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -290,8 +293,8 @@ def device_of(name: str | None) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
+        torch.empty(0, device=device).tolist()
+    except (RuntimeError, AssertionError, ValueError) as error:  # meta has no values
         raise UserError(f"--device {name} is not there ({first_line(error)}). Give cpu or cuda.") from error
     return device
 
@@ -341,7 +344,7 @@ def load_batches(paths: Sequence[Path], transform: Callable, batch_size: int, de
             try:
                 with Image.open(path) as image:
                     tensors.append(transform(image.convert("RGB")))
-            except (OSError, Image.DecompressionBombError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"{path} is no readable image ({first_line(error)}). Move it elsewhere.") from error
         yield torch.stack(tensors).to(device, getattr(torch, dtype))
 
@@ -369,7 +372,7 @@ def progress(console: Any, num_batches: int) -> Iterator[tuple[Callable[[Any], A
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     batch = count = 0
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("attention calls", total=None)

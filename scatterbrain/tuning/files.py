@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import secrets
+import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, is_number
+
+T = TypeVar("T")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -23,7 +28,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         UserError: it is a folder, or its folder does not exist or cannot be written to.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or with a null character
+        raise UserError(f"{str(path)[:100]!r} cannot be written ({error}). Choose another name.") from error
+    if is_folder:
         raise UserError(f"{path} is a folder, but a file is to be written there. Choose another name.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written. Check that its folder exists and that you may write to it.")
@@ -47,6 +56,9 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path | Non
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         if path.is_file() and path.read_bytes() == data:
+            return None
+        if path.exists() and not path.is_file():  # /dev/null, a pipe: not to be replaced by a file
+            path.write_bytes(data)
             return None
         with open(temporary, "xb") as file:
             file.write(data)
@@ -95,9 +107,39 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{os.fspath(path)} cannot be read ({error.strerror}). Check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{os.fspath(path)} is no JSON file ({error}). Write it again with `save`.") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:
         raise UserError(f"{os.fspath(path)} is no '{kind}' but {found!r}. Write it with `save` of this version.")
     return content
+
+
+def dataclass_of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Instance of a dataclass from values of a file.
+
+    Args:
+        kind: the dataclass.
+        values: its fields.
+
+    Raises:
+        TypeError: a field is missing or unknown, or its value is of another type, or not finite.
+    """
+    made = kind(**values)
+    for name, hint in get_type_hints(kind).items():
+        if not _fits(getattr(made, name), hint):
+            raise TypeError(f"{name}={getattr(made, name)!r}")
+    return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint is float:
+        return is_number(value) and math.isfinite(value)
+    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)

@@ -312,7 +312,7 @@ def _maps(report: ProfileReport) -> str:
     ]
     for png in report.thumbnails:
         parts.append(
-            f'<figure><img class="photo" alt="The image" src="data:image/png;base64,{png}">'
+            f'<figure><img class="photo" alt="The image" src="data:image/png;base64,{escape(png)}">'
             "<figcaption>input</figcaption></figure>"
         )
     for call in found:
@@ -322,7 +322,7 @@ def _maps(report: ProfileReport) -> str:
             rows.setdefault(shown.query, []).append(shown)
         for query, row in rows.items():
             figures = "".join(
-                f'<figure><img alt="{escape(shown.label)}" src="data:image/png;base64,{shown.png}">'
+                f'<figure><img alt="{escape(shown.label)}" src="data:image/png;base64,{escape(shown.png)}">'
                 f"<figcaption>{escape(shown.label)}</figcaption></figure>"
                 for shown in row
             )

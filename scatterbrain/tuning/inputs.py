@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from scatterbrain.errors import UserError
+from scatterbrain.integrations.router import check_model
 
 
 def batches(inputs: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
@@ -69,7 +70,15 @@ def output_tensors(output: Any, name: str = "output") -> Iterator[tuple[str, tor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model within `torch.compile` and DistributedDataParallel, whose names of modules are those of the plan."""
+    """The model within `torch.compile` and DistributedDataParallel, whose names of modules are those of the plan.
+
+    Args:
+        model: the model.
+
+    Raises:
+        UserError: it is none.
+    """
+    check_model(model)
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

@@ -159,7 +159,9 @@ def effective_keys(
     return float(torch.tensor(total / max(count, 1)).exp())
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+def milliseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, least: float = 0.0
+) -> list[float]:
     """Median time of each call, in rounds of all of them, so that what slows the machine down slows all.
 
     On CUDA by events around four calls in a row, with the host's time where that is longer.
@@ -168,10 +170,14 @@ def milliseconds(calls: Sequence[Callable[[], object]], device: torch.device, re
         calls: what to time; each is called once before.
         device: where they compute.
         repeats: number of rounds.
+        least: further rounds, up to 100, until they have taken this many milliseconds.
     """
     for call in calls:
         call()
-    rounds = [[_milliseconds(call, device) for call in calls] for _ in range(repeats)]
+    rounds: list[list[float]] = []
+    start = time.perf_counter()
+    while len(rounds) < repeats or (len(rounds) < 100 and 1e3 * (time.perf_counter() - start) < least):
+        rounds.append([_milliseconds(call, device) for call in calls])
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from scatterbrain.errors import UserError, is_number
-from scatterbrain.tuning.files import read_json, write_file
+from scatterbrain.tuning.files import dataclass_of, read_json, write_file
 from scatterbrain.tuning.report import CallReport, Measurement, ProfileReport, call_label, method_label, number
 from scatterbrain.tuning.tables import Table
 
@@ -60,6 +60,18 @@ class PlannedCall:
     def method_label(self) -> str:
         """Method and budget, such as `sbcluster 1/16`."""
         return method_label(self.method, self.budget)
+
+    def check(self) -> None:
+        """Check that numbers are those of a call.
+
+        Raises:
+            TypeError: one is too small.
+        """
+        whole = {"index": 0, "seed": 0, "min_tokens": 1, "num_calls": 1}
+        small = [name for name, minimum in whole.items() if getattr(self, name) < minimum]
+        small += [name for name in ("milliseconds", "full_milliseconds") if getattr(self, name) <= 0]
+        if small:
+            raise TypeError(f"{self.label}: {small[0]}={getattr(self, small[0])}")
 
 
 @dataclass
@@ -137,7 +149,12 @@ class Plan:
         content = read_json(path, FORMAT)
         content.pop("format")
         try:
-            return cls(**{**content, "calls": [PlannedCall(**call) for call in content["calls"]]})
+            calls = [dataclass_of(PlannedCall, call) for call in content["calls"]]
+            for call in calls:
+                call.check()
+            if not calls:
+                raise TypeError("it has no calls")
+            return dataclass_of(cls, {**content, "calls": calls})
         except (TypeError, KeyError) as error:
             raise UserError(f"{os.fspath(path)} is no complete plan ({error}). Write it again with `save`.") from error
 
@@ -150,10 +167,11 @@ class Plan:
         Args:
             model: the model.
             inputs: as for `scatterbrain.profile`.
-            repeats: number of times of the model on the first batch, with and without the plan; 0 measures none.
+            repeats: smallest number of times of the model on the first batch, with and without the plan; short ones are
+                repeated for half a second. 0 measures none.
 
         Raises:
-            UserError: the plan does not fit the model, or inputs of another type.
+            UserError: the plan does not fit the model, inputs of another type, or outputs that cannot be compared.
         """
         from scatterbrain.tuning.checking import check_plan
 
@@ -177,10 +195,14 @@ def tune(report: ProfileReport, *, max_error: float | None = None, speed_up: flo
         speed_up: how many times as fast as full attention all calls together are to be, more than 1.
 
     Raises:
-        UserError: not exactly one of the two, a value out of range, a speed-up that no plan reaches, or a profile
-            without times.
+        UserError: not exactly one of the two, a value out of range, a speed-up that no plan reaches, a profile without
+            times, or something else than a profile.
     """
     goal = check_goal(max_error, speed_up)
+    if not isinstance(report, ProfileReport):
+        raise UserError(
+            f"report is {type(report).__name__}. Give what scatterbrain.profile or ProfileReport.load returns."
+        )
     if not all(call.milliseconds > 0 for call in report.calls):
         raise UserError("report has no times, and a plan needs them. Profile with repeats of at least 1.")
     bound = _bound_for(report, speed_up) if max_error is None else float(max_error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from scatterbrain.attention import ATTENTIONS
 from scatterbrain.errors import UserError, check_whole_number, is_number
-from scatterbrain.integrations.router import Router
+from scatterbrain.integrations.router import MAX_SEED, Router
 from scatterbrain.tuning.inputs import batches, evaluation, unwrap
 from scatterbrain.tuning.maps import thumbnail
 from scatterbrain.tuning.recording import Candidate, Recorder, check_calls, recording
@@ -65,8 +65,10 @@ def profile(
     Raises:
         UserError: unknown method, budget out of range, inputs of another type, or a model without such a call.
     """
+    model = unwrap(model)
+    methods = methods if isinstance(methods, str) or not isinstance(methods, Iterable) else list(methods)
     routers = _routers(methods, budgets, min_tokens)
-    check_whole_number("seed", seed, 0)
+    check_whole_number("seed", seed, 0, MAX_SEED)
     check_whole_number("repeats", repeats, 0)
     for router, _ in routers.values():
         router.seed = seed
@@ -74,7 +76,6 @@ def profile(
     def candidates(name: str, index: int, number: int) -> list[Candidate]:
         return [Candidate(router.method, budget, router, number) for router, budget in routers.values()]
 
-    model = unwrap(model)
     recorder = Recorder(candidates, repeats, [maps] if isinstance(maps, str) else maps, on_call)
     thumbnails: list[str] = []
     with evaluation(model), recording(model, recorder):
@@ -111,6 +112,8 @@ def _routers(
             raise UserError(f"budgets: {budget!r} is not valid. Give shares in (0, 1], such as [1 / 16, 1 / 8].")
     routers = {}
     for method in methods:
+        if not isinstance(method, str):
+            raise UserError(f"methods: {method!r} is no name. Give names of scatterbrain.ATTENTIONS.")
         has_budget = method not in ATTENTIONS or ATTENTIONS[method].fit is not None
         for budget in budgets if has_budget else [None]:
             options = {} if budget is None else {"memory_fraction": float(budget)}

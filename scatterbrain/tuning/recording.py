@@ -149,7 +149,7 @@ class Recorder:
         self.devices[query.device] = None
         record.num_calls += 1
         record.num_samples += samples
-        record.effective_keys += keys * samples
+        record.effective_keys += keys * samples if samples else 0.0
         full = queries = None
         taken: dict[tuple, Callable[[], object]] = {}
         for candidate, sums in zip(record.candidates, record.sums, strict=True):
@@ -240,7 +240,7 @@ class Recorder:
                 else:
                     measurement.reason = f"{candidate.method}: output or full attention's is not finite"
             measurements.append(measurement)
-        keys = record.effective_keys / record.num_samples
+        keys = record.effective_keys / record.num_samples if record.num_samples else math.nan
         return CallReport(
             name=record.name,
             index=record.index,

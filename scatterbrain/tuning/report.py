@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scatterbrain.errors import UserError
-from scatterbrain.tuning.files import read_json, write_file
+from scatterbrain.tuning.files import dataclass_of, read_json, write_file
 from scatterbrain.tuning.tables import Table
 
 if TYPE_CHECKING:
@@ -222,16 +222,19 @@ class ProfileReport:
         content.pop("format")
         try:
             calls = [
-                CallReport(
-                    **{
+                dataclass_of(
+                    CallReport,
+                    {
                         **call,
-                        "measurements": [Measurement(**x) for x in call["measurements"]],
-                        "maps": [AttentionMap(**x) for x in call["maps"]],
-                    }
+                        "measurements": [dataclass_of(Measurement, x) for x in call["measurements"]],
+                        "maps": [dataclass_of(AttentionMap, x) for x in call["maps"]],
+                    },
                 )
                 for call in content.pop("calls")
             ]
-            return cls(**content, calls=calls)
+            if not calls:
+                raise TypeError("it has no calls")
+            return dataclass_of(cls, {**content, "calls": calls})
         except (TypeError, KeyError) as error:
             raise UserError(
                 f"{os.fspath(path)} is no complete report ({error}). Write it again with `save`."

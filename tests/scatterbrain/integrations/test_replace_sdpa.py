@@ -191,6 +191,18 @@ def test_transforms_and_recordings_are_passed_on():
     assert "routed" not in replacement.report()
 
 
+def test_symbolic_traces_are_passed_on():
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(1, 2, LENGTH, 16)
+    with scatterbrain.replace_sdpa("sblocal", 16) as replacement:
+        traced = torch.fx.symbolic_trace(Model())
+    assert replacement.report() == {"no tensors (torch.fx.symbolic_trace)": 1}
+    assert torch.equal(traced(x), SDPA(x, x, x))
+
+
 def test_what_the_method_refuses_is_passed_on():
     out, expected, report = both("local2d", *tensors(length=60))
     (reason,) = report

@@ -107,7 +107,7 @@ def test_random_parts_differ_by_layer_and_stay_in_copies():
     assert [layer.attn.scatterbrain_router.seed for layer in model.blocks] == [3, 4]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), out)
-        assert other.blocks[0].attn.forward.args[0] is other.blocks[0].attn
+        assert other.blocks[0].attn.forward.module is other.blocks[0].attn
     assert not torch.allclose(integration.replace(model, "performer", 16, seed=9)(x), out, atol=1e-4)
 
 
@@ -169,6 +169,23 @@ def test_compiled_models():
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
     assert integration.report(model)["blocks.0.attn"] == {"routed": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, "model is NoneType"),
+        ({"layers": ["blocks.0.*"]}, "layers=.* is not valid"),
+        ({"layers": {3: None}}, "layers=.* is not valid"),
+        ({"layers": {"blocks.0.*": 3}}, r"layers: 3 of 'blocks\.0\.\*' is not valid"),
+        ({"seed": "a"}, "seed=a is not valid"),
+    ],
+)
+def test_arguments_of_other_types(options, message):
+    with pytest.raises(UserError, match=message):
+        integration.replace(**({"model": create()} | options))
+    with pytest.raises(UserError, match="model is str"):
+        integration.restore("model.pt")
 
 
 def test_models_without_the_call_are_refused():

@@ -350,6 +350,15 @@ def test_the_way_back():
     assert integration.report(model) == {}
 
 
+def test_replace_after_the_user_chose_another_implementation():
+    model = integration.replace(bert(), "local", 16)
+    expected = output(model, **inputs())
+    model.set_attn_implementation("eager")
+    integration.replace(model, "local", 16)
+    assert torch.equal(output(model, **inputs()), expected)
+    assert integration.restore(model).config._attn_implementation == "eager"
+
+
 def test_saving_names_no_implementation(tmp_path):
     model = integration.replace(bert(), "local", 16)
     model.save_pretrained(tmp_path)

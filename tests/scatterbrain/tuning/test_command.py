@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,10 @@ def test_a_checkpoint(images, tmp_path, capsys):
         ({"--max-error": "0.1", "--speed-up": "2"}, "not allowed with argument"),
         ({"--max-error": "-1"}, "max_error=-1.0 is not valid"),
         ({"--seed": "-1"}, "seed=-1"),
+        ({"--seed": str(2**70)}, "seed="),
+        ({"--budgets": "1e400"}, "'1e400' is no share"),
+        ({"--device": "meta"}, "--device meta is not there"),
+        ({"--json": "x" * 300}, "cannot be written"),
     ],
 )
 def test_wrong_input(images, capsys, changed, message):
@@ -137,6 +142,30 @@ def test_a_file_that_is_no_image(images, capsys):
     (images / "a" / "0.png").write_text("text")
     assert main(["profile", "--timm", MODEL, "--images", str(images), "--random-weights", *SMALL]) == 1
     assert "0.png is no readable image" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_damaged_part_of_an_image(images, capsys):
+    path = images / "a" / "0.png"
+    data = path.read_bytes()
+    start = data.index(b"IDAT") - 4
+    size = int.from_bytes(data[start : start + 4], "big")
+    first = b"IDAT" + data[start + 8 : start + 8 + size // 2]
+    first = (size // 2).to_bytes(4, "big") + first + zlib.crc32(first).to_bytes(4, "big")
+    path.write_bytes(data[:start] + first + b"\0\0\0\5\0\1\2\3" + data[start + 8 + size // 2 :])
+    assert main(["profile", "--timm", MODEL, "--images", str(images), "--random-weights", *SMALL]) == 1
+    assert "0.png is no readable image" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_names_that_look_like_markup_of_rich(images, tmp_path, capsys):
+    folder = tmp_path / "[a]"
+    (images / "a").rename(folder)
+    arguments = ["profile", "--timm", MODEL, "--images", str(folder), "--random-weights", *SMALL]
+    assert main([*arguments, "--json", str(tmp_path / "[bold]r[*].json"), "--max-error", "1"]) == 0
+    assert "[bold]r[*].json" in capsys.readouterr().err.replace("\n", "")
+    (folder / "[").mkdir()
+    (tmp_path / "[").mkdir()
+    assert main([*arguments, "--plan", str(tmp_path / "[" / "]p.json")]) == 0
+    assert "[/]p.json" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_weights_that_cannot_be_downloaded(images, capsys, monkeypatch):

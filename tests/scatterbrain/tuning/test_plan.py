@@ -18,6 +18,7 @@ from torch import nn
 import scatterbrain
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import OVERRIDE
+from scatterbrain.tuning import measuring
 from scatterbrain.tuning.applying import PlannedForward, applied_plan, call_counts
 from scatterbrain.tuning.plan import PlannedCall
 from scatterbrain.tuning.report import CallReport, Measurement
@@ -221,6 +222,62 @@ def test_other_calls_stay_with_pytorch():
     assert torch.equal(model(x[:, :10]), short)
     assert torch.equal(model[1](x, attn_mask=mask), masked)
     assert call_counts(model)["1"] == {"fewer than 16 tokens": 1, "attn_mask that differs by query or head": 1}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"name": 3},
+        {"index": "0"},
+        {"index": -1},
+        {"method": None},
+        {"method": ["local"]},
+        {"budget": "1/4"},
+        {"budget": float("nan")},
+        {"seed": -1},
+        {"min_tokens": 0},
+        {"error": None},
+        {"error": float("nan")},
+        {"milliseconds": 0},
+        {"full_milliseconds": "1"},
+        {"num_calls": 0},
+    ],
+)
+def test_damaged_plans(tmp_path, changed):
+    path = tmp_path / "plan.json"
+    plan_of(planned("0"), planned("2")).save(path)
+    content = json.loads(path.read_text())
+    content["calls"][1] |= changed
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"plan.json is no complete plan .*{next(iter(changed))}="):
+        scatterbrain.Plan.load(path)
+
+
+@pytest.mark.parametrize("changed", [{"calls": []}, {"calls": {}}, {"model": 3}, {"goal": None}, {"versions": [1]}])
+def test_damaged_heads_of_plans(tmp_path, changed):
+    path = tmp_path / "plan.json"
+    plan_of(planned("0")).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=r"plan.json is no complete plan"):
+        scatterbrain.Plan.load(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"plan.json is no JSON"):
+        scatterbrain.Plan.load(path)
+
+
+def test_arguments_of_other_types():
+    model, plan = network(), plan_of(planned("0"))
+    for wrong in (lambda: scatterbrain.apply(plan, model), lambda: scatterbrain.restore("model.pt")):
+        with pytest.raises(UserError, match=r"model is (Plan|str)\. Give a torch\.nn\.Module"):
+            wrong()
+    with pytest.raises(UserError, match=r"plan is str\. Give what scatterbrain\.tune"):
+        scatterbrain.apply(model, "plan.json")
+    with pytest.raises(UserError, match=r"report is str\. Give what scatterbrain\.profile"):
+        scatterbrain.tune("report.json", max_error=0.1)
+    with pytest.raises(UserError, match="seed="):
+        scatterbrain.apply(model, plan_of(planned("0", seed=2**70)))
+    with pytest.raises(UserError, match="repeats=3"):
+        plan.check(model, inputs(), repeats="3")
 
 
 def test_a_plan_of_another_model_is_an_error():
@@ -492,6 +549,40 @@ def test_a_check_of_several_outputs():
     assert list(check.outputs) == ["logits", "hidden[0]", "hidden[1]"]
     assert all(error > 1e-4 for error in check.outputs.values())
     assert check.milliseconds is None
+
+
+def test_a_check_of_a_model_that_changes_its_inputs():
+    class Model(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    model = grown(Model())
+    plan = plan_of(planned("", "full", budget=None))
+    assert plan.check(model, inputs(), repeats=0).error == 0
+
+
+def test_a_check_of_outputs_that_cannot_be_compared():
+    class Model(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x)
+            return out[out > 0]
+
+    plan = plan_of(planned("", "local", budget=1 / 32))
+    with pytest.raises(UserError, match="other names or shapes"):
+        plan.check(grown(Model()), inputs(), repeats=0)
+    with pytest.raises(UserError, match="no floating-point tensor to compare"):
+        plan_of(planned("0")).check(network(), inputs(batch=0), repeats=0)
+
+
+def test_short_times_of_a_check_are_of_many_runs(monkeypatch):
+    # the first runs of a model take longer, with full attention or with the plan
+    model, x = network(), inputs()
+    count = []
+    times = iter([9.0, 1.0, 9.0, 1.0, 9.0, 1.0] + 500 * [2.0, 2.0])
+    monkeypatch.setattr(measuring, "_milliseconds", lambda call, device: count.append(1) or next(times))
+    result = plan_of(planned("0", "full", budget=None)).check(model, x)
+    assert len(count) == 200
+    assert result.full_milliseconds == result.milliseconds == 2
 
 
 def test_a_check_names_calls_that_are_not_made():

@@ -319,11 +319,22 @@ def test_calls_are_announced():
         ({"x": "photo.png"}, "inputs is str"),
         ({"x": []}, "inputs has no batch"),
         ({"x": [3]}, "inputs has a batch of int"),
+        ({"model": torch.zeros(2)}, r"model is Tensor\. Give a torch\.nn\.Module"),
+        ({"methods": [["local"]]}, r"methods: \['local'\] is no name"),
+        ({"seed": 2**70}, "seed="),
     ],
 )
 def test_wrong_input(options, message):
     with pytest.raises(UserError, match=message):
-        profile(network(), options.pop("x", inputs()), **options)
+        profile(options.pop("model", network()), options.pop("x", inputs()), **options)
+
+
+def test_methods_of_any_iterable_and_batches_without_samples():
+    report = profile(network(), [inputs(), inputs(batch=0)], iter(["local", "strided"]))
+    assert report.methods == ["local", "strided"]
+    assert report.calls[0].effective_keys > 1
+    assert report.calls[0].measurements[0].error > 0
+    assert profile(network(), inputs(batch=0)).calls[0].effective_keys is None
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -373,6 +384,33 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="is no complete report"):
         scatterbrain.ProfileReport.load(path)
+
+
+def test_files_that_are_no_regular_files_stay(tmp_path):
+    report = profile(network(), inputs(), repeats=0)
+    (tmp_path / "null.json").symlink_to("/dev/null")
+    assert report.save(tmp_path / "null.json") is None
+    assert (tmp_path / "null.json").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match="cannot be written"):
+        report.save(tmp_path / ("x" * 300))
+
+
+def test_damaged_and_hostile_reports(tmp_path):
+    path = tmp_path / "report.json"
+    profile(network(), inputs(), repeats=0).save(path)
+    content = json.loads(path.read_text())
+    for changed in ({"calls": []}, {"methods": None}, {"budgets": ["a"]}, {"versions": 3}, {"thumbnails": [3]}):
+        path.write_text(json.dumps(content | changed))
+        with pytest.raises(UserError, match="is no complete report"):
+            scatterbrain.ProfileReport.load(path)
+    hostile = '"><script>alert(1)</script>'
+    content["thumbnails"] = [hostile]
+    content["calls"][0]["maps"] = [{"query": hostile, "label": hostile, "png": hostile}]
+    content["calls"][0]["name"] = content["model"] = hostile
+    path.write_text(json.dumps(content))
+    scatterbrain.ProfileReport.load(path).save_html(tmp_path / "report.html")
+    assert hostile not in (tmp_path / "report.html").read_text()
 
 
 def test_the_page_is_self_contained_and_escapes_names(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -50,6 +52,40 @@ def test_models_of_timm(name, replaced):
     assert plan.check(model, images, repeats=0).error < 1e-3
     scatterbrain.restore(model)
     torch.testing.assert_close(model(images), approximate if replaced else expected)
+
+
+@pytest.mark.parametrize("plan_first", [False, True])
+def test_a_plan_and_replace_are_undone_in_any_order(plan_first):
+    timm = pytest.importorskip("timm", minversion="1.0.23")
+    integration = pytest.importorskip("scatterbrain.integrations.timm")
+    torch.manual_seed(0)
+    model = grown(timm.create_model("vit_tiny_patch16_224", **TIMM_SIZES), 0.1)
+    wrapped = []
+    layer = model.blocks[0].attn
+    layer.forward = lambda x, **kwargs: wrapped.append(1) or type(layer).forward(layer, x, **kwargs)  # another package
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    report = scatterbrain.profile(model, images, ["performer"], [0.5], min_tokens=16, repeats=1)
+    for call in report.calls:
+        call.milliseconds = 1e9
+    plan = scatterbrain.tune(report, max_error=1e9)
+    full = model(images)
+    planned = scatterbrain.apply(model, plan)(images)
+    scatterbrain.restore(model)
+    replaced = integration.replace(model, "local", 16)(images)
+    integration.restore(model)
+    undo = {integration.restore: planned, scatterbrain.restore: replaced}
+    for first, second in (tuple(undo), tuple(undo)[::-1]):
+        if plan_first:
+            integration.replace(scatterbrain.apply(model, plan), "local", 16)
+        else:
+            scatterbrain.apply(integration.replace(model, "local", 16), plan)
+        assert torch.equal(model(images), planned)
+        assert torch.equal(copy.deepcopy(model)(images), planned)
+        assert torch.equal(first(model)(images), undo[first])
+        wrapped.clear()
+        assert torch.equal(second(model)(images), full)
+        assert len(wrapped) == 1
+        assert not any(name.startswith("scatterbrain") for module in model.modules() for name in vars(module))
 
 
 # transformers -------------------------------------------------------------------------------------------------------
