@@ -124,7 +124,7 @@ def adaptive_attention(
             "Adaptive attention cannot be causal: its landmarks are means over all keys, so later keys would influence "
             "earlier queries. Choose local, performer or sblocal."
         )
-    scale = default_scale(query, scale)
+    given_scale, scale = scale, default_scale(query, scale)
     if plan is not None and query.shape[0] > 0:
         plan = check_plan(plan, query, key, key_lengths)
         num_query_landmarks, num_landmarks = plan.taken.shape[2:]
@@ -161,7 +161,7 @@ def adaptive_attention(
         plan = plan_adaptive_attention(
             *(query, key, value, num_landmarks, num_query_landmarks, density),
             tolerance=tolerance,
-            scale=scale,
+            scale=given_scale,  # the default is a symbol for Dynamo where the width is one: it cannot be checked
             key_lengths=key_lengths,
             query_lengths=query_lengths,
             num_steps=num_steps,

@@ -402,3 +402,12 @@ def test_numbers_of_clusters_are_checked(backend, option, number):
     sizes = {"num_landmarks": 4, "num_query_landmarks": 3} | {option: number}
     with pytest.raises(UserError, match=f"^{option}={number} "):
         adaptive_attention(query, key, value, **sizes, density=0.5, backend=backend)
+
+
+def test_is_traced_where_every_size_is_dynamic():
+    def run(query, key, value):
+        return adaptive_attention(query, key, value, 4, 3, 0.5)
+
+    tensors = draw_inputs(1, 1, 20)[:3]
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    assert_close("out", run(*tensors), compiled(*tensors), 1e-12)
