@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.adaptive import triton as fused
 from scatterbrain.ops.adaptive.naive import naive_adaptive_attention
-from scatterbrain.ops.adaptive.plan import AdaptivePlan, check_density, check_plan, plan_adaptive_attention
+from scatterbrain.ops.adaptive.plan import (
+    AdaptivePlan,
+    check_density,
+    check_plan,
+    check_query_lengths,
+    plan_adaptive_attention,
+)
 from scatterbrain.ops.clusters.blocked import BlockLayout, centred_keys, landmark_sums
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps
 from scatterbrain.ops.clusters.tiles import ClusterTiles
@@ -105,21 +111,20 @@ def adaptive_attention(
     Raises:
         UserError: causal, or shapes, dtypes or options that do not fit.
     """
-    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
-    if query_lengths is not None and (query_lengths.shape != query.shape[:1] or query_lengths.is_floating_point()):
-        raise UserError(
-            f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
-            f"{query_lengths.dtype} of shape {tuple(query_lengths.shape)}."
-        )
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, None, enable_gqa, is_causal)
+    query_lengths = check_query_lengths(query_lengths, query)
     check_dropout(dropout_p)
     check_density(density, tolerance)
     window_bounds(window)
+    if plan is None:
+        check_whole_number("num_landmarks", num_landmarks, 1)
+        check_whole_number("num_query_landmarks", num_query_landmarks, 1)
     if is_causal:
         raise UserError(
             "Adaptive attention cannot be causal: its landmarks are means over all keys, so later keys would influence "
             "earlier queries. Choose sbcluster, sblocal, local or performer."
         )
-    scale = default_scale(query, scale)
+    given_scale, scale = scale, default_scale(query, scale)
     if plan is not None and query.shape[0] > 0:
         plan = check_plan(plan, query, key, key_lengths)
         num_query_landmarks, num_landmarks = plan.taken.shape[2:]
@@ -156,7 +161,7 @@ def adaptive_attention(
         plan = plan_adaptive_attention(
             *(query, key, value, num_landmarks, num_query_landmarks, density),
             tolerance=tolerance,
-            scale=scale,
+            scale=given_scale,  # the default is a symbol for Dynamo where the width is one: it cannot be checked
             key_lengths=key_lengths,
             query_lengths=query_lengths,
             num_steps=num_steps,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from scatterbrain.errors import UserError, is_number
+from scatterbrain.errors import UserError, check_whole_number, is_number
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.kmeans import (
     assign_key_clusters,
@@ -16,7 +16,7 @@ from scatterbrain.ops.clusters.kmeans import (
     valid_points,
 )
 from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances
-from scatterbrain.ops.common.inputs import check_tensors, default_scale, visible_rows
+from scatterbrain.ops.common.inputs import check_inputs, check_tensors, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import (
     at_most,
     gather_rows,
@@ -96,9 +96,13 @@ def plan_adaptive_attention(
         The plan, without gradient.
 
     Raises:
-        UserError: an option out of range.
+        UserError: shapes, dtypes or options that do not fit.
     """
+    query, key, value, key_lengths = check_inputs(query, key, value, key_lengths)
+    query_lengths = check_query_lengths(query_lengths, query)
     check_density(density, tolerance)
+    check_whole_number("num_landmarks", num_landmarks, 1)
+    check_whole_number("num_query_landmarks", num_query_landmarks, 1)
     scale = default_scale(query, scale)
     if value_weight == 0 and _has_fast_kernels(query, key, num_landmarks, num_query_landmarks, num_steps):
         from scatterbrain.ops.adaptive.triton.plan import find_plan
@@ -158,6 +162,24 @@ def check_density(density: float, tolerance: float | None) -> None:
         raise UserError(f"tolerance={tolerance!r} has to lie in [0, 1), or be None for as many keys as fit density.")
 
 
+def check_query_lengths(query_lengths: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """Lengths (B,) of the queries (B, H, T, E) on their device, or None.
+
+    Raises:
+        UserError: they are no tensor of integers, one for each sample.
+    """
+    if query_lengths is None:
+        return None
+    check_tensors(query_lengths=query_lengths)
+    is_integer = not (query_lengths.is_floating_point() or query_lengths.dtype == torch.bool)
+    if query_lengths.shape != query.shape[:1] or not is_integer:
+        raise UserError(
+            f"query_lengths has to be integers of shape ({query.shape[0]},), one for each sample, got "
+            f"{query_lengths.dtype} of shape {tuple(query_lengths.shape)}."
+        )
+    return query_lengths.to(query.device)
+
+
 def check_plan(
     plan: AdaptivePlan, query: torch.Tensor, key: torch.Tensor, key_lengths: torch.Tensor | None
 ) -> AdaptivePlan:
@@ -181,6 +203,11 @@ def check_plan(
                 f"{name} of the plan has to be {dtype} of shape {tuple(shape)} on {query.device}, got {tensor.dtype} "
                 f"of shape {tuple(tensor.shape)} on {tensor.device}. Make the plan from tensors of these shapes."
             )
+    if isinstance(num_exact, bool) or not isinstance(num_exact, int) or num_exact < 0:
+        raise UserError(
+            f"num_exact={num_exact!r} of the plan has to be a whole number of at least 0, an upper bound of the "
+            "keys that a query cluster takes."
+        )
     visible = valid_points(key, key_lengths)
     key_labels = key_labels if key_lengths is None else key_labels.masked_fill(~visible, -1)
     if query.device.type == "cpu" and not (torch.compiler.is_compiling() or is_exporting()):

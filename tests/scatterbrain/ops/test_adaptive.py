@@ -292,6 +292,8 @@ def test_plans_that_do_not_fit_are_refused():
         (plan._replace(taken=taken[:, :, :1]), r"query_assignment of the plan has the cluster .*\[0, 1\)"),
         (plan._replace(key_assignment=keys.masked_fill(keys == 2, -1)), "cluster -1"),
         (plan._replace(num_exact=1), "num_exact=1 of the plan is below"),
+        (plan._replace(num_exact=12.5), "num_exact=12.5 of the plan has to be a whole number"),
+        (plan._replace(num_exact=None), "num_exact=None of the plan has to be a whole number"),
     ):
         with pytest.raises(UserError, match=match):
             adaptive_attention(query, key, value, 8, 3, 0.5, plan=wrong)
@@ -367,8 +369,45 @@ def test_errors_name_what_is_wrong():
         ({"backend": "toch"}, "torch"),
         ({"key_lengths": torch.tensor([1])}, "key_lengths"),
         ({"query_lengths": torch.tensor([1.0, 2.0])}, "query_lengths"),
+        ({"query_lengths": torch.tensor([True, False])}, "query_lengths"),
+        ({"query_lengths": [20, 10]}, "query_lengths has to be a tensor"),
+        ({"is_causal": None}, "is_causal"),
     ):
         with pytest.raises(UserError, match=match):
             adaptive_attention(query, key, value, 4, 4, **({"density": 0.1} | option))
     out = adaptive_attention(query[:0], key[:0], value[:0], 4, 4, 0.1)
     assert out.shape == (0, *value.shape[1:])
+
+
+def test_a_plan_of_inputs_that_do_not_fit_is_refused():
+    query, key, value, _ = draw_inputs(length=20)
+    for tensors, options, match in (
+        ((query, key[:, :1], value), {}, "key"),
+        ((query[0], key[0], value[0]), {}, "query has to be a floating-point tensor"),
+        ((query, key, value), {"key_lengths": torch.tensor([1])}, "key_lengths"),
+        ((query, key, value), {"query_lengths": torch.tensor([1])}, "query_lengths"),
+    ):
+        with pytest.raises(UserError, match=match):
+            plan_adaptive_attention(*tensors, 4, 3, 0.5, **options)
+    listed = plan_adaptive_attention(query, key, value, 4, 3, 0.5, key_lengths=[20, 9])
+    plan = plan_adaptive_attention(query, key, value, 4, 3, 0.5, key_lengths=torch.tensor([20, 9]))
+    assert torch.equal(listed.key_assignment, plan.key_assignment)
+
+
+@pytest.mark.parametrize("option", ["num_landmarks", "num_query_landmarks"])
+@pytest.mark.parametrize("number", [0, 2.5])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_numbers_of_clusters_are_checked(backend, option, number):
+    query, key, value, _ = draw_inputs(length=20, dtype=torch.float32)
+    sizes = {"num_landmarks": 4, "num_query_landmarks": 3} | {option: number}
+    with pytest.raises(UserError, match=f"^{option}={number} "):
+        adaptive_attention(query, key, value, **sizes, density=0.5, backend=backend)
+
+
+def test_is_traced_where_every_size_is_dynamic():
+    def run(query, key, value):
+        return adaptive_attention(query, key, value, 4, 3, 0.5)
+
+    tensors = draw_inputs(1, 1, 20)[:3]
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    assert_close("out", run(*tensors), compiled(*tensors), 1e-12)

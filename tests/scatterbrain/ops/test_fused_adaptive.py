@@ -13,6 +13,7 @@ from scatterbrain.ops.adaptive import adaptive_attention, naive_adaptive_attenti
 from scatterbrain.ops.adaptive.plan import AdaptivePlan
 from scatterbrain.ops.clusters import landmark_attention
 from scatterbrain.ops.common.backends import is_interpreted
+from scatterbrain.ops.common.passes import pass_key
 from scatterbrain.ops.full import naive_full_attention
 from tests.helpers import assert_close, draw_inputs
 from tests.scatterbrain.ops.poison import poisoned_memory
@@ -20,6 +21,7 @@ from tests.scatterbrain.ops.poison import poisoned_memory
 triton = pytest.importorskip("triton")
 
 from scatterbrain.ops.adaptive.triton import operator, tables, unsupported  # noqa: E402 - imports triton
+from scatterbrain.ops.adaptive.triton import plan as plan_launches  # noqa: E402
 from scatterbrain.ops.adaptive.triton.tiles import ExactTiles, use_tiles  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
@@ -262,16 +264,51 @@ def test_compiles_as_one_graph_and_replays(window):
         return adaptive_attention(*tensors, 24, 8, 0.2, window, backend="triton")
 
     expected = run(*tensors)
+    # the first call compiles kernels between launches, later ones overlap
+    assert torch.equal(run(*tensors), expected)
     out = torch.compile(run, fullgraph=True)(*tensors)
     assert torch.equal(out, expected)
     grads = [torch.autograd.grad(x, tensors, torch.ones_like(x)) for x in (out, expected)]
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
     with torch.no_grad():
+        alone = run(*tensors)
+        assert torch.equal(alone, expected)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run(*tensors)
         graph.replay()
-    assert torch.equal(captured, expected)
+    assert torch.equal(captured, alone)
+
+
+@needs_interpreter
+def test_compiled_calls_launch_what_eager_calls_do(monkeypatch):
+    """All that a pass depends on: shapes, strides, options and tiles of the plan, forward and backward."""
+    tensors = [x.requires_grad_() for x in draw("cpu", torch.float32, 20)]
+    keys = []
+
+    def record(find):
+        def found(build, inputs, tiles, *options):
+            keys.append(pass_key(build, inputs, tiles, options))
+            return find(build, inputs, tiles, *options)
+
+        return found
+
+    for module in (operator, plan_launches):
+        monkeypatch.setattr(module, "find_pass", record(module.find_pass))
+
+    def run(*tensors):
+        return adaptive_attention(*tensors, 5, 3, 0.5, 3, backend="triton")
+
+    calls = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        out = function(*tensors)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
+        calls.append(list(keys))
+        keys.clear()
+    # without the alignment of addresses
+    eager, compiled = ([(key[0], [x and x[:-1] for x in key[1]], *key[2:]) for key in call] for call in calls)
+    assert len(eager) == 3
+    assert eager == compiled
 
 
 @pytest.mark.gpu

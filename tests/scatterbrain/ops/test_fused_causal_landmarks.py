@@ -125,6 +125,22 @@ def test_all_keys_equal(device, dtype):
     compare([query, key[:, :, :1].expand_as(key).contiguous(), value], 8, factor=4)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype"), [pytest.param("cpu", torch.float16, marks=needs_interpreter), *DEVICES[1:]]
+)
+def test_equal_keys_far_apart_have_no_spread(device, dtype):
+    """Norms and means of the spread are those of the same rounded points: their difference is squared, and grows."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 100, 16)
+    lumps = 12 * torch.randn(4, 16)
+    key = lumps[torch.randint(4, (1, 1, 100))]
+    tensors = [x.to(device, dtype) for x in (query, key, value)]
+    clusters = find_clusters(*tensors, 8, 0, 16, scale=0.25, num_steps=1)
+    out = causal_landmark_attention(*tensors, 8, chunk=16, backend="triton")
+    expected = naive_causal_landmark_attention(*tensors, clusters, 0, 16, 0.25)[0]
+    assert_close("out", expected, out, 3e-3 if dtype == torch.float16 else 2.4e-2)
+
+
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_log_sum_exp(device, dtype):
     query, key, value = draw(device, dtype, batch=2)

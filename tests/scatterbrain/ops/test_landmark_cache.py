@@ -113,3 +113,28 @@ def test_errors_name_what_is_wrong():
         cache.append(key[:1], value[:1])
     with pytest.raises(UserError, match="num_landmarks=65"):
         LandmarkCache(65)
+
+
+def test_refused_tokens_leave_the_cache_as_it_is():
+    query, key, value = (x[:, :, :2] for x in tensors())
+    cache = LandmarkCache(4)
+    one = [x[:, :, :1] for x in (query, key, value)]
+    cache.step(*one)
+    other = torch.float16 if key.dtype != torch.float16 else torch.float32
+    for call, match in (
+        (lambda: cache.step(query, key, value), "one token"),
+        (lambda: cache.step(one[0][..., 1:], *one[1:]), "query"),
+        (lambda: cache.step(*one, scale=-1.0), "scale=-1.0"),
+        (lambda: cache.step(*(x.to(other) for x in one)), "and the cache is"),
+        (lambda: cache.append(key.to(other), value.to(other)), "and the cache is"),
+        (lambda: cache.attend(None), "query has to be a tensor"),
+    ):
+        with pytest.raises(UserError, match=match):
+            call()
+        assert cache.length == 1
+    empty = LandmarkCache(4)
+    with pytest.raises(UserError, match="of the same tokens"):
+        empty.prefill(one[0], key, value)
+    with pytest.raises(UserError, match="attn_mask has to be a tensor"):
+        empty.prefill(query, key, value, attn_mask=[[True, True]])
+    assert empty.length == 0

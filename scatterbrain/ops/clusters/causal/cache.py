@@ -82,6 +82,11 @@ class LandmarkCache:
             self._key, self._value, self._visible = key.clone(), value.clone(), visible
         else:
             for name, tensor, before in (("key", key, self._key), ("value", value, self._value)):
+                if (tensor.dtype, tensor.device) != (before.dtype, before.device):
+                    raise UserError(
+                        f"{name} is {tensor.dtype} on {tensor.device}, and the cache is {before.dtype} on "
+                        f"{before.device}: convert it."
+                    )
                 if (*tensor.shape[:2], tensor.shape[3]) != (*before.shape[:2], before.shape[3]):
                     raise UserError(
                         f"{name} {tuple(tensor.shape)} does not fit the cache of {tuple(before.shape)}: batch, heads "
@@ -142,8 +147,7 @@ class LandmarkCache:
         """
         if self._key is None:
             raise UserError("The LandmarkCache is empty. Add the keys and values of a token with append first.")
-        if query.dim() != 4 or query.shape[2] != 1:
-            raise UserError(f"query {tuple(query.shape)} has to be (B, H, 1, E), one token. Use prefill for more.")
+        _check_one_token(query)
         check_inputs(query, self._key, self._value, enable_gqa=True)
         scale = default_scale(query, scale)
         dtype = accumulation_dtype(query.dtype)
@@ -170,6 +174,10 @@ class LandmarkCache:
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Output (B, H, 1, D) for one more token of each sequence; arguments as of `append` and `attend`."""
+        # before the cache changes
+        _check_one_token(query)
+        check_inputs(query, key, value, enable_gqa=True)
+        scale = default_scale(query, scale)
         self.append(key, value, attn_mask)
         return self.attend(query, scale)
 
@@ -198,6 +206,13 @@ class LandmarkCache:
         """
         if self.length > 0:
             raise UserError(f"The LandmarkCache has {self.length} tokens, and prefill needs an empty one. Use step.")
+        check_tensors(query=query, key=key)
+        if query.dim() == key.dim() == 4 and query.shape[2] != key.shape[2]:
+            raise UserError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} have to be of the same tokens in prefill."
+            )
+        if attn_mask is not None:
+            check_tensors(attn_mask=attn_mask)
         options = {"chunk": self.chunk, "scale": scale, "num_steps": self.num_steps, "backend": backend}
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[:, None, None]
@@ -210,3 +225,14 @@ class LandmarkCache:
         """Number of elements of the tensors of the cache."""
         tensors = [self._key, self._value, *(self._landmarks or ()), *(x for level in self._nodes for x in level)]
         return sum(x.numel() for x in tensors if x is not None)
+
+
+def _check_one_token(query: torch.Tensor) -> None:
+    """Check that queries are those of one token.
+
+    Raises:
+        UserError: they are not.
+    """
+    check_tensors(query=query)
+    if query.dim() != 4 or query.shape[2] != 1:
+        raise UserError(f"query {tuple(query.shape)} has to be (B, H, 1, E), one token. Use prefill for more.")

@@ -109,8 +109,9 @@ def chunk_nodes_kernel(
             centroid = tl.where(better[:, None], row, centroid)
             farthest = tl.where(better, distance, farthest)
     points = tl.where(exists[:, None], k.to(tl.float32) - origin[None, :], 0.0)
-    norms = tl.sum(points * points, 1)
     points = points.to(k.dtype)
+    # of the rounded points, whose means are taken off: the spread of equal keys is zero
+    norms = tl.sum(points.to(tl.float32) * points.to(tl.float32), 1)
     centroid = tl.where((number > 0)[:, None], centroid - origin[None, :], 0.0)
     weight = tl.where(exists, 1.0, 0.0)
     label, weights, count = assign(points, weight, centroid, number > 0, M, STEPS, PRECISION)
@@ -161,8 +162,8 @@ def join_nodes_kernel(
     used = left + right > 0.0
     centroid = tl.where(used[:, None], start - origin[None, :], 0.0)
     points = tl.where((count > 0.0)[:, None], k.to(tl.float32) - origin[None, :], 0.0)
-    norms = tl.sum(points * points, 1)
     points = points.to(k.dtype)
+    norms = tl.sum(points.to(tl.float32) * points.to(tl.float32), 1)
     label, weights, total = assign(points, count * weight_scale, centroid, used, M, STEPS, PRECISION)
     share = 1.0 / tl.where(total > 0.0, total, 1.0)
     mean_k = tl.dot(tl.trans(weights), points, input_precision=PRECISION) * share[:, None]
@@ -170,8 +171,10 @@ def join_nodes_kernel(
     member = label[:, None] == b[None, :]
     number = tl.sum(tl.where(member, count[:, None], 0.0), 0)
     # of the parts about their means, and of these about the new one
-    scatter = count * (spread * spread * (WIDTH / LOG2E) + norms)
-    scatter = tl.sum(tl.where(member, scatter[:, None], 0.0), 0) - number * tl.sum(mean_k * mean_k, 1)
+    # with the rounded weights of the mean, as the difference would not cancel with others
+    scatter = spread * spread * (WIDTH / LOG2E) + norms
+    scatter = tl.sum(weights.to(tl.float32) * scatter[:, None], 0) * share - tl.sum(mean_k * mean_k, 1)
+    scatter *= number
     rows = (first + node) * M + b
     store_landmarks(
         mean_k + origin[None, :], mean_v, number, scatter, rows, b < M, mean_k_ptr, mean_v_ptr, log_count_ptr,
