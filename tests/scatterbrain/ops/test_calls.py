@@ -29,7 +29,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 DEVICES = [pytest.param("cpu", marks=needs_interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 NAMES = ("sblocal", "sbcluster")
-LENGTH, WIDTH = 20, 16
+LENGTH, WIDTH = 14, 16
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ class Workload:
 
     def __init__(self, name: str, device: str, is_module: bool) -> None:
         self.name, self.is_module = name, is_module
-        query, key, value, rows = draw_inputs(2, 1, LENGTH, width=WIDTH, rows=2)
+        query, key, value, rows = draw_inputs(2, 2, LENGTH, width=WIDTH, rows=2)
         self.heads_first = [x.to(device, torch.float32) for x in (query, key, value)]
         self.rows = rows.to(device, torch.float32)
         self.module = create_attention(name, LENGTH, WIDTH, memory_fraction=0.4, backend="triton").to(device).eval()
