@@ -24,7 +24,7 @@ LENGTH = 32
 RECIPE = training.Recipe(
     steps=3, batch_size=4, length=LENGTH, memory_fraction=1 / 4, depth=2, dim=16, heads=2, eval_every=2
 )
-CAUSAL = ("full", "local", "performer", "sblocal")
+CAUSAL = ("full", "local", "performer", "sblocal", "sbcluster")
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,10 @@ def count_checks(monkeypatch):
 
 both_kinds = pytest.mark.parametrize("is_module", [False, True], ids=["operator", "module"])
 each_operator = pytest.mark.parametrize("name", NAMES)
+# one operator called as such, the other as a module
+each_way = pytest.mark.parametrize(
+    ("name", "is_module"), [("sblocal", False), ("sbcluster", True)], ids=["operator-sblocal", "module-sbcluster"]
+)
 each_device = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -202,8 +206,7 @@ def test_changed_options_are_seen(name, device):
 
 
 @each_device
-@each_operator
-@both_kinds
+@each_way
 def test_gradients_of_calls_with_other_gradients_and_saved_tensors(name, device, is_module):
     workload = Workload(name, device, is_module)
     expected = workload.both()[1:]
@@ -232,8 +235,7 @@ def test_gradients_of_calls_with_other_gradients_and_saved_tensors(name, device,
 
 
 @each_device
-@each_operator
-@both_kinds
+@each_way
 def test_second_derivatives_are_refused(name, device, is_module):
     workload = Workload(name, device, is_module)
     for _ in range(2):
@@ -244,8 +246,7 @@ def test_second_derivatives_are_refused(name, device, is_module):
 
 
 @each_device
-@each_operator
-@both_kinds
+@each_way
 def test_unaligned_and_strided_tensors(name, device, is_module):
     workload = Workload(name, device, is_module)
     expected = workload(*workload.tensors())

@@ -21,8 +21,8 @@ needs_interpreter = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("kind", "seeds"),
     [
-        ("attention", range(20)),
-        ("landmarks", range(8)),
+        ("attention", range(15)),
+        ("landmarks", range(6)),
         ("adaptive", range(3)),
         ("linear", range(30)),
         ("tail", range(15)),
