@@ -10,6 +10,7 @@ import os
 import secrets
 import types
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -93,8 +94,23 @@ def _back_up(path: Path) -> Path:
     raise AssertionError
 
 
+def write_json(path: str | os.PathLike[str], kind: str, result: Any) -> Path | None:
+    """Path of the backup as of `write_file`, of a JSON file with the fields of a report or a plan.
+
+    Args:
+        path: the file.
+        kind: its entry `format`, which `read_json` asks for.
+        result: a dataclass.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = json.dumps({"format": kind, **asdict(result)}, indent=1, allow_nan=False, ensure_ascii=False)
+    return write_file(path, content + "\n")
+
+
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Content of a JSON file that `save` of a report or a plan wrote.
+    """Fields of a report or a plan from a file of `write_json`.
 
     Args:
         path: the file.
@@ -109,7 +125,7 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise UserError(f"{os.fspath(path)} cannot be read ({error.strerror}). Check the path.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{os.fspath(path)} is no JSON file ({error}). Write it again with `save`.") from error
-    found = content.get("format") if isinstance(content, dict) else None
+    found = content.pop("format", None) if isinstance(content, dict) else None
     if found != kind:
         raise UserError(f"{os.fspath(path)} is no '{kind}' but {found!r}. Write it with `save` of this version.")
     return content

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from scatterbrain.errors import UserError, is_number
-from scatterbrain.tuning.files import dataclass_of, read_json, write_file
+from scatterbrain.tuning.files import dataclass_of, read_json, write_json
 from scatterbrain.tuning.report import CallReport, Measurement, ProfileReport, call_label, method_label, number
 from scatterbrain.tuning.tables import Table
 
@@ -133,8 +132,7 @@ class Plan:
         Raises:
             UserError: the file cannot be written.
         """
-        content = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False, ensure_ascii=False)
-        return write_file(path, content + "\n")
+        return write_json(path, FORMAT, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -147,7 +145,6 @@ class Plan:
             UserError: the file cannot be read, or is no plan.
         """
         content = read_json(path, FORMAT)
-        content.pop("format")
         try:
             calls = [dataclass_of(PlannedCall, call) for call in content["calls"]]
             for call in calls:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scatterbrain.errors import UserError
-from scatterbrain.tuning.files import dataclass_of, read_json, write_file
+from scatterbrain.tuning.files import dataclass_of, read_json, write_file, write_json
 from scatterbrain.tuning.tables import Table
 
 if TYPE_CHECKING:
@@ -205,8 +204,7 @@ class ProfileReport:
         Raises:
             UserError: the file cannot be written.
         """
-        content = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False, ensure_ascii=False)
-        return write_file(path, content + "\n")
+        return write_json(path, FORMAT, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProfileReport:
@@ -219,7 +217,6 @@ class ProfileReport:
             UserError: the file cannot be read, or is no report.
         """
         content = read_json(path, FORMAT)
-        content.pop("format")
         try:
             calls = [
                 dataclass_of(
