@@ -384,6 +384,7 @@ def _(gradient, query, key, value, *_):
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:7], *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log normalisers
     ctx.options = inputs[7:]
 
 
