@@ -252,7 +252,7 @@ def test_speed(monkeypatch, tmp_path, capsys):
     assert speed.main([*arguments, "--device=cpu", "--dtype=float32", f"--output={tmp_path / 'speed.json'}"]) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
     assert [(row["image_size"], row["attention"]) for row in rows] == [
-        (size, name) for size in (56, 84) for name in ("sdpa", "zero", "full", "local2d", "plan")
+        (size, name) for size in (56, 84) for name in ("sdpa", "plan", "zero", "full", "local2d")
     ]
     for row in rows:
         if row["attention"] == "local2d":
@@ -261,6 +261,35 @@ def test_speed(monkeypatch, tmp_path, capsys):
         assert row["eager_milliseconds"] > 0
         assert (row["hidden_error"] > 1e-3) == (row["attention"] == "zero")
     assert "DINOv2-small, batch 2, float32" in capsys.readouterr().out
+
+
+def test_speed_writes_rows_as_they_come(monkeypatch, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, attn_implementation="sdpa"
+    )
+    monkeypatch.setattr(networks, "dinov2_config", lambda: config)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    measure_size, output = speed.measure, tmp_path / "speed.json"
+
+    def interrupted(model, arguments, size, device):
+        for row in measure_size(model, arguments, size, device):
+            yield row
+            if (size, row["attention"]) == (56, "sdpa"):
+                written = json.loads(output.read_text())
+                assert [x["image_size"] for x in written["results"]] == [28, 28, 56]
+                assert not written["complete"]
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "measure", interrupted)
+    arguments = ["--image-sizes=28,56", "--batch-size=1", "--methods=zero", "--budgets=1/4", "--repeats=1"]
+    assert speed.main([*arguments, "--device=cpu", "--compile", f"--output={output}"]) == 1
+    assert "Interrupted. Missing: 56 px." in capsys.readouterr().err
+    sdpa, zero, last = json.loads(output.read_text())["results"]
+    assert sdpa["compiled_milliseconds"] > 0
+    assert "compiled_milliseconds" not in zero
+    assert sdpa["eager_speed_up"] == last["eager_speed_up"] == 1
+    assert zero["eager_speed_up"] == pytest.approx(sdpa["eager_milliseconds"] / zero["eager_milliseconds"])
 
 
 def test_figures(tmp_path, capsys):
