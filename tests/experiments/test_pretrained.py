@@ -18,12 +18,15 @@ import torch
 import torch.nn.functional as F
 
 import scatterbrain
-from experiments.pretrained import figures, measure, networks, save_tensors, speed
+from experiments.pretrained import figures, measure, networks, save_tensors, save_weights, speed
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import Router
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"measure": measure, "speed": speed, "save_tensors": save_tensors, "figures": figures}
+SCRIPTS = {
+    **{"measure": measure, "speed": speed, "figures": figures},
+    **{"save_tensors": save_tensors, "save_weights": save_weights},
+}
 
 
 def variables(width: int, depth: int) -> dict[str, np.ndarray]:
@@ -181,6 +184,7 @@ class SmallTask:
             for each in self.model.parameters():
                 each.mul_(4)
         self.inputs = list(torch.randint(0, 50, (3, 1, 32)))
+        self.num_inputs = 3
         self.tuning_inputs = [{"input_ids": each} for each in self.inputs[:1]]
         self.expected = [self.run(index) for index in range(3)]
 
