@@ -674,6 +674,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, num_landmarks, window, scale, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the statistics have none
     ctx.options = (num_landmarks, window, scale)
 
 
