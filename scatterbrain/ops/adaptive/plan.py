@@ -15,7 +15,7 @@ from scatterbrain.ops.clusters.kmeans import (
     find_centroids,
     valid_points,
 )
-from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances
+from scatterbrain.ops.clusters.steps import QUERIES_PER_CLUSTER, sample_of_variances
 from scatterbrain.ops.common.inputs import check_inputs, check_tensors, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import (
     at_most,
@@ -111,13 +111,12 @@ def plan_adaptive_attention(
         return find_plan(query, key, *sizes, density, tolerance, scale, key_lengths, query_lengths, num_steps)
     with torch.no_grad(), no_autocast(query):
         num_exact = exact_keys(density, key.shape[2])
-        # without exact keys, the clusters are those of landmark attention
-        sample = sample_of_keys(key.shape[2], num_landmarks) if num_exact > 0 else 1
-        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight, sample=sample)
+        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
         num_landmarks = at_most(num_landmarks, key.shape[2])
         num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
-        sample = sample_of_queries(query.shape[2], num_query_landmarks)
-        query_labels, centroids = find_centroids(query, num_query_landmarks, num_steps, query_lengths, sample)
+        query_labels, centroids = find_centroids(
+            query, num_query_landmarks, num_steps, query_lengths, QUERIES_PER_CLUSTER
+        )
         shape = (*query.shape[:2], num_query_landmarks, num_landmarks)
         if num_exact == 0:
             taken = torch.zeros(shape, dtype=torch.bool, device=query.device)
