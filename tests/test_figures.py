@@ -160,6 +160,15 @@ def ablation() -> Expected:
     return list(rows.items())
 
 
+def adaptive_layers() -> Expected:
+    """Errors of PISA and of adaptive attention on the layers of each network."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in load("docs/data/adaptive_layers.json")["results"]:
+        rows.setdefault(row["network"], []).append(row)
+    kinds = ("pisa", "density_0.03", "density_0.08")
+    return [(name, [tuple(layer[kind] for layer in layers) for kind in kinds]) for name, layers in rows.items()]
+
+
 def adaptive_cost() -> Expected:
     rows: Expected = []
     for name in ("full", "sblocal", "sbcluster", "pairedcluster", "sbadaptive"):
@@ -498,6 +507,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/pretrained.md", "plan for an error", pretrained_plans),
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
+    ("docs/sbadaptive.md", "layers|PISA", adaptive_layers),
     ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
     ("docs/training.md", "attention|time|memory", training_step),
 ]

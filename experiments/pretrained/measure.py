@@ -17,7 +17,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from experiments.pretrained import networks
 from scatterbrain.attention import ATTENTIONS, attention_memory, create_attention
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import ROUTED, Router
-from src.analysis.benchmark.report import DTYPES
+from src.analysis.benchmark.report import DTYPES, sizes_text
 from src.analysis.tools import (
     Parser,
     choose_device,
     comma_separated,
+    named_numbers,
     new_table,
     positive,
     positive_number,
@@ -285,8 +286,9 @@ def measure(
     budgets: Sequence[float],
     num_layer_inputs: int,
     save: Callable[[Rows, Rows], None],
+    sizes: Sequence[Mapping[str, float]] = (),
 ) -> tuple[Rows, Rows]:
-    """Results of the methods at the budgets.
+    """Results of the methods at the budgets, and with sizes.
 
     Args:
         task: network and inputs.
@@ -294,14 +296,21 @@ def measure(
         budgets: shares of the columns.
         num_layer_inputs: number of inputs, or batches of them, over which the layers' errors are averaged.
         save: called with what is returned, after each method and budget.
+        sizes: each measured, too, with the methods that have all of them.
 
     Returns:
-        A row for each method and budget with its metrics, and the errors of each layer.
+        A row for each method and budget or sizes with its metrics, and the errors of each layer. The budget of sizes
+        is None.
     """
     from scatterbrain.integrations.transformers import replace, report, restore
 
-    settings = [("full", None), *((name, budget) for name in methods for budget in budgets)]
-    options = [{} if budget is None else {"memory_fraction": budget} for _, budget in settings]
+    settings: list[tuple[str, float | None]] = [("full", None)]
+    options: list[dict[str, Any]] = [{}]
+    for name in methods:
+        known = create_attention(name, task.length, dim_heads=task.width).sizes()
+        chosen = [dict(each) for each in sizes if known.keys() >= each.keys()]
+        settings += [(name, budget) for budget in budgets] + [(name, None)] * len(chosen)
+        options += [{"memory_fraction": budget} for budget in budgets] + chosen
     routers = [Router(name, task.min_tokens, **each) for (name, _), each in zip(settings, options, strict=True)]
     calls: list[list[list[float]]] = []
     for index in shown(range(min(num_layer_inputs, len(task.inputs))), "Layers"):
@@ -312,6 +321,7 @@ def measure(
     errors = torch.tensor(calls, dtype=torch.float64).mean(0)
     layers = [
         {"layer": layer, "method": name, "budget": budget, "error": errors[layer, number].item()}
+        | ({"sizes": options[number]} if budget is None and options[number] else {})
         for number, (name, budget) in enumerate(settings)
         for layer in range(len(errors))
     ]
@@ -359,6 +369,8 @@ def build_parser() -> Parser:
     add("--methods", type=known, default=",".join(METHODS), metavar="NAMES", help="separated by commas (%(default)s)")
     budgets = {"type": positive_numbers, "default": "1/32,1/16,1/8,1/4", "metavar": "F,F"}
     add("--budgets", **budgets, help="shares of the columns (%(default)s)")
+    sizes = {"type": named_numbers, "action": "append", "default": [], "metavar": "NAME=N,..."}
+    add("--sizes", **sizes, help="measure the methods that have these sizes with them, too; may be given several times")
     add("--max-error", type=positive_number, metavar="E", help="measure a plan tuned to this error of a layer, too")
     add("--plan", metavar="FILE", help="measure this plan of scatterbrain.tune, too")
     parser.add("device", default="cpu", help="of dinov2 (%(default)s)")
@@ -391,7 +403,8 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         header |= {"num_inputs": task.num_inputs, "num_tokens": task.length, "num_layer_inputs": num_layer_inputs}
         if task.name == "dinov2":
             header |= {"image_size": arguments.image_size, "dtype": arguments.dtype}
-        rows, layers = measure(task, arguments.methods, arguments.budgets, num_layer_batches, save)
+        options = (arguments.methods, arguments.budgets, num_layer_batches, save, arguments.sizes)
+        rows, layers = measure(task, *options)
         plans = [] if arguments.plan is None else [scatterbrain.Plan.load(arguments.plan)]
         if arguments.max_error is not None:
             options = {"methods": arguments.methods, "budgets": arguments.budgets, "min_tokens": task.min_tokens}
@@ -406,7 +419,9 @@ def run(arguments: argparse.Namespace, command: str) -> None:
         left=["method"],
     )
     for row in rows:
-        budget = row.get("goal", "") if row["budget"] is None else f"1/{1 / row['budget']:.3g}"
+        budget = "" if row["budget"] is None else f"1/{1 / row['budget']:.3g}"
+        if row["budget"] is None and row["method"] != "full":
+            budget = row["goal"] if "goal" in row else sizes_text(row["sizes"])
         table.add_row(row["method"], budget, *(f"{row[name]:.3f}" for name in metrics))
     print_report([table], *(f"{name}: {value}" for name, value in task.known.items()))
 

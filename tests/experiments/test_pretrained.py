@@ -268,6 +268,26 @@ def test_photographs_in_batches_from_a_file_of_weights(monkeypatch, tmp_path, ca
         assert message in capsys.readouterr().err
 
 
+def test_sizes_in_place_of_a_budget(small_task, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    arguments = ["minilm", "--wheels=.", "--inputs=.", "--methods=local,sbadaptive", "--budgets=1/4"]
+    sizes = {"local_context": 64, "density": 0.5}
+    given = [f"--sizes=local_context={window},density=0.5" for window in (4, 64)]
+    assert measure.main([*arguments, *given, f"--output={output}"]) == 0
+    assert "density 0.5" in capsys.readouterr().out
+    content = json.loads(output.read_text())
+    # local attention has no density
+    assert [(row["method"], row["budget"]) for row in content["results"]] == [
+        ("full", None), ("local", 1 / 4), ("sbadaptive", 1 / 4), ("sbadaptive", None), ("sbadaptive", None)
+    ]  # fmt: skip
+    some, every = content["results"][3:]
+    assert sizes.items() <= every["sizes"].items()
+    assert some["hidden_error"] > 1e-3 > every["hidden_error"]
+    errors = [x["error"] for x in content["layers"] if x.get("sizes") == sizes]
+    assert len(errors) == 2
+    assert every["worst_layer_error"] == max(errors)
+
+
 @pytest.mark.skipif(not hasattr(scatterbrain, "tune"), reason="this version has no plans")
 def test_a_plan(small_task, tmp_path):
     arguments = ["minilm", "--wheels=.", "--inputs=.", "--methods=zero,local", "--budgets=1/4,1"]
