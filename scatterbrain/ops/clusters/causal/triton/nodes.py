@@ -1,6 +1,6 @@
 """Kernels that make the nodes: clusters of the keys of a chunk, and clusters of the landmarks of two nodes.
 
-Mean keys are kept relative to a centre, the mean of some keys of the first chunk, which every query that sees a landmark
+Mean keys are kept relative to a centre, the mean of some keys of the first chunk, which every query that sees landmarks
 sees too. A large component that all keys share is in the centre and costs the rounded means no digits. The squared
 distance of a key x from a mean c = delta + centre is |x|^2 - 2 (x.delta - delta.(delta / 2 + centre)), up to what is
 the same for all means.
@@ -20,20 +20,23 @@ from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, end_of_keys, l
 from scatterbrain.ops.scatterbrain.triton.fwd import row_sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Keys of the first chunk whose mean is the centre.
-CENTRE_KEYS = tl.constexpr(4)
 
 
 @triton.jit
-def centre_of_keys(k_ptr, end, stride, C: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
-    """Mean (BE,) in float32 of CENTRE_KEYS keys that are spread over the first chunk of a sequence; 0 without keys."""
-    e = tl.arange(0, BE)
-    step: tl.constexpr = C // CENTRE_KEYS
-    total = tl.zeros((BE,), tl.float32)
-    for t in tl.static_range(CENTRE_KEYS):
-        row = tl.maximum(tl.minimum(t * step + step // 2, end - 1), 0)
-        total += tl.load(k_ptr + row * stride + e, mask=(e < E) & (end > 0), other=0.0).to(tl.float32)
-    return total * (1.0 / CENTRE_KEYS)
+def centre_kernel(
+    k_ptr, lengths_ptr,
+    centre_ptr,  # (G, BE) float32, written
+    heads, num_keys, stride_kb, stride_kh, stride_kn,
+    E: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Centre of one sequence: the mean of 16 keys that are spread over the first chunk, 0 without keys."""
+    grid_dependency_control(PDL, True)
+    group = tl.program_id(0)
+    end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    step: tl.constexpr = C // 16
+    row = tl.maximum(tl.minimum(tl.arange(0, 16) * step + step // 2, end - 1), 0)
+    k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), row, row < end, stride_kn, E, BE)
+    tl.store(centre_ptr + group * BE + tl.arange(0, BE), tl.sum(k.to(tl.float32), 0) * (1 / 16))
 
 
 @triton.jit
@@ -76,7 +79,7 @@ def share_of(total):
 @triton.jit
 def chunk_nodes_kernel(
     k_ptr, v_ptr, lengths_ptr,
-    centre_ptr,  # (G, BE) float32, written
+    centre_ptr,  # see `centre_kernel`
     delta_ptr,  # (G, 2 P M, E) mean keys relative to the centre, rows of level 0 written, as of the next
     mean_v_ptr,  # (G, 2 P M, D) mean values
     count_ptr,  # (G, 2 P M) float32 numbers of keys
@@ -89,16 +92,14 @@ def chunk_nodes_kernel(
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Landmarks of one chunk. STRETCH: keys of a stretch, which gives one initial centroid."""
-    grid_dependency_control(PDL, True)
+    grid_dependency_control(PDL, False)
     chunk = tl.program_id(0)
     group = tl.program_id(1)
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
-    centre = centre_of_keys(k_ptr, end, stride_kn, C, E, BE)
-    if chunk == 0:
-        tl.store(centre_ptr + group * BE + tl.arange(0, BE), centre)
+    centre = tl.load(centre_ptr + group * BE + tl.arange(0, BE))
     end = tl.minimum(end, (chunk + 1) * C)
     j = chunk * C + tl.arange(0, C)
     exists = j < end
@@ -121,13 +122,13 @@ def chunk_nodes_kernel(
             better = (t < number) & (number != 2) & (distance > farthest)
             delta = tl.where(better[:, None], row, delta)
             farthest = tl.where(better, distance, farthest)
-    delta = tl.where((number > 0)[:, None], delta - centre[None, :], 0.0)
+    delta -= centre[None, :]
     weight = tl.where(exists, 1.0, 0.0)
     label, weights, count = assign(k, weight, delta, number > 0, centre, M, STEPS, False, PRECISION)
     share = share_of(count)
     delta = tl.dot(tl.trans(weights), k, input_precision=PRECISION) * share[:, None] - centre[None, :]
     mean_v = tl.dot(tl.trans(weights), v, input_precision=PRECISION) * share[:, None]
-    offset = tl.where(exists[:, None], k.to(tl.float32) - centre[None, :], 0.0)
+    offset = k.to(tl.float32) - centre[None, :]
     norms = tl.sum(offset * offset, 1)
     scatter = tl.sum(weights.to(tl.float32) * norms[:, None], 0) - count * tl.sum(delta * delta, 1)
     rows = chunk * M + b

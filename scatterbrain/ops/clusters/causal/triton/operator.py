@@ -20,6 +20,7 @@ from scatterbrain.ops.clusters.causal.triton.bwd import (
 )
 from scatterbrain.ops.clusters.causal.triton.fwd import causal_fwd_kernel
 from scatterbrain.ops.clusters.causal.triton.nodes import (
+    centre_kernel,
     chunk_nodes_kernel,
     join_nodes_kernel,
     landmark_statistics_kernel,
@@ -142,6 +143,19 @@ def _forward_pass(
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     layout = plan.statistics()
     launches = LaunchSequence(("query", "key", "value", "key_lengths", "out"), (layout,))
+    if plan.counts:
+        launches.add(
+            centre_kernel,
+            (plan.key_groups,),
+            ("key", "key_lengths", "centres"),
+            (plan.heads // plan.repeats, plan.num_keys, *row_strides(key)),
+            E=plan.width,
+            BE=plan.widths["BE"],
+            C=chunk,
+            num_warps=1,
+            **plan.lengths,
+            **plan.first,
+        )
     for level, count in enumerate(plan.counts):
         options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision}
         options["num_warps"] = plan.tiles["num_warps"]
@@ -155,7 +169,7 @@ def _forward_pass(
                 STRETCH=-(-chunk // num_landmarks),
                 **options,
                 **plan.lengths,
-                **plan.first,
+                **plan.pdl,
             )
         else:
             launches.add(
