@@ -97,6 +97,8 @@ class _Plan:
         # tiles of wide heads and float32 need more registers
         wide = max(self.widths["BE"], self.widths["BD"], chunk) > 64 or self.dtype.itemsize > 2
         self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
+        # with fewer registers one more program fits an SM
+        self.node_tiles = {"num_warps": 8 if wide else 4} | ({} if wide or num_landmarks > 32 else {"maxnreg": 128})
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
@@ -158,7 +160,7 @@ def _forward_pass(
         )
     for level, count in enumerate(plan.counts):
         options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision}
-        options["num_warps"] = plan.tiles["num_warps"]
+        options |= plan.node_tiles
         if level == 0:
             launches.add(
                 chunk_nodes_kernel,
