@@ -18,7 +18,6 @@ import triton.language as tl
 
 from scatterbrain.ops.clusters.causal.triton.fwd import (
     finite_rows,
-    load_statistics,
     offset_of_centre,
     tile_of_nodes,
     visible_nodes,
@@ -68,7 +67,7 @@ def exact_dq(dq, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION: tl.co
 @triton.jit
 def causal_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, gradient_ptr, dq_ptr, lengths_ptr,
-    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, spread_ptr, lse_ptr,  # see `causal_fwd_kernel`
+    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, spread_ptr, limit_ptr, lse_ptr,  # see `causal_fwd_kernel`
     dot_ptr,  # (G, T) products of gradient and output, written
     far_lse_ptr,  # (G, T) log2 normalisers relative to the logit of the centre, written with LEVELS
     norm_ptr,  # (G, T) norms of the queries times the softmax scale, likewise
@@ -126,15 +125,20 @@ def causal_bwd_dq_kernel(
         size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
         delta_ptr += size * E
         mean_v_ptr += size * D
+        log_count_ptr += size
+        spread_ptr += size
+        limit_ptr += size
         d_norm = tl.zeros((C,), tl.float32)
         d_offset = tl.zeros((C,), tl.float32)
         far_dq = tl.zeros((C, BE), tl.float32)
         levels, pairs, number = visible_nodes(seen, LEVELS)
         for tile in tl.range(0, tl.cdiv(number, NODES), num_stages=STAGES):
-            rows, exists, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
-            delta = load_rows(delta_ptr, rows, exists, E, E, BE)
-            mean_v = load_rows(mean_v_ptr, rows, exists, D, D, BD)
-            log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
+            rows, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
+            delta = load_rows(delta_ptr, rows, rows, E, E, BE, False)
+            mean_v = load_rows(mean_v_ptr, rows, rows, D, D, BD, False)
+            log_count = tl.load(log_count_ptr + rows)
+            spread = tl.load(spread_ptr + rows)
+            limit = tl.load(limit_ptr + rows)
             far = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + log_count[None, :]
             sigma = norm[:, None] * spread[None, :]
             limited = tl.minimum(sigma, limit[None, :])
@@ -189,7 +193,8 @@ def finish_node(
 @triton.jit(do_not_specialize=["level", "first", "first_above", "num_joined"])
 def causal_bwd_nodes_kernel(
     q_ptr, gradient_ptr,
-    delta_ptr, mean_v_ptr, count_ptr, log_count_ptr, spread_ptr, join_label_ptr, far_lse_ptr, dot_ptr, norm_ptr,
+    delta_ptr, mean_v_ptr, count_ptr, log_count_ptr, spread_ptr, limit_ptr, join_label_ptr,
+    far_lse_ptr, dot_ptr, norm_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `finish_node`, tables as those of the landmarks, written without PIECES
     piece_ptr,  # (G, nodes, PIECES, BE + BD + 1, MP) float32, written with PIECES
     heads, num_queries, num_nodes, num_chunks, level, first, first_above, num_joined,
@@ -211,7 +216,9 @@ def causal_bwd_nodes_kernel(
     rows = (first + node) * M + b
     delta = tl.trans(finite_part(load_rows(delta_ptr + size * E, rows, exists, E, E, BE)))
     mean_v = tl.trans(finite_part(load_rows(mean_v_ptr + size * D, rows, exists, D, D, BD)))
-    log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
+    log_count = tl.load(log_count_ptr + size + rows, mask=exists, other=LOG_ZERO)
+    limit = tl.load(limit_ptr + size + rows, mask=exists, other=0.0)
+    spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.where(spread < float("inf"), spread, 0.0)
     d_mean_k = tl.zeros((BE, MP), tl.float32)
     d_mean_v = tl.zeros((BD, MP), tl.float32)

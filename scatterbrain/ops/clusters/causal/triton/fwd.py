@@ -35,14 +35,14 @@ def visible_nodes(seen, LEVELS: tl.constexpr):
 
 @triton.jit
 def tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M: tl.constexpr, NODES: tl.constexpr):
-    """Rows in the table of a tile of NODES nodes that a query sees, 16 at least, and which of these exist.
+    """Rows in the table of a tile of NODES nodes that a query sees, 16 at least, filled up with a node without keys.
 
     Arguments are those of `visible_nodes` and its results. First the last nodes of all levels, then those before them
     where two are visible. Returns the pairs that are left, too.
     """
     size: tl.constexpr = NODES * M if NODES * M > 16 else 16
     b = tl.arange(0, size)
-    rows = b
+    rows = (num_nodes - 1) * M + b % M
     for part in tl.static_range(NODES):
         node = tile * NODES + part
         is_last = node < levels
@@ -51,16 +51,8 @@ def tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M: tl.constexpr,
         level = tl.where(is_last, node, tl.maximum(lowest, 0))
         pairs = tl.where(is_last, pairs, pairs & (pairs - 1))
         node = 2 * num_nodes - ((2 * num_nodes) >> level) + ((seen + 1) >> level) - tl.where(is_last, 2, 3)
-        rows = tl.where(b >= part * M, (node - part) * M + b, rows)
-    return rows, b < tl.minimum(number - tile * NODES, NODES) * M, pairs
-
-
-@triton.jit
-def load_statistics(rows, exists, log_count_ptr, spread_ptr):
-    """log2 of the numbers of keys, spreads, and limits of sigma, of the landmarks at these rows of the table."""
-    log_count = tl.load(log_count_ptr + rows, mask=exists, other=LOG_ZERO)
-    spread = tl.load(spread_ptr + rows, mask=exists, other=0.0)
-    return log_count, spread, tl.sqrt(2.0 * tl.maximum(log_count, 0.0))
+        rows = tl.where((b // M == part) & (tile * NODES + part < number), (node - part) * M + b, rows)
+    return rows, pairs
 
 
 @triton.jit
@@ -81,7 +73,7 @@ def offset_of_centre(q, centre_ptr, seen, qk_scale):
 @triton.jit
 def causal_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lengths_ptr,
-    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, spread_ptr,  # see `nodes.py`
+    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, spread_ptr, limit_ptr,  # see `nodes.py`
     lse_ptr,  # (G, T) log2 normaliser of each query, with STATISTICS
     heads, num_queries, num_keys, num_nodes,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -146,14 +138,19 @@ def causal_fwd_kernel(
         size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
         delta_ptr += size * E
         mean_v_ptr += size * D
+        log_count_ptr += size
+        spread_ptr += size
+        limit_ptr += size
         wide_q = q.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide_q * wide_q, 1)) * scale
         levels, pairs, number = visible_nodes(seen, LEVELS)
         for tile in tl.range(0, tl.cdiv(number, NODES), num_stages=STAGES):
-            rows, exists, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
-            delta = load_rows(delta_ptr, rows, exists, E, E, BE)
-            mean_v = load_rows(mean_v_ptr, rows, exists, D, D, BD)
-            log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
+            rows, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
+            delta = load_rows(delta_ptr, rows, rows, E, E, BE, False)
+            mean_v = load_rows(mean_v_ptr, rows, rows, D, D, BD, False)
+            log_count = tl.load(log_count_ptr + rows)
+            spread = tl.load(spread_ptr + rows)
+            limit = tl.load(limit_ptr + rows)
             far = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + log_count[None, :]
             sigma = norm[:, None] * spread[None, :]
             limited = tl.minimum(sigma, limit[None, :])

@@ -6,7 +6,8 @@ distance of a key x from a mean c = delta + centre is |x|^2 - 2 (x.delta - delta
 the same for all means.
 
 Landmarks of a sequence lie in one table: those of level l begin at node 2 P - (2 P >> l), P = n - w for n chunks of
-which a query sees w before its own exactly. Level l has (P >> l) - 1 nodes.
+which a query sees w before its own exactly. Level l has (P >> l) - 1 nodes. Node P - 1, after those of level 0, has no
+keys: it fills up tiles of nodes.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def chunk_nodes_kernel(
     mean_v_ptr,  # (G, 2 P M, D) mean values
     count_ptr,  # (G, 2 P M) float32 numbers of keys
     scatter_ptr,  # (G, 2 P M) float32 sums of the squared distances of the keys from their mean
-    label_ptr,  # (G, P C) int8, cluster of each key, written
+    label_ptr,  # (G, P C) int8, cluster of each key, written; -1 in node P - 1
     heads, num_keys, num_nodes,  # num_nodes: P
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
@@ -100,7 +101,7 @@ def chunk_nodes_kernel(
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
     centre = tl.load(centre_ptr + group * BE + tl.arange(0, BE))
-    end = tl.minimum(end, (chunk + 1) * C)
+    end = tl.minimum(end, tl.where(chunk < num_nodes - 1, (chunk + 1) * C, 0))
     j = chunk * C + tl.arange(0, C)
     exists = j < end
     k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
@@ -194,6 +195,7 @@ def landmark_statistics_kernel(
     count_ptr, scatter_ptr,  # see `chunk_nodes_kernel`
     log_count_ptr,  # log2 of the numbers of keys, LOG_ZERO for a landmark without keys, written
     spread_ptr,  # root mean square distances of the keys from their mean, over sqrt(E / log2(e)), written
+    limit_ptr,  # limits sqrt(2 log2 n) of sigma for n keys, written
     size, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logarithms and spreads of BLOCK landmarks of `size`. WIDTH: width of the keys without padding."""
@@ -203,5 +205,7 @@ def landmark_statistics_kernel(
     count = tl.load(count_ptr + row, mask=exists, other=0.0)
     scatter = tl.load(scatter_ptr + row, mask=exists, other=0.0)
     count_or_one = tl.maximum(count, 1.0)
-    tl.store(log_count_ptr + row, tl.where(count > 0.0, tl.log2(count_or_one), LOG_ZERO), mask=exists)
+    log_count = tl.log2(count_or_one)
+    tl.store(log_count_ptr + row, tl.where(count > 0.0, log_count, LOG_ZERO), mask=exists)
+    tl.store(limit_ptr + row, tl.sqrt(2.0 * log_count), mask=exists)
     tl.store(spread_ptr + row, tl.sqrt(tl.maximum(scatter, 0.0) * (LOG2E / WIDTH) / count_or_one), mask=exists)

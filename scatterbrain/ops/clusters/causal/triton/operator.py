@@ -117,6 +117,7 @@ class _Plan:
         layout.add("scatters", self.key_groups, rows)
         layout.add("log_counts", self.key_groups, rows)
         layout.add("spreads", self.key_groups, rows)
+        layout.add("limits", self.key_groups, rows)
         layout.add("labels", self.key_groups, self.num_nodes * self.chunk, dtype=torch.int8)
         layout.add("join_labels", self.key_groups, rows, dtype=torch.int8)
         layout.add("lse", self.groups, self.length)
@@ -124,7 +125,7 @@ class _Plan:
 
 
 SUMS = ("deltas", "mean_values", "counts", "scatters")
-TABLE = ("deltas", "mean_values", "log_counts", "spreads")
+TABLE = ("deltas", "mean_values", "log_counts", "spreads", "limits")
 
 
 def _forward_pass(
@@ -164,7 +165,7 @@ def _forward_pass(
         if level == 0:
             launches.add(
                 chunk_nodes_kernel,
-                (count, plan.key_groups),
+                (plan.num_nodes, plan.key_groups),
                 ("key", "value", "key_lengths", "centres", *SUMS, "labels"),
                 (plan.heads // plan.repeats, plan.num_keys, plan.num_nodes, *row_strides(key, value)),
                 C=chunk,
@@ -188,7 +189,7 @@ def _forward_pass(
         launches.add(
             landmark_statistics_kernel,
             (-(-size // 1024),),
-            ("counts", "scatters", "log_counts", "spreads"),
+            ("counts", "scatters", "log_counts", "spreads", "limits"),
             (size,),
             BLOCK=1024,
             **plan.key_width,
@@ -334,8 +335,8 @@ def _backward_pass(
             causal_bwd_nodes_kernel,
             (count * number, plan.key_groups),
             (
-                *("query", "gradient", "deltas", "mean_values", "counts", "log_counts", "spreads", "join_labels"),
-                *("far_lse", "dots", "norms", *passed_on, "pieces"),
+                *("query", "gradient", "deltas", "mean_values", "counts", "log_counts", "spreads", "limits"),
+                *("join_labels", "far_lse", "dots", "norms", *passed_on, "pieces"),
             ),
             (
                 *(plan.heads, plan.length, plan.num_nodes, plan.num_chunks, level, *nodes),
