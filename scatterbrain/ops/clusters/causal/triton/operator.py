@@ -98,6 +98,7 @@ class _Plan:
         wide = max(self.widths["BE"], self.widths["BD"], chunk) > 64 or self.dtype.itemsize > 2
         self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
         # with fewer registers one more program fits an SM
+        self.query_tiles = self.tiles | ({} if wide else {"maxnreg": 168})
         self.node_tiles = {"num_warps": 8 if wide else 4} | ({} if wide or num_landmarks > 32 else {"maxnreg": 128})
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
@@ -206,7 +207,7 @@ def _forward_pass(
         **plan.lengths,
         STATISTICS=statistics,
         **plan.precision,
-        **plan.tiles,
+        **plan.query_tiles,
         **(plan.pdl if plan.counts else plan.first),
     )
     return Pass(launches, outputs, (layout,))
