@@ -55,13 +55,14 @@ def load_queries(
 
 
 @triton.jit
-def exact_dq(dq, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION: tl.constexpr):
-    """Gradient of the queries with that of a tile of keys added, without the softmax scale."""
+def exact_dq(dq, d_sum, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION: tl.constexpr):
+    """Gradient of the queries without the softmax scale, and sums of those of the logits, with a tile of keys added."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - lse[:, None]
     # masked before the exponential: it may overflow
     weights = tl.exp2(tl.where(inside, logits, LOG_ZERO))
     d_logits = weights * (tl.dot(gradient, tl.trans(v), input_precision=PRECISION) - dot[:, None])
-    return tl.dot(d_logits.to(q.dtype), k, dq, input_precision=PRECISION)
+    d_logits = d_logits.to(q.dtype)
+    return tl.dot(d_logits, k, dq, input_precision=PRECISION), d_sum + tl.sum(d_logits.to(tl.float32), 1)
 
 
 @triton.jit
@@ -106,17 +107,24 @@ def causal_bwd_dq_kernel(
     v = finite_part(v)
     inside = (j[None, :] <= i[:, None]) & (j < end)[None, :]
     dq = tl.zeros((C, BE), tl.float32)
-    dq = exact_dq(dq, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION)
+    d_sum = tl.zeros((C,), tl.float32)
+    dq, d_sum = exact_dq(dq, d_sum, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION)
     if EXACT > 0:
         for part in tl.range(tl.maximum(chunk - EXACT, 0), chunk, num_stages=STAGES):
             j = part * C + tl.arange(0, C)
             k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
             v = load_rows(v_ptr, j, j < end, stride_vn, D, BD)
-            dq = exact_dq(dq, q, gradient, k, v, (j < end)[None, :], dot, lse, qk_scale, PRECISION)
-    dq *= scale
+            dq, d_sum = exact_dq(dq, d_sum, q, gradient, k, v, (j < end)[None, :], dot, lse, qk_scale, PRECISION)
+    # the gradients of all logits of a query add up to zero, so that keys may be relative to any point: a large
+    # component that all share would multiply the rounding of these gradients
+    e = tl.arange(0, BE)
+    centre = tl.load(k_ptr + e, mask=(e < E) & (end > 0), other=0.0).to(tl.float32)
     if LEVELS > 0:
         seen = chunk - EXACT
         centre_ptr += (group // REPEATS) * BE
+        centre = tl.where(seen > 0, tl.load(centre_ptr + e), centre)
+    dq = (dq - d_sum[:, None] * centre[None, :]) * scale
+    if LEVELS > 0:
         far_lse = lse - offset_of_centre(q, centre_ptr, seen, qk_scale)
         wide_q = q.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide_q * wide_q, 1)) * scale
@@ -129,7 +137,6 @@ def causal_bwd_dq_kernel(
         spread_ptr += size
         limit_ptr += size
         d_norm = tl.zeros((C,), tl.float32)
-        d_offset = tl.zeros((C,), tl.float32)
         far_dq = tl.zeros((C, BE), tl.float32)
         levels, pairs, number = visible_nodes(seen, LEVELS)
         for tile in tl.range(0, tl.cdiv(number, NODES), num_stages=STAGES):
@@ -145,13 +152,9 @@ def causal_bwd_dq_kernel(
             far_weights = tl.exp2(far + limited * (sigma - 0.5 * limited) - far_lse[:, None])
             d_far = far_weights * (tl.dot(gradient, tl.trans(mean_v), input_precision=PRECISION) - dot[:, None])
             d_norm += tl.sum(d_far * limited * spread[None, :], 1)
-            d_offset += tl.sum(d_far, 1)
             far_dq = tl.dot(d_far.to(q.dtype), delta, far_dq, input_precision=PRECISION)
         share = tl.where(norm > 0.0, d_norm * (LN2 * scale * scale) / tl.where(norm > 0.0, norm, 1.0), 0.0)
-        centre = tl.load(centre_ptr + tl.arange(0, BE))
-        # no landmark is seen where the centre may hold what is not finite
-        centre = tl.where(seen > 0, centre, 0.0)
-        dq += (far_dq + d_offset[:, None] * centre[None, :]) * scale + share[:, None] * wide_q
+        dq += far_dq * scale + share[:, None] * wide_q
     dq = tl.where(sound[:, None], dq, 0.0)
     store_rows(sequence_ptr(dq_ptr, group, heads, stride_dqb, stride_dqh), dq, i, valid, stride_dqn, E)
 
