@@ -123,7 +123,7 @@ def causal_bwd_dq_kernel(
         seen = chunk - EXACT
         centre_ptr += (group // REPEATS) * BE
         centre = tl.where(seen > 0, tl.load(centre_ptr + e), centre)
-    dq = (dq - d_sum[:, None] * centre[None, :]) * scale
+    dq -= d_sum[:, None] * centre[None, :]
     if LEVELS > 0:
         far_lse = lse - offset_of_centre(q, centre_ptr, seen, qk_scale)
         wide_q = q.to(tl.float32)
@@ -137,7 +137,6 @@ def causal_bwd_dq_kernel(
         spread_ptr += size
         limit_ptr += size
         d_norm = tl.zeros((C,), tl.float32)
-        far_dq = tl.zeros((C, BE), tl.float32)
         levels, pairs, number = visible_nodes(seen, LEVELS)
         for tile in tl.range(0, tl.cdiv(number, NODES), num_stages=STAGES):
             rows, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
@@ -152,10 +151,10 @@ def causal_bwd_dq_kernel(
             far_weights = tl.exp2(far + limited * (sigma - 0.5 * limited) - far_lse[:, None])
             d_far = far_weights * (tl.dot(gradient, tl.trans(mean_v), input_precision=PRECISION) - dot[:, None])
             d_norm += tl.sum(d_far * limited * spread[None, :], 1)
-            far_dq = tl.dot(d_far.to(q.dtype), delta, far_dq, input_precision=PRECISION)
-        share = tl.where(norm > 0.0, d_norm * (LN2 * scale * scale) / tl.where(norm > 0.0, norm, 1.0), 0.0)
-        dq += far_dq * scale + share[:, None] * wide_q
-    dq = tl.where(sound[:, None], dq, 0.0)
+            dq = tl.dot(d_far.to(q.dtype), delta, dq, input_precision=PRECISION)
+        share = tl.where(norm > 0.0, d_norm * (LN2 * scale) / tl.where(norm > 0.0, norm, 1.0), 0.0)
+        dq += share[:, None] * q.to(tl.float32)
+    dq = tl.where(sound[:, None], dq * scale, 0.0)
     store_rows(sequence_ptr(dq_ptr, group, heads, stride_dqb, stride_dqh), dq, i, valid, stride_dqn, E)
 
 
@@ -225,7 +224,8 @@ def causal_bwd_nodes_kernel(
     spread = tl.where(spread < float("inf"), spread, 0.0)
     d_mean_k = tl.zeros((BE, MP), tl.float32)
     d_mean_v = tl.zeros((BD, MP), tl.float32)
-    d_spread = tl.zeros((MP,), tl.float32)
+    # parts whose rows `tl.dot` leaves with the same thread, so that the loop adds without a shuffle
+    d_spread = tl.zeros((C // 2, MP), tl.float32)
     # chunks whose queries see the node: 2^level, or twice as many for a node of an even number
     begin = ((node + 2) << level) - 1 + EXACT
     stop = tl.minimum(((node + 4 - node % 2) << level) - 1 + EXACT, num_chunks)
@@ -251,9 +251,11 @@ def causal_bwd_nodes_kernel(
         limited = tl.minimum(sigma, limit[None, :])
         weights = tl.exp2(logits + limited * (sigma - 0.5 * limited) - lse[:, None])
         d_logits = weights * (tl.dot(gradient, mean_v, input_precision=PRECISION) - dot[:, None])
-        d_spread += tl.sum(d_logits * limited * norm[:, None], 0)
+        d_sigma = tl.reshape(d_logits * limited * norm[:, None], (C // 16, 2, 8, MP))
+        d_spread += tl.reshape(tl.sum(d_sigma, 1), (C // 2, MP))
         d_mean_v = tl.dot(tl.trans(gradient), weights.to(q.dtype), d_mean_v, input_precision=PRECISION)
         d_mean_k = tl.dot(tl.trans(q), d_logits.to(q.dtype), d_mean_k, input_precision=PRECISION)
+    d_spread = tl.sum(d_spread, 0)
     if PIECES == 1:
         finish_node(
             d_mean_k, d_mean_v, d_spread, node, b, size, delta_ptr, count_ptr, spread_ptr, join_label_ptr,

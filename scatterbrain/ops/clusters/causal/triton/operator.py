@@ -98,7 +98,8 @@ class _Plan:
         wide = max(self.widths["BE"], self.widths["BD"], chunk) > 64 or self.dtype.itemsize > 2
         self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
         # with fewer registers one more program fits an SM
-        self.query_tiles = self.tiles | ({} if wide else {"maxnreg": 168})
+        self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
+        self.gradient_tiles = self.tiles | ({} if wide or num_landmarks > 32 else {"maxnreg": 168})
         self.node_tiles = {"num_warps": 8 if wide else 4} | ({} if wide or num_landmarks > 32 else {"maxnreg": 128})
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
@@ -348,7 +349,8 @@ def _backward_pass(
             **plan.key_width,
             **plan.near,
             PIECES=number,
-            **tiles,
+            **plan.precision,
+            **plan.gradient_tiles,
             **plan.pdl,
         )
         if number > 1:
