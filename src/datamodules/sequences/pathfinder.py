@@ -16,7 +16,8 @@ paths otherwise.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from scatterbrain.errors import check_whole_number
 from src.datamodules.sequences.base import SequenceData
+from src.datamodules.sequences.cache import read_cached
 from src.utils.machine import usable_cpus
 from src.utils.progress import progress_display
 
@@ -64,6 +66,7 @@ def read_pathfinder(
     num_test: int = 20_000,
     seed: int = 0,
     num_processes: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> dict[str, SequenceData]:
     """The three parts of Pathfinder-32: images by pixel, (N, 1024) in 0..255, and 1 for connected circles, 0 else.
 
@@ -75,9 +78,10 @@ def read_pathfinder(
         num_test: images for the test.
         seed: of the images; the same for every seed of a training.
         num_processes: processes that draw; None is the number of usable CPUs. The images do not depend on it.
+        cache: file with all images, which is read in place of drawing, and written where it does not exist.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value out of range, or see `read_cached`.
     """
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     for name, size in sizes.items():
@@ -85,20 +89,27 @@ def read_pathfinder(
     check_whole_number("datamodule.read.seed", seed, 0)
     num_processes = usable_cpus() if num_processes is None else num_processes
     check_whole_number("datamodule.read.num_processes", num_processes, 1)
-    # training last, and parts from groups of their own: more of one leaves the others as they are
+    tensors = read_cached(cache, "pathfinder", lambda: _draw_parts(sizes, seed, num_processes), f"{sizes} {seed}")
+    return {name: SequenceData(tensors[f"{name}.pixels"], tensors[f"{name}.targets"].long()) for name in sizes}
+
+
+def _draw_parts(sizes: Mapping[str, int], seed: int, num_processes: int) -> dict[str, torch.Tensor]:
+    """Images (N, 1024) and classes (N,) of each part, both uint8."""
+    # each part has groups of its own: more of one leaves the others as they are
     groups = [(seed, part, group) for part, size in enumerate(sizes.values()) for group in range(_num_groups(size))]
     drawn = []
     with progress_display(Console(stderr=True)) as progress:
-        task = progress.add_task("drawing Pathfinder", total=sum(sizes.values()))
+        task = progress.add_task("drawing Pathfinder", total=len(groups))
         for images, labels in _draw_groups(groups, num_processes):
-            drawn.append((torch.from_numpy(images).flatten(1), torch.from_numpy(labels).long()))
-            progress.advance(task, len(labels))
-    parts, first = {}, 0
+            drawn.append((torch.from_numpy(images).flatten(1), torch.from_numpy(labels).to(torch.uint8)))
+            progress.advance(task)
+    tensors, first = {}, 0
     for name, size in sizes.items():
         last = first + _num_groups(size)
-        images, labels = (torch.cat(tensors)[:size] for tensors in zip(*drawn[first:last], strict=True))
-        parts[name], first = SequenceData(images, labels), last
-    return parts
+        images, labels = (torch.cat(each)[:size] for each in zip(*drawn[first:last], strict=True))
+        tensors |= {f"{name}.pixels": images, f"{name}.targets": labels}
+        first = last
+    return tensors
 
 
 def _num_groups(size: int) -> int:

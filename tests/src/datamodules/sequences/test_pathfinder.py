@@ -62,12 +62,12 @@ def test_circles_are_apart_at_ends_of_the_two_paths(drawings):
     assert np.allclose(first, pathfinder.SEED_DISTANCE, atol=1e-4)
 
 
-def test_classes_are_equally_frequent_and_no_simple_statistic_tells_them_apart():
-    groups = [draw(np.random.default_rng(seed)) for seed in range(3)]
-    images = np.concatenate([render(group) for group in groups]).reshape(3000, -1).astype(np.float64)
+def test_classes_are_equally_frequent_and_no_simple_statistic_tells_them_apart(drawings):
+    groups = [drawings, draw(np.random.default_rng(4))]
+    images = np.concatenate([render(group) for group in groups]).reshape(2000, -1).astype(np.float64)
     circles = np.concatenate([group.circles for group in groups])
     connected = np.concatenate([group.connected for group in groups])
-    assert connected.reshape(-1, 2).sum(1).tolist() == [1] * 1500
+    assert connected.reshape(-1, 2).sum(1).tolist() == [1] * 1000
     assert not (connected[::2] == connected[0]).all()
     distractors = np.concatenate([group.dashes[:, 28::4, 0, 0] >= 0 for group in groups]).sum(1)
     statistics = {
@@ -81,7 +81,7 @@ def test_classes_are_equally_frequent_and_no_simple_statistic_tells_them_apart()
     for name, values in statistics.items():
         thresholds = np.quantile(values, np.linspace(0.02, 0.98, 49))
         share = max(abs(((values > threshold) == connected).mean() - 0.5) for threshold in thresholds)
-        assert share < 0.07, name
+        assert share < 0.08, name
 
 
 def test_images_show_the_dashes_and_the_circles(drawings):
@@ -108,12 +108,19 @@ def test_a_pixel_is_as_grey_as_the_share_of_it_that_is_covered():
     # a line one pixel wide: it covers a quarter of the pixel at 5, all of that at 6, three quarters of that at 7
     assert image[10, 4:9].tolist() == [0, 48, 191, 143, 0]
     assert image[[9, 11], 4:9].max() == 0
-    assert image[25, 22:29].tolist() == [0, 0, 255, 255, 255, 0, 0] or image[25, 25] == 255
+    assert image[25, 22:29].tolist() == [0, 0, 255, 255, 255, 0, 0]
 
 
-def test_the_parts_differ_and_depend_on_the_seed_alone():
-    parts = read_pathfinder(num_train=1100, num_validation=100, num_test=60, num_processes=1)
-    assert {name: len(part) for name, part in parts.items()} == {"test": 60, "validation": 100, "train": 1100}
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Groups of 100 images, which take a tenth of the time."""
+    monkeypatch.setattr(pathfinder, "IMAGES_AT_A_TIME", 100)
+    monkeypatch.setattr(pathfinder, "DRAWINGS_AT_A_TIME", 400)
+
+
+def test_the_parts_differ_and_depend_on_the_seed_alone(small_groups):
+    parts = read_pathfinder(num_train=250, num_validation=100, num_test=60, num_processes=1)
+    assert {name: len(part) for name, part in parts.items()} == {"test": 60, "validation": 100, "train": 250}
     for part in parts.values():
         assert part.tokens.shape == (len(part), 1024)
         assert part.tokens.dtype == torch.uint8
@@ -121,7 +128,7 @@ def test_the_parts_differ_and_depend_on_the_seed_alone():
         assert part.lengths is None
         assert part.targets.double().mean() == 0.5
     everything = torch.cat([part.tokens for part in parts.values()])
-    assert len(torch.unique(everything, dim=0)) == 1260
+    assert len(torch.unique(everything, dim=0)) == 410
     fewer = read_pathfinder(num_train=10, num_validation=100, num_test=60, num_processes=1)
     assert torch.equal(fewer["train"].tokens, parts["train"].tokens[:10])
     assert torch.equal(fewer["test"].tokens, parts["test"].tokens)
@@ -155,7 +162,7 @@ class SerialPool:
         return map(function, items)
 
 
-def test_a_group_is_the_same_each_time():
+def test_a_group_is_the_same_each_time(small_groups):
     (images, labels), (again, labels_again) = draw_images((5, 1)), draw_images((5, 1))
     assert np.array_equal(images, again)
     assert np.array_equal(labels, labels_again)
