@@ -43,6 +43,7 @@ CELLS = 2  # per pixel and axis, of the map of what is occupied
 FIRST_DASHES, DASHES_AT_A_TIME, TRIES = 2, 4, 48  # tries of the next dashes
 OUTSIDE = -100.0  # where the dashes of a distractor are that there is no room for
 IMAGES_AT_A_TIME, DRAWINGS_AT_A_TIME = 1000, 4096
+MAX_SEED = 2**32 - 1  # beyond it, seeds of two groups could be the same
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read_pathfinder(
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     for name, size in sizes.items():
         check_whole_number(f"datamodule.read.num_{name}", size, 1)
-    check_whole_number("datamodule.read.seed", seed, 0)
+    check_whole_number("datamodule.read.seed", seed, 0, MAX_SEED)
     num_processes = usable_cpus() if num_processes is None else num_processes
     check_whole_number("datamodule.read.num_processes", num_processes, 1)
     tensors = read_cached(cache, "pathfinder", lambda: _draw_parts(sizes, seed, num_processes), f"{sizes} {seed}")
