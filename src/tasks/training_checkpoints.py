@@ -22,7 +22,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from scatterbrain.errors import UserError, is_number
 from src.checkpoints import save_checkpoint
 from src.distributed.interrupts import on_sigterm
-from src.evaluation.training_summary import best_epoch
 from src.tasks.classification_training import CHECKPOINT_KEY, not_finite
 from src.utils.files import atomic_write
 
@@ -149,7 +148,7 @@ def _check_finite_weights(checkpoint: Mapping[str, Any]) -> None:
 
 
 class BestCheckpoint(Checkpoint):
-    """Keeps `best.ckpt`, of the first of the epochs with the best validation accuracy.
+    """Keeps `best.ckpt`, of the first of the epochs with the best validation result.
 
     It is found by the history of the training, which a resumed one continues in any folder.
 
@@ -170,8 +169,7 @@ class BestCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the epoch if it is the best one so far."""
-        best = best_epoch(pl_module.history)
-        if best is not None and best["epoch"] == trainer.current_epoch + 1:
+        if pl_module.last_is_best:
             trainer.save_checkpoint(self.path)
 
 
@@ -201,6 +199,11 @@ class LastCheckpoint(Checkpoint):
     def request_stop(self) -> None:
         """Stop after the current update; safe to call from a signal handler."""
         self._stop_requested.set()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal requested a stop."""
+        return self._stop_requested.is_set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks, and let SIGTERM request a stop."""
