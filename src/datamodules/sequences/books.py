@@ -16,6 +16,7 @@ import torch
 from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.formats.files import read_file
 from src.datamodules.sequences.base import PARTS, TextData
+from src.datamodules.sequences.text import as_tensor
 
 HELD_OUT_FILES = 10  # of ten books, one is for validation or the test, in turn
 SHINGLE_WORDS = 8
@@ -45,7 +46,7 @@ def read_text_files(data_dir: str | Path, max_train_bytes: int | None = None) ->
                 f"{path} does not exist. Make the three texts by scripts/prepare_books.py, or give their folder: "
                 "datamodule.read.data_dir=..."
             )
-        texts[part] = to_tensor(read_file(path))
+        texts[part] = as_tensor(read_file(path))
     if max_train_bytes is not None:
         check_whole_number("max_train_bytes", max_train_bytes, 1)
         texts["train"] = texts["train"][:max_train_bytes]
@@ -65,12 +66,7 @@ def read_wikitext(data_dir: str | Path) -> dict[str, torch.Tensor]:
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{path} does not exist. Give the folder of WikiText-2, see docs/language.md.")
-    return {name: to_tensor(read_file(path)) for name, path in files.items()}
-
-
-def to_tensor(text: bytes) -> torch.Tensor:
-    """The bytes as a uint8 tensor."""
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    return {name: as_tensor(read_file(path)) for name, path in files.items()}
 
 
 # Preparation

@@ -66,9 +66,7 @@ def test_what_project_gutenberg_adds_is_cut_off(which):
 
 
 def test_old_headers_of_project_gutenberg_are_cut_off():
-    text = (
-        b"Etext\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29*END*\nIt was\n\nEnd of Project Gutenberg"
-    )
+    text = b"Etext\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29*END*\nIt was\n\nEnd of Project Gutenberg"
     assert books.clean_text(text) == b"It was\n\n"
     assert books.clean_text(b" \r\n") == b""
 
