@@ -112,8 +112,11 @@ class SequenceTraining(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the dropout, and redraw the random features when it is time; a resumed training draws the same ones."""
-        torch.manual_seed(derive_seed(self.seed, self.global_step))
         step = self.global_step
+        # that of the device alone: torch.manual_seed takes as long as a small network
+        on_cuda = self.device.type == "cuda"
+        generator = torch.cuda.default_generators[self.device.index] if on_cuda else torch.default_generator
+        generator.manual_seed(derive_seed(self.seed, step))
         if self.redraw_steps is not None and step and step % self.redraw_steps == 0 and self.model.has_random_features:
             self.model.redraw_projections(self.seed + step // self.redraw_steps)
 

@@ -48,7 +48,7 @@ COMPARED = (
     *("name", "seed", "model", "optimizer", "scheduler"),
     *(f"train.{name}" for name in ("steps", "eval_steps", "redraw_steps")),
     *("trainer.precision", "trainer.gradient_clip_val"),
-    *(f"datamodule.{name}" for name in ("length", "causal", "batch_size", "metric", "eval_windows", "seed")),
+    *(f"datamodule.{name}" for name in ("length", "causal", "batch_size", "metric", "validation_samples", "seed")),
 )
 
 

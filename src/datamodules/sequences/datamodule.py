@@ -34,6 +34,7 @@ class SequenceDataModule(pl.LightningDataModule):
         metric: what results are compared by, a key of `METRICS`.
         batch_size: sequences of a training step.
         eval_batch_size: sequences of an evaluation step.
+        validation_samples: most sequences of the validation part in an evaluation, spread evenly; None for all.
         eval_windows: most windows of a text in an evaluation, spread evenly; None for all, side by side.
         steps: of the training.
         eval_steps: steps between two evaluations.
@@ -54,6 +55,7 @@ class SequenceDataModule(pl.LightningDataModule):
         metric: str = "accuracy",
         batch_size: int = 32,
         eval_batch_size: int = 64,
+        validation_samples: int | None = 1024,
         eval_windows: int | None = 256,
         steps: int = 1,
         eval_steps: int = 1,
@@ -62,16 +64,19 @@ class SequenceDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         numbers = {"length": length, "vocabulary": vocabulary, "num_classes": num_classes, "batch_size": batch_size}
-        for name, value in {**numbers, "eval_batch_size": eval_batch_size, "eval_windows": eval_windows}.items():
-            if value is not None or name != "eval_windows":
-                check_whole_number(f"datamodule.{name}", value, 1)
+        numbers["eval_batch_size"] = eval_batch_size
+        limits = {"validation_samples": validation_samples, "eval_windows": eval_windows}
+        numbers |= {name: number for name, number in limits.items() if number is not None}
+        for name, value in numbers.items():
+            check_whole_number(f"datamodule.{name}", value, 1)
         check_switch("datamodule.causal", causal)
         if metric not in METRICS:
             raise UserError(f"datamodule.metric={metric} is unknown. {did_you_mean(str(metric), METRICS)}")
         self.length, self.vocabulary, self.num_classes, self.causal = length, vocabulary, num_classes, causal
         self.metric, self.batch_size, self.eval_batch_size = metric, batch_size, eval_batch_size
         self.steps, self.eval_steps, self.seed = steps, eval_steps, seed
-        self._read, self._eval_windows, self._baselines = read, eval_windows, dict(baselines or {})
+        self._read, self._baselines = read, dict(baselines or {})
+        self._validation_samples, self._eval_windows = validation_samples, eval_windows
         self._parts: dict[str, SequenceData | torch.Tensor] = {}
         self._placed: dict[str, tuple[torch.Tensor | None, ...]] = {}
 
@@ -153,28 +158,29 @@ class SequenceDataModule(pl.LightningDataModule):
         return Batches(lambda number: self._gather("train", order[number]), len(order), last - first)
 
     def val_dataloader(self) -> Batches:
-        """The validation part, or windows of it, in order."""
+        """The validation part, or samples of it, in order."""
         return self._evaluation_batches("validation")
 
     def test_dataloader(self) -> Batches:
-        """The test part, or windows of it, in order."""
+        """The test part, or samples of it, in order."""
         return self._evaluation_batches("test")
 
     def num_evaluated(self, name: str) -> int:
-        """Number of sequences or windows that a part is evaluated on."""
+        """Number of sequences or windows that a part is evaluated on, `"validation"` or `"test"`."""
+        every, most = self._num_samples(name), self._validation_samples if name == "validation" else None
+        if isinstance(self._parts[name], torch.Tensor):
+            most = self._eval_windows
+        return every if most is None else min(most, every)
+
+    def _num_samples(self, name: str) -> int:
         part = self._parts[name]
-        if not isinstance(part, torch.Tensor):
-            return len(part)
-        every = (len(part) - 1) // self.length
-        return every if self._eval_windows is None else min(self._eval_windows, every)
+        return (len(part) - 1) // self.length if isinstance(part, torch.Tensor) else len(part)
 
     def _evaluation_batches(self, name: str) -> Batches:
         self.setup("test")
-        number = self.num_evaluated(name)
-        index = torch.arange(number)
-        part = self._parts[name]
-        if isinstance(part, torch.Tensor):
-            index = torch.tensor(spread((len(part) - 1) // self.length, number)) * self.length
+        index = torch.tensor(spread(self._num_samples(name), self.num_evaluated(name)))
+        if isinstance(self._parts[name], torch.Tensor):
+            index = index * self.length
         parts = index.to(self._index_device(name)).split(self.eval_batch_size)
         return Batches(lambda number: self._gather(name, parts[number]), len(parts), len(parts))
 

@@ -258,6 +258,9 @@ def test_sequences_come_with_their_lengths_and_classes(sequences):
     assert torch.equal(tokens[:, 0], targets)
     assert torch.equal(targets, torch.arange(4))
     assert torch.equal(lengths, torch.arange(1, 5))
+    # the validation part may be larger than an evaluation needs
+    (batch,) = module_of(sequences, validation_samples=3).val_dataloader()
+    assert batch[2].tolist() == [1, 3, 5]
     assert not module.each_token
 
 
