@@ -1,6 +1,6 @@
 r"""Bits per byte of a trained language model, with other attentions in place of its own, and after a short fine-tune.
 
-CHECKPOINT is best.ckpt or last.ckpt of `python run.py experiment=language-books`. Each of --attentions gets the trained
+CHECKPOINT is last.ckpt of `python run.py experiment=language-books`. Each of --attentions gets the trained
 weights as they are, and then as many --steps of training as the network's own attention, if it is among them.
 
     python scripts/convert_language_model.py CHECKPOINT --attentions full,local,sblocal,sbcluster --steps 200 \
