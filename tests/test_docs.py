@@ -103,8 +103,9 @@ def known_keys() -> set[str]:
     evaluation = compose_config([f"experiment={EXPERIMENT}", attention])
     training = compose_config([f"experiment={TRAINING_EXPERIMENT}", attention])
     sequence = compose_config(["experiment=lra-listops"])
+    books = compose_config(["experiment=language-books"])
     loggers = [compose_config([f"logger={path.stem}"]) for path in (ROOT / "configs" / "logger").glob("*.yaml")]
-    return set().union(*(walk(config, "") for config in (evaluation, training, sequence, *loggers)))
+    return set().union(*(walk(config, "") for config in (evaluation, training, sequence, books, *loggers)))
 
 
 def test_the_readme_is_short():
