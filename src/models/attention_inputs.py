@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -98,7 +99,7 @@ def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> 
 
 
 def create_stage_attentions(
-    name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0
+    name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0, **options: Any
 ) -> tuple[AttentionModule, AttentionModule]:
     """Modules of stage 1 and 2, in evaluation mode, as an evaluation of `model` with this attention and seed has them.
 
@@ -107,9 +108,10 @@ def create_stage_attentions(
         model: with a swappable attention; sequence lengths, softmax scales and device are its own.
         memory_fraction: see `create_attention`.
         seed: of what is random; each stage derives its own.
+        **options: of both modules.
 
     Raises:
-        UserError: unknown name or a fraction out of range.
+        UserError: unknown name or option, or a fraction out of range.
     """
     device = model.cls_token.device
     return tuple(
@@ -120,6 +122,7 @@ def create_stage_attentions(
             softmax_temp=own.softmax_temp,
             memory_fraction=memory_fraction,
             seed=stage_seed(seed, stage),
+            **options,
         )
         .to(device)
         .eval()

@@ -1,0 +1,88 @@
+"""Learned features against random ones on a trained T2T-ViT: `scripts/distil_features.py`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from scatterbrain.errors import UserError, check_whole_number
+from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus
+from src.analysis.experiments.memory import Reference, load_photographs, measure_point, swapped
+from src.analysis.tools import choose_device, new_table, print_report, provenance, shown, without_paths, write_results
+from src.checkpoints.writing import save_checkpoint
+from src.datamodules.sampling import spread
+from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
+from src.tasks.distillation import learned_stage_attentions, mean_divergence
+from src.tasks.options import MAX_SEED
+from src.utils.files import sha256_of_file
+
+FEATURES = {"random": "random", "keys": "start of training", "learned": "learned"}
+# of other attentions, at the same columns
+OTHERS = ("local", "sbcluster")
+LEARNERS = ("performer", "sblocal")
+
+
+def learned_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Table of accuracy, agreement, errors of the output and divergences."""
+    headers = (
+        "attention",
+        "features",
+        "top-1 %",
+        "agreement %",
+        "error, stage 1",
+        "stage 2",
+        "nats, stage 1",
+        "stage 2",
+    )
+    table = new_table("Held-out photographs, mean ± std over seeds", headers, headers[:2])
+    for row in rows:
+        cells = [row["attention"], FEATURES.get(row["features"], "-")]
+        cells += [plus_minus(row[name], 2) for name in ("top1", "agreement")]
+        cells += [plus_minus(stage["output_error"]) for stage in row["stages"]]
+        table.add_row(*cells, *(plus_minus(value, 2) for value in row["divergence"] or ()))
+    return table
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Distil, measure, print and write what the options of `scripts/distil_features.py` name."""
+    check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds)
+    if arguments.save is not None and not Path(arguments.save).is_dir():
+        raise UserError(f"--save {arguments.save} is not a folder. Make it first.")
+    device = choose_device(arguments.device)
+    name, model = load_model(arguments.checkpoint)
+    model.to(device)
+    dataset = open_split(arguments.data_dir, arguments.split, model)
+    chosen = spread(len(dataset), arguments.limit or len(dataset))
+    parts = chosen[::2], chosen[1::2]  # in the order of the classes: every other photograph of each
+    (images, _), held_out = (load_photographs(dataset, part) for part in parts)
+    training = [capture_stage_inputs(model, image[None].to(device)) for image in images]
+    reference = Reference.of(model, *(x.to(device) for x in held_out), error_images=len(parts[1]))
+    options = {name: getattr(arguments, name) for name in ("steps", "lr", "num_queries")}
+    cases = [(each, None) for each in OTHERS] + [(each, kind) for each in LEARNERS for kind in FEATURES]
+    rows = []
+    for attention, features in shown(cases, "Attentions"):
+        create = partial(learned_stage_attentions, features, training, options) if features else create_stage_attentions
+        create = functools.cache(create)  # the modules of a seed are measured twice
+        seeds = range(arguments.seed, arguments.seed + (arguments.num_seeds if features else 1))
+        row = measure_point(reference, attention, arguments.memory_fraction, seeds, create=create)
+        row |= {"features": features, "divergence": None}
+        if features:
+            samples = [create(attention, model, arguments.memory_fraction, seed) for seed in seeds]
+            stages = zip(zip(*samples, strict=True), zip(*reference.stages, strict=True), strict=True)
+            row["divergence"] = [over_seeds([mean_divergence(x, inputs) for x in each]) for each, inputs in stages]
+        rows.append(row)
+        if features == "learned" and arguments.save is not None:
+            with swapped(model, samples[0]):
+                path = Path(arguments.save) / f"{attention}_learned.safetensors"
+                save_checkpoint(model.state_dict(), path, "safetensors")
+    print_report([learned_table(rows)])
+    content = {**provenance(device), "model": name, "settings": without_paths(arguments, "checkpoint", "save")}
+    content |= {"checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())}
+    content |= {"num_training_images": len(parts[0]), "num_held_out_images": len(parts[1])}
+    write_results(arguments, content | {"full_attention": {"top1": reference.top1}, "results": rows})
