@@ -1,14 +1,13 @@
 """Learned features of performer and sblocal: distilled from a trained T2T-ViT, and measured against random ones.
 
-Every other photograph runs through the network with full attention, and feature maps are trained on the queries and
-keys of both token stages, one map for each, so that the weights match full attention's (Zhang et al., "The Hedgehog &
-the Porcupine", ICLR 2024). The other photographs are held out: top-1, agreement with full attention and error of the
-attention's output are theirs, with as many random features, with those where training starts, and with learned ones.
+Every other photograph runs through the network, and feature maps are trained on the queries and keys of both token
+stages, until the weights match full attention's (Zhang et al., ICLR 2024). Top-1, agreement with full attention and
+error of the output are those of the other photographs, with as many features: random, where training starts, learned.
 
     python scripts/distil_features.py --checkpoint FILE --data-dir data/flowers --output learned.json --save DIR
 
---save writes the network with learned features, of the first seed, as DIR/performer_learned.safetensors and
-DIR/sblocal_learned.safetensors: checkpoints for model/t2tattn_cfg=sblocal model.t2tattn1_cfg.learned_heads=1.
+--save writes DIR/sblocal_learned.safetensors, for model/t2tattn_cfg=sblocal model.t2tattn1_cfg.learned_heads=1, and
+DIR/performer_learned.safetensors: the networks with the features of the first seed.
 """
 
 from __future__ import annotations

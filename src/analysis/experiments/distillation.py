@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from scatterbrain.errors import UserError, check_whole_number
 from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus
 from src.analysis.experiments.memory import Reference, load_photographs, measure_point, swapped
-from src.analysis.tools import choose_device, new_table, print_report, provenance, shown, without_paths, write_results
+from src.analysis.tools import choose_device, provenance, say, shown, without_paths, write_results
 from src.checkpoints.writing import save_checkpoint
 from src.datamodules.sampling import spread
 from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
@@ -22,31 +18,9 @@ from src.tasks.distillation import learned_stage_attentions, mean_divergence
 from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 
-FEATURES = {"random": "random", "keys": "start of training", "learned": "learned"}
-# of other attentions, at the same columns
-OTHERS = ("local", "sbcluster")
-LEARNERS = ("performer", "sblocal")
-
-
-def learned_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Table of accuracy, agreement, errors of the output and divergences."""
-    headers = (
-        "attention",
-        "features",
-        "top-1 %",
-        "agreement %",
-        "error, stage 1",
-        "stage 2",
-        "nats, stage 1",
-        "stage 2",
-    )
-    table = new_table("Held-out photographs, mean ± std over seeds", headers, headers[:2])
-    for row in rows:
-        cells = [row["attention"], FEATURES.get(row["features"], "-")]
-        cells += [plus_minus(row[name], 2) for name in ("top1", "agreement")]
-        cells += [plus_minus(stage["output_error"]) for stage in row["stages"]]
-        table.add_row(*cells, *(plus_minus(value, 2) for value in row["divergence"] or ()))
-    return table
+OTHERS = ("local", "sbcluster")  # at the same columns
+LEARNERS, FEATURES = ("performer", "sblocal"), ("random", "keys", "learned")
+NUMBERS = ("top-1 %", "agreement %", "error of stage 1", "of stage 2", "nats in stage 1", "in stage 2")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -81,7 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
             with swapped(model, samples[0]):
                 path = Path(arguments.save) / f"{attention}_learned.safetensors"
                 save_checkpoint(model.state_dict(), path, "safetensors")
-    print_report([learned_table(rows)])
+        numbers = [plus_minus(row[each], 2) for each in ("top1", "agreement")]
+        numbers += [plus_minus(stage["output_error"]) for stage in row["stages"]]
+        numbers += [plus_minus(value, 2) for value in row["divergence"] or ()]
+        say(f"{attention} {features or ''}: " + ", ".join(map(" ".join, zip(NUMBERS, numbers, strict=False))))
     content = {**provenance(device), "model": name, "settings": without_paths(arguments, "checkpoint", "save")}
     content |= {"checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())}
     content |= {"num_training_images": len(parts[0]), "num_held_out_images": len(parts[1])}

@@ -119,7 +119,7 @@ def test_the_script_end_to_end(folder, tmp_path, capsys):
     given = [f"--checkpoint={folder}/t7.pth", f"--data-dir={folder}", "--memory-fraction=1/4", "--threads=1"]
     more = ["--steps=15", "--num-seeds=2", "--seed=4", f"--output={output}", f"--save={tmp_path}"]
     assert script.main([*given, *more]) == 0
-    assert "start of training" in capsys.readouterr().out
+    assert "sblocal learned: top-1 % " in capsys.readouterr().out
     content = json.loads(output.read_text())
     assert (content["num_training_images"], content["num_held_out_images"]) == (3, 3)
     rows = {(row["attention"], row["features"]): row for row in content["results"]}
