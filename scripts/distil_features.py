@@ -26,9 +26,9 @@ def build_parser() -> Parser:
     parser = Parser(__doc__, "checkpoint", "data-dir", "split")
     add = parser.add_argument
     add("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
-    add("--steps", type=positive, default=1000, metavar="N", help="of training, for each stage (1000)")
+    add("--steps", type=positive, default=400, metavar="N", help="of training, for each stage (400)")
     add("--lr", type=positive_number, default=0.01, metavar="X", help="learning rate (0.01)")
-    add("--num-queries", type=positive, default=256, metavar="N", help="of a step (256)")
+    add("--num-queries", type=positive, default=128, metavar="N", help="of a step (128)")
     add("--save", metavar="DIR", help="write the networks with learned features there")
     parser.add("memory-fraction", "num-seeds", "seed", "device", "threads", "output")
     return parser

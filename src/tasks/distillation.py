@@ -27,9 +27,9 @@ def distil_features(
     attention: PerformerAttention | SBLocalAttention,
     layers: Sequence[StageInputs],
     *,
-    steps: int = 600,
+    steps: int = 400,
     lr: float = 0.01,
-    num_queries: int = 256,
+    num_queries: int = 128,
     seed: int = 0,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> list[float]:

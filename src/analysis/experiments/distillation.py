@@ -19,6 +19,7 @@ from src.tasks.options import MAX_SEED
 from src.utils.files import sha256_of_file
 
 OTHERS = ("local", "sbcluster")  # at the same columns
+ERROR_IMAGES = 32  # of the held-out ones, for errors and divergences
 LEARNERS, FEATURES = ("performer", "sblocal"), ("random", "keys", "learned")
 NUMBERS = ("top-1 %", "agreement %", "error of stage 1", "of stage 2", "nats in stage 1", "in stage 2")
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     parts = chosen[::2], chosen[1::2]  # in the order of the classes: every other photograph of each
     (images, _), held_out = (load_photographs(dataset, part) for part in parts)
     training = [capture_stage_inputs(model, image[None].to(device)) for image in images]
-    reference = Reference.of(model, *(x.to(device) for x in held_out), error_images=len(parts[1]))
+    reference = Reference.of(model, *(x.to(device) for x in held_out), error_images=ERROR_IMAGES)
     options = {name: getattr(arguments, name) for name in ("steps", "lr", "num_queries")}
     cases = [(each, None) for each in OTHERS] + [(each, kind) for each in LEARNERS for kind in FEATURES]
     rows = []
@@ -62,4 +63,5 @@ def run(arguments: argparse.Namespace) -> None:
     content = {**provenance(device), "model": name, "settings": without_paths(arguments, "checkpoint", "save")}
     content |= {"checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())}
     content |= {"num_training_images": len(parts[0]), "num_held_out_images": len(parts[1])}
+    content |= {"num_error_images": sum(len(pair[0].query) for pair in reference.stages)}
     write_results(arguments, content | {"full_attention": {"top1": reference.top1}, "results": rows})
