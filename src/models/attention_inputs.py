@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,6 +97,26 @@ def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> 
             hooks.enter_context(block.attn.qkv.register_forward_hook(split))
         model.forward_features(images)
     return tuple(captured)
+
+
+@torch.no_grad()
+def capture_calls(attentions: Sequence[AttentionModule], run: Callable[[], Any]) -> tuple[StageInputs, ...]:
+    """Inputs of attention modules (B, N, H, E), one for each, of their last call while a network runs.
+
+    Args:
+        attentions: modules of any network, such as those of the blocks of `Network`.
+        run: calls the network on a batch.
+    """
+    captured: dict[AttentionModule, StageInputs] = {}
+
+    def capture(attention: AttentionModule, tensors: tuple[torch.Tensor, ...]) -> None:
+        captured[attention] = StageInputs(*tensors[:3], scale=default_scale(tensors[0], attention.softmax_temp))
+
+    with ExitStack() as hooks:
+        for attention in attentions:
+            hooks.enter_context(attention.register_forward_pre_hook(capture))
+        run()
+    return tuple(captured[attention] for attention in attentions)
 
 
 def create_stage_attentions(

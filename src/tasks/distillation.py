@@ -42,7 +42,8 @@ def distil_features(
 
     Args:
         attention: with `learned_heads`, on the device of the inputs.
-        layers: inputs of the layer for one batch each, see `capture_inputs`; a step takes one of them.
+        layers: inputs of the layer for one batch each, see `capture_inputs`, or `capture_calls` for other networks; a
+            step takes one of them.
         steps: number of updates.
         lr: learning rate.
         num_queries: queries of a step, drawn anew each time; all keys take part.

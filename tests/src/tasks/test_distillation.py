@@ -14,7 +14,8 @@ from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
 from scatterbrain.ops.learned import FeatureMap
 from scripts import distil_features as script
-from src.models.attention_inputs import StageInputs, create_stage_attentions
+from src.models.attention_inputs import StageInputs, capture_calls, create_stage_attentions
+from src.models.sequence_network import Network
 from src.models.t2t_vit import create_t2t_vit
 from src.tasks.distillation import distil_features, divergence, learned_stage_attentions, start_from_keys
 from src.utils.checkpoint import load_checkpoint
@@ -65,6 +66,32 @@ def test_distillation_lowers_the_loss_on_other_inputs(name, causal, heads):
     start_from_keys(attention.learned_features, layers[0], torch.Generator().manual_seed(2))
     assert learned < 0.8 * divergence(attention, layers[3], rows).item()
     assert learned < 0.5 * random
+
+
+def test_a_causal_language_model_is_distilled_layer_by_layer():
+    """Captured with full attention, trained one layer at a time, put in its place."""
+    network = Network([FullAttention(SCALE, causal=True) for _ in range(2)], 11, 11, LENGTH, 16, HEADS, True, seed=0)
+    for block in network.blocks:
+        block.qkv.weight.data *= 2  # weights that differ from one another
+    blocks, batches = list(network.blocks), torch.randint(11, (5, 4, LENGTH))
+    full = [block.attention for block in blocks]
+    captured = [capture_calls(full, lambda batch=batch: network(batch)) for batch in batches]
+    assert captured[0][0].query.shape == (4, LENGTH, HEADS, WIDTH)
+    assert captured[0][1].scale == SCALE
+    before = network(batches[4])
+    errors, divergences, rows = [], [], torch.arange(LENGTH)
+    for steps in (1, 150):
+        for block, layers in zip(blocks, zip(*captured[:4], strict=True), strict=True):
+            block.attention = build("sblocal", causal=True)
+            distil_features(block.attention, layers, steps=steps, lr=0.03, num_queries=16)
+        errors.append((network(batches[4]) - before).norm().item())
+        pairs = zip(blocks, captured[4], strict=True)
+        divergences.append([divergence(block.attention, layer, rows).item() for block, layer in pairs])
+    assert errors[1] < errors[0]
+    assert all(learned < 0.9 * start for start, learned in zip(*divergences, strict=True)), divergences
+    changed = batches[4].clone()
+    changed[:, 30:] = 3
+    assert torch.allclose(network(changed)[:, :30], network(batches[4])[:, :30], atol=1e-5)
 
 
 def test_distillation_is_a_function_of_its_seed():
