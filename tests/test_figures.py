@@ -467,6 +467,18 @@ def causal_error() -> Expected:
     return list(rows.items())
 
 
+def learned_features() -> Expected:
+    """Learned features against random ones, and other attentions of the same columns, on held-out photographs."""
+    path = "docs/data/learned_features.json"
+    rows: Expected = [("full", [None, (load(path)["full_attention"]["top1"],), (100,), (0,), (0,)])]
+    kinds = [(name, kind) for name in ("performer", "sblocal") for kind in ("random", "keys", "learned")]
+    for name, kind in (("local", None), ("sbcluster", None), *kinds):
+        row = find(path, attention=name, features=kind)
+        entries = (row["top1"], row["agreement"], *(stage["output_error"] for stage in row["stages"]))
+        rows.append((name, [None, *map(mean_std, entries)]))
+    return rows
+
+
 def claims() -> Expected:
     """What we measured for each of the paper's claims, in the order of the page."""
     normal = {"data": "normal", "memory_fraction": 1 / 8}
@@ -520,6 +532,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/attentions.md", "name|exact weights|low-rank part|error", output_error),
     ("docs/attentions.md", "attention|top-1", family),
     ("docs/attentions.md", "name|what a query sees", floors),
+    ("docs/attentions.md", "attention|features", learned_features),
     ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
     ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
     ("docs/benchmarks.md", "batch x tokens|cuDNN full", landmarks_on_a_gpu),
