@@ -39,7 +39,7 @@ def read_cached(
     """
     if cache is None:
         return read()
-    path = Path(cache).expanduser()
+    path = Path(str(cache)).expanduser()
     if os.path.lexists(path):
         return _load(path, source, description)
     if description is None:

@@ -32,7 +32,7 @@ def find_root(data_dir: str | os.PathLike[str], inner: str | None, parts: Iterab
     Raises:
         UserError: a folder is missing.
     """
-    root = Path(data_dir).expanduser()
+    root = Path(str(data_dir)).expanduser()  # a name such as 3 comes as a number
     if inner is not None and (root / inner).is_dir():
         root = root / inner
     if not root.is_dir():

@@ -89,3 +89,12 @@ def test_what_is_wrong_with_the_folders_is_named(damage, message, tmp_path):
 def test_options_are_checked(options, message):
     with pytest.raises(UserError, match=message):
         read_cifar_grey(None, **options)
+
+
+def test_names_may_be_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^3 does not exist\. Give the folder"):
+        read_cifar_grey(3)
+    write_images(tmp_path / "3")
+    read_cifar_grey(3, cache=4)
+    assert (tmp_path / "4").is_file()
