@@ -19,7 +19,13 @@ from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.tasks.attention_info import attention_name
 from src.tasks.build import build_model
 from src.utils.instantiate import build, build_group
-from tests.src.tasks.setup import CONFIG_DIR, EXPERIMENT, TRAINING_EXPERIMENT, compose_config
+from tests.src.tasks.setup import (
+    CONFIG_DIR,
+    EXPERIMENT,
+    SEQUENCE_EXPERIMENTS,
+    TRAINING_EXPERIMENT,
+    compose_config,
+)
 
 TRANSFORMER_VARIANTS = [name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer"]
 LOGGERS = {
@@ -159,14 +165,7 @@ def test_the_training_takes_every_attention(attention):
     assert attention_name(config, build_model(config)) == attention
 
 
-SEQUENCES = {
-    path.stem
-    for path in Path(CONFIG_DIR, "experiment").glob("*.yaml")
-    if "override /mode: sequence" in path.read_text()
-}
-
-
-@pytest.mark.parametrize("name", sorted(names("experiment") - SEQUENCES))
+@pytest.mark.parametrize("name", sorted(names("experiment") - set(SEQUENCE_EXPERIMENTS)))
 def test_every_experiment(name, tmp_path):
     config = compose_config([f"experiment={name}", "trainer.accelerator=cpu"], tmp_path)
     OmegaConf.to_container(config, resolve=True)
@@ -183,7 +182,7 @@ def test_every_experiment(name, tmp_path):
         assert config.scheduler.warmup_epochs + config.scheduler.cooldown_epochs < config.train.epochs
 
 
-@pytest.mark.parametrize("name", sorted(SEQUENCES))
+@pytest.mark.parametrize("name", SEQUENCE_EXPERIMENTS)
 def test_every_experiment_on_sequences(name, tmp_path):
     config = compose_config([f"experiment={name}", "trainer.accelerator=cpu", "model.depth=1"], tmp_path)
     OmegaConf.to_container(config, resolve=True)

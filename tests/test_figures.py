@@ -358,6 +358,13 @@ def training_from_scratch() -> Expected:
     return [("bits per byte", [(test["bits_per_byte"],) for test in tests])]
 
 
+def published_lra() -> Expected:
+    rows = load("docs/data/published_lra.json")["results"]
+    tasks = ("listops", "text", "image", "pathfinder")
+    labels = {"performer": "Performer", "reformer": "Reformer"}
+    return [(labels.get(row["attention"], row["attention"]), [(row[task],) for task in tasks]) for row in rows]
+
+
 def formats() -> Expected:
     rows: Expected = []
     for label, name in (
@@ -500,6 +507,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
+    ("docs/sequence_training.md", "published|ListOps", published_lra),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files and limits; their numbers are no results.

@@ -55,7 +55,7 @@ class SequenceComparison:
 
 
 def _by_label(summaries: list[SequenceSummary]) -> dict[str, list[SequenceSummary]]:
-    """Trainings of a task by what sets them apart, the best first and those without a result last."""
+    """Trainings of a task by what sets them apart, the best first and the diverged last."""
     groups: dict[str, list[SequenceSummary]] = {}
     for summary in summaries:
         mine = [other for other in summaries if other.attention == summary.attention]
@@ -70,7 +70,8 @@ def _by_label(summaries: list[SequenceSummary]) -> dict[str, list[SequenceSummar
 
     def rank(label: str) -> tuple[bool, float]:
         value = _mean(groups[label], "test")
-        value = _mean(groups[label], "validation") if value is None else value
+        if value is None and not any(summary.error for summary in groups[label]):
+            value = _mean(groups[label], "validation")
         sign = -1 if summaries[0].higher_is_better else 1
         return (value is None, 0.0 if value is None else sign * value)
 
@@ -149,7 +150,12 @@ def _rows(groups: dict[str, list[SequenceSummary]]) -> list[list[str]]:
         peaks = [summary.peak_memory_mib for summary in summaries if summary.peak_memory_mib]
         cells = [label, str(len(summaries)), f"{100 * first.memory:.1f} %"]
         cells += [done if all(summary.complete for summary in summaries) else f"{done} of {first.steps:,}"]
-        cells += [text("test"), metric_text(first.metric, error), text("validation"), text("best")]
+        cells += [
+            "diverged" if any(summary.error for summary in summaries) else text("test"),
+            metric_text(first.metric, error),
+            text("validation"),
+            text("best"),
+        ]
         cells += [f"{statistics.fmean(rates):,.0f}" if rates else "-"]
         cells += [f"{statistics.fmean(summary.total_seconds for summary in summaries) / 60:.1f}"]
         rows.append([*cells, f"{max(peaks):,.0f}" if peaks else "-"])

@@ -41,11 +41,13 @@ class SequenceSummary:
         steps: steps that were requested.
         steps_done: steps that were reached.
         complete: whether all of them were reached.
+        error: why the training ended before, where its loss or weights became infinite or NaN; else None.
         validation: the last evaluation, see `history`; None before the first one.
         best: the best of them.
         test: `loss` (nats), `accuracy`, the metric and its `standard_error` on the test part, by the last weights; None
-            where the training was interrupted.
-        tokens_per_second: of training, median over the history, the first entry left out where there are more.
+            where the training was interrupted or diverged.
+        tokens_per_second: of training, with padding; median over the history, the first entry left out where there are
+            more.
         seconds: of training, evaluations not counted.
         total_seconds: of training and evaluations, in all parts of a resumed training.
         peak_memory_mib: peak memory of the device since the training was last started; None on the CPU.
@@ -73,6 +75,7 @@ class SequenceSummary:
     steps: int
     steps_done: int
     complete: bool
+    error: str | None
     validation: dict[str, Any] | None
     best: dict[str, Any] | None
     test: dict[str, float] | None

@@ -224,9 +224,13 @@ class ClassificationTraining(pl.LightningModule):
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
 
 
-def not_finite(what: str, update: int) -> UserError:
+class NotFiniteError(UserError):
+    """The loss or the weights of a training are no longer finite."""
+
+
+def not_finite(what: str, update: int) -> NotFiniteError:
     """The error of a training whose loss or weights are no longer finite."""
-    return UserError(
+    return NotFiniteError(
         f"{what} at update {update}. Lower optimizer.lr, lengthen the warm-up of the scheduler, set "
         "trainer.gradient_clip_val=1, or use trainer.precision=32-true."
     )

@@ -23,7 +23,7 @@ from src.distributed.launch import launch
 from src.distributed.loggers import started
 from src.evaluation.sequence_summary import SequenceSummary, summary_table, write_summary
 from src.models.sequence_network import Network
-from src.tasks.classification_training import CHECKPOINT_KEY
+from src.tasks.classification_training import CHECKPOINT_KEY, NotFiniteError
 from src.tasks.environment import device_name, package_versions, peak_memory_mib, reset_peak_memory
 from src.tasks.errors import explain_errors
 from src.tasks.optimization import optimizer_factory
@@ -48,7 +48,8 @@ COMPARED = (
     *("name", "seed", "model", "optimizer", "scheduler"),
     *(f"train.{name}" for name in ("steps", "eval_steps", "redraw_steps")),
     *("trainer.precision", "trainer.gradient_clip_val"),
-    *(f"datamodule.{name}" for name in ("length", "causal", "batch_size", "metric", "validation_samples", "seed")),
+    *(f"datamodule.{name}" for name in ("length", "causal", "batch_size", "metric", "seed")),
+    *("datamodule.validation_samples", "datamodule.eval_windows"),
 )
 
 
@@ -148,7 +149,7 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
         f"{data['num_train']:,} {data['unit']}",
     )
     reset_peak_memory(trainer)
-    stopped = None
+    stopped = diverged = None
     finished = earlier is not None and earlier["step"] == config.train.steps
     explained = explain_errors(datamodule.batch_size, "train.compile" if config.train.compile else None)
     with stop_on_interrupt(last.request_stop) as interrupted, started(trainer.loggers), explained:
@@ -163,9 +164,11 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
                 trainer.fit(task, datamodule=datamodule, ckpt_path=resume)
         except TrainingStopped as stop:
             stopped = stop
+        except NotFiniteError as error:  # a result too, of these options
+            diverged = error
         peak = peak_memory_mib(trainer)
         steps_done = earlier["step"] if finished else trainer.global_step
-        tested = not last.stop_requested
+        tested = diverged is None and not last.stop_requested
         if tested:
             trainer.test(task, datamodule=datamodule, verbose=False)
 
@@ -190,7 +193,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
         learning_rate=config.optimizer.lr,
         steps=config.train.steps,
         steps_done=steps_done,
-        complete=stopped is None,
+        complete=stopped is None and diverged is None,
+        error=None if diverged is None else str(diverged),
         validation=history[-1] if history else None,
         best=best_entry(history, datamodule.metric) if history else None,
         test=task.test if tested else None,
@@ -210,6 +214,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
         logger.info("%s", stopped)
     if interrupted.is_set():
         raise KeyboardInterrupt
+    if diverged is not None:
+        raise diverged
     return summary, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
 
 

@@ -15,7 +15,7 @@ import run
 from scatterbrain.errors import UserError
 from scripts import compare_trainings
 from src.datamodules.sequences.base import IGNORED
-from src.evaluation.sequence_comparison import read_results
+from src.evaluation.sequence_comparison import comparison_markdown, read_results
 from src.evaluation.sequence_summary import read_summary
 from src.tasks import train_sequence as module
 from src.tasks.optimization import warmup_and_decay
@@ -204,15 +204,21 @@ def test_the_first_loss_is_that_of_the_weights_as_they_were_drawn(training):
     assert summary.history[0]["train_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(training, monkeypatch):
+def test_a_training_that_diverges_leaves_its_results(training, monkeypatch, tmp_path):
     take = SequenceTraining.training_step
 
     def diverge(self, batch, batch_idx):
         return take(self, batch, batch_idx) * (math.nan if self.global_step == 2 else 1.0)
 
     monkeypatch.setattr(SequenceTraining, "training_step", diverge)
-    with pytest.raises(UserError, match=r"became nan at update|became NaN or infinite .* at update"):
+    with pytest.raises(UserError, match=r"became nan at update 4.*Lower optimizer\.lr, lengthen the warm-up"):
         training("one")
+    summary = read_summary(tmp_path / "one" / "sequence_training.json")
+    assert "became nan at update 4" in summary.error
+    assert (summary.complete, summary.steps_done, summary.test) == (False, 4, None)
+    assert [entry["step"] for entry in summary.history] == [2]
+    comparison = compare_trainings.compare_trainings([tmp_path])
+    assert "| full | 1 | 100.0 % | 4 of 5 | diverged | - |" in comparison_markdown(comparison)
 
 
 def test_the_network_is_compiled(training, monkeypatch):
