@@ -131,6 +131,9 @@ def test_what_is_refused(folder, tmp_path, capsys):
     train(folder, "local", "datamodule.length=128")
     assert convert(folder, networks=["full", "local"])[0] == 1
     assert "Networks of lengths 128, 256" in capsys.readouterr().err
+    options = ["--save-tensors", str(tmp_path / "qkv.npz")]
+    assert convert(folder, *options, networks=["full", "performer"])[0] == 1
+    assert "--save-tensors writes the tensors of one network" in capsys.readouterr().err
     (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
     assert convert_language_model.main([str(tmp_path / "other.ckpt"), "--books", str(folder / "books")]) == 1
     assert "or is no checkpoint. Resume" in capsys.readouterr().err

@@ -47,6 +47,8 @@ class Conversion(Run):
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, choose_device(arguments.device)
         self.results: list[dict[str, Any]] = []
+        if arguments.save_tensors is not None and len(arguments.checkpoints) > 1:
+            raise UserError("--save-tensors writes the tensors of one network. Give one checkpoint.")
         self.texts = read_texts(arguments.books, arguments.wikitext)
         self.checkpoints = [(path, read_network(path)) for path in arguments.checkpoints]
         lengths = {options["length"] for _, (options, *_) in self.checkpoints}

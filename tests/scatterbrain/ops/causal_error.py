@@ -130,7 +130,7 @@ def window_and_features(
 ) -> tuple[torch.Tensor, float]:
     """`sblocal` that spends half of the columns on the last keys, and half on random features."""
     length, width = query.shape[2:]
-    half = columns // 2
+    half = columns // 4 * 2  # features come in pairs
     # half of a window lies before the query
     module = create_attention("sblocal", length, width, local_context=2 * half, nb_features=half, causal=True)
     out, _ = module.to(query.device)(*(x.transpose(1, 2) for x in (query, key, value)))

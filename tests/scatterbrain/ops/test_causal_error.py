@@ -9,7 +9,7 @@ import torch
 
 from tests.scatterbrain.ops import causal_error
 
-LENGTH = 200
+LENGTH = 216
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     command = ["causal_error", "--inputs", str(tmp_path / "net_qkv.npz"), "--heads", "1", "--output", str(output)]
     monkeypatch.setattr("sys.argv", command)
     causal_error.main()
-    assert "| error / columns | net 3, N = 200 |" in capsys.readouterr().out
+    assert "| error / columns | net 3, N = 216 |" in capsys.readouterr().out
     results = json.loads(output.read_text())["results"]
     assert [row["form"] for row in results] == list(causal_error.FORMS)
     assert all(math.isfinite(row["error"]) for row in results)
