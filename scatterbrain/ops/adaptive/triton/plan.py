@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
+from scatterbrain.ops.adaptive.definition import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
 from scatterbrain.ops.adaptive.triton.starts import combine_both_kernel, start_both_kernel, sum_both_kernel
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,

@@ -27,7 +27,7 @@ from scatterbrain.ops.clusters.triton.kmeans import (
     start_kernel,
     sum_chunks_kernel,
 )
-from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override
+from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override, window_band
 from scatterbrain.ops.common.backends import with_near_rows
 from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
@@ -345,6 +345,7 @@ def add_attention_kernel(
     """
     tiles = plan.tiles
     window_tiles = tiles_of_windows(window, tiles.query_rows, tiles.key_rows)
+    band = window_band(window)
     launches.add(
         landmark_fwd_kernel,
         (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), plan.groups),
@@ -359,6 +360,7 @@ def add_attention_kernel(
         BN=tiles.key_rows,
         **plan.in_window,
         WINDOW_TILES=window_tiles,
+        BAND=band if band <= tiles.band else 0,
         UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
         QUERY_TILES=tiles.query_tiles,
         STAGES=tiles.query_stages,
@@ -672,6 +674,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, num_landmarks, window, scale, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the statistics have none
     ctx.options = (num_landmarks, window, scale)
 
 
