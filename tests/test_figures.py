@@ -461,6 +461,21 @@ def pretrained(name: str, *metrics: str) -> Expected:
     return rows
 
 
+def pretrained_sizes() -> Expected:
+    """Columns, errors and metrics of adaptive attention with given sizes on two networks."""
+    rows: Expected = []
+    for row in load("docs/data/pretrained_sizes_dinov2.json")["results"][1:]:
+        sizes = row["sizes"]
+        other = find("docs/data/pretrained_sizes_whisper.json", sizes=sizes)
+        both = ((row, "correlation", "worst_correlation", "iou"), (other, "word_error_rate", "perplexity"))
+        cells: list[Values] = []
+        for each, *metrics in both:
+            cells += [(100 * each["columns"],), (each["layer_error"], *(each[metric] for metric in metrics))]
+        label = f"W = {sizes['local_context']}, M = {sizes['num_landmarks']}, density {sizes['density']}"
+        rows.append((label, cells))
+    return rows
+
+
 def pretrained_plans() -> Expected:
     rows: Expected = []
     for label, name, metrics in (
@@ -570,6 +585,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
     ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
     ("docs/pretrained.md", "plan for an error", pretrained_plans),
+    ("docs/pretrained.md", "sbadaptive|columns", pretrained_sizes),
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/sbadaptive.md", "layers|PISA", adaptive_layers),
