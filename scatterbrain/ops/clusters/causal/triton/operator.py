@@ -99,6 +99,7 @@ class _Plan:
         self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
         # with fewer registers one more program fits an SM
         self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
+        self.dq_tiles = self.tiles | {"STAGES": 1}
         self.gradient_tiles = self.tiles | ({} if wide or num_landmarks > 32 else {"maxnreg": 168})
         self.node_tiles = {"num_warps": 8 if wide else 4} | ({} if wide or num_landmarks > 32 else {"maxnreg": 128})
         self.pdl = pdl_options(self.device)
@@ -325,7 +326,8 @@ def _backward_pass(
         **plan.near,
         **plan.far,
         **plan.lengths,
-        **tiles,
+        **plan.precision,
+        **plan.dq_tiles,
         **plan.first,
     )
     passed_on = ("of_keys", "of_values", "of_scatters")
