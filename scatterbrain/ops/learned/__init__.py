@@ -26,7 +26,6 @@ from scatterbrain.ops.performer.linear import linear_feature_attention
 from scatterbrain.ops.scatterbrain.blocked import blocked_attention
 
 __all__ = [
-    "FeatureMap",
     "learned_feature_attention",
     "log_learned_features",
     "naive_learned_feature_attention",
@@ -63,7 +62,12 @@ def random_feature_map(projection: torch.Tensor, scale: float, cosh: bool, num_h
 
 
 def log_learned_features(x: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
-    """Logarithms (B, H, N, M) of the features of queries or keys x (B, H, N, E), in the dtype of `x`."""
+    """Logarithms (B, H, N, M) of the features of queries or keys, in the dtype of `x`.
+
+    Args:
+        x: queries or keys (B, H, N, E).
+        feature_map: their feature map.
+    """
     weight, bias, norm = (part.to(x.dtype) for part in feature_map)
     squares = x.square().sum(-1, keepdim=True)
     return x @ weight.transpose(-2, -1) + bias[:, None] - norm[:, None, None] * squares
