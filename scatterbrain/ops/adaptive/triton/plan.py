@@ -119,8 +119,8 @@ def _add_centroids(
             sum_both_kernel,
             (max(chunks, query_chunks), keys.groups, 2),
             (
-                *("key", "key_lengths", "sums", *centroids),
-                *("query", "query_lengths", "query_sums", *query_centroids),
+                *("key", "key_lengths", "labels", "sums", *centroids),
+                *("query", "query_lengths", "query_labels", "query_sums", *query_centroids),
             ),
             (
                 *(keys.heads, keys.num_keys, keys.num_landmarks, chunk, chunks, *key_strides),

@@ -46,8 +46,8 @@ def start_both_kernel(
 
 @triton.jit
 def sum_both_kernel(
-    k_ptr, lengths_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr,  # see `cluster_sums_kernel`
-    q_ptr, query_lengths_ptr, query_sum_ptr, query_centre_ptr, query_delta_ptr, query_bias_ptr,
+    k_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr,  # see `cluster_sums_kernel`
+    q_ptr, query_lengths_ptr, query_label_ptr, query_sum_ptr, query_centre_ptr, query_delta_ptr, query_bias_ptr,
     heads, num_keys, num_landmarks, chunk, chunks, stride_kb, stride_kh, stride_kn,
     length, num_query_landmarks, query_chunk, query_chunks, stride_qb, stride_qh, stride_qn,
     E: tl.constexpr, BE: tl.constexpr,
@@ -62,11 +62,11 @@ def sum_both_kernel(
     grid_dependency_control(PDL, False)
     part = tl.program_id(0)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
-    # values, labels and what is stored with the last sums are not used
+    # values and what is stored with the last sums are not used
     if tl.program_id(2) == 0:
         if part < chunks:
             store_sums(
-                part, chunks, group, 0, k_ptr, k_ptr, lengths_ptr, lengths_ptr, sum_ptr, centre_ptr, delta_ptr,
+                part, chunks, group, 0, k_ptr, k_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr,
                 bias_ptr, delta_ptr, bias_ptr, heads, num_keys, num_landmarks, chunk,
                 stride_kb, stride_kh, stride_kn, stride_kb, stride_kh, stride_kn,
                 E, BE, E, BD, MP, MP, BN, True, False, FINAL, PARTS, EVERY, LEAST, PER_CLUSTER, HAS_LENGTHS, PRECISION,
@@ -75,7 +75,7 @@ def sum_both_kernel(
     else:
         if part < query_chunks:
             store_sums(
-                part, query_chunks, group, 0, q_ptr, q_ptr, query_lengths_ptr, query_lengths_ptr, query_sum_ptr,
+                part, query_chunks, group, 0, q_ptr, q_ptr, query_lengths_ptr, query_label_ptr, query_sum_ptr,
                 query_centre_ptr, query_delta_ptr, query_bias_ptr, query_delta_ptr, query_bias_ptr,
                 heads, length, num_query_landmarks, query_chunk,
                 stride_qb, stride_qh, stride_qn, stride_qb, stride_qh, stride_qn,

@@ -246,11 +246,11 @@ def store_sums(
             other_bias = tl.load(bias_ptr + group * MP + c)
     sum_k = tl.zeros((BE, MB), tl.float32)
     sum_v = tl.zeros((BD, MB), tl.float32)
-    count = tl.zeros((MB,), tl.int32)
     first = part * chunk
-    num_rows = (num_keys + every - 1) // every
-    for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
-        j = (n + tl.arange(0, BN)) * every
+    last = tl.minimum(first + chunk, (num_keys + every - 1) // every)
+    for n in tl.range(first, last, BN, num_stages=STAGES):
+        row = n + tl.arange(0, BN)
+        j = row * every
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         if ASSIGN:
@@ -260,8 +260,7 @@ def store_sums(
                 other, other_best = nearest(score, MB // 2)
                 label = tl.where(other_best > best, other + MB // 2, label)
             label = tl.where(exists, label, -1)
-            if LAST:
-                tl.store(label_ptr + j, label.to(tl.int16), mask=j < num_keys)
+            tl.store(label_ptr + row, label.to(tl.int16), mask=row < last)
         else:
             label = tl.load(label_ptr + j, mask=exists, other=-1).to(tl.int32) - block
         one_hot = (label[:, None] == b[None, :]).to(k.dtype)
@@ -269,10 +268,18 @@ def store_sums(
         if LAST:
             v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
             sum_v = tl.dot(tl.trans(v), one_hot, sum_v, input_precision=PRECISION)
+    # counted many at a time, through memory: a histogram has many barriers
+    count = tl.zeros((MB,), tl.int32)
+    if ASSIGN:
+        tl.debug_barrier()
+    for n in tl.range(first, last, 4 * BN):
+        row = n + tl.arange(0, 4 * BN)
+        label_ptrs = label_ptr + (row if ASSIGN else row * every)
+        label = tl.load(label_ptrs, mask=(row < last) & (row * every < end), other=-1).to(tl.int32) - block
         in_block = (label >= 0) & (label < MB)
         # the others count as members of the first cluster, and are taken off again
         count += tl.histogram(tl.where(in_block, label, 0), MB)
-        count -= tl.where(b == 0, BN - tl.sum(in_block.to(tl.int32), 0), 0)
+        count -= tl.where(b == 0, 4 * BN - tl.sum(in_block.to(tl.int32), 0), 0)
     b += block
     if FINAL:
         finish_clusters(
@@ -291,7 +298,7 @@ def store_sums(
 @triton.jit
 def cluster_sums_kernel(
     k_ptr, v_ptr, lengths_ptr,
-    label_ptr,  # (G, S) int16: written with ASSIGN and LAST, read without ASSIGN
+    label_ptr,  # (G, S) int16: written with ASSIGN, of the keys that it takes one after another; read without ASSIGN
     sum_ptr,  # (G, chunks, BE + BD + 1, MP) float32: sums of keys and, with LAST, values, and numbers; without FINAL
     centre_ptr,  # (G, BE) float32
     delta_ptr,  # (G, M, E), read with ASSIGN, written with FINAL, as the next
