@@ -15,10 +15,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from scatterbrain.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from scatterbrain._exports import *  # noqa: F403
-
-__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

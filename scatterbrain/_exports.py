@@ -38,8 +38,9 @@ from scatterbrain.ops.local import local_attention
 from scatterbrain.ops.packed import packed_attention
 from scatterbrain.ops.performer import performer_attention
 from scatterbrain.ops.scatterbrain import scatterbrain_attention
-from scatterbrain.tuning.applying import apply, restore
-from scatterbrain.tuning.plan import Plan, tune
+from scatterbrain.tuning.choosing import tune
+from scatterbrain.tuning.forwards import restore
+from scatterbrain.tuning.plan import Plan, apply
 from scatterbrain.tuning.profiling import profile
 from scatterbrain.tuning.report import ProfileReport
 

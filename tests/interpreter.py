@@ -23,6 +23,8 @@ def speed_up() -> None:
     # checks of integers for overflow end in an assertion that the interpreter leaves out unless it debugs
     if hasattr(options, "sanitize_overflow") and not options.debug:
         builder.options = replace(options, sanitize_overflow=False)
+    tl.tensor.__init__ = _attributes_by_type(tl.tensor.__init__)
+    tl.block_type.__init__ = _attributes_by_shape(tl.block_type.__init__)
 
 
 def _once_per_launch(patch: Callable[[FunctionType], Any]) -> Callable[[FunctionType], Any]:
@@ -64,5 +66,32 @@ def _cached_by_scalar(dtype_of: Callable[[tl.dtype], Any]) -> Callable[[tl.dtype
         if scalar.name not in known:
             known[scalar.name] = dtype_of(scalar)
         return known[scalar.name]
+
+    return cached
+
+
+def _attributes_by_type(init: Callable[..., None]) -> Callable[..., None]:
+    """`init` of tensors, whose shape is wrapped in constants once for each type."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def cached(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if type.name not in known:
+            init(self, handle, type)
+            known[type.name] = {k: v for k, v in vars(self).items() if k not in ("handle", "type", "dtype")}
+        vars(self).update(known[type.name], handle=handle, type=type, dtype=type.scalar)
+
+    return cached
+
+
+def _attributes_by_shape(init: Callable[..., None]) -> Callable[..., None]:
+    """`init` of types of blocks, whose shape is checked and named once."""
+    known: dict[tuple, dict[str, Any]] = {}
+
+    def cached(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        key = (element_ty.name, *(x.value if isinstance(x, tl.constexpr) else x for x in shape))
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = {k: v for k, v in vars(self).items() if k != "element_ty"}
+        vars(self).update(known[key], element_ty=element_ty)
 
     return cached

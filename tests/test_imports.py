@@ -74,6 +74,46 @@ def test_imports_point_one_way(package):
     assert not set(wrong) - ALIASES
 
 
+def imported_modules(module: str, path: Path) -> set[str]:
+    """Modules of the project that a file imports, anywhere in it."""
+    # `from src import tasks` imports src.tasks, `from src.tasks import name` the module src.tasks
+    candidates = ((name, name.rpartition(".")[0]) for name in imports_of(module, path))
+    found = (next((name for name in names if name in MODULES), None) for names in candidates)
+    return {name for name in found if name not in (None, module)}
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; empty for none."""
+    done: set[str] = set()
+
+    def search(module: str, chain: list[str]) -> list[str]:
+        if module in chain:
+            return chain[chain.index(module) :]
+        if module not in done:
+            for name in sorted(imports[module]):
+                if found := search(name, [*chain, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in sorted(imports))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Within functions as well: a module that needs another one only later still cannot be understood without it."""
+    assert circle({module: imported_modules(module, path) for module, path in MODULES.items()}) == []
+
+
+def test_a_circle_is_seen(tmp_path):
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    from scatterbrain.ops import common\n    from ..errors import UserError\n")
+    found = imported_modules("scatterbrain.ops.module", path)
+    assert found == {"scatterbrain.ops.common", "scatterbrain.errors"} & MODULES.keys()
+    assert "scatterbrain.errors" in found
+
+
 def test_every_package_has_its_place():
     assert {package_of(module) for module in MODULES} - {"src"} <= ALLOWED.keys()
 

@@ -17,7 +17,7 @@ from torch import nn
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import ATTRIBUTE, Router, check_model, layer_routers, report
 from scatterbrain.integrations.sdpa import SDPAMode
-from scatterbrain.tuning.applying import PlannedForward
+from scatterbrain.tuning.forwards import PlannedForward
 
 try:
     from timm.layers import Attention

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_map_only
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.integrations.router import OVERRIDE
 from scatterbrain.tuning import measuring
-from scatterbrain.tuning.applying import applied_plan, apply, call_counts, restore, router_of
+from scatterbrain.tuning.calls import FULL, call_label, duration, number
+from scatterbrain.tuning.forwards import PlanProtocol, applied_plan, call_counts, put_plan, restore, router_of
 from scatterbrain.tuning.inputs import batches, evaluation, output_tensors, unwrap
-from scatterbrain.tuning.plan import FULL, Plan
-from scatterbrain.tuning.recording import Candidate, Recorder, recording
-from scatterbrain.tuning.report import call_label, duration, number
-from scatterbrain.tuning.tables import Table
+from scatterbrain.tuning.measuring import Candidate
+from scatterbrain.tuning.recording import Recorder, recording
+from scatterbrain.tuning.tables import PrintsTable, Table
 
 # Milliseconds of the times, at least: medians of a few short runs of a model differ by several times.
 LEAST = 500.0
@@ -45,7 +45,7 @@ class CheckedCall:
 
 
 @dataclass
-class PlanCheck:
+class PlanCheck(PrintsTable):
     """Result of `Plan.check`; prints as a table.
 
     Attributes:
@@ -89,19 +89,8 @@ class PlanCheck:
         batches = f"{self.num_batches} batch{'es' if self.num_batches > 1 else ''}"
         return Table(f"{self.model} with the plan of {self.goal}, {batches} held out", columns, rows, notes)
 
-    def __str__(self) -> str:
-        return str(self.table())
 
-    def __rich__(self) -> Any:
-        """The table as an object of rich."""
-        return self.table().__rich__()
-
-    def print(self) -> None:
-        """Print the table on standard output, in colours where rich is installed."""
-        self.table().print()
-
-
-def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanCheck:
+def check_plan(plan: PlanProtocol, model: nn.Module, inputs: Any, repeats: int) -> PlanCheck:
     """Result of `Plan.check`, whose arguments these are.
 
     Args:
@@ -117,7 +106,7 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
     model = unwrap(model)
     before = applied_plan(model)
     planned = {(call.name, call.index): call for call in plan.calls if call.method != FULL}
-    apply(model, plan)  # checks it before anything runs
+    put_plan(model, plan)  # checks it before anything runs
     restore(model)
 
     def candidates(name: str, index: int, _: int) -> list[Candidate]:
@@ -142,7 +131,7 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
                     full = dict(output_tensors(model(*own_args, **own_kwargs)))
                 if not any(tensor.numel() for tensor in full.values()):
                     raise UserError(f"{type(model).__name__} returned no floating-point tensor to compare.")
-                apply(model, plan)
+                put_plan(model, plan)
                 out = dict(output_tensors(call()))
                 if any(name not in out or out[name].shape != tensor.shape for name, tensor in full.items()):
                     raise UserError(
@@ -164,7 +153,7 @@ def check_plan(plan: Plan, model: nn.Module, inputs: Any, repeats: int) -> PlanC
     finally:
         restore(model)
         if before is not None:
-            apply(model, before)
+            put_plan(model, before)
     reports = {(call.name, call.index): call for call in recorder.reports(0)}
     errors = {name: x.measurements[0].error for name, x in reports.items() if x.measurements}
     calls = [

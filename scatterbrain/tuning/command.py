@@ -156,8 +156,8 @@ def profile_command(options: argparse.Namespace) -> None:
         raise UserError(f"profile needs the package {error.name}. Run: {PACKAGES}") from error
 
     from scatterbrain.integrations.router import MAX_SEED
+    from scatterbrain.tuning.choosing import check_goal, tune
     from scatterbrain.tuning.files import check_writable
-    from scatterbrain.tuning.plan import check_goal, tune
     from scatterbrain.tuning.profiling import BUDGETS, METHODS, profile
 
     outputs = {name: getattr(options, name) for name in ("output", "json", "figure", "plan")}
@@ -181,18 +181,29 @@ def profile_command(options: argparse.Namespace) -> None:
         return load_batches(paths, transform, options.batch_size, device, options.dtype)
 
     num_batches = -(-len(shown) // options.batch_size)
+    measured: set[str] = set()
     with progress(log, num_batches) as (on_batch, on_call):
-        report = profile(
-            model,
-            (on_batch(batch) for batch in batches(shown)),
-            [name for group in options.methods or [list(METHODS)] for name in group],
-            [share for group in options.budgets or [list(BUDGETS)] for share in group],
-            min_tokens=options.min_tokens,
-            seed=options.seed,
-            repeats=options.repeats,
-            maps=map_patterns(options, model),
-            on_call=on_call,
-        )
+        try:
+            report = profile(
+                model,
+                (on_batch(batch) for batch in batches(shown)),
+                [name for group in options.methods or [list(METHODS)] for name in group],
+                [share for group in options.budgets or [list(BUDGETS)] for share in group],
+                min_tokens=options.min_tokens,
+                seed=options.seed,
+                repeats=options.repeats,
+                maps=map_patterns(options, model),
+                on_call=lambda name: measured.add(name) or on_call(name),
+            )
+        except Exception as error:
+            # layers before attention fail on images that are too small for them, each in its own way
+            is_of_user = isinstance(error, UserError) or type(error).__name__ == "OutOfMemoryError"
+            if options.image_size is None or measured or is_of_user:
+                raise
+            raise UserError(
+                f"--image-size {options.image_size}: {options.timm} fails on such images ({first_line(error)}). Give "
+                "another size, or leave it out."
+            ) from error
     report.model = options.timm
     report.print()
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from scatterbrain.tuning.report import AttentionMap, CallReport, Measurement, ProfileReport, duration, fraction, number
-
-if TYPE_CHECKING:
-    from scatterbrain.tuning.plan import Plan, PlannedCall
+from scatterbrain.tuning.calls import (
+    AttentionMap,
+    CallReport,
+    Measurement,
+    PlannedCall,
+    duration,
+    fraction,
+    number,
+    speed_up,
+)
 
 # Pixels of the heat map.
 CELL_WIDTH, CELL_HEIGHT, METHOD_GAP, HEAD, CHARACTER = 36, 22, 8, 44, 7
@@ -73,66 +78,78 @@ for (const table of document.querySelectorAll("table")) {
 """
 
 
-def page(report: ProfileReport, plan: Plan | None = None) -> str:
+def page(
+    model: str,
+    about: str,
+    calls: Sequence[CallReport],
+    not_reached: Mapping[str, int],
+    thumbnails: Sequence[str],
+    goal: str = "",
+    choices: Sequence[PlannedCall] = (),
+) -> str:
     """The HTML page of a report.
 
     Args:
-        report: the report.
-        plan: a plan whose choices the page marks; None for none.
+        model: class of the model.
+        about: where it was measured.
+        calls: the attention calls.
+        not_reached: attention that was not measured, with the number of calls.
+        thumbnails: images that the attention maps are of, PNG files in base64.
+        goal: of a plan.
+        choices: of a plan, which the page marks; empty for none.
     """
-    planned = {} if plan is None else {(call.name, call.index): call for call in plan.calls}
-    about = f"{report.device}, " + ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    body = [f"<h1>Attention of {escape(report.model)}</h1>", f"<p>{escape(about)}</p>", _numbers(report, plan)]
+    planned = {(call.name, call.index): call for call in choices}
+    body = [f"<h1>Attention of {escape(model)}</h1>", f"<p>{escape(about)}</p>", _numbers(calls, goal, choices)]
     body += [
         "<h2>Error of the output</h2>",
         "<p>Relative Frobenius error against full attention, mean over the samples, for each attention call (rows) and "
         "method with its share of the attention columns. Small print: no faster than full attention here."
-        + (f" Framed: the plan of {escape(plan.goal)}." if plan is not None else "")
+        + (f" Framed: the plan of {escape(goal)}." if choices else "")
         + "</p>",
-        f'<div class="wide">{_heat_map(report, planned)}</div>',
+        f'<div class="wide">{_heat_map(calls, planned)}</div>',
         "<h2>Calls</h2>",
         "<p>Effective keys: over how many keys a query spreads its weights, exp of their mean entropy. A click on the "
         "head of a column, or Enter on it, sorts.</p>",
-        _calls(report, planned),
+        _calls(calls, planned),
         "<details><summary>All measurements</summary>",
-        _measurements(report),
+        _measurements(calls),
         "</details>",
-        _reasons(report),
-        _maps(report),
+        _reasons(calls, not_reached),
+        _maps(calls, thumbnails),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Attention of {escape(report.model)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Attention of {escape(model)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
-def _numbers(report: ProfileReport, plan: Plan | None) -> str:
-    total = sum(call.milliseconds * call.num_calls for call in report.calls)
-    items = [("Attention calls", str(sum(call.num_calls for call in report.calls)))]
+def _numbers(calls: Sequence[CallReport], goal: str, choices: Sequence[PlannedCall]) -> str:
+    total = sum(call.milliseconds * call.num_calls for call in calls)
+    items = [("Attention calls", str(sum(call.num_calls for call in calls)))]
     if total:
         items.append(("Full attention, all calls", duration(total)))
-    if plan is not None:
-        items += [(f"Plan: {plan.goal}", f"{plan.speed_up:.2f} times as fast")]
-        items += [("Largest error in the plan", number(max((call.error for call in plan.calls), default=0.0)))]
+    if choices:
+        items += [(f"Plan: {goal}", f"{speed_up(choices):.2f} times as fast")]
+        items += [("Largest error in the plan", number(max(call.error for call in choices)))]
     return "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in items) + "</dl>"
 
 
 # Heat map ------------------------------------------------------------------------------------------------------------
 
 
-def _heat_map(report: ProfileReport, planned: dict[tuple[str, int], PlannedCall]) -> str:
-    columns = list(dict.fromkeys((m.method, m.budget) for call in report.calls for m in call.measurements))
-    left = CHARACTER * max(len(call.label) for call in report.calls) + 10
+def _heat_map(calls: Sequence[CallReport], planned: dict[tuple[str, int], PlannedCall]) -> str:
+    columns = list(dict.fromkeys((m.method, m.budget) for call in calls for m in call.measurements))
+    left = CHARACTER * max(len(call.label) for call in calls) + 10
     places, x, previous = {}, left, None
     for method, budget in columns:
         x += METHOD_GAP if previous not in (None, method) else 0
         places[method, budget] = x
         x += CELL_WIDTH
         previous = method
-    width, height = max(x + 10, left + 330), HEAD + CELL_HEIGHT * len(report.calls) + 46
+    width, height = max(x + 10, left + 330), HEAD + CELL_HEIGHT * len(calls) + 46
     parts = []
     for method in dict.fromkeys(method for method, _ in columns):
         own = [places[column] for column in columns if column[0] == method]
@@ -146,7 +163,7 @@ def _heat_map(report: ProfileReport, planned: dict[tuple[str, int], PlannedCall]
         if budget is not None
     ]
     frames = []
-    for row, call in enumerate(report.calls):
+    for row, call in enumerate(calls):
         y = HEAD + row * CELL_HEIGHT
         parts.append(_text(left - 8, y + 15, call.label, "label", anchor="end"))
         choice = planned.get((call.name, call.index))
@@ -156,7 +173,7 @@ def _heat_map(report: ProfileReport, planned: dict[tuple[str, int], PlannedCall]
             if choice is not None and (choice.method, choice.budget) == (measurement.method, measurement.budget):
                 size = f'width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}"'
                 frames.append(f'<rect class="chosen" x="{x + 1}" y="{y + 1}" {size}/>')
-    y = HEAD + CELL_HEIGHT * len(report.calls) + 12
+    y = HEAD + CELL_HEIGHT * len(calls) + 12
     for step in range(60):
         colour = _colour(10 ** (-2 + step / 29.5))
         parts.append(f'<rect x="{left + 3 * step}" y="{y}" width="3.2" height="10" fill="{colour}"/>')
@@ -236,11 +253,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str)
     )
 
 
-def _calls(report: ProfileReport, planned: dict[tuple[str, int], PlannedCall]) -> str:
+def _calls(calls: Sequence[CallReport], planned: dict[tuple[str, int], PlannedCall]) -> str:
     columns = ["call", "B x H x T x E", "keys", "effective keys", "calls", "full ms", "smallest error"]
     columns += ["plan", "error", "times as fast"] if planned else []
     rows = []
-    for order, call in enumerate(report.calls):
+    for order, call in enumerate(calls):
         able = [m for m in call.measurements if m.error is not None]
         best = min(able, key=lambda m: m.error, default=None)
         row: list[Cell] = [
@@ -268,9 +285,9 @@ def _planned_cells(choice: PlannedCall) -> list[Cell]:
     ]
 
 
-def _measurements(report: ProfileReport) -> str:
+def _measurements(calls: Sequence[CallReport]) -> str:
     rows = []
-    for order, call in enumerate(report.calls):
+    for order, call in enumerate(calls):
         for m in call.measurements:
             ratio = call.milliseconds / m.milliseconds if m.milliseconds else None
             rows.append(
@@ -292,25 +309,25 @@ def _cell(value: float | None, form: str) -> Cell:
     return ("", None) if value is None else (format(value, form), value)
 
 
-def _reasons(report: ProfileReport) -> str:
+def _reasons(calls: Sequence[CallReport], not_reached: Mapping[str, int]) -> str:
     rows = [
         f"<li>{escape(call.label)}: {escape(reason)} ({escape(', '.join(dict.fromkeys(labels)))})</li>"
-        for call in report.calls
+        for call in calls
         for reason, labels in call.reasons().items()
     ]
-    rows += [f"<li>{escape(name)}: {count} calls, not reached</li>" for name, count in report.not_reached.items()]
+    rows += [f"<li>{escape(name)}: {count} calls, not reached</li>" for name, count in not_reached.items()]
     return f"<h2>Not taken</h2><ul>{''.join(rows)}</ul>" if rows else ""
 
 
-def _maps(report: ProfileReport) -> str:
-    found = [call for call in report.calls if call.maps]
+def _maps(calls: Sequence[CallReport], thumbnails: Sequence[str]) -> str:
+    found = [call for call in calls if call.maps]
     if not found:
         return ""
     parts = [
         "<h2>Attention maps</h2><p>Weights of one query over the tokens of the image, mean over the heads "
         "(their roots, on one scale for a query).</p>"
     ]
-    for png in report.thumbnails:
+    for png in thumbnails:
         parts.append(
             f'<figure><img class="photo" alt="The image" src="data:image/png;base64,{escape(png)}">'
             "<figcaption>input</figcaption></figure>"

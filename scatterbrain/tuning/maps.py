@@ -6,17 +6,14 @@ import base64
 import math
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.numerics import no_autocast
-from scatterbrain.tuning.measuring import weights_of
-from scatterbrain.tuning.report import AttentionMap, method_label
-
-if TYPE_CHECKING:
-    from scatterbrain.tuning.recording import Candidate
+from scatterbrain.tuning.calls import AttentionMap, method_label
+from scatterbrain.tuning.measuring import Candidate, weights_of
 
 # Tokens of classes and registers before those of the image, at most.
 MAX_PREFIX = 8

@@ -5,17 +5,35 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from scatterbrain.integrations.router import compute_dtype, key_padding
+from scatterbrain.integrations.router import Router, compute_dtype, key_padding
 from scatterbrain.ops.common.numerics import no_autocast
 
 # Queries of a head whose weights are computed for the number of effective keys.
 NUM_QUERIES = 128
 # Calls in a row for each time on CUDA, so that the time of the first launch counts little.
 CUDA_CALLS = 4
+
+
+@dataclass
+class Candidate:
+    """A method to measure at a call.
+
+    Attributes:
+        method: its name.
+        budget: memory fraction; None for none.
+        router: computes it.
+        seed_offset: added to the router's seed.
+    """
+
+    method: str
+    budget: float | None
+    router: Router
+    seed_offset: int = 0
 
 
 def relative_error(result: torch.Tensor, full: torch.Tensor, queries: torch.Tensor | None = None) -> float:

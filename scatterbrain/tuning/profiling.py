@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from torch import nn
 
 from scatterbrain.attention import ATTENTIONS
-from scatterbrain.errors import UserError, check_whole_number, is_number
+from scatterbrain.errors import UserError, check_whole_number, did_you_mean, is_number
 from scatterbrain.integrations.router import MAX_SEED, Router
-from scatterbrain.tuning.inputs import batches, evaluation, unwrap
+from scatterbrain.tuning.inputs import batches, evaluation, named_modules, unwrap
 from scatterbrain.tuning.maps import thumbnail
-from scatterbrain.tuning.recording import Candidate, Recorder, check_calls, recording
+from scatterbrain.tuning.measuring import Candidate
+from scatterbrain.tuning.recording import Recorder, check_calls, recording
 from scatterbrain.tuning.report import ProfileReport
+from scatterbrain.version import __version__
 
 METHODS = ("local", "performer", "sblocal", "cluster", "sbcluster", "pairedcluster", "sbadaptive")
 BUDGETS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -65,20 +68,29 @@ def profile(
         The report: `print()`, `save`, `save_html`, `figure`, and `scatterbrain.tune` for a plan.
 
     Raises:
-        UserError: unknown method, budget out of range, inputs of another type, or a model without such a call.
+        UserError: unknown method, budget out of range, a pattern of `maps` that matches no module, inputs of another
+            type, or a model without such a call.
     """
     model = unwrap(model)
     methods = methods if isinstance(methods, str) or not isinstance(methods, Iterable) else list(methods)
     routers = _routers(methods, budgets, min_tokens)
     check_whole_number("seed", seed, 0, MAX_SEED)
     check_whole_number("repeats", repeats, 0)
+    maps = [maps] if isinstance(maps, str) else maps
+    modules = list(named_modules(model))
+    for pattern in maps:
+        if not fnmatch.filter(modules, pattern):
+            raise UserError(
+                f"maps: no module is named '{pattern}'. {did_you_mean(pattern, filter(None, modules))} Names are those "
+                "of model.named_modules()."
+            )
     for router, _ in routers.values():
         router.seed = seed
 
     def candidates(name: str, index: int, number: int) -> list[Candidate]:
         return [Candidate(router.method, budget, router, number) for router, budget in routers.values()]
 
-    recorder = Recorder(candidates, repeats, [maps] if isinstance(maps, str) else maps, on_call, cuda_graphs)
+    recorder = Recorder(candidates, repeats, maps, on_call, cuda_graphs)
     thumbnails: list[str] = []
     with evaluation(model), recording(model, recorder):
         for args, kwargs in batches(inputs):
@@ -139,6 +151,4 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of torch and of this library."""
-    from scatterbrain import __version__
-
     return {"scatterbrain": __version__, "torch": torch.__version__}

@@ -19,26 +19,10 @@ from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import OVERRIDE, Router
 from scatterbrain.integrations.sdpa import SDPAMode
 from scatterbrain.tuning import measuring
+from scatterbrain.tuning.calls import AttentionMap, CallReport, Measurement, call_label
 from scatterbrain.tuning.inputs import named_modules
 from scatterbrain.tuning.maps import attention_maps
-from scatterbrain.tuning.report import AttentionMap, CallReport, Measurement, call_label
-
-
-@dataclass
-class Candidate:
-    """A method to measure at a call.
-
-    Attributes:
-        method: its name.
-        budget: memory fraction; None for none.
-        router: computes it.
-        seed_offset: added to the router's seed.
-    """
-
-    method: str
-    budget: float | None
-    router: Router
-    seed_offset: int = 0
+from scatterbrain.tuning.measuring import Candidate
 
 
 @dataclass

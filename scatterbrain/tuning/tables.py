@@ -63,3 +63,22 @@ class Table:
             console = Console()
             # a file has no width
             console.print(self, **({} if console.is_terminal else {"width": 200}))
+
+
+class PrintsTable:
+    """Base of results that print as a table: `print(result)` in plain text, `result.print()` in colours with rich."""
+
+    def table(self) -> Table:
+        """The result as a table."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        """The table as an object of rich."""
+        return self.table().__rich__()
+
+    def print(self) -> None:
+        """Print the table on standard output, in colours where rich is installed."""
+        self.table().print()

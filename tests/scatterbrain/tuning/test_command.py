@@ -125,6 +125,8 @@ def test_a_checkpoint(images, tmp_path, capsys):
         ({"--budgets": "1e400"}, "'1e400' is no share"),
         ({"--device": "meta"}, "--device meta is not there"),
         ({"--json": "x" * 300}, "cannot be written"),
+        ({"--image-size": "10"}, "--image-size 10: vit_tiny_patch16_224 fails on such images (Calculated padded input"),
+        ({"--maps": "blocks.0.atn"}, "maps: no module is named 'blocks.0.atn'. Did you mean 'blocks.0.attn'"),
     ],
 )
 def test_wrong_input(images, capsys, changed, message):

@@ -19,9 +19,8 @@ import scatterbrain
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import OVERRIDE
 from scatterbrain.tuning import measuring
-from scatterbrain.tuning.applying import PlannedForward, applied_plan, call_counts
-from scatterbrain.tuning.plan import PlannedCall
-from scatterbrain.tuning.report import CallReport, Measurement
+from scatterbrain.tuning.calls import CallReport, Measurement, PlannedCall
+from scatterbrain.tuning.forwards import PlannedForward, applied_plan, call_counts
 from tests.scatterbrain.tuning.models import HEADS, LENGTH, WIDTH, Layer, Outer, grown, inputs, network
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -612,7 +611,7 @@ def test_profile_tune_apply_restore(tmp_path):
 
 
 def test_the_functions_are_not_hidden_by_modules():
-    import scatterbrain.tuning.applying
+    import scatterbrain.tuning.choosing
     import scatterbrain.tuning.profiling
 
     assert callable(scatterbrain.profile)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import scatterbrain
-from scatterbrain.tuning.applying import call_counts
+from scatterbrain.tuning.calls import PlannedCall
+from scatterbrain.tuning.forwards import call_counts
 from tests.scatterbrain.tuning.models import grown
 
 TOKENS = 64
@@ -142,9 +143,7 @@ def test_models_of_transformers(kind, implementation, padding):
         assert known == (not full.reason)
     with torch.no_grad():
         torch.testing.assert_close(model(**x).last_hidden_state[seen], expected[seen], rtol=1e-4, atol=1e-4)
-    calls = [
-        scatterbrain.tuning.plan.PlannedCall(c.name, 0, "local", 1 / 8, 0, 16, 0.1, 1.0, 2.0) for c in report.calls
-    ]
+    calls = [PlannedCall(c.name, 0, "local", 1 / 8, 0, 16, 0.1, 1.0, 2.0) for c in report.calls]
     plan = scatterbrain.Plan("Model", "cpu", {}, "max_error=1", calls)
     scatterbrain.apply(model, plan)
     with torch.no_grad():
@@ -167,7 +166,7 @@ def test_decoding_with_a_cache_stays_with_pytorch():
     model = text_model("llama", "sdpa")
     x = text(False)
     names = [name for name, _ in model.named_modules() if name.endswith("self_attn")]
-    calls = [scatterbrain.tuning.plan.PlannedCall(n, 0, "local", 1 / 8, 0, 16, 0.1, 1.0, 2.0) for n in names]
+    calls = [PlannedCall(n, 0, "local", 1 / 8, 0, 16, 0.1, 1.0, 2.0) for n in names]
     with torch.no_grad():
         cache = model(**x, use_cache=True).past_key_values
         scatterbrain.apply(model, scatterbrain.Plan("Model", "cpu", {}, "max_error=1", calls))

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 import src.evaluation.training_summary as training_module
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.tasks.train import train
+from tests.processes import fresh_context
 from tests.src.tasks.setup import (
     TRAINING_VARIANT,
     compose_config,
@@ -26,6 +27,12 @@ NUM_IMAGES = 11
 # three batches of 4, and two that fill none
 NUM_TRAINING_IMAGES = 14
 VARIANTS = ("t2t_vit_7", "t2t_vit_t_14")
+
+
+@pytest.fixture(autouse=True)
+def fresh_processes(monkeypatch):
+    """Processes that start afresh come from a server."""
+    monkeypatch.setattr("multiprocessing.get_context", fresh_context)
 
 
 @pytest.fixture

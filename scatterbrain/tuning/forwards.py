@@ -1,10 +1,10 @@
-"""`scatterbrain.apply` and `scatterbrain.restore`: a plan in a model, and out of it."""
+"""Forwards of modules whose attention calls a plan computes: into a model, and out of it (`scatterbrain.restore`)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from torch import nn
 from scatterbrain.errors import UserError, did_you_mean
 from scatterbrain.integrations.router import OVERRIDE, ROUTED, Router, check_model
 from scatterbrain.integrations.sdpa import SDPAMode
+from scatterbrain.tuning.calls import FULL, PlannedCall, call_label
 from scatterbrain.tuning.inputs import named_modules, unwrap
-from scatterbrain.tuning.plan import FULL, Plan, PlannedCall
 from scatterbrain.tuning.recording import Recorder
 
 PLAN = "scatterbrain_plan"
@@ -109,26 +109,24 @@ def _is_direct() -> bool:
     return True
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model, whose attention calls are computed by the plan's methods from now on.
+class PlanProtocol(Protocol):
+    """What a `Plan` is here: its goal, and what computes each call."""
 
-    Parameters, buffers and `state_dict` stay. A call that its method does not take as it is, such as one with another
-    mask or with fewer tokens than the profile had, stays with PyTorch. Random parts have the plan's seeds. A plan that
-    was applied before is replaced. Works with autocast, gradient checkpointing, copies, pickles and threads, and with
-    DistributedDataParallel; `nn.DataParallel` is not supported. Under `torch.compile` the modules with a planned method
-    run outside the graphs, so that `fullgraph=True` is an error.
+    goal: str
+    calls: list[PlannedCall]
+
+
+def put_plan(model: nn.Module, plan: PlanProtocol) -> None:
+    """Put a plan into a model, in place of one that is there; see `scatterbrain.apply`.
 
     Args:
-        model: the model of the profile, or one with the same modules; changed in place.
-        plan: of `scatterbrain.tune` or `Plan.load`.
+        model: the model; changed in place.
+        plan: the plan.
 
     Raises:
-        UserError: a call of the plan is of a module that the model does not have; unknown method, or a budget or a seed
-            out of range.
+        UserError: as of `scatterbrain.apply`.
     """
     inner = unwrap(model)
-    if not isinstance(plan, Plan):
-        raise UserError(f"plan is {type(plan).__name__}. Give what scatterbrain.tune or Plan.load returns.")
     modules = named_modules(inner)
     routers: dict[str, dict[int, Router]] = {}
     for call in plan.calls:
@@ -151,7 +149,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     for name, chosen in routers.items():
         vars(modules[name])["forward"] = PlannedForward(modules[name], chosen)
     vars(inner)[PLAN] = plan
-    return model
 
 
 def router_of(call: PlannedCall) -> Router:
@@ -189,7 +186,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def applied_plan(model: nn.Module) -> Plan | None:
+def applied_plan(model: nn.Module) -> PlanProtocol | None:
     """The plan that is applied to a model; None for none.
 
     Args:
@@ -204,8 +201,6 @@ def call_counts(model: nn.Module) -> dict[str, dict[str, int]]:
     Args:
         model: a model to which a plan is applied.
     """
-    from scatterbrain.tuning.report import call_label
-
     found = {}
     for name, module in named_modules(unwrap(model)).items():
         planned = vars(module).get("forward")
