@@ -82,8 +82,9 @@ def _run_task(config: DictConfig) -> None:
     # imported here: `--help` and a misspelt option need not import PyTorch
     from src.tasks.evaluate import evaluate
     from src.tasks.train import train
+    from src.tasks.train_sequence import train_sequence
 
-    modes = {"eval": evaluate, "train": train}
+    modes = {"eval": evaluate, "train": train, "sequence": train_sequence}
     mode = config.get("mode")
     if mode not in modes:
         raise UserError(f"There is no mode={mode}. {did_you_mean(mode, modes)}")

@@ -12,14 +12,20 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from scatterbrain.attention import ATTENTIONS
+from scatterbrain.attention import ATTENTIONS, attention_memory
 from scatterbrain.errors import UserError
 from src.distributed.trainer import build_trainer
 from src.models.t2t_vit import T2T_VIT_VARIANTS
 from src.tasks.attention_info import attention_name
 from src.tasks.build import build_model
 from src.utils.instantiate import build, build_group
-from tests.src.tasks.setup import CONFIG_DIR, EXPERIMENT, TRAINING_EXPERIMENT, compose_config
+from tests.src.tasks.setup import (
+    CONFIG_DIR,
+    EXPERIMENT,
+    SEQUENCE_EXPERIMENTS,
+    TRAINING_EXPERIMENT,
+    compose_config,
+)
 
 TRANSFORMER_VARIANTS = [name for name, variant in T2T_VIT_VARIANTS.items() if variant.tokens == "transformer"]
 LOGGERS = {
@@ -159,7 +165,7 @@ def test_the_training_takes_every_attention(attention):
     assert attention_name(config, build_model(config)) == attention
 
 
-@pytest.mark.parametrize("name", sorted(names("experiment")))
+@pytest.mark.parametrize("name", sorted(names("experiment") - set(SEQUENCE_EXPERIMENTS)))
 def test_every_experiment(name, tmp_path):
     config = compose_config([f"experiment={name}", "trainer.accelerator=cpu"], tmp_path)
     OmegaConf.to_container(config, resolve=True)
@@ -174,6 +180,32 @@ def test_every_experiment(name, tmp_path):
     if config.mode == "train":
         assert trainer.max_epochs == config.train.epochs
         assert config.scheduler.warmup_epochs + config.scheduler.cooldown_epochs < config.train.epochs
+
+
+@pytest.mark.parametrize("name", SEQUENCE_EXPERIMENTS)
+def test_every_experiment_on_sequences(name, tmp_path):
+    config = compose_config([f"experiment={name}", "trainer.accelerator=cpu", "model.depth=1"], tmp_path)
+    OmegaConf.to_container(config, resolve=True)
+    assert (config.name, config.mode) == (name, "sequence")
+    assert {"train"} == {mode for mode in ("eval", "train") if mode in config}
+    model, datamodule = build(config.model, "model"), build(config.datamodule, "datamodule")
+    assert model.head.out_features == datamodule.num_classes
+    assert model.embedding.num_embeddings == datamodule.vocabulary
+    assert model.length == datamodule.length
+    assert (model.pool == "none") == datamodule.causal
+    assert (datamodule.steps, datamodule.eval_steps) == (config.train.steps, config.train.eval_steps)
+    schedule = build(config.scheduler, "scheduler", steps=config.train.steps)
+    assert max(map(schedule, range(1, config.train.steps, 10))) > 0.9
+
+
+@pytest.mark.parametrize("attention", sorted(names("model/attention")))
+def test_every_attention_on_sequences(attention):
+    options = ["experiment=lra-listops", f"model/attention={attention}", "model.depth=1", "model.memory_fraction=0.125"]
+    config = compose_config(options).model
+    (block,) = build(config, "model").blocks
+    assert type(block.attention) is ATTENTIONS[attention].module
+    if attention != "full":
+        assert 0.1 < attention_memory(block.attention, config.length) < 0.26
 
 
 @pytest.mark.parametrize("name", ["imagenet-t2tvit-finetune", "flowers-t2tvit-train", "flowers-t2tvit-finetune"])

@@ -88,7 +88,7 @@ def known_options(script: str) -> set[str]:
 
 @functools.cache
 def known_keys() -> set[str]:
-    """Every key of the composed configurations of an evaluation and of a training, and of every logger."""
+    """Every key of the composed configurations of an evaluation and of both trainings, and of every logger."""
 
     def walk(config: DictConfig, prefix: str) -> set[str]:
         keys = set()
@@ -102,8 +102,10 @@ def known_keys() -> set[str]:
     attention = "model/t2tattn_cfg=sblocal"
     evaluation = compose_config([f"experiment={EXPERIMENT}", attention])
     training = compose_config([f"experiment={TRAINING_EXPERIMENT}", attention])
+    experiments = ("lra-listops", "lra-text", "lra-pathfinder", "language-books")
+    sequences = [compose_config([f"experiment={name}"]) for name in experiments]
     loggers = [compose_config([f"logger={path.stem}"]) for path in (ROOT / "configs" / "logger").glob("*.yaml")]
-    return set().union(*(walk(config, "") for config in (evaluation, training, *loggers)))
+    return set().union(*(walk(config, "") for config in (evaluation, training, *sequences, *loggers)))
 
 
 def test_the_readme_is_short():

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from scatterbrain.errors import UserError
-from src.evaluation.comparison import Comparison, compare_runs
+from src.evaluation.comparison import compare_runs
 from src.evaluation.comparison_files import print_comparison, write_comparison
 from src.evaluation.results import RESULTS_FILE
 
@@ -25,6 +25,8 @@ class ComparisonCallback(Callback):
     Hydra ends a multirun with a failed run by that run's error and calls no `on_multirun_end`; the files are
     then written as the runs end, and the log says where they are. Single runs are left alone.
     """
+
+    results_file = RESULTS_FILE  # what a run leaves in its folder
 
     def __init__(self) -> None:
         self._ended: dict[Path, bool] = {}  # folder of a run -> whether it failed, in order
@@ -40,7 +42,7 @@ class ComparisonCallback(Callback):
         if OmegaConf.select(config, "hydra.mode") != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.runtime.output_dir)
-        failed = job_return.status == JobStatus.FAILED or not (folder / RESULTS_FILE).is_file()
+        failed = job_return.status == JobStatus.FAILED or not (folder / self.results_file).is_file()
         self._ended[folder] = failed
         if job_return.status == JobStatus.FAILED:
             logger.warning("Run %s failed and is missing from the comparison.", folder)
@@ -62,7 +64,7 @@ class ComparisonCallback(Callback):
         sweep = _sweep_folder(config)
         try:
             if not self._ended:  # the runs ended in other processes
-                self._ended = find_runs(sweep)
+                self._ended = find_runs(sweep, self.results_file)
             if all(self._ended.values()):
                 logger.warning("No run in %s left results: there is nothing to compare.", sweep)
                 return
@@ -72,12 +74,17 @@ class ComparisonCallback(Callback):
             return
         if comparison.failed:
             logger.warning("Runs without complete results in %s: %s", sweep, ", ".join(comparison.failed))
-        print_comparison(comparison, paths)
+        self._print(comparison, paths)
 
-    def _write(self, sweep: Path) -> tuple[Comparison, list[Path]]:
+    def _write(self, sweep: Path) -> tuple[Any, list[Path]]:
         finished = [folder for folder, failed in self._ended.items() if not failed]
-        comparison = compare_runs(finished, [folder for folder, failed in self._ended.items() if failed])
-        return comparison, write_comparison(sweep, comparison)
+        comparison = self._compare(finished, [folder for folder, failed in self._ended.items() if failed])
+        return comparison, self._write_files(sweep, comparison)
+
+    # for comparisons of other runs
+    _compare = staticmethod(compare_runs)
+    _write_files = staticmethod(write_comparison)
+    _print = staticmethod(print_comparison)
 
 
 def _sweep_folder(config: DictConfig) -> Path:
@@ -85,9 +92,9 @@ def _sweep_folder(config: DictConfig) -> Path:
     return Path(OmegaConf.select(config, "hydra.runtime.cwd") or ".") / str(config.hydra.sweep.dir)
 
 
-def find_runs(sweep: Path) -> dict[Path, bool]:
+def find_runs(sweep: Path, results_file: str = RESULTS_FILE) -> dict[Path, bool]:
     """Folders of runs under a sweep folder in the order of their numbers, and whether they failed."""
-    folders = {path.parent for path in sweep.rglob(RESULTS_FILE)}
+    folders = {path.parent for path in sweep.rglob(results_file)}
     folders |= {path.parent.parent for path in sweep.rglob(".hydra/hydra.yaml")}
     # Digits as numbers, so that run 10 comes after run 9.
     ordered = sorted(
@@ -96,4 +103,4 @@ def find_runs(sweep: Path) -> dict[Path, bool]:
             (0, int(part), "") if part.isdigit() else (1, 0, part) for part in folder.relative_to(sweep).parts
         ],
     )
-    return {folder: not (folder / RESULTS_FILE).is_file() for folder in ordered}
+    return {folder: not (folder / results_file).is_file() for folder in ordered}

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from scatterbrain.errors import UserError
+from src.evaluation.training_summary import best_epoch
 from src.tasks.device_time import seconds_now
 from src.tasks.progress import format_rate
 
@@ -188,6 +189,12 @@ class ClassificationTraining(pl.LightningModule):
         self.log_dict({"train/loss": mean, "images_per_second": entry["images_per_second"]})
         logger.info(_epoch_message(entry, self.trainer.max_epochs))
 
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last epoch is the first of the best ones."""
+        best = best_epoch(self.history)
+        return best is not None and best["epoch"] == self.history[-1]["epoch"]
+
     def _learning_rate(self) -> float:
         return max(group["lr"] for group in self._scheduler.optimizer.param_groups)
 
@@ -217,10 +224,14 @@ class ClassificationTraining(pl.LightningModule):
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
 
 
-def not_finite(what: str, update: int) -> UserError:
+class NotFiniteError(UserError):
+    """The loss or the weights of a training are no longer finite."""
+
+
+def not_finite(what: str, update: int) -> NotFiniteError:
     """The error of a training whose loss or weights are no longer finite."""
-    return UserError(
-        f"{what} at update {update}. Lower optimizer.lr, lengthen scheduler.warmup_epochs, set "
+    return NotFiniteError(
+        f"{what} at update {update}. Lower optimizer.lr, lengthen the warm-up of the scheduler, set "
         "trainer.gradient_clip_val=1, or use trainer.precision=32-true."
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, did_you_mean, is_number
 from src.utils.instantiate import build_later
 
 
@@ -46,3 +47,31 @@ def make_scheduler(config: DictConfig, optimizer: torch.optim.Optimizer, scale: 
             f"{num_epochs}. Choose another, such as cosine."
         )
     return scheduler
+
+
+def warmup_and_decay(steps: int, warmup: float = 0.05, decay: str = "cosine") -> Callable[[int], float]:
+    """From a step, from 1 on, to its learning rate as a fraction of the highest one.
+
+    Args:
+        steps: of the training.
+        warmup: fraction of the steps in which the rate rises linearly.
+        decay: after that, `"cosine"`, half a cosine to zero at the end, or `"rsqrt"`, the inverse square root of the
+            step (Long Range Arena).
+
+    Raises:
+        UserError: a value out of range.
+    """
+    if not (is_number(warmup) and 0 <= warmup <= 1):
+        raise UserError(f"scheduler.warmup={warmup} is not valid. Give a fraction of train.steps, from 0 to 1.")
+    if decay not in ("cosine", "rsqrt"):
+        raise UserError(f"scheduler.decay={decay} is unknown. {did_you_mean(str(decay), ('cosine', 'rsqrt'))}")
+    rising = max(1.0, warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return step / rising
+        if decay == "rsqrt":
+            return math.sqrt(rising / step)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, steps - rising))))
+
+    return factor

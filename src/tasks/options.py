@@ -35,8 +35,9 @@ def check_common_options(config: DictConfig) -> None:
             raise UserError(f"{name}={value} is not valid. Give a finite number.")
     check_whole_number("seed", config.seed, 0, MAX_SEED)
     # the data module reads these two through its own options, and would name those
-    check_whole_number("model.image_size", config.model.image_size, 1)
-    check_whole_number("model.num_classes", config.model.num_classes, 1)
+    for name in ("image_size", "num_classes"):
+        if name in config.model:
+            check_whole_number(f"model.{name}", config.model[name], 1)
 
 
 def _leaves(content: Any, name: str) -> Iterator[tuple[str, Any]]:

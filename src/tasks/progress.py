@@ -71,7 +71,8 @@ class ImageProgressBar(RichProgressBar):
         return "Evaluating"
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch + 1} of {self.trainer.max_epochs}"
+        name = getattr(self.trainer.lightning_module, "epoch_name", "Epoch")
+        return f"{name} {current_epoch + 1} of {self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """None of Lightning's, since the text has them."""

@@ -22,7 +22,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from scatterbrain.errors import UserError, is_number
 from src.checkpoints import save_checkpoint
 from src.distributed.interrupts import on_sigterm
-from src.evaluation.training_summary import best_epoch
 from src.tasks.classification_training import CHECKPOINT_KEY, not_finite
 from src.utils.files import atomic_write
 
@@ -149,7 +148,7 @@ def _check_finite_weights(checkpoint: Mapping[str, Any]) -> None:
 
 
 class BestCheckpoint(Checkpoint):
-    """Keeps `best.ckpt`, of the first of the epochs with the best validation accuracy.
+    """Keeps `best.ckpt`, of the first of the epochs with the best validation result.
 
     It is found by the history of the training, which a resumed one continues in any folder.
 
@@ -170,8 +169,7 @@ class BestCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the epoch if it is the best one so far."""
-        best = best_epoch(pl_module.history)
-        if best is not None and best["epoch"] == trainer.current_epoch + 1:
+        if pl_module.last_is_best:
             trainer.save_checkpoint(self.path)
 
 
@@ -179,28 +177,38 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which an interrupted training resumes exactly.
 
     It is written at the end of each epoch, within an epoch every `minutes_between`, and when the training stops before
-    its end: because its time is up, or by Ctrl-C or SIGTERM, in each case after the current update.
+    its end: because its time is up, or by Ctrl-C or SIGTERM, in each case after the current update. Without
+    `every_epoch`, the end of an epoch is like any other update, but for the last one.
 
     Args:
         dirpath: folder of the checkpoint.
         minutes_between: minutes between two checkpoints within an epoch.
         max_time: hours, minutes and seconds as "HH:MM:SS" after which the training stops; None for no limit.
+        every_epoch: write it at the end of each epoch.
 
     Raises:
         UserError: a time that is not valid.
     """
 
-    def __init__(self, dirpath: str, minutes_between: float = 15, max_time: str | None = None) -> None:
+    def __init__(
+        self, dirpath: str, minutes_between: float = 15, max_time: str | None = None, every_epoch: bool = True
+    ) -> None:
         if not is_number(minutes_between) or minutes_between <= 0:
             raise UserError(f"callbacks.last.minutes_between={minutes_between!r} is not valid. Give minutes above 0.")
         self.path = Path(dirpath) / LAST_CHECKPOINT
         self._seconds_between = 60 * minutes_between
         self._max_time = None if max_time is None else _parse_time(max_time)
+        self._every_epoch = every_epoch
         self._stop_requested = threading.Event()
 
     def request_stop(self) -> None:
         """Stop after the current update; safe to call from a signal handler."""
         self._stop_requested.set()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal requested a stop."""
+        return self._stop_requested.is_set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks, and let SIGTERM request a stop."""
@@ -230,9 +238,11 @@ class LastCheckpoint(Checkpoint):
         Raises:
             TrainingStopped: the training is to stop, and not at its end anyway.
         """
-        self._save(trainer)
-        if trainer.current_epoch + 1 < trainer.max_epochs:
-            self._stop_after(self._next_action(trainer), trainer)
+        is_last, action = trainer.current_epoch + 1 == trainer.max_epochs, self._next_action(trainer)
+        if self._every_epoch or is_last or action != _CONTINUE:
+            self._save(trainer)
+        if not is_last:
+            self._stop_after(action, trainer)
 
     def _next_action(self, trainer: Trainer) -> int:
         now, action = time.monotonic(), _CONTINUE

@@ -19,8 +19,6 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST_BYTES = 400_000
 REGIMES = {"length": 64, "width": 8, "centres": 4, "temperatures": [0.5, 4.0], "num_seeds": 2, "variance_samples": 100}
-TRAINING = ["--attentions=full,sblocal,cluster", "--steps=2", "--eval-every=2", "--length=32", "--memory-fraction=1/4"]
-TRAINING += ["--depth=1", "--dim=16", "--batch-size=64", "--num-expressions=100", "--device=cpu", "--threads=1"]
 
 
 def outputs(notebook, kind):
@@ -43,12 +41,11 @@ def small_settings(tmp_path, monkeypatch):
     residual = {"checkpoint": str(tmp_path / "t7.pth"), "data_dir": str(tmp_path), "memory": 0.25, "num_images": 2}
     memory = {"checkpoint": residual["checkpoint"], "data_dir": str(tmp_path), "num_images": 4, "error_images": 2}
     memory |= {"attentions": ["local", "performer", "bs-openai"], "memory_fractions": [1 / 16, 1 / 4]}
-    training = {"results": None, "options": TRAINING}
     return {
         "01_regimes": REGIMES,
         "02_residual": residual,
         "03_memory": memory,
-        "04_training": training,
+        "04_training": {},
         "05_scaling": {},
         "06_pretrained": {},
     }

@@ -21,6 +21,12 @@ CONFIG_DIR = str(Path(__file__).parents[3] / "configs")
 EXPERIMENT = "imagenet-t2tvit-eval"
 TRAINING_EXPERIMENT = "imagenet-t2tvit-train"
 TRAINING_VARIANT = "t2t_vit_t_7"
+# of trainings on sequences
+SEQUENCE_EXPERIMENTS = sorted(
+    path.stem
+    for path in Path(CONFIG_DIR, "experiment").glob("*.yaml")
+    if "override /mode: sequence" in path.read_text(encoding="utf-8")
+)
 NUM_CLASSES = 5
 IMAGE_SIZE = 32
 

@@ -9,16 +9,22 @@ down) and SM (the sum modulo 10).
 
 from __future__ import annotations
 
+import os
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from scatterbrain.errors import UserError, check_whole_number
+from src.datamodules.sequences.base import SequenceData
+from src.utils.files import atomic_write
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
-# padding, digits, operators with their opening bracket, closing bracket, and a token for networks to answer at
-VOCABULARY = (".", *(str(digit) for digit in range(10)), *(f"[{name}" for name in OPERATORS), "]", "?")
-PADDING, FIRST_DIGIT, FIRST_OPERATOR, CLOSE, CLASS = 0, 1, 11, 15, 16
+# padding, digits, operators with their opening bracket, closing bracket
+VOCABULARY = (".", *(str(digit) for digit in range(10)), *(f"[{name}" for name in OPERATORS), "]")
+PADDING, FIRST_DIGIT, FIRST_OPERATOR, CLOSE = 0, 1, 11, 15
 NUM_CLASSES = 10
 NESTED = 1 / 4  # probability that an argument is an operator
 MAX_DEPTH, MAX_ARGUMENTS = 10, 10
@@ -178,18 +184,73 @@ def as_text(tokens: np.ndarray) -> str:
     return " ".join(VOCABULARY[token] for token in tokens if token != PADDING)
 
 
-def majority_accuracy(train: Expressions, held_out: Expressions) -> float:
-    """Accuracy of always predicting the most frequent value of the training data."""
-    value = np.bincount(train.values, minlength=NUM_CLASSES).argmax()
-    return float((held_out.values == value).mean())
-
-
-def first_operator_accuracy(train: Expressions, held_out: Expressions) -> float:
+def first_operator_accuracy(train: SequenceData, held_out: SequenceData) -> float:
     """Accuracy of predicting the most frequent value of the outermost operator, which is the first token.
 
     It takes no reading of the list: MIN is mostly 0, MAX mostly 9.
     """
-    guesses = np.zeros(len(VOCABULARY), dtype=np.int64)
+    guesses = torch.zeros(len(VOCABULARY), dtype=torch.long)
     for token in range(FIRST_OPERATOR, CLOSE):
-        guesses[token] = np.bincount(train.values[train.tokens[:, 0] == token], minlength=NUM_CLASSES).argmax()
-    return float((held_out.values == guesses[held_out.tokens[:, 0]]).mean())
+        values = train.targets[train.tokens[:, 0] == token]
+        guesses[token] = torch.bincount(values, minlength=NUM_CLASSES).argmax()
+    return (held_out.targets == guesses[held_out.tokens[:, 0].long()]).double().mean().item()
+
+
+def read_listops(
+    length: int = 2000,
+    shortest: int = 500,
+    num_train: int = 96_000,
+    num_validation: int = 2000,
+    num_test: int = 2000,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, SequenceData]:
+    """The three parts of ListOps; the defaults are the sizes of the Long Range Arena.
+
+    Args:
+        length: most tokens, from 16 to 2048.
+        shortest: least tokens.
+        num_train: expressions for training.
+        num_validation: expressions for validation.
+        num_test: expressions for the test.
+        seed: of the expressions; the same for every seed of a training.
+        cache_dir: folder that keeps the expressions, which take a minute for each 100,000; None keeps none.
+
+    Raises:
+        UserError: a value out of range, or a damaged file in `cache_dir`.
+    """
+    sizes = {"test": num_test, "validation": num_validation, "train": num_train}
+    for name, size in sizes.items():
+        check_whole_number(f"num_{name}", size, 1)
+    num = sum(sizes.values())
+    drawn = None
+    if cache_dir is not None:
+        path = Path(cache_dir).expanduser() / f"listops_{num}_{length}_{shortest}_{seed}.npz"
+        drawn = _read_cached(path, num, length)
+    if drawn is None:
+        drawn = draw_expressions(num, length, seed, shortest)
+        if cache_dir is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as file:
+                np.savez(file, tokens=drawn.tokens, lengths=drawn.lengths, values=drawn.values)
+    parts, start = {}, 0
+    # training last: more of it leaves the held-out expressions as they are
+    for name, size in sizes.items():
+        part = drawn[start : start + size]
+        parts[name] = SequenceData(*(torch.from_numpy(x) for x in (part.tokens, part.values, part.lengths)))
+        start += size
+    return parts
+
+
+def _read_cached(path: Path, num: int, length: int) -> Expressions | None:
+    """Expressions of a file, None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            drawn = Expressions(*(arrays[name] for name in ("tokens", "lengths", "values")))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged. Remove it: the expressions are drawn again.") from error
+    if drawn.tokens.shape != (num, length):
+        raise UserError(f"{path} holds other expressions than its name says. Remove it: they are drawn again.")
+    return drawn

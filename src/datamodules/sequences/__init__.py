@@ -1,0 +1,1 @@
+"""Data of the trainings from scratch: sequences of tokens with classes, and texts of bytes, see `base`."""
