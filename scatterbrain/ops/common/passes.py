@@ -36,7 +36,7 @@ PASSES: Cache = Cache()
 
 
 class Operator(NamedTuple):
-    """A fused operator of query, key, value, two more tensors that may be None and have no gradient, and options.
+    """A fused operator of query, key, value, more tensors that may be None and have no gradient, and options.
 
     Attributes:
         forward_pass: makes the forward pass from tensors and options; the last option is whether to keep statistics.
@@ -137,10 +137,9 @@ class FusedFunction(torch.autograd.Function):
     """An operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
 
     @staticmethod
-    def forward(ctx, query, key, value, first, second, call):
-        """The output; `call` is the `Operator`, its options, the pass if it is known, and `tokens_first`."""
-        operator, options, found, tokens_first = call
-        tensors = query, key, value, first, second
+    def forward(ctx, *arguments):
+        """The output of tensors and of the `Operator`, its options, the pass if it is known, and `tokens_first`."""
+        *tensors, (operator, options, found, tokens_first) = arguments
         if found is None:
             out, statistics = operator.run_forward(*tensors, *options)
         else:
@@ -160,6 +159,7 @@ class FusedFunction(torch.autograd.Function):
         """What `backward` returns."""
         operator, options, tokens_first = ctx.call
         *tensors, out, statistics = ctx.saved_tensors
+        no_gradients = [None] * (len(tensors) - 2)
         key = pass_key(
             operator.backward_pass,
             (gradient, *tensors, out),
@@ -170,14 +170,14 @@ class FusedFunction(torch.autograd.Function):
         found = PASSES.get(key)
         if found is not None:
             gradients, _ = launch(found, (gradient,), tensors, (out,), (statistics,), tokens_first)
-            return (*gradients, None, None, None)
+            return (*gradients, *no_gradients)
         if tokens_first:
             gradient, out = gradient.transpose(1, 2), out.transpose(1, 2)
             tensors[:3] = [x.transpose(1, 2) for x in tensors[:3]]
         gradients = operator.run_backward(gradient, *tensors, out, statistics, *options)
         if tokens_first:
             gradients = [x.transpose(1, 2) for x in gradients]
-        return (*gradients, None, None, None)
+        return (*gradients, *no_gradients)
 
 
 _differentiable_once = torch.autograd.function.once_differentiable(FusedFunction.gradients)
@@ -195,6 +195,7 @@ class Call:
     def __init__(self, operator: Operator, tensors: tuple[torch.Tensor | None, ...], options: tuple) -> None:
         self._operator, self._options = operator, options
         self._key = pass_key(operator.forward_pass, tensors, operator.tiles_override(), options)
+        self._others = (None,) * (len(tensors) - 4)
         # a projection is rounded to it
         self._dtype = None if tensors[3] is None else tensors[3].dtype
 
@@ -212,11 +213,10 @@ class Call:
             return None
         if first is not None and first.dtype is not self._dtype:
             first = first.to(self._dtype)
+        tensors = query, key, value, first, *self._others
         if self._options[-1]:
-            return FusedFunction.apply(
-                query, key, value, first, None, (self._operator, self._options, found, tokens_first)
-            )
-        return launch(found, (), (query, key, value, first, None), tokens_first=tokens_first)[0][0]
+            return FusedFunction.apply(*tensors, (self._operator, self._options, found, tokens_first))
+        return launch(found, (), tensors, tokens_first=tokens_first)[0][0]
 
 
 def by_token(batch: int, heads: int, length: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

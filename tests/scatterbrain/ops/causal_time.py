@@ -1,27 +1,40 @@
-"""Device time of causal landmark attention beside PyTorch's causal attention and FlexAttention's causal window.
+"""Device time and error of causal landmark attention beside other causal attention.
 
     python -m tests.scatterbrain.ops.causal_time --dtype bfloat16 --output causal.json --figure causal.png
 
 Times are those of one call, forward and with both passes: on a GPU of a CUDA graph, without the host's part, and on a
-CPU of the call. PyTorch's attention is cuDNN's kernel where it runs. Each row is printed and written as it comes.
+CPU of the call. PyTorch's attention is cuDNN's kernel where it runs. `window` and `blocks` are FlexAttention's: the
+last keys of a query, and for each block of 128 queries its own block of keys and those whose mean has the largest
+product with the mean query, which the time includes; on a CPU it has no gradients, and they are left out. `sblocal` has
+a window and random features. Each row is printed and written as it comes.
+
+    python -m tests.scatterbrain.ops.causal_time --dtype bfloat16 --inputs tests/data/*_qkv.npz --heads 192
+
+takes the queries, keys and values of files as those of `causal_error`, the heads of each layer repeated. Its rows also
+hold the error: the L2 norm of the difference from causal full attention's output over that of the latter, the mean over
+the heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from scatterbrain.attention import create_attention
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.causal import causal_landmark_attention
+from scatterbrain.ops.sparse.naive import block_means
 from src.analysis.benchmark.baselines import compiled_flex_attention
 from src.analysis.benchmark.report import DTYPES, header, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds, seconds_per_call
@@ -53,6 +66,38 @@ def flex_window(length: int, window: int, device: torch.device) -> Function:
 
     mask = create_block_mask(inside, None, None, length, length, device=device.type)
     return partial(compiled_flex_attention(), block_mask=mask)
+
+
+def is_past(_batch: torch.Tensor, _head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Causal mask of FlexAttention."""
+    return j <= i
+
+
+def flex_blocks(num_blocks: int, block: int = 128) -> Function:
+    """The own block of a block of queries and the best earlier ones, `num_blocks` in all, by FlexAttention."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scores = block_means(query, block) @ block_means(key, block).transpose(-2, -1)
+            blocks = torch.arange(scores.shape[-1], device=query.device)
+            scores = scores.float().masked_fill(blocks == blocks[:, None], torch.inf)
+            scores = scores.masked_fill(blocks > blocks[:, None], -torch.inf)
+            indices = scores.argsort(-1, descending=True).int()
+            numbers = (blocks + 1).clamp_max(num_blocks).int().expand(scores.shape[:-1]).contiguous()
+            options = {"BLOCK_SIZE": block, "mask_mod": is_past, "seq_lengths": (query.shape[2], key.shape[2])}
+            mask = BlockMask.from_kv_blocks(numbers, indices, **options)
+        return compiled_flex_attention()(query, key, value, block_mask=mask)
+
+    return attend
+
+
+def window_and_features(length: int, width: int, columns: int, device: torch.device) -> Function:
+    """`sblocal` that spends half of the columns on the last keys, and half on random features."""
+    half = columns // 2
+    # half of a window lies before the query
+    module = create_attention("sblocal", length, width, local_context=2 * half, nb_features=half, causal=True)
+    module = module.to(device)
+    return lambda *tensors: module(*(x.transpose(1, 2) for x in tensors))[0].transpose(1, 2)
 
 
 def milliseconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -88,6 +133,9 @@ def build_parser() -> Parser:
     option("--heads", type=positive_sequence, default=heads, metavar="H", help="heads of each length (%(default)s)")
     option("--num-landmarks", type=positive_sequence, default="32,16", metavar="M", help="(%(default)s)")
     option("--windows", type=positive_sequence, default="1,128", metavar="W", help="of each M (%(default)s)")
+    option("--columns", type=positive_sequence, default="64,256", metavar="N", help="of sblocal (%(default)s)")
+    option("--blocks", type=positive_sequence, default="2,4", metavar="N", help="chosen ones (%(default)s)")
+    option("--inputs", nargs="+", type=Path, default=None, metavar="FILE", help="q, k, v of layers, npz (random)")
     option("--local-window", type=int, default=512, metavar="W", help="of FlexAttention, 0 for none (%(default)s)")
     option("--repeats", type=int, default=7, metavar="R", help="(%(default)s)")
     return parser
@@ -97,19 +145,49 @@ class CausalTime(Run):
     """One run, with the options of the tool."""
 
     def __init__(self, arguments: Any) -> None:
-        if len(arguments.lengths) != len(arguments.heads) or len(arguments.num_landmarks) != len(arguments.windows):
+        counts = [] if arguments.inputs else [(arguments.lengths, arguments.heads)]
+        counts.append((arguments.num_landmarks, arguments.windows))
+        if any(len(one) != len(other) for one, other in counts):
             raise UserError("Give as many --heads as --lengths, and as many --windows as --num-landmarks.")
         self.arguments, self.device = arguments, choose_device(arguments.device)
         self.results: list[dict[str, Any]] = []
-        self.missing = [f"{length} tokens" for length in arguments.lengths]
+        self.missing = [name for name, _, _ in self.workloads()]
 
-    def functions(self, length: int) -> Iterator[tuple[str, Function]]:
+    def workloads(self) -> Iterator[tuple[str, int, Callable[[], list[torch.Tensor]]]]:
+        """Name of the layer, heads, and queries, keys, values and gradients (heads, 1, N, width), of each workload."""
+        arguments = self.arguments
+        kind = {"device": self.device, "dtype": DTYPES[arguments.dtype]}
+        if arguments.inputs is None:
+            for length, heads in zip(arguments.lengths, arguments.heads, strict=True):
+                shape = (heads, 1, length, arguments.dim)
+                yield f"{length} tokens", heads, lambda shape=shape: [torch.randn(shape, **kind) for _ in range(4)]
+            return
+        heads = arguments.heads[0]
+        for path in arguments.inputs:
+            arrays = np.load(path)
+            for layer in sorted(name[1:] for name in arrays.files if name[0] == "q"):
+
+                def tensors(arrays=arrays, layer=layer) -> list[torch.Tensor]:
+                    found = [torch.from_numpy(arrays[name + layer]).transpose(1, 2).to(**kind) for name in "qkv"]
+                    found = [x.transpose(0, 1).repeat(-(-heads // x.shape[1]), 1, 1, 1)[:heads] for x in found]
+                    return [*found, torch.randn_like(found[2])]
+
+                yield f"{path.stem.split('_')[0]} {layer}", heads, tensors
+
+    def functions(self, length: int, width: int) -> Iterator[tuple[str, Function]]:
         """What is timed at a length, by name."""
         arguments = self.arguments
         yield BASELINE, sdpa
         for number, window in zip(arguments.num_landmarks, arguments.windows, strict=True):
             options = {"num_landmarks": number, "window": window}
             yield f"sbcluster M {number} W {window}", partial(causal_landmark_attention, **options)
+        for columns in arguments.columns:
+            yield f"sblocal, {columns} columns", window_and_features(length, width, columns, self.device)
+        if self.device.type == "cpu":
+            return
+        for number in arguments.blocks:
+            torch._dynamo.reset()
+            yield f"blocks {number}", flex_blocks(number)
         if arguments.local_window:  # compiled for each length, so last
             torch._dynamo.reset()
             yield f"window {arguments.local_window}", flex_window(length, arguments.local_window, self.device)
@@ -117,18 +195,25 @@ class CausalTime(Run):
     def run(self, console: Console, save: Callable[[], None]) -> None:
         """Measure; `save` is called after each row."""
         arguments = self.arguments
-        for length, heads in zip(arguments.lengths, arguments.heads, strict=True):
-            for name, function in self.functions(length):
-                shape = (heads, 1, length, arguments.dim)
-                tensors = [torch.randn(shape, device=self.device, dtype=DTYPES[arguments.dtype]) for _ in range(4)]
+        for workload, heads, draw in self.workloads():
+            tensors = draw()
+            length, width = tensors[0].shape[2:]
+            expected = sdpa(*(x.float() for x in tensors[:3])) if arguments.inputs else None
+            for name, function in self.functions(length, width):
                 found = measure(function, tensors, arguments.repeats)
                 times = dict(zip(("forward", "both"), found, strict=True))
                 row = {"attention": name, "length": length, "heads": heads, "milliseconds": times}
+                if expected is not None:
+                    with torch.no_grad():
+                        difference = function(*(x.detach() for x in tensors[:3])).float() - expected
+                    error = difference.flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+                    row |= {"layer": workload, "error": error.mean().item()}
                 self.results.append(row)
                 save()
                 text = f"{heads} x {length}, {name}: forward {found[0]:.3f} ms, both passes {found[1]:.3f} ms"
+                text += f", {row['layer']}: error {row['error']:.3f}" if "error" in row else ""
                 console.print(text, highlight=False)
-            self.missing.remove(f"{length} tokens")
+            self.missing.remove(workload)
 
     def report(self) -> dict[str, Any]:
         """Machine, settings and rows, for JSON."""
@@ -136,16 +221,22 @@ class CausalTime(Run):
 
     def tables(self) -> Iterator[Table]:
         """The rows as a table."""
-        baselines = {row["length"]: row["milliseconds"] for row in self.results if row["attention"] == BASELINE}
+        baselines = {
+            (row["length"], row.get("layer")): row["milliseconds"]
+            for row in self.results
+            if row["attention"] == BASELINE
+        }
         table = new_table(
             f"Milliseconds, and how many times as fast as {BASELINE}",
-            ("heads", "tokens", "attention", "forward", "", "both passes", ""),
+            ("heads", "tokens", "attention", "forward", "", "both passes", "", "error"),
             ("attention",),
         )
         for row in self.results:
             cells = []
             for name, time in row["milliseconds"].items():
-                cells += [f"{time:.3f}", f"{baselines[row['length']][name] / time:.2f}"]
+                baseline = baselines[row["length"], row.get("layer")][name]
+                cells += [f"{time:.3f}", f"{baseline / time:.2f}"]
+            cells.append(f"{row['layer']}: {row['error']:.3f}" if "error" in row else "")
             table.add_row(str(row["heads"]), str(row["length"]), row["attention"], *cells)
         yield table
 

@@ -38,7 +38,7 @@ LENGTH, WIDTH = 14, 16
 @pytest.fixture(autouse=True)
 def _no_earlier_calls(monkeypatch):
     monkeypatch.setattr(calls, "CALLS", calls.Cache())
-    for module in (scatterbrain.triton, clusters.triton):
+    for module in (scatterbrain.triton, clusters.triton, clusters.causal.triton):
         monkeypatch.setattr(module, "CALLS", calls.CALLS)
 
 
@@ -50,7 +50,10 @@ class Workload:
         query, key, value, rows = draw_inputs(2, 2, LENGTH, width=WIDTH, rows=2)
         self.heads_first = [x.to(device, torch.float32) for x in (query, key, value)]
         self.rows = rows.to(device, torch.float32)
-        self.module = create_attention(name, LENGTH, WIDTH, memory_fraction=0.4, backend="triton").to(device).eval()
+        self.causal = {"is_causal": True} if name == "causal" else {}
+        name, options = ("sbcluster", {"causal": True}) if name == "causal" else (name, {})
+        options |= {"memory_fraction": 0.4, "backend": "triton"}
+        self.module = create_attention(name, LENGTH, WIDTH, **options).to(device).eval()
 
     def tensors(self) -> list[torch.Tensor]:
         """Queries, keys and values in the order of dimensions that a call takes."""
@@ -67,7 +70,8 @@ class Workload:
         options = {"backend": "triton"} | options
         if self.name == "sblocal":
             return scatterbrain_attention(*tensors, options.pop("rows", self.rows), options.pop("window", 4), **options)
-        return landmark_attention(*tensors, options.pop("num_landmarks", 4), options.pop("window", 4), **options)
+        sizes = options.pop("num_landmarks", 4), options.pop("window", 4)
+        return landmark_attention(*tensors, *sizes, **self.causal, **options)
 
     def both(self, **options) -> list[torch.Tensor]:
         """Output and gradients."""
@@ -81,13 +85,14 @@ class Workload:
 def count_checks(monkeypatch):
     """Counts calls of the operators' checks."""
     counted = []
-    for module in (scatterbrain, clusters.landmark):
+    for module in (scatterbrain, clusters.landmark, clusters.causal.attention):
         monkeypatch.setattr(module, "check_dropout", counted.append)
     return counted
 
 
 both_kinds = pytest.mark.parametrize("is_module", [False, True], ids=["operator", "module"])
 each_operator = pytest.mark.parametrize("name", NAMES)
+each_kernel = pytest.mark.parametrize("name", [*NAMES, "causal"])
 # one operator called as such, the other as a module
 each_way = pytest.mark.parametrize(
     ("name", "is_module"), [("sblocal", False), ("sbcluster", True)], ids=["operator-sblocal", "module-sbcluster"]
@@ -96,7 +101,7 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 
 
 @each_device
-@each_operator
+@each_kernel
 @both_kinds
 def test_calls_that_are_alike_are_checked_once_and_give_the_same(name, device, is_module, count_checks):
     workload = Workload(name, device, is_module)

@@ -132,6 +132,39 @@ def _check_groups(
     return query.to(some.dtype), key, value, key_lengths, heads // of_keys
 
 
+def remember_call(
+    known_as: tuple,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    num_landmarks: int,
+    window: int,
+    scale: float | None,
+    num_steps: int,
+    dropout_p: float,
+    enable_gqa: bool,
+    backend: str,
+) -> None:
+    """Let calls of `landmark_attention` that are like a checked one run the kernels at once, if these ran it.
+
+    Args:
+        known_as: key of the call in `CALLS`.
+        given: query, key and value, (B, H, N, width) each.
+        num_landmarks: landmarks M of a node.
+        window: width W of the window.
+        scale: softmax scale s, or None.
+        num_steps: iterations of Lloyd's algorithm.
+        dropout_p: probability of dropping a weight.
+        enable_gqa: key and value may have fewer heads.
+        backend: as in `causal_landmark_attention`.
+    """
+    query, key, value, _, _ = _check_groups(*given, None, enable_gqa)
+    reason = fused.unsupported(query, value, num_landmarks, CHUNK, dropout_p)
+    backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=is_fast(query))
+    is_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+    if backend == "triton" and query.shape[0] > 0 and is_given:
+        scale = default_scale(query, scale)
+        fused.remember(known_as, query, key, value, num_landmarks, window, CHUNK, scale, num_steps)
+
+
 def check_causal_sizes(num_landmarks: int, window: int, chunk: int, num_steps: int) -> None:
     """Check the sizes of causal landmark attention.
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from scatterbrain.ops.common.backends import no_kernels, too_large
+from scatterbrain.ops.common.calls import CALLS
 
 # With wider heads, tiles no longer fit the registers and shared memory of an SM.
 MAX_WIDTH = 128
@@ -90,6 +91,40 @@ def attention(
     out, statistics = attend(*arguments, return_lse)
     lse = log_normalisers(statistics, *arguments) if return_lse else None
     return out if out.shape[3] == value.shape[3] else out[..., : value.shape[3]], lse
+
+
+def remember(
+    known_as: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    chunk: int,
+    scale: float,
+    num_steps: int,
+) -> None:
+    """Let calls that are like a checked one run the kernels at once, if these take its tensors as they are.
+
+    Args:
+        known_as: key of the call in `CALLS`.
+        query: (B, H, T, E).
+        key: (B, Hkv, S, E).
+        value: (B, Hkv, S, D).
+        num_landmarks: landmarks M of a node, one of `LANDMARKS`.
+        window: width W of the window.
+        chunk: keys C of a chunk, one of `CHUNKS`.
+        scale: softmax scale.
+        num_steps: Lloyd steps.
+    """
+    from scatterbrain.ops.clusters.causal.triton.operator import OPERATOR, with_vector_loads
+    from scatterbrain.ops.common.passes import Call
+
+    tensors = query, key, value
+    taken = _arguments(*(x.detach() for x in tensors), num_landmarks, window, chunk, scale, num_steps, None)
+    if all(with_vector_loads(x).data_ptr() == y.data_ptr() for x, y in zip(taken[:3], tensors, strict=True)):
+        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        CALLS[known_as] = Call(OPERATOR, (*tensors, None), (*taken[4:], statistics))
 
 
 @torch.no_grad()

@@ -28,11 +28,13 @@ from scatterbrain.ops.clusters.causal.triton.nodes import (
 from scatterbrain.ops.common.backends import with_near_rows
 from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
+    FusedFunction,
+    Operator,
     Pass,
-    allocate,
     by_token,
     describe_outputs,
     find_pass,
+    launch,
     padded_width,
 )
 from scatterbrain.ops.common.triton_functions import (
@@ -48,6 +50,11 @@ from scatterbrain.ops.common.triton_functions import (
 
 # Chunks of queries of one program in the gradient of a node; nodes that more of them see have several programs.
 PIECE_CHUNKS = 16
+
+
+def piece_chunks() -> int:
+    """`PIECE_CHUNKS`, which passes depend on."""
+    return PIECE_CHUNKS
 
 
 class _Plan:
@@ -215,7 +222,7 @@ def _forward_pass(
     return Pass(launches, outputs, (layout,))
 
 
-def _with_vector_loads(x: torch.Tensor) -> torch.Tensor:
+def with_vector_loads(x: torch.Tensor) -> torch.Tensor:
     """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
     x = with_near_rows(x)
     return x if has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
@@ -252,13 +259,10 @@ def run_forward(
     Returns:
         Output (B, H, T, D), and statistics (bytes,) uint8, see `_Plan.statistics`.
     """
-    query, key, value = (_with_vector_loads(x) for x in (query, key, value))
+    query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths)
-    found = find_pass(_forward_pass, inputs, None, num_landmarks, window, chunk, scale, width, num_steps, statistics)
-    (out,), (buffer,) = allocate(found, query)
-    # a kernel does not read what is None
-    key_lengths = query if key_lengths is None else key_lengths
-    found.launches((query, key, value, key_lengths, out), (buffer,))
+    options = num_landmarks, window, chunk, scale, width, num_steps, statistics
+    (out,), (buffer,) = launch(find_pass(_forward_pass, inputs, piece_chunks(), *options), (), inputs)
     return out, buffer
 
 
@@ -286,7 +290,6 @@ def _backward_pass(
     chunk: int,
     scale: float,
     width: int,
-    piece_chunks: int,
 ) -> Pass:
     """Launches of a backward pass; arguments as in `run_backward`."""
     plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, 0)
@@ -296,7 +299,7 @@ def _backward_pass(
     )
     outputs = tuple(first + second for first, second in zip(outputs, of_keys, strict=True))
     tensors |= others
-    pieces = [-(-(2 << level) // piece_chunks) for level in range(len(plan.counts))]
+    pieces = [-(-(2 << level) // PIECE_CHUNKS) for level in range(len(plan.counts))]
     rows = 2 * plan.num_nodes * num_landmarks
     workspace = BufferLayout()
     for name in ("dots", "far_lse", "norms"):
@@ -405,13 +408,10 @@ def run_backward(
     width: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
-    gradient, query, key, value = (_with_vector_loads(x) for x in (gradient, query, key, value))
-    inputs = (gradient, query, key, value, key_lengths, out)
-    found = find_pass(_backward_pass, inputs, None, num_landmarks, window, chunk, scale, width, PIECE_CHUNKS)
-    gradients, (workspace,) = allocate(found, query)
-    key_lengths = query if key_lengths is None else key_lengths
-    found.launches((gradient, query, key, value, key_lengths, out, *gradients), (statistics, workspace))
-    return tuple(gradients)
+    gradient, query, key, value = (with_vector_loads(x) for x in (gradient, query, key, value))
+    inputs, options = (query, key, value, key_lengths), (num_landmarks, window, chunk, scale, width)
+    found = find_pass(_backward_pass, (gradient, *inputs, out), piece_chunks(), *options)
+    return tuple(launch(found, (gradient,), inputs, (out,), (statistics,))[0])
 
 
 fused_causal_landmark_attention_backward = torch.library.custom_op(
@@ -440,28 +440,13 @@ def _backward(ctx, gradient, _):
 fused_causal_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-class FusedCausalLandmarkAttention(torch.autograd.Function):
-    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, key_lengths, options):
-        """Results and arguments as in `run_forward`, those from `num_landmarks` on as `options`."""
-        inputs = (query, key, value, key_lengths)
-        results = run_forward(*inputs, *options)
-        _setup_context(ctx, (*inputs, *options), results)
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        """Gradients of query, key and value."""
-        return (*run_backward(gradient, *ctx.saved_tensors, *ctx.options), None, None)
+OPERATOR = Operator(_forward_pass, _backward_pass, run_forward, run_backward, 5, piece_chunks)
 
 
-def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Results of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly.
 
-    Where gradients are recorded, the statistics are kept for them in any case.
+    Statistics are None where gradients are recorded: they have none.
     """
     tensors, (*options, statistics) = arguments[:4], arguments[4:]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
@@ -469,7 +454,9 @@ def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
         return fused_causal_landmark_attention(*tensors, *options)
     with device_of(tensors[0]):
-        return FusedCausalLandmarkAttention.apply(*tensors, options) if needs_grad else run_forward(*tensors, *options)
+        if needs_grad:
+            return FusedFunction.apply(*tensors, (OPERATOR, options, None, False)), None
+        return run_forward(*tensors, *options)
 
 
 def clusters_of(statistics: torch.Tensor, *arguments: Any) -> torch.Tensor:
