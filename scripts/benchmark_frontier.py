@@ -10,7 +10,9 @@ Baselines: `pisa` (errors by its dense definition, time by its own kernel, from 
 github.com/xie-lab-ml/piecewise-sparse-attention that --pisa names), `topk-blocks` (its exact blocks alone, as the
 sparse part of SLA, by FlexAttention) and `flex-window` (local attention by FlexAttention).
 
---output is written after each point; a run that was interrupted resumes from it.
+Times come first. --output is written after each time and each error; a run that was interrupted resumes from it.
+Errors and times may be of two runs: --errors-only measures errors alone, on a CPU say, and --errors takes them from
+the file of that run.
 
     python scripts/benchmark_frontier.py --checkpoint FILE --data-dir data/flowers --output FILE --figure FILE
 """
@@ -38,6 +40,8 @@ def build_parser() -> Parser:
     option("--lengths", type=positive_list, default="784,3136", metavar="N,...", help="(%(default)s)")
     batch = "sequences (batch times heads) of all lengths, or of each, from the shortest on (%(default)s)"
     option("--batch", type=positive_sequence, default="4", metavar="B,...", help=batch)
+    option("--errors", metavar="FILE", help="take the errors from this --output of another run")
+    option("--errors-only", action="store_true", help="measure no times")
     option("--pisa", metavar="DIR", help="checkout of PISA's repository")
     return parser
 

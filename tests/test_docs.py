@@ -102,9 +102,10 @@ def known_keys() -> set[str]:
     attention = "model/t2tattn_cfg=sblocal"
     evaluation = compose_config([f"experiment={EXPERIMENT}", attention])
     training = compose_config([f"experiment={TRAINING_EXPERIMENT}", attention])
-    sequence = compose_config(["experiment=lra-listops"])
+    experiments = ("lra-listops", "lra-text", "lra-pathfinder", "language-books")
+    sequences = [compose_config([f"experiment={name}"]) for name in experiments]
     loggers = [compose_config([f"logger={path.stem}"]) for path in (ROOT / "configs" / "logger").glob("*.yaml")]
-    return set().union(*(walk(config, "") for config in (evaluation, training, sequence, *loggers)))
+    return set().union(*(walk(config, "") for config in (evaluation, training, *sequences, *loggers)))
 
 
 def test_the_readme_is_short():

@@ -160,6 +160,15 @@ def ablation() -> Expected:
     return list(rows.items())
 
 
+def adaptive_layers() -> Expected:
+    """Errors of PISA and of adaptive attention on the layers of each network."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in load("docs/data/adaptive_layers.json")["results"]:
+        rows.setdefault(row["network"], []).append(row)
+    kinds = ("pisa", "density_0.03", "density_0.08")
+    return [(name, [tuple(layer[kind] for layer in layers) for kind in kinds]) for name, layers in rows.items()]
+
+
 def adaptive_cost() -> Expected:
     rows: Expected = []
     for name in ("full", "sblocal", "sbcluster", "pairedcluster", "sbadaptive"):
@@ -452,6 +461,21 @@ def pretrained(name: str, *metrics: str) -> Expected:
     return rows
 
 
+def pretrained_sizes() -> Expected:
+    """Columns, errors and metrics of adaptive attention with given sizes on two networks."""
+    rows: Expected = []
+    for row in load("docs/data/pretrained_sizes_dinov2.json")["results"][1:]:
+        sizes = row["sizes"]
+        other = find("docs/data/pretrained_sizes_whisper.json", sizes=sizes)
+        both = ((row, "correlation", "worst_correlation", "iou"), (other, "word_error_rate", "perplexity"))
+        cells: list[Values] = []
+        for each, *metrics in both:
+            cells += [(100 * each["columns"],), (each["layer_error"], *(each[metric] for metric in metrics))]
+        label = f"W = {sizes['local_context']}, M = {sizes['num_landmarks']}, density {sizes['density']}"
+        rows.append((label, cells))
+    return rows
+
+
 def pretrained_plans() -> Expected:
     rows: Expected = []
     for label, name, metrics in (
@@ -475,6 +499,61 @@ def causal_error() -> Expected:
     return list(rows.items())
 
 
+def learned_features() -> Expected:
+    """Learned features against random ones, and other attentions of the same columns, on held-out photographs."""
+    path = "docs/data/learned_features.json"
+    rows: Expected = [("full", [None, (load(path)["full_attention"]["top1"],), (100,), (0,), (0,)])]
+    kinds = [(name, kind) for name in ("performer", "sblocal") for kind in ("random", "keys", "learned")]
+    for name, kind in (("local", None), ("sbcluster", None), *kinds):
+        row = find(path, attention=name, features=kind)
+        entries = (row["top1"], row["agreement"], *(stage["output_error"] for stage in row["stages"]))
+        rows.append((name, [None, *map(mean_std, entries)]))
+    return rows
+
+
+def claims() -> Expected:
+    """What we measured for each of the paper's claims, in the order of the page."""
+    normal = {"data": "normal", "memory_fraction": 1 / 8}
+    oracles, local = (
+        find("docs/data/experiment_regimes.json", "summary", family=x, **normal) for x in ("oracles", "local")
+    )
+    three = ("sparse", "low_rank", "both")
+    ranks = [
+        find("docs/data/experiment_residual.json", stage=stage, support="topk")["equal_memory"] for stage in (1, 2)
+    ]
+
+    def theory(name: str, of: str) -> dict[str, Any]:
+        return find("docs/data/experiment_theory.json", cosine=None, hash=name, of=of)
+
+    def output(name: str, entry: str = "output_error") -> list[Any]:
+        rows = (find("docs/data/approximation_demo.json", attention=name, stage=stage) for stage in (1, 2))
+        return [row[entry]["mean"] if entry == "output_error" else row[entry] for row in rows]
+
+    def gains(both: str, *parts: str) -> list[float]:
+        return [min(each) / own for own, *each in zip(output(both), *map(output, parts), strict=True)]
+
+    def top1(name: str, entry: str = "top1") -> float:
+        return find("docs/data/experiment_memory.json", attention=name, memory_fraction=1 / 32)[entry]["mean"]
+
+    zero, full = (find("docs/data/demo.json", attention=name)["top1"] for name in ("zero", "full"))
+    full_top1 = load("docs/data/experiment_memory.json")["full_attention"]["top1"]
+    columns = find("docs/data/experiment_memory.json", attention="sblocal", memory_fraction=1 / 32)["memory"]
+    averaged = "sblocal", "combination-local-performer"
+    tests = (theory("cross-polytope", "entries"), theory("cross-polytope", "weights"), theory("shared", "entries"))
+    values: list[Values] = [
+        (oracles["sparse"], oracles["regimes"], oracles["low_rank"], oracles["both"]),
+        (*(oracles["worst"][name] for name in three), *(local["worst"][name] for name in three)),
+        tuple(rank[name] for name in ("sparse", "low_rank", "both_free") for rank in ranks),
+        (tests[0]["bias"], *output("sblocal", "bias")),
+        tuple(row["scatterbrain"] / row["predicted"] for row in tests),
+        (*gains("sblocal", "local", "performer"), *gains("sbsmyrf", "smyrf", "performer")),
+        (100 * (1 - columns), top1("sblocal"), full_top1, zero, full),
+        (full_top1, *map(top1, ("sblocal", "local", "performer"))),
+        (*(x for name in averaged for x in output(name)), *(top1(name, "agreement") for name in averaged)),
+    ]
+    return [("", [None, None, each, None]) for each in values]
+
+
 # Page, how the table's heading begins, and what its rows have to show.
 CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("README.md", "attention|exact weights|low-rank part|top-1", lambda: accuracy(FOUR, 2)),
@@ -485,6 +564,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/attentions.md", "name|exact weights|low-rank part|error", output_error),
     ("docs/attentions.md", "attention|top-1", family),
     ("docs/attentions.md", "name|what a query sees", floors),
+    ("docs/attentions.md", "attention|features", learned_features),
     ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
     ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
     ("docs/benchmarks.md", "batch x tokens|cuDNN full", landmarks_on_a_gpu),
@@ -494,6 +574,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/benchmarks.md", "|images/s", cpu_model),
     ("docs/benchmarks.md", "machine|photographs", bfloat16),
     ("docs/causal.md", "error / columns", causal_error),
+    ("docs/claims.md", "claim|in the paper", claims),
     ("docs/data_formats.md", "format|images", formats),
     ("docs/data_formats.md", "loader|images/s", loading),
     ("docs/demo.md", "attention|top-1", demo),
@@ -504,8 +585,10 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
     ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
     ("docs/pretrained.md", "plan for an error", pretrained_plans),
+    ("docs/pretrained.md", "sbadaptive|columns", pretrained_sizes),
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
     ("docs/sbadaptive.md", "variant|demo", ablation),
+    ("docs/sbadaptive.md", "layers|PISA", adaptive_layers),
     ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
     ("docs/sequence_training.md", "published|ListOps", published_lra),
     ("docs/training.md", "attention|time|memory", training_step),

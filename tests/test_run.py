@@ -612,11 +612,10 @@ def test_cfg_job_shows_the_configuration(run_py, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_nothing_at_all(tmp_path):
-    done = start(tmp_path=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: No checkpoint given.")
-    assert done.stderr.count("\n") == 1
+def test_nothing_at_all(run_py):
+    status, _, errors = run_py([])
+    assert (status, errors.count("\n")) == (1, 1)
+    assert errors.startswith("Error: No checkpoint given.")
 
 
 def test_the_traceback_on_request(run_py, monkeypatch):

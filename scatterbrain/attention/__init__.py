@@ -103,11 +103,11 @@ def _paired_clusters(columns: float, length: int, exact_share: float) -> dict[st
 
 
 def _adaptive(columns: float, length: int, options: Options) -> dict[str, int | float]:
-    # a sixteenth of the columns for query clusters, as much for the window, an eighth for chosen keys, and the rest for
-    # landmarks: with fewer, their clusters are larger than the share that a query cluster takes
+    # first a window, up to 32 keys: without it, weight near the diagonal is lost; chosen keys where there are so many
+    # landmarks that their clusters are smaller than the share that a query cluster takes
+    window = keys_for(max(columns / 16, min(3 / 8 * columns, 32)))
     queries = options.get("num_query_landmarks", keys_for(columns / 16))
-    num_exact = int(columns / 8 / (1 + queries / length))
-    window = keys_for(columns / 16)
+    num_exact = int(columns * min(1 / 4, columns / 1024) / (1 + queries / length))
     num_landmarks = keys_for(columns - queries - window - num_exact * (1 + queries / length))
     return {
         "local_context": window,

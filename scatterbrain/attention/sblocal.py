@@ -6,7 +6,8 @@
 
 Chen et al., "Scatterbrain: Unifying Sparse and Low-rank Attention", NeurIPS 2021, algorithm 1; the low-rank part is
 Performer's (ICLR 2021) with both signs of each random projection in `projection_matrix`. O(T (W + M)) time; the
-estimate of A stays unbiased, and its largest entries, near the diagonal, are exact.
+estimate of A stays unbiased, and its largest entries, near the diagonal, are exact. The features may also be
+learned, see `ops.learned`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class SBLocalAttention(RandomFeatureAttention):
         seed: seed of the random projections.
         attention_dropout: probability of dropping an attention weight in training, see `ops.scatterbrain.blocked`.
         backend: `naive`, `torch`, `triton` or `auto`, see the operator.
+        learned_heads: number of heads H whose features are learned, as parameters in place of random projections, or
+            1 to share them; None for random features. They start as random ones, see `scatterbrain.ops.learned`.
         **features: options of the random features, see `RandomFeatureOptions`.
 
     Raises:
@@ -52,32 +55,38 @@ class SBLocalAttention(RandomFeatureAttention):
         seed: int = 0,
         attention_dropout: float = 0.0,
         backend: str = "auto",
+        learned_heads: int | None = None,
         **features: str | bool,
     ) -> None:
         check_window(local_context)
         num_projections = even_features(dim_heads, nb_features) // 2
-        super().__init__(dim_heads, num_projections, softmax_temp, causal, seed, attention_dropout, backend, **features)
+        options = softmax_temp, causal, seed, attention_dropout, backend, learned_heads
+        super().__init__(dim_heads, num_projections, True, *options, **features)
         self.local_context = local_context
 
     def sizes(self) -> dict[str, int]:
         """The window and the number of features."""
-        return {"local_context": self.local_context, "nb_features": 2 * self.projection_matrix.shape[0]}
+        return {"local_context": self.local_context, "nb_features": self.num_features}
 
     def memory_columns(self, num_keys: int) -> float:
         """The window's keys, and two columns for each feature."""
-        return self.local_context + 4 * self.projection_matrix.shape[0]
+        return self.local_context + 2 * self.num_features
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        if self.learned_features is not None:
+            return self.learned_features.attend(query, key, value, window=self.local_context, **options)
         return scatterbrain_attention(query, key, value, self.projection_matrix, self.local_context, **options)
 
     def _attend_again(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float
     ) -> torch.Tensor | None:
-        if self.features.use_statistics:
+        if self.features.use_statistics or self.learned_features is not None:
             return None
         options = self.local_context, self.softmax_temp, self.causal, dropout_p, False, self.backend
         return run_scatterbrain_again(query, key, value, self.projection_matrix, *options, tokens_first=True)[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+        if self.learned_features is not None:
+            return self.learned_features.weights(query, key, value, window=self.local_context, **options)
         naive = naive_scatterbrain_attention
         return naive(query, key, value, self.projection_matrix, self.local_context, **options)[1]

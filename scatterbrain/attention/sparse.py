@@ -195,18 +195,18 @@ class SparseLowRankAttention(SparseAttention, RandomFeatureAttention):
     ) -> None:
         num_projections = even_features(dim_heads, nb_features) // 2
         RandomFeatureAttention.__init__(
-            self, dim_heads, num_projections, softmax_temp, False, seed, 0.0, backend, **features
+            self, dim_heads, num_projections, True, softmax_temp, False, seed, 0.0, backend, None, **features
         )
         refuse_causal(self, causal)
         self.source = source
 
     def sizes(self) -> dict[str, int]:
         """Sizes of the support, and the number of features."""
-        return {**self.source.sizes(), "nb_features": 2 * self.projection_matrix.shape[0]}
+        return {**self.source.sizes(), "nb_features": self.num_features}
 
     def memory_columns(self, num_keys: int) -> float:
         """Mean number of keys that a query sees, and two columns for each feature."""
-        return self.source.columns(num_keys) + 4 * self.projection_matrix.shape[0]
+        return self.source.columns(num_keys) + 2 * self.num_features
 
     def redraw_projection(self, seed: int) -> None:
         """Draw the random projections, and what is random in the support, again, in place.

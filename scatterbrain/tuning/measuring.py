@@ -160,7 +160,11 @@ def effective_keys(
 
 
 def milliseconds(
-    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, least: float = 0.0
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    least: float = 0.0,
+    cuda_graphs: bool = False,
 ) -> list[float]:
     """Median time of each call, in rounds of all of them, so that what slows the machine down slows all.
 
@@ -171,14 +175,32 @@ def milliseconds(
         device: where they compute.
         repeats: number of rounds.
         least: further rounds, up to 100, until they have taken this many milliseconds.
+        cuda_graphs: on CUDA, time replays of a graph of each call, without the host's time; calls that cannot be
+            captured are timed as they are.
     """
     for call in calls:
         call()
+    if cuda_graphs and device.type == "cuda":
+        calls = [_captured(call, device) for call in calls]
     rounds: list[list[float]] = []
     start = time.perf_counter()
     while len(rounds) < repeats or (len(rounds) < 100 and 1e3 * (time.perf_counter() - start) < least):
         rounds.append([_milliseconds(call, device) for call in calls])
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Replay of a CUDA graph of a call, or the call where capture fails."""
+    try:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return call
+    return graph.replay
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device) -> float:

@@ -29,6 +29,7 @@ def profile(
     min_tokens: int = 256,
     seed: int = 0,
     repeats: int = 5,
+    cuda_graphs: bool = False,
     maps: Sequence[str] = (),
     on_call: Callable[[str], None] | None = None,
 ) -> ProfileReport:
@@ -42,7 +43,7 @@ def profile(
     *Error*: || out - full || / || full || of the output (Frobenius norm), full attention in float32, mean over samples.
     Queries at padding are left out. *Effective keys*: exp of the mean entropy (in nats) of the weights of queries.
     *Time*: median over rounds of all methods; calls of equal shapes are timed once. On CUDA with the host's
-    time where that is longer.
+    time where that is longer, unless `cuda_graphs`.
 
     >>> report = scatterbrain.profile(model, images, methods=["sblocal", "sbcluster"], budgets=[1 / 16, 1 / 8])
     >>> report.print()
@@ -56,6 +57,7 @@ def profile(
         min_tokens: smallest number of queries of a call that methods compute.
         seed: of the random parts of the first call; call i has `seed + i`.
         repeats: number of times for each median; 0 measures no times.
+        cuda_graphs: on CUDA, time replays of CUDA graphs: for a model that runs as one, without the host's time.
         maps: patterns (`fnmatch`) of names of modules whose attention maps are kept, for models of square images.
         on_call: called with the name of each call that was measured.
 
@@ -76,7 +78,7 @@ def profile(
     def candidates(name: str, index: int, number: int) -> list[Candidate]:
         return [Candidate(router.method, budget, router, number) for router, budget in routers.values()]
 
-    recorder = Recorder(candidates, repeats, [maps] if isinstance(maps, str) else maps, on_call)
+    recorder = Recorder(candidates, repeats, [maps] if isinstance(maps, str) else maps, on_call, cuda_graphs)
     thumbnails: list[str] = []
     with evaluation(model), recording(model, recorder):
         for args, kwargs in batches(inputs):
@@ -84,12 +86,12 @@ def profile(
             if maps and not thumbnails:
                 thumbnails += [png for png in [thumbnail((*args, *kwargs.values()))] if png]
     check_calls(recorder, model)
-    calls = recorder.reports(seed)
+    calls, device = recorder.reports(seed), next(iter(recorder.devices))
     if not any(call.maps for call in calls):
         thumbnails.clear()
     return ProfileReport(
         model=type(model).__name__,
-        device=device_name(next(iter(recorder.devices))),
+        device=device_name(device) + (", CUDA graphs" if cuda_graphs and device.type == "cuda" else ""),
         versions=versions(),
         methods=list(dict.fromkeys(methods)),
         budgets=list(dict.fromkeys(float(budget) for budget in budgets)),

@@ -73,6 +73,7 @@ class Recorder:
         repeats: times for the median of each time; 0 measures none.
         maps: patterns of names of calls whose attention maps are kept.
         on_call: called with the name of each call that was measured.
+        cuda_graphs: on CUDA, time replays of CUDA graphs.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Recorder:
         repeats: int,
         maps: Sequence[str] = (),
         on_call: Callable[[str], None] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.candidates, self.repeats, self.maps, self.on_call = candidates, repeats, maps, on_call
+        self.cuda_graphs = cuda_graphs
         self.records: dict[tuple[str, int], _Record] = {}
         self.not_reached: Counter[str] = Counter()
         self.devices: dict[torch.device, None] = {}
@@ -188,7 +191,9 @@ class Recorder:
             return dict.fromkeys(calls, 0.0)
         known = self._times.setdefault(signature, {})
         if not calls.keys() <= known.keys():
-            known.update(zip(calls, measuring.milliseconds(list(calls.values()), device, self.repeats), strict=True))
+            options = {"cuda_graphs": self.cuda_graphs}
+            times = measuring.milliseconds(list(calls.values()), device, self.repeats, **options)
+            known.update(zip(calls, times, strict=True))
         return known
 
     def _describe(

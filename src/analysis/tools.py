@@ -254,8 +254,11 @@ class Run:
     """Work whose results are saved whenever a part is complete, and which Ctrl-C or SIGTERM may end between parts.
 
     Subclasses have `arguments`, `results`, and `missing`, names of the parts not yet measured; and define
-    `run(console, save)`, `report()` (for `write_rows`), `tables()`, `notes()` (lines below the tables) and `draw()`.
+    `run(console, save)`, `report()` (for `write_rows`), `tables()`, `notes()` (lines below the tables) and, where there
+    is a `--figure`, `draw()`.
     """
+
+    draw: Callable[[], Figure] | None = None
 
     def main(self) -> int:
         """Run until done or stopped; returns the exit status: 1 where something is missing."""

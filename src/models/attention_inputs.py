@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -97,8 +99,28 @@ def capture_inputs(model: T2TViT, images: torch.Tensor, layers: str = "all") -> 
     return tuple(captured)
 
 
+@torch.no_grad()
+def capture_calls(attentions: Sequence[AttentionModule], run: Callable[[], Any]) -> tuple[StageInputs, ...]:
+    """Inputs of attention modules (B, N, H, E), one for each, of their last call while a network runs.
+
+    Args:
+        attentions: modules of any network, such as those of the blocks of `Network`.
+        run: calls the network on a batch.
+    """
+    captured: dict[AttentionModule, StageInputs] = {}
+
+    def capture(attention: AttentionModule, tensors: tuple[torch.Tensor, ...]) -> None:
+        captured[attention] = StageInputs(*tensors[:3], scale=default_scale(tensors[0], attention.softmax_temp))
+
+    with ExitStack() as hooks:
+        for attention in attentions:
+            hooks.enter_context(attention.register_forward_pre_hook(capture))
+        run()
+    return tuple(captured[attention] for attention in attentions)
+
+
 def create_stage_attentions(
-    name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0
+    name: str, model: T2TViT, memory_fraction: float = 1 / 32, seed: int = 0, **options: Any
 ) -> tuple[AttentionModule, AttentionModule]:
     """Modules of stage 1 and 2, in evaluation mode, as an evaluation of `model` with this attention and seed has them.
 
@@ -107,9 +129,10 @@ def create_stage_attentions(
         model: with a swappable attention; sequence lengths, softmax scales and device are its own.
         memory_fraction: see `create_attention`.
         seed: of what is random; each stage derives its own.
+        **options: of both modules.
 
     Raises:
-        UserError: unknown name or a fraction out of range.
+        UserError: unknown name or option, or a fraction out of range.
     """
     device = model.cls_token.device
     return tuple(
@@ -120,6 +143,7 @@ def create_stage_attentions(
             softmax_temp=own.softmax_temp,
             memory_fraction=memory_fraction,
             seed=stage_seed(seed, stage),
+            **options,
         )
         .to(device)
         .eval()

@@ -187,7 +187,8 @@ class T2TViT(nn.Module):
     @property
     def has_random_features(self) -> bool:
         """Whether the token attentions hold random projections, which `redraw_projections` replaces."""
-        return any(hasattr(module, "redraw_projection") for module in self.token_attentions or ())
+        names = (name for module in self.token_attentions or () for name, _ in module.named_buffers())
+        return any(name.endswith("projection_matrix") for name in names)
 
     def redraw_projections(self, seed: int) -> None:
         """Redraw the random projections of both token stages in place, from `seed`."""

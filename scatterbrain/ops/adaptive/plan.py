@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from scatterbrain.errors import UserError, check_whole_number, is_number
+from scatterbrain.ops.adaptive.definition import LEAST_VARIANCE, ROUNDS, AdaptivePlan, cluster_sizes, exact_keys
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.kmeans import (
     assign_key_clusters,
@@ -15,7 +14,7 @@ from scatterbrain.ops.clusters.kmeans import (
     find_centroids,
     valid_points,
 )
-from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances
+from scatterbrain.ops.clusters.steps import QUERIES_PER_CLUSTER, sample_of_variances
 from scatterbrain.ops.common.inputs import check_inputs, check_tensors, default_scale, visible_rows
 from scatterbrain.ops.common.numerics import (
     at_most,
@@ -26,38 +25,6 @@ from scatterbrain.ops.common.numerics import (
     stable_argsort,
     tile_budget,
 )
-
-# How many times the clusters that still fit are taken in order. The second and third time find what one too large
-# cluster has stopped; more find next to nothing.
-ROUNDS = 3
-# Variances of logits below this are rounding of equal keys.
-LEAST_VARIANCE = 1e-8
-
-
-class AdaptivePlan(NamedTuple):
-    """Clusters and supports of a call, constants for autograd.
-
-    Attributes:
-        key_assignment: cluster of each key (B, H, S) int64 in [0, M), -1 for hidden keys.
-        query_assignment: cluster of each query (B, H, T) int64 in [0, Q).
-        taken: boolean (B, H, Q, M), the key clusters that a query cluster weights exactly.
-        num_exact: upper bound of the number of keys in the clusters that one query cluster takes.
-    """
-
-    key_assignment: torch.Tensor
-    query_assignment: torch.Tensor
-    taken: torch.Tensor
-    num_exact: int
-
-    def density(self) -> torch.Tensor:
-        """Share (B, H) of the pairs of query and visible key that are exact because of their clusters, float32.
-
-        The window adds to it; `exact_pairs` has both, dense.
-        """
-        sizes = _sizes(self.key_assignment.flatten(0, 1), self.taken.shape[3])  # [G, M]
-        exact = (self.taken.flatten(0, 1) * sizes.unsqueeze(1)).sum(2)  # [G, Q]
-        seen = exact.gather(1, self.query_assignment.flatten(0, 1)).float().mean(1)
-        return (seen / sizes.sum(1).clamp_min(1)).view(self.taken.shape[:2])
 
 
 def plan_adaptive_attention(
@@ -111,13 +78,12 @@ def plan_adaptive_attention(
         return find_plan(query, key, *sizes, density, tolerance, scale, key_lengths, query_lengths, num_steps)
     with torch.no_grad(), no_autocast(query):
         num_exact = exact_keys(density, key.shape[2])
-        # without exact keys, the clusters are those of landmark attention
-        sample = sample_of_keys(key.shape[2], num_landmarks) if num_exact > 0 else 1
-        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight, sample=sample)
+        key_labels = assign_key_clusters(key, value, num_landmarks, num_steps, key_lengths, value_weight)
         num_landmarks = at_most(num_landmarks, key.shape[2])
         num_query_landmarks = at_most(num_query_landmarks, query.shape[2])
-        sample = sample_of_queries(query.shape[2], num_query_landmarks)
-        query_labels, centroids = find_centroids(query, num_query_landmarks, num_steps, query_lengths, sample)
+        query_labels, centroids = find_centroids(
+            query, num_query_landmarks, num_steps, query_lengths, QUERIES_PER_CLUSTER
+        )
         shape = (*query.shape[:2], num_query_landmarks, num_landmarks)
         if num_exact == 0:
             taken = torch.zeros(shape, dtype=torch.bool, device=query.device)
@@ -143,11 +109,6 @@ def _has_fast_kernels(
         if fused.unsupported(query, key, at_most(number, points.shape[2]), 0) is not None:
             return False
     return True
-
-
-def exact_keys(density: float, num_keys: int) -> int:
-    """Largest number of keys that a query cluster takes of `num_keys`."""
-    return int(density * num_keys + 1e-6)
 
 
 def check_density(density: float, tolerance: float | None) -> None:
@@ -221,18 +182,14 @@ def check_plan(
                     f"{name} of the plan has the cluster {labels[bad][0].item()}, and clusters have to lie in "
                     f"[0, {size}). Make the plan with the same key_lengths."
                 )
-        largest = (taken.flatten(0, 1) * _sizes(key_labels.flatten(0, 1), taken.shape[3]).unsqueeze(1)).sum(2).max()
+        largest = (
+            (taken.flatten(0, 1) * cluster_sizes(key_labels.flatten(0, 1), taken.shape[3]).unsqueeze(1)).sum(2).max()
+        )
         if num_exact < largest:
             raise UserError(
                 f"num_exact={num_exact} of the plan is below the {largest.item()} keys that a query cluster takes."
             )
     return AdaptivePlan(key_labels, query_labels, taken, num_exact)
-
-
-def _sizes(labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Numbers of keys (G, M) int64 of clusters (G, S), -1 for none."""
-    sizes = torch.zeros(labels.shape[0], num_clusters + 1, dtype=torch.int64, device=labels.device)
-    return sizes.scatter_add(1, labels.where(labels >= 0, num_clusters), torch.ones_like(labels))[:, :num_clusters]
 
 
 def _take(

@@ -8,7 +8,7 @@ import torch
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters import triton as fused
-from scatterbrain.ops.clusters.steps import step_sample
+from scatterbrain.ops.clusters.steps import KEYS_PER_CLUSTER, sample_of, step_sample
 from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import (
     accumulation_dtype,
@@ -58,9 +58,11 @@ def assign_key_clusters(
     key_lengths: torch.Tensor | None = None,
     value_weight: float = 0.5,
     attn_mask: torch.Tensor | None = None,
-    sample: int = 1,
 ) -> torch.Tensor:
     """Cluster of each key, of keys that also have similar values, since values are averaged within a cluster.
+
+    Where a cluster has 16 keys or more on average, centroids are found from every fourth key, else from all of them
+    (Lloyd's steps from every second one).
 
     Args:
         key: (B, H, S, E).
@@ -72,7 +74,6 @@ def assign_key_clusters(
             over the sequence; 0 clusters the keys alone.
         attn_mask: boolean (B, S); keys where it is false are in no cluster, and the others are clustered as if they
             were a sequence by themselves. None for all.
-        sample: find centroids from the first of so many keys.
 
     Returns:
         (B, H, S) int64, a cluster in [0, M) or -1 for no cluster.
@@ -86,9 +87,9 @@ def assign_key_clusters(
     if attn_mask is not None:
         order, count = visible_first(visible_keys(key_lengths, attn_mask, key.shape[2]))
         key, value = (take_in_order(x.detach(), order) for x in (key, value))
-        labels = assign_key_clusters(key, value, num_clusters, num_steps, count, value_weight, None, sample)
+        labels = assign_key_clusters(key, value, num_clusters, num_steps, count, value_weight)
         return put_in_order(labels, order)
-    is_fast = value_weight == 0 and sample == 1 and fused.is_fast(key)
+    is_fast = value_weight == 0 and fused.is_fast(key)
     if is_fast and not (torch.compiler.is_compiling() or is_exporting()):
         num_clusters = at_most(num_clusters, key.shape[2])
         if fused.unsupported(key, key, num_clusters, 0) is None:
@@ -103,7 +104,7 @@ def assign_key_clusters(
         size = mean.square().sum(-1, keepdim=True).add(value_std.square()).sqrt()
         value_std = torch.maximum(value_std, 1e-4 * size).clamp_min(torch.finfo(value.dtype).tiny)
         points = torch.cat([points, (value - mean) * (value_weight * key_std / value_std)], dim=-1)
-    labels, _ = find_centroids(points, num_clusters, num_steps, key_lengths, sample)
+    labels, _ = find_centroids(points, num_clusters, num_steps, key_lengths, KEYS_PER_CLUSTER)
     return labels if key_lengths is None else labels.masked_fill(~valid_points(key, key_lengths), -1)
 
 
@@ -232,7 +233,7 @@ def find_centroids(
     num_clusters: int,
     num_steps: int,
     lengths: torch.Tensor | None = None,
-    sample: int = 1,
+    per_cluster: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest centroid (B, H, N) int64 of every point (B, H, N, E), padding included, and the centroids (B, H, M, E).
 
@@ -241,8 +242,8 @@ def find_centroids(
         num_clusters: number of clusters M.
         num_steps: iterations of Lloyd's algorithm.
         lengths: (B,) integers; points i >= lengths[b] move no centroid. None for all.
-        sample: choose and move centroids by the first of so many points, Lloyd's steps take
-            every second point at most.
+        per_cluster: points of a sequence per cluster, without padding, from which on centroids are found from a
+            sample of them; None for never.
     """
     check_steps(num_clusters, num_steps)
     batch, heads, length, _ = points.shape
@@ -256,25 +257,39 @@ def find_centroids(
         if lengths is not None:
             lengths = lengths.to(points.device).clamp(0, length).view(-1, 1).expand(batch, heads)
             counts = split_rows(lengths.reshape(-1, 1), size)
-        options = (num_clusters, num_steps, sample)
+        options = (num_clusters, num_steps, per_cluster)
         found = [_cluster_slice(*each, *options) for each in zip(slices, counts, strict=True)]
     labels, centroids = (torch.cat(x) for x in zip(*found, strict=True))
     return labels.view(batch, heads, length), centroids.view(batch, heads, *centroids.shape[1:])
 
 
 def _cluster_slice(
-    points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int, sample: int
+    points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int, per_cluster: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest centroid (G, N) of each of the points (G, N, E), and centroids; the first `counts` (G, 1) move them."""
+    sample = sample_of(points.shape[1], num_clusters, per_cluster)
+    centroids = _move_centroids(points, counts, num_clusters, num_steps, sample)
+    if sample > 1 and counts is not None:
+        of_all = _move_centroids(points, counts, num_clusters, num_steps, 1)
+        centroids = torch.where((counts < per_cluster * num_clusters).unsqueeze(-1), of_all, centroids)
+    # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
+    centre = centroids.mean(1, keepdim=True)
+    return _nearest(points - centre, centroids - centre), centroids
+
+
+def _move_centroids(
+    points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int, sample: int
+) -> torch.Tensor:
+    """Centroids (G, M, E) of the points (G, N, E) after Lloyd's steps, from the first of so many of them."""
     sampled = counts
     if counts is not None and sample > 1:
         sampled = (counts + (sample - 1)) // sample
     centroids = _farthest_of_stretches(points[:, ::sample], sampled, num_clusters)
-    # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
+    if num_steps == 0:
+        return centroids
     centre = centroids.mean(1, keepdim=True)
-    points, centroids = points - centre, centroids - centre
     every = step_sample(sample)
-    some = points[:, ::every]
+    some, centroids = points[:, ::every] - centre, centroids - centre
     outside = None
     if counts is not None:
         outside = torch.arange(0, points.shape[1], every, device=points.device) >= counts
@@ -284,7 +299,7 @@ def _cluster_slice(
             labels = labels.masked_fill(outside, -1)
         (sums,), members = cluster_sums((some,), labels, num_clusters)
         centroids = torch.where(members > 0, sums / members.clamp_min(1.0), centroids)
-    return _nearest(points, centroids), centroids + centre
+    return centroids + centre
 
 
 def _farthest_of_stretches(points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int) -> torch.Tensor:

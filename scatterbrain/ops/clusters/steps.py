@@ -6,8 +6,8 @@ from scatterbrain.ops.common.numerics import is_exporting
 
 # Lloyd's steps look at the first of so many points: centroids are means of many, and half of them find as good ones.
 STEP_EVERY = 2
-# A plan of adaptive attention finds centroids from the first of so many points where a cluster has enough of them on
-# average.
+# Centroids are found from the first of so many points where a cluster has enough of them on average: of a sequence
+# without its padding, so that padding has no influence.
 SAMPLE_EVERY = 4
 KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
 # It finds variances of logits from the first of each two keys of a long sequence, of each four or eight where so many
@@ -15,15 +15,17 @@ KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
 LONG_SEQUENCE, KEYS_PER_VARIANCE = 2048, 24
 
 
-def sample_of_keys(num_keys: int, num_clusters: int) -> int:
-    """1, or s where a plan finds centroids of keys from the first of each s."""
+def sample_of(length: int, num_clusters: int, per_cluster: int | None) -> int:
+    """1, or s where centroids are found from the first of each s points.
+
+    Args:
+        length: number of points.
+        num_clusters: number of clusters M.
+        per_cluster: points per cluster from which on centroids are found from a sample; None for never.
+    """
     # an exported graph serves other lengths
-    return SAMPLE_EVERY if not is_exporting() and num_keys >= KEYS_PER_CLUSTER * num_clusters else 1
-
-
-def sample_of_queries(length: int, num_clusters: int) -> int:
-    """1, or s where a plan finds centroids of queries from the first of each s."""
-    return SAMPLE_EVERY if not is_exporting() and length >= QUERIES_PER_CLUSTER * num_clusters else 1
+    is_sampled = per_cluster is not None and not is_exporting() and length >= per_cluster * num_clusters
+    return SAMPLE_EVERY if is_sampled else 1
 
 
 def sample_of_variances(num_keys: int, num_clusters: int) -> int:

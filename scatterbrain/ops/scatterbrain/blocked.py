@@ -161,6 +161,7 @@ def blocked_attention(
     projection: torch.Tensor | None = None,
     cosh: bool = False,
     log_features: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bounded: bool = True,
     is_causal: bool = False,
     key_lengths: torch.Tensor | None = None,
     attn_mask: torch.Tensor | None = None,
@@ -179,6 +180,7 @@ def blocked_attention(
         log_features: in place of `projection`, logarithms of any positive features of queries (B, H, T, M), finite, and
             of keys (B, H, S, M), -inf for zero. Without causality, the largest product of a query's feature and the
             maximum of that feature over all keys may exceed the query's largest weight by at most exp(`MAXIMUM_SLACK`).
+        bounded: whether `log_features` keep that bound; without it they may have any size, and it takes longer.
         is_causal: hide the keys j > i.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         attn_mask: boolean (B, S), false for hidden keys.
@@ -193,7 +195,7 @@ def blocked_attention(
     key_mask = visible_keys(key_lengths, attn_mask, key.shape[2])
     with no_autocast(query):
         return _blocked(
-            query, key, value, window, scale, projection, cosh, log_features, is_causal, key_mask, dropout_p
+            query, key, value, window, scale, projection, cosh, log_features, bounded, is_causal, key_mask, dropout_p
         )
 
 
@@ -206,6 +208,7 @@ def _blocked(
     projection: torch.Tensor | None,
     cosh: bool,
     log_features: tuple[torch.Tensor, torch.Tensor] | None,
+    bounded: bool,
     is_causal: bool,
     key_mask: torch.Tensor | None,
     dropout_p: float,
@@ -236,8 +239,8 @@ def _blocked(
         log_key = log_softmax_features(key_rows, projection, scale, cosh).add_(bias_rows)
         low_rank = low_rank_class(layout, masks, log_query, log_key, layout.blocks(value_rows), dropout_p)
     elif log_features is not None:
-        # of any width: the caller bounds by how much features may exceed a weight
-        low_rank_class = _PerKeyMaximum if is_causal else _SharedMaximum
+        # of any width: the caller says whether there is a bound to how much features may exceed a weight
+        low_rank_class = _PerKeyMaximum if is_causal or not bounded else _SharedMaximum
         log_query, log_key = (x.to(query.dtype) for x in log_features)
         log_query = layout.rows(log_query, 0)
         log_key = layout.rows(log_key, layout.left).add_(bias_rows)

@@ -94,6 +94,8 @@ class Entry:
 class AttentionBench(AttentionReport):
     """One run, with the options of `scripts/benchmark_attention.py`."""
 
+    with_host_time = True  # whether the time of calls on the host is taken
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         lengths, batches = arguments.lengths, arguments.batch
         if len(batches) not in (1, len(lengths)):
@@ -273,8 +275,9 @@ class AttentionBench(AttentionReport):
         entry.temporary_bytes = peak_bytes(call, self.device)
         if on_cuda:
             repeats = range(self.arguments.repeats)
-            of_host = [seconds_per_call(call, HOST_CALLS, self.device, of_host=True) for _ in repeats]
-            entry.host_microseconds = 1e6 * statistics.median(of_host)
+            if self.with_host_time:
+                of_host = [seconds_per_call(call, HOST_CALLS, self.device, of_host=True) for _ in repeats]
+                entry.host_microseconds = 1e6 * statistics.median(of_host)
             entry.device_milliseconds = graph_milliseconds(call, len(repeats))
         return True
 

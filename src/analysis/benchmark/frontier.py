@@ -31,7 +31,7 @@ from src.analysis.benchmark.report import BASELINE, header, sizes_text
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
 from src.analysis.experiments.memory import LOG_TICKS, set_ticks
 from src.analysis.plots.style import COLOURS, DOTTED, label_ends, new_figure, style
-from src.analysis.tools import digits, new_table
+from src.analysis.tools import digits, new_table, print_report, write_results
 from src.datamodules.sampling import spread
 from src.evaluation.colours import ATTENTION_MARKERS
 from src.evaluation.result_rows import read_rows
@@ -66,6 +66,7 @@ LINE_COLOURS = {"topk-blocks": "#999933", "flex-window": COLOURS["local"]} | COL
 LINE_COLOURS |= {"sbcluster": COLOURS["sbtopk"], "sbadaptive": COLOURS["topk"], "pisa": "#661100"}
 BLOCK_BASELINES = ("pisa", "topk-blocks")
 BLOCK = 64
+MATRIX_ENTRIES = 2**26  # of the N x N matrices of dense definitions, which bound the samples of a call
 NUM_SEEDS = 3  # of random projections and hashes, over which an error is averaged
 
 
@@ -142,35 +143,68 @@ def columns_and_operations(name: str, sizes: Sizes, length: int, dim: int) -> tu
 class FrontierBench(AttentionBench):
     """One run, with the options of `scripts/benchmark_frontier.py`."""
 
+    with_host_time = False
+
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.layers, pisa = all_layers(arguments), vars(arguments).pop("pisa")
+        options = vars(arguments)
+        pisa, file, self.errors_only = (options.pop(name) for name in ("pisa", "errors", "errors_only"))
+        if file is not None and (arguments.checkpoint or arguments.data_dir or arguments.tensors or self.errors_only):
+            raise UserError("--errors replaces --checkpoint, --data-dir, --tensors and --errors-only: leave them out.")
+        self.layers = all_layers(arguments) if file is None else []
         for name in ("checkpoint", "data_dir", "split", "num_images", "tensors"):
-            del vars(arguments)[name]
+            del options[name]
         arguments.methods = ["full", *(name for name in arguments.methods if name != "full")]
         super().__init__(arguments)
         self.pisa = load_pisa(pisa) if pisa and self.device.type == "cuda" else None
         self.points = [(name, sizes) for name in arguments.methods for sizes in BUDGETS[name]]
-        self.errors: list[dict[str, Any]] = []
+        self.errors: list[dict[str, Any]] = [] if file is None else self.read_errors(file)
+        if self.errors_only:
+            self.missing = []
+        if file is None:
+            self.missing.append("errors")
+
+    def read_errors(self, path: str) -> list[dict[str, Any]]:
+        """Errors that another run has written; `UserError` where they are not those of these points and this dtype."""
+        remedy = "Give --errors a file that --output has written with the same methods, budgets and --dtype."
+        content = read_rows(path, ("settings", "errors"), remedy)
+        dtype, errors = content["settings"].get("dtype"), content["errors"]
+        if dtype != self.arguments.dtype:
+            raise UserError(f"--errors {path} has errors in {dtype}, not in {self.arguments.dtype}. {remedy}")
+        layers = dict.fromkeys((row["network"], row["layer"]) for row in errors)
+        for name, sizes in self.points:
+            for network, layer in layers or [("any network", "any")]:
+                if not select(errors, method=name, sizes=sizes, network=network, layer=layer):
+                    where = f"{name} {sizes_text(sizes)} of {network}, layer {layer}"
+                    raise UserError(f"--errors {path} lacks {where}. {remedy}")
+        return [row for row in errors if (row["method"], row["sizes"]) in self.points]
 
     def more(self) -> dict[str, Any]:
-        """Errors, for JSON."""
-        return {"errors": self.errors}
+        """Rows of times, each with the mean error over the networks once it is known, and the errors, for JSON."""
+        means = self.mean_errors()
+        rows = [row | {"error": means.get(point_label(row["method"], row["sizes"]))} for row in self.results]
+        return {"results": rows, "errors": self.errors}
 
     def run(self, console: Console, save: Callable[[], None]) -> None:
-        """Measure all errors, then all times, less what an interrupted run with the same settings has left in the file.
+        """Measure all times, then all errors, less what an interrupted run with the same settings has left in the file.
 
-        `save` is called after each layer and each point.
+        `save` is called after each of them.
         """
         if self.arguments.output is not None and Path(self.arguments.output).exists():
             before = read_rows(self.arguments.output, ("complete", "results", "errors"), "Give --output another file.")
             same = json.loads(json.dumps(header(self.arguments, self.device))).items() <= before.items()
             if same and not before["complete"]:
-                self.results, self.errors = before["results"], before["errors"]
+                self.results, self.errors = before["results"], self.errors or before["errors"]
+        if not self.errors_only:
+            self.measure_times(console, save)
         for network, layer, inputs in self.layers:
-            if not select(self.errors, network=network, layer=layer):
-                console.print(f"{network}, layer {layer}: errors", highlight=False)
-                self.errors += [*self.layer_errors(network, layer, inputs)]
+            console.print(f"{network}, layer {layer}: errors", highlight=False)
+            for row in self.layer_errors(network, layer, inputs):
+                self.errors.append(row)
                 save()
+        self.missing = [part for part in self.missing if part != "errors"]
+
+    def measure_times(self, console: Console, save: Callable[[], None]) -> None:
+        """Append the rows of all points at all lengths."""
         attend = F.scaled_dot_product_attention
         if self.device.type == "cuda":  # the fastest there is
             kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -188,31 +222,40 @@ class FrontierBench(AttentionBench):
 
     @torch.no_grad()
     def layer_errors(self, network: str, layer: str, inputs: StageInputs) -> Iterator[dict[str, Any]]:
-        """Rows of one layer: the relative error of each output, mean over samples, and over seeds where there are."""
-        tensors = [x.to(self.device, self.dtype) for x in (inputs.query, inputs.key, inputs.value)]
+        """Rows of one layer that are not there yet: the relative error of each output.
+
+        That is the mean over samples, and over seeds where there are.
+        """
         exact = [x.to(self.device).double() for x in (inputs.query, inputs.key, inputs.value)]
+        tensors = [x.to(self.device, self.dtype) for x in (inputs.query, inputs.key, inputs.value)]
+        batch, length, _, dim = exact[0].shape
+        together = max(1, MATRIX_ENTRIES // length**2)
 
-        def by_sample(function: Function, tensors: list[torch.Tensor]) -> torch.Tensor:
-            # dense definitions take O(N^2) memory
-            return torch.cat([function(*(x[n : n + 1] for x in tensors)) for n in range(len(tensors[0]))])
+        def in_chunks(function: Function, tensors: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([function(*(x[n : n + together] for x in tensors)) for n in range(0, batch, together)])
 
-        reference = by_sample(heads_first(lambda *x: naive_full_attention(*x, scale=inputs.scale)[0]), exact)
-        length, dim = exact[0].shape[1], exact[0].shape[3]
+        @functools.cache
+        def reference() -> torch.Tensor:
+            return in_chunks(heads_first(lambda *x: naive_full_attention(*x, scale=inputs.scale)[0]), exact)
+
         for name, sizes in self.points:
+            case = {"method": name, "sizes": sizes, "network": network, "layer": layer}
+            if select(self.errors, **case):
+                continue
             if name in BLOCK_BASELINES:
                 options = {"num_blocks": chosen_blocks(sizes["density"], length), "scale": inputs.scale}
                 options["taylor"] = name == "pisa"
-                outputs = [by_sample(heads_first(functools.partial(naive_block_attention, **options)), exact)]
+                outputs = [in_chunks(heads_first(functools.partial(naive_block_attention, **options)), exact)]
             else:
                 operator = "local" if name == "flex-window" else name
                 num_seeds = NUM_SEEDS if hasattr(ATTENTIONS[operator].module, "redraw_projection") else 1
                 options = {"softmax_temp": inputs.scale, **sizes}
                 modules = (create_attention(operator, length, dim, seed=seed, **options) for seed in range(num_seeds))
                 modules = (module.to(self.device).eval() for module in modules)
-                outputs = [by_sample(lambda *x, module=module: module(*x)[0], tensors) for module in modules]
-            error = torch.stack([relative_error(out, reference).mean() for out in outputs]).mean().item()
-            case = {"method": name, "sizes": sizes, "network": network, "layer": layer, "length": length}
-            yield case | {"columns": columns_and_operations(name, sizes, length, dim)[0], "error": error}
+                outputs = [in_chunks(lambda *x, module=module: module(*x)[0], tensors) for module in modules]
+            error = torch.stack([relative_error(out, reference()).mean() for out in outputs]).mean().item()
+            columns = columns_and_operations(name, sizes, length, dim)[0]
+            yield case | {"length": length, "columns": columns, "error": error}
 
     def function(self, name: str, sizes: Sizes, length: int) -> Function:
         """The implementation that is timed, (B, N, 1, E); `UserError` where there is none."""
@@ -242,30 +285,44 @@ class FrontierBench(AttentionBench):
         except Exception as error:  # compilers raise many kinds, and the others are still to be measured
             self.skip(name, length, first_line(error), "forward")
             return
-        full.milliseconds = []
-        for each in in_turn([full] if entry is full else [full, entry], repeats):
-            each.milliseconds.append(1e3 * seconds_per_call(each.call, each.calls_per_sample, self.device))
-        milliseconds, ratio = statistics.median(entry.milliseconds), median_ratio(entry.milliseconds, full.milliseconds)
-        clock = "call"
         if entry.device_milliseconds is not None and full.device_milliseconds is not None:
             clock, milliseconds = "device", entry.device_milliseconds
             ratio = milliseconds / full.device_milliseconds
+        else:
+            full.milliseconds, clock = [], "call"
+            for each in in_turn([full] if entry is full else [full, entry], repeats):
+                each.milliseconds.append(1e3 * seconds_per_call(each.call, each.calls_per_sample, self.device))
+            milliseconds = statistics.median(entry.milliseconds)
+            ratio = median_ratio(entry.milliseconds, full.milliseconds)
         columns, operations = columns_and_operations(name, sizes, length, self.arguments.dim)
         batch = self.batches[length]
         case = {"method": name, "sizes": sizes, "batch": batch, "length": length, "milliseconds": milliseconds}
         case |= {"ratio_to_full": ratio, "clock": clock, "columns": columns}
         case |= {"mebibytes": entry.temporary_bytes / 2**20, "gigaoperations": batch * operations / 1e9}
-        self.results.append(case | {"error": self.mean_error(name, sizes)})
-        label = f"{batch} x {length}, {name} {sizes_text(sizes)}"
+        self.results.append(case)
+        label = f"{batch} x {length}, {point_label(name, sizes)}"
         console.print(f"{label}: {digits(milliseconds)} ms, full attention's times {ratio:.3f}", highlight=False)
 
     # Report -----------------------------------------------------------------------------------------------------------
 
-    def mean_error(self, name: str, sizes: Sizes, network: str | None = None) -> float:
-        """Mean error over the layers of a network; None: over the networks."""
+    def finish(self) -> int:
+        """As `Run.finish`; with --errors-only there are no times, and no figure."""
+        if not self.errors_only:
+            return super().finish()
+        print_report(self.tables(), *self.notes())
+        write_results(self.arguments, self.report())
+        return 1 if self.missing else 0
+
+    def mean_errors(self, network: str | None = None) -> dict[str, float]:
+        """Mean error of each point over the layers of a network; None: over the networks, where all are known."""
         if network is None:
-            return statistics.fmean(self.mean_error(name, sizes, each) for each in self.networks())
-        return statistics.fmean(row["error"] for row in select(self.errors, method=name, sizes=sizes, network=network))
+            means = [self.mean_errors(each) for each in self.networks()]
+            labels = set.intersection(*map(set, means)) if means else set()
+            return {label: statistics.fmean(each[label] for each in means) for label in labels}
+        errors: dict[str, list[float]] = {}
+        for row in select(self.errors, network=network):
+            errors.setdefault(point_label(row["method"], row["sizes"]), []).append(row["error"])
+        return {label: statistics.fmean(each) for label, each in errors.items()}
 
     def networks(self) -> dict[str, int]:
         """Names of what errors were measured on, and numbers of tokens."""
@@ -277,8 +334,10 @@ class FrontierBench(AttentionBench):
         headers = ["method", "sizes", *("\n".join(name.replace("_", " ").split()) for name in networks)]
         headers += [f"{batch}\nx {length:,}" for length, batch in batches]
         table = new_table("Relative error by network; speed, full attention = 1, by size", headers, headers[:2])
+        means = [self.mean_errors(network) for network in networks]
         for name, sizes in self.points:
-            cells = [f"{self.mean_error(name, sizes, network):.3f}" for network in networks]
+            label = point_label(name, sizes)
+            cells = [f"{each[label]:.3f}" if label in each else "-" for each in means]
             for length, _ in batches:
                 rows = select(self.results, method=name, sizes=sizes, length=length)
                 cells.append(f"{1 / rows[0]['ratio_to_full']:.2f}" if rows else "-")
@@ -305,10 +364,11 @@ class FrontierBench(AttentionBench):
 
     def draw_panel(self, axes: Axes, length: int, network: str | None) -> None:
         """Draw the curves at one length, with the errors on one network or the means over all."""
-        ends = []
+        ends, means = [], self.mean_errors(network)
         for name in self.arguments.methods[1:]:
             rows = select(self.results, method=name, length=length)
-            points = [(row["ratio_to_full"], self.mean_error(name, row["sizes"], network)) for row in rows]
+            labelled = ((row["ratio_to_full"], point_label(name, row["sizes"])) for row in rows)
+            points = [(ratio, means[label]) for ratio, label in labelled if label in means]
             if len(BUDGETS[name][0]) > 2:  # several sizes vary: the points that no other is better than
                 points = sorted(x for x in points if all(other[1] > x[1] for other in points if other < x))
             if points:
@@ -323,6 +383,11 @@ class FrontierBench(AttentionBench):
         set_ticks(axes.xaxis, LOG_TICKS)
         axes.figure.canvas.draw()  # limits and sizes of the panel are known then
         label_ends(axes, ends)
+
+
+def point_label(name: str, sizes: Sizes) -> str:
+    """Name and sizes of a point as text."""
+    return f"{name} {sizes_text(sizes)}"
 
 
 def select(rows: list[dict[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:

@@ -123,9 +123,16 @@ def percent(hits: torch.Tensor) -> float:
 
 @torch.no_grad()
 def measure_point(
-    reference: Reference, attention: str, memory_fraction: float, seeds: Sequence[int], log: Log = lambda _: None
+    reference: Reference,
+    attention: str,
+    memory_fraction: float,
+    seeds: Sequence[int],
+    log: Log = lambda _: None,
+    create: Callable[..., Sequence[AttentionModule]] | None = None,
 ) -> Row:
     """Row of one attention at one budget, over seeds; `log` is called with the name of each step.
+
+    `create` makes the modules, in place of `create_stage_attentions`, with its arguments.
 
     It has `attention`, `memory_fraction`, `seeds`; `memory`, the share of the attention columns of both stages; `top1`
     and `agreement` in percent (see `over_seeds`); and for each of the `stages` `sizes`, `memory`, `output_error`.
@@ -134,7 +141,7 @@ def measure_point(
     top1, agreement, errors = [], [], []
     for number, seed in enumerate(seeds, start=1):
         log(f"{attention} {fraction_text(memory_fraction)}, seed {number} of {len(seeds)}")
-        modules = create_stage_attentions(attention, model, memory_fraction, seed)
+        modules = (create or create_stage_attentions)(attention, model, memory_fraction, seed)
         with swapped(model, modules):
             predictions = predict(model, reference.images, reference.batch_size)
             memory = attention_memory_fraction(model)

@@ -236,7 +236,7 @@ def test_options_of_the_constructor_and_of_the_features_are_one_list():
     own = option_parameters(PerformerAttention)
     assert list(own) == [
         *("dim_heads", "nb_features", "softmax_temp", "causal", "seed", "attention_dropout", "backend"),
-        *("row_norm", "centre", "balance", "coupling"),
+        *("learned_heads", "row_norm", "centre", "balance", "coupling"),
     ]
     assert {name: own[name].default for name in ("seed", "row_norm", "balance")} == {
         "seed": 0,

@@ -33,9 +33,9 @@ def error(name, tensors, budget):
 # at 1/32, 1/16, 1/8, 1/4 of the columns
 ERRORS = {
     ("dinov2", "sbcluster"): (0.135, 0.127, 0.086, 0.071),
-    ("dinov2", "sbadaptive"): (0.136, 0.117, 0.096, 0.080),
+    ("dinov2", "sbadaptive"): (0.154, 0.122, 0.098, 0.077),
     ("whisper", "sbcluster"): (0.054, 0.032, 0.023, 0.0165),
-    ("whisper", "sbadaptive"): (0.040, 0.028, 0.020, 0.0133),
+    ("whisper", "sbadaptive"): (0.045, 0.031, 0.023, 0.0145),
 }
 
 
@@ -59,6 +59,17 @@ def test_more_columns_have_a_smaller_error(tensors):
     for name in ("sbcluster", "sbadaptive"):
         found = [error(name, tensors, budget) for budget in BUDGETS]
         assert found == sorted(found, reverse=True)
+
+
+def test_adaptive_attention_keeps_weight_near_the_diagonal():
+    """As in Whisper's first layer: with a window of a few keys the transcript is lost."""
+    length, generator = 1500, torch.Generator().manual_seed(0)
+    angles = torch.arange(length).view(1, -1, 1, 1) / 6 * torch.randn(32, generator=generator, dtype=torch.float64)
+    query = 2.5 * torch.cat([angles.cos(), angles.sin()], -1)
+    value = torch.randn(query.shape, generator=generator, dtype=torch.float64)
+    tensors = ("diagonal", query, query, value, create_attention("full", length)(query, query, value)[0])
+    # with a window of two keys it is 0.8 at 1/32
+    assert all(error("sbadaptive", tensors, budget) < 0.01 for budget in BUDGETS)
 
 
 def test_files_are_small():

@@ -314,6 +314,30 @@ def test_the_implementation_by_name():
     assert outcomes(model) == {"routed"}
 
 
+@pytest.mark.parametrize("padding", ["none", pytest.param("left", marks=needs_notes)])
+def test_a_causal_model_by_name(padding):
+    """Causal `sbcluster` computes a prompt of 1,024 tokens, with its budget of 1/32, and "sdpa" the tokens after it."""
+    integration.register()
+    model = llama(attn_implementation="scatterbrain")
+    ids = torch.randint(0, 50, (2, 1024), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :200] = 0
+    with torch.no_grad():
+        grown = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert grown.shape == (2, 1027)
+    for counts in integration.report(model).values():
+        assert counts == {"routed": 1, "another number of queries than of keys (cross-attention, or a cache)": 2}
+    router = model.model.layers[0].self_attn.scatterbrain_router
+    (module,) = router._modules.values()
+    assert isinstance(module, scatterbrain.ATTENTIONS["sbcluster"].module)
+    assert module.causal
+    expected = integration.replace(llama(), "sbcluster", memory_fraction=1 / 32)
+    torch.testing.assert_close(
+        output(model, input_ids=ids, attention_mask=mask), output(expected, input_ids=ids, attention_mask=mask)
+    )
+
+
 def test_options_of_layers():
     model = bert()
     integration.replace(

@@ -18,9 +18,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from scatterbrain.attention import create_attention
 from scatterbrain.ops.clusters.causal import blocked, causal_landmark_attention
 from scatterbrain.ops.clusters.causal.levels import Level, assign_points, chunks_of, join, visible_columns
+from scatterbrain.ops.sparse.naive import block_means
 from src.analysis.benchmark.report import header
 from src.analysis.tools import write_results
 
@@ -35,7 +38,8 @@ def dense(logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, floa
 
 def local(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> tuple[torch.Tensor, float]:
     """The last `window` keys of each query."""
-    distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    i = torch.arange(query.shape[2], device=query.device)
+    distance = i[:, None] - i
     logits = query.shape[-1] ** -0.5 * query @ key.transpose(2, 3)
     return dense(logits.masked_fill((distance < 0) | (distance >= window), -math.inf), value)
 
@@ -51,15 +55,15 @@ def without_levels(
     level = join(points, assign_points(points.key, points.count, num_landmarks, 1), num_landmarks)
     level = Level(*(x.flatten(1, 2).unflatten(0, (batch, heads)) for x in level))
     mean, mean_value, count, _ = level
-    chunk = torch.arange(length)[:, None] // CHUNK
-    i, j = torch.arange(length)[:, None], torch.arange(length)
+    j = torch.arange(length, device=query.device)
+    i, chunk = j[:, None], j[:, None] // CHUNK
     exact = (scale * query @ key.transpose(2, 3)).masked_fill((j > i) | (j // CHUNK < chunk - 1), -math.inf)
     count, log_count = count.transpose(2, 3), count.transpose(2, 3).clamp_min(1.0).log()
     far = scale * query @ mean.transpose(2, 3) + log_count
     if spread:
         norm = scale * query.norm(dim=-1, keepdim=True)
         far = far + blocked.spread_correction(norm, blocked.spread_of(level, width).transpose(2, 3), log_count)
-    of_chunk = torch.arange(mean.shape[2]) // num_landmarks
+    of_chunk = torch.arange(mean.shape[2], device=query.device) // num_landmarks
     far = far.masked_fill((count == 0) | (of_chunk >= chunk - 1), -math.inf)
     return dense(torch.cat([exact, far], -1), torch.cat([value, mean_value], 2))
 
@@ -74,6 +78,74 @@ def with_levels(
     return out, visible_columns(query.shape[2], num_landmarks, window, CHUNK)
 
 
+def best_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_keys: int, taylor: bool
+) -> tuple[torch.Tensor, float]:
+    """The own chunk and the earlier ones whose mean has the largest product with the own chunk's mean query.
+
+    With `taylor`, PISA (arXiv 2602.01077) with a causal mask: keys of the other earlier chunks have the weight of their
+    chunk's mean, and a term of first order is added for them: G s q.X / n, where G is their share of the weight, n the
+    number of keys of earlier chunks and X the sum over these of (k - mean of its chunk) v^T.
+
+    Args:
+        query: (B, H, N, E).
+        key: (B, H, N, E).
+        value: (B, H, N, D).
+        num_keys: keys of the chunks that are exact, the own one among them; rounded up to whole chunks.
+        taylor: whether other chunks have a weight.
+    """
+    length, width = query.shape[2:]
+    scale = width**-0.5
+    means = block_means(key, CHUNK)
+    chunks = torch.arange(means.shape[2], device=query.device)
+    past, own = chunks < chunks[:, None], chunks == chunks[:, None]
+    scores = (block_means(query, CHUNK) @ means.transpose(2, 3)).masked_fill(own, math.inf)
+    scores = scores.masked_fill(~(past | own), -math.inf)
+    order = scores.topk(min(len(chunks), -(-num_keys // CHUNK))).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True) & (past | own)
+    i = torch.arange(length, device=query.device)
+    of = i // CHUNK
+    exact = chosen[:, :, of][..., of] & (i <= i[:, None])
+    logits = scale * query @ key.transpose(2, 3)
+    if not taylor:
+        return dense(logits.masked_fill(~exact, -math.inf), value)
+    rest = past[of][:, of] & ~exact
+    logits = torch.where(rest, (scale * query @ means.transpose(2, 3))[..., of], logits)
+    weights = logits.masked_fill(~(exact | rest), -math.inf).softmax(-1)
+    # X of each chunk, then that of all chunks before it
+    deviation, padded = (
+        F.pad(x, (0, 0, 0, -length % CHUNK)).unflatten(2, (-1, CHUNK)) for x in (key - means[:, :, of], value)
+    )
+    first = deviation.transpose(3, 4) @ padded
+    first = first.cumsum(2) - first
+    queries = F.pad(query, (0, 0, 0, -length % CHUNK)).unflatten(2, (-1, CHUNK))
+    share = (weights * rest).sum(-1, keepdim=True) / (CHUNK * of).clamp_min(1)[:, None]
+    out = weights @ value + share * scale * (queries @ first).flatten(2, 3)[:, :, :length]
+    columns = exact.sum(-1) + rest.sum(-1) / CHUNK
+    return out, columns.double().mean().item()
+
+
+def window_and_features(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, float]:
+    """`sblocal` that spends half of the columns on the last keys, and half on random features."""
+    length, width = query.shape[2:]
+    half = columns // 4 * 2  # features come in pairs
+    # half of a window lies before the query
+    module = create_attention("sblocal", length, width, local_context=2 * half, nb_features=half, causal=True)
+    out, _ = module.to(query.device)(*(x.transpose(1, 2) for x in (query, key, value)))
+    seen = (torch.arange(length) + 1).clamp_max(half + 1).double().mean().item()
+    return out.transpose(1, 2), seen + half
+
+
+def with_budget(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory_fraction: float
+) -> tuple[torch.Tensor, float]:
+    """Causal landmark attention of the sizes that `create_attention` takes for a budget."""
+    sizes = create_attention("sbcluster", query.shape[2], memory_fraction=memory_fraction, causal=True)
+    return with_levels(query, key, value, sizes.num_landmarks, sizes.local_context)
+
+
 FORMS: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {
     "local, window N / 8": lambda *x: local(*x, x[0].shape[2] // 8),
     "local, window 256": lambda *x: local(*x, 256),
@@ -84,6 +156,10 @@ FORMS: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {
     "levels, M = 16, W = 128": lambda *x: with_levels(*x, 16, 128),
     "levels, M = 32, W = 128": lambda *x: with_levels(*x, 32, 128),
     "levels, M = 64, W = 128": lambda *x: with_levels(*x, 64, 128),
+    "sbcluster, memory_fraction 1/8": lambda *x: with_budget(*x, 1 / 8),
+    "sblocal, N / 8": lambda *x: window_and_features(*x, x[0].shape[2] // 8),
+    "block top-k, N / 8": lambda *x: best_blocks(*x, x[0].shape[2] // 8, False),
+    "PISA, N / 8": lambda *x: best_blocks(*x, x[0].shape[2] // 8, True),
 }
 
 
@@ -97,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", nargs="+", type=Path, required=True, metavar="FILE", help="q, k, v of layers, npz")
     parser.add_argument("--heads", type=int, default=None, metavar="H", help="first heads of each layer (all)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="of PyTorch (cpu)")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="JSON file of the results")
     arguments = parser.parse_args()
     results = []
@@ -106,7 +183,9 @@ def main() -> None:
         arrays = np.load(path)
         network = path.stem.split("_")[0]
         for layer in sorted((name[1:] for name in arrays.files if name[0] == "q"), key=int):
-            tensors = [torch.from_numpy(arrays[name + layer]).float().transpose(1, 2) for name in "qkv"]
+            tensors = [
+                torch.from_numpy(arrays[name + layer]).to(arguments.device).float().transpose(1, 2) for name in "qkv"
+            ]
             tensors = [x[:, : arguments.heads].contiguous() for x in tensors]
             length = tensors[0].shape[2]
             titles.append(f"{network} {layer}, N = {length}")
@@ -120,7 +199,9 @@ def main() -> None:
     print("|---" * (1 + len(titles)) + "|")
     for name, cells in table.items():
         print(f"| {name} |", " | ".join(cells), "|")
-    write_results(arguments, {**header(arguments, torch.device("cpu"), "inputs", chunk=CHUNK), "results": results})
+    write_results(
+        arguments, {**header(arguments, torch.device(arguments.device), "inputs", chunk=CHUNK), "results": results}
+    )
 
 
 if __name__ == "__main__":

@@ -3,35 +3,35 @@
     python -m tests.scatterbrain.ops.causal_time --dtype bfloat16 --output causal.json --figure causal.png
 
 Times are those of one call, forward and with both passes: on a GPU of a CUDA graph, without the host's part, and on a
-CPU of the call. PyTorch's attention is cuDNN's kernel where it runs.
+CPU of the call. PyTorch's attention is cuDNN's kernel where it runs. Each row is printed and written as it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
 from scatterbrain.errors import UserError
 from scatterbrain.ops.clusters.causal import causal_landmark_attention
 from src.analysis.benchmark.baselines import compiled_flex_attention
-from src.analysis.benchmark.report import DTYPES, header
+from src.analysis.benchmark.report import DTYPES, header, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds, seconds_per_call
 from src.analysis.tools import (
     Parser,
+    Run,
     choose_device,
     new_table,
     positive_sequence,
-    print_report,
     run_tool,
-    shown,
-    write_results,
 )
 
 # what the others are compared with
@@ -93,55 +93,84 @@ def build_parser() -> Parser:
     return parser
 
 
-def measure_all(arguments: Any) -> None:
-    if len(arguments.lengths) != len(arguments.heads) or len(arguments.num_landmarks) != len(arguments.windows):
-        raise UserError("Give as many --heads as --lengths, and as many --windows as --num-landmarks.")
-    device, rows = choose_device(arguments.device), []
-    for length, heads in shown(list(zip(arguments.lengths, arguments.heads, strict=True)), "Measuring"):
-        functions: dict[str, Function] = {BASELINE: sdpa}
-        if arguments.local_window:
-            functions[f"window {arguments.local_window}"] = flex_window(length, arguments.local_window, device)
+class CausalTime(Run):
+    """One run, with the options of the tool."""
+
+    def __init__(self, arguments: Any) -> None:
+        if len(arguments.lengths) != len(arguments.heads) or len(arguments.num_landmarks) != len(arguments.windows):
+            raise UserError("Give as many --heads as --lengths, and as many --windows as --num-landmarks.")
+        self.arguments, self.device = arguments, choose_device(arguments.device)
+        self.results: list[dict[str, Any]] = []
+        self.missing = [f"{length} tokens" for length in arguments.lengths]
+
+    def functions(self, length: int) -> Iterator[tuple[str, Function]]:
+        """What is timed at a length, by name."""
+        arguments = self.arguments
+        yield BASELINE, sdpa
         for number, window in zip(arguments.num_landmarks, arguments.windows, strict=True):
-            functions[f"sbcluster M {number} W {window}"] = partial(
-                causal_landmark_attention, num_landmarks=number, window=window
-            )
-        for name, function in functions.items():
-            shape = (heads, 1, length, arguments.dim)
-            tensors = [torch.randn(shape, device=device, dtype=DTYPES[arguments.dtype]) for _ in range(4)]
-            times = dict(zip(("forward", "both"), measure(function, tensors, arguments.repeats), strict=True))
-            rows.append({"attention": name, "length": length, "heads": heads, "milliseconds": times})
-    baselines = {row["length"]: row["milliseconds"] for row in rows if row["attention"] == BASELINE}
-    table = new_table(
-        f"Milliseconds, and how many times as fast as {BASELINE}",
-        ("heads", "tokens", "attention", "forward", "", "both passes", ""),
-        ("attention",),
-    )
-    for row in rows:
-        cells = []
-        for name, time in row["milliseconds"].items():
-            cells += [f"{time:.3f}", f"{baselines[row['length']][name] / time:.2f}"]
-        table.add_row(str(row["heads"]), str(row["length"]), row["attention"], *cells)
-    print_report([table])
-    write_results(arguments, {**header(arguments, device), "results": rows}, partial(draw, rows))
+            options = {"num_landmarks": number, "window": window}
+            yield f"sbcluster M {number} W {window}", partial(causal_landmark_attention, **options)
+        if arguments.local_window:  # compiled for each length, so last
+            torch._dynamo.reset()
+            yield f"window {arguments.local_window}", flex_window(length, arguments.local_window, self.device)
+
+    def run(self, console: Console, save: Callable[[], None]) -> None:
+        """Measure; `save` is called after each row."""
+        arguments = self.arguments
+        for length, heads in zip(arguments.lengths, arguments.heads, strict=True):
+            for name, function in self.functions(length):
+                shape = (heads, 1, length, arguments.dim)
+                tensors = [torch.randn(shape, device=self.device, dtype=DTYPES[arguments.dtype]) for _ in range(4)]
+                found = measure(function, tensors, arguments.repeats)
+                times = dict(zip(("forward", "both"), found, strict=True))
+                row = {"attention": name, "length": length, "heads": heads, "milliseconds": times}
+                self.results.append(row)
+                save()
+                text = f"{heads} x {length}, {name}: forward {found[0]:.3f} ms, both passes {found[1]:.3f} ms"
+                console.print(text, highlight=False)
+            self.missing.remove(f"{length} tokens")
+
+    def report(self) -> dict[str, Any]:
+        """Machine, settings and rows, for JSON."""
+        return {"complete": not self.missing, **header(self.arguments, self.device), "results": self.results}
+
+    def tables(self) -> Iterator[Table]:
+        """The rows as a table."""
+        baselines = {row["length"]: row["milliseconds"] for row in self.results if row["attention"] == BASELINE}
+        table = new_table(
+            f"Milliseconds, and how many times as fast as {BASELINE}",
+            ("heads", "tokens", "attention", "forward", "", "both passes", ""),
+            ("attention",),
+        )
+        for row in self.results:
+            cells = []
+            for name, time in row["milliseconds"].items():
+                cells += [f"{time:.3f}", f"{baselines[row['length']][name] / time:.2f}"]
+            table.add_row(str(row["heads"]), str(row["length"]), row["attention"], *cells)
+        yield table
+
+    def notes(self) -> list[str]:
+        """The machine."""
+        return [machine_line(self.device)]
+
+    def draw(self) -> Figure:
+        """Time of a token and head against the length."""
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        passes = (("forward", "forward"), ("both", "both passes"))
+        for axes, (name, title) in zip(figure.subplots(1, 2), passes, strict=True):
+            for attention in dict.fromkeys(row["attention"] for row in self.results):
+                points = [
+                    (row["length"], 1e6 * row["milliseconds"][name] / row["length"] / row["heads"])
+                    for row in self.results
+                    if row["attention"] == attention
+                ]
+                axes.plot(*zip(*points, strict=True), marker="o", label=attention)
+            axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns for a token and head", title=title)
+        axes.legend(fontsize="small")
+        return figure
 
 
-def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Time of a token and head against the length."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for axes, name, title in zip(figure.subplots(1, 2), ("forward", "both"), ("forward", "both passes"), strict=True):
-        for attention in dict.fromkeys(row["attention"] for row in rows):
-            points = [
-                (row["length"], 1e6 * row["milliseconds"][name] / row["length"] / row["heads"])
-                for row in rows
-                if row["attention"] == attention
-            ]
-            axes.plot(*zip(*points, strict=True), marker="o", label=attention)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns for a token and head", title=title)
-    axes.legend(fontsize="small")
-    return figure
-
-
-main = partial(run_tool, build_parser, measure_all)
+main = partial(run_tool, build_parser, lambda arguments: CausalTime(arguments).main())
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -23,6 +23,9 @@ from tests.helpers import draw_inputs
 triton = pytest.importorskip("triton")
 passes = pytest.importorskip("scatterbrain.ops.common.passes")
 
+from scatterbrain.ops.clusters.triton.operator import fused_landmark_attention  # noqa: E402 - imports triton
+from scatterbrain.ops.scatterbrain.triton.operator import fused_attention  # noqa: E402
+
 needs_interpreter = pytest.mark.skipif(
     not is_interpreted() or triton.__version__.startswith("3.2."),
     reason="the kernels are compiled for the GPU here, or Triton's interpreter is too old for them",
@@ -232,6 +235,23 @@ def test_gradients_of_calls_with_other_gradients_and_saved_tensors(name, device,
         results = workload.both()
     for x, y in zip(results[1:], expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_have_no_gradient_of_zeros(name):
+    """In calls through the dispatcher, such as those of compiled functions: a backward pass fills no memory."""
+    query, key, value, rows = (x.float() for x in draw_inputs(1, 1, LENGTH, width=WIDTH, rows=2))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    if name == "sblocal":
+        out, statistics = fused_attention(*leaves, rows, None, 4, 0.25, True, False, 0.0, True)
+    else:
+        out, statistics = fused_landmark_attention(*leaves, None, None, 4, 4, 0.25, 1, True)
+    assert statistics.numel() > 0
+    gradient = torch.ones_like(out)
+    with torch.profiler.profile() as record:
+        out.backward(gradient)
+    assert not {"aten::zeros", "aten::zeros_like", "aten::new_zeros"} & {event.key for event in record.key_averages()}
 
 
 @each_device

@@ -27,6 +27,7 @@ DEVICES = [
     pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
 ]
+HALF_DEVICES = [pytest.param("cpu", torch.float16, marks=needs_interpreter), *DEVICES[1:]]
 # RMS against float64, as of the other kernels: rounding of weights, values and the result in the dtype of the inputs
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
@@ -118,6 +119,12 @@ def test_a_common_part_of_the_keys(device, dtype):
     compare([query, key + 10, value], 8, 9, factor=6)
 
 
+@pytest.mark.parametrize(("device", "dtype"), HALF_DEVICES)
+def test_a_large_common_part_costs_no_digits(device, dtype):
+    query, key, value = draw(device, dtype)
+    compare([query, key + 100, value], 8, 9)
+
+
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_all_keys_equal(device, dtype):
     query, key, value = draw(device, dtype)
@@ -125,9 +132,7 @@ def test_all_keys_equal(device, dtype):
     compare([query, key[:, :, :1].expand_as(key).contiguous(), value], 8, factor=4)
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype"), [pytest.param("cpu", torch.float16, marks=needs_interpreter), *DEVICES[1:]]
-)
+@pytest.mark.parametrize(("device", "dtype"), HALF_DEVICES)
 def test_equal_keys_far_apart_have_no_spread(device, dtype):
     """Norms and means of the spread are those of the same rounded points: their difference is squared, and grows."""
     torch.manual_seed(0)

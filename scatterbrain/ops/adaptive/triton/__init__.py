@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import AdaptivePlan, exact_keys
+from scatterbrain.ops.adaptive.definition import AdaptivePlan, exact_keys
 from scatterbrain.ops.clusters import triton as landmarks
 from scatterbrain.ops.clusters.triton import with_even_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import exact_keys
+from scatterbrain.ops.adaptive.definition import exact_keys
 from scatterbrain.ops.adaptive.triton.exact import (
     exact_bwd_dkdv_kernel,
     exact_bwd_dq_kernel,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
+from scatterbrain.ops.adaptive.definition import LEAST_VARIANCE, ROUNDS, AdaptivePlan, exact_keys
 from scatterbrain.ops.adaptive.triton.starts import combine_both_kernel, start_both_kernel, sum_both_kernel
 from scatterbrain.ops.adaptive.triton.supports import (
     DENSITY_BITS,
@@ -18,7 +18,7 @@ from scatterbrain.ops.adaptive.triton.supports import (
     support_kernel,
 )
 from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
-from scatterbrain.ops.clusters.steps import sample_of_keys, sample_of_queries, sample_of_variances, step_sample
+from scatterbrain.ops.clusters.steps import QUERIES_PER_CLUSTER, sample_of_variances
 from scatterbrain.ops.clusters.triton import ROW_MULTIPLE, with_even_rows
 from scatterbrain.ops.clusters.triton.operator import (
     MANY_CHUNKS,
@@ -42,6 +42,9 @@ class PlanTiles(NamedTuple):
         assign_rows: of these points, queries whose clusters are found at a time.
         moment_queries: query clusters of a program of the moments, at most.
         moment_landmarks: its key clusters.
+        moment_rows: keys of a tile of the moments.
+        moment_warps: their warps. With 8 warps and 128 keys, ptxas of CUDA 12.8 takes the address of an operand from a
+            register that holds nothing.
         moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
         list_places: places of a program that lists keys.
     """
@@ -52,13 +55,18 @@ class PlanTiles(NamedTuple):
     prefix_bins: int = 32
     moment_queries: int = 64
     moment_landmarks: int = 64
+    moment_rows: int = 64
+    moment_warps: int = 4
     moment_programs: int = 396
     list_places: int = 256
 
 
-_FLOAT32 = PlanTiles(assign_rows=32, moment_queries=32, moment_landmarks=32)
+_FLOAT32 = PlanTiles(assign_rows=32, moment_queries=32, moment_landmarks=32, moment_rows=32, moment_warps=8)
 # Triton's interpreter, for tests: several tiles also for small shapes.
-_SMALL = PlanTiles(32, 16, 4, 16, 16, 16, 12, 16)
+_SMALL = PlanTiles(
+    sort_rows=32, assign_rows=16, prefix_tiles=4, prefix_bins=16, moment_queries=16, moment_landmarks=16,
+    moment_rows=16, moment_programs=12, list_places=16,
+)  # fmt: skip
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
 
@@ -66,7 +74,7 @@ ONE_WARP = 256
 def _can_share(keys: LandmarkPlan, queries: LandmarkPlan) -> bool:
     """Whether the kernels of `starts.py` can find the centroids of keys and queries together."""
     one_block = not keys.has_labels and keys.blocks == 1 and queries.blocks == 1
-    few_chunks = all(plan.chunks_of_steps(1)[1] <= MANY_CHUNKS for plan in (keys, queries))
+    few_chunks = all(plan.chunks_of_steps()[1] <= MANY_CHUNKS for plan in (keys, queries))
     same_tiles = ("start_warps", "sum_rows", "sum_warps", "sum_stages", "combine_landmarks")
     return one_block and few_chunks and all(getattr(keys.tiles, x) == getattr(queries.tiles, x) for x in same_tiles)
 
@@ -77,9 +85,8 @@ def _add_centroids(
     queries: LandmarkPlan,
     key: torch.Tensor,
     query: torch.Tensor,
-    samples: tuple[int, int],
 ) -> None:
-    """Launches that find the centroids of keys and queries, from the first of so many of each."""
+    """Launches that find the centroids of keys and queries."""
     centroids = ("centre", "landmarks", "bias")
     query_centroids = tuple("query_" + name for name in centroids)
     key_strides, query_strides = row_strides(key), row_strides(query)
@@ -97,21 +104,16 @@ def _add_centroids(
             *(queries.num_keys, queries.num_landmarks, *query_strides),
         ),
         **widths,
-        **of_both(keys.start_options(samples[0]), queries.start_options(samples[1])),
+        **of_both(keys.start_options(), queries.start_options()),
         num_warps=keys.tiles.start_warps,
         **keys.first,
     )
-    (chunk, chunks), (query_chunk, query_chunks) = (
-        plan.chunks_of_steps(sample) for plan, sample in zip((keys, queries), samples, strict=True)
-    )
+    (chunk, chunks), (query_chunk, query_chunks) = (plan.chunks_of_steps() for plan in (keys, queries))
     sides = [
         {"BD": plan.widths["BD"], "MP": plan.padded, "FINAL": number == 1}
         for plan, number in ((keys, chunks), (queries, query_chunks))
     ]
-    steps = [
-        {"PARTS": plan.parts, **plan.lengths, "EVERY": step_sample(sample)}
-        for plan, sample in zip((keys, queries), samples, strict=True)
-    ]
+    steps = [{"PARTS": plan.parts, **plan.lengths, **plan.step_options()} for plan in (keys, queries)]
     for _ in range(keys.num_steps):
         launches.add(
             sum_both_kernel,
@@ -165,7 +167,9 @@ def _plan_pass(
     """Launches that plan; arguments as in `run_plan`."""
     keys = LandmarkPlan(query, key, value, key_lengths, labels, num_landmarks, 0, scale, num_steps)
     narrow = query[..., :1]  # queries have no mean values
-    queries = LandmarkPlan(query, query, narrow, query_lengths, None, num_query_landmarks, 0, scale, num_steps)
+    queries = LandmarkPlan(
+        query, query, narrow, query_lengths, None, num_query_landmarks, 0, scale, num_steps, QUERIES_PER_CLUSTER
+    )
     groups, length, num_keys = keys.groups, keys.length, keys.num_keys
     num_exact = exact_keys(density, num_keys)
     tables = tables_layout(groups, length, num_keys, num_landmarks, num_query_landmarks, num_exact, sorts_keys)
@@ -176,7 +180,7 @@ def _plan_pass(
     sort_tiles = -(-max(length, num_keys) // tiles.sort_rows)
     moment_queries = min(tiles.moment_queries, padded_width(num_query_landmarks))
     moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // moment_queries)
-    rows = keys.tiles.sum_rows
+    rows = tiles.moment_rows
     every = sample_of_variances(num_keys, num_landmarks)
     chunk, chunks = keys.chunks(-(-num_keys // every), rows, tiles.moment_programs, moment_blocks)
 
@@ -206,15 +210,12 @@ def _plan_pass(
         ("query", "key", "value", "key_lengths", "query_lengths", "given_labels"),
         (statistics, tables, workspace, sums),
     )
-    sample = sample_of_keys(num_keys, num_landmarks) if num_exact > 0 else 1
-    query_sample = sample_of_queries(length, num_query_landmarks)
     can_share = _can_share(keys, queries)
     if can_share:
-        _add_centroids(launches, keys, queries, key, query, (sample, query_sample))
-    add_cluster_kernels(launches, keys, key, value, sample=sample, has_centroids=can_share)
+        _add_centroids(launches, keys, queries, key, query)
+    add_cluster_kernels(launches, keys, key, value, has_centroids=can_share)
     if not can_share:
-        names = ("query", "query", "query_lengths")
-        add_cluster_kernels(launches, queries, query, None, "query_", names, query_sample)
+        add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"))
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
     sort_grid = (sort_tiles, groups, 2)
@@ -269,7 +270,7 @@ def _plan_pass(
             **keys.lengths,
             **keys.precision,
             STAGES=keys.tiles.sum_stages,
-            num_warps=keys.tiles.sum_warps,
+            num_warps=tiles.moment_warps,
             **keys.pdl,
         )
     launches.add(

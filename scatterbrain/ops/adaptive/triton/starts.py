@@ -20,8 +20,9 @@ def start_both_kernel(
     length, num_query_landmarks, stride_qb, stride_qh, stride_qn,
     E: tl.constexpr, BE: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr,
+    PER_CLUSTER: tl.constexpr,
     QUERY_MP: tl.constexpr, QUERY_BN: tl.constexpr, QUERY_ONE_TILE: tl.constexpr, QUERY_HAS_LENGTHS: tl.constexpr,
-    QUERY_EVERY: tl.constexpr, PDL: tl.constexpr,
+    QUERY_EVERY: tl.constexpr, QUERY_PER_CLUSTER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Initial centroid of one cluster."""
     grid_dependency_control(PDL, True)
@@ -32,14 +33,14 @@ def start_both_kernel(
             store_start(
                 cluster, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
                 heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-                E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY,
+                E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY, PER_CLUSTER,
             )  # fmt: skip
     else:
         if cluster < num_query_landmarks:
             store_start(
                 cluster, group, q_ptr, query_lengths_ptr, query_centre_ptr, query_delta_ptr, query_bias_ptr,
                 heads, length, num_query_landmarks, stride_qb, stride_qh, stride_qn,
-                E, BE, QUERY_MP, QUERY_BN, QUERY_ONE_TILE, QUERY_HAS_LENGTHS, QUERY_EVERY,
+                E, BE, QUERY_MP, QUERY_BN, QUERY_ONE_TILE, QUERY_HAS_LENGTHS, QUERY_EVERY, QUERY_PER_CLUSTER,
             )  # fmt: skip
 
 
@@ -51,9 +52,10 @@ def sum_both_kernel(
     length, num_query_landmarks, query_chunk, query_chunks, stride_qb, stride_qh, stride_qn,
     E: tl.constexpr, BE: tl.constexpr,
     BD: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr, FINAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    EVERY: tl.constexpr,
+    EVERY: tl.constexpr, LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr,
     QUERY_BD: tl.constexpr, QUERY_MP: tl.constexpr, QUERY_PARTS: tl.constexpr, QUERY_FINAL: tl.constexpr,
-    QUERY_HAS_LENGTHS: tl.constexpr, QUERY_EVERY: tl.constexpr,
+    QUERY_HAS_LENGTHS: tl.constexpr, QUERY_EVERY: tl.constexpr, QUERY_LEAST: tl.constexpr,
+    QUERY_PER_CLUSTER: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of the points of a chunk by their nearest centroid, for a step of Lloyd's algorithm."""
@@ -67,7 +69,8 @@ def sum_both_kernel(
                 part, chunks, group, 0, k_ptr, k_ptr, lengths_ptr, lengths_ptr, sum_ptr, centre_ptr, delta_ptr,
                 bias_ptr, delta_ptr, bias_ptr, heads, num_keys, num_landmarks, chunk,
                 stride_kb, stride_kh, stride_kn, stride_kb, stride_kh, stride_kn,
-                E, BE, E, BD, MP, MP, BN, True, False, FINAL, PARTS, EVERY, HAS_LENGTHS, PRECISION, STAGES,
+                E, BE, E, BD, MP, MP, BN, True, False, FINAL, PARTS, EVERY, LEAST, PER_CLUSTER, HAS_LENGTHS, PRECISION,
+                STAGES,
             )  # fmt: skip
     else:
         if part < query_chunks:
@@ -77,7 +80,7 @@ def sum_both_kernel(
                 heads, length, num_query_landmarks, query_chunk,
                 stride_qb, stride_qh, stride_qn, stride_qb, stride_qh, stride_qn,
                 E, BE, E, QUERY_BD, QUERY_MP, QUERY_MP, BN, True, False, QUERY_FINAL, QUERY_PARTS, QUERY_EVERY,
-                QUERY_HAS_LENGTHS, PRECISION, STAGES,
+                QUERY_LEAST, QUERY_PER_CLUSTER, QUERY_HAS_LENGTHS, PRECISION, STAGES,
             )  # fmt: skip
 
 

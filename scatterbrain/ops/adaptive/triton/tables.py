@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.ops.adaptive.plan import AdaptivePlan
+from scatterbrain.ops.adaptive.definition import AdaptivePlan
 from scatterbrain.ops.common.numerics import stable_argsort
 from scatterbrain.ops.common.triton_functions import BufferLayout
 

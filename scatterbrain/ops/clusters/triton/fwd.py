@@ -141,6 +141,50 @@ def window_fwd(
 
 
 @triton.jit
+def band_fwd(
+    first_key, i, q, offset, acc, running_max, total, end,
+    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
+    E: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    CLUSTERS: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same as `window_fwd` for a narrow window, of which every 16 queries see no more than BAND keys.
+
+    Each group of 16 queries has its own keys: of a tile of all keys, most are in the window of few of the queries.
+
+    Returns the new accumulator, running maximum, and normaliser.
+    """
+    rows: tl.constexpr = q.shape[0]
+    groups: tl.constexpr = rows // 16
+    j = first_key + tl.arange(0, groups)[:, None] * 16 + tl.arange(0, BAND)[None, :]
+    k, v, delta, label, position = window_rows(
+        tl.reshape(j, (groups * BAND,)), end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn,
+        E, q.shape[1], D, acc.shape[1],
+    )  # fmt: skip
+    position = tl.reshape(position, (groups, 1, BAND))
+    inside = in_window(position, tl.reshape(i, (groups, 16, 1)), LEFT, RIGHT)
+    if CLUSTERS > 0:
+        shape: tl.constexpr = (groups, 16, 1)
+        inside = inside & not_taken(
+            tl.reshape(word_ptr, shape), tl.reshape(first, shape), tl.reshape(second, shape),
+            tl.reshape(third, shape), tl.reshape(fourth, shape), tl.reshape(label, (groups, 1, BAND)), MP,
+        )  # fmt: skip
+    q = tl.reshape(q, (groups, 16, q.shape[1]))
+    k = tl.permute(tl.reshape(k, (groups, BAND, q.shape[2])), (0, 2, 1))
+    delta = tl.permute(tl.reshape(delta, (groups, BAND, q.shape[2])), (0, 2, 1))
+    v = tl.reshape(v, (groups, BAND, acc.shape[1]))
+    exact = tl.dot(q, k, input_precision=PRECISION) * qk_scale - tl.reshape(offset, (groups, 16, 1))
+    exact = tl.where(inside, exact, LOG_ZERO)
+    estimate = tl.dot(q, delta, input_precision=PRECISION) * qk_scale
+    new_max = tl.maximum(running_max, tl.reshape(tl.max(exact, 2), (rows,)))
+    reference = tl.reshape(new_max, (groups, 16, 1))
+    weights = tl.where(inside, tl.exp2(exact - reference) - tl.exp2(estimate - reference), 0.0)
+    decay = tl.exp2(running_max - new_max)
+    total = total * decay + tl.reshape(tl.sum(weights, 2), (rows,))
+    added = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return acc * decay[:, None] + tl.reshape(added, (rows, acc.shape[1])), new_max, total
+
+
+@triton.jit
 def landmark_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lengths_ptr,
     centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, label_ptr,  # see `kmeans.py`
@@ -153,8 +197,8 @@ def landmark_fwd_kernel(
     qk_scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, WINDOW_TILES: tl.constexpr,
-    UNROLLED: tl.constexpr, QUERY_TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr, STATISTICS: tl.constexpr,
-    CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BAND: tl.constexpr, UNROLLED: tl.constexpr, QUERY_TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    STATISTICS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """QUERY_TILES tiles of BM queries of one sequence: MB landmarks at a time, then the window's keys.
 
@@ -162,6 +206,7 @@ def landmark_fwd_kernel(
     the logit of a landmark is the mean of its members', so that what remains is no small difference of large numbers,
     see README.md.
 
+    BAND: keys that 16 queries see in a narrow window, see `band_fwd`; 0 for tiles of BN keys.
     UNROLLED: WINDOW_TILES, or 0 where these are many: the loop over them is then one at run time.
     CLUSTERS: number of query clusters; 0 for none. Key clusters that that of a query takes are left out, in the window
         too. The log normaliser of a query with nothing left is LOG_ZERO.
@@ -226,7 +271,13 @@ def landmark_fwd_kernel(
                 running_max = new_max
         if WINDOW_TILES > 0 or STATISTICS:
             offset = dot_centre(q, centre) * qk_scale
-        if WINDOW_TILES > 0:
+        if BAND > 0:
+            acc, running_max, total = band_fwd(
+                (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT, i, q, offset, acc, running_max, total, end,
+                k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, BAND, PRECISION,
+            )  # fmt: skip
+        elif WINDOW_TILES > 0:
             normaliser = tl.zeros((BM, 4), tl.float32)
             first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
             for part in tl.static_range(UNROLLED):

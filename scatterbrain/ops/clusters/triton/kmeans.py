@@ -48,17 +48,29 @@ def store_centroids(
 
 
 @triton.jit
+def sample_of_sequence(
+    end, num_landmarks, EVERY: tl.constexpr, LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr, HAS_LENGTHS: tl.constexpr
+):
+    """EVERY, or LEAST where a sequence has fewer than PER_CLUSTER points for each landmark."""
+    every = EVERY
+    if HAS_LENGTHS and EVERY > LEAST:
+        every = tl.where(end < PER_CLUSTER * num_landmarks, LEAST, EVERY)
+    return every
+
+
+@triton.jit
 def store_start(
     landmark, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, PER_CLUSTER: tl.constexpr,
 ):  # fmt: skip
     """Store the initial centroid of a landmark, see `start_kernel`."""
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    end = (end + EVERY - 1) // EVERY
-    stride_kn *= EVERY
+    every = sample_of_sequence(end, num_landmarks, EVERY, 1, PER_CLUSTER, HAS_LENGTHS)
+    end = (end + every - 1) // every
+    stride_kn *= every
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     first = ((landmark.to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
     last = (((landmark + 1).to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
@@ -107,19 +119,19 @@ def start_kernel(
     bias_ptr,  # (G, MP) float32, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, PER_CLUSTER: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
 
     ONE_TILE: a stretch has at most BN keys.
-    EVERY: the sequence is the first of each so many keys.
+    EVERY: the sequence is the first of each so many keys, if it has PER_CLUSTER for each landmark.
     FIRST: this is the first kernel of a pass.
     """
     grid_dependency_control(PDL, FIRST)
     store_start(
         tl.program_id(0), tl.program_id(1), k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
         heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-        E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY,
+        E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY, PER_CLUSTER,
     )  # fmt: skip
 
 
@@ -162,13 +174,15 @@ def assign_kernel(
     label_ptr,  # (G, S) int16, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, EVERY: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cluster of each key of a tile, or of the first of each EVERY keys, over blocks of MB landmarks."""
+    """Cluster of each key of a tile, or of the first of each EVERY or LEAST keys, over blocks of MB landmarks."""
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
-    j = (tl.program_id(0) * BN + tl.arange(0, BN)) * EVERY
+    every = sample_of_sequence(end, num_landmarks, EVERY, LEAST, PER_CLUSTER, HAS_LENGTHS)
+    j = (tl.program_id(0) * BN + tl.arange(0, BN)) * every
     k = load_rows(sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh), j, j < end, stride_kn, E, BE)
     delta_ptr += group.to(tl.int64) * num_landmarks * E
     label = nearest_centroid(k, delta_ptr, bias_ptr + group * MP, num_landmarks, E, BE, MB, MP, PRECISION)
@@ -210,12 +224,13 @@ def store_sums(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
-    FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of chunk `part` of `parts`, see `cluster_sums_kernel`."""
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
+    every = sample_of_sequence(end, num_landmarks, EVERY, LEAST, PER_CLUSTER, HAS_LENGTHS)
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
     v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
     label_ptr += wide * num_keys
@@ -233,9 +248,9 @@ def store_sums(
     sum_v = tl.zeros((BD, MB), tl.float32)
     count = tl.zeros((MB,), tl.int32)
     first = part * chunk
-    num_rows = (num_keys + EVERY - 1) // EVERY
+    num_rows = (num_keys + every - 1) // every
     for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
-        j = (n + tl.arange(0, BN)) * EVERY
+        j = (n + tl.arange(0, BN)) * every
         exists = j < end
         k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
         if ASSIGN:
@@ -287,14 +302,14 @@ def cluster_sums_kernel(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
-    FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
 
     Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
 
-    EVERY: take the first of so many keys only.
+    EVERY: take the first of so many keys only, or of LEAST in a sequence of fewer than PER_CLUSTER keys per landmark.
     FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
     PARTS: parts in which the scores of a block are computed, which saves registers.
     """
@@ -305,7 +320,8 @@ def cluster_sums_kernel(
         tl.program_id(0), tl.num_programs(0), group, tl.program_id(2) * MB,
         k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
         heads, num_keys, num_landmarks, chunk, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-        E, BE, D, BD, MB, MP, BN, ASSIGN, LAST, FINAL, PARTS, EVERY, HAS_LENGTHS, PRECISION, STAGES,
+        E, BE, D, BD, MB, MP, BN, ASSIGN, LAST, FINAL, PARTS, EVERY, LEAST, PER_CLUSTER, HAS_LENGTHS, PRECISION,
+        STAGES,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from scatterbrain.ops.clusters.steps import step_sample
+from scatterbrain.ops.clusters.steps import KEYS_PER_CLUSTER, STEP_EVERY, sample_of, step_sample
 from scatterbrain.ops.clusters.triton.bwd import (
     landmark_bwd_combine_kernel,
     landmark_bwd_dkdv_kernel,
@@ -27,7 +27,7 @@ from scatterbrain.ops.clusters.triton.kmeans import (
     start_kernel,
     sum_chunks_kernel,
 )
-from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override
+from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override, window_band
 from scatterbrain.ops.common.backends import with_near_rows
 from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
@@ -61,7 +61,12 @@ MAX_UNROLLED = 3
 
 
 class LandmarkPlan:
-    """What all kernels of one call share: sizes, strides, constants; arguments as in `run_forward`."""
+    """What all kernels of one call share: sizes, strides, constants; arguments as in `run_forward`.
+
+    Args:
+        per_cluster: keys of a sequence per cluster, without hidden ones, from which on centroids are found from the
+            first of each `sample` keys.
+    """
 
     def __init__(
         self,
@@ -74,12 +79,14 @@ class LandmarkPlan:
         window: int,
         scale: float,
         num_steps: int,
+        per_cluster: int = KEYS_PER_CLUSTER,
     ) -> None:
         self.batch, self.heads, self.length, self.width = query.shape
         self.num_keys, self.value_width = value.shape[2:]
         self.groups = self.batch * self.heads
         self.device, self.dtype = query.device, query.dtype
-        self.num_landmarks, self.num_steps = num_landmarks, num_steps
+        self.num_landmarks, self.num_steps, self.per_cluster = num_landmarks, num_steps, per_cluster
+        self.sample = sample_of(self.num_keys, num_landmarks, per_cluster)
         self.has_labels = labels is not None
         # name of the clusters' tensor
         self.labels = "given_labels" if self.has_labels else "labels"
@@ -109,17 +116,35 @@ class LandmarkPlan:
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
 
-    def start_options(self, sample: int) -> dict[str, Any]:
-        """Options of `start_kernel` where it looks at the first of `sample` keys."""
-        stretch = -(-self.num_keys // (sample * self.num_landmarks))
+    def start_options(self) -> dict[str, Any]:
+        """Options of `start_kernel`."""
+        stretch = -(-self.num_keys // (self.sample * self.num_landmarks))
+        if self.has_short_sequences:
+            stretch = max(stretch, self.per_cluster)
         rows = min(self.tiles.start_rows, max(16, power_of_two(stretch)))
-        return {"MP": self.padded, "BN": rows, "ONE_TILE": stretch <= rows, **self.lengths, "EVERY": sample}
+        options = {"MP": self.padded, "BN": rows, "ONE_TILE": stretch <= rows, **self.lengths}
+        return {**options, "EVERY": self.sample, "PER_CLUSTER": self.per_cluster}
 
-    def chunks_of_steps(self, sample: int) -> tuple[int, int]:
+    @property
+    def has_short_sequences(self) -> bool:
+        """Whether centroids may be found from all keys of some sequences, and from a sample of others."""
+        return self.sample > 1 and self.lengths["HAS_LENGTHS"]
+
+    def step_options(self) -> dict[str, Any]:
+        """Options of the sums of a Lloyd step."""
+        return {"EVERY": step_sample(self.sample), "LEAST": STEP_EVERY, "PER_CLUSTER": self.per_cluster}
+
+    @property
+    def keys_of_steps(self) -> int:
+        """Largest number of keys of a sequence that a Lloyd step takes."""
+        most = -(-self.num_keys // step_sample(self.sample))
+        return max(most, -(-self.per_cluster * self.num_landmarks // STEP_EVERY)) if self.has_short_sequences else most
+
+    def chunks_of_steps(self) -> tuple[int, int]:
         """Rows of a chunk of a Lloyd step, and number of chunks: as many as for all keys, which are more."""
         rows = self.tiles.sum_rows
         _, chunks = self.chunks(self.num_keys, rows, self.tiles.sum_programs)
-        return -(-self.num_keys // (step_sample(sample) * chunks * rows)) * rows, chunks
+        return -(-self.keys_of_steps // (chunks * rows)) * rows, chunks
 
     @property
     def parts(self) -> int:
@@ -193,7 +218,6 @@ def add_cluster_kernels(
     value: torch.Tensor | None,
     prefix: str = "",
     names: tuple[str, str, str] = ("key", "value", "key_lengths"),
-    sample: int = 1,
     has_centroids: bool = False,
 ) -> None:
     """Kernels that find the clusters, or take given ones, and their means.
@@ -205,12 +229,11 @@ def add_cluster_kernels(
         value: (B, H, S, D); None where centroids are all that is wanted. Then other kernels come first.
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
-        sample: find centroids from the first of so many keys.
         has_centroids: kernels before have found the centroids; only the clusters and their means are missing.
     """
     tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
-    step_every, (step_chunk, _) = step_sample(sample), plan.chunks_of_steps(sample)
+    step_chunk, _ = plan.chunks_of_steps()
     has_values = value is not None
     key_strides, value_strides = row_strides(key), row_strides(value if has_values else key)
     key_numbers = (plan.heads, plan.num_keys, plan.num_landmarks)
@@ -229,7 +252,7 @@ def add_cluster_kernels(
             (key_name, lengths, centre, landmarks, bias),
             (*key_numbers, *key_strides),
             **key_widths,
-            **plan.start_options(sample),
+            **plan.start_options(),
             FIRST=has_values,
             num_warps=tiles.start_warps,
             **(plan.first if has_values else plan.pdl),
@@ -239,17 +262,18 @@ def add_cluster_kernels(
     steps = range(1 if plan.has_labels else plan.num_steps + has_values)
     for step in steps[-1:] if has_centroids else steps:
         last = plan.has_labels or step == plan.num_steps
-        every = 1 if last else step_every
+        num_keys = plan.num_keys if last else plan.keys_of_steps
+        every = {**plan.step_options(), "EVERY": 1, "LEAST": 1} if last else plan.step_options()
         if not plan.has_labels and not assign:
             launches.add(
                 assign_kernel,
-                (-(-plan.num_keys // (every * tiles.assign_rows)), plan.groups),
+                (-(-num_keys // tiles.assign_rows), plan.groups),
                 (key_name, lengths, landmarks, bias, labels),
                 (*key_numbers, *key_strides),
                 **key_widths,
                 **plan.blocked,
                 BN=tiles.assign_rows,
-                EVERY=every,
+                **every,
                 **plan.lengths,
                 **plan.precision,
                 num_warps=tiles.assign_warps,
@@ -266,7 +290,7 @@ def add_cluster_kernels(
             ASSIGN=assign,
             LAST=last,
             FINAL=chunks == 1,
-            EVERY=every,
+            **every,
             PARTS=plan.parts,
             **plan.lengths,
             **plan.precision,
@@ -321,6 +345,7 @@ def add_attention_kernel(
     """
     tiles = plan.tiles
     window_tiles = tiles_of_windows(window, tiles.query_rows, tiles.key_rows)
+    band = window_band(window)
     launches.add(
         landmark_fwd_kernel,
         (-(-plan.length // (tiles.query_rows * tiles.query_tiles)), plan.groups),
@@ -335,6 +360,7 @@ def add_attention_kernel(
         BN=tiles.key_rows,
         **plan.in_window,
         WINDOW_TILES=window_tiles,
+        BAND=band if band <= tiles.band else 0,
         UNROLLED=window_tiles if window_tiles <= MAX_UNROLLED else 0,
         QUERY_TILES=tiles.query_tiles,
         STAGES=tiles.query_stages,
@@ -648,6 +674,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, num_landmarks, window, scale, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the statistics have none
     ctx.options = (num_landmarks, window, scale)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from scatterbrain.ops.common.passes import power_of_two
+
 
 @dataclass(frozen=True)
 class LandmarkTiles:
@@ -27,6 +29,7 @@ class LandmarkTiles:
         combine_landmarks: landmarks of a program that combines the chunks.
         query_rows: queries of a tile in the forward pass.
         key_rows: keys of a tile of the window.
+        band: keys that 16 queries see, at most, for each 16 to have their own tile of keys; 0 for never.
         query_block: landmarks of a block in the attention and in the gradient of the queries.
         query_tiles: tiles of queries of one program.
         query_warps: its warps.
@@ -63,6 +66,7 @@ class LandmarkTiles:
     combine_landmarks: int = 16
     query_rows: int = 64
     key_rows: int = 32
+    band: int = 32
     query_block: int = 64
     query_tiles: int = 1
     query_warps: int = 4
@@ -97,6 +101,7 @@ DEFAULT_FLOAT32 = replace(
     assign_rows=32,
     assign_warps=8,
     query_rows=32,
+    band=0,
     query_registers=None,
     dq_rows=32,
     dq_registers=None,
@@ -112,6 +117,7 @@ WIDE = {
     "block": 64,
     "sum_warps": 8,
     "sum_stages": 2,
+    "band": 0,
     "query_registers": None,
     "dq_registers": None,
     "landmark_stages": 2,
@@ -123,7 +129,7 @@ NO_WINDOW = {"query_block": 128, "query_tiles": 4, "query_stages": 2, "query_reg
 
 # up to so many keys one program adds up a sequence, and no kernel has to combine chunks
 SHORT_SEQUENCE = 1024
-SHORT = {"sum_rows": 128, "sum_programs": 128, "sum_warps": 8}
+SHORT = {"sum_rows": 128, "sum_programs": 128}
 
 _override: LandmarkTiles | None = None
 
@@ -146,7 +152,7 @@ def tiles_for(
     if device.type != "cuda":
         # Triton's interpreter, for tests: several tiles, chunks and blocks also for small shapes
         small = {"block": 16, "min_block": 16, "sum_rows": 16, "sum_programs": 6, "query_rows": 16, "query_tiles": 2}
-        return replace(DEFAULT_FLOAT32, **small)
+        return replace(DEFAULT_FLOAT32, **small, band=32)
     tiles = DEFAULT if dtype.itemsize == 2 else DEFAULT_FLOAT32
     if width > 64:
         tiles = replace(tiles, **WIDE)
@@ -156,12 +162,19 @@ def tiles_for(
         tiles = replace(tiles, **SHORT)
     elif dtype.itemsize == 2 and width <= 64 and num_landmarks <= 64:
         tiles = replace(tiles, sum_programs=396)  # three programs fit an SM
+    if 0 < window_band(window) <= tiles.band:
+        tiles = replace(tiles, query_registers=168)
     if stretch > 32:
         tiles = replace(tiles, start_rows=64) if stretch <= 256 else replace(tiles, start_rows=128, start_warps=4)
     if num_landmarks > tiles.block:
         # sums alone need fewer registers, so that more programs fit an SM
         tiles = replace(tiles, sum_programs=4 * tiles.sum_programs)
     return tiles
+
+
+def window_band(window: int) -> int:
+    """Keys that 16 queries see in a window of width W, a power of two; 0 without a window."""
+    return power_of_two(window + 15) if window > 0 else 0
 
 
 @contextmanager

@@ -619,6 +619,7 @@ def _setup_context(ctx, inputs, output) -> None:
     *tensors, window, scale, cosh, is_causal, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the statistics have none
     ctx.options = (window, scale, cosh, is_causal)
 
 

@@ -18,11 +18,10 @@ import triton.language as tl
 
 from scatterbrain.ops.clusters.causal.triton.fwd import (
     finite_rows,
-    level_rows,
-    load_statistics,
-    num_levels,
+    offset_of_centre,
+    tile_of_nodes,
+    visible_nodes,
 )
-from scatterbrain.ops.clusters.causal.triton.nodes import keys_of
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import (
     LN2,
@@ -56,26 +55,29 @@ def load_queries(
 
 
 @triton.jit
-def exact_dq(dq, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION: tl.constexpr):
-    """Gradient of the queries with that of a tile of keys added, without the softmax scale."""
+def exact_dq(dq, d_sum, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION: tl.constexpr):
+    """Gradient of the queries without the softmax scale, and sums of those of the logits, with a tile of keys added."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - lse[:, None]
     # masked before the exponential: it may overflow
     weights = tl.exp2(tl.where(inside, logits, LOG_ZERO))
     d_logits = weights * (tl.dot(gradient, tl.trans(v), input_precision=PRECISION) - dot[:, None])
-    return tl.dot(d_logits.to(q.dtype), k, dq, input_precision=PRECISION)
+    d_logits = d_logits.to(q.dtype)
+    return tl.dot(d_logits, k, dq, input_precision=PRECISION), d_sum + tl.sum(d_logits.to(tl.float32), 1)
 
 
 @triton.jit
 def causal_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, gradient_ptr, dq_ptr, lengths_ptr,
-    mean_k_ptr, mean_v_ptr, log_count_ptr, spread_ptr, lse_ptr,  # see `causal_fwd_kernel`
+    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, spread_ptr, limit_ptr, lse_ptr,  # see `causal_fwd_kernel`
     dot_ptr,  # (G, T) products of gradient and output, written
+    far_lse_ptr,  # (G, T) log2 normalisers relative to the logit of the centre, written with LEVELS
+    norm_ptr,  # (G, T) norms of the queries times the softmax scale, likewise
     heads, num_queries, num_keys, num_nodes,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_dqb, stride_dqh, stride_dqn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    NODES: tl.constexpr, EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of one chunk."""
@@ -105,61 +107,78 @@ def causal_bwd_dq_kernel(
     v = finite_part(v)
     inside = (j[None, :] <= i[:, None]) & (j < end)[None, :]
     dq = tl.zeros((C, BE), tl.float32)
-    dq = exact_dq(dq, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION)
+    d_sum = tl.zeros((C,), tl.float32)
+    dq, d_sum = exact_dq(dq, d_sum, q, gradient, k, v, inside, dot, lse, qk_scale, PRECISION)
     if EXACT > 0:
         for part in tl.range(tl.maximum(chunk - EXACT, 0), chunk, num_stages=STAGES):
             j = part * C + tl.arange(0, C)
             k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
             v = load_rows(v_ptr, j, j < end, stride_vn, D, BD)
-            dq = exact_dq(dq, q, gradient, k, v, (j < end)[None, :], dot, lse, qk_scale, PRECISION)
-    dq *= scale
+            dq, d_sum = exact_dq(dq, d_sum, q, gradient, k, v, (j < end)[None, :], dot, lse, qk_scale, PRECISION)
+    # the gradients of all logits of a query add up to zero, so that keys may be relative to any point: a large
+    # component that all share would multiply the rounding of these gradients
+    e = tl.arange(0, BE)
+    centre = tl.load(k_ptr + e, mask=(e < E) & (end > 0), other=0.0).to(tl.float32)
     if LEVELS > 0:
-        size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
-        mean_k_ptr += size * E
-        mean_v_ptr += size * D
         seen = chunk - EXACT
+        centre_ptr += (group // REPEATS) * BE
+        centre = tl.where(seen > 0, tl.load(centre_ptr + e), centre)
+    dq -= d_sum[:, None] * centre[None, :]
+    if LEVELS > 0:
+        far_lse = lse - offset_of_centre(q, centre_ptr, seen, qk_scale)
         wide_q = q.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide_q * wide_q, 1)) * scale
+        tl.store(far_lse_ptr + wide * num_queries + i, tl.where(sound, far_lse, float("nan")), mask=valid)
+        tl.store(norm_ptr + wide * num_queries + i, norm, mask=valid)
+        size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
+        delta_ptr += size * E
+        mean_v_ptr += size * D
+        log_count_ptr += size
+        spread_ptr += size
+        limit_ptr += size
         d_norm = tl.zeros((C,), tl.float32)
-        far_dq = tl.zeros((C, BE), tl.float32)
-        for level in tl.range(0, num_levels(seen, LEVELS), num_stages=STAGES):
-            rows, exists = level_rows(seen, level, num_nodes, M)
-            mean_k = load_rows(mean_k_ptr, rows, exists, E, E, BE)
-            mean_v = load_rows(mean_v_ptr, rows, exists, D, D, BD)
-            log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
-            far = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION) * qk_scale + log_count[None, :]
+        levels, pairs, number = visible_nodes(seen, LEVELS)
+        for tile in tl.range(0, tl.cdiv(number, NODES), num_stages=STAGES):
+            rows, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
+            delta = load_rows(delta_ptr, rows, rows, E, E, BE, False)
+            mean_v = load_rows(mean_v_ptr, rows, rows, D, D, BD, False)
+            log_count = tl.load(log_count_ptr + rows)
+            spread = tl.load(spread_ptr + rows)
+            limit = tl.load(limit_ptr + rows)
+            far = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + log_count[None, :]
             sigma = norm[:, None] * spread[None, :]
             limited = tl.minimum(sigma, limit[None, :])
-            far_weights = tl.exp2(far + limited * (sigma - 0.5 * limited) - lse[:, None])
+            far_weights = tl.exp2(far + limited * (sigma - 0.5 * limited) - far_lse[:, None])
             d_far = far_weights * (tl.dot(gradient, tl.trans(mean_v), input_precision=PRECISION) - dot[:, None])
             d_norm += tl.sum(d_far * limited * spread[None, :], 1)
-            far_dq = tl.dot(d_far.to(q.dtype), mean_k, far_dq, input_precision=PRECISION)
-        share = tl.where(norm > 0.0, d_norm * (LN2 * scale * scale) / tl.where(norm > 0.0, norm, 1.0), 0.0)
-        dq += far_dq * scale + share[:, None] * wide_q
-    dq = tl.where(sound[:, None], dq, 0.0)
+            dq = tl.dot(d_far.to(q.dtype), delta, dq, input_precision=PRECISION)
+        share = tl.where(norm > 0.0, d_norm * (LN2 * scale) / tl.where(norm > 0.0, norm, 1.0), 0.0)
+        dq += share[:, None] * q.to(tl.float32)
+    dq = tl.where(sound[:, None], dq * scale, 0.0)
     store_rows(sequence_ptr(dq_ptr, group, heads, stride_dqb, stride_dqh), dq, i, valid, stride_dqn, E)
 
 
 @triton.jit
 def finish_node(
-    d_mean_k, d_mean_v, d_spread, node, b, size, mean_k_ptr, log_count_ptr, spread_ptr, join_label_ptr,
+    d_mean_k, d_mean_v, d_spread, node, b, size, delta_ptr, count_ptr, spread_ptr, join_label_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store what each landmark b of a node passes on to its keys, from the gradients (BE, M), (BD, M), (M,) of itself.
 
-    of_k, of_v: the gradient of each key without the part that depends on it, and of each value; of_scatter: h_b.
+    of_k, of_v: the gradient of each key without the part that grows with its distance from the centre, and of each
+    value; of_scatter: h_b.
     WIDTH: that of the keys without padding.
     """
     exists = b < M
     rows = (first + node) * M + b
-    count = tl.maximum(keys_of(tl.load(log_count_ptr + size + rows, mask=exists, other=LOG_ZERO)), 1.0)
+    count = tl.maximum(tl.load(count_ptr + size + rows, mask=exists, other=0.0), 1.0)
     spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
-    mean_k = finite_part(load_rows(mean_k_ptr + size * E, rows, exists, E, E, BE).to(tl.float32))
+    delta = finite_part(load_rows(delta_ptr + size * E, rows, exists, E, E, BE).to(tl.float32))
     share = 1.0 / count
     # 2 spread n E is that of the natural logarithm, where the gradient of the spread is to base 2
     of_scatter = tl.where(spread > 0.0, d_spread * share / tl.where(spread > 0.0, spread, 1.0), 0.0) * (0.5 / WIDTH)
-    of_k = tl.trans(d_mean_k) * (share * scale)[:, None] - 2.0 * of_scatter[:, None] * mean_k
+    of_k = tl.trans(d_mean_k) * (share * scale)[:, None] - 2.0 * of_scatter[:, None] * delta
     of_v = tl.trans(d_mean_v) * share[:, None]
     if node < num_joined:
         label = tl.load(join_label_ptr + size + rows, mask=exists, other=-1).to(tl.int32)
@@ -176,7 +195,8 @@ def finish_node(
 @triton.jit(do_not_specialize=["level", "first", "first_above", "num_joined"])
 def causal_bwd_nodes_kernel(
     q_ptr, gradient_ptr,
-    mean_k_ptr, mean_v_ptr, log_count_ptr, spread_ptr, join_label_ptr, lse_ptr, dot_ptr,
+    delta_ptr, mean_v_ptr, count_ptr, log_count_ptr, spread_ptr, limit_ptr, join_label_ptr,
+    far_lse_ptr, dot_ptr, norm_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `finish_node`, tables as those of the landmarks, written without PIECES
     piece_ptr,  # (G, nodes, PIECES, BE + BD + 1, MP) float32, written with PIECES
     heads, num_queries, num_nodes, num_chunks, level, first, first_above, num_joined,
@@ -196,13 +216,16 @@ def causal_bwd_nodes_kernel(
     b = tl.arange(0, MP)
     exists = b < M
     rows = (first + node) * M + b
-    mean_k = tl.trans(finite_part(load_rows(mean_k_ptr + size * E, rows, exists, E, E, BE)))
+    delta = tl.trans(finite_part(load_rows(delta_ptr + size * E, rows, exists, E, E, BE)))
     mean_v = tl.trans(finite_part(load_rows(mean_v_ptr + size * D, rows, exists, D, D, BD)))
-    log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
+    log_count = tl.load(log_count_ptr + size + rows, mask=exists, other=LOG_ZERO)
+    limit = tl.load(limit_ptr + size + rows, mask=exists, other=0.0)
+    spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.where(spread < float("inf"), spread, 0.0)
     d_mean_k = tl.zeros((BE, MP), tl.float32)
     d_mean_v = tl.zeros((BD, MP), tl.float32)
-    d_spread = tl.zeros((MP,), tl.float32)
+    # parts whose rows `tl.dot` leaves with the same thread, so that the loop adds without a shuffle
+    d_spread = tl.zeros((C // 2, MP), tl.float32)
     # chunks whose queries see the node: 2^level, or twice as many for a node of an even number
     begin = ((node + 2) << level) - 1 + EXACT
     stop = tl.minimum(((node + 4 - node % 2) << level) - 1 + EXACT, num_chunks)
@@ -219,22 +242,23 @@ def causal_bwd_nodes_kernel(
         of_head = head.to(tl.int64) * num_queries
         q, gradient, dot, lse = load_queries(
             i, i < num_queries, sequence_ptr(q_ptr, head, heads, stride_qb, stride_qh),
-            sequence_ptr(gradient_ptr, head, heads, stride_gb, stride_gh), dot_ptr + of_head, lse_ptr + of_head,
+            sequence_ptr(gradient_ptr, head, heads, stride_gb, stride_gh), dot_ptr + of_head, far_lse_ptr + of_head,
             stride_qn, stride_gn, E, BE, D, BD,
         )  # fmt: skip
-        wide_q = q.to(tl.float32)
-        norm = tl.sqrt(tl.sum(wide_q * wide_q, 1)) * scale
-        logits = tl.dot(q, mean_k, input_precision=PRECISION) * qk_scale + log_count[None, :]
+        norm = tl.load(norm_ptr + of_head + i, mask=i < num_queries, other=0.0)
+        logits = tl.dot(q, delta, input_precision=PRECISION) * qk_scale + log_count[None, :]
         sigma = norm[:, None] * spread[None, :]
         limited = tl.minimum(sigma, limit[None, :])
         weights = tl.exp2(logits + limited * (sigma - 0.5 * limited) - lse[:, None])
         d_logits = weights * (tl.dot(gradient, mean_v, input_precision=PRECISION) - dot[:, None])
-        d_spread += tl.sum(d_logits * limited * norm[:, None], 0)
+        d_sigma = tl.reshape(d_logits * limited * norm[:, None], (C // 16, 2, 8, MP))
+        d_spread += tl.reshape(tl.sum(d_sigma, 1), (C // 2, MP))
         d_mean_v = tl.dot(tl.trans(gradient), weights.to(q.dtype), d_mean_v, input_precision=PRECISION)
         d_mean_k = tl.dot(tl.trans(q), d_logits.to(q.dtype), d_mean_k, input_precision=PRECISION)
+    d_spread = tl.sum(d_spread, 0)
     if PIECES == 1:
         finish_node(
-            d_mean_k, d_mean_v, d_spread, node, b, size, mean_k_ptr, log_count_ptr, spread_ptr, join_label_ptr,
+            d_mean_k, d_mean_v, d_spread, node, b, size, delta_ptr, count_ptr, spread_ptr, join_label_ptr,
             of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M, WIDTH,
         )  # fmt: skip
     else:
@@ -246,7 +270,7 @@ def causal_bwd_nodes_kernel(
 
 @triton.jit(do_not_specialize=["first", "first_above", "num_joined"])
 def causal_bwd_pieces_kernel(
-    mean_k_ptr, log_count_ptr, spread_ptr, join_label_ptr,
+    delta_ptr, count_ptr, spread_ptr, join_label_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr, piece_ptr,  # see `causal_bwd_nodes_kernel`
     num_nodes, first, first_above, num_joined, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
@@ -267,7 +291,7 @@ def causal_bwd_pieces_kernel(
         d_mean_v += tl.load(ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :])
         d_spread += tl.load(ptr + (BE + BD) * MP + b)
     finish_node(
-        d_mean_k, d_mean_v, d_spread, node, b, wide * 2 * num_nodes * M, mean_k_ptr, log_count_ptr, spread_ptr,
+        d_mean_k, d_mean_v, d_spread, node, b, wide * 2 * num_nodes * M, delta_ptr, count_ptr, spread_ptr,
         join_label_ptr, of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M,
         WIDTH,
     )  # fmt: skip
@@ -287,7 +311,7 @@ def exact_dkdv(dk, dv, k, v, q, gradient, inside, dot, lse, qk_scale, PRECISION:
 def causal_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, gradient_ptr, dk_ptr, dv_ptr, lengths_ptr,
     label_ptr,  # (G, P C) int8
-    lse_ptr, dot_ptr, of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `causal_bwd_nodes_kernel`
+    centre_ptr, lse_ptr, dot_ptr, of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `causal_bwd_nodes_kernel`
     heads, num_queries, num_keys, num_nodes, num_chunks,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
@@ -337,7 +361,9 @@ def causal_bwd_dkdv_kernel(
         member = label >= 0
         of_scatter = tl.load(of_scatter_ptr + size + rows, mask=member, other=0.0)
         dk += load_rows(of_k_ptr + size * E, rows, member, E, E, BE).to(tl.float32)
-        dk += 2.0 * of_scatter[:, None] * k.to(tl.float32)
+        centre = tl.load(centre_ptr + group * BE + tl.arange(0, BE))
+        centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
+        dk += 2.0 * of_scatter[:, None] * (k.to(tl.float32) - centre[None, :])
         dv += load_rows(of_v_ptr + size * D, rows, member, D, D, BD).to(tl.float32)
     stored = j < num_keys
     store_rows(sequence_ptr(dk_ptr, group, heads // REPEATS, stride_dkb, stride_dkh), dk, j, stored, stride_dkn, E)

@@ -20,57 +20,73 @@ NO_MAXIMUM = tl.constexpr(-1e29)
 
 
 @triton.jit
-def num_levels(seen, LEVELS: tl.constexpr):
-    """Levels of which a query sees nodes, that sees so many chunks through landmarks: log2(seen + 1), rounded down."""
-    number = 0
-    for level in tl.static_range(LEVELS):
-        number += tl.where(seen + 1 >= (2 << level), 1, 0)
-    return number
-
-
-@triton.jit
-def level_rows(seen, level, num_nodes, M: tl.constexpr):
-    """Rows in the table of the last two nodes of a level, 16 at least, and which of them a query sees: one node or two.
+def visible_nodes(seen, LEVELS: tl.constexpr):
+    """Levels of which a query sees nodes, the bits of those of which it sees two, and the number of nodes that it sees.
 
     seen: number of chunks that the query sees through landmarks.
     """
-    left = ((seen + 1) >> level) - 1
-    b = tl.arange(0, 2 * M if M > 8 else 16)
-    rows = (2 * num_nodes - ((2 * num_nodes) >> level) + left - 2) * M + b
-    return rows, ((b >= M) | (left % 2 == 0)) & (b < 2 * M)
+    levels = 0
+    number = 0
+    for level in tl.static_range(LEVELS):
+        levels += tl.where(seen + 1 >= (2 << level), 1, 0)
+        number += tl.where(seen + 1 >= (2 << level), 1 + ((seen + 1) >> level) % 2, 0)
+    return levels, (seen + 1) & ((1 << levels) - 1), number
 
 
 @triton.jit
-def load_statistics(rows, exists, log_count_ptr, spread_ptr):
-    """log2 of the numbers of keys, spreads, and limits of sigma, of the landmarks at these rows of the table."""
-    log_count = tl.load(log_count_ptr + rows, mask=exists, other=LOG_ZERO)
-    spread = tl.load(spread_ptr + rows, mask=exists, other=0.0)
-    return log_count, spread, tl.sqrt(2.0 * tl.maximum(log_count, 0.0))
+def tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M: tl.constexpr, NODES: tl.constexpr):
+    """Rows in the table of a tile of NODES nodes that a query sees, 16 at least, filled up with a node without keys.
+
+    Arguments are those of `visible_nodes` and its results. First the last nodes of all levels, then those before them
+    where two are visible. Returns the pairs that are left, too.
+    """
+    size: tl.constexpr = NODES * M if NODES * M > 16 else 16
+    b = tl.arange(0, size)
+    rows = (num_nodes - 1) * M + b % M
+    for part in tl.static_range(NODES):
+        node = tile * NODES + part
+        is_last = node < levels
+        # the lowest bit of `pairs`, from the exponent of a float
+        lowest = ((pairs & -pairs).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        level = tl.where(is_last, node, tl.maximum(lowest, 0))
+        pairs = tl.where(is_last, pairs, pairs & (pairs - 1))
+        node = 2 * num_nodes - ((2 * num_nodes) >> level) + ((seen + 1) >> level) - tl.where(is_last, 2, 3)
+        rows = tl.where((b // M == part) & (tile * NODES + part < number), (node - part) * M + b, rows)
+    return rows, pairs
 
 
 @triton.jit
 def finite_rows(x):
     """Which rows of a tile hold numbers alone."""
-    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1) == 0
+    # the products are nan for the others
+    return tl.sum(x.to(tl.float32) * 0.0, 1) == 0.0
+
+
+@triton.jit
+def offset_of_centre(q, centre_ptr, seen, qk_scale):
+    """Logits (rows,) of the centre of the keys; 0 for queries of the first chunks, which may not see all of it."""
+    centre = tl.load(centre_ptr + tl.arange(0, q.shape[1]))
+    offset = tl.sum(q.to(tl.float32) * centre[None, :], 1) * qk_scale
+    return tl.where(seen > 0, offset, 0.0)
 
 
 @triton.jit
 def causal_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lengths_ptr,
-    mean_k_ptr, mean_v_ptr, log_count_ptr, spread_ptr,  # see `nodes.py`
+    centre_ptr, delta_ptr, mean_v_ptr, log_count_ptr, spread_ptr, limit_ptr,  # see `nodes.py`
     lse_ptr,  # (G, T) log2 normaliser of each query, with STATISTICS
     heads, num_queries, num_keys, num_nodes,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    NODES: tl.constexpr, EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     STATISTICS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The queries of one chunk.
 
-    EXACT: chunks before it that they see exactly; LEVELS: those of the last chunk; REPEATS: heads of the queries for
-    each head of the keys.
+    NODES: nodes of a tile; EXACT: chunks before it that they see exactly; LEVELS: those of the last chunk; REPEATS:
+    heads of the queries for each head of the keys.
     """
     grid_dependency_control(PDL, False)
     # the last chunks first: they see most landmarks
@@ -83,6 +99,11 @@ def causal_fwd_kernel(
     i = chunk * C + tl.arange(0, C)
     valid = i < num_queries
     q = load_rows(sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh), i, valid, stride_qn, E, BE)
+    # logits are relative to that of the centre
+    seen = chunk - EXACT
+    offset = tl.zeros((C,), tl.float32)
+    if LEVELS > 0:
+        offset = offset_of_centre(q, centre_ptr + (group // REPEATS) * BE, seen, qk_scale)
     # its own chunk
     j = chunk * C + tl.arange(0, C)
     k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
@@ -93,7 +114,8 @@ def causal_fwd_kernel(
     v = tl.where(finite[:, None], v, 0.0)
     inside = (j[None, :] <= i[:, None]) & (j < end)[None, :]
     broken = tl.max(tl.where(inside & (finite == 0)[None, :], 1, 0), 1) > 0
-    logits = tl.where(inside, tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale, LOG_ZERO)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
+    logits = tl.where(inside, logits, LOG_ZERO)
     running_max = tl.maximum(tl.max(logits, 1), NO_MAXIMUM)
     weights = tl.exp2(logits - running_max[:, None])
     total = tl.sum(weights, 1)
@@ -103,7 +125,7 @@ def causal_fwd_kernel(
             j = part * C + tl.arange(0, C)
             k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
             v = load_rows(v_ptr, j, j < end, stride_vn, D, BD)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
             if HAS_LENGTHS:
                 logits = tl.where((j < end)[None, :], logits, LOG_ZERO)
             new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -114,17 +136,22 @@ def causal_fwd_kernel(
             running_max = new_max
     if LEVELS > 0:
         size = (group // REPEATS).to(tl.int64) * 2 * num_nodes * M
-        mean_k_ptr += size * E
+        delta_ptr += size * E
         mean_v_ptr += size * D
-        seen = chunk - EXACT
+        log_count_ptr += size
+        spread_ptr += size
+        limit_ptr += size
         wide_q = q.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide_q * wide_q, 1)) * scale
-        for level in tl.range(0, num_levels(seen, LEVELS), num_stages=STAGES):
-            rows, exists = level_rows(seen, level, num_nodes, M)
-            mean_k = load_rows(mean_k_ptr, rows, exists, E, E, BE)
-            mean_v = load_rows(mean_v_ptr, rows, exists, D, D, BD)
-            log_count, spread, limit = load_statistics(rows, exists, log_count_ptr + size, spread_ptr + size)
-            far = tl.dot(q, tl.trans(mean_k), input_precision=PRECISION) * qk_scale + log_count[None, :]
+        levels, pairs, number = visible_nodes(seen, LEVELS)
+        for tile in tl.range(0, tl.cdiv(number, NODES), num_stages=STAGES):
+            rows, pairs = tile_of_nodes(tile, seen, levels, pairs, number, num_nodes, M, NODES)
+            delta = load_rows(delta_ptr, rows, rows, E, E, BE, False)
+            mean_v = load_rows(mean_v_ptr, rows, rows, D, D, BD, False)
+            log_count = tl.load(log_count_ptr + rows)
+            spread = tl.load(spread_ptr + rows)
+            limit = tl.load(limit_ptr + rows)
+            far = tl.dot(q, tl.trans(delta), input_precision=PRECISION) * qk_scale + log_count[None, :]
             sigma = norm[:, None] * spread[None, :]
             limited = tl.minimum(sigma, limit[None, :])
             far += limited * (sigma - 0.5 * limited)
@@ -138,6 +165,6 @@ def causal_fwd_kernel(
     out = tl.where(broken[:, None], float("nan"), out)
     store_rows(sequence_ptr(out_ptr, group, heads, stride_ob, stride_oh), out, i, valid, stride_on, D)
     if STATISTICS:
-        lse = tl.where(end > 0, running_max + tl.log2(total), NO_KEYS)
+        lse = tl.where(end > 0, offset + running_max + tl.log2(total), NO_KEYS)
         lse = tl.where(broken, float("nan"), lse)
         tl.store(lse_ptr + wide * num_queries + i, lse, mask=valid)

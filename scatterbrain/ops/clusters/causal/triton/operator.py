@@ -19,7 +19,12 @@ from scatterbrain.ops.clusters.causal.triton.bwd import (
     causal_bwd_pieces_kernel,
 )
 from scatterbrain.ops.clusters.causal.triton.fwd import causal_fwd_kernel
-from scatterbrain.ops.clusters.causal.triton.nodes import chunk_nodes_kernel, join_nodes_kernel
+from scatterbrain.ops.clusters.causal.triton.nodes import (
+    centre_kernel,
+    chunk_nodes_kernel,
+    join_nodes_kernel,
+    landmark_statistics_kernel,
+)
 from scatterbrain.ops.common.backends import with_near_rows
 from scatterbrain.ops.common.calls import PLAIN_TENSORS
 from scatterbrain.ops.common.passes import (
@@ -79,16 +84,24 @@ class _Plan:
             "D": self.value_width,
             "BD": padded_width(self.value_width),
         }
-        self.sizes = {"M": num_landmarks, "MP": max(16, num_landmarks), "WIDTH": width}
+        self.sizes = {"M": num_landmarks, "MP": max(16, num_landmarks)}
+        self.key_width = {"WIDTH": width}
         self.near = {"C": chunk, "EXACT": self.exact, "REPEATS": self.repeats}
-        self.far = {"M": num_landmarks, "LEVELS": len(self.counts)}
+        # tiles of 64 landmarks; more than four nodes would take more index arithmetic than their products are worth
+        nodes = max(1, min(4, 64 // num_landmarks))
+        self.far = {"M": num_landmarks, "NODES": nodes, "LEVELS": len(self.counts)}
         self.lengths = {"HAS_LENGTHS": key_lengths is not None}
         self.precision = {"PRECISION": precision_of_products(self.dtype)}
         self.numbers = (self.heads, self.length, self.num_keys, self.num_nodes)
         self.qk_scale, self.scale = scale * LOG2E, scale
-        # tiles of wide heads, float32 and two nodes of many landmarks need more registers
-        wide = max(self.widths["BE"], self.widths["BD"], 2 * num_landmarks, chunk) > 64 or self.dtype.itemsize > 2
+        # tiles of wide heads and float32 need more registers
+        wide = max(self.widths["BE"], self.widths["BD"], chunk) > 64 or self.dtype.itemsize > 2
         self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
+        # with fewer registers one more program fits an SM
+        self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
+        self.dq_tiles = self.tiles | {"STAGES": 1}
+        self.gradient_tiles = self.tiles | ({} if wide or num_landmarks > 32 else {"maxnreg": 168})
+        self.node_tiles = {"num_warps": 8 if wide else 4} | ({} if wide or num_landmarks > 32 else {"maxnreg": 128})
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
@@ -100,17 +113,22 @@ class _Plan:
         """The table of landmarks, the clusters, and log normalisers of the queries."""
         rows = 2 * self.num_nodes * self.num_landmarks
         layout = BufferLayout()
-        layout.add("mean_keys", self.key_groups, rows, self.width, dtype=self.dtype)
+        layout.add("centres", self.key_groups, self.widths["BE"])
+        layout.add("deltas", self.key_groups, rows, self.width, dtype=self.dtype)
         layout.add("mean_values", self.key_groups, rows, self.value_width, dtype=self.dtype)
+        layout.add("counts", self.key_groups, rows)
+        layout.add("scatters", self.key_groups, rows)
         layout.add("log_counts", self.key_groups, rows)
         layout.add("spreads", self.key_groups, rows)
+        layout.add("limits", self.key_groups, rows)
         layout.add("labels", self.key_groups, self.num_nodes * self.chunk, dtype=torch.int8)
         layout.add("join_labels", self.key_groups, rows, dtype=torch.int8)
         layout.add("lse", self.groups, self.length)
         return layout
 
 
-TABLE = ("mean_keys", "mean_values", "log_counts", "spreads")
+SUMS = ("deltas", "mean_values", "counts", "scatters")
+TABLE = ("deltas", "mean_values", "log_counts", "spreads", "limits")
 
 
 def _forward_pass(
@@ -131,35 +149,59 @@ def _forward_pass(
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     layout = plan.statistics()
     launches = LaunchSequence(("query", "key", "value", "key_lengths", "out"), (layout,))
+    if plan.counts:
+        launches.add(
+            centre_kernel,
+            (plan.key_groups,),
+            ("key", "key_lengths", "centres"),
+            (plan.heads // plan.repeats, plan.num_keys, *row_strides(key)),
+            E=plan.width,
+            BE=plan.widths["BE"],
+            C=chunk,
+            num_warps=1,
+            **plan.lengths,
+            **plan.first,
+        )
     for level, count in enumerate(plan.counts):
         options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision}
-        options["num_warps"] = plan.tiles["num_warps"]
+        options |= plan.node_tiles
         if level == 0:
             launches.add(
                 chunk_nodes_kernel,
-                (count, plan.key_groups),
-                ("key", "value", "key_lengths", *TABLE, "labels"),
+                (plan.num_nodes, plan.key_groups),
+                ("key", "value", "key_lengths", "centres", *SUMS, "labels"),
                 (plan.heads // plan.repeats, plan.num_keys, plan.num_nodes, *row_strides(key, value)),
                 C=chunk,
                 STRETCH=-(-chunk // num_landmarks),
                 **options,
                 **plan.lengths,
-                **plan.first,
+                **plan.pdl,
             )
         else:
             launches.add(
                 join_nodes_kernel,
                 (count, plan.key_groups),
-                (*TABLE, "join_labels"),
+                (*SUMS, "join_labels"),
                 (plan.num_nodes, plan.first_node(level - 1), plan.first_node(level), 0.5**level),
                 PP=max(16, 2 * num_landmarks),
                 **options,
                 **plan.pdl,
             )
+    if plan.counts:
+        size = plan.key_groups * 2 * plan.num_nodes * num_landmarks
+        launches.add(
+            landmark_statistics_kernel,
+            (-(-size // 1024),),
+            ("counts", "scatters", "log_counts", "spreads", "limits"),
+            (size,),
+            BLOCK=1024,
+            **plan.key_width,
+            **plan.pdl,
+        )
     launches.add(
         causal_fwd_kernel,
         (plan.num_chunks, plan.groups),
-        ("query", "key", "value", "out", "key_lengths", *TABLE, "lse"),
+        ("query", "key", "value", "out", "key_lengths", "centres", *TABLE, "lse"),
         (*plan.numbers, *row_strides(query, key, value, tensors["out"]), plan.qk_scale, plan.scale),
         **plan.widths,
         **plan.near,
@@ -167,7 +209,7 @@ def _forward_pass(
         **plan.lengths,
         STATISTICS=statistics,
         **plan.precision,
-        **plan.tiles,
+        **plan.query_tiles,
         **(plan.pdl if plan.counts else plan.first),
     )
     return Pass(launches, outputs, (layout,))
@@ -257,7 +299,8 @@ def _backward_pass(
     pieces = [-(-(2 << level) // piece_chunks) for level in range(len(plan.counts))]
     rows = 2 * plan.num_nodes * num_landmarks
     workspace = BufferLayout()
-    workspace.add("dots", plan.groups, plan.length)
+    for name in ("dots", "far_lse", "norms"):
+        workspace.add(name, plan.groups, plan.length)
     workspace.add("of_keys", plan.key_groups, rows, plan.width, dtype=plan.dtype)
     workspace.add("of_values", plan.key_groups, rows, plan.value_width, dtype=plan.dtype)
     workspace.add("of_scatters", plan.key_groups, rows)
@@ -270,7 +313,10 @@ def _backward_pass(
     launches.add(
         causal_bwd_dq_kernel,
         (plan.num_chunks, plan.groups),
-        ("query", "key", "value", "out", "gradient", "d_query", "key_lengths", *TABLE, "lse", "dots"),
+        (
+            *("query", "key", "value", "out", "gradient", "d_query", "key_lengths", "centres"),
+            *(*TABLE, "lse", "dots", "far_lse", "norms"),
+        ),
         (
             *plan.numbers,
             *row_strides(query, key, value, out, gradient, tensors["d_query"]),
@@ -280,7 +326,8 @@ def _backward_pass(
         **plan.near,
         **plan.far,
         **plan.lengths,
-        **tiles,
+        **plan.precision,
+        **plan.dq_tiles,
         **plan.first,
     )
     passed_on = ("of_keys", "of_values", "of_scatters")
@@ -291,26 +338,32 @@ def _backward_pass(
         launches.add(
             causal_bwd_nodes_kernel,
             (count * number, plan.key_groups),
-            ("query", "gradient", *TABLE, "join_labels", "lse", "dots", *passed_on, "pieces"),
+            (
+                *("query", "gradient", "deltas", "mean_values", "counts", "log_counts", "spreads", "limits"),
+                *("join_labels", "far_lse", "dots", "norms", *passed_on, "pieces"),
+            ),
             (
                 *(plan.heads, plan.length, plan.num_nodes, plan.num_chunks, level, *nodes),
                 *(*row_strides(query, gradient), plan.qk_scale, plan.scale),
             ),
             **plan.widths,
             **plan.sizes,
+            **plan.key_width,
             **plan.near,
             PIECES=number,
-            **tiles,
+            **plan.precision,
+            **plan.gradient_tiles,
             **plan.pdl,
         )
         if number > 1:
             launches.add(
                 causal_bwd_pieces_kernel,
                 (count, plan.key_groups),
-                ("mean_keys", "log_counts", "spreads", "join_labels", *passed_on, "pieces"),
+                ("deltas", "counts", "spreads", "join_labels", *passed_on, "pieces"),
                 (plan.num_nodes, *nodes, plan.scale),
                 **plan.widths,
                 **plan.sizes,
+                **plan.key_width,
                 PIECES=number,
                 num_warps=4,
                 **plan.pdl,
@@ -318,7 +371,10 @@ def _backward_pass(
     launches.add(
         causal_bwd_dkdv_kernel,
         (-(-plan.num_keys // chunk), plan.key_groups),
-        ("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "labels", "lse", "dots", *passed_on),
+        (
+            *("query", "key", "value", "gradient", "d_key", "d_value", "key_lengths", "labels", "centres"),
+            *("lse", "dots", *passed_on),
+        ),
         (
             *(*plan.numbers, plan.num_chunks),
             *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),

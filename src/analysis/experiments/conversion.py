@@ -1,0 +1,297 @@
+"""A trained language model with other attentions in place of its own: bits per byte before, after, and fine-tuned."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from scatterbrain.attention import attention_memory
+from scatterbrain.errors import UserError
+from src.analysis.benchmark.report import header
+from src.analysis.tools import Run, choose_device, new_table
+from src.datamodules.sampling import spread
+from src.datamodules.sequences.base import TextData
+from src.datamodules.sequences.books import read_text_files, read_wikitext
+from src.evaluation.result_rows import read_rows
+from src.models.sequence_network import Network, create_network
+from src.tasks.classification_training import CHECKPOINT_KEY
+from src.tasks.device_time import seconds_now
+from src.tasks.optimization import warmup_and_decay
+from src.tasks.sequence_training import sample_scores, summarise
+from src.tasks.training_checkpoints import read_training_checkpoint
+from src.utils.files import atomic_write
+
+TEXTS = ("validation", "test", "WikiText-2 validation", "WikiText-2 test")
+STAGES = ("trained", "swapped", "fine-tuned")
+REMEDY = "Make it again: scripts/convert_language_model.py."
+WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 1.0
+
+
+class Conversion(Run):
+    """Bits per byte of trained networks, of the same weights with other attentions, and after a fine-tune.
+
+    A row of `results` is a network at a stage: `attention` and `seed` it was trained with, `method` it has now, its
+    `sizes` and `memory`, `bits_per_byte` and `standard_error` by text, and of a fine-tune `steps`, `lr`, `train_loss`
+    and `seconds`.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.device = arguments, choose_device(arguments.device)
+        self.results: list[dict[str, Any]] = []
+        if arguments.save_tensors is not None and len(arguments.checkpoints) > 1:
+            raise UserError("--save-tensors writes the tensors of one network. Give one checkpoint.")
+        self.texts = read_texts(arguments.books, arguments.wikitext)
+        self.checkpoints = [(path, read_network(path)) for path in arguments.checkpoints]
+        lengths = {options["length"] for _, (options, *_) in self.checkpoints}
+        if len(lengths) > 1 or min(map(len, self.texts.values())) <= max(lengths):
+            raise UserError(
+                f"Networks of lengths {', '.join(map(str, sorted(lengths)))} on texts of at least "
+                f"{min(map(len, self.texts.values())):,} bytes. Give networks of one length, and longer texts."
+            )
+        self.length = lengths.pop()
+        self.missing = [str(path) for path in arguments.checkpoints]
+
+    def run(self, console: Console, save: Any) -> None:
+        """Convert one network after the other."""
+        for path, (options, state, trained) in self.checkpoints:
+            own = options["attention"]["name"]
+            console.log(f"{path}: {own}")
+            network = build_network(options, state, self.device)
+            self.measure(network, trained, own, "trained")
+            if self.arguments.save_tensors is not None:
+                tokens, _ = self.windows(self.texts["test"], torch.zeros(1, dtype=torch.long))
+                with self.autocast():
+                    save_tensors(self.arguments.save_tensors, network, tokens)
+            for method in self.arguments.attentions:
+                if method == own:  # which keeps its sizes and its random features
+                    network = build_network(options, state, self.device)
+                else:
+                    swapped = {"attention": {"name": method}, "memory_fraction": self.arguments.memory_fraction}
+                    network = build_network({**options, **swapped}, without_attentions(state), self.device)
+                    self.measure(network, trained, method, "swapped")
+                if self.arguments.steps:
+                    record = self.fine_tune(network)
+                    self.measure(network, trained, method, "fine-tuned", record)
+                save()
+            self.missing.remove(str(path))
+            save()
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on CUDA."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def measure(
+        self,
+        network: Network,
+        trained: Mapping[str, Any],
+        method: str,
+        stage: str,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add the row of a network."""
+        network.eval()
+        bits, errors = {}, {}
+        for name, text in self.texts.items():
+            if name == "train":
+                continue
+            number = (len(text) - 1) // self.length
+            kept = number if self.arguments.windows is None else min(number, self.arguments.windows)
+            scores = []
+            with torch.no_grad(), self.autocast():
+                for starts in np.array_split(np.array(spread(number, kept)), -(-kept // self.arguments.batch_size)):
+                    tokens, targets = self.windows(text, torch.from_numpy(starts) * self.length)
+                    scores.append(sample_scores(network(tokens), targets))
+            summary = summarise(scores, "bits_per_byte")
+            bits[name], errors[name] = summary["bits_per_byte"], summary["standard_error"]
+        attention = network.blocks[0].attention
+        sizes = {"sizes": attention.sizes(), "memory": attention_memory(attention, self.length)}
+        self.results.append(
+            {**trained, "method": method, "stage": stage, **sizes, **(record or {})}
+            | {"bits_per_byte": bits, "standard_error": errors}
+        )
+
+    def windows(self, text: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, N) and the next ones."""
+        windows = text[starts[:, None] + torch.arange(self.length + 1)].to(self.device).long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def fine_tune(self, network: Network) -> dict[str, Any]:
+        """Train a network on; the options of it, its mean loss (nats) in the last tenth, and seconds."""
+        arguments, steps = self.arguments, self.arguments.steps
+        network.train()
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=arguments.lr, weight_decay=WEIGHT_DECAY, fused=self.device.type == "cuda" or None
+        )
+        factor = warmup_and_decay(steps, 0.1)
+        generator = torch.Generator().manual_seed(arguments.seed)
+        train = self.texts["train"]
+        losses = torch.zeros(steps, device=self.device)
+        since = seconds_now(self.device)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = arguments.lr * factor(step + 1)
+            starts = torch.randint(len(train) - self.length, (arguments.batch_size,), generator=generator)
+            tokens, targets = self.windows(train, starts)
+            with self.autocast():
+                logits = network(tokens)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            losses[step] = loss.detach()
+        return {
+            "steps": steps,
+            "lr": arguments.lr,
+            "train_loss": losses[steps * 9 // 10 :].mean().item(),
+            "seconds": seconds_now(self.device) - since,
+        }
+
+    # What is printed and stored
+
+    def report(self) -> dict[str, Any]:
+        """What is complete, for JSON."""
+        content = header(self.arguments, self.device, "books", "wikitext", "checkpoints", "save_tensors")
+        return {"complete": not self.missing, **content, "length": self.length, "results": self.results}
+
+    def tables(self) -> Iterator[Table]:
+        """A table of the bits per byte, means over the networks that were trained with the same attention."""
+        names = [name for name in self.texts if name != "train"]
+        table = new_table("bits per byte", ("trained with", "attention", "stage", *names), left=("attention", "stage"))
+        for key, rows in grouped(self.results).items():
+            values = [mean_cell([row["bits_per_byte"][name] for row in rows]) for name in names]
+            table.add_row(*key, *values)
+        yield table
+
+    def notes(self) -> list[str]:
+        """Lines below the table."""
+        return []
+
+    def draw(self) -> None:
+        """There is no figure."""
+
+
+def grouped(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
+    """The rows by attention that they were trained with, attention and stage."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in results:
+        groups.setdefault((row["attention"], row["method"], row["stage"]), []).append(row)
+    return groups
+
+
+def mean_cell(values: Sequence[float]) -> str:
+    """Mean of some seeds, and half of their range where there are several."""
+    half = (max(values) - min(values)) / 2
+    return f"{sum(values) / len(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table of a file of results as Markdown: a row for each attention, bits per byte of every stage.
+
+    Rows: attention that the network was trained with, and that which it has; columns: a text at a stage.
+    """
+    names = [name for name in TEXTS if name in results[0]["bits_per_byte"]]
+    stages = [stage for stage in STAGES[1:] if any(row["stage"] == stage for row in results)]
+    groups = grouped(results)
+    heads = ["trained with", "attention", *(f"{name}, {stage}" for name in names for stage in stages)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for trained, method in dict.fromkeys(key[:2] for key in groups):
+        cells = []
+        for name in names:
+            for stage in stages:
+                # its own attention is not swapped
+                found = "trained" if stage == "swapped" and trained == method else stage
+                rows = groups.get((trained, method, found), [])
+                cells.append(mean_cell([row["bits_per_byte"][name] for row in rows]) if rows else "-")
+        lines.append(f"| {trained} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def join_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """The content of several files of results as one.
+
+    Raises:
+        UserError: a file cannot be read, is not of a conversion, or is incomplete.
+    """
+    contents = [read_rows(path, ("complete", "length", "results"), REMEDY) for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        if not content["complete"] or content["length"] != contents[0]["length"]:
+            raise UserError(f"{path} is incomplete, or of another length. {REMEDY}")
+    return {**contents[0], "results": [row for content in contents for row in content["results"]]}
+
+
+def read_texts(books: str | Path, wikitext: str | Path | None) -> dict[str, torch.Tensor]:
+    """The texts by name: `train` and those of `TEXTS`, WikiText-2 where its folder is given."""
+    data: TextData = read_text_files(books)
+    texts = {"train": data.train, "validation": data.validation, "test": data.test}
+    if wikitext is not None:
+        texts |= {f"WikiText-2 {name}": text for name, text in read_wikitext(wikitext).items()}
+    return texts
+
+
+def read_network(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """Options of the network of a checkpoint, its weights, and how it was trained.
+
+    Raises:
+        UserError: it is no checkpoint of a language model.
+    """
+    checkpoint = read_training_checkpoint(path)
+    config = checkpoint[CHECKPOINT_KEY].get("config", {})
+    options = dict(config.get("model") or {})
+    if options.pop("pool", None) != "none" or not options.get("causal"):
+        raise UserError(f"{path} is no checkpoint of a language model. Give one of experiment=language-books.")
+    options.pop("_target_", None)
+    state = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
+    trained = {"attention": options["attention"]["name"], "seed": config["seed"]}
+    return {**options, "pool": "none"}, state, {**trained, "trained_steps": checkpoint["global_step"]}
+
+
+def without_attentions(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights without the random features of attentions."""
+    return {name: weight for name, weight in state.items() if ".attention." not in name}
+
+
+def build_network(options: Mapping[str, Any], state: Mapping[str, torch.Tensor], device: torch.device) -> Network:
+    """The network of options of `create_network`, with the weights; random features that these lack are of its seed.
+
+    Raises:
+        UserError: the weights are of another network.
+    """
+    network = create_network(**options)
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    if unexpected or without_attentions(dict.fromkeys(missing)):
+        raise UserError(f"The weights do not fit the network: {', '.join([*missing, *unexpected])}.")
+    return network.to(device)
+
+
+@torch.no_grad()
+def save_tensors(path: Path, network: Network, tokens: torch.Tensor) -> None:
+    """Write queries, keys and values of every block as `q<layer>`, ... (1, N, H, E) float16, of tokens (1, N)."""
+    arrays: dict[str, np.ndarray] = {}
+    hooks = []
+
+    def record(layer: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            for name, tensor in zip("qkv", inputs, strict=False):
+                arrays[f"{name}{layer}"] = tensor.half().cpu().numpy()
+
+        return hook
+
+    for layer, block in enumerate(network.blocks):
+        hooks.append(block.attention.register_forward_pre_hook(record(layer)))
+    try:
+        network.eval()(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with atomic_write(path, "wb") as file:
+        np.savez(file, **arrays)

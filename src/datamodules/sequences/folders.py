@@ -1,0 +1,101 @@
+"""Files in one folder per class, of a data set that comes in a part for training and one for the test."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from scatterbrain.errors import UserError, is_number
+from src.datamodules.formats.files import is_no_image, scan_folder
+from src.utils.machine import usable_cpus
+from src.utils.progress import progress_display
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def find_root(data_dir: str | os.PathLike[str], inner: str | None, parts: Iterable[str], layout: str) -> Path:
+    """The folder that holds the folders `parts`: `data_dir`, or the folder `inner` in it.
+
+    Args:
+        data_dir: the user's option; `~` is expanded.
+        inner: what the folder is called in the published archive; None for no such name.
+        parts: folders that must be there.
+        layout: of the folders, for the message.
+
+    Raises:
+        UserError: a folder is missing.
+    """
+    root = Path(str(data_dir)).expanduser()  # a name such as 3 comes as a number
+    if inner is not None and (root / inner).is_dir():
+        root = root / inner
+    if not root.is_dir():
+        fault = "is a file, not a folder" if root.exists() else "does not exist"
+        raise UserError(f"{root} {fault}. Give the folder with {layout} by datamodule.read.data_dir.")
+    for part in parts:
+        if not (root / part).is_dir():
+            raise UserError(f"{root} has no folder {part}/. Give the folder with {layout} by datamodule.read.data_dir.")
+    return root
+
+
+def list_class(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of a class, sorted by name.
+
+    Raises:
+        UserError: the folder is missing, or holds none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: a class has no folder. Complete the data.")
+    names = [name for name in scan_folder(folder)[1] if name.lower().endswith(suffixes) and not is_no_image(name)]
+    if not names:
+        raise UserError(f"{folder} holds no {' or '.join(suffixes)} files: the class is empty. Complete the data.")
+    return [folder / name for name in names]
+
+
+def read_all(paths: list[Path], read: Callable[[Path], T], what: str) -> list[T]:
+    """What `read` gives for each file, read by several threads, with a progress bar.
+
+    Raises:
+        UserError: from `read`, of the first file in order that fails.
+    """
+    results = []
+    with progress_display(Console(stderr=True)) as progress, ThreadPoolExecutor(min(8, usable_cpus())) as pool:
+        task = progress.add_task(f"reading {what}", total=len(paths))
+        try:
+            for number, result in enumerate(pool.map(read, paths), start=1):
+                results.append(result)
+                if number % 100 == 0 or number == len(paths):
+                    progress.update(task, completed=number)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def warn_if_incomplete(root: Path | str, found: Mapping[str, int], complete: Mapping[str, int]) -> None:
+    """Log a warning where a part has another size than that of the published data set."""
+    for part, number in complete.items():
+        if found[part] != number:
+            logger.warning(
+                "%s holds %s for the %s part where the published data set has %s: results are not comparable.",
+                root,
+                f"{found[part]:,}",
+                part,
+                f"{number:,}",
+            )
+
+
+def check_holdout(holdout: float) -> None:
+    """Check the part of the training data that is held out for validation.
+
+    Raises:
+        UserError: it is not between 0 and 1.
+    """
+    if not is_number(holdout) or not 0 < holdout < 1:
+        raise UserError(f"datamodule.read.holdout={holdout} is not valid. Give a number above 0 and below 1.")

@@ -1,0 +1,139 @@
+"""Trained language models with other attentions: rows, fine-tunes, tables, tensors, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from scripts import compare_conversions, convert_language_model
+from src.analysis.experiments.conversion import TEXTS, build_network, read_network
+from src.datamodules.sequences.books import read_text_files
+from src.tasks.train_sequence import train_sequence
+from tests.scatterbrain.ops import causal_error
+from tests.src.tasks.setup import compose_config
+
+SMALL = ["model.dim=16", "model.depth=2", "model.heads=2", "model.mlp_dim=16", "model.memory_fraction=0.25"]
+SMALL += ["trainer.accelerator=cpu", "callbacks.progress_bar=null", "logger=none", "datamodule.length=256"]
+SMALL += ["train.steps=6", "train.eval_steps=6", "datamodule.batch_size=4", "datamodule.eval_windows=null"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts of some words, and networks that were trained on them: by the names of their attentions."""
+    folder = tmp_path_factory.mktemp("language")
+    generator = np.random.default_rng(0)
+    for directory, names in (("books", ("train", "validation", "test")), ("wikitext", ("valid", "test"))):
+        (folder / directory).mkdir()
+        for name in names:
+            (folder / directory / f"{name}.txt").write_text(" ".join(generator.choice(["who", "what", "why"], 1000)))
+    for name in ("full", "performer"):
+        train(folder, name)
+    return folder
+
+
+def train(folder, attention, *options):
+    arguments = [f"model/attention={attention}", f"datamodule.read.data_dir={folder / 'books'}", "optimizer.lr=0.01"]
+    config = compose_config(["experiment=language-books", *SMALL, *arguments, *options], folder / attention)
+    summary, _ = train_sequence(config)
+    (folder / attention / "test.json").write_text(json.dumps(summary.test))
+
+
+def convert(folder, *options, networks=("full",), output="out.json"):
+    checkpoints = [str(folder / name / "checkpoints" / "last.ckpt") for name in networks]
+    texts = ["--books", str(folder / "books"), "--wikitext", str(folder / "wikitext"), "--batch-size", "4"]
+    status = convert_language_model.main([*checkpoints, *texts, "--output", str(folder / output), *options])
+    return status, json.loads((folder / output).read_text()) if status == 0 else None
+
+
+def test_swapped_and_fine_tuned(folder, capsys):
+    options = ["--attentions", "full,local,sbcluster", "--steps", "5", "--lr", "0.01"]
+    status, content = convert(folder, *options)
+    assert status == 0
+    rows = {(row["method"], row["stage"]): row for row in content["results"]}
+    stages = [("full", "trained"), ("full", "fine-tuned")]
+    stages += [(name, stage) for name in ("local", "sbcluster") for stage in ("swapped", "fine-tuned")]
+    assert list(rows) == stages
+    trained = rows["full", "trained"]
+    assert list(trained["bits_per_byte"]) == list(TEXTS)
+    assert trained["seed"] == 1111
+    assert trained["trained_steps"] == 6
+    # as the training measured it, on the same windows
+    test = json.loads((folder / "full" / "test.json").read_text())
+    assert trained["bits_per_byte"]["test"] == pytest.approx(test["bits_per_byte"], rel=1e-5)
+    assert trained["standard_error"]["test"] == pytest.approx(test["standard_error"], rel=1e-4)
+    for name in ("full", "local", "sbcluster"):
+        before = rows[name, "trained" if name == "full" else "swapped"]["bits_per_byte"]["test"]
+        row = rows[name, "fine-tuned"]
+        assert row["steps"] == 5
+        assert row["bits_per_byte"]["test"] < before - 0.05
+    assert rows["local", "swapped"]["sizes"] == {"local_context": 32}
+    assert rows["local", "swapped"]["memory"] == 1 / 8
+    assert rows["local", "swapped"]["bits_per_byte"]["test"] != trained["bits_per_byte"]["test"]
+    assert "fine-tuned" in capsys.readouterr().out
+
+
+def test_an_attention_that_is_exact_changes_nothing(folder):
+    options, state, _ = read_network(folder / "full" / "checkpoints" / "last.ckpt")
+    window = {**options, "attention": {"name": "local", "local_context": 512}}
+    tokens = read_text_files(folder / "books").test[None, :256].long()
+    outs = [build_network(each, state, torch.device("cpu")).eval()(tokens) for each in (options, window)]
+    torch.testing.assert_close(*outs)
+
+
+def test_a_network_keeps_its_random_features(folder):
+    _, content = convert(folder, "--attentions", "performer", "--steps", "1", networks=["performer"])
+    test = json.loads((folder / "performer" / "test.json").read_text())
+    assert content["results"][0]["bits_per_byte"]["test"] == pytest.approx(test["bits_per_byte"], rel=1e-5)
+    assert [row["sizes"] for row in content["results"]] == [content["results"][0]["sizes"]] * 2
+
+
+def test_the_table_of_several_files(folder, capsys):
+    convert(folder, "--attentions", "full,local", "--windows", "4", output="one.json")
+    convert(folder, "--attentions", "full,local", "--windows", "4", networks=["performer"], output="other.json")
+    capsys.readouterr()
+    files = [str(folder / name) for name in ("one.json", "other.json")]
+    assert compare_conversions.main([*files, "--output", str(folder / "both.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| trained with | attention | validation, swapped | test, swapped | WikiText-2")
+    both = json.loads((folder / "both.json").read_text())["results"]
+    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+        ["| full", "full"],
+        ["| full", "local"],
+        ["| performer", "performer"],
+        ["| performer", "full"],
+    ]
+    assert lines[3].split(" | ")[3] == f"{both[1]['bits_per_byte']['test']:.3f}"
+    content = json.loads((folder / "one.json").read_text()) | {"complete": False}
+    (folder / "one.json").write_text(json.dumps(content))
+    assert compare_conversions.main(files) == 1
+    assert "one.json is incomplete, or of another length" in capsys.readouterr().err
+
+
+def test_tensors_for_the_measurement_of_errors(folder):
+    convert(folder, "--attentions", "full", "--windows", "1", "--save-tensors", str(folder / "network_qkv.npz"))
+    arrays = np.load(folder / "network_qkv.npz")
+    assert sorted(arrays.files) == ["k0", "k1", "q0", "q1", "v0", "v1"]
+    assert arrays["q1"].shape == (1, 256, 2, 8)
+    # the first block's attention computes from these what it adds
+    options, state, _ = read_network(folder / "full" / "checkpoints" / "last.ckpt")
+    network = build_network(options, state, torch.device("cpu"))
+    text = read_text_files(folder / "books").test
+    block, outputs = network.blocks[0], []
+    block.attention.register_forward_hook(lambda *call: outputs.append(call[2][0]))
+    network(text[None, :256].long())
+    query, key, value = (torch.from_numpy(arrays[f"{name}0"]).float().transpose(1, 2) for name in "qkv")
+    out, _ = causal_error.local(query, key, value, 256)
+    torch.testing.assert_close(out.transpose(1, 2), outputs[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_refused(folder, tmp_path, capsys):
+    train(folder, "local", "datamodule.length=128")
+    assert convert(folder, networks=["full", "local"])[0] == 1
+    assert "Networks of lengths 128, 256" in capsys.readouterr().err
+    options = ["--save-tensors", str(tmp_path / "qkv.npz")]
+    assert convert(folder, *options, networks=["full", "performer"])[0] == 1
+    assert "--save-tensors writes the tensors of one network" in capsys.readouterr().err
+    (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
+    assert convert_language_model.main([str(tmp_path / "other.ckpt"), "--books", str(folder / "books")]) == 1
+    assert "or is no checkpoint. Resume" in capsys.readouterr().err
