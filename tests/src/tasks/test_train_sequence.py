@@ -29,7 +29,7 @@ SMALL = ["model.dim=16", "model.depth=2", "model.heads=2", "model.mlp_dim=16", "
 SMALL += ["trainer.accelerator=cpu", "callbacks.progress_bar=null", "logger=none", "datamodule.length=32"]
 SMALL += ["train.steps=5", "train.eval_steps=2", "datamodule.batch_size=8"]
 SIZES = ["datamodule.read.num_train=60", "datamodule.read.num_validation=20", "datamodule.read.num_test=10"]
-LISTOPS = [*SIZES, "datamodule.read.shortest=8", "datamodule.read.cache_dir=null"]
+LISTOPS = [*SIZES, "datamodule.read.shortest=8", "datamodule.read.cache=null"]
 OPTIONS = {
     "lra-listops": LISTOPS,
     "copy": SIZES,
