@@ -223,9 +223,11 @@ def test_a_training_that_diverges_leaves_its_results(training, monkeypatch, tmp_
 
 def test_the_network_is_compiled(training, monkeypatch):
     compiled = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: compiled.append("reset"))
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
-    training("one", "train.compile=true")
-    assert compiled == [{"dynamic": False}]
+    _, objects = training("one", "train.compile=true")
+    assert compiled == ["reset", {"dynamic": False}]
+    assert not objects.datamodule._placed  # what lay on the device
 
 
 def test_bfloat16_runs(training):
