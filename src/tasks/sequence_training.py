@@ -95,6 +95,7 @@ class SequenceTraining(pl.LightningModule):
         """Compile the network."""
         if self._compile_model:
             logger.info("Compiling in the first step (train.compile=true), which can take minutes")
+            torch.compiler.reset()  # earlier runs of a multirun count towards the limit of recompilations
             self._forward = (torch.compile(self.model, dynamic=False),)
 
     def on_train_start(self) -> None:

@@ -146,6 +146,10 @@ class SequenceDataModule(pl.LightningDataModule):
             "baselines": baselines,
         } | {"sha256": digest.hexdigest()}
 
+    def teardown(self, stage: str | None = None) -> None:
+        """Free the device's memory, which the next run of a multirun needs."""
+        self._placed.clear()
+
     # Batches
 
     def train_dataloader(self) -> Batches:

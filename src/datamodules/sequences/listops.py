@@ -10,16 +10,14 @@ down) and SM (the sum modulo 10).
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.sequences.base import SequenceData
-from src.utils.files import atomic_write
+from src.datamodules.sequences.cache import read_cached
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 # padding, digits, operators with their opening bracket, closing bracket
@@ -203,7 +201,7 @@ def read_listops(
     num_validation: int = 2000,
     num_test: int = 2000,
     seed: int = 0,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> dict[str, SequenceData]:
     """The three parts of ListOps; the defaults are the sizes of the Long Range Arena.
 
@@ -214,43 +212,20 @@ def read_listops(
         num_validation: expressions for validation.
         num_test: expressions for the test.
         seed: of the expressions; the same for every seed of a training.
-        cache_dir: folder that keeps the expressions, which take a minute for each 100,000; None keeps none.
+        cache: file that keeps the expressions, which take a minute for each 100,000; None keeps none.
 
     Raises:
-        UserError: a value out of range, or a damaged file in `cache_dir`.
+        UserError: a value out of range, or see `read_cached`.
     """
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     for name, size in sizes.items():
-        check_whole_number(f"num_{name}", size, 1)
-    num = sum(sizes.values())
-    drawn = None
-    if cache_dir is not None:
-        path = Path(cache_dir).expanduser() / f"listops_{num}_{length}_{shortest}_{seed}.npz"
-        drawn = _read_cached(path, num, length)
-    if drawn is None:
-        drawn = draw_expressions(num, length, seed, shortest)
-        if cache_dir is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path, "wb") as file:
-                np.savez(file, tokens=drawn.tokens, lengths=drawn.lengths, values=drawn.values)
-    parts, start = {}, 0
+        check_whole_number(f"datamodule.read.num_{name}", size, 1)
+
+    def draw() -> dict[str, torch.Tensor]:
+        drawn = draw_expressions(sum(sizes.values()), length, seed, shortest)
+        return {name: torch.from_numpy(x) for name, x in vars(drawn).items()}
+
+    drawn = read_cached(cache, "listops", draw, f"{sum(sizes.values())} of {shortest} to {length} tokens, seed {seed}")
     # training last: more of it leaves the held-out expressions as they are
-    for name, size in sizes.items():
-        part = drawn[start : start + size]
-        parts[name] = SequenceData(*(torch.from_numpy(x) for x in (part.tokens, part.values, part.lengths)))
-        start += size
-    return parts
-
-
-def _read_cached(path: Path, num: int, length: int) -> Expressions | None:
-    """Expressions of a file, None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            drawn = Expressions(*(arrays[name] for name in ("tokens", "lengths", "values")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged. Remove it: the expressions are drawn again.") from error
-    if drawn.tokens.shape != (num, length):
-        raise UserError(f"{path} holds other expressions than its name says. Remove it: they are drawn again.")
-    return drawn
+    parts = zip(*(drawn[name].split(list(sizes.values())) for name in ("tokens", "values", "lengths")), strict=True)
+    return {name: SequenceData(*part) for name, part in zip(sizes, parts, strict=True)}

@@ -29,7 +29,7 @@ SMALL = ["model.dim=16", "model.depth=2", "model.heads=2", "model.mlp_dim=16", "
 SMALL += ["trainer.accelerator=cpu", "callbacks.progress_bar=null", "logger=none", "datamodule.length=32"]
 SMALL += ["train.steps=5", "train.eval_steps=2", "datamodule.batch_size=8"]
 SIZES = ["datamodule.read.num_train=60", "datamodule.read.num_validation=20", "datamodule.read.num_test=10"]
-LISTOPS = [*SIZES, "datamodule.read.shortest=8", "datamodule.read.cache_dir=null"]
+LISTOPS = [*SIZES, "datamodule.read.shortest=8", "datamodule.read.cache=null"]
 OPTIONS = {
     "lra-listops": LISTOPS,
     "copy": SIZES,
@@ -223,9 +223,11 @@ def test_a_training_that_diverges_leaves_its_results(training, monkeypatch, tmp_
 
 def test_the_network_is_compiled(training, monkeypatch):
     compiled = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: compiled.append("reset"))
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
-    training("one", "train.compile=true")
-    assert compiled == [{"dynamic": False}]
+    _, objects = training("one", "train.compile=true")
+    assert compiled == ["reset", {"dynamic": False}]
+    assert not objects.datamodule._placed  # what lay on the device
 
 
 def test_bfloat16_runs(training):
