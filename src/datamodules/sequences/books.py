@@ -1,6 +1,6 @@
 """Books in plain text as bytes, for a language model: whole files are held out, editions of one book count once.
 
-`scripts/prepare_books.py` makes the three texts from the books, `read_text_files` reads them.
+`experiments/language/prepare_books.py` makes the three texts from the books, `read_text_files` reads them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def read_text_files(data_dir: str | Path, max_train_bytes: int | None = None) ->
         path = Path(data_dir, f"{part}.txt")
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist. Make the three texts by scripts/prepare_books.py, or give their folder: "
-                "datamodule.read.data_dir=..."
+                f"{path} does not exist. Make the three texts by experiments/language/prepare_books.py, or give their "
+                "folder: datamodule.read.data_dir=..."
             )
         texts[part] = as_tensor(read_file(path))
     if max_train_bytes is not None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.language import prepare_books
 from scatterbrain.errors import UserError
-from scripts import prepare_books
 from src.datamodules.sequences import books
 
 
@@ -75,7 +75,7 @@ def test_what_is_refused(tmp_path, capsys):
     write_books(tmp_path / "books", 19)
     assert prepare_books.main([str(tmp_path / "books"), "--output", str(tmp_path / "out")]) == 1
     assert "holds 19 different books (*.txt), fewer than the 20" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(UserError, match=r"train.txt does not exist. Make the three texts by scripts/prepare_books"):
+    with pytest.raises(UserError, match=r"train.txt does not exist. .* by experiments/language/prepare_books.py"):
         books.read_text_files(tmp_path)
     with pytest.raises(UserError, match=r"valid.txt does not exist"):
         books.read_wikitext(tmp_path)

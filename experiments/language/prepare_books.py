@@ -1,7 +1,7 @@
 """Make the texts that a language model is trained and tested on from books in plain text.
 
     git clone https://github.com/computationalstylistics/100_english_novels
-    python scripts/prepare_books.py 100_english_novels/corpus
+    python experiments/language/prepare_books.py 100_english_novels/corpus
 
 Of twenty books, in the order of their names, one is for validation and one for the test. What Project Gutenberg puts
 around a book, and other editions of a book, are left out. The folder gets train.txt, validation.txt, test.txt, and
@@ -17,13 +17,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # src is not installed: find it from any folder
 
 from src.analysis.tools import Parser, run_tool, say
 from src.datamodules.sequences.books import split_books
 from src.utils.files import atomic_write
 
-BOOKS = Path(__file__).resolve().parents[1] / "data" / "books"
+BOOKS = Path(__file__).resolve().parents[2] / "data" / "books"
 # two of the 100 English novels are of 1933 and 1937, and not in the public domain everywhere
 EXCLUDED = ["Galsworthy_River_1933.txt", "Woolf_Years_1937.txt"]
 
