@@ -27,10 +27,10 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
 from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus, relative_errors
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
 from src.datamodules.dataset import ImageFolderDataset
 from src.datamodules.sampling import spread
 from src.evaluation.colours import ATTENTION_MARKERS
+from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
 from src.evaluation.result_rows import read_rows
 from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.inference import inference_model

@@ -21,10 +21,10 @@ from scatterbrain.ops.common.budget import budget_columns, features_for, keys_fo
 from scatterbrain.ops.common.windows import window_mask
 from src.analysis.approximation import load_model, open_split, pixels_of
 from src.analysis.experiments.regimes import full_weights, keep_largest, nearest_of_rank
-from src.analysis.plots import style
-from src.analysis.plots.style import COLOURS, FAINT, INK, LEGEND
 from src.analysis.tools import new_table, print_report, provenance, shown, write_results
 from src.datamodules.sampling import spread
+from src.evaluation import figure_style as style
+from src.evaluation.figure_style import COLOURS, FAINT, INK, LEGEND
 from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
