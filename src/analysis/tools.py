@@ -133,6 +133,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"required": True, "metavar": "FILE", "help": "of one of the t2t_vit_t_* variants"},
     "data-dir": {"required": True, "metavar": "DIR", "help": "folder that holds the split's folder"},
     "images": {"nargs": "+", "metavar": "PATH", "help": "in the split; without --data-dir any files or folders"},
+    "limit": {"type": positive, "metavar": "N", "help": "take N photographs, spread evenly, not all"},
     "split": {"default": "val", "metavar": "NAME", "help": "folder of the class folders (val)"},
     "memory-fraction": {"type": fraction, "default": 1 / 32, "metavar": "F", "help": "budget (1/32)"},
     "seed": {"type": int, "default": 1111, "metavar": "N", "help": "of what is random; the first of several (1111)"},
