@@ -23,9 +23,8 @@ from src.analysis.tools import Parser, positive, positive_number, run_tool
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split", "limit")
     add = parser.add_argument
-    add("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
     add("--steps", type=positive, default=400, metavar="N", help="of training, for each stage (400)")
     add("--lr", type=positive_number, default=0.01, metavar="X", help="learning rate (0.01)")
     add("--num-queries", type=positive, default=128, metavar="N", help="of a step (128)")

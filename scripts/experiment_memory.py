@@ -24,12 +24,11 @@ from src.analysis.tools import Parser, comma_separated, positive, positive_numbe
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, "checkpoint", "data-dir", "split")
+    parser = Parser(__doc__, "checkpoint", "data-dir", "split", "limit")
     add = parser.add_argument
     parser.add("attentions", type=comma_separated(BUDGETED), default=",".join(BUDGETED))
     fractions = {"type": positive_numbers, "default": MEMORY_FRACTIONS, "metavar": "F,..."}
     add("--memory-fractions", **fractions, help="budgets (1/64,1/32,1/16,1/8,1/4)")
-    add("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
     add("--error-images", type=positive, default=16, metavar="N", help="photographs of the output errors (16)")
     add("--batch-size", type=positive, metavar="B", help="(64 on CUDA, 8 on the CPU)")
     parser.add("num-seeds", "seed", "device", "threads", "output", "figure")

@@ -37,14 +37,13 @@ from src.models.attention_inputs import LAYERS
 
 
 def build_parser() -> Parser:
-    parser = Parser(__doc__, "checkpoint", "images", "split")
+    parser = Parser(__doc__, "checkpoint", "images", "split", "limit")
     parser.add("data-dir", required=False)
     add = parser.add_argument
     parser.add("attentions", default="local,performer,sblocal")
     add("--layers", choices=LAYERS, default="stages", help="token stages, blocks of the backbone, or all (stages)")
     seeds = {"type": positive, "default": 3, "metavar": "K"}
     add("--num-seeds", "--num-draws", **seeds, help="seeds of the random features (3)")
-    add("--limit", type=positive, metavar="N", help="take N photographs, spread evenly, not all")
     add("--matrix-images", type=positive, default=12, metavar="N", help="photographs of the matrix errors (12)")
     add("--batch-size", type=positive, default=8, metavar="B", help="(8)")
     parser.add("memory-fraction", "seed", "device", "threads", "output")

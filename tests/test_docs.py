@@ -30,7 +30,8 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^()\s]+)\)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\"")
 HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
-COMMAND = re.compile(r"(?:^|&& |\s)(?:python|torchrun)\s(?:-{1,2}\S+ )*(scripts/\w+\.py|run\.py)(.*)")
+SCRIPT = r"(?:scripts|experiments/\w+)/\w+\.py|run\.py"
+COMMAND = re.compile(rf"(?:^|&& |\s)(?:python|torchrun)\s(?:-{{1,2}}\S+ )*({SCRIPT})(.*)")
 OPTION = re.compile(r"(?<=\s)--[a-z][a-z-]*")
 OVERRIDE = re.compile(r"^'?\+*([a-z][\w./]*)=(\S+?)'?$")
 # What an override in running text is told apart by from other code: a dot or a slash, or the name of a group.

@@ -593,12 +593,13 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/sequence_training.md", "published|ListOps", published_lra),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
-# Tables of options, files and limits; their numbers are no results.
+# Tables of options, files (and their sizes) and limits; their numbers are no results.
 NO_RESULTS = (
     "option|",
     "experiment|",
     "datamodule.format|",
     "names of the classes",
+    "text|bytes",
     "attentions|export",
     "attentions|key_lengths",
     "|call|",

@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scatterbrain.errors import UserError
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.tools import Parser, run_tool, save_figure
+from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 
 Content = Mapping[str, Any]
 # What each network is for: key of the results, label, limits of the axis.

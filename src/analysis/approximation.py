@@ -10,6 +10,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from src.datamodules.dataset import ImageDataset, ImageFolderDataset
 from src.datamodules.image_folder import ImageFolderDataModule
 from src.models.attention_inputs import ONE_HOT, StageInputs
 from src.models.t2t_vit import T2T_VIT_VARIANTS, T2TViT, create_t2t_vit
+from src.utils.files import sha256_of_file
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
@@ -46,6 +48,11 @@ def load_model(path: str | os.PathLike[str]) -> tuple[str, T2TViT]:
     model = create_t2t_vit(names[0], "full", image_size=contents.image_size, num_classes=contents.num_classes)
     load_checkpoint(model, path)
     return names[0], model.eval()
+
+
+def model_entries(name: str, path: str | os.PathLike[str]) -> dict[str, str]:
+    """Name of a model and SHA-256 of its checkpoint, which results are stored with."""
+    return {"model": name, "checkpoint_sha256": sha256_of_file(Path(path).expanduser())}
 
 
 def open_split(data_dir: str | os.PathLike[str], split: str, model: T2TViT) -> ImageFolderDataset:

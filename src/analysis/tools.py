@@ -6,9 +6,7 @@ import argparse
 import contextlib
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +21,7 @@ from scatterbrain.errors import UserError, did_you_mean
 from src.evaluation.result_rows import write_rows
 from src.utils.files import atomic_write
 from src.utils.machine import machine_info
+from src.utils.signals import until_stopped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,6 +133,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"required": True, "metavar": "FILE", "help": "of one of the t2t_vit_t_* variants"},
     "data-dir": {"required": True, "metavar": "DIR", "help": "folder that holds the split's folder"},
     "images": {"nargs": "+", "metavar": "PATH", "help": "in the split; without --data-dir any files or folders"},
+    "limit": {"type": positive, "metavar": "N", "help": "take N photographs, spread evenly, not all"},
     "split": {"default": "val", "metavar": "NAME", "help": "folder of the class folders (val)"},
     "memory-fraction": {"type": fraction, "default": 1 / 32, "metavar": "F", "help": "budget (1/32)"},
     "seed": {"type": int, "default": 1111, "metavar": "N", "help": "of what is random; the first of several (1111)"},
@@ -217,37 +217,6 @@ def run_tool(
     finally:
         torch.set_num_threads(before)
     return 1
-
-
-def until_stopped(work: Callable[[], None], then: Callable[[], T]) -> T:
-    """What `then` returns, after work that is done, or stopped by Ctrl-C or by SIGTERM, with which batch systems stop.
-
-    Only the first of the signals counts: they are often sent twice, and `then` saves what there is. It does not follow
-    where `work` fails.
-    """
-    before = {}
-
-    def ignore() -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-
-    def stop(*_: object) -> None:
-        ignore()
-        raise KeyboardInterrupt
-
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    # one that is ignored stays so: nohup and background jobs of a shell want it
-                    if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                        before[number] = signal.signal(number, stop)
-            work()
-            ignore()
-        return then()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Run:

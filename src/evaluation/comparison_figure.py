@@ -6,16 +6,14 @@ import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from src.evaluation.colours import ATTENTION_COLOURS, OTHER_COLOUR
 from src.evaluation.comparison import Comparison, ComparisonRow
+from src.evaluation.figure_style import EDGE, FAINT, GRID, INK, new_figure
 from src.evaluation.results_table import percent_text
 
-_INK = "#22262e"
-_FAINT = "#6b7280"
 _LABEL_WIDTH = 30  # characters
 
 
@@ -45,8 +43,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     header, footer = 0.85, 0.75  # inches
     height = header + footer + max(0.8, 0.42 * len(rows) + 0.14 * (lines - len(rows)))
     width = 3.0 + 2.9 * len(panels)
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, dpi=150, layout=None)
     figure.set_layout_engine("constrained", rect=(0.008, 0, 0.984, 1 - header / height), wspace=0.07)
     figure.text(
         0.16 / width,
@@ -54,25 +51,25 @@ def comparison_figure(comparison: Comparison) -> Figure:
         _escape_dollars(f"Attention of the token stages compared: {comparison.model_text}"),
         fontsize=14,
         fontweight="bold",
-        color=_INK,
+        color=INK,
         va="top",
     )
     conditions = textwrap.shorten(" · ".join(comparison.conditions), int(13.5 * width), placeholder=" …")
-    figure.text(0.16 / width, 1 - 0.50 / height, _escape_dollars(conditions), fontsize=9.5, color=_FAINT, va="top")
+    figure.text(0.16 / width, 1 - 0.50 / height, _escape_dollars(conditions), fontsize=9.5, color=FAINT, va="top")
 
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for draw, axes in zip(panels, all_axes, strict=True):
         draw(axes, rows)
         axes.set_axisbelow(True)
-        axes.grid(axis="x", color="#e5e7eb", linewidth=0.8)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color("#c4c8cf")
-        axes.tick_params(axis="x", labelsize=9, color="#c4c8cf", labelcolor=_FAINT)
+        axes.spines["bottom"].set_color(EDGE)
+        axes.tick_params(axis="x", labelsize=9, color=EDGE, labelcolor=FAINT)
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.label.set(fontsize=10, color=_INK)
+        axes.xaxis.label.set(fontsize=10, color=INK)
         for number in range(0, len(rows), 2):
             axes.axhspan(number - 0.5, number + 0.5, color="#f6f7f9", zorder=0)
-    all_axes[0].set_yticks(range(len(rows)), labels, fontsize=10.5, color=_INK)
+    all_axes[0].set_yticks(range(len(rows)), labels, fontsize=10.5, color=INK)
     all_axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first run on top
     return figure
 
@@ -89,7 +86,7 @@ def _colour(row: ComparisonRow) -> str:
 def _write_values(axes: Axes, texts: Sequence[str]) -> None:
     """Write a column of values right of the panel."""
     for number, text in enumerate(texts):
-        axes.text(1.03, number, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, color=_INK)
+        axes.text(1.03, number, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, color=INK)
 
 
 def _set_percent_limits(axes: Axes, values: Sequence[float]) -> None:
@@ -126,7 +123,7 @@ def _draw_top1(axes: Axes, rows: Sequence[ComparisonRow]) -> None:
             values += ends
             # Below the measured mark, so that both are visible where they coincide.
             below = [number + 0.26] * len(ends)
-            axes.plot(ends, below, "D-", color=_FAINT, markersize=4.2, markerfacecolor="white", linewidth=0.9)
+            axes.plot(ends, below, "D-", color=FAINT, markersize=4.2, markerfacecolor="white", linewidth=0.9)
         axes.errorbar(
             row.top1,
             number,

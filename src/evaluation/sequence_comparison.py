@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +19,7 @@ from scatterbrain.errors import UserError
 from src.evaluation.colours import ATTENTION_COLOURS, ATTENTION_MARKERS, OTHER_COLOUR
 from src.evaluation.comparison_callback import ComparisonCallback, find_runs
 from src.evaluation.comparison_files import comparison_paths
+from src.evaluation.figure_style import FAINT, new_figure
 from src.evaluation.result_rows import read_rows, write_rows
 from src.evaluation.sequence_summary import SEQUENCE_FILE, SequenceSummary, metric_text, read_summary
 from src.utils.files import atomic_write
@@ -200,8 +200,7 @@ def comparison_markdown(comparison: SequenceComparison) -> str:
 def comparison_figure(comparison: SequenceComparison) -> Figure:
     """Validation results against steps (above) and minutes of training (below), a column of panels for each task."""
     tasks = comparison.tasks()
-    figure = Figure(figsize=(5.6 * len(tasks), 7.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6 * len(tasks), 7.2, dpi=150)
     for column, (name, groups) in enumerate(tasks.items()):
         above, below = (figure.add_subplot(2, len(tasks), row * len(tasks) + column + 1) for row in (0, 1))
         first = next(iter(groups.values()))[0]
@@ -235,7 +234,7 @@ def _draw_curves(axes: Axes, groups: dict[str, list[SequenceSummary]], what: str
             labelled.add(text)
     for (name, value), line in zip(summary.data["baselines"].items(), ("--", ":", "-.") * 9, strict=False):
         text = f"{name}: {metric_text(summary.metric, value)}"
-        axes.axhline(scale * value, color="#6b7280", linewidth=1, linestyle=line, label=text, zorder=0)
+        axes.axhline(scale * value, color=FAINT, linewidth=1, linestyle=line, label=text, zorder=0)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from src.evaluation.figure_style import new_figure
 from src.evaluation.results import CheckpointInfo
 from src.utils.files import atomic_write, write_json
 
@@ -132,8 +132,7 @@ def training_figure(summary: TrainingSummary) -> Figure:
     Returns:
         Figure on an Agg canvas; pyplot is not involved.
     """
-    figure = Figure(figsize=(9, 3.6), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6, dpi=150)
     losses, accuracy, rate = figure.subplots(1, 3)
     epochs = [entry["epoch"] for entry in summary.history]
     validated = [entry for entry in summary.history if "val_top1" in entry]

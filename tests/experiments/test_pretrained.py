@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import runpy
 import struct
 import sys
 import zipfile
@@ -377,6 +376,7 @@ def test_figures(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", networks.WHEELS)
 def test_a_wheel_that_is_not_there(name, tmp_path, capsys):
+    pytest.importorskip("transformers")  # whose absence comes first
     wheel, version, _ = networks.WHEELS[name]
     assert measure.main([name, f"--wheels={tmp_path}", "--inputs=."]) == 1
     message = capsys.readouterr().err
@@ -392,17 +392,6 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert measure.main(["dinov2", f"--wheels={tmp_path}", "--inputs=."]) == 1
     assert networks.PACKAGES in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help(name, monkeypatch, capsys):
-    path = ROOT / "experiments" / "pretrained" / f"{name}.py"
-    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(path), run_name="__main__")
-    assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: {path.name}")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

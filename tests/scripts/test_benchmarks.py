@@ -18,7 +18,6 @@ from src.analysis import tools
 from src.analysis.benchmark import attention, attention_report, baselines
 from src.analysis.benchmark.attention import AttentionBench
 from src.analysis.benchmark.timing import seconds_per_call
-from src.analysis.tools import until_stopped
 from src.evaluation.colours import ATTENTION_COLOURS
 from src.evaluation.result_rows import write_rows
 from src.utils.peak_memory import peak_bytes
@@ -425,15 +424,6 @@ def test_a_file_that_cannot_be_written_on_the_way_ends_nothing(monkeypatch, tmp_
     assert benchmark.main([*INTERRUPTIBLE, "--output", str(tmp_path / "times.json")]) == 0
     assert calls == [False, True, True]
     assert read(tmp_path / "times.json")["complete"] is True
-
-
-def test_signals_that_are_ignored_stay_so():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert until_stopped(lambda: signal.raise_signal(signal.SIGINT), lambda: "done") == "done"
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_on_cuda_each_length_is_measured_on_its_own():

@@ -30,10 +30,10 @@ from src.analysis.benchmark.baselines import Function, flex_blocks, flex_window,
 from src.analysis.benchmark.report import BASELINE, header, sizes_text
 from src.analysis.benchmark.timing import in_turn, median_ratio, seconds_per_call
 from src.analysis.experiments.memory import LOG_TICKS, set_ticks
-from src.analysis.plots.style import COLOURS, DOTTED, label_ends, new_figure, style
 from src.analysis.tools import digits, new_table, print_report, write_results
 from src.datamodules.sampling import spread
 from src.evaluation.colours import ATTENTION_MARKERS
+from src.evaluation.figure_style import COLOURS, DOTTED, label_ends, new_figure, style
 from src.evaluation.result_rows import read_rows
 from src.models.attention_inputs import StageInputs, capture_stage_inputs
 from src.utils.text import first_line

@@ -22,7 +22,8 @@ from scatterbrain.ops.scatterbrain.triton import attention, unsupported
 from scatterbrain.ops.scatterbrain.triton.tiles import Tiles, tiles_for, use_tiles
 from src.analysis.benchmark.report import DTYPES, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds
-from src.analysis.tools import digits, new_table, positive, print_report, shown, until_stopped
+from src.analysis.tools import digits, new_table, positive, print_report, shown
+from src.utils.signals import until_stopped
 from src.utils.text import first_line
 
 WIDTH = 64

@@ -24,9 +24,9 @@ from src.analysis.experiments.memory import LOG_TICKS, set_ticks
 from src.analysis.experiments.regimes import full_weights
 from src.analysis.experiments.residual import Maps, draw_maps
 from src.analysis.plots.attention_maps import write_png
-from src.analysis.plots.style import INK, LEGEND, new_figure, style
 from src.analysis.tools import new_table, print_report, provenance, shown, without_paths, write_results
 from src.datamodules.sampling import spread
+from src.evaluation.figure_style import INK, LEGEND, new_figure, style
 from src.models.attention_inputs import StageInputs, capture_stage_inputs
 from src.models.t2t_vit import T2TViT
 

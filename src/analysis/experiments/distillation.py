@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from scatterbrain.errors import UserError, check_whole_number
-from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus
+from src.analysis.approximation import load_model, model_entries, open_split, over_seeds, plus_minus
 from src.analysis.experiments.memory import Reference, load_photographs, measure_point, swapped
 from src.analysis.tools import choose_device, provenance, say, shown, without_paths, write_results
 from src.checkpoints.writing import save_checkpoint
@@ -16,7 +16,6 @@ from src.datamodules.sampling import spread
 from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
 from src.tasks.distillation import learned_stage_attentions, mean_divergence
 from src.tasks.options import MAX_SEED
-from src.utils.files import sha256_of_file
 
 OTHERS = ("local", "sbcluster")  # at the same columns
 ERROR_IMAGES = 32  # of the held-out ones, for errors and divergences
@@ -60,8 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         numbers += [plus_minus(stage["output_error"]) for stage in row["stages"]]
         numbers += [plus_minus(value, 2) for value in row["divergence"] or ()]
         say(f"{attention} {features or ''}: " + ", ".join(map(" ".join, zip(NUMBERS, numbers, strict=False))))
-    content = {**provenance(device), "model": name, "settings": without_paths(arguments, "checkpoint", "save")}
-    content |= {"checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())}
+    content = provenance(device) | model_entries(name, arguments.checkpoint)
+    content |= {"settings": without_paths(arguments, "checkpoint", "save")}
     content |= {"num_training_images": len(parts[0]), "num_held_out_images": len(parts[1])}
     content |= {"num_error_images": sum(len(pair[0].query) for pair in reference.stages)}
     write_results(arguments, content | {"full_attention": {"top1": reference.top1}, "results": rows})

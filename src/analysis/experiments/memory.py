@@ -26,11 +26,11 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns
 from src.analysis import tools
-from src.analysis.approximation import load_model, open_split, over_seeds, plus_minus, relative_errors
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
+from src.analysis.approximation import load_model, model_entries, open_split, over_seeds, plus_minus, relative_errors
 from src.datamodules.dataset import ImageFolderDataset
 from src.datamodules.sampling import spread
 from src.evaluation.colours import ATTENTION_MARKERS
+from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, LEGEND, label_ends, new_figure, style
 from src.evaluation.result_rows import read_rows
 from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.inference import inference_model
@@ -38,7 +38,6 @@ from src.models.modules.tokens_to_token import stage_lengths
 from src.models.t2t_vit import T2TViT
 from src.tasks.attention_info import attention_memory_fraction
 from src.tasks.options import MAX_SEED
-from src.utils.files import sha256_of_file
 from src.utils.machine import usable_cpus
 from src.utils.progress import progress_display
 from src.utils.text import first_line
@@ -370,8 +369,8 @@ class Experiment(tools.Run):
     def report(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
         names = ("split", "attentions", "memory_fractions", "num_seeds", "seed", "batch_size")
-        content = {"complete": not self.missing, **tools.provenance(self.device), "model": self.name}
-        content |= {"checkpoint_sha256": sha256_of_file(Path(self.arguments.checkpoint).expanduser())}
+        content = {"complete": not self.missing, **tools.provenance(self.device)}
+        content |= model_entries(self.name, self.arguments.checkpoint)
         content |= {"image_size": self.model.image_size, "num_images": len(self.reference.images)}
         content |= {"num_error_images": sum(len(pair[0].query) for pair in self.reference.stages)}
         content |= {"settings": {name: getattr(self.arguments, name) for name in names}}

@@ -23,8 +23,8 @@ from scatterbrain.ops.common.features import log_softmax_features
 from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.sparse.naive import naive_support_attention
 from src.analysis.approximation import effective_keys, mean_and_std, relative_error
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.analysis.tools import new_table, print_report, provenance, save_figure, shown, without_paths, write_results
+from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.models.attention_inputs import ONE_HOT, StageInputs
 from src.tasks.options import MAX_SEED
 

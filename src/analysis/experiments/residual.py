@@ -7,7 +7,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,15 @@ from rich.table import Table
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.budget import budget_columns, features_for, keys_for
 from scatterbrain.ops.common.windows import window_mask
-from src.analysis.approximation import load_model, open_split, pixels_of
+from src.analysis.approximation import load_model, model_entries, open_split, pixels_of
 from src.analysis.experiments.regimes import full_weights, keep_largest, nearest_of_rank
-from src.analysis.plots import style
-from src.analysis.plots.style import COLOURS, FAINT, INK, LEGEND
 from src.analysis.tools import new_table, print_report, provenance, shown, write_results
 from src.datamodules.sampling import spread
+from src.evaluation import figure_style as style
+from src.evaluation.figure_style import COLOURS, FAINT, INK, LEGEND
 from src.models.attention_inputs import StageInputs, capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED
-from src.utils.files import sha256_of_file
 
 SUPPORTS = {"local": "window", "smyrf": "smyrf", "topk": "top-k"}
 PARTS = ("full", "sparse", "residual")
@@ -288,8 +286,7 @@ def run(arguments: argparse.Namespace) -> None:
     memory, seed = arguments.memory_fraction, arguments.seed
     rows = measure_residuals(model, shown(images, "Photographs"), memory, arguments.num_queries, seed)
     print_report([residual_table(rows)])
-    content = {**provenance(torch.device("cpu")), "model": name}
-    content |= {"checkpoint_sha256": sha256_of_file(Path(arguments.checkpoint).expanduser())}
+    content = provenance(torch.device("cpu")) | model_entries(name, arguments.checkpoint)
     content |= {"images": [dataset.paths[position] for position in chosen], "memory_fraction": memory}
     content |= {"seed": seed, "results": rows}
     write_results(arguments, content, lambda: draw(rows, *photograph_maps(model, images[0], memory, seed)))

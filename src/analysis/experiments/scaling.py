@@ -17,8 +17,8 @@ from rich.table import Table
 
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import BASELINE, cell, sizes_text
-from src.analysis.plots.style import COLOURS, DOTTED, FAINT, INK, LEGEND, new_figure, style
 from src.analysis.tools import digits, new_table, print_report, save_figure
+from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, INK, LEGEND, new_figure, style
 from src.evaluation.results import read_json
 
 ATTENTION_LINES = ("sblocal", "pairedcluster", "cluster", "local", "performer")

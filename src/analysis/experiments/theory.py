@@ -15,8 +15,8 @@ from scatterbrain.errors import check_whole_number
 from scatterbrain.ops.common.dense import dense_logits
 from scatterbrain.ops.sparse.lsh import draw_reformer_rotations, draw_smyrf_projection, smyrf_support
 from src.analysis.experiments.regimes import draw_tokens
-from src.analysis.plots.style import COLOURS, LEGEND, new_figure, style
 from src.analysis.tools import provenance, say, shown, without_paths, write_results
+from src.evaluation.figure_style import COLOURS, LEGEND, new_figure, style
 from src.tasks.options import MAX_SEED
 
 # Unit vectors, as in the theorem. The scale keeps the fourth moments of the features within reach of a simulation.

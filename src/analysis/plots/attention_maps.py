@@ -18,9 +18,9 @@ from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.windows import window_bounds
 from src.analysis import approximation
-from src.analysis.plots import style
 from src.analysis.tools import choose_device, say, shown
 from src.datamodules.sampling import spread
+from src.evaluation import figure_style as style
 from src.models.attention_inputs import capture_stage_inputs, create_stage_attentions
 from src.models.t2t_vit import T2TViT
 from src.tasks.options import MAX_SEED

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from src.datamodules.dataset import ImageDataset, ImageLoader
 from src.datamodules.formats.files import open_file, read_file
 from src.utils.files import name_for_json, write_json
 from src.utils.progress import progress_display
+from src.utils.signals import signal_handlers
 
 FORMAT = 1
 # Images per batch of a decoding worker.
@@ -308,24 +308,13 @@ class DecodedCache:
             yield
 
 
-@contextlib.contextmanager
-def _signals_stop_immediately() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM stop the process immediately; an evaluation's handlers wait for the next batch."""
+def _signals_stop_immediately() -> contextlib.AbstractContextManager:
+    """Context in which Ctrl-C and SIGTERM stop the process immediately; an evaluation's handlers wait for a batch."""
 
     def stop(*_: Any) -> None:
         raise SystemExit(1)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, stop)):
-            # ignored signals stay ignored, and handlers that were not installed from Python stay
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signal_handlers({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: stop})
 
 
 def _size_of(path: Path) -> int:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import compare_conversions, convert_language_model
-from src.analysis.experiments.conversion import TEXTS, build_network, read_network
+from experiments.language import compare, convert
+from experiments.language.compare import TEXTS
+from experiments.language.convert import build_network, read_network
 from src.datamodules.sequences.books import read_text_files
 from src.tasks.train_sequence import train_sequence
 from tests.scatterbrain.ops import causal_error
@@ -39,16 +40,16 @@ def train(folder, attention, *options):
     (folder / attention / "test.json").write_text(json.dumps(summary.test))
 
 
-def convert(folder, *options, networks=("full",), output="out.json"):
+def run_convert(folder, *options, networks=("full",), output="out.json"):
     checkpoints = [str(folder / name / "checkpoints" / "last.ckpt") for name in networks]
     texts = ["--books", str(folder / "books"), "--wikitext", str(folder / "wikitext"), "--batch-size", "4"]
-    status = convert_language_model.main([*checkpoints, *texts, "--output", str(folder / output), *options])
+    status = convert.main([*checkpoints, *texts, "--output", str(folder / output), *options])
     return status, json.loads((folder / output).read_text()) if status == 0 else None
 
 
 def test_swapped_and_fine_tuned(folder, capsys):
     options = ["--attentions", "full,local,sbcluster", "--steps", "5", "--lr", "0.01"]
-    status, content = convert(folder, *options)
+    status, content = run_convert(folder, *options)
     assert status == 0
     rows = {(row["method"], row["stage"]): row for row in content["results"]}
     stages = [("full", "trained"), ("full", "fine-tuned")]
@@ -82,18 +83,18 @@ def test_an_attention_that_is_exact_changes_nothing(folder):
 
 
 def test_a_network_keeps_its_random_features(folder):
-    _, content = convert(folder, "--attentions", "performer", "--steps", "1", networks=["performer"])
+    _, content = run_convert(folder, "--attentions", "performer", "--steps", "1", networks=["performer"])
     test = json.loads((folder / "performer" / "test.json").read_text())
     assert content["results"][0]["bits_per_byte"]["test"] == pytest.approx(test["bits_per_byte"], rel=1e-5)
     assert [row["sizes"] for row in content["results"]] == [content["results"][0]["sizes"]] * 2
 
 
 def test_the_table_of_several_files(folder, capsys):
-    convert(folder, "--attentions", "full,local", "--windows", "4", output="one.json")
-    convert(folder, "--attentions", "full,local", "--windows", "4", networks=["performer"], output="other.json")
+    run_convert(folder, "--attentions", "full,local", "--windows", "4", output="one.json")
+    run_convert(folder, "--attentions", "full,local", "--windows", "4", networks=["performer"], output="other.json")
     capsys.readouterr()
     files = [str(folder / name) for name in ("one.json", "other.json")]
-    assert compare_conversions.main([*files, "--output", str(folder / "both.json")]) == 0
+    assert compare.main([*files, "--output", str(folder / "both.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| trained with | attention | validation, swapped | test, swapped | WikiText-2")
     both = json.loads((folder / "both.json").read_text())["results"]
@@ -106,12 +107,12 @@ def test_the_table_of_several_files(folder, capsys):
     assert lines[3].split(" | ")[3] == f"{both[1]['bits_per_byte']['test']:.3f}"
     content = json.loads((folder / "one.json").read_text()) | {"complete": False}
     (folder / "one.json").write_text(json.dumps(content))
-    assert compare_conversions.main(files) == 1
+    assert compare.main(files) == 1
     assert "one.json is incomplete, or of another length" in capsys.readouterr().err
 
 
 def test_tensors_for_the_measurement_of_errors(folder):
-    convert(folder, "--attentions", "full", "--windows", "1", "--save-tensors", str(folder / "network_qkv.npz"))
+    run_convert(folder, "--attentions", "full", "--windows", "1", "--save-tensors", str(folder / "network_qkv.npz"))
     arrays = np.load(folder / "network_qkv.npz")
     assert sorted(arrays.files) == ["k0", "k1", "q0", "q1", "v0", "v1"]
     assert arrays["q1"].shape == (1, 256, 2, 8)
@@ -129,11 +130,11 @@ def test_tensors_for_the_measurement_of_errors(folder):
 
 def test_what_is_refused(folder, tmp_path, capsys):
     train(folder, "local", "datamodule.length=128")
-    assert convert(folder, networks=["full", "local"])[0] == 1
+    assert run_convert(folder, networks=["full", "local"])[0] == 1
     assert "Networks of lengths 128, 256" in capsys.readouterr().err
     options = ["--save-tensors", str(tmp_path / "qkv.npz")]
-    assert convert(folder, *options, networks=["full", "performer"])[0] == 1
+    assert run_convert(folder, *options, networks=["full", "performer"])[0] == 1
     assert "--save-tensors writes the tensors of one network" in capsys.readouterr().err
     (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
-    assert convert_language_model.main([str(tmp_path / "other.ckpt"), "--books", str(folder / "books")]) == 1
+    assert convert.main([str(tmp_path / "other.ckpt"), "--books", str(folder / "books")]) == 1
     assert "or is no checkpoint. Resume" in capsys.readouterr().err

@@ -1,11 +1,23 @@
-"""A trained language model with other attentions in place of its own: bits per byte before, after, and fine-tuned."""
+r"""Bits per byte of a trained language model, with other attentions in place of its own, and after a short fine-tune.
+
+CHECKPOINT is last.ckpt of `python run.py experiment=language-books`. Each of --attentions gets the trained
+weights as they are, and then as many --steps of training as the network's own attention, if it is among them.
+
+    python experiments/language/convert.py CHECKPOINT --attentions full,local,sblocal,sbcluster --steps 200 \
+        --wikitext data/wikitext-2 --output conversion.json
+    python experiments/language/compare.py conversion.json
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # src is not installed: find it from any folder
 
 import numpy as np
 import torch
@@ -14,14 +26,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from experiments.language.compare import grouped, mean_cell
 from scatterbrain.attention import attention_memory
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import header
-from src.analysis.tools import Run, choose_device, new_table
+from src.analysis.tools import (
+    Parser,
+    Run,
+    choose_device,
+    new_table,
+    positive,
+    positive_number,
+    result_file,
+    run_tool,
+)
 from src.datamodules.sampling import spread
 from src.datamodules.sequences.base import TextData
 from src.datamodules.sequences.books import read_text_files, read_wikitext
-from src.evaluation.result_rows import read_rows
 from src.models.sequence_network import Network, create_network
 from src.tasks.classification_training import CHECKPOINT_KEY
 from src.tasks.device_time import seconds_now
@@ -30,9 +51,6 @@ from src.tasks.sequence_training import sample_scores, summarise
 from src.tasks.training_checkpoints import read_training_checkpoint
 from src.utils.files import atomic_write
 
-TEXTS = ("validation", "test", "WikiText-2 validation", "WikiText-2 test")
-STAGES = ("trained", "swapped", "fine-tuned")
-REMEDY = "Make it again: scripts/convert_language_model.py."
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 1.0
 
 
@@ -104,7 +122,7 @@ class Conversion(Run):
             if name == "train":
                 continue
             number = (len(text) - 1) // self.length
-            kept = number if self.arguments.windows is None else min(number, self.arguments.windows)
+            kept = min(number, self.arguments.windows)
             scores = []
             with torch.no_grad(), self.autocast():
                 for starts in np.array_split(np.array(spread(number, kept)), -(-kept // self.arguments.batch_size)):
@@ -176,58 +194,6 @@ class Conversion(Run):
         """Lines below the table."""
         return []
 
-    def draw(self) -> None:
-        """There is no figure."""
-
-
-def grouped(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
-    """The rows by attention that they were trained with, attention and stage."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in results:
-        groups.setdefault((row["attention"], row["method"], row["stage"]), []).append(row)
-    return groups
-
-
-def mean_cell(values: Sequence[float]) -> str:
-    """Mean of some seeds, and half of their range where there are several."""
-    half = (max(values) - min(values)) / 2
-    return f"{sum(values) / len(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
-
-
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """The table of a file of results as Markdown: a row for each attention, bits per byte of every stage.
-
-    Rows: attention that the network was trained with, and that which it has; columns: a text at a stage.
-    """
-    names = [name for name in TEXTS if name in results[0]["bits_per_byte"]]
-    stages = [stage for stage in STAGES[1:] if any(row["stage"] == stage for row in results)]
-    groups = grouped(results)
-    heads = ["trained with", "attention", *(f"{name}, {stage}" for name in names for stage in stages)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for trained, method in dict.fromkeys(key[:2] for key in groups):
-        cells = []
-        for name in names:
-            for stage in stages:
-                # its own attention is not swapped
-                found = "trained" if stage == "swapped" and trained == method else stage
-                rows = groups.get((trained, method, found), [])
-                cells.append(mean_cell([row["bits_per_byte"][name] for row in rows]) if rows else "-")
-        lines.append(f"| {trained} | {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def join_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """The content of several files of results as one.
-
-    Raises:
-        UserError: a file cannot be read, is not of a conversion, or is incomplete.
-    """
-    contents = [read_rows(path, ("complete", "length", "results"), REMEDY) for path in paths]
-    for path, content in zip(paths, contents, strict=True):
-        if not content["complete"] or content["length"] != contents[0]["length"]:
-            raise UserError(f"{path} is incomplete, or of another length. {REMEDY}")
-    return {**contents[0], "results": [row for content in contents for row in content["results"]]}
-
 
 def read_texts(books: str | Path, wikitext: str | Path | None) -> dict[str, torch.Tensor]:
     """The texts by name: `train` and those of `TEXTS`, WikiText-2 where its folder is given."""
@@ -295,3 +261,32 @@ def save_tensors(path: Path, network: Network, tokens: torch.Tensor) -> None:
             hook.remove()
     with atomic_write(path, "wb") as file:
         np.savez(file, **arrays)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        __doc__, "attentions", "memory-fraction", "output", "device", attentions="full,local,sblocal,sbcluster"
+    )
+    parser.set_defaults(memory_fraction=1 / 8, figure=None)
+    add = parser.add_argument
+    add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="of networks of one length")
+    add("--books", default="data/books", metavar="DIR", help="of the texts (%(default)s)")
+    add("--wikitext", metavar="DIR", help="folder of valid.txt and test.txt of WikiText-2, to evaluate on")
+    add("--windows", type=positive, default=128, metavar="K", help="of a text, spread evenly (%(default)s)")
+    add("--steps", type=int, default=0, metavar="N", help="of the fine-tune (0: none)")
+    add("--lr", type=positive_number, default=1e-4, metavar="LR", help="highest learning rate (%(default)s)")
+    add("--batch-size", type=positive, default=16, metavar="B", help="windows of a step (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of the order of the text (%(default)s)")
+    add(
+        "--save-tensors",
+        type=result_file,
+        metavar="FILE",
+        help="write queries, keys and values, .npz, for causal_error",
+    )
+    return parser
+
+
+main = partial(run_tool, build_parser, lambda arguments: Conversion(arguments).main())
+
+if __name__ == "__main__":
+    sys.exit(main())

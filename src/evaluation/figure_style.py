@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,9 +29,9 @@ LEGEND = {"fontsize": 7.5, "frameon": False, "labelcolor": INK}
 DOTTED = (0, (1, 2))
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches, on an Agg canvas; pyplot is not involved."""
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """An empty figure, sizes in inches, with `options` of `Figure`, on an Agg canvas; pyplot is not involved."""
+    figure = Figure(figsize=(width, height), facecolor="white", **{"layout": "constrained"} | options)
     FigureCanvasAgg(figure)
     return figure
 

@@ -1,4 +1,4 @@
-"""Books as a text of bytes: parts, other editions, what is cut off, and what is refused."""
+"""Preparation of books: parts, other editions, what is cut off, and what is refused."""
 
 import json
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scatterbrain.errors import UserError
-from scripts import prepare_books
-from src.datamodules.sequences import books
+from experiments.language import prepare_books
+from src.datamodules.sequences.books import read_text_files
 
 
 def write_books(folder, number=21, length=600):
@@ -26,7 +25,7 @@ def write_books(folder, number=21, length=600):
 def test_parts_are_whole_books(tmp_path):
     texts = write_books(tmp_path / "books")
     assert prepare_books.main([str(tmp_path / "books"), "--output", str(tmp_path / "out")]) == 0
-    data = books.read_text_files(tmp_path / "out")
+    data = read_text_files(tmp_path / "out")
     assert bytes(data.validation.numpy()).decode() == texts[9] + "\n\n"
     assert bytes(data.test.numpy()).decode() == texts[19] + "\n\n"
     train = "".join(f"{text}\n\n" for i, text in enumerate(texts) if i not in (9, 19))
@@ -36,7 +35,7 @@ def test_parts_are_whole_books(tmp_path):
     assert described["test"]["books"] == ["19.txt"]
     assert described["test"]["bytes"] == len(data.test)
     assert described["duplicates"] == []
-    part = books.read_text_files(tmp_path / "out", max_train_bytes=1000)
+    part = read_text_files(tmp_path / "out", max_train_bytes=1000)
     assert torch.equal(part.train, data.train[:1000])
     assert torch.equal(part.test, data.test)
 
@@ -48,11 +47,11 @@ def test_other_editions_are_left_out(tmp_path):
     (tmp_path / "others" / "edition.txt").write_text("Title\r\n\r\n" + texts[3].upper().replace(" ", ",\r\n"))
     (tmp_path / "others" / "half.txt").write_text(texts[4][:9000] + " new" * 3000)
     (tmp_path / "others" / "new.txt").write_text("entirely other words " * 50)
-    parts, names = books.split_books(tmp_path)
+    parts, names = prepare_books.split_books(tmp_path)
     assert names["duplicates"] == ["others/edition.txt", "others/half.txt"]
     assert names["train"][-1] == "others/new.txt"
     assert parts["train"].endswith(b"other words\n\n")
-    _, names = books.split_books(tmp_path, ["new*", "half.txt"])
+    _, names = prepare_books.split_books(tmp_path, ["new*", "half.txt"])
     assert names["train"][-1] == "20.txt"
 
 
@@ -62,27 +61,16 @@ def test_what_project_gutenberg_adds_is_cut_off(which):
         f"\ufeffThe Project Gutenberg eBook\r\n*** START OF {which} PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\n"
         f"Emma Woodhouse, handsome,\r\nclever\r\n\r\n*** END OF {which} PROJECT GUTENBERG EBOOK EMMA ***\r\nLicence"
     )
-    assert books.clean_text(text.encode()) == b"Emma Woodhouse, handsome,\nclever\n\n"
+    assert prepare_books.clean_text(text.encode()) == b"Emma Woodhouse, handsome,\nclever\n\n"
 
 
 def test_old_headers_of_project_gutenberg_are_cut_off():
     text = b"Etext\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29*END*\nIt was\n\nEnd of Project Gutenberg"
-    assert books.clean_text(text) == b"It was\n\n"
-    assert books.clean_text(b" \r\n") == b""
+    assert prepare_books.clean_text(text) == b"It was\n\n"
+    assert prepare_books.clean_text(b" \r\n") == b""
 
 
 def test_what_is_refused(tmp_path, capsys):
     write_books(tmp_path / "books", 19)
     assert prepare_books.main([str(tmp_path / "books"), "--output", str(tmp_path / "out")]) == 1
     assert "holds 19 different books (*.txt), fewer than the 20" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(UserError, match=r"train.txt does not exist. Make the three texts by scripts/prepare_books"):
-        books.read_text_files(tmp_path)
-    with pytest.raises(UserError, match=r"valid.txt does not exist"):
-        books.read_wikitext(tmp_path)
-
-
-def test_wikitext(tmp_path):
-    (tmp_path / "valid.txt").write_text(" = A = \n")
-    (tmp_path / "test.txt").write_text("b")
-    texts = books.read_wikitext(tmp_path)
-    assert {name: bytes(text.numpy()) for name, text in texts.items()} == {"validation": b" = A = \n", "test": b"b"}
