@@ -265,8 +265,9 @@ def landmarks_on_a_gpu() -> Expected:
     path, both = "docs/data/benchmark_landmarks_h200.json", ("cluster", "sbcluster")
     rows: Expected = []
     for batch, length in ((128, 3136), (16, 12544), (48, 16384), (1, 65536)):
-        training = values(path, length, both, "training") if length < 65536 else [None] * 5
-        rows.append((f"{batch} x {length:,}", values(path, length, both, "forward") + training))
+        rows.append(
+            (f"{batch} x {length:,}", [x for each in ("forward", "training") for x in values(path, length, both, each)])
+        )
     path, alone = "docs/data/benchmark_landmarks_512_h200.json", ("", "sbcluster")
     rows.append(("48 x 16,384", values(path, 16384, alone, "forward") + [None] * 5))
     path = "docs/data/benchmark_landmarks_short_h200.json"
@@ -280,7 +281,7 @@ def adaptive_on_a_gpu() -> Expected:
         for density in (0.03, 0.08):
             values: list[Values] = [(density,)]
             for direction in ("forward", "training"):
-                if direction == "training" and (length == 65536 or (length, density) == (16384, 0.08)):
+                if direction == "training" and length == 65536:
                     values += [None] * 3
                     continue
                 where = {"length": length, "pass": direction, "density": density}
@@ -478,16 +479,83 @@ def pretrained_sizes() -> Expected:
 
 def pretrained_plans() -> Expected:
     rows: Expected = []
+    maps = ("correlation", "worst_correlation", "iou")
     for label, name, metrics in (
-        ("DINOv2, 518 px", "dinov2_518", ("correlation", "worst_correlation", "iou")),
-        ("DINOv2, 784 px", "dinov2_784", ("correlation", "worst_correlation", "iou")),
+        ("DINOv2, 518 px", {"image_size": 518}, maps),
+        ("DINOv2, 784 px", {"image_size": 784}, maps),
         ("Whisper", "whisper", ("word_error_rate", "perplexity")),
         ("MiniLM", "minilm", ("cosine", "worst_cosine", "retrieved")),
     ):
-        row = find(f"docs/data/pretrained_{name}.json", method="plan")
+        if isinstance(name, dict):
+            row = find("docs/data/pretrained_plans_dinov2.json", **name)
+        else:
+            row = find(f"docs/data/pretrained_{name}.json", method="plan")
         replaced = sum(call["method"] != "full" for call in row["calls"])
         error = row["worst_layer_error"]
         rows.append((label, [(replaced, len(row["calls"])), (error,), tuple(row[metric] for metric in metrics)]))
+    return rows
+
+
+def pretrained_speed() -> Expected:
+    """Time, speed-ups and error of a whole network at two sizes of images."""
+    rows: Expected = []
+    for label, name, budgets in (
+        ("SDPA", "sdpa", (None,)),
+        ("plan", "plan", (None,)),
+        ("sbcluster", "sbcluster", (1 / 32, 1 / 16, 1 / 8)),
+        ("sbadaptive", "sbadaptive", (1 / 16, 1 / 8)),
+        ("sblocal", "sblocal", (1 / 16,)),
+    ):
+        for budget in budgets:
+            values: list[Values] = []
+            for size in (784, 1036):
+                row = find("docs/data/pretrained_speed_h200.json", image_size=size, attention=name, budget=budget)
+                keys = ("device_milliseconds", "device_speed_up", "eager_speed_up", "hidden_error")
+                values += [(row[key],) for key in keys]
+            rows.append((label, values))
+    return rows
+
+
+def frontier_on_a_gpu() -> Expected:
+    """Mean error and speed of points of the frontier at each size."""
+    path = "docs/data/frontier_h200.json"
+
+    def adaptive(num_landmarks: int, density: float) -> dict[str, float]:
+        sizes = {"local_context": 64, "num_landmarks": num_landmarks, "num_query_landmarks": 48}
+        return {**sizes, "density": density}
+
+    points: list[tuple[str, str, dict[str, float]]] = [
+        ("sblocal", "sblocal", {"local_context": 64, "nb_features": 32}),
+        ("cluster", "cluster", {"num_landmarks": 128}),
+        *(("sbcluster", "sbcluster", {"local_context": 64, "num_landmarks": number}) for number in (128, 256)),
+        *(
+            ("sbadaptive", "sbadaptive", adaptive(*each))
+            for each in ((64, 0.03), (128, 0.03), (128, 0.08), (256, 0.08))
+        ),
+        *(("PISA", "pisa", {"density": density}) for density in (0.05, 0.15, 0.3)),
+        ("its exact blocks", "topk-blocks", {"density": 0.15}),
+        ("FlexAttention", "flex-window", {"local_context": 128}),
+    ]
+    rows: Expected = []
+    for label, name, sizes in points:
+        times = [find(path, method=name, sizes=sizes, length=length) for length in (3136, 12544, 16384, 65536)]
+        rows.append((label, [(times[0]["error"],), *((1 / row["ratio_to_full"],) for row in times)]))
+    return rows
+
+
+def causal_time() -> Expected:
+    """Milliseconds of causal attentions and their speed-up, forward and both passes."""
+    rows: Expected = []
+    for heads, length in ((192, 4096), (48, 16384)):
+        for name in ("SDPA", "sbcluster M 32 W 1", "sbcluster M 16 W 128", "window 512"):
+            full, ours = (
+                find("docs/data/causal_time_h200.json", attention=each, length=length)["milliseconds"]
+                for each in ("SDPA", name)
+            )
+            cells: list[Values] = []
+            for part in ("forward", "both"):
+                cells += [(ours[part],), None if name == "SDPA" else (full[part] / ours[part],)]
+            rows.append((f"{heads} x {length:,}", cells))
     return rows
 
 
@@ -569,11 +637,13 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
     ("docs/benchmarks.md", "batch x tokens|cuDNN full", landmarks_on_a_gpu),
     ("docs/benchmarks.md", "batch x tokens, landmarks", adaptive_on_a_gpu),
+    ("docs/benchmarks.md", "attention|error", frontier_on_a_gpu),
     ("docs/benchmarks.md", "images/s|batch 128", gpu_model),
     ("docs/benchmarks.md", "|784 tokens", cpu_attention),
     ("docs/benchmarks.md", "|images/s", cpu_model),
     ("docs/benchmarks.md", "machine|photographs", bfloat16),
     ("docs/causal.md", "error / columns", causal_error),
+    ("docs/causal.md", "heads x tokens, attention", causal_time),
     ("docs/claims.md", "claim|in the paper", claims),
     ("docs/data_formats.md", "format|images", formats),
     ("docs/data_formats.md", "loader|images/s", loading),
@@ -584,6 +654,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/pretrained.md", "DINOv2, 784 px", lambda: pretrained("dinov2_784", "correlation", "iou")),
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
     ("docs/pretrained.md", "Whisper", lambda: pretrained("whisper", "word_error_rate", "perplexity")),
+    ("docs/pretrained.md", "attention|784 px, ms", pretrained_speed),
     ("docs/pretrained.md", "plan for an error", pretrained_plans),
     ("docs/pretrained.md", "sbadaptive|columns", pretrained_sizes),
     ("docs/sbadaptive.md", "attention|attention columns", adaptive_cost),
