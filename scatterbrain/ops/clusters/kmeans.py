@@ -268,25 +268,31 @@ def _cluster_slice(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest centroid (G, N) of each of the points (G, N, E), and centroids; the first `counts` (G, 1) move them."""
     sample = sample_of(points.shape[1], num_clusters, per_cluster)
-    centroids = _move_centroids(points, counts, num_clusters, num_steps, sample)
+    centre, centroids = _move_centroids(points, counts, num_clusters, num_steps, sample)
     if sample > 1 and counts is not None:
+        are_few = (counts < per_cluster * num_clusters).unsqueeze(-1)
         of_all = _move_centroids(points, counts, num_clusters, num_steps, 1)
-        centroids = torch.where((counts < per_cluster * num_clusters).unsqueeze(-1), of_all, centroids)
-    # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
-    centre = centroids.mean(1, keepdim=True)
-    return _nearest(points - centre, centroids - centre), centroids
+        centre, centroids = (torch.where(are_few, *x) for x in zip(of_all, (centre, centroids), strict=True))
+    return _nearest(points - centre, centroids), centroids + centre
 
 
 def _move_centroids(
     points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int, num_steps: int, sample: int
-) -> torch.Tensor:
-    """Centroids (G, M, E) of the points (G, N, E) after Lloyd's steps, from the first of so many of them."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A centre (G, 1, E), and centroids (G, M, E) relative to it, after Lloyd's steps on a sample of the points.
+
+    Args:
+        points: (G, N, E).
+        counts: numbers of points (G, 1) that count; None for all.
+        num_clusters: number of clusters M.
+        num_steps: Lloyd's steps.
+        sample: the first of so many points is taken.
+    """
     sampled = counts
     if counts is not None and sample > 1:
         sampled = (counts + (sample - 1)) // sample
     centroids = _farthest_of_stretches(points[:, ::sample], sampled, num_clusters)
-    if num_steps == 0:
-        return centroids
+    # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
     centre = centroids.mean(1, keepdim=True)
     every = step_sample(sample)
     some, centroids = points[:, ::every] - centre, centroids - centre
@@ -299,7 +305,7 @@ def _move_centroids(
             labels = labels.masked_fill(outside, -1)
         (sums,), members = cluster_sums((some,), labels, num_clusters)
         centroids = torch.where(members > 0, sums / members.clamp_min(1.0), centroids)
-    return centroids + centre
+    return centre, centroids
 
 
 def _farthest_of_stretches(points: torch.Tensor, counts: torch.Tensor | None, num_clusters: int) -> torch.Tensor:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from scatterbrain.ops.common.passes import power_of_two
-
 
 @dataclass(frozen=True)
 class LandmarkTiles:
@@ -174,7 +172,7 @@ def tiles_for(
 
 def window_band(window: int) -> int:
     """Keys that 16 queries see in a window of width W, a power of two; 0 without a window."""
-    return power_of_two(window + 15) if window > 0 else 0
+    return 1 << (window + 14).bit_length() if window > 0 else 0
 
 
 @contextmanager
