@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 
@@ -18,6 +20,18 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_OFFSET = 2**31
 # looked up once: torch.compile traces neither a search for packages nor the environment
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _find_triton_version() -> tuple[int, int] | None:
+    """Version of Triton; None where it is not known, as in builds under other names."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+_TRITON_VERSION = _find_triton_version()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -31,12 +45,20 @@ def is_interpreted() -> bool:
     return _INTERPRETED
 
 
-def no_kernels(x: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on tensors such as `x`; None where they can."""
+def no_kernels(x: torch.Tensor, least_version: tuple[int, int] | None = None) -> str | None:
+    """Why Triton kernels cannot run on tensors such as `x`; None where they can.
+
+    Args:
+        x: a tensor of the call.
+        least_version: of Triton, where not all supported versions compile the kernels.
+    """
     if not (x.is_cuda or is_interpreted()):
         return f"it runs on CUDA devices, and the tensors are on {x.device}"
     if not triton_is_installed():
         return "the package triton is not installed"
+    if least_version is not None and _TRITON_VERSION is not None and _TRITON_VERSION < least_version:
+        needed, found = (".".join(map(str, version)) for version in (least_version, _TRITON_VERSION))
+        return f"it needs Triton {needed} or newer, and this is {found}: PyTorch 2.7 has it"
     if x.dtype not in KERNEL_DTYPES:
         return f"it takes float16, bfloat16 and float32, and the tensors are {x.dtype}"
     return None

@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 
 from scatterbrain.ops.clusters.triton import find_clusters, operator, unsupported  # noqa: E402 - imports triton
 from scatterbrain.ops.clusters.triton.tiles import LandmarkTiles, use_tiles  # noqa: E402
-from scatterbrain.ops.common import passes  # noqa: E402
+from scatterbrain.ops.common import backends, passes  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
     not is_interpreted() or triton.__version__.startswith("3.2."),
@@ -276,3 +276,17 @@ def test_unsupported_calls_are_refused(changes, reason):
     assert reason in unsupported(query, query, **options)
     with pytest.raises(UserError, match=reason):
         landmark_attention(query, query, query, backend="triton", **options)
+
+
+@needs_interpreter
+def test_triton_whose_compiler_ends_the_process_is_refused(monkeypatch):
+    """Adaptive and causal kernels share the check."""
+    query = torch.randn(1, 1, 8, 16)
+    monkeypatch.setattr(backends, "_TRITON_VERSION", (3, 2))
+    reason = "needs Triton 3.3 or newer, and this is 3.2"
+    assert reason in unsupported(query, query, 4, 3)
+    with pytest.raises(UserError, match=reason):
+        landmark_attention(query, query, query, 4, 3, backend="triton")
+    # the version of a build under another name
+    monkeypatch.setattr(backends, "_TRITON_VERSION", None)
+    assert unsupported(query, query, 4, 3) is None

@@ -12,6 +12,8 @@ from scatterbrain.ops.common.calls import CALLS
 MAX_WIDTH = 128
 MAX_LANDMARKS = 1024
 MAX_WINDOW = 512
+# The compiler of Triton 3.2 ends the process on these kernels.
+LEAST_TRITON = (3, 3)
 # Rows are read 16 bytes at a time, and Triton knows of strides only whether 16 divides them.
 ROW_MULTIPLE = 16
 
@@ -36,7 +38,7 @@ def unsupported(
         needs_gradient_of_lse: whether autograd records log-sum-exp.
         attn_mask: boolean mask of the keys, or None.
     """
-    reason = no_kernels(query) or too_large(query, value)
+    reason = no_kernels(query, LEAST_TRITON) or too_large(query, value)
     if reason is not None:
         return reason
     width = max(query.shape[3], value.shape[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from scatterbrain.ops.clusters.triton import LEAST_TRITON
 from scatterbrain.ops.common.backends import no_kernels, too_large
 from scatterbrain.ops.common.calls import CALLS
 
@@ -36,7 +37,7 @@ def unsupported(
         needs_gradient_of_lse: whether autograd records log-sum-exp.
         attn_mask: boolean mask of the keys, or None.
     """
-    reason = no_kernels(query) or too_large(query, value)
+    reason = no_kernels(query, LEAST_TRITON) or too_large(query, value)
     if reason is not None:
         return reason
     width = max(query.shape[3], value.shape[3])
