@@ -56,7 +56,7 @@ def no_kernels(x: torch.Tensor, least_version: tuple[int, int] | None = None) ->
         return f"it runs on CUDA devices, and the tensors are on {x.device}"
     if not triton_is_installed():
         return "the package triton is not installed"
-    if least_version is not None and _TRITON_VERSION is not None and _TRITON_VERSION < least_version:
+    if least_version is not None and _TRITON_VERSION is not None and least_version > _TRITON_VERSION:
         needed, found = (".".join(map(str, version)) for version in (least_version, _TRITON_VERSION))
         return f"it needs Triton {needed} or newer, and this is {found}: PyTorch 2.7 has it"
     if x.dtype not in KERNEL_DTYPES:
