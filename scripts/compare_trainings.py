@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.analysis.tools import Parser, run_tool
+from src.analysis.tools import Parser, run_tool, save_figure
 from src.evaluation.sequence_comparison import compare_trainings, comparison_figure, print_comparison, save_results
 
 
@@ -30,7 +30,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         save_results(arguments.output, comparison)
     if arguments.figure is not None:
-        comparison_figure(comparison).savefig(arguments.figure)
+        save_figure(comparison_figure(comparison), arguments.figure)
     print_comparison(comparison, [path for path in (arguments.output, arguments.figure) if path is not None])
 
 

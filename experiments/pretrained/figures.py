@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from scatterbrain.errors import UserError
 from src.analysis.tools import Parser, run_tool, save_figure
+from src.evaluation.colours import ATTENTION_MARKERS
 from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 
 Content = Mapping[str, Any]
@@ -32,7 +33,6 @@ METRICS = {
     "whisper": ("word_error_rate", "word error rate, %", (-4, 104)),
     "minilm": ("cosine", "cosine of the embeddings", (0, 1.02)),
 }
-LINE_COLOURS = {"sbcluster": COLOURS["sbtopk"], "sbadaptive": COLOURS["topk"]}
 
 
 def read(path: str) -> Content:
@@ -70,8 +70,9 @@ def draw(contents: Sequence[Content]) -> Figure:
         for name in methods(content):
             rows = [row for row in content["results"] if row["method"] == name]
             budgets = [row["budget"] for row in rows]
-            bold = {"linewidth": 2.2 if name in LINE_COLOURS else 1.2, "marker": "o", "markersize": 3.5}
-            line = {"color": LINE_COLOURS.get(name, COLOURS.get(name, "black")), "label": name, **bold}
+            width = 2.2 if name in ("sbcluster", "sbadaptive") else 1.2
+            line = {"color": COLOURS[name], "marker": ATTENTION_MARKERS[name], "markersize": 3.5, "linewidth": width}
+            line["label"] = name
             above.plot(budgets, [row["layer_error"] for row in rows], **line)
             below.plot(budgets, [min(row[metric], limits[1]) for row in rows], **line)
         full = content["results"][0]

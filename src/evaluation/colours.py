@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Okabe and Ito's palette, which readers with any kind of colour vision can tell apart. It has eight colours: the
+# Okabe and Ito's palette and two dark colours, which readers with any kind of colour vision can tell apart. The
 # attentions that the text compares have one each, and the others are grey and have their names beside them.
 OTHER_COLOUR = "#b4b9c0"
 _HIGHLIGHTED = {
@@ -13,6 +13,8 @@ _HIGHLIGHTED = {
     "smyrf": "#cc79a7",
     "cluster": "#56b4e9",
     "pairedcluster": "#d55e00",
+    "sbcluster": "#332288",
+    "sbadaptive": "#882255",
 }
 # By what an attention computes exactly, or in place of it.
 _FAMILIES = {

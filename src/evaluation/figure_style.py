@@ -16,13 +16,17 @@ from src.evaluation.colours import ATTENTION_COLOURS, OTHER_COLOUR
 
 INK, FAINT, GRID, EDGE = "#22262e", "#6b7280", "#e5e7eb", "#c4c8cf"
 OTHER = OTHER_COLOUR
-# An attention has one colour in every figure; the oracles have those of sparse, low-rank and both.
+# An attention has one colour in every figure. The oracles have those of sparse, low-rank and both; PISA is the largest
+# blocks and a low-rank part, as sbtopk is the largest weights and random features.
 COLOURS = {
     "largest": ATTENTION_COLOURS["local"],
     "svd": ATTENTION_COLOURS["performer"],
     "largest+svd": ATTENTION_COLOURS["sblocal"],
-    "topk": "#882255",
-    "sbtopk": "#332288",
+    "topk": ATTENTION_COLOURS["sbadaptive"],
+    "sbtopk": "#661100",
+    "pisa": "#661100",
+    "topk-blocks": "#999933",
+    "flex-window": ATTENTION_COLOURS["local"],
     "uniform": OTHER,
 } | ATTENTION_COLOURS
 LEGEND = {"fontsize": 7.5, "frameon": False, "labelcolor": INK}

@@ -27,8 +27,6 @@ from src.utils.files import atomic_write
 # What differs from machine to machine, and is not kept in a file of several trainings.
 _LEFT_OUT = {"checkpoints": {}, "command": ""}
 _HEADERS = ("attention", "seeds", "columns", "steps", "test", "±", "validation", "best", "tokens/s", "minutes", "MiB")
-# Attentions that are grey elsewhere.
-_COLOURS = {"sbcluster": "#d55e00", "sbadaptive": "#882255", "reformer": "#8c6d31"}
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def comparison_markdown(comparison: SequenceComparison) -> str:
 def comparison_figure(comparison: SequenceComparison) -> Figure:
     """Validation results against steps (above) and minutes of training (below), a column of panels for each task."""
     tasks = comparison.tasks()
-    figure = new_figure(5.6 * len(tasks), 7.2, dpi=150)
+    figure = new_figure(7 * len(tasks), 7.2, dpi=150)
     for column, (name, groups) in enumerate(tasks.items()):
         above, below = (figure.add_subplot(2, len(tasks), row * len(tasks) + column + 1) for row in (0, 1))
         first = next(iter(groups.values()))[0]
@@ -211,7 +209,7 @@ def comparison_figure(comparison: SequenceComparison) -> Figure:
             if first.metric == "perplexity":
                 axes.set_yscale("log")
         above.set_title(name, fontsize=10)
-        above.legend(fontsize=7, frameon=False)
+        above.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # right of the panel
     return figure
 
 
@@ -219,7 +217,7 @@ def _draw_curves(axes: Axes, groups: dict[str, list[SequenceSummary]], what: str
     """Draw the curves of a task: one of each training, and its baselines."""
     labelled: set[str] = set()
     for label, summaries in groups.items():
-        colour = _COLOURS.get(summaries[0].attention, ATTENTION_COLOURS.get(summaries[0].attention, OTHER_COLOUR))
+        colour = ATTENTION_COLOURS.get(summaries[0].attention, OTHER_COLOUR)
         marker = ATTENTION_MARKERS.get(summaries[0].attention, "o")
         for summary in summaries:
             scale = 100 if summary.metric == "accuracy" else 1

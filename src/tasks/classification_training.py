@@ -124,14 +124,9 @@ class ClassificationTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the loss at intervals, and stop when it is not finite."""
-        is_last = self.trainer.is_last_batch
-        if is_last:
+        if self.trainer.is_last_batch:
             self._clock_ended = seconds_now(self.device)
-        if is_last or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
-            loss = float(self._last_loss)
-            if not math.isfinite(loss):
-                raise not_finite(f"The loss became {loss}", self.global_step)
-            self.log_dict({"train/loss_step": loss, "lr": self._learning_rate()})
+        log_step(self, batch_idx, self._last_loss, self._learning_rate())
 
     def progress_so_far(self) -> str:
         """Rate and loss of the epoch so far, for the progress bar; waits for the device."""
@@ -222,6 +217,26 @@ class ClassificationTraining(pl.LightningModule):
 
     def _mean_over_ranks(self, value: torch.Tensor | float) -> float:
         return float(self.trainer.strategy.reduce(torch.as_tensor(value, device=self.device), reduce_op="mean"))
+
+
+def log_step(module: pl.LightningModule, batch_idx: int, loss: torch.Tensor, learning_rate: float) -> None:
+    """Log loss and learning rate at the trainer's intervals, and after the last batch of an epoch.
+
+    Args:
+        module: of the training.
+        batch_idx: number of the batch in the epoch.
+        loss: of the batch; the device is waited for only where it is logged.
+        learning_rate: of the step.
+
+    Raises:
+        NotFiniteError: a logged loss is not finite.
+    """
+    if not module.trainer.is_last_batch and (batch_idx + 1) % module.trainer.log_every_n_steps:
+        return
+    value = float(loss)
+    if not math.isfinite(value):
+        raise not_finite(f"The loss became {value}", module.global_step)
+    module.log_dict({"train/loss_step": value, "lr": learning_rate})
 
 
 class NotFiniteError(UserError):

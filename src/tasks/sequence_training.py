@@ -18,7 +18,7 @@ from src.datamodules.sampling import derive_seed
 from src.datamodules.sequences.base import IGNORED
 from src.datamodules.sequences.datamodule import METRICS, Batch
 from src.models.sequence_network import Network
-from src.tasks.classification_training import CHECKPOINT_KEY, not_finite
+from src.tasks.classification_training import CHECKPOINT_KEY, log_step, not_finite
 from src.tasks.device_time import seconds_now
 
 logger = logging.getLogger(__name__)
@@ -134,14 +134,9 @@ class SequenceTraining(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the loss at intervals, and stop when it is not finite."""
-        is_last = self.trainer.is_last_batch
-        if is_last:
+        if self.trainer.is_last_batch:
             self._train_seconds = seconds_now(self.device) - self._clock_started
-        if is_last or (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
-            loss = float(self._last_loss)
-            if not math.isfinite(loss):
-                raise not_finite(f"The loss became {loss}", self.global_step)
-            self.log_dict({"train/loss_step": loss, "lr": self._current_rate()})
+        log_step(self, batch_idx, self._last_loss, self._current_rate())
 
     def progress_so_far(self) -> str:
         """Rate and loss since the last evaluation, for the progress bar; waits for the device."""

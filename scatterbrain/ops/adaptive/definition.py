@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-# How many times the clusters that still fit are taken in order. The second and third time find what one too large
-# cluster has stopped; more find next to nothing.
+# How many times the clusters that still fit are taken in order. The second and third time take clusters behind one that
+# was too large; further ones add almost nothing.
 ROUNDS = 3
 # Variances of logits below this are rounding of equal keys.
 LEAST_VARIANCE = 1e-8

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from scatterbrain.ops.common.numerics import is_exporting
 
-# Lloyd's steps look at the first of so many points: centroids are means of many, and half of them find as good ones.
+# Lloyd's steps use the first of so many points: centroids are means of many, and half of them give as good ones.
 STEP_EVERY = 2
 # Centroids are found from the first of so many points where a cluster has enough of them on average: of a sequence
 # without its padding, so that padding has no influence.
 SAMPLE_EVERY = 4
 KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
-# It finds variances of logits from the first of each two keys of a long sequence, of each four or eight where so many
-# of a cluster are left on average.
+# Adaptive attention finds variances of logits from the first of each two keys of a long sequence, of each four or eight
+# where so many of a cluster are left on average.
 LONG_SEQUENCE, KEYS_PER_VARIANCE = 2048, 24
 
 

@@ -62,8 +62,6 @@ BUDGETS: dict[str, tuple[Sizes, ...]] = {
     "topk-blocks": DENSITIES,
     "flex-window": WINDOWS,
 }
-LINE_COLOURS = {"topk-blocks": "#999933", "flex-window": COLOURS["local"]} | COLOURS
-LINE_COLOURS |= {"sbcluster": COLOURS["sbtopk"], "sbadaptive": COLOURS["topk"], "pisa": "#661100"}
 BLOCK_BASELINES = ("pisa", "topk-blocks")
 BLOCK = 64
 MATRIX_ENTRIES = 2**26  # of the N x N matrices of dense definitions, which bound the samples of a call
@@ -372,10 +370,10 @@ class FrontierBench(AttentionBench):
             if len(BUDGETS[name][0]) > 2:  # several sizes vary: the points that no other is better than
                 points = sorted(x for x in points if all(other[1] > x[1] for other in points if other < x))
             if points:
-                line = {"color": LINE_COLOURS[name], "linestyle": "-" if name in ATTENTIONS else "--", "markersize": 4}
+                line = {"color": COLOURS[name], "linestyle": "-" if name in ATTENTIONS else "--", "markersize": 4}
                 line |= {"marker": ATTENTION_MARKERS.get(name, "X"), "linewidth": 2.4 if name == "sbcluster" else 1.2}
                 axes.plot(*zip(*points, strict=True), **line)
-                ends.append((*points[-1], name, LINE_COLOURS[name]))
+                ends.append((*points[-1], name, COLOURS[name]))
         axes.axvline(1, color=COLOURS["full"], linestyle=DOTTED)
         axes.set(xscale="log", yscale="log", xlabel="time, full attention = 1", ylabel="relative error of the output")
         style(axes)

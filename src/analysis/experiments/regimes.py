@@ -24,6 +24,7 @@ from scatterbrain.ops.common.projection import draw_projection
 from scatterbrain.ops.sparse.naive import naive_support_attention
 from src.analysis.approximation import effective_keys, mean_and_std, relative_error
 from src.analysis.tools import new_table, print_report, provenance, save_figure, shown, without_paths, write_results
+from src.evaluation.colours import ATTENTION_MARKERS
 from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, LEGEND, new_figure, style
 from src.models.attention_inputs import ONE_HOT, StageInputs
 from src.tasks.options import MAX_SEED
@@ -356,7 +357,7 @@ def draw_curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, error: 
     # a bar below zero has no place on a logarithmic axis
     bars = [min(std, 0.9 * mean) for mean, std in zip(means, stds, strict=True)], stds
     combined = "sb" in name or "+" in name
-    look = {"linestyle": "-", "linewidth": 2 if combined else 1.2, "marker": "s" if combined else "o"}
+    look = {"linestyle": "-", "linewidth": 2 if combined else 1.2, "marker": ATTENTION_MARKERS.get(name, "o")}
     look |= {"linestyle": "--", "linewidth": 0.9, "marker": ""} if name == "uniform" else {}
     look |= {"color": COLOURS[name], "markersize": 3, "elinewidth": 0.8, "capsize": 1.5}
     axes.errorbar(keys, means, yerr=bars, label=NAMES.get(name, name), **look)

@@ -18,6 +18,7 @@ from rich.table import Table
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import BASELINE, cell, sizes_text
 from src.analysis.tools import digits, new_table, print_report, save_figure
+from src.evaluation.colours import ATTENTION_MARKERS
 from src.evaluation.figure_style import COLOURS, DOTTED, FAINT, INK, LEGEND, new_figure, style
 from src.evaluation.results import read_json
 
@@ -198,8 +199,9 @@ def draw_panel(axes: Axes, scaling: Scaling, quantity: str) -> None:
         bold = line.name in (BASELINE, "sblocal", "pairedcluster")
         dashed = line.clock != scaling.lines[0].clock and quantity == "milliseconds"
         look = {"color": COLOURS.get(line.name, "black"), "linestyle": "--" if dashed else "-", "markersize": 4}
-        look |= {"linewidth": 2 if bold else 1.2, "marker": "s" if bold else "o", "zorder": 3, "label": line.name}
-        axes.plot(*zip(*((point.length, getattr(point, quantity)) for point in line.points), strict=True), **look)
+        look |= {"linewidth": 2 if bold else 1.2, "marker": ATTENTION_MARKERS.get(line.name, "o"), "zorder": 3}
+        points = ((point.length, getattr(point, quantity)) for point in line.points)
+        axes.plot(*zip(*points, strict=True), label=line.name, **look)
     axes.set(xscale="log", yscale="log")
     style(axes)
     lengths = list(scaling.batches)

@@ -58,4 +58,4 @@ def test_the_former_colours_of_local_and_smyrf_would_fail():
 def test_every_attention_has_a_colour_and_a_marker_and_grey_ones_share_it():
     assert set(ATTENTION_COLOURS) == set(ATTENTION_MARKERS) == set(ATTENTIONS)
     own = [colour for colour in ATTENTION_COLOURS.values() if colour != OTHER_COLOUR]
-    assert len(set(own)) == len(own) == 7
+    assert len(set(own)) == len(own) == 9
