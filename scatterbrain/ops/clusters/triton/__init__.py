@@ -132,9 +132,9 @@ def remember(
 
     tensors = query, key, value
     if all(with_vector_loads(with_even_rows(x.detach())).data_ptr() == x.data_ptr() for x in tensors):
-        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        options = num_landmarks, window, scale, num_steps, statistics
-        CALLS[known_as] = Call(OPERATOR, (*tensors, None, None), options)
+        records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        options = num_landmarks, window, scale, num_steps, records
+        CALLS[known_as] = Call(OPERATOR, (*tensors, None, None), options, records)
 
 
 @torch.no_grad()
