@@ -149,7 +149,7 @@ def _add_centroids(
             )
 
 
-def _plan_pass(
+def plan_pass(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -354,7 +354,7 @@ def _run(
 ) -> tuple[tuple[BufferLayout, ...], list[torch.Tensor]]:
     """Layouts and buffers of a pass, from the tensors and the other arguments of `run_plan`."""
     inputs = (*(with_vector_loads(x) for x in inputs[:3]), *inputs[3:])
-    found = find_pass(_plan_pass, inputs, tiles_override(), *options)
+    found = find_pass(plan_pass, inputs, tiles_override(), *options)
     with device_of(inputs[0]):
         return found.layouts, launch(found, (), inputs)[1]
 
