@@ -30,7 +30,7 @@ from scatterbrain.ops.clusters.triton.operator import (
     gradient_layouts,
     with_vector_loads,
 )
-from scatterbrain.ops.common.calls import PLAIN_TENSORS
+from scatterbrain.ops.common.calls import needs_dispatcher
 from scatterbrain.ops.common.passes import (
     FusedFunction,
     Operator,
@@ -140,16 +140,12 @@ def _(
 
 def find_statistics(*arguments: Any) -> torch.Tensor:
     """Result of `run_statistics`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    return (cluster_statistics if _needs_dispatcher(arguments[:4]) else run_statistics)(*arguments)
+    return (cluster_statistics if needs_dispatcher(arguments[:4]) else run_statistics)(*arguments)
 
 
 def find_plan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Results of `run_plan`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    return (adaptive_plan if _needs_dispatcher(arguments[:6]) else run_plan)(*arguments)
-
-
-def _needs_dispatcher(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    return torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors])
+    return (adaptive_plan if needs_dispatcher(arguments[:6]) else run_plan)(*arguments)
 
 
 def _forward_pass(
@@ -389,7 +385,7 @@ OPERATOR = Operator(_forward_pass, _backward_pass, run_forward, run_backward, 5,
 def attend(*arguments: Any) -> torch.Tensor:
     """Output of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
     tensors, options = arguments[:7], arguments[7:]
-    if _needs_dispatcher(tensors):
+    if needs_dispatcher(tensors):
         return fused_adaptive_attention(*arguments)[0]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
     with device_of(tensors[0]):
