@@ -22,6 +22,7 @@ import torch
 from scatterbrain.attention.base import AttentionModule, refuse_causal
 from scatterbrain.errors import UserError, check_whole_number, is_number
 from scatterbrain.ops.adaptive import adaptive_attention, naive_adaptive_attention, plan_adaptive_attention
+from scatterbrain.ops.adaptive.attention import run_adaptive_again
 from scatterbrain.ops.adaptive.plan import check_density, exact_keys
 from scatterbrain.ops.clusters import (
     assign_key_clusters,
@@ -306,6 +307,14 @@ class SBAdaptiveAttention(AttentionModule):
             **self._plan_options(query, key, options["key_lengths"]),
             **options,
         )
+
+    def _attend_again(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float
+    ) -> torch.Tensor | None:
+        sizes = self.num_landmarks, self.num_query_landmarks, self.density, self.local_context
+        options = self.tolerance, self.softmax_temp, self.causal, self.num_steps, self.value_weight
+        options = *options, dropout_p, False, self.backend
+        return run_adaptive_again(query, key, value, *sizes, *options, tokens_first=True)[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         scale, key_lengths = options["scale"], options["key_lengths"]

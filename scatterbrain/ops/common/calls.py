@@ -36,6 +36,11 @@ class Cache(dict):
 CALLS: Cache = Cache()
 
 
+def needs_dispatcher(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether a call has to go by its `torch.library` operator: `torch.compile`, or a tensor subclass."""
+    return torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors])
+
+
 def call_key(*tensors: torch.Tensor | None, tokens_first: bool = False) -> tuple:
     """What a `LaunchSequence` depends on of these tensors: shapes, strides, dtypes, device, and alignment.
 

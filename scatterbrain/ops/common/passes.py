@@ -39,12 +39,13 @@ class Operator(NamedTuple):
     """A fused operator of query, key, value, more tensors that may be None and have no gradient, and options.
 
     Attributes:
-        forward_pass: makes the forward pass from tensors and options; the last option is whether to keep statistics.
-        backward_pass: makes the backward pass from gradient, tensors, output and options.
+        forward_pass: makes the forward pass from tensors, without buffers, and options.
+        backward_pass: makes the backward pass from gradient, tensors without buffers, output and options.
         run_forward: output and statistics of tensors and options that no pass is known for.
         run_backward: gradients of gradient, tensors, output, statistics and options that no pass is known for.
         num_options: number of the forward pass's options that the backward pass takes.
         tiles_override: gives the tile settings that replace those of the table, or None.
+        num_buffers: number of the last tensors that are buffers of an earlier pass.
     """
 
     forward_pass: Callable[..., Pass]
@@ -53,6 +54,12 @@ class Operator(NamedTuple):
     run_backward: Callable[..., tuple[torch.Tensor, ...]]
     num_options: int
     tiles_override: Callable[[], Any]
+    num_buffers: int = 0
+
+    def split(self, tensors: list[torch.Tensor | None]) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """The tensors without buffers, and the buffers."""
+        end = len(tensors) - self.num_buffers
+        return tensors[:end], tensors[end:]
 
 
 def pass_key(
@@ -143,7 +150,9 @@ class FusedFunction(torch.autograd.Function):
         if found is None:
             out, statistics = operator.run_forward(*tensors, *options)
         else:
-            (out,), (statistics, *_) = launch(found, (), tensors, tokens_first=tokens_first)
+            inputs, given = operator.split(tensors)
+            (out,), buffers = launch(found, (), inputs, buffers=given, tokens_first=tokens_first)
+            statistics = buffers[len(given)]
         ctx.save_for_backward(*tensors, out, statistics)
         ctx.call = operator, options[: operator.num_options], tokens_first
         return out
@@ -159,17 +168,18 @@ class FusedFunction(torch.autograd.Function):
         """What `backward` returns."""
         operator, options, tokens_first = ctx.call
         *tensors, out, statistics = ctx.saved_tensors
+        inputs, given = operator.split(tensors)
         no_gradients = [None] * (len(tensors) - 2)
         key = pass_key(
             operator.backward_pass,
-            (gradient, *tensors, out),
+            (gradient, *inputs, out),
             operator.tiles_override(),
             options,
             tokens_first=tokens_first,
         )
         found = PASSES.get(key)
         if found is not None:
-            gradients, _ = launch(found, (gradient,), tensors, (out,), (statistics,), tokens_first)
+            gradients, _ = launch(found, (gradient,), inputs, (out,), (*given, statistics), tokens_first)
             return (*gradients, *no_gradients)
         if tokens_first:
             gradient, out = gradient.transpose(1, 2), out.transpose(1, 2)
@@ -188,14 +198,27 @@ class Call:
 
     Args:
         operator: the operator.
-        tensors: what the kernels got of that call.
-        options: options of the forward pass; with the last one autograd records the call.
+        tensors: what the kernels got of that call, without buffers.
+        options: options of the forward pass.
+        records: whether autograd records the call.
+        earlier: arguments of `pass_key` for the pass that makes the buffers from query, key, value and None for each
+            other tensor. None for an operator without buffers.
     """
 
-    def __init__(self, operator: Operator, tensors: tuple[torch.Tensor | None, ...], options: tuple) -> None:
-        self._operator, self._options = operator, options
+    def __init__(
+        self,
+        operator: Operator,
+        tensors: tuple[torch.Tensor | None, ...],
+        options: tuple,
+        records: bool,
+        earlier: tuple[Callable[..., Pass], tuple[torch.Tensor | None, ...], Any, tuple] | None = None,
+    ) -> None:
+        self._operator, self._options, self._records = operator, options, records
         self._key = pass_key(operator.forward_pass, tensors, operator.tiles_override(), options)
         self._others = (None,) * (len(tensors) - 4)
+        self._earlier = None
+        if earlier is not None:
+            self._earlier = pass_key(*earlier), (None,) * (len(earlier[1]) - 3)
         # a projection is rounded to it
         self._dtype = None if tensors[3] is None else tensors[3].dtype
 
@@ -207,16 +230,23 @@ class Call:
         first: torch.Tensor | None = None,
         tokens_first: bool = False,
     ) -> torch.Tensor | None:
-        """The output; None if the pass is no longer known."""
+        """The output; None if a pass is no longer known."""
         found = PASSES.get(self._key)
         if found is None:
             return None
         if first is not None and first.dtype is not self._dtype:
             first = first.to(self._dtype)
         tensors = query, key, value, first, *self._others
-        if self._options[-1]:
-            return FusedFunction.apply(*tensors, (self._operator, self._options, found, tokens_first))
-        return launch(found, (), tensors, tokens_first=tokens_first)[0][0]
+        buffers = ()
+        if self._earlier is not None:
+            earlier_key, others = self._earlier
+            earlier = PASSES.get(earlier_key)
+            if earlier is None:
+                return None
+            buffers = launch(earlier, (), (query, key, value, *others))[1][: self._operator.num_buffers]
+        if self._records:
+            return FusedFunction.apply(*tensors, *buffers, (self._operator, self._options, found, tokens_first))
+        return launch(found, (), tensors, buffers=buffers, tokens_first=tokens_first)[0][0]
 
 
 def by_token(batch: int, heads: int, length: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,10 @@ import torch
 from scatterbrain.attention import create_attention
 from scatterbrain.attention.sblocal import SBLocalAttention
 from scatterbrain.errors import UserError
-from scatterbrain.ops import clusters, scatterbrain
+from scatterbrain.ops import adaptive, clusters, scatterbrain
+from scatterbrain.ops.adaptive import adaptive_attention, plan_adaptive_attention
+from scatterbrain.ops.adaptive.triton.tiles import ExactTiles
+from scatterbrain.ops.adaptive.triton.tiles import use_tiles as use_exact_tiles
 from scatterbrain.ops.clusters import landmark_attention
 from scatterbrain.ops.clusters.triton.tiles import LandmarkTiles
 from scatterbrain.ops.clusters.triton.tiles import use_tiles as use_landmark_tiles
@@ -23,7 +26,9 @@ from tests.helpers import draw_inputs
 triton = pytest.importorskip("triton")
 passes = pytest.importorskip("scatterbrain.ops.common.passes")
 
-from scatterbrain.ops.clusters.triton.operator import fused_landmark_attention  # noqa: E402 - imports triton
+from scatterbrain.ops.adaptive.triton import tables  # noqa: E402 - imports triton
+from scatterbrain.ops.adaptive.triton.operator import fused_adaptive_attention, run_statistics  # noqa: E402
+from scatterbrain.ops.clusters.triton.operator import fused_landmark_attention  # noqa: E402
 from scatterbrain.ops.scatterbrain.triton.operator import fused_attention  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
@@ -31,14 +36,14 @@ needs_interpreter = pytest.mark.skipif(
     reason="the kernels are compiled for the GPU here, or Triton's interpreter is too old for them",
 )
 DEVICES = [pytest.param("cpu", marks=needs_interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-NAMES = ("sblocal", "sbcluster")
+NAMES = ("sblocal", "sbcluster", "sbadaptive")
 LENGTH, WIDTH = 14, 16
 
 
 @pytest.fixture(autouse=True)
 def _no_earlier_calls(monkeypatch):
     monkeypatch.setattr(calls, "CALLS", calls.Cache())
-    for module in (scatterbrain.triton, clusters.triton, clusters.causal.triton):
+    for module in (scatterbrain.triton, clusters.triton, clusters.causal.triton, adaptive.triton):
         monkeypatch.setattr(module, "CALLS", calls.CALLS)
 
 
@@ -52,6 +57,8 @@ class Workload:
         self.rows = rows.to(device, torch.float32)
         self.causal = {"is_causal": True} if name == "causal" else {}
         name, options = ("sbcluster", {"causal": True}) if name == "causal" else (name, {})
+        if name == "sbadaptive":
+            options = {"num_landmarks": 4, "num_query_landmarks": 3, "density": 0.4}
         options |= {"memory_fraction": 0.4, "backend": "triton"}
         self.module = create_attention(name, LENGTH, WIDTH, **options).to(device).eval()
 
@@ -71,6 +78,9 @@ class Workload:
         if self.name == "sblocal":
             return scatterbrain_attention(*tensors, options.pop("rows", self.rows), options.pop("window", 4), **options)
         sizes = options.pop("num_landmarks", 4), options.pop("window", 4)
+        if self.name == "sbadaptive":
+            own = options.pop("num_query_landmarks", 3), options.pop("density", 0.4)
+            return adaptive_attention(*tensors, sizes[0], *own, sizes[1], **options)
         return landmark_attention(*tensors, *sizes, **self.causal, **options)
 
     def both(self, **options) -> list[torch.Tensor]:
@@ -85,7 +95,7 @@ class Workload:
 def count_checks(monkeypatch):
     """Counts calls of the operators' checks."""
     counted = []
-    for module in (scatterbrain, clusters.landmark, clusters.causal.attention):
+    for module in (scatterbrain, clusters.landmark, clusters.causal.attention, adaptive.attention):
         monkeypatch.setattr(module, "check_dropout", counted.append)
     return counted
 
@@ -93,9 +103,11 @@ def count_checks(monkeypatch):
 both_kinds = pytest.mark.parametrize("is_module", [False, True], ids=["operator", "module"])
 each_operator = pytest.mark.parametrize("name", NAMES)
 each_kernel = pytest.mark.parametrize("name", [*NAMES, "causal"])
-# one operator called as such, the other as a module
+# some operators called as such, the others as a module
 each_way = pytest.mark.parametrize(
-    ("name", "is_module"), [("sblocal", False), ("sbcluster", True)], ids=["operator-sblocal", "module-sbcluster"]
+    ("name", "is_module"),
+    [("sblocal", False), ("sbcluster", True), ("sbadaptive", False)],
+    ids=["operator-sblocal", "module-sbcluster", "operator-sbadaptive"],
 )
 each_device = pytest.mark.parametrize("device", DEVICES)
 
@@ -125,11 +137,39 @@ def test_modules_and_operators_know_the_calls_of_each_other(name, device, count_
     module = workload.module
     sizes = {"window": module.local_context}
     sizes |= {"rows": module.projection_matrix} if name == "sblocal" else {"num_landmarks": module.num_landmarks}
+    if name == "sbadaptive":
+        sizes |= {"num_query_landmarks": module.num_query_landmarks, "density": module.density}
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in workload.heads_first]
     leaves = [x.requires_grad_() for x in tensors]
     out = workload(*leaves, **sizes)
     assert len(count_checks) == 1
     assert torch.equal(out, first[0].transpose(1, 2))
+
+
+@each_device
+def test_calls_that_take_no_cluster_are_those_of_landmarks(device, count_checks):
+    workload = Workload("sbadaptive", device, False)
+    first = workload.both(density=0)
+    assert all(map(torch.equal, workload.both(density=0), first))
+    assert len(count_checks) == 1
+    workload.name = "sbcluster"
+    assert all(map(torch.equal, workload.both(), first))
+
+
+@each_device
+def test_calls_of_passes_that_are_no_longer_known_are_checked_again(device, count_checks, monkeypatch):
+    monkeypatch.setattr(passes, "PASSES", passes.Cache())
+    workload = Workload("sbadaptive", device, False)
+    first = workload.both()
+    keys = list(passes.PASSES)
+    assert len(keys) == 3  # of the plan, of the attention, and of the gradients
+    for count, key in enumerate(keys[:2], 2):
+        del passes.PASSES[key]
+        assert all(map(torch.equal, workload.both(), first))
+        assert len(count_checks) == count
+    del passes.PASSES[keys[2]]
+    assert all(map(torch.equal, workload.both(), first))
+    assert len(count_checks) == 3
 
 
 def bad_calls(workload: Workload) -> list[tuple[str, list, dict]]:
@@ -142,9 +182,12 @@ def bad_calls(workload: Workload) -> list[tuple[str, list, dict]]:
         ("query has to be a floating-point", [query.long(), key, value], {}),
         ("key_lengths has to be integers", [query, key, value], {"key_lengths": torch.ones(2)}),
         ("key_lengths has to be integers of shape", [query, key, value], {"key_lengths": torch.ones(3).long()}),
-        ("attn_mask has to be boolean", [query, key, value], {"attn_mask": torch.ones(2, LENGTH)}),
         ("enable_gqa=0", [query, key, value], {"enable_gqa": 0}),
     ]
+    if workload.name != "sbadaptive":
+        calls_.append(("attn_mask has to be boolean", [query, key, value], {"attn_mask": torch.ones(2, LENGTH)}))
+    elif workload.is_module:
+        calls_.append(("takes no attn_mask", [query, key, value], {"attn_mask": torch.ones(2, LENGTH).bool()}))
     if not workload.is_module:
         calls_ += [
             ("window=4.0", [query, key, value], {"window": 4.0}),
@@ -160,10 +203,22 @@ def bad_calls(workload: Workload) -> list[tuple[str, list, dict]]:
             ("projection has to be", [query, key, value], {"rows": workload.rows[:, :8]}),
             ("no gradient for the projection", [query, key, value], {"rows": workload.rows.clone().requires_grad_()}),
         ]
-    elif not workload.is_module:
+    elif workload.name == "sbcluster" and not workload.is_module:
         calls_ += [
             ("num_steps=1.0", [query, key, value], {"num_steps": 1.0}),
             ("num_clusters=True", [query, key, value], {"num_landmarks": True}),
+        ]
+    elif not workload.is_module:
+        calls_ += [
+            ("is_causal=0", [query, key, value], {"is_causal": 0}),
+            ("cannot be causal", [query, key, value], {"is_causal": True}),
+            ("num_steps=1.0", [query, key, value], {"num_steps": 1.0}),
+            ("num_landmarks=True", [query, key, value], {"num_landmarks": True}),
+            ("num_query_landmarks=True", [query, key, value], {"num_query_landmarks": True}),
+            ("density=True", [query, key, value], {"density": True}),
+            ("tolerance=1", [query, key, value], {"tolerance": 1}),
+            ("query_lengths has to be integers", [query, key, value], {"query_lengths": torch.ones(2)}),
+            ("plan has to be", [query, key, value], {"plan": 1}),
         ]
     return calls_
 
@@ -174,8 +229,10 @@ def bad_calls(workload: Workload) -> list[tuple[str, list, dict]]:
 def test_bad_input_after_a_good_call_is_refused(name, device, is_module):
     workload = Workload(name, device, is_module)
     options = [{}] if is_module else [{}, {"window": 1}]
-    if not is_module and name == "sbcluster":
+    if not is_module and name != "sblocal":
         options.append({"num_landmarks": 1})
+    if not is_module and name == "sbadaptive":
+        options += [{"num_query_landmarks": 1}, {"density": 1}]
     for good in options:
         for _ in range(2):
             workload(*workload.tensors(), **good)
@@ -194,6 +251,12 @@ def test_changed_options_are_seen(name, device):
     own = {"rows": workload.rows.roll(1, 1)} if name == "sblocal" else {"num_steps": 0}
     variants = [{}, {"window": 6}, {"scale": 0.7}, {"scale": 1}, {"backend": "torch"}, own]
     variants.append({"key_lengths": torch.tensor([LENGTH, 7], device=device)})
+    if name == "sbadaptive":
+        tiles = use_exact_tiles(ExactTiles(32, 16, 4, 1, 32, 16, 4, 1, 32, 16, 4, 1))
+        lengths = torch.tensor([LENGTH, 7], device=device)
+        plan = plan_adaptive_attention(*workload.heads_first, 5, 2, 0.3)
+        variants += [{"density": 1}, {"num_query_landmarks": 2}, {"tolerance": 0.3}]
+        variants += [{"value_weight": 0.5}, {"query_lengths": lengths}, {"plan": plan}]
     expected = []
     for options in variants:
         calls.CALLS.clear()
@@ -250,6 +313,11 @@ def test_statistics_have_no_gradient_of_zeros(name):
     leaves = [x.requires_grad_() for x in (query, key, value)]
     if name == "sblocal":
         out, statistics = fused_attention(*leaves, rows, None, 4, 0.25, True, False, 0.0, True)
+    elif name == "sbadaptive":
+        plan = plan_adaptive_attention(query, key, value, 4, 3, 0.4)
+        labels, buffer = tables.fill_tables(plan, sorts_keys=True)
+        means = run_statistics(key.detach(), value.detach(), None, labels, 4)
+        out, statistics = fused_adaptive_attention(*leaves, None, labels, means, buffer, 4, 3, plan.num_exact, 4, 0.25)
     else:
         out, statistics = fused_landmark_attention(*leaves, None, None, 4, 4, 0.25, 1, True)
     assert statistics.numel() > 0

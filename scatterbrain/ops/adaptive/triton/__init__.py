@@ -6,7 +6,9 @@ import torch
 
 from scatterbrain.ops.adaptive.definition import AdaptivePlan, exact_keys
 from scatterbrain.ops.clusters import triton as landmarks
-from scatterbrain.ops.clusters.triton import with_even_rows
+from scatterbrain.ops.clusters.triton import are_read_in_place, with_even_rows
+from scatterbrain.ops.clusters.triton.tiles import tiles_override
+from scatterbrain.ops.common.calls import CALLS
 
 # With more query clusters, the search for the one of a tile no longer fits the registers.
 MAX_QUERY_LANDMARKS = 256
@@ -109,3 +111,47 @@ def attention(
     options = (num_landmarks, num_query_landmarks, num_exact, window, scale)
     out = attend(query, key, value, key_lengths, labels, statistics, tables, *options)
     return out if width == value.shape[3] else out[..., :width]
+
+
+def remember(
+    known_as: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    num_query_landmarks: int,
+    density: float,
+    window: int,
+    tolerance: float | None,
+    scale: float,
+    num_steps: int,
+) -> None:
+    """Let calls that are like a checked one run the kernels at once, if these take its tensors as they are.
+
+    Args:
+        known_as: key of the call in `CALLS`.
+        query: (B, H, T, E).
+        key: (B, H, S, E).
+        value: (B, H, S, D).
+        num_landmarks: number of key clusters M, at most S.
+        num_query_landmarks: number of query clusters Q, at most T.
+        density: largest share of the keys that a query cluster takes.
+        window: width W; 0 for no window.
+        tolerance: estimated share of a query cluster's weight that landmarks may misplace; None for all that fits.
+        scale: softmax scale.
+        num_steps: Lloyd steps.
+    """
+    from scatterbrain.ops.adaptive.triton.operator import OPERATOR
+    from scatterbrain.ops.adaptive.triton.plan import plan_pass
+    from scatterbrain.ops.common.passes import Call
+
+    tensors = query, key, value
+    num_exact = exact_keys(density, key.shape[2])
+    if num_exact == 0:
+        landmarks.remember(known_as, *tensors, num_landmarks, window, scale, num_steps)
+    elif are_read_in_place(*tensors):
+        records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        options = (num_landmarks, num_query_landmarks, float(density), tolerance, scale, num_steps, records)
+        earlier = (plan_pass, (*tensors, None, None, None), tiles_override(), options)
+        options = (num_landmarks, num_query_landmarks, num_exact, window, scale)
+        CALLS[known_as] = Call(OPERATOR, (*tensors, None, None), options, records, earlier)

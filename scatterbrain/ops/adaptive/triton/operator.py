@@ -21,7 +21,6 @@ from scatterbrain.ops.adaptive.triton.exact import (
 from scatterbrain.ops.adaptive.triton.plan import run_plan
 from scatterbrain.ops.adaptive.triton.tables import tables_layout
 from scatterbrain.ops.adaptive.triton.tiles import ExactTiles, tiles_for, tiles_override
-from scatterbrain.ops.clusters.triton import operator as landmarks
 from scatterbrain.ops.clusters.triton.operator import (
     LandmarkPlan,
     add_attention_kernel,
@@ -31,15 +30,16 @@ from scatterbrain.ops.clusters.triton.operator import (
     gradient_layouts,
     with_vector_loads,
 )
-from scatterbrain.ops.common.calls import PLAIN_TENSORS
+from scatterbrain.ops.common.calls import needs_dispatcher
 from scatterbrain.ops.common.passes import (
+    FusedFunction,
+    Operator,
     Pass,
-    allocate,
     by_token,
     describe_outputs,
     find_pass,
+    launch,
     power_of_two,
-    scratch_memory,
 )
 from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
@@ -83,10 +83,6 @@ class _Call:
         return self.plan.length // rows + self.num_query_landmarks
 
 
-def _override() -> tuple:
-    return landmarks.tiles_override(), tiles_override()
-
-
 def _statistics_pass(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -112,11 +108,9 @@ def run_statistics(
     """Means and sizes of given clusters, (bytes,) uint8, see `LandmarkPlan.clusters`; arguments as in `run_forward`."""
     key, value = with_vector_loads(key), with_vector_loads(value)
     tensors = (key, value, key_lengths, labels)
-    found = find_pass(_statistics_pass, tensors, _override(), num_landmarks)
-    _, buffers = allocate(found, key)
+    found = find_pass(_statistics_pass, tensors, tiles_override(), num_landmarks)
     with device_of(key):
-        found.launches((key, value, key if key_lengths is None else key_lengths, labels), buffers)
-    return buffers[0]
+        return launch(found, (), tensors)[1][0]
 
 
 cluster_statistics = torch.library.custom_op("scatterbrain::cluster_statistics", run_statistics, mutates_args=())
@@ -146,16 +140,12 @@ def _(
 
 def find_statistics(*arguments: Any) -> torch.Tensor:
     """Result of `run_statistics`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    return (cluster_statistics if _needs_dispatcher(arguments[:4]) else run_statistics)(*arguments)
+    return (cluster_statistics if needs_dispatcher(arguments[:4]) else run_statistics)(*arguments)
 
 
 def find_plan(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Results of `run_plan`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    return (adaptive_plan if _needs_dispatcher(arguments[:6]) else run_plan)(*arguments)
-
-
-def _needs_dispatcher(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    return torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors])
+    return (adaptive_plan if needs_dispatcher(arguments[:6]) else run_plan)(*arguments)
 
 
 def _forward_pass(
@@ -231,13 +221,10 @@ def run_forward(
     Returns:
         Output (B, H, T, D), and log normalisers for the backward pass, (bytes,) uint8.
     """
-    query, key, value = (with_vector_loads(x) for x in (query, key, value))
+    inputs = (*(with_vector_loads(x) for x in (query, key, value)), key_lengths, labels)
     options = (num_landmarks, num_query_landmarks, num_exact, window, scale)
-    found = find_pass(_forward_pass, (query, key, value, key_lengths, labels), _override(), *options)
-    (out,), (normalisers,) = allocate(found, query)
-    # a kernel does not read what is None
-    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    found.launches((query, key, value, key_lengths, labels, out), (statistics, tables, normalisers))
+    found = find_pass(_forward_pass, inputs, tiles_override(), *options)
+    (out,), (_, _, normalisers) = launch(found, (), inputs, buffers=(statistics, tables))
     return out, normalisers
 
 
@@ -361,14 +348,10 @@ def run_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; arguments as in `run_forward` and what it returned."""
     gradient, query, key, value = (with_vector_loads(x) for x in (gradient, query, key, value))
-    inputs = (gradient, query, key, value, key_lengths, labels, out)
+    inputs = (query, key, value, key_lengths, labels)
     options = (num_landmarks, num_query_landmarks, num_exact, window, scale)
-    found = find_pass(_backward_pass, inputs, _override(), *options)
-    gradients, (workspace,) = allocate(found, query)
-    key_lengths, labels = (query if x is None else x for x in (key_lengths, labels))
-    buffers = (statistics, tables, normalisers, workspace, scratch_memory(found.scratch, gradients[1]))
-    found.launches((gradient, query, key, value, key_lengths, labels, out, *gradients), buffers)
-    return tuple(gradients)
+    found = find_pass(_backward_pass, (gradient, *inputs, out), tiles_override(), *options)
+    return tuple(launch(found, (gradient,), inputs, (out,), (statistics, tables, normalisers))[0])
 
 
 fused_adaptive_attention_backward = torch.library.custom_op(
@@ -396,28 +379,16 @@ def _backward(ctx, gradient, _):
 fused_adaptive_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-class FusedAdaptiveAttention(torch.autograd.Function):
-    """The operator without the dispatcher, which costs eager calls more than the kernels of short sequences take."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        """Results and arguments as in `run_forward`."""
-        results = run_forward(*arguments)
-        _setup_context(ctx, arguments, results)
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        """Gradients of query, key and value."""
-        return (*run_backward(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 9)
+OPERATOR = Operator(_forward_pass, _backward_pass, run_forward, run_backward, 5, tiles_override, num_buffers=2)
 
 
 def attend(*arguments: Any) -> torch.Tensor:
     """Output of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
-    tensors = arguments[:7]
-    if _needs_dispatcher(tensors):
+    tensors, options = arguments[:7], arguments[7:]
+    if needs_dispatcher(tensors):
         return fused_adaptive_attention(*arguments)[0]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
     with device_of(tensors[0]):
-        return (FusedAdaptiveAttention.apply if needs_grad else run_forward)(*arguments)[0]
+        if needs_grad:
+            return FusedFunction.apply(*tensors, (OPERATOR, options, None, False))
+        return run_forward(*arguments)[0]

@@ -28,7 +28,7 @@ from scatterbrain.ops.clusters.triton.operator import (
     with_vector_loads,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
-from scatterbrain.ops.common.passes import Pass, allocate, find_pass, padded_width, power_of_two
+from scatterbrain.ops.common.passes import Pass, find_pass, launch, padded_width, power_of_two
 from scatterbrain.ops.common.triton_functions import BufferLayout, LaunchSequence, device_of, row_strides
 
 
@@ -149,7 +149,7 @@ def _add_centroids(
             )
 
 
-def _plan_pass(
+def plan_pass(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -354,14 +354,9 @@ def _run(
 ) -> tuple[tuple[BufferLayout, ...], list[torch.Tensor]]:
     """Layouts and buffers of a pass, from the tensors and the other arguments of `run_plan`."""
     inputs = (*(with_vector_loads(x) for x in inputs[:3]), *inputs[3:])
-    query = inputs[0]
-    found = find_pass(_plan_pass, inputs, tiles_override(), *options)
-    _, buffers = allocate(found, query)
-    # a kernel does not read what is None
-    tensors = [query if x is None else x for x in inputs]
-    with device_of(query):
-        found.launches(tensors, buffers)
-    return found.layouts, buffers
+    found = find_pass(plan_pass, inputs, tiles_override(), *options)
+    with device_of(inputs[0]):
+        return found.layouts, launch(found, (), inputs)[1]
 
 
 @torch.no_grad()

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from scatterbrain.ops.clusters.triton.tiles import LandmarkTiles
+from scatterbrain.ops.clusters.triton.tiles import tiles_override as landmark_tiles_override
+
 
 @dataclass(frozen=True)
 class ExactTiles:
@@ -82,6 +85,6 @@ def use_tiles(tiles: ExactTiles) -> Iterator[None]:
         _override = before
 
 
-def tiles_override() -> ExactTiles | None:
-    """The tiles of `use_tiles`; None outside it."""
-    return _override
+def tiles_override() -> tuple[LandmarkTiles | None, ExactTiles | None]:
+    """The tiles of `use_tiles` of the landmark kernels, and those of `use_tiles` here; None outside them."""
+    return landmark_tiles_override(), _override

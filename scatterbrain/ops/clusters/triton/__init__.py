@@ -129,14 +129,21 @@ def remember(
         scale: softmax scale.
         num_steps: Lloyd steps.
     """
-    from scatterbrain.ops.clusters.triton.operator import OPERATOR, with_vector_loads
+    from scatterbrain.ops.clusters.triton.operator import OPERATOR
     from scatterbrain.ops.common.passes import Call
 
     tensors = query, key, value
-    if all(with_vector_loads(with_even_rows(x.detach())).data_ptr() == x.data_ptr() for x in tensors):
-        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        options = num_landmarks, window, scale, num_steps, statistics
-        CALLS[known_as] = Call(OPERATOR, (*tensors, None, None), options)
+    if are_read_in_place(*tensors):
+        records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        options = num_landmarks, window, scale, num_steps, records
+        CALLS[known_as] = Call(OPERATOR, (*tensors, None, None), options, records)
+
+
+def are_read_in_place(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these tensors (B, H, N, width) without a copy."""
+    from scatterbrain.ops.clusters.triton.operator import with_vector_loads
+
+    return all(with_vector_loads(with_even_rows(x.detach())).data_ptr() == x.data_ptr() for x in tensors)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from scatterbrain.ops.clusters.triton.kmeans import (
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_for, tiles_override, window_band
 from scatterbrain.ops.common.backends import with_near_rows
-from scatterbrain.ops.common.calls import PLAIN_TENSORS
+from scatterbrain.ops.common.calls import needs_dispatcher
 from scatterbrain.ops.common.passes import (
     FusedFunction,
     Operator,
@@ -697,8 +697,7 @@ def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     tensors, (*options, statistics) = arguments[:5], arguments[5:]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
     options = (*options, statistics or needs_grad)
-    is_plain = all([x is None or type(x) in PLAIN_TENSORS for x in tensors])
-    if torch.compiler.is_compiling() or not is_plain or (needs_grad and statistics):
+    if needs_dispatcher(tensors) or (needs_grad and statistics):
         return fused_landmark_attention(*tensors, *options)
     with device_of(tensors[0]):
         if needs_grad:

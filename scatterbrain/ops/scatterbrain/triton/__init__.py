@@ -176,8 +176,8 @@ def remember(
     tensors = _kernel_inputs(query, key, value, projection, None)
     is_given = all(x is y for x, y in zip(tensors, (query, key, value), strict=False)) and projection.is_contiguous()
     if is_given and not is_causal:
-        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        CALLS[known_as] = Call(OPERATOR, tensors, (window, scale, True, False, 0.0, statistics))
+        records = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        CALLS[known_as] = Call(OPERATOR, tensors, (window, scale, True, False, 0.0, records), records)
 
 
 @torch.no_grad()

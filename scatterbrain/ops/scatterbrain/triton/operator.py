@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scatterbrain.ops.common.backends import with_near_rows
-from scatterbrain.ops.common.calls import PLAIN_TENSORS
+from scatterbrain.ops.common.calls import needs_dispatcher
 from scatterbrain.ops.common.passes import (
     FusedFunction,
     Operator,
@@ -644,7 +644,7 @@ def attend(
 ) -> torch.Tensor:
     """The output of `run_forward`: by the operator for `torch.compile` and tensor subclasses, else directly."""
     tensors = (query, key, value, projection, key_lengths)
-    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
+    if needs_dispatcher(tensors):
         return fused_attention(*tensors, *options)[0]
     with device_of(query):
         if options[-1]:

@@ -124,8 +124,8 @@ def remember(
     tensors = query, key, value
     taken = _arguments(*(x.detach() for x in tensors), num_landmarks, window, chunk, scale, num_steps, None)
     if all(with_vector_loads(x).data_ptr() == y.data_ptr() for x, y in zip(taken[:3], tensors, strict=True)):
-        statistics = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        CALLS[known_as] = Call(OPERATOR, (*tensors, None), (*taken[4:], statistics))
+        records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        CALLS[known_as] = Call(OPERATOR, (*tensors, None), (*taken[4:], records), records)
 
 
 @torch.no_grad()

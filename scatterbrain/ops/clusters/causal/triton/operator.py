@@ -26,7 +26,7 @@ from scatterbrain.ops.clusters.causal.triton.nodes import (
     landmark_statistics_kernel,
 )
 from scatterbrain.ops.common.backends import with_near_rows
-from scatterbrain.ops.common.calls import PLAIN_TENSORS
+from scatterbrain.ops.common.calls import needs_dispatcher
 from scatterbrain.ops.common.passes import (
     FusedFunction,
     Operator,
@@ -451,7 +451,7 @@ def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     tensors, (*options, statistics) = arguments[:4], arguments[4:]
     needs_grad = torch.is_grad_enabled() and any([x.requires_grad for x in tensors[:3]])
     options = (*options, statistics or needs_grad)
-    if torch.compiler.is_compiling() or any([x is not None and type(x) not in PLAIN_TENSORS for x in tensors]):
+    if needs_dispatcher(tensors):
         return fused_causal_landmark_attention(*tensors, *options)
     with device_of(tensors[0]):
         if needs_grad:
