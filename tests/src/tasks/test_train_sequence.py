@@ -221,6 +221,15 @@ def test_a_training_that_diverges_leaves_its_results(training, monkeypatch, tmp_
     assert "| full | 1 | 100.0 % | 4 of 5 | diverged | - |" in comparison_markdown(comparison)
 
 
+def test_a_training_that_diverges_before_it_is_saved_leaves_its_results(training, monkeypatch, tmp_path):
+    take = SequenceTraining.training_step
+    monkeypatch.setattr(SequenceTraining, "training_step", lambda *arguments: take(*arguments) * math.nan)
+    with pytest.raises(UserError, match=r"became nan at update 2"):
+        training("one")
+    summary = read_summary(tmp_path / "one" / "sequence_training.json")
+    assert (summary.steps_done, summary.history, summary.tokens_per_second) == (2, [], None)
+
+
 def test_the_network_is_compiled(training, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: compiled.append("reset"))
