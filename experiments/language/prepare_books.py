@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # src is not insta
 
 from scatterbrain.errors import UserError
 from src.analysis.tools import Parser, run_tool, say
-from src.datamodules.formats.files import read_file
 from src.datamodules.sequences.base import PARTS
+from src.datamodules.sequences.folders import read_text
 from src.utils.files import atomic_write
 
 BOOKS = Path(__file__).resolve().parents[2] / "data" / "books"
@@ -54,16 +54,16 @@ def split_books(folder: Path, exclude: Sequence[str] = ()) -> tuple[dict[str, by
         exclude: patterns of file names to leave out, as in `fnmatch`.
 
     Raises:
-        UserError: there are fewer than 20 books.
+        UserError: there are fewer than 20 books, or one cannot be read.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.txt"))
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.txt") if not path.is_dir())
     names = [name for name in names if not any(fnmatch.fnmatchcase(Path(name).name, pattern) for pattern in exclude)]
     texts: dict[str, list[bytes]] = {part: [] for part in PARTS}
     books: dict[str, list[str]] = {part: [] for part in (*PARTS, "duplicates")}
     known: set[int] = set()
     number = 0
     for name in names:
-        text = clean_text(read_file(folder / name))
+        text = clean_text(read_text(folder / name))
         sketch = sketch_text(text)
         if not text or len(sketch & known) > SAME_BOOK * len(sketch):
             books["duplicates"].append(name)
@@ -95,10 +95,13 @@ def clean_text(text: bytes) -> bytes:
 
 
 def sketch_text(text: bytes) -> set[int]:
-    """Hashes of one in 64 of a text's sequences of eight words, the same in any edition."""
+    """Hashes of one in 64 of a text's sequences of eight words, the same in any edition; of a short text, of all."""
     words = re.findall(rb"[a-z]+", text.lower())
-    hashes = (zlib.crc32(b" ".join(words[i : i + SHINGLE_WORDS])) for i in range(len(words) - SHINGLE_WORDS + 1))
-    return {each for each in hashes if each % SKETCH_SHARE == 0}
+    if 2 * sum(map(len, words)) < len(text.replace(b" ", b"")):  # another alphabet
+        words = text.split()
+    hashes = {zlib.crc32(b" ".join(words[i : i + SHINGLE_WORDS])) for i in range(len(words) - SHINGLE_WORDS + 1)}
+    # the whole where there are too few words, as where no spaces divide them
+    return {each for each in hashes if each % SKETCH_SHARE == 0} or hashes or {zlib.crc32(text)}
 
 
 def build_parser() -> Parser:
@@ -111,17 +114,30 @@ def build_parser() -> Parser:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    texts, books = split_books(arguments.source, arguments.exclude)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    source, output = arguments.source, arguments.output
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder. Give the folder of the books.")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"{output} is in the folder of the books, and its texts would be books too. Give another --output."
+        )
+    others = [name for name in (*(f"{part}.txt" for part in PARTS), "books.json") if (output / name).exists()]
+    if others and not (output / "books.json").is_file():
+        raise UserError(f"{output / others[0]} is there already, and not from this script. Give another --output.")
+    texts, books = split_books(source, arguments.exclude)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made ({error.strerror}). Give another --output.") from error
     description = {}
     for part, text in texts.items():
-        with atomic_write(arguments.output / f"{part}.txt", "wb") as file:
+        with atomic_write(output / f"{part}.txt", "wb") as file:
             file.write(text)
         description[part] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest(), "books": books[part]}
         say(f"{part}: {len(books[part])} books, {len(text):,} bytes")
     if books["duplicates"]:
         say(f"left out, as editions of a book before: {', '.join(books['duplicates'])}")
-    with atomic_write(arguments.output / "books.json") as file:
+    with atomic_write(output / "books.json") as file:
         file.write(json.dumps(description | {"duplicates": books["duplicates"]}, indent=1) + "\n")
 
 

@@ -64,7 +64,24 @@ def _by_label(summaries: list[SequenceSummary]) -> dict[str, list[SequenceSummar
             label += [f"{name} {size}" for name, size in summary.sizes.items()]
         if len({other.steps for other in mine}) > 1:
             label.append(f"{summary.steps:,} steps")
-        groups.setdefault(", ".join(label), []).append(summary)
+        if len({other.batch_size for other in mine}) > 1:
+            label.append(f"batch {summary.batch_size}")
+        if len({other.parameters for other in mine}) > 1:
+            label.append(f"{summary.parameters:,} weights")
+        if len({other.precision for other in mine}) > 1:
+            label.append(summary.precision)
+        if len({other.data.get("sha256") for other in mine}) > 1:
+            label.append(f"data {summary.data.get('sha256', '')[:6]}")
+        for name in dict.fromkeys(name for other in mine for name in other.options):
+            if len({str(other.options.get(name)) for other in mine}) > 1:
+                label.append(f"{name} {summary.options.get(name)}")
+        name = text = ", ".join(label)
+        number = 1
+        # a seed that is there already: the trainings differ in an option that a summary does not have
+        while summary.seed in {other.seed for other in groups.get(name, [])}:
+            number += 1
+            name = f"{text} ({number})"
+        groups.setdefault(name, []).append(summary)
 
     def rank(label: str) -> tuple[bool, float]:
         value = _mean(groups[label], "test")
@@ -91,11 +108,15 @@ def compare_trainings(folders: Sequence[str | os.PathLike[str]], failed: Sequenc
         UserError: there is none in a folder, or a file is damaged.
     """
     summaries, without = [], [str(folder) for folder in failed]
+    known: set[Path] = set()  # folders may hold one another
     for folder in map(Path, folders):
         runs = find_runs(folder, SEQUENCE_FILE)
         if not any(not lacks for lacks in runs.values()):
             raise UserError(f"There is no {SEQUENCE_FILE} under {folder}. Give folders of trainings.")
         for run, lacks in runs.items():
+            if run.resolve() in known:
+                continue
+            known.add(run.resolve())
             if lacks:
                 without.append(str(run))
             else:

@@ -186,6 +186,8 @@ def create_network(
     width = dim if qkv_dim is None else qkv_dim
     if width % heads:
         raise UserError(f"model.heads={heads} does not divide a width of {width}. Choose another.")
+    if not isinstance(attention, Mapping) or "name" not in attention:
+        raise UserError(f"model.attention={attention} is not valid. Choose an attention by model/attention=NAME.")
     options = {**attention, "memory_fraction": memory_fraction}
     name = options.pop("name")
     if causal:  # an attention without the option is refused only here

@@ -9,6 +9,8 @@ import torch
 
 from scatterbrain.errors import UserError
 
+# What torch says where the memory of the CPU is too small; there is no class for it.
+_NO_CPU_MEMORY = "DefaultCPUAllocator"
 # How torch's data loader begins its message about a worker that has exited.
 _LOST_WORKER = "DataLoader worker"
 
@@ -26,7 +28,7 @@ def explain_errors(batch_size: int, compile_option: str | None = None) -> Iterat
         compile_option: the option that turned on `torch.compile`; None where nothing is compiled.
 
     Raises:
-        UserError: the device ran out of memory, or the compiler failed.
+        UserError: the device or the CPU ran out of memory, or the compiler failed.
         WorkersLostError: a data loader worker was killed, or ran out of memory.
         KeyboardInterrupt: after Ctrl-C.
     """
@@ -39,6 +41,8 @@ def explain_errors(batch_size: int, compile_option: str | None = None) -> Iterat
     except torch.OutOfMemoryError as error:
         raise UserError(f"The device ran out of memory. Lower datamodule.batch_size (now {batch_size}).") from error
     except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_CPU_MEMORY in str(error)):
+            raise UserError(f"The memory is too small. Lower datamodule.batch_size (now {batch_size}).") from error
         if isinstance(error, RuntimeError) and _LOST_WORKER in str(error):
             raise WorkersLostError(_lost_worker_message(str(error), batch_size)) from error
         origin = type(error).__module__

@@ -70,7 +70,8 @@ class SequenceTraining(pl.LightningModule):
         self._loss_sum: torch.Tensor | float = 0.0
         self._num_steps = self._tokens = 0
         self._seconds_before = 0.0  # of the steps since the last evaluation, before the training was resumed
-        self._partial_seconds = 0.0  # of the steps since the last evaluation, when the training was saved last
+        # of the steps since the last evaluation, when the training was saved last
+        self._partial_seconds, self._partial_tokens = 0.0, 0
         self._total_before, self._created = 0.0, time.perf_counter()
         self._scores: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -217,11 +218,11 @@ class SequenceTraining(pl.LightningModule):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Rate of training: median over the parts, the first left out where there are more; None without a step."""
+        """Rate of training: median over the parts, the first left out where there are more; None before a save."""
         rates = [entry["tokens_per_second"] for entry in self.history]
         if rates:
             return median(rates[1:] or rates)
-        return self._tokens / self._partial_seconds if self._tokens else None
+        return self._partial_tokens / self._partial_seconds if self._partial_seconds else None
 
     def _current_rate(self) -> float:
         return self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -231,6 +232,7 @@ class SequenceTraining(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the configuration, the history and the sums since the last evaluation, as plain types."""
         self._partial_seconds = seconds_now(self.device) - self._clock_started if self._num_steps else 0.0
+        self._partial_tokens = self._tokens
         checkpoint[CHECKPOINT_KEY] = {
             "config": self._run_config,
             "history": self.history,

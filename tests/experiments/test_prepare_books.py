@@ -74,3 +74,36 @@ def test_what_is_refused(tmp_path, capsys):
     write_books(tmp_path / "books", 19)
     assert prepare_books.main([str(tmp_path / "books"), "--output", str(tmp_path / "out")]) == 1
     assert "holds 19 different books (*.txt), fewer than the 20" in " ".join(capsys.readouterr().err.split())
+
+    def refused(source, output):
+        assert prepare_books.main([str(source), "--output", str(output)]) == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    books = tmp_path / "enough"
+    write_books(books)
+    assert "nowhere is no folder. Give the folder of the books." in refused(tmp_path / "nowhere", tmp_path / "out")
+    # the second run would read the test text as a book
+    assert "is in the folder of the books" in refused(books, books / "texts")
+    assert "is in the folder of the books" in refused(books, books)
+    (tmp_path / "file").write_text("mine")
+    assert "file cannot be made (File exists). Give another --output." in refused(books, tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.txt").write_text("mine")
+    assert "train.txt is there already, and not from this script" in refused(books, tmp_path / "mine")
+    assert (tmp_path / "mine" / "train.txt").read_text() == "mine"
+    (books / "folder.txt").mkdir()  # no book
+    for _ in range(2):  # its own texts are made again
+        assert prepare_books.main([str(books), "--output", str(tmp_path / "out")]) == 0
+    (books / "link.txt").symlink_to(tmp_path / "gone")
+    assert "link.txt cannot be read (No such file or directory)" in refused(books, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["Однажды в студёную зимнюю пору " * 3, "吾輩は猫である。名前はまだ無い。" * 50])
+def test_other_editions_in_other_alphabets_are_left_out(tmp_path, text):
+    write_books(tmp_path)
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "y.txt").write_bytes(b"\xef\xbb\xbf" + text.replace(" ", "\r\n").encode())
+    (tmp_path / "z.txt").write_text("Совсем другая книга, в ней другие слова.", encoding="utf-8")
+    _, names = prepare_books.split_books(tmp_path)
+    assert "y.txt" in names["duplicates"]
+    assert {"x.txt", "z.txt"} <= {*names["train"], *names["validation"]}

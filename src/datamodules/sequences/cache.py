@@ -40,6 +40,10 @@ def read_cached(
     if cache is None:
         return read()
     path = Path(str(cache)).expanduser()
+    if path.is_dir():
+        raise UserError(
+            f"{path} cannot be read as a cache of sequences: it is a folder. Give a file by datamodule.read.cache."
+        )
     if os.path.lexists(path):
         return _load(path, source, description)
     if description is None:

@@ -38,6 +38,7 @@ def read_copy(
     """
     check_whole_number("length", length, 4)
     check_whole_number("num_words", num_words, 2)
+    check_whole_number("datamodule.read.seed", seed, 0)
     if length % 2 or num_words > MAX_WORDS:
         raise UserError(
             f"The copy task takes an even length (got {length}) and at most {MAX_WORDS} words (got {num_words})."

@@ -12,7 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from scatterbrain.errors import UserError, is_number
-from src.datamodules.formats.files import is_no_image, scan_folder
+from src.datamodules.formats.files import is_no_image, read_file, scan_folder
 from src.utils.machine import usable_cpus
 from src.utils.progress import progress_display
 
@@ -76,6 +76,18 @@ def read_all(paths: list[Path], read: Callable[[Path], T], what: str) -> list[T]
             pool.shutdown(cancel_futures=True)
             raise
     return results
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). Replace the file or its permissions.") from error
 
 
 def warn_if_incomplete(root: Path | str, found: Mapping[str, int], complete: Mapping[str, int]) -> None:

@@ -19,11 +19,17 @@ import numpy as np
 import torch
 
 from scatterbrain.errors import UserError, check_whole_number
-from src.datamodules.formats.files import read_file
 from src.datamodules.sampling import hold_out
 from src.datamodules.sequences.base import SequenceData
 from src.datamodules.sequences.cache import digest_of_names, read_cached
-from src.datamodules.sequences.folders import check_holdout, find_root, list_class, read_all, warn_if_incomplete
+from src.datamodules.sequences.folders import (
+    check_holdout,
+    find_root,
+    list_class,
+    read_all,
+    read_text,
+    warn_if_incomplete,
+)
 
 CLASSES = ("neg", "pos")
 COMPLETE = {"train": 25_000, "test": 25_000}
@@ -101,10 +107,7 @@ def _read(files: dict[tuple[str, str], list[Path]]) -> dict[str, torch.Tensor]:
 
 
 def _read_review(path: Path) -> bytes:
-    try:
-        text = read_file(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Replace the file or its permissions.") from error
+    text = read_text(path)
     if not text:
         raise UserError(f"{path} is empty. Replace or remove the file.")
     return text

@@ -220,6 +220,7 @@ def read_listops(
     sizes = {"test": num_test, "validation": num_validation, "train": num_train}
     for name, size in sizes.items():
         check_whole_number(f"datamodule.read.num_{name}", size, 1)
+    check_whole_number("datamodule.read.seed", seed, 0)
 
     def draw() -> dict[str, torch.Tensor]:
         drawn = draw_expressions(sum(sizes.values()), length, seed, shortest)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from scatterbrain.errors import UserError
-from src.datamodules.formats.files import read_file
+from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.sequences.base import TextData
+from src.datamodules.sequences.folders import read_text
 
 HELD_OUT_FILES = 10  # each tenth file
 
@@ -26,9 +26,10 @@ def read_python_sources(data_dir: str | os.PathLike[str] | None = None, limit: i
         limit: bytes after which no other file is begun.
 
     Raises:
-        UserError: there are fewer than ten files.
+        UserError: there are fewer than ten files, one cannot be read, or `limit` is no number of bytes.
     """
-    folder = Path(data_dir or sysconfig.get_paths()["stdlib"]).expanduser()
+    check_whole_number("datamodule.read.limit", limit, 1)
+    folder = Path(str(data_dir or sysconfig.get_paths()["stdlib"])).expanduser()
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     paths = {}
     for path in folder.rglob("*.py"):
@@ -36,11 +37,14 @@ def read_python_sources(data_dir: str | os.PathLike[str] | None = None, limit: i
         if not left_out & set(name.parts) and not name.parts[0].startswith(("config-", "_sysconfigdata")):
             paths[name.as_posix()] = path
     if len(paths) < HELD_OUT_FILES:
-        raise UserError(f"{folder} has {len(paths)} Python files, fewer than {HELD_OUT_FILES}. Give another data_dir.")
+        raise UserError(
+            f"{folder} has {len(paths)} Python files, fewer than {HELD_OUT_FILES}. Give another "
+            "datamodule.read.data_dir."
+        )
     parts: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     size = 0
     for number, name in enumerate(sorted(paths), start=1):
-        text = read_file(paths[name])
+        text = read_text(paths[name])
         size += len(text)
         place = number % HELD_OUT_FILES
         parts["test" if place == 0 else "validation" if place == HELD_OUT_FILES // 2 else "train"].append(text)

@@ -117,6 +117,8 @@ def test_expressions_are_kept(tmp_path, monkeypatch):
             assert torch.equal(getattr(part, field), getattr(again[name], field))
     with pytest.raises(UserError, match=r"listops\.safetensors was made of other files or options"):
         listops.read_listops(**sizes, cache=tmp_path / "new" / "listops.safetensors", seed=1)
+    with pytest.raises(UserError, match=r"datamodule\.read\.seed=0\.5 is not valid"):
+        listops.read_listops(**sizes, seed=0.5)
 
 
 # Copies ---------------------------------------------------------------------------------------------------------------
@@ -137,6 +139,9 @@ def test_the_second_half_repeats_the_first():
     assert chance_perplexity(train, parts["test"]) == 5
     with pytest.raises(UserError, match=r"an even length \(got 15\)"):
         read_copy(length=15)
+    for seed in ("a", 0.5, -1):
+        with pytest.raises(UserError, match=rf"datamodule\.read\.seed={seed} is not valid"):
+            read_copy(length=16, seed=seed)
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -163,6 +168,11 @@ def test_sources_are_split_by_file(tmp_path):
     expected = "".join(text for place, text in enumerate(order) if place % 5 != 4)
     assert text(data.train) == expected
     assert text(read_python_sources(tmp_path, limit=7).train) == "".join(order[:3])
+    for limit in (0, "a"):
+        with pytest.raises(UserError, match=rf"datamodule\.read\.limit={limit} is not valid"):
+            read_python_sources(tmp_path, limit=limit)
+    with pytest.raises(UserError, match=r"3 has 0 Python files.* Give another datamodule\.read\.data_dir"):
+        read_python_sources(3)
 
 
 def test_sources_are_there():

@@ -55,8 +55,34 @@ def test_labels_name_what_sets_trainings_apart():
     two = (summary("local", sizes={"local_context": size}, value=1 / size) for size in (4, 8))
     assert labels(*two) == ["local, local_context 4", "local, local_context 8"]
     assert labels(summary(seed=0), summary(seed=1)) == ["full"]
+    assert labels(summary(), summary(seed=1, value=0.4, batch_size=8)) == ["full, batch 2", "full, batch 8"]
+    assert labels(summary(), summary(seed=1, value=0.4, parameters=9)) == ["full, 3 weights", "full, 9 weights"]
+    two = [summary(seed=seed, value=0.5 - seed / 10, options={"row_norm": "chi"} if seed else {}) for seed in (0, 1)]
+    assert labels(*two) == ["full, row_norm None", "full, row_norm chi"]
+    two = [
+        summary(seed=seed, value=0.5 - seed / 10, data={"baselines": {}, "sha256": f"{seed}" * 64}) for seed in (0, 1)
+    ]
+    assert labels(*two) == ["full, data 000000", "full, data 111111"]
     several = SequenceComparison([summary(), summary(length=4096), summary(task="other")])
     assert list(several.tasks()) == ["copy, N 8", "copy, N 4,096", "other"]
+
+
+def test_one_seed_twice_is_no_second_seed():
+    """An option that no summary has, such as the weight decay, must not become a mean over seeds."""
+    trainings = [summary(), summary(seed=1), summary(value=0.1), summary(value=0.1, seed=1)]
+    assert labels(*trainings) == ["full", "full (2)"]
+    assert _mean_of(trainings, "full (2)") == 0.1
+
+
+def _mean_of(trainings, label):
+    (groups,) = SequenceComparison(trainings).tasks().values()
+    return sum(each.test["accuracy"] for each in groups[label]) / len(groups[label])
+
+
+def test_a_training_in_two_of_the_folders_counts_once(tmp_path):
+    (tmp_path / "multirun" / "0").mkdir(parents=True)
+    write_summary(tmp_path / "multirun" / "0", summary())
+    assert len(compare_trainings([tmp_path, tmp_path / "multirun", tmp_path / "multirun" / "0"]).summaries) == 1
 
 
 def test_the_table():

@@ -221,6 +221,15 @@ def test_a_training_that_diverges_leaves_its_results(training, monkeypatch, tmp_
     assert "| full | 1 | 100.0 % | 4 of 5 | diverged | - |" in comparison_markdown(comparison)
 
 
+def test_a_training_that_diverges_before_it_is_saved_leaves_its_results(training, monkeypatch, tmp_path):
+    take = SequenceTraining.training_step
+    monkeypatch.setattr(SequenceTraining, "training_step", lambda *arguments: take(*arguments) * math.nan)
+    with pytest.raises(UserError, match=r"became nan at update 2"):
+        training("one")
+    summary = read_summary(tmp_path / "one" / "sequence_training.json")
+    assert (summary.steps_done, summary.history, summary.tokens_per_second) == (2, [], None)
+
+
 def test_the_network_is_compiled(training, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: compiled.append("reset"))
@@ -247,12 +256,27 @@ def test_bfloat16_runs(training):
         (("+trainer.max_steps=3",), r"no trainer\.max_steps"),
         (("callbacks.last=null",), r"without callbacks\.last saves nothing"),
         (("trainer.gradient_clip_val=-1",), r"trainer\.gradient_clip_val=-1 is not valid"),
+        (("model.attention=sblocal",), r"model\.attention=sblocal is not valid\. Choose .* by model/attention=NAME"),
+        (("model.attention=null",), r"model\.attention=None is not valid"),
         (("train.max_time=5",), r"train\.max_time=5 is not valid"),
     ],
 )
 def test_what_is_not_valid_is_refused(training, options, message):
     with pytest.raises(UserError, match=message):
         training("one", *options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")],
+)
+def test_lack_of_memory_on_the_cpu_names_the_batch_size(training, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(SequenceTraining, "training_step", fail)
+    with pytest.raises(UserError, match=r"The memory is too small\. Lower datamodule\.batch_size \(now 8\)"):
+        training("one")
 
 
 def test_several_devices_are_refused(tmp_path):

@@ -35,6 +35,12 @@ def test_tensors_are_kept(cache):
             assert torch.equal(tensors[name], tensor)
 
 
+def test_a_folder_in_place_of_a_cache(tmp_path):
+    """It is not to be deleted."""
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be read .* it is a folder\. Give a file by [\w.]+$"):
+        read_cached(tmp_path, "source", never, "description")
+
+
 def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert torch.equal(read_cached(None, "source", read, "description")["b"], read()["b"])
