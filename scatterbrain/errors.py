@@ -34,7 +34,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether a value is an int or a float, and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # a tuple: torch.compile of PyTorch 2.6 traces no union
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_switch(option: str, value: Any) -> None:

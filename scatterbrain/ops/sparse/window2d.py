@@ -102,7 +102,7 @@ def neighbourhood_support(height: int, width: int, shape: tuple[int, int]) -> Su
 def _check_sizes(height: int, width: int, shape: tuple[int, int]) -> None:
     check_whole_number("height", height, 1)
     check_whole_number("width", width, 1)
-    if not isinstance(shape, tuple | list) or len(shape) != 2:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise UserError(f"shape={shape!r} is not valid. Give height and width of the rectangle, such as (7, 7).")
     for size in shape:
         check_whole_number("shape", size, 1)
