@@ -63,13 +63,36 @@ def join_results(paths: Sequence[Path]) -> dict[str, Any]:
     """The content of several files of results as one.
 
     Raises:
-        UserError: a file cannot be read, is not of a conversion, or is incomplete.
+        UserError: a file cannot be read, is not of a conversion, or is incomplete; or two have the same network.
     """
     contents = [read_rows(path, ("complete", "length", "results"), REMEDY) for path in paths]
     for path, content in zip(paths, contents, strict=True):
         if not content["complete"] or content["length"] != contents[0]["length"]:
             raise UserError(f"{path} is incomplete, or of another length. {REMEDY}")
-    return {**contents[0], "results": [row for content in contents for row in content["results"]]}
+    rows = [row for content in contents for row in content["results"]]
+    check_seeds(rows, " and ".join(map(str, paths)))
+    return {**contents[0], "results": rows}
+
+
+def check_seeds(rows: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Refuse rows that would be averaged although they do not differ in their seeds.
+
+    Args:
+        rows: of networks, with `attention` and `seed` they were trained with, and of results `method` and `stage`.
+        source: what they are from, for the message.
+
+    Raises:
+        UserError: there are two of one seed.
+    """
+    known = set()
+    for row in rows:
+        key = tuple(row.get(name) for name in ("attention", "seed", "method", "stage"))
+        if key in known:
+            raise UserError(
+                f"There are two results of attention {row['attention']} and seed {row['seed']} in {source}. Give one "
+                "of each: a mean is over seeds."
+            )
+        known.add(key)
 
 
 def build_parser() -> Parser:

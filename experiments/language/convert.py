@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from experiments.language.compare import grouped, mean_cell
-from scatterbrain.attention import attention_memory
+from experiments.language.compare import check_seeds, grouped, mean_cell
+from scatterbrain.attention import attention_memory, create_attention
 from scatterbrain.errors import UserError
 from src.analysis.benchmark.report import header
 from src.analysis.tools import (
@@ -35,6 +35,7 @@ from src.analysis.tools import (
     Run,
     choose_device,
     new_table,
+    not_negative,
     positive,
     positive_number,
     result_file,
@@ -76,6 +77,9 @@ class Conversion(Run):
                 f"{min(map(len, self.texts.values())):,} bytes. Give networks of one length, and longer texts."
             )
         self.length = lengths.pop()
+        check_seeds([trained for _, (*_, trained) in self.checkpoints], "the checkpoints")
+        for method in arguments.attentions:  # what cannot be causal, before anything slow
+            create_attention(method, self.length, memory_fraction=arguments.memory_fraction, causal=True)
         self.missing = [str(path) for path in arguments.checkpoints]
 
     def run(self, console: Console, save: Any) -> None:
@@ -167,6 +171,8 @@ class Conversion(Run):
             nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             losses[step] = loss.detach()
+        if not losses.isfinite().all():
+            raise UserError(f"The loss became {losses[~losses.isfinite()][0].item()} in the fine-tune. Lower --lr.")
         return {
             "steps": steps,
             "lr": arguments.lr,
@@ -273,10 +279,10 @@ def build_parser() -> Parser:
     add("--books", default="data/books", metavar="DIR", help="of the texts (%(default)s)")
     add("--wikitext", metavar="DIR", help="folder of valid.txt and test.txt of WikiText-2, to evaluate on")
     add("--windows", type=positive, default=128, metavar="K", help="of a text, spread evenly (%(default)s)")
-    add("--steps", type=int, default=0, metavar="N", help="of the fine-tune (0: none)")
+    add("--steps", type=not_negative, default=0, metavar="N", help="of the fine-tune (0: none)")
     add("--lr", type=positive_number, default=1e-4, metavar="LR", help="highest learning rate (%(default)s)")
     add("--batch-size", type=positive, default=16, metavar="B", help="windows of a step (%(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="of the order of the text (%(default)s)")
+    add("--seed", type=not_negative, default=0, metavar="S", help="of the order of the text (%(default)s)")
     add(
         "--save-tensors",
         type=result_file,

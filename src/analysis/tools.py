@@ -74,6 +74,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """Type of an option that takes an integer from 0 to 2^63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 0")
+    return int(text)
+
+
 def positive_sequence(text: str) -> tuple[int, ...]:
     """Type of an option that takes integers of at least 1, separated by commas, in their order."""
     return tuple(positive(part) for part in text.split(","))

@@ -128,13 +128,39 @@ def test_tensors_for_the_measurement_of_errors(folder):
     torch.testing.assert_close(out.transpose(1, 2), outputs[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_fine_tune_that_diverges(folder, capsys):
+    assert run_convert(folder, "--attentions=full", "--steps=3", "--lr=1e30", output="nan.json")[0] == 1
+    error = capsys.readouterr().err
+    assert "in the fine-tune. Lower --lr." in error
+    assert "Traceback" not in error
+    assert not (folder / "nan.json").exists()
+
+
 def test_what_is_refused(folder, tmp_path, capsys):
     train(folder, "local", "datamodule.length=128")
     assert run_convert(folder, networks=["full", "local"])[0] == 1
     assert "Networks of lengths 128, 256" in capsys.readouterr().err
+    assert run_convert(folder, networks=["full", "full"])[0] == 1
+    assert "two results of attention full and seed 1111 in the checkpoints" in capsys.readouterr().err
+    for option, value in (("--steps", "-3"), ("--seed", "-1"), ("--seed", str(2**63))):
+        assert run_convert(folder, f"{option}={value}")[0] == 1
+        assert f"Argument {option}: '{value}' is not an integer of at least 0" in capsys.readouterr().err
+    # before anything is measured
+    assert run_convert(folder, "--attentions", "full,smyrf", output="none.json")[0] == 1
+    assert "SmyrfAttention cannot be causal" in capsys.readouterr().err
+    assert not (folder / "none.json").exists()
     options = ["--save-tensors", str(tmp_path / "qkv.npz")]
     assert run_convert(folder, *options, networks=["full", "performer"])[0] == 1
     assert "--save-tensors writes the tensors of one network" in capsys.readouterr().err
     (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
     assert convert.main([str(tmp_path / "other.ckpt"), "--books", str(folder / "books")]) == 1
     assert "or is no checkpoint. Resume" in capsys.readouterr().err
+
+
+def test_one_file_twice_is_no_second_seed(folder, capsys):
+    run_convert(folder, "--attentions", "full", "--windows", "1", output="once.json")
+    capsys.readouterr()
+    path = str(folder / "once.json")
+    assert compare.main([path, path, "--output", str(folder / "twice.json")]) == 1
+    assert "two results of attention full and seed 1111 in" in capsys.readouterr().err
+    assert not (folder / "twice.json").exists()
