@@ -322,6 +322,9 @@ def test_calls_are_announced():
         ({"model": torch.zeros(2)}, r"model is Tensor\. Give a torch\.nn\.Module"),
         ({"methods": [["local"]]}, r"methods: \['local'\] is no name"),
         ({"seed": 2**70}, "seed="),
+        ({"cuda_graphs": "yes"}, "cuda_graphs"),
+        ({"maps": True}, "maps: True is not valid. Give names of modules"),
+        ({"maps": [3]}, "maps: 3 is not valid. Give names of modules"),
     ],
 )
 def test_wrong_input(options, message):
