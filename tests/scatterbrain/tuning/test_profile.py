@@ -485,3 +485,10 @@ def test_rich_tables():
     recorded.print(report)
     recorded.print(scatterbrain.tune(report, max_error=1))
     assert "sbcluster" in recorded.export_text()
+
+
+def test_an_output_that_is_not_finite_has_no_error():
+    report = profile(network(), inputs() * torch.nan, repeats=0)
+    for measurement in report.calls[0].measurements:
+        assert measurement.error is None
+        assert measurement.reason == f"{measurement.method}: output or full attention's is not finite"
