@@ -49,7 +49,8 @@ def relative_error(result: torch.Tensor, full: torch.Tensor, queries: torch.Tens
         keep = queries[:, None, :, None]
         difference, full = difference.where(keep, 0.0), full.where(keep, 0.0)
     above, below = (x.reshape(len(x), -1).norm(dim=1) for x in (difference, full))
-    return (above / below).where(above > 0, 0.0).mean().item()
+    # not above > 0, which is false for NaN: that would be no error at all
+    return (above / below).where(above != 0, 0.0).mean().item()
 
 
 def key_mask_of(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from scatterbrain.attention import ATTENTIONS
-from scatterbrain.errors import UserError, check_whole_number, did_you_mean, is_number
+from scatterbrain.errors import UserError, check_switch, check_whole_number, did_you_mean, is_number
 from scatterbrain.integrations.router import MAX_SEED, Router
 from scatterbrain.tuning.inputs import batches, evaluation, named_modules, unwrap
 from scatterbrain.tuning.maps import thumbnail
@@ -76,7 +76,11 @@ def profile(
     routers = _routers(methods, budgets, min_tokens)
     check_whole_number("seed", seed, 0, MAX_SEED)
     check_whole_number("repeats", repeats, 0)
-    maps = [maps] if isinstance(maps, str) else maps
+    check_switch("cuda_graphs", cuda_graphs)
+    maps = [maps] if isinstance(maps, str) else list(maps) if isinstance(maps, Iterable) else [maps]
+    wrong = [pattern for pattern in maps if not isinstance(pattern, str)]
+    if wrong:
+        raise UserError(f"maps: {wrong[0]!r} is not valid. Give names of modules, such as ['blocks.0.*'].")
     modules = list(named_modules(model))
     for pattern in maps:
         if not fnmatch.filter(modules, pattern):

@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     model.to(device)
     dataset = open_split(arguments.data_dir, arguments.split, model)
     chosen = spread(len(dataset), arguments.limit or len(dataset))
+    if len(chosen) < 2:
+        raise UserError("One photograph cannot be learned from and measured on. Give two or more, see --limit.")
     parts = chosen[::2], chosen[1::2]  # in the order of the classes: every other photograph of each
     (images, _), held_out = (load_photographs(dataset, part) for part in parts)
     training = [capture_stage_inputs(model, image[None].to(device)) for image in images]

@@ -322,6 +322,9 @@ def test_calls_are_announced():
         ({"model": torch.zeros(2)}, r"model is Tensor\. Give a torch\.nn\.Module"),
         ({"methods": [["local"]]}, r"methods: \['local'\] is no name"),
         ({"seed": 2**70}, "seed="),
+        ({"cuda_graphs": "yes"}, "cuda_graphs"),
+        ({"maps": True}, "maps: True is not valid. Give names of modules"),
+        ({"maps": [3]}, "maps: 3 is not valid. Give names of modules"),
     ],
 )
 def test_wrong_input(options, message):
@@ -482,3 +485,10 @@ def test_rich_tables():
     recorded.print(report)
     recorded.print(scatterbrain.tune(report, max_error=1))
     assert "sbcluster" in recorded.export_text()
+
+
+def test_an_output_that_is_not_finite_has_no_error():
+    report = profile(network(), inputs() * torch.nan, repeats=0)
+    for measurement in report.calls[0].measurements:
+        assert measurement.error is None
+        assert measurement.reason == f"{measurement.method}: output or full attention's is not finite"

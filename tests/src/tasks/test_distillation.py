@@ -191,3 +191,5 @@ def test_refuses_a_folder_that_is_not_there(folder, capsys):
     given = [f"--checkpoint={folder}/t7.pth", f"--data-dir={folder}", f"--save={folder}/none"]
     assert script.main(given) == 1
     assert "none is not a folder. Make it first." in capsys.readouterr().err
+    assert script.main([*given[:2], "--limit=1"]) == 1
+    assert "One photograph cannot be learned from and measured on." in capsys.readouterr().err
