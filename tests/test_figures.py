@@ -546,7 +546,7 @@ def frontier_on_a_gpu() -> Expected:
 def causal_time() -> Expected:
     """Milliseconds of causal attentions and their speed-up, forward and both passes."""
     rows: Expected = []
-    for heads, length in ((192, 4096), (48, 16384)):
+    for heads, length in ((192, 4096), (48, 16384), (8, 65536)):
         for name in ("SDPA", "sbcluster M 32 W 1", "sbcluster M 16 W 128", "window 512"):
             full, ours = (
                 find("docs/data/causal_time_h200.json", attention=each, length=length)["milliseconds"]

@@ -38,6 +38,7 @@ from scatterbrain.ops.sparse.naive import block_means
 from src.analysis.benchmark.baselines import compiled_flex_attention
 from src.analysis.benchmark.report import DTYPES, header, machine_line
 from src.analysis.benchmark.timing import graph_milliseconds, seconds_per_call
+from src.analysis.experiments.memory import set_ticks
 from src.analysis.tools import (
     Parser,
     Run,
@@ -46,9 +47,12 @@ from src.analysis.tools import (
     positive_sequence,
     run_tool,
 )
+from src.evaluation.figure_style import COLOURS, label_ends, new_figure, style
 
 # what the others are compared with
 BASELINE = "SDPA"
+# names in `COLOURS` of what is not an attention there
+FAMILY_COLOURS = {BASELINE: "full", "blocks": "topk-blocks", "window": "flex-window"}
 Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -246,18 +250,28 @@ class CausalTime(Run):
 
     def draw(self) -> Figure:
         """Time of a token and head against the length."""
-        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        figure = new_figure(9, 3.4)
         passes = (("forward", "forward"), ("both", "both passes"))
-        for axes, (name, title) in zip(figure.subplots(1, 2), passes, strict=True):
-            for attention in dict.fromkeys(row["attention"] for row in self.results):
+        names = list(dict.fromkeys(row["attention"] for row in self.results))
+        families = [name.split()[0].rstrip(",") for name in names]
+        for axes, (which, title) in zip(figure.subplots(1, 2), passes, strict=True):
+            ends, lengths = [], sorted({row["length"] for row in self.results})
+            for number, (name, family) in enumerate(zip(names, families, strict=True)):
                 points = [
-                    (row["length"], 1e6 * row["milliseconds"][name] / row["length"] / row["heads"])
+                    (row["length"], 1e6 * row["milliseconds"][which] / row["length"] / row["heads"])
                     for row in self.results
-                    if row["attention"] == attention
+                    if row["attention"] == name
                 ]
-                axes.plot(*zip(*points, strict=True), marker="o", label=attention)
+                colour = COLOURS[FAMILY_COLOURS.get(family, family)]
+                dashes = "--" if family in families[:number] else "-"  # the second of its family
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, linestyle=dashes)
+                ends.append((*points[-1], name, colour))
             axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns for a token and head", title=title)
-        axes.legend(fontsize="small")
+            style(axes)
+            set_ticks(axes.xaxis, lengths, "{:,}".format)
+            set_ticks(axes.yaxis, (0.5, 1, 2, 5, 10, 20, 50, 100))
+            figure.canvas.draw()  # limits and sizes of the panel are known then
+            label_ends(axes, ends)
         return figure
 
 
