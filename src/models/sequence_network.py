@@ -14,7 +14,7 @@ from scatterbrain.attention import create_attention
 from scatterbrain.errors import UserError, check_whole_number, did_you_mean, is_number
 
 POOLS = ("cls", "mean", "none")
-POSITIONS = ("learned", "sinusoidal")
+POSITIONS = ("learned", "sinusoidal", "rotary")
 
 
 class Block(nn.Module):
@@ -33,9 +33,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_dim, drop=dropout)
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Map tokens (B, N, dim) to (B, N, dim); lengths (B,) or None."""
+    def forward(
+        self, x: torch.Tensor, lengths: torch.Tensor | None, rotary: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map tokens (B, N, dim) to (B, N, dim); lengths (B,) or None; `rotary`, see `rotate`, or None."""
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         out, _ = self.attention(query, key, value, key_lengths=lengths)
         x = x + self.dropout(self.proj(out.flatten(2)))
         return x + self.mlp(self.norm2(x))
@@ -56,7 +60,8 @@ class Network(nn.Module):
         dropout: probability, of embeddings, of the attentions' outputs and in the MLPs.
         pool: what the output is computed from: `"cls"`, a learned vector before the tokens; `"mean"` of the tokens;
             `"none"`, each token, which has its own output.
-        positions: `"learned"`, or `"sinusoidal"` and fixed.
+        positions: `"learned"`, or `"sinusoidal"` and fixed, vectors that are added to the tokens; or `"rotary"`: each
+            block rotates its queries and keys, see `rotate`.
         seed: of the weights, which do not depend on the attentions.
     """
 
@@ -84,7 +89,11 @@ class Network(nn.Module):
             if positions == "learned":
                 self.positions = nn.Parameter(0.02 * torch.randn(length, dim))
             else:
-                self.register_buffer("positions", sinusoids(length, dim), persistent=False)
+                added = sinusoids(length, dim) if positions == "sinusoidal" else None
+                self.register_buffer("positions", added, persistent=False)
+            num_positions = length + (pool == "cls")
+            rotary = rotations(num_positions, self.qkv_dim // heads) if positions == "rotary" else None
+            self.register_buffer("rotary", rotary, persistent=False)
             # as large as the positions are
             nn.init.normal_(self.embedding.weight, std=0.02 if positions == "learned" else 1.0)
             self.cls = nn.Parameter(torch.zeros(dim)) if pool == "cls" else None
@@ -97,13 +106,15 @@ class Network(nn.Module):
 
     def forward(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, classes) of the tokens (B, N), or (B, N, classes); behind `lengths` (B,) is padding."""
-        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions[: tokens.shape[1]]
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
             lengths = None if lengths is None else lengths + 1
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, lengths)
+            x = block(x, lengths, self.rotary)
         x = self.norm(x)
         if self.pool == "cls":
             x = x[:, 0]
@@ -130,6 +141,24 @@ def sinusoids(length: int, dim: int) -> torch.Tensor:
     """Fixed positions (length, dim): sines and cosines of wavelengths from 2 pi to 10,000 times that."""
     angles = torch.arange(length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, dim, 2) / dim)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
+
+
+def rotations(length: int, width: int) -> torch.Tensor:
+    """Cosines and sines (2, length, width / 2) of rotary positions: angle i is position * 10,000 ** (-2 i / width)."""
+    angles = torch.arange(length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Queries or keys (B, N, H, E) with rotary positions, in their dtype.
+
+    Features i and i + E / 2 are a pair, rotated by the angle i of their position, so that the product of a query and a
+    key depends on how far apart they are alone (Su et al., 2021, RoFormer, arXiv 2104.09864, section 3.2.2, where
+    neighbours 2 i and 2 i + 1 are the pairs). `rotary` (2, at least N, E / 2) is of `rotations`.
+    """
+    cos, sin = rotary[:, : x.shape[1], None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def create_network(
@@ -186,6 +215,11 @@ def create_network(
     width = dim if qkv_dim is None else qkv_dim
     if width % heads:
         raise UserError(f"model.heads={heads} does not divide a width of {width}. Choose another.")
+    if positions == "rotary" and width // heads % 2:
+        raise UserError(
+            f"model.positions=rotary needs heads of an even width, not of {width // heads} ({width} over "
+            f"model.heads={heads}). Choose other model.heads, or a model.qkv_dim that is a multiple of {2 * heads}."
+        )
     if not isinstance(attention, Mapping) or "name" not in attention:
         raise UserError(f"model.attention={attention} is not valid. Choose an attention by model/attention=NAME.")
     options = {**attention, "memory_fraction": memory_fraction}

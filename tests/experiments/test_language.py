@@ -10,6 +10,7 @@ from experiments.language import compare, convert
 from experiments.language.compare import TEXTS
 from experiments.language.convert import build_network, read_network
 from src.datamodules.sequences.books import read_text_files
+from src.models.sequence_network import rotate
 from src.tasks.train_sequence import train_sequence
 from tests.scatterbrain.ops import causal_error
 from tests.src.tasks.setup import compose_config
@@ -89,6 +90,13 @@ def test_a_network_keeps_its_random_features(folder):
     assert [row["sizes"] for row in content["results"]] == [content["results"][0]["sizes"]] * 2
 
 
+def test_networks_with_learned_positions(folder):
+    train(folder, "sbcluster", "model.positions=learned")
+    _, content = run_convert(folder, "--attentions", "full", networks=["sbcluster"], output="learned.json")
+    test = json.loads((folder / "sbcluster" / "test.json").read_text())
+    assert content["results"][0]["bits_per_byte"]["test"] == pytest.approx(test["bits_per_byte"], rel=1e-5)
+
+
 def test_the_table_of_several_files(folder, capsys):
     run_convert(folder, "--attentions", "full,local", "--windows", "4", output="one.json")
     run_convert(folder, "--attentions", "full,local", "--windows", "4", networks=["performer"], output="other.json")
@@ -116,11 +124,18 @@ def test_tensors_for_the_measurement_of_errors(folder):
     arrays = np.load(folder / "network_qkv.npz")
     assert sorted(arrays.files) == ["k0", "k1", "q0", "q1", "v0", "v1"]
     assert arrays["q1"].shape == (1, 256, 2, 8)
-    # the first block's attention computes from these what it adds
+    # with rotary positions
     options, state, _ = read_network(folder / "full" / "checkpoints" / "last.ckpt")
+    assert options["positions"] == "rotary"
     network = build_network(options, state, torch.device("cpu"))
     text = read_text_files(folder / "books").test
     block, outputs = network.blocks[0], []
+    projected = block.qkv(block.norm1(network.embedding(text[None, :256].long()))).unflatten(-1, (3, 2, 8)).unbind(2)
+    for name, before in zip("qk", projected, strict=False):
+        found = torch.from_numpy(arrays[f"{name}0"]).float()
+        torch.testing.assert_close(found, rotate(before, network.rotary), rtol=1e-3, atol=1e-3)
+        assert (found - before).abs().max() > 0.1
+    # the first block's attention computes from these what it adds
     block.attention.register_forward_hook(lambda *call: outputs.append(call[2][0]))
     network(text[None, :256].long())
     query, key, value = (torch.from_numpy(arrays[f"{name}0"]).float().transpose(1, 2) for name in "qkv")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scatterbrain.errors import UserError
-from src.models.sequence_network import create_network, sinusoids
+from src.models.sequence_network import create_network, rotate, rotations, sinusoids
 
 LENGTH = 32
 CAUSAL = ("full", "local", "performer", "sblocal", "sbcluster")
@@ -113,12 +113,76 @@ def test_fixed_positions():
     assert sinusoids(50, 7).shape == (50, 7)
 
 
+def test_rotary_positions_by_complex_numbers():
+    x = torch.randn(2, 20, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angles = torch.arange(20.0, dtype=torch.float64)[:, None, None] * torch.tensor([1e4 ** (-i / 3) for i in range(3)])
+    expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angles), angles)
+    # the angles of `rotations` are in float32
+    out = rotate(x, rotations(25, 6))
+    torch.testing.assert_close(out, torch.cat([expected.real, expected.imag], -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = x.to(dtype)
+        rotated = rotate(low, rotations(25, 6))
+        assert rotated.dtype == dtype
+        # rounded once, at the end
+        assert torch.equal(rotated, rotate(low.float(), rotations(25, 6)).to(dtype))
+
+
+def test_scores_of_rotary_positions_depend_on_the_distance_alone():
+    query, key = torch.randn(2, 1, 1, 2, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 1, 4096, 2, 8)
+    rotary = rotations(4096, 8)
+    scores = torch.einsum("bqhe,bkhe->hqk", rotate(query, rotary)[:, ::64], rotate(key, rotary)[:, ::64])
+    torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1], rtol=0, atol=5e-3)
+    assert (scores[:, 0] - scores[:, 0, :1]).abs().amax() > 0.5
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_network_with_rotary_positions(name):
+    model = network(name, causal=True, positions="rotary")
+    assert not [key for key in model.state_dict() if "positions" in key or "rotary" in key]
+    tokens = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for number, block in enumerate(model.blocks):
+        block.attention.register_forward_pre_hook(lambda _, inputs, n=number: seen.update({n: inputs}))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens)
+        assert {x.dtype for inputs in seen.values() for x in inputs} == {torch.bfloat16}
+    block = model.blocks[0]
+    query, key, value = block.qkv(block.norm1(model.embedding(tokens))).unflatten(-1, (3, 2, 8)).unbind(2)
+    model(tokens)
+    for found, expected in zip(seen[0], (rotate(query, model.rotary), rotate(key, model.rotary), value), strict=True):
+        torch.testing.assert_close(found, expected)
+    out.float().square().mean().backward()
+    assert all(weight.grad.isfinite().all() and weight.grad.abs().max() > 0 for weight in model.parameters())
+
+
+def test_outputs_with_rotary_positions_have_no_origin():
+    model = network("full", causal=True, positions="rotary").double().eval()
+    tokens = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens)
+        model.rotary = model.rotary[:, 7:]
+        torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-5)
+        model.rotary = model.rotary[:, ::2]
+        assert (model(tokens[:, :12]) - before[:, :12]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_rotary_positions_of_networks_for_sequences(pool):
+    model = network("full", pool=pool, positions="rotary")
+    assert model.rotary.shape == (2, LENGTH + (pool == "cls"), 4)
+    tokens = torch.randint(256, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    assert (model(tokens.flip(1)) - model(tokens)).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"causal": True, "pool": "cls"}, r"model\.pool=cls needs tokens that see each other"),
         ({"pool": "max"}, r"model\.pool=max is unknown"),
-        ({"positions": "rotary"}, r"model\.positions=rotary is unknown"),
+        ({"positions": "rotated"}, r"model\.positions=rotated is unknown.*rotary"),
+        ({"positions": "rotary", "qkv_dim": 6}, r"model\.positions=rotary needs heads of an even width, not of 3"),
         ({"dropout": 1}, r"model\.dropout=1 is not valid"),
         ({"depth": 0}, r"model\.depth=0 is not valid"),
         ({"heads": 3}, r"model\.heads=3 does not divide a width of 16"),
