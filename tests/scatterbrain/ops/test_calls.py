@@ -264,7 +264,9 @@ def test_changed_options_are_seen(name, device):
     calls.CALLS.clear()
     for _ in range(2):
         for options, results in zip(variants, expected, strict=True):
-            assert all(map(torch.equal, workload.both(**options), results))
+            # gradients in plain PyTorch are added up by atomics on CUDA, in any order
+            close = 1e-6 if options.get("backend") == "torch" and device == "cuda" else 0
+            torch.testing.assert_close(workload.both(**options), results, atol=close, rtol=close)
     known = len(calls.CALLS)
     with tiles:
         workload.both()
