@@ -247,7 +247,10 @@ def build_network(options: Mapping[str, Any], state: Mapping[str, torch.Tensor],
 
 @torch.no_grad()
 def save_tensors(path: Path, network: Network, tokens: torch.Tensor) -> None:
-    """Write queries, keys and values of every block as `q<layer>`, ... (1, N, H, E) float16, of tokens (1, N)."""
+    """Write what every block's attention gets, rotated where positions are rotary, for tokens (1, N).
+
+    Queries, keys and values of a layer are `q<layer>`, `k<layer>` and `v<layer>`, (1, N, H, E) float16.
+    """
     arrays: dict[str, np.ndarray] = {}
     hooks = []
 

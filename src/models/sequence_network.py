@@ -94,7 +94,7 @@ class Network(nn.Module):
             num_positions = length + (pool == "cls")
             rotary = rotations(num_positions, self.qkv_dim // heads) if positions == "rotary" else None
             self.register_buffer("rotary", rotary, persistent=False)
-            # as large as the positions are
+            # as large as the positions that are added; with rotary positions 1.0 also trains at higher learning rates
             nn.init.normal_(self.embedding.weight, std=0.02 if positions == "learned" else 1.0)
             self.cls = nn.Parameter(torch.zeros(dim)) if pool == "cls" else None
             self.dropout = nn.Dropout(dropout)
