@@ -368,6 +368,17 @@ def training_from_scratch() -> Expected:
     return [("bits per byte", [(test["bits_per_byte"],) for test in tests])]
 
 
+def language_training() -> Expected:
+    """Columns in percent, test and validation bits per byte of the language model, over seeds."""
+    rows: Expected = []
+    for name in ("full", "local", "sblocal", "sbcluster", "performer"):
+        found = [row for row in load("docs/data/language_training.json")["results"] if row["attention"] == name]
+        test, validation = ([row[part]["bits_per_byte"] for row in found] for part in ("test", "validation"))
+        values = (statistics.fmean(test), statistics.stdev(test)), (statistics.fmean(validation),)
+        rows.append((name, [(100 * found[0]["memory"],), *values]))
+    return rows
+
+
 def published_lra() -> Expected:
     rows = load("docs/data/published_lra.json")["results"]
     tasks = ("listops", "text", "image", "pathfinder")
@@ -650,6 +661,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/language.md", "attention|columns", language_training),
     ("docs/pretrained.md", "DINOv2, 518 px", lambda: pretrained("dinov2_518", "correlation", "iou")),
     ("docs/pretrained.md", "DINOv2, 784 px", lambda: pretrained("dinov2_784", "correlation", "iou")),
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
