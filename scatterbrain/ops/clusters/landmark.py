@@ -144,14 +144,14 @@ def landmark_attention(
             check_steps(num_landmarks, num_steps)
             num_landmarks = at_most(num_landmarks, key.shape[2])
         options = {"key_lengths": key_lengths, "assignment": assignment, "return_lse": return_lse}
-        out, lse = fused.attention(*rows[:3], num_landmarks, window, scale=scale, num_steps=num_steps, **options)
+        out, lse = fused.attention(*rows.tensors(), num_landmarks, window, scale=scale, num_steps=num_steps, **options)
         is_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
         if known_as is not None and assignment is None and is_given:
             fused.remember(known_as, *given, num_landmarks, window, scale, num_steps)
     else:
         mask = visible_keys(key_lengths, attn_mask, key.shape[2])
-        options = {"key_mask": mask, "dropout_p": dropout_p, "with_lse": return_lse}
-        out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, scale=scale, **options)
+        options = {"scale": scale, "key_mask": mask, "dropout_p": dropout_p, "with_lse": return_lse}
+        out, lse = blocked_landmark_attention(*rows.tensors(), assignment, num_landmarks, window, **options)
     (out,) = rows.mark(out)
     return (out, rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)) if return_lse else out
 
