@@ -41,8 +41,9 @@ NAMES = list(scatterbrain.ATTENTIONS)
 OF_EACH_CLASS = list({scatterbrain.ATTENTIONS[name].module: name for name in NAMES}.values())
 # one for each way to depend on the length
 OF_EACH_LENGTH_RULE = ["full", "performer", "local", "smyrf", "bs-longformer", "local2d"]
-# what export raises where the length cannot be dynamic; some versions fail while they word their suggestion
+# what export raises where the length cannot be dynamic; PyTorch 2.6 fails while it words its suggestion
 NOT_EVERY_LENGTH = "inconsistent min|length"
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def create(name: str) -> torch.nn.Module:
@@ -101,6 +102,8 @@ def trace(name, _):
 
 
 def onnx(name, folder, batch=2, attention=None):
+    if VERSION < (2, 9):
+        pytest.skip("the ONNX exporter of PyTorch before 2.9 lacks operators and dynamic sizes, see docs/installation.md")
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
