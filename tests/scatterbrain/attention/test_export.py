@@ -103,7 +103,7 @@ def trace(name, _):
 
 def onnx(name, folder, batch=2, attention=None):
     if VERSION < (2, 9):
-        pytest.skip("the ONNX exporter of PyTorch before 2.9 lacks operators and dynamic sizes, see docs/installation.md")
+        pytest.skip("the ONNX exporter needs PyTorch 2.9, see docs/installation.md")
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
