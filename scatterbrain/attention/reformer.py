@@ -8,8 +8,6 @@ both, and attends to the keys.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +16,7 @@ from scatterbrain.errors import UserError, check_whole_number
 from scatterbrain.ops.common.inputs import length_mask, query_lengths
 from scatterbrain.ops.common.numerics import accumulation_dtype
 from scatterbrain.ops.sparse.lsh import draw_reformer_rotations, reformer_support
-from scatterbrain.ops.sparse.supports import Support
+from scatterbrain.ops.sparse.supports import Round, Support
 
 
 class ReformerBuckets(SupportSource):
@@ -59,7 +57,8 @@ class ReformerBuckets(SupportSource):
             pairs = each.pairs()
             own = each.query_index.unsqueeze(-1) == each.key_index.unsqueeze(-2)
             others = pairs & ~own
-            rounds.append(replace(each, mask=others | (pairs & ~others.any(-1, keepdim=True))))
+            mask = others | (pairs & ~others.any(-1, keepdim=True))
+            rounds.append(Round(each.query_index, each.key_index, mask))
         return Support(tuple(rounds))
 
     def sizes(self) -> dict[str, int]:

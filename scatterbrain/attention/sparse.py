@@ -150,7 +150,7 @@ class SparseAttention(AttentionModule):
         rows = visible_rows(query, key, value, scale, **options)
         support = self.source(rows.query, rows.key, options["key_lengths"])
         options = {**options, "scale": scale, "log_features": self._log_features(rows.query, rows.key, scale)}
-        return rows.mark(support_attention(*rows[:3], support, dropout_p=dropout_p, **options))[0]
+        return rows.mark(support_attention(*rows.tensors(), support, dropout_p=dropout_p, **options))[0]
 
     def _weights(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
         return self._naive(query, key, value, **options)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from munch import Munch
 from omegaconf import DictConfig, open_dict
 from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from scatterbrain.attention import attention_memory
@@ -66,6 +68,7 @@ def train_sequence(config: DictConfig) -> tuple[SequenceSummary, Munch]:
     Raises:
         UserError: anything in the configuration, the data or a checkpoint that does not fit.
         KeyboardInterrupt: after Ctrl-C, once everything is written.
+        SystemExit: likewise after SIGTERM, with status 143.
     """
     _check_options(config)
     config = config.copy()
@@ -170,7 +173,11 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
         steps_done = earlier["step"] if finished else trainer.global_step
         tested = diverged is None and not last.stop_requested
         if tested:
-            trainer.test(task, datamodule=datamodule, verbose=False)
+            try:
+                trainer.test(task, datamodule=datamodule, verbose=False)
+            except SIGTERMException:  # a resumed training tests the last checkpoint
+                last.request_stop()
+                tested = False
 
     checkpoints = {name: output_dir / "checkpoints" / name for name in (BEST_CHECKPOINT, LAST_CHECKPOINT)}
     history = task.history
@@ -216,6 +223,8 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
         raise KeyboardInterrupt
     if diverged is not None:
         raise diverged
+    if last.stop_requested:
+        raise SystemExit(128 + signal.SIGTERM)  # as of a process that the signal ends
     return summary, Munch(model=model, datamodule=datamodule, task=task, trainer=trainer)
 
 

@@ -154,7 +154,7 @@ def adaptive_attention(
         check_steps(num_landmarks, num_steps)
         sizes = at_most(num_landmarks, key.shape[2]), at_most(num_query_landmarks, query.shape[2]), density, window
         out = fused.attention(
-            *rows[:3],
+            *rows.tensors(),
             *sizes,
             tolerance=tolerance,
             scale=scale,
@@ -181,7 +181,7 @@ def adaptive_attention(
     if backend == "naive":
         return naive_adaptive_attention(query, key, value, *plan[:3], window, scale, key_lengths)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, key_lengths=key_lengths)
-    return rows.mark(_tiled(*rows[:3], plan, window, scale, key_lengths, dropout_p))[0]
+    return rows.mark(_tiled(*rows.tensors(), plan, window, scale, key_lengths, dropout_p))[0]
 
 
 def run_adaptive_again(
@@ -229,7 +229,7 @@ def _tiled(
     hidden = None
     if key_lengths is not None:
         hidden = ~length_mask(key_lengths, key.shape[2])[:, None, :, None].expand(batch, heads, key.shape[2], 1)
-    tensors = [x.flatten(0, 1) for x in (query, key, value, *plan[:3])]
+    tensors = [x.flatten(0, 1) for x in (query, key, value, plan.key_assignment, plan.query_assignment, plan.taken)]
     slices = [split_rows(x, layout.groups) for x in tensors]
     slices.append([None] * len(slices[0]) if hidden is None else split_rows(hidden.flatten(0, 1), layout.groups))
     options = {"scale": scale, "dropout_p": dropout_p}

@@ -9,7 +9,7 @@ import torch
 from scatterbrain.errors import UserError, check_switch, check_whole_number
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.blocked import blocked_landmark_attention
-from scatterbrain.ops.clusters.causal.attention import causal_landmark_attention, remember_call
+from scatterbrain.ops.clusters.causal.attention import CHUNK, attend_and_remember
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps, cluster_means, valid_points
 from scatterbrain.ops.clusters.naive import naive_landmark_attention, naive_landmark_lse
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
@@ -99,14 +99,8 @@ def landmark_attention(
                 "Causal landmark attention clusters the keys of each chunk itself: leave out assignment and "
                 "value_weight."
             )
-        masks = {"key_lengths": key_lengths, "attn_mask": attn_mask}
-        options = {"num_steps": num_steps, "dropout_p": dropout_p, "return_lse": return_lse, "enable_gqa": enable_gqa}
-        out = causal_landmark_attention(
-            query, key, value, num_landmarks, window, scale=scale, backend=backend, **masks, **options
-        )
-        if known_as is not None:
-            remember_call(known_as, given, num_landmarks, window, scale, num_steps, dropout_p, enable_gqa, backend)
-        return out
+        options = num_landmarks, window, CHUNK, scale, key_lengths, attn_mask, num_steps, dropout_p, return_lse
+        return attend_and_remember(known_as, *given, *options, enable_gqa, backend)
     given_key = key
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
     attn_mask = check_attn_mask(attn_mask, query, key)
@@ -144,14 +138,14 @@ def landmark_attention(
             check_steps(num_landmarks, num_steps)
             num_landmarks = at_most(num_landmarks, key.shape[2])
         options = {"key_lengths": key_lengths, "assignment": assignment, "return_lse": return_lse}
-        out, lse = fused.attention(*rows[:3], num_landmarks, window, scale=scale, num_steps=num_steps, **options)
+        out, lse = fused.attention(*rows.tensors(), num_landmarks, window, scale=scale, num_steps=num_steps, **options)
         is_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
         if known_as is not None and assignment is None and is_given:
             fused.remember(known_as, *given, num_landmarks, window, scale, num_steps)
     else:
         mask = visible_keys(key_lengths, attn_mask, key.shape[2])
-        options = {"key_mask": mask, "dropout_p": dropout_p, "with_lse": return_lse}
-        out, lse = blocked_landmark_attention(*rows[:3], assignment, num_landmarks, window, scale=scale, **options)
+        options = {"scale": scale, "key_mask": mask, "dropout_p": dropout_p, "with_lse": return_lse}
+        out, lse = blocked_landmark_attention(*rows.tensors(), assignment, num_landmarks, window, **options)
     (out,) = rows.mark(out)
     return (out, rows.mark(lse.unsqueeze(-1))[0].squeeze(-1)) if return_lse else out
 

@@ -77,7 +77,7 @@ def check_inputs(
                 f"{name} is {tensor.dtype} on {tensor.device} and query is {query.dtype} on {query.device}; "
                 "convert them to one dtype and device."
             )
-    batch, heads, _, width = query.shape
+    batch, heads, num_queries, width = query.shape
     divides = 0 < key.shape[1] < heads and heads % key.shape[1] == 0
     if key.shape[0] != batch or key.shape[3] != width or not (key.shape[1] == heads or (divides and enable_gqa)):
         hint = " enable_gqa=True takes heads of key and value whose number divides H." if key.shape[1] != heads else ""
@@ -88,8 +88,8 @@ def check_inputs(
         raise UserError(f"value {tuple(value.shape)} has to be (B, H, S, D) with B, H, S of key {tuple(key.shape)}.")
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
-    # a batch may be empty
-    if min(query.shape[1:]) < 1 or min(key.shape[1:]) < 1 or value.shape[3] < 1:
+    # A batch may be empty. One by one: `torch.compile` of PyTorch 2.6 traces no `min` of several symbolic sizes.
+    if heads < 1 or num_queries < 1 or width < 1 or key.shape[2] < 1 or value.shape[3] < 1:
         raise UserError(f"query {tuple(query.shape)}, key or value {tuple(value.shape)} is empty.")
     if key_lengths is not None and not isinstance(key_lengths, torch.Tensor):
         try:
@@ -221,6 +221,10 @@ class VisibleRows(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     broken: torch.Tensor | None
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value; `torch.compile` of PyTorch 2.6 traces no slice of a named tuple."""
+        return self.query, self.key, self.value
 
     def mark(self, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Results (B, H, T, any width), nan for the broken queries."""

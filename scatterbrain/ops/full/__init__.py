@@ -64,4 +64,4 @@ def full_attention(
     if backend == "naive":
         return naive_full_attention(query, key, value, scale, is_causal, key_lengths, attn_mask)[0].to(query.dtype)
     rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
-    return rows.mark(sdpa_full_attention(*rows[:3], scale, is_causal, key_lengths, attn_mask, dropout_p))[0]
+    return rows.mark(sdpa_full_attention(*rows.tensors(), scale, is_causal, key_lengths, attn_mask, dropout_p))[0]

@@ -134,7 +134,7 @@ def learned_feature_attention(
     dtype = query.dtype
     rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
     with no_autocast(query):
-        query, key, value = (x.to(accumulation_dtype(dtype)) for x in rows[:3])
+        query, key, value = (x.to(accumulation_dtype(dtype)) for x in rows.tensors())
         logs = log_learned_features(query, query_map), log_learned_features(key, key_map)
         if window or is_causal:
             masks = {"is_causal": is_causal, "key_lengths": key_lengths, "attn_mask": attn_mask}

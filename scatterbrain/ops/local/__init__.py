@@ -80,4 +80,4 @@ def local_attention(
         return fused.attention(query, key, value, window, **options)
     options["attn_mask"] = attn_mask
     rows = visible_rows(query, key, value, window=window, **options)
-    return rows.mark(blocked_attention(*rows[:3], window, dropout_p=dropout_p, **options))[0]
+    return rows.mark(blocked_attention(*rows.tensors(), window, dropout_p=dropout_p, **options))[0]

@@ -87,8 +87,8 @@ def performer_attention(
         return fused.attention(query, key, value, 0, eps=eps, **options)
     rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
     if is_causal:
-        out = blocked_attention(*rows[:3], 0, attn_mask=attn_mask, dropout_p=dropout_p, **options)
+        out = blocked_attention(*rows.tensors(), 0, attn_mask=attn_mask, dropout_p=dropout_p, **options)
     else:
         mask = visible_keys(key_lengths, attn_mask, key.shape[2])
-        out = linear_performer_attention(*rows[:3], projection, scale, mask, dropout_p, eps)
+        out = linear_performer_attention(*rows.tensors(), projection, scale, mask, dropout_p, eps)
     return rows.mark(out)[0]

@@ -109,7 +109,7 @@ def scatterbrain_attention(
             fused.remember(known_as, query, key, value, projection, window, scale, is_causal)
         return out
     rows = visible_rows(query, key, value, scale, is_causal, key_lengths, attn_mask=attn_mask)
-    return rows.mark(blocked_attention(*rows[:3], window, attn_mask=attn_mask, dropout_p=dropout_p, **options))[0]
+    return rows.mark(blocked_attention(*rows.tensors(), window, attn_mask=attn_mask, dropout_p=dropout_p, **options))[0]
 
 
 def run_scatterbrain_again(

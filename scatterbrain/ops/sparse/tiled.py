@@ -37,6 +37,8 @@ from scatterbrain.ops.sparse.supports import Round, Support
 
 # Largest amplification of rounding errors by the subtraction before a query is recomputed without it.
 CANCELLATION_LIMIT = 64.0
+# `torch.cond` of PyTorch 2.6 gives no gradients of tensors that one branch alone uses, or does not compile.
+COND_HAS_NO_GRADIENTS = torch.__version__.startswith("2.6.")
 
 LogFeatures = tuple[torch.Tensor, torch.Tensor]
 
@@ -308,7 +310,9 @@ def _recompute_in_graph(out: torch.Tensor, cancelled: torch.Tensor, query: torch
         return torch.where(cancelled.unsqueeze(-1), _dense_rows(query, *arguments, every, (rows,)), out)
 
     # the meta device has shapes, but no condition
-    return recompute(out) if out.is_meta else torch.cond(cancelled.any(), recompute, torch.clone, (out,))
+    if out.is_meta or (COND_HAS_NO_GRADIENTS and out.requires_grad):
+        return recompute(out)
+    return torch.cond(cancelled.any(), recompute, torch.clone, (out,))
 
 
 def _dense_rows(

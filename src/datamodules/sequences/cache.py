@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -32,7 +32,7 @@ def read_cached(
         cache: the file; its folder is made. None calls `read` each time.
         source: name of the data source.
         read: gives the tensors, on the CPU.
-        description: of what `read` would give, such as a digest of the files' names; None does not compare.
+        description: of what `read` would give, such as a digest of the files' names and sizes; None does not compare.
 
     Raises:
         UserError: the file is damaged, or holds other data; it cannot be written; or from `read`.
@@ -89,8 +89,3 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def digest_of_names(names: Iterable[str]) -> str:
-    """SHA-256 of names of files, as a description of what is read."""
-    return hashlib.sha256(b"\0".join(map(os.fsencode, names))).hexdigest()

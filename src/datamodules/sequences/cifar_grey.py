@@ -22,8 +22,14 @@ from src.datamodules.dataset import load_rgb
 from src.datamodules.formats.files import scan_folder
 from src.datamodules.sampling import hold_out
 from src.datamodules.sequences.base import SequenceData
-from src.datamodules.sequences.cache import digest_of_names, read_cached
-from src.datamodules.sequences.folders import check_holdout, find_root, list_class, read_all, warn_if_incomplete
+from src.datamodules.sequences.folders import (
+    check_holdout,
+    find_root,
+    list_class,
+    read_all,
+    read_folders,
+    warn_if_incomplete,
+)
 from src.utils.text import abbreviate
 
 SIDE = 32
@@ -51,18 +57,11 @@ def read_cifar_grey(
 
     Raises:
         UserError: an option, a folder or class without images, classes that differ between the parts, an image that
-            cannot be decoded or has another size, or see `read_cached`.
+            cannot be decoded or has another size, or see `read_folders`.
     """
     check_holdout(holdout)
     check_whole_number("datamodule.read.seed", seed, 0)
-    if data_dir is None and cache is None:
-        raise UserError(
-            "There is nothing to read the images from. Give the folder with train/ and test/ by "
-            "datamodule.read.data_dir, or a file by datamodule.read.cache."
-        )
-    files = None if data_dir is None else list_images(data_dir)
-    names = files and [f"{part}/{name}/{path.name}" for (part, name), paths in files.items() for path in paths]
-    tensors = read_cached(cache, "cifar_grey", lambda: _read(files), names and digest_of_names(names))
+    tensors = read_folders("cifar_grey", "images", data_dir, cache, list_images, _read)
     parts = {
         part: SequenceData(tensors[f"{part}.pixels"].flatten(1), tensors[f"{part}.targets"].long()) for part in COMPLETE
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -9,15 +10,66 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 
 from scatterbrain.errors import UserError, is_number
 from src.datamodules.formats.files import is_no_image, read_file, scan_folder
+from src.datamodules.sequences.cache import read_cached
 from src.utils.machine import usable_cpus
 from src.utils.progress import progress_display
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# Files by part (train or test) and class.
+Files = Mapping[tuple[str, str], list[Path]]
+
+
+def read_folders(
+    source: str,
+    what: str,
+    data_dir: str | os.PathLike[str] | None,
+    cache: str | os.PathLike[str] | None,
+    list_files: Callable[[str | os.PathLike[str]], Files],
+    read: Callable[[Files], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """The tensors that `read` gives for the files of a folder, or a cache of them, see `read_cached`.
+
+    A cache is refused if the names or sizes of the files differ from those it was made of.
+
+    Args:
+        source: name of the data source.
+        what: the files hold, for the messages.
+        data_dir: the folder; None where `cache` exists.
+        cache: file with all tensors; None for none.
+        list_files: from the folder to its files.
+        read: from the files to the tensors.
+
+    Raises:
+        UserError: there is neither a folder nor a cache, from `list_files` and `read`, or see `read_cached`.
+    """
+    if data_dir is None and cache is None:
+        raise UserError(
+            f"There is nothing to read the {what} from. Give the folder with train/ and test/ by "
+            "datamodule.read.data_dir, or a file by datamodule.read.cache."
+        )
+    if data_dir is None:
+        return read_cached(cache, source, dict, None)
+    files = list_files(data_dir)
+    return read_cached(cache, source, lambda: read(files), None if cache is None else _digest(files))
+
+
+def _digest(files: Files) -> str:
+    """SHA-256 of names and sizes."""
+    digest = hashlib.sha256()
+    for (part, name), paths in files.items():
+        for path in paths:
+            try:
+                size = os.stat(path).st_size
+            except OSError:  # which reading explains
+                size = None
+            digest.update(os.fsencode(f"{part}/{name}/{path.name}") + f"\0{size}\0".encode())
+    return digest.hexdigest()
 
 
 def find_root(data_dir: str | os.PathLike[str], inner: str | None, parts: Iterable[str], layout: str) -> Path:

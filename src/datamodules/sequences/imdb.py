@@ -21,12 +21,12 @@ import torch
 from scatterbrain.errors import UserError, check_whole_number
 from src.datamodules.sampling import hold_out
 from src.datamodules.sequences.base import SequenceData
-from src.datamodules.sequences.cache import digest_of_names, read_cached
 from src.datamodules.sequences.folders import (
     check_holdout,
     find_root,
     list_class,
     read_all,
+    read_folders,
     read_text,
     warn_if_incomplete,
 )
@@ -54,19 +54,12 @@ def read_imdb(
         cache: file with all reviews, which is read in place of the folders, and written where it does not exist.
 
     Raises:
-        UserError: an option, a folder or class without reviews, an empty or unreadable review, or see `read_cached`.
+        UserError: an option, a folder or class without reviews, an empty or unreadable review, or see `read_folders`.
     """
     check_whole_number("datamodule.read.length", length, 1)
     check_holdout(holdout)
     check_whole_number("datamodule.read.seed", seed, 0)
-    if data_dir is None and cache is None:
-        raise UserError(
-            "There is nothing to read the reviews from. Give the folder with train/ and test/ by "
-            "datamodule.read.data_dir, or a file by datamodule.read.cache."
-        )
-    files = None if data_dir is None else list_reviews(data_dir)
-    names = files and [f"{part}/{name}/{path.name}" for (part, name), paths in files.items() for path in paths]
-    tensors = read_cached(cache, "imdb", lambda: _read(files), names and digest_of_names(names))
+    tensors = read_folders("imdb", "reviews", data_dir, cache, list_reviews, _read)
     parts = {}
     for part in COMPLETE:
         tokens, lengths = _pad(tensors[f"{part}.bytes"].numpy(), tensors[f"{part}.offsets"].numpy(), length)

@@ -41,6 +41,9 @@ NAMES = list(scatterbrain.ATTENTIONS)
 OF_EACH_CLASS = list({scatterbrain.ATTENTIONS[name].module: name for name in NAMES}.values())
 # one for each way to depend on the length
 OF_EACH_LENGTH_RULE = ["full", "performer", "local", "smyrf", "bs-longformer", "local2d"]
+# what export raises where the length cannot be dynamic; PyTorch 2.6 fails while it words its suggestion
+NOT_EVERY_LENGTH = "inconsistent min|length"
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def create(name: str) -> torch.nn.Module:
@@ -99,6 +102,8 @@ def trace(name, _):
 
 
 def onnx(name, folder, batch=2, attention=None):
+    if VERSION < (2, 9):
+        pytest.skip("the ONNX exporter needs PyTorch 2.9, see docs/installation.md")
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -158,7 +163,7 @@ def test_what_the_table_says(use, name, tmp_path):
     if WORKS[name][use]:
         call(name, tmp_path)
     else:
-        message = "Use torch.export" if use == "jit.trace" else "length"
+        message = "Use torch.export" if use == "jit.trace" else NOT_EVERY_LENGTH
         with pytest.raises(Exception, match=message):
             call(name, tmp_path)
 
@@ -175,14 +180,14 @@ def test_clusters_take_lengths_that_are_multiples_of_their_number():
     program = export(module, inputs(2), dynamic_shapes=shapes).module()
     for groups in (2, 5, 10):
         assert_same(program, "cluster", *inputs(2, groups * module.num_landmarks, seed=1))
-    with pytest.raises(Exception, match="% 9 == 0"):
+    with pytest.raises(Exception, match=r"% 9 == 0|of the form 9\*"):  # PyTorch 2.6 words it the second way
         program(*inputs(2, 50))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["sbcluster", "pairedcluster"])
 def test_clusters_do_not_take_every_length(name):
-    with pytest.raises((AssertionError, torch._dynamo.exc.UserError), match=r"inconsistent min|length"):
+    with pytest.raises((AssertionError, torch._dynamo.exc.UserError), match=NOT_EVERY_LENGTH):
         export(create(name), inputs(2), dynamic_shapes=({1: Dim("length", min=16, max=128)},) * 3)
 
 

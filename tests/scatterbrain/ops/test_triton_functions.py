@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -126,8 +128,8 @@ def sequence(monkeypatch):
     workspace.add("y", 3)
     sequence = triton_functions.LaunchSequence(("x",), (workspace,))
     sequence.add(kernel, (4, 2), ("x", "y"), (7, 0.5), block=16, num_warps=2)
-    driver = type("Driver", (), {"get_current_stream": staticmethod(lambda device: 11)})
-    monkeypatch.setattr(triton_functions.triton.runtime.driver, "_active", driver, raising=False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 11))
+    monkeypatch.setattr(triton_functions.triton.runtime, "driver", driver)
     monkeypatch.setattr(triton_functions, "_HAS_KNOWN_LAUNCHER", True)
     return sequence, kernel, workspace
 

@@ -161,7 +161,9 @@ def test_a_training_goes_on_exactly_after_sigterm(training, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(SequenceTraining, "training_step", stop)
-        part, _ = training("part", *options)
+        with pytest.raises(SystemExit):
+            training("part", *options)
+    part = read_summary(tmp_path / "part" / "sequence_training.json")
     assert (part.steps_done, part.complete, part.test) == (step, False, None)
     if step == 4:  # and a part that is complete
         assert len(part.history) == 2
@@ -171,6 +173,41 @@ def test_a_training_goes_on_exactly_after_sigterm(training, tmp_path, monkeypatc
     again, _ = training("part", *options, "train.resume=true")
     assert_same(again, whole, tmp_path / "part", tmp_path / "whole")
     assert again.complete
+
+
+@pytest.mark.parametrize("stage", ["training", "test"])
+def test_the_exit_status_after_sigterm(stage, tmp_path, monkeypatch):
+    name = f"{stage}_step"
+    take = getattr(SequenceTraining, name)
+
+    def stop(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGTERM)
+        return take(self, batch, batch_idx)
+
+    arguments = small("copy", f"hydra.run.dir={tmp_path / 'here'}", "datamodule.eval_batch_size=5")
+    monkeypatch.setattr(SequenceTraining, name, stop)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with hydra_restored():
+        assert run.run(sys.argv) == 143
+    summary = read_summary(tmp_path / "here" / "sequence_training.json")
+    done = 1 if stage == "training" else 5
+    assert (summary.steps_done, summary.complete, summary.test) == (done, done == 5, None)
+    monkeypatch.setattr(SequenceTraining, name, take)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "train.resume=true"])
+    with hydra_restored():
+        assert run.run(sys.argv) == 0
+    summary = read_summary(tmp_path / "here" / "sequence_training.json")
+    assert summary.complete
+    assert summary.test is not None
+
+
+def test_missing_data_end_in_one_message(tmp_path, capsys, monkeypatch):
+    arguments = ["run.py", "experiment=lra-text", *SMALL, f"hydra.run.dir={tmp_path / 'here'}"]
+    monkeypatch.setattr(sys, "argv", [*arguments, f"datamodule.read.data_dir={tmp_path / 'nothing'}"])
+    with hydra_restored():
+        assert run.run(sys.argv) == 1
+    message = f"Error: {tmp_path / 'nothing'} does not exist. Give the folder with train/ and test/, each with pos/ "
+    assert capsys.readouterr().err == message + "and neg/, by datamodule.read.data_dir.\n"
 
 
 def test_a_training_with_other_options_or_data_is_not_resumed(training):

@@ -75,6 +75,33 @@ def causal_landmark_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
+    options = num_landmarks, window, chunk, scale, key_lengths, attn_mask, num_steps, dropout_p, return_lse
+    return attend_and_remember(None, query, key, value, *options, enable_gqa, backend)
+
+
+def attend_and_remember(
+    known_as: tuple | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    chunk: int,
+    scale: float | None,
+    key_lengths: torch.Tensor | None,
+    attn_mask: torch.Tensor | None,
+    num_steps: int,
+    dropout_p: float,
+    return_lse: bool,
+    enable_gqa: bool,
+    backend: str,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Results of `causal_landmark_attention`, whose arguments these are.
+
+    With a key `known_as` in `CALLS`, of a call without masks and `return_lse`, later calls that are like this one run
+    the kernels at once where these ran it.
+    """
+    given = query, key, value
     query, key, value, key_lengths, repeats = _check_groups(query, key, value, key_lengths, enable_gqa)
     attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
@@ -89,6 +116,9 @@ def causal_landmark_attention(
     if backend == "triton":  # the kernels keep away from what is hidden themselves
         options = {"scale": scale, "num_steps": num_steps, "key_lengths": key_lengths, "return_lse": return_lse}
         out, lse = fused.attention(query, key, value, num_landmarks, window, chunk, **options)
+        is_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+        if known_as is not None and is_given:
+            fused.remember(known_as, *given, num_landmarks, window, chunk, scale, num_steps)
         return (out, lse) if return_lse else out
     if repeats > 1:
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
@@ -130,39 +160,6 @@ def _check_groups(
         return *check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa), 1
     some, key, value, key_lengths = check_inputs(query[:, :of_keys], key, value, key_lengths)
     return query.to(some.dtype), key, value, key_lengths, heads // of_keys
-
-
-def remember_call(
-    known_as: tuple,
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    num_landmarks: int,
-    window: int,
-    scale: float | None,
-    num_steps: int,
-    dropout_p: float,
-    enable_gqa: bool,
-    backend: str,
-) -> None:
-    """Let calls of `landmark_attention` that are like a checked one run the kernels at once, if these ran it.
-
-    Args:
-        known_as: key of the call in `CALLS`.
-        given: query, key and value, (B, H, N, width) each.
-        num_landmarks: landmarks M of a node.
-        window: width W of the window.
-        scale: softmax scale s, or None.
-        num_steps: iterations of Lloyd's algorithm.
-        dropout_p: probability of dropping a weight.
-        enable_gqa: key and value may have fewer heads.
-        backend: as in `causal_landmark_attention`.
-    """
-    query, key, value, _, _ = _check_groups(*given, None, enable_gqa)
-    reason = fused.unsupported(query, value, num_landmarks, CHUNK, dropout_p)
-    backend = choose_backend(backend, PYTORCH_AND_TRITON, unsupported=reason, prefer_kernels=is_fast(query))
-    is_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
-    if backend == "triton" and query.shape[0] > 0 and is_given:
-        scale = default_scale(query, scale)
-        fused.remember(known_as, query, key, value, num_landmarks, window, CHUNK, scale, num_steps)
 
 
 def check_causal_sizes(num_landmarks: int, window: int, chunk: int, num_steps: int) -> None:

@@ -292,7 +292,7 @@ def _last_two(level: Landmarks) -> Landmarks:
     Where the number is odd, the second one has no keys.
     """
     tensors = []
-    for name, x in zip(level._fields, level, strict=True):
+    for name, x in zip(Landmarks._fields, level, strict=True):
         before = torch.cat([x[:, :1], x[:, :-1]], 1)
         if name == "bias":
             odd = torch.arange(x.shape[1], device=x.device) % 2 == 0

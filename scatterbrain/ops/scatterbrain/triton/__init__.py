@@ -144,7 +144,7 @@ def attention(
         rows = visible_rows(query, key, value, scale, is_causal, key_lengths, seen_in)
     else:
         rows = VisibleRows(query, key, value, None)
-    tensors = _kernel_inputs(*rows[:3], projection, key_lengths)
+    tensors = _kernel_inputs(*rows.tensors(), projection, key_lengths)
     return rows.mark(attend(*tensors, window, scale, cosh, is_causal, eps, statistics))[0]
 
 

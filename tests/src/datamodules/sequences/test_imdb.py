@@ -70,6 +70,13 @@ def test_a_cache_is_read_in_place_of_the_folders(tmp_path):
                 assert torch.equal(cached[name].lengths, part.lengths.clamp(max=length))
                 assert torch.equal(cached[name].targets, part.targets)
     assert [path.name for path in cache.parent.iterdir()] == ["imdb.safetensors"]
+    review = root / "train" / "pos" / "0_10.txt"
+    text = review.read_text()
+    review.write_text(f"{text}, changed")
+    with pytest.raises(UserError, match=r"was made of other files or options .* Delete it"):
+        read_imdb(root, length=30, cache=cache)
+    review.write_text(text)
+    read_imdb(root, length=30, cache=cache)
     (root / "train" / "pos" / "new_9.txt").write_text("one more")
     with pytest.raises(UserError, match=r"was made of other files or options .* Delete it"):
         read_imdb(root, length=30, cache=cache)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from scatterbrain.ops.clusters.triton import LEAST_TRITON
+from scatterbrain.ops.clusters.triton import LEAST_TRITON, are_read_in_place, with_even_rows
 from scatterbrain.ops.common.backends import no_kernels, too_large
 from scatterbrain.ops.common.calls import CALLS
 
@@ -13,8 +12,6 @@ from scatterbrain.ops.common.calls import CALLS
 MAX_WIDTH = 128
 CHUNKS = (16, 32, 64, 128)
 LANDMARKS = (1, 2, 4, 8, 16, 32, 64)
-# Rows are read 16 bytes at a time, and Triton knows of strides only whether 16 divides them.
-ROW_MULTIPLE = 16
 
 
 def unsupported(
@@ -118,14 +115,14 @@ def remember(
         scale: softmax scale.
         num_steps: Lloyd steps.
     """
-    from scatterbrain.ops.clusters.causal.triton.operator import OPERATOR, with_vector_loads
+    from scatterbrain.ops.clusters.causal.triton.operator import OPERATOR
     from scatterbrain.ops.common.passes import Call
 
     tensors = query, key, value
-    taken = _arguments(*(x.detach() for x in tensors), num_landmarks, window, chunk, scale, num_steps, None)
-    if all(with_vector_loads(x).data_ptr() == y.data_ptr() for x, y in zip(taken[:3], tensors, strict=True)):
+    if are_read_in_place(*tensors):
         records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        CALLS[known_as] = Call(OPERATOR, (*tensors, None), (*taken[4:], records), records)
+        arguments = _arguments(*tensors, num_landmarks, window, chunk, scale, num_steps, None)
+        CALLS[known_as] = Call(OPERATOR, arguments[:4], (*arguments[4:], records), records)
 
 
 @torch.no_grad()
@@ -150,10 +147,7 @@ def find_clusters(
 
 def _arguments(query, key, value, num_landmarks, window, chunk, scale, num_steps, key_lengths) -> tuple:
     """Arguments of the operator, with rows padded to a multiple of 16 elements, so that they are read as vectors."""
-    tensors = []
-    for x in (query, key, value):
-        excess = -x.shape[-1] % ROW_MULTIPLE
-        tensors.append(F.pad(x, (0, excess)) if excess else x)
+    tensors = [with_even_rows(x) for x in (query, key, value)]
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
     return (*tensors, key_lengths, num_landmarks, window, chunk, scale, query.shape[3], num_steps)
