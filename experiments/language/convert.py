@@ -272,19 +272,25 @@ def save_tensors(path: Path, network: Network, tokens: torch.Tensor) -> None:
         np.savez(file, **arrays)
 
 
-def build_parser() -> Parser:
-    parser = Parser(
-        __doc__, "attentions", "memory-fraction", "output", "device", attentions="full,local,sblocal,sbcluster"
-    )
-    parser.set_defaults(memory_fraction=1 / 8, figure=None)
+def add_inputs(parser: Parser) -> None:
+    """Add the options that name checkpoints and texts, and how much of these is evaluated."""
     add = parser.add_argument
     add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="of networks of one length")
     add("--books", default="data/books", metavar="DIR", help="of the texts (%(default)s)")
     add("--wikitext", metavar="DIR", help="folder of valid.txt and test.txt of WikiText-2, to evaluate on")
     add("--windows", type=positive, default=128, metavar="K", help="of a text, spread evenly (%(default)s)")
+    add("--batch-size", type=positive, default=16, metavar="B", help="windows at a time (%(default)s)")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        __doc__, "attentions", "memory-fraction", "output", "device", attentions="full,local,sblocal,sbcluster"
+    )
+    parser.set_defaults(memory_fraction=1 / 8, figure=None)
+    add_inputs(parser)
+    add = parser.add_argument
     add("--steps", type=not_negative, default=0, metavar="N", help="of the fine-tune (0: none)")
     add("--lr", type=positive_number, default=1e-4, metavar="LR", help="highest learning rate (%(default)s)")
-    add("--batch-size", type=positive, default=16, metavar="B", help="windows of a step (%(default)s)")
     add("--seed", type=not_negative, default=0, metavar="S", help="of the order of the text (%(default)s)")
     add(
         "--save-tensors",

@@ -123,7 +123,7 @@ def start_from_keys(features: LearnedFeatures, inputs: StageInputs, generator: t
     """
     heads, num_features, _ = features.key_weight.shape
     keys = inputs.key.transpose(1, 2).flatten(0, 1) if heads == 1 else inputs.key.permute(2, 0, 1, 3)
-    keys = keys.reshape(heads, -1, keys.shape[-1])
+    keys = keys.reshape(heads, -1, keys.shape[-1]).float()
     index = torch.stack([torch.randperm(keys.shape[1], generator=generator)[:num_features] for _ in range(heads)])
     index = index.to(keys.device).expand(heads, -1)
     # fewer keys than features: some are taken twice

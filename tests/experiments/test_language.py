@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.language import compare, convert
+from experiments.language import compare, convert, distil
 from experiments.language.compare import TEXTS
 from experiments.language.convert import build_network, read_network
+from scatterbrain.attention import create_attention
 from src.datamodules.sequences.books import read_text_files
+from src.models.attention_inputs import StageInputs
 from src.models.sequence_network import rotate
+from src.tasks.distillation import distil_features
 from src.tasks.train_sequence import train_sequence
+from src.utils.peak_memory import peak_bytes
 from tests.scatterbrain.ops import causal_error
 from tests.src.tasks.setup import compose_config
 
@@ -179,3 +183,119 @@ def test_one_file_twice_is_no_second_seed(folder, capsys):
     assert compare.main([path, path, "--output", str(folder / "twice.json")]) == 1
     assert "two results of attention full and seed 1111 in" in capsys.readouterr().err
     assert not (folder / "twice.json").exists()
+
+
+def run_distil(folder, *options, network="full", output="distilled.json"):
+    texts = ["--books", str(folder / "books"), "--wikitext", str(folder / "wikitext"), "--windows", "8"]
+    sizes = ["--train-windows", "3", "--error-windows", "2", "--num-queries", "64", "--steps", "30", "--lr", "0.05"]
+    checkpoint = str(folder / network / "checkpoints" / "last.ckpt")
+    status = distil.main([checkpoint, *texts, *sizes, "--output", str(folder / output), *options])
+    return status, json.loads((folder / output).read_text()) if status == 0 else None
+
+
+def test_learned_features_against_random_ones(folder, capsys):
+    status, content = run_distil(folder, "--num-seeds", "2", "--seed", "1111", "--device", "cpu")
+    assert status == 0
+    assert content["complete"]
+    assert (content["settings"]["seed"], content["settings"]["num_seeds"], content["settings"]["steps"]) == (
+        1111,
+        2,
+        30,
+    )
+    rows = {(row["method"], row["stage"], row["features_seed"]): row for row in content["results"]}
+    of_features = [
+        (name, kind, seed)
+        for name in ("performer", "sblocal")
+        for kind in ("random", "keys", "learned")
+        for seed in (1111, 1112)
+    ]
+    others = [("full", "trained", None), ("local", "swapped", None), ("sbcluster", "swapped", None)]
+    assert list(rows) == others + of_features
+    assert rows[others[0]]["errors"] == [0.0, 0.0]
+    for name in ("performer", "sblocal"):
+        for seed in (1111, 1112):
+            random, keys, learned = (rows[name, kind, seed] for kind in ("random", "keys", "learned"))
+            assert random["sizes"] == keys["sizes"] == learned["sizes"]
+            assert list(learned["bits_per_byte"]) == list(TEXTS)
+            assert len(learned["divergences"]) == 2
+            for layer in (0, 1):
+                assert learned["errors"][layer] < 0.8 * min(keys["errors"][layer], random["errors"][layer])
+        assert rows[name, "random", 1111]["errors"] != rows[name, "random", 1112]["errors"]
+    # the random ones are those of a conversion with the seed of the network
+    _, swapped = run_convert(folder, "--attentions", "performer,sblocal", "--windows", "8")
+    for row in swapped["results"][1:]:
+        assert row["bits_per_byte"] == pytest.approx(rows[row["method"], "random", 1111]["bits_per_byte"], rel=1e-6)
+    output = capsys.readouterr().out
+    assert "relative error of the output, mean ± standard deviation over seeds" in output
+    learned = [rows["sblocal", "learned", seed]["bits_per_byte"]["test"] for seed in (1111, 1112)]
+    assert f"{np.mean(learned):.3f} ± {np.std(learned, ddof=1):.3f}" in output
+
+
+def test_errors_of_layers_are_of_the_trained_networks_inputs(folder):
+    """The first layer gets the same in both networks, so their outputs there have the error."""
+    _, content = run_distil(folder, "--num-seeds", "1", "--error-windows", "1", "--attentions", "performer")
+    options, state, _ = read_network(folder / "full" / "checkpoints" / "last.ckpt")
+    text, outputs = read_text_files(folder / "books").test, []
+    start = (len(text) - 1) // 256 // 2 * 256  # the window in the middle
+    window = {**options, "attention": {"name": "local"}, "memory_fraction": 1 / 8}
+    for each in (options, window):
+        network = build_network(each, state, torch.device("cpu")).eval()
+        network.blocks[0].attention.register_forward_hook(lambda *call: outputs.append(call[2][0]))
+        network(text[None, start : start + 256].long())
+    error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+    assert content["results"][1]["errors"][0] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_learned_features_depend_on_their_seed_alone(folder):
+    given = ["--attentions", "sblocal", "--steps", "5"]
+    _, both = run_distil(folder, *given, "--seed", "3", "--num-seeds", "2")
+    _, second = run_distil(folder, *given, "--seed", "4", "--num-seeds", "1")
+    rows = [row for row in both["results"] if row["features_seed"] == 4]
+    assert rows == [row for row in second["results"] if row["features_seed"] == 4]
+    assert len(rows) == 3
+    assert rows[-1]["divergences"] != both["results"][-2]["divergences"]
+
+
+def test_learned_features_in_bfloat16(folder, monkeypatch):
+    """As on CUDA, where the network runs in autocast: queries and keys are bfloat16, their features are not."""
+    given = ["--attentions", "sblocal", "--num-seeds", "1", "--windows", "2"]
+    _, single = run_distil(folder, *given)
+    monkeypatch.setattr(distil.Distillation, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    _, half = run_distil(folder, *given)
+    for one, other in zip(single["results"], half["results"], strict=True):
+        assert other["bits_per_byte"]["test"] == pytest.approx(one["bits_per_byte"]["test"], abs=0.02)
+        assert other["errors"] == pytest.approx(one["errors"], abs=0.02)
+    assert half["results"][0]["errors"][0] > 0.0
+
+
+@pytest.mark.parametrize("name", ["performer", "sblocal"])
+def test_memory_of_learned_features_is_linear_in_the_length(name):
+    """Of the evaluation and of a step of the distillation: no weights of all queries are there."""
+    sizes = {"nb_features": 16} | ({"local_context": 32} if name == "sblocal" else {})
+    cpu, peaks, steps = torch.device("cpu"), [], []
+    for length in (1024, 2048):
+        attention = create_attention(name, length, 8, causal=True, learned_heads=2, **sizes).eval()
+        inputs = torch.randn(3, 1, length, 2, 8)
+        with torch.no_grad():
+            peaks.append(peak_bytes(lambda call=attention, inputs=inputs: call(*inputs), cpu))
+        layers = [StageInputs(*inputs, 8**-0.5)]
+        steps.append(peak_bytes(lambda call=attention, layers=layers: distil_features(call, layers, steps=2), cpu))
+    assert peaks[1] < 2.2 * peaks[0]
+    assert steps[1] < 2.2 * steps[0]
+    assert max(peaks[1], steps[1]) < 4 * 2 * 2048**2  # float32 weights of both heads
+
+
+def test_what_a_distillation_refuses(folder, capsys):
+    for options, message in (
+        (["--attentions", "performer,local"], "Attention local has no features to learn. Choose performer or sblocal."),
+        (["--steps", "0"], "Argument --steps: '0' is not an integer of at least 1"),
+        (["--seed", "-1"], "--seed"),
+    ):
+        assert run_distil(folder, *options, output="none.json")[0] == 1
+        error = capsys.readouterr().err
+        assert error.startswith("Error: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert run_distil(folder, network="performer", output="none.json")[0] == 1
+    assert "was trained with performer, and features are learned from full attention." in capsys.readouterr().err
+    assert not (folder / "none.json").exists()
