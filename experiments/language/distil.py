@@ -61,6 +61,12 @@ class Distillation(Conversion):
                     f"{path} was trained with {trained['attention']}, and features are learned from full attention. "
                     "Give one of model/attention=full."
                 )
+        depths = {options["depth"] for _, (options, *_) in self.checkpoints}
+        if len(depths) > 1:
+            raise UserError(
+                f"Networks of {' and '.join(map(str, sorted(depths)))} blocks have no errors in common. "
+                "Give networks of one depth."
+            )
         self.seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
 
     def run(self, console: Console, save: Any) -> None:

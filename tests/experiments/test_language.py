@@ -38,11 +38,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, attention, *options):
+def train(folder, attention, *options, name=None):
+    name = name or attention
     arguments = [f"model/attention={attention}", f"datamodule.read.data_dir={folder / 'books'}", "optimizer.lr=0.01"]
-    config = compose_config(["experiment=language-books", *SMALL, *arguments, *options], folder / attention)
+    config = compose_config(["experiment=language-books", *SMALL, *arguments, *options], folder / name)
     summary, _ = train_sequence(config)
-    (folder / attention / "test.json").write_text(json.dumps(summary.test))
+    (folder / name / "test.json").write_text(json.dumps(summary.test))
 
 
 def run_convert(folder, *options, networks=("full",), output="out.json"):
@@ -298,4 +299,8 @@ def test_what_a_distillation_refuses(folder, capsys):
         assert error.count("\n") == 1
     assert run_distil(folder, network="performer", output="none.json")[0] == 1
     assert "was trained with performer, and features are learned from full attention." in capsys.readouterr().err
+    train(folder, "full", "model.depth=1", "seed=5", name="shallow")
+    checkpoints = [str(folder / name / "checkpoints" / "last.ckpt") for name in ("full", "shallow")]
+    assert distil.main([*checkpoints, "--books", str(folder / "books"), "--output", str(folder / "none.json")]) == 1
+    assert "Networks of 1 and 2 blocks have no errors in common." in capsys.readouterr().err
     assert not (folder / "none.json").exists()
