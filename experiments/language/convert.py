@@ -11,6 +11,7 @@ weights as they are, and then as many --steps of training as the network's own a
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -134,6 +135,8 @@ class Conversion(Run):
                     scores.append(sample_scores(network(tokens), targets))
             summary = summarise(scores, "bits_per_byte")
             bits[name], errors[name] = summary["bits_per_byte"], summary["standard_error"]
+            if not math.isfinite(bits[name]):
+                raise UserError(f"{method} ({stage}) has {bits[name]} bits per byte on {name}. Lower --lr.")
         attention = network.blocks[0].attention
         sizes = {"sizes": attention.sizes(), "memory": attention_memory(attention, self.length)}
         self.results.append(

@@ -304,3 +304,12 @@ def test_what_a_distillation_refuses(folder, capsys):
     assert distil.main([*checkpoints, "--books", str(folder / "books"), "--output", str(folder / "none.json")]) == 1
     assert "Networks of 1 and 2 blocks have no errors in common." in capsys.readouterr().err
     assert not (folder / "none.json").exists()
+
+
+def test_a_diverged_distillation_ends_in_one_message(folder, capsys):
+    given = ["--attentions", "sblocal", "--num-seeds", "1", "--lr", "1e30"]
+    assert run_distil(folder, *given, output="diverged.json")[0] == 1
+    assert "Error: sblocal (learned) has nan bits per byte on validation. Lower --lr.\n" in capsys.readouterr().err
+    content = json.loads((folder / "diverged.json").read_text())
+    assert not content["complete"]
+    assert [row["stage"] for row in content["results"]][-2:] == ["random", "keys"]
