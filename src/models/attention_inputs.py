@@ -110,7 +110,9 @@ def capture_calls(attentions: Sequence[AttentionModule], run: Callable[[], Any])
     captured: dict[AttentionModule, StageInputs] = {}
 
     def capture(attention: AttentionModule, tensors: tuple[torch.Tensor, ...]) -> None:
-        captured[attention] = StageInputs(*tensors[:3], scale=default_scale(tensors[0], attention.softmax_temp))
+        # a part of a fused qkv would hold the memory of all of it
+        inputs = (x.contiguous() for x in tensors[:3])
+        captured[attention] = StageInputs(*inputs, scale=default_scale(tensors[0], attention.softmax_temp))
 
     with ExitStack() as hooks:
         for attention in attentions:

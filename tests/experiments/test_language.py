@@ -11,7 +11,7 @@ from experiments.language.compare import TEXTS
 from experiments.language.convert import build_network, read_network
 from scatterbrain.attention import create_attention
 from src.datamodules.sequences.books import read_text_files
-from src.models.attention_inputs import StageInputs
+from src.models.attention_inputs import StageInputs, capture_calls
 from src.models.sequence_network import rotate
 from src.tasks.distillation import distil_features
 from src.tasks.train_sequence import train_sequence
@@ -313,3 +313,13 @@ def test_a_diverged_distillation_ends_in_one_message(folder, capsys):
     content = json.loads((folder / "diverged.json").read_text())
     assert not content["complete"]
     assert [row["stage"] for row in content["results"]][-2:] == ["random", "keys"]
+
+
+def test_inputs_of_layers_take_no_more_memory_than_they_have_elements(folder):
+    """Values are a part of a fused qkv, which is not held."""
+    options, state, _ = read_network(folder / "full" / "checkpoints" / "last.ckpt")
+    network = build_network(options, state, torch.device("cpu")).eval()
+    attentions = [block.attention for block in network.blocks]
+    for inputs in capture_calls(attentions, lambda: network(torch.zeros(1, 256, dtype=torch.long))):
+        for x in (inputs.query, inputs.key, inputs.value):
+            assert x.untyped_storage().nbytes() == x.nbytes
