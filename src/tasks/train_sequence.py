@@ -176,8 +176,9 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
             try:
                 trainer.test(task, datamodule=datamodule, verbose=False)
             except SIGTERMException:  # a resumed training tests the last checkpoint
-                last.request_stop()
                 tested = False
+            if trainer.received_sigterm:  # in the last step of the test too, after which it is not raised
+                last.request_stop()
 
     checkpoints = {name: output_dir / "checkpoints" / name for name in (BEST_CHECKPOINT, LAST_CHECKPOINT)}
     history = task.history

@@ -201,6 +201,26 @@ def test_the_exit_status_after_sigterm(stage, tmp_path, monkeypatch):
     assert summary.test is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "stopped"), [("on_train_start", True), ("on_validation_epoch_end", True), ("on_test_epoch_end", False)]
+)
+def test_sigterm_outside_of_steps(name, stopped, tmp_path, monkeypatch):
+    """Before the first step, and where Lightning no longer looks for it."""
+    call = getattr(SequenceTraining, name)
+
+    def stop(self):
+        signal.raise_signal(signal.SIGTERM)
+        return call(self)
+
+    arguments = small("copy", f"hydra.run.dir={tmp_path / 'here'}")
+    monkeypatch.setattr(SequenceTraining, name, stop)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with hydra_restored():
+        assert run.run(sys.argv) == 143
+    summary = read_summary(tmp_path / "here" / "sequence_training.json")
+    assert (summary.complete, summary.test is None) == (not stopped, stopped)
+
+
 def test_missing_data_end_in_one_message(tmp_path, capsys, monkeypatch):
     arguments = ["run.py", "experiment=lra-text", *SMALL, f"hydra.run.dir={tmp_path / 'here'}"]
     monkeypatch.setattr(sys, "argv", [*arguments, f"datamodule.read.data_dir={tmp_path / 'nothing'}"])
