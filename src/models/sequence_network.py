@@ -145,8 +145,10 @@ def sinusoids(length: int, dim: int) -> torch.Tensor:
 
 def rotations(length: int, width: int) -> torch.Tensor:
     """Cosines and sines (2, length, width / 2) of rotary positions: angle i is position * 10,000 ** (-2 i / width)."""
-    angles = torch.arange(length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
-    return torch.stack([angles.cos(), angles.sin()])
+    # float32 angles of distant positions would be off
+    frequencies = torch.exp(-math.log(1e4) * torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from scatterbrain.ops.clusters.causal.triton.nodes import (
     join_nodes_kernel,
     landmark_statistics_kernel,
 )
-from scatterbrain.ops.common.backends import with_near_rows
+from scatterbrain.ops.clusters.triton.operator import with_vector_loads
 from scatterbrain.ops.common.calls import needs_dispatcher
 from scatterbrain.ops.common.passes import (
     FusedFunction,
@@ -42,7 +42,6 @@ from scatterbrain.ops.common.triton_functions import (
     BufferLayout,
     LaunchSequence,
     device_of,
-    has_vector_loads,
     pdl_options,
     precision_of_products,
     row_strides,
@@ -220,12 +219,6 @@ def _forward_pass(
         **(plan.pdl if plan.counts else plan.first),
     )
     return Pass(launches, outputs, (layout,))
-
-
-def with_vector_loads(x: torch.Tensor) -> torch.Tensor:
-    """The rows of (B, H, N, E), copied where Triton could not tell that they can be read 16 bytes at a time."""
-    x = with_near_rows(x)
-    return x if has_vector_loads(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def run_forward(
