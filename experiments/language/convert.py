@@ -64,6 +64,8 @@ class Conversion(Run):
     and `seconds`.
     """
 
+    OTHERS: tuple[str, ...] = ()  # attentions that are measured beside those of the options
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.device = arguments, choose_device(arguments.device)
         self.results: list[dict[str, Any]] = []
@@ -79,7 +81,7 @@ class Conversion(Run):
             )
         self.length = lengths.pop()
         check_seeds([trained for _, (*_, trained) in self.checkpoints], "the checkpoints")
-        for method in arguments.attentions:  # what cannot be causal, before anything slow
+        for method in (*arguments.attentions, *self.OTHERS):  # what cannot be causal, before anything slow
             create_attention(method, self.length, memory_fraction=arguments.memory_fraction, causal=True)
         self.missing = [str(path) for path in arguments.checkpoints]
 
@@ -98,8 +100,7 @@ class Conversion(Run):
                 if method == own:  # which keeps its sizes and its random features
                     network = build_network(options, state, self.device)
                 else:
-                    swapped = {"attention": {"name": method}, "memory_fraction": self.arguments.memory_fraction}
-                    network = build_network({**options, **swapped}, without_attentions(state), self.device)
+                    network = self.swapped(options, state, method)
                     self.measure(network, trained, method, "swapped")
                 if self.arguments.steps:
                     record = self.fine_tune(network)
@@ -107,6 +108,14 @@ class Conversion(Run):
                 save()
             self.missing.remove(str(path))
             save()
+
+    def swapped(
+        self, options: Mapping[str, Any], state: Mapping[str, torch.Tensor], method: str, **changes: Any
+    ) -> Network:
+        """The network of a checkpoint with another attention; `changes` are its `seed` and options of the attention."""
+        seed = changes.pop("seed", options["seed"])
+        changed = {"attention": {"name": method, **changes}, "memory_fraction": self.arguments.memory_fraction}
+        return build_network({**options, **changed, "seed": seed}, without_attentions(state), self.device)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 on CUDA."""

@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.language.compare import grouped
-from experiments.language.convert import Conversion, add_inputs, build_network, without_attentions
-from scatterbrain.attention import create_attention
+from experiments.language.convert import Conversion, add_inputs, build_network
 from scatterbrain.attention.base import AttentionModule
 from scatterbrain.errors import UserError, check_whole_number
 from src.analysis.approximation import mean_and_std, plus_minus, relative_error
@@ -47,14 +46,14 @@ class Distillation(Conversion):
     where they are learned, `divergences`, mean loss of each layer in the last tenth of its steps, in nats.
     """
 
+    OTHERS = OTHERS
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         check_whole_number("--seed", arguments.seed, 0, MAX_SEED - arguments.num_seeds)
         for method in arguments.attentions:
             if method not in LEARNERS:
                 raise UserError(f"Attention {method} has no features to learn. Choose {' or '.join(LEARNERS)}.")
         super().__init__(arguments)
-        for method in OTHERS:  # before anything slow, as the base class does for the others
-            create_attention(method, self.length, memory_fraction=arguments.memory_fraction, causal=True)
         for path, (*_, trained) in self.checkpoints:
             if trained["attention"] != "full":
                 raise UserError(
@@ -77,7 +76,7 @@ class Distillation(Conversion):
             self.console, self.references = console, self.full_outputs(full)
             self.measure(full, trained, "full", "trained")
             save()
-            for method in OTHERS:
+            for method in self.OTHERS:
                 self.measure(self.swapped(options, state, method), trained, method, "swapped")
                 save()
             for (method, features, _), (network, record) in self.learn(full, options, state).items():
@@ -95,18 +94,10 @@ class Distillation(Conversion):
         record: Mapping[str, Any] | None = None,
     ) -> None:
         """Add the row of a network, and log it."""
-        errors = layer_errors(network, self.references)
+        errors = layer_errors(network.eval(), self.references)
         super().measure(network, trained, method, stage, {"features_seed": None, **(record or {}), "errors": errors})
         bits = self.results[-1]["bits_per_byte"]["test"]
         self.console.log(f"{method} ({stage}): {bits:.3f} bits per byte of test, error {statistics.fmean(errors):.3f}")
-
-    def swapped(
-        self, options: Mapping[str, Any], state: Mapping[str, torch.Tensor], method: str, **changes: Any
-    ) -> Network:
-        """The network of a checkpoint with another attention; `changes` are its `seed` and options of the attention."""
-        seed = changes.pop("seed", options["seed"])
-        changed = {"attention": {"name": method, **changes}, "memory_fraction": self.arguments.memory_fraction}
-        return build_network({**options, **changed, "seed": seed}, without_attentions(state), self.device).eval()
 
     def captured(
         self, network: Network, attentions: Sequence[AttentionModule], text: str, number: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ from src.utils.files import atomic_write
 # What differs from machine to machine, and is not kept in a file of several trainings.
 _LEFT_OUT = {"checkpoints": {}, "command": ""}
 _HEADERS = ("attention", "seeds", "columns", "steps", "test", "±", "validation", "best", "tokens/s", "minutes", "MiB")
+
+
+# What may set trainings with one attention apart, as text.
+_PARTS: tuple[Callable[[SequenceSummary], str], ...] = (
+    lambda summary: f"lr {summary.learning_rate:g}",
+    lambda summary: ", ".join(f"{name} {size}" for name, size in summary.sizes.items()),
+    lambda summary: f"{summary.steps:,} steps",
+    lambda summary: f"batch {summary.batch_size}",
+    lambda summary: f"{summary.parameters:,} weights",
+    lambda summary: summary.precision,
+    lambda summary: f"data {summary.data.get('sha256', '')[:6]}",
+)
 
 
 @dataclass(frozen=True)
@@ -58,20 +70,8 @@ def _by_label(summaries: list[SequenceSummary]) -> dict[str, list[SequenceSummar
     for summary in summaries:
         mine = [other for other in summaries if other.attention == summary.attention]
         label = [summary.attention]
-        if len({other.learning_rate for other in mine}) > 1:
-            label.append(f"lr {summary.learning_rate:g}")
-        if len({str(other.sizes) for other in mine}) > 1:
-            label += [f"{name} {size}" for name, size in summary.sizes.items()]
-        if len({other.steps for other in mine}) > 1:
-            label.append(f"{summary.steps:,} steps")
-        if len({other.batch_size for other in mine}) > 1:
-            label.append(f"batch {summary.batch_size}")
-        if len({other.parameters for other in mine}) > 1:
-            label.append(f"{summary.parameters:,} weights")
-        if len({other.precision for other in mine}) > 1:
-            label.append(summary.precision)
-        if len({other.data.get("sha256") for other in mine}) > 1:
-            label.append(f"data {summary.data.get('sha256', '')[:6]}")
+        texts = [(part(summary), {part(other) for other in mine}) for part in _PARTS]
+        label += [text for text, of_all in texts if text and len(of_all) > 1]
         for name in dict.fromkeys(name for other in mine for name in other.options):
             if len({str(other.options.get(name)) for other in mine}) > 1:
                 label.append(f"{name} {summary.options.get(name)}")

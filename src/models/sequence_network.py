@@ -137,17 +137,20 @@ class Network(nn.Module):
                 block.attention.redraw_projection(seed * len(self.blocks) + number)
 
 
+def position_angles(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Angles (length, width / 2): position * 10,000 ** (-2 i / width)."""
+    return torch.arange(length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, width, 2, dtype=dtype) / width)
+
+
 def sinusoids(length: int, dim: int) -> torch.Tensor:
     """Fixed positions (length, dim): sines and cosines of wavelengths from 2 pi to 10,000 times that."""
-    angles = torch.arange(length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, dim, 2) / dim)
+    angles = position_angles(length, dim, torch.float32)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
 
 
 def rotations(length: int, width: int) -> torch.Tensor:
     """Cosines and sines (2, length, width / 2) of rotary positions: angle i is position * 10,000 ** (-2 i / width)."""
-    # float32 angles of distant positions would be off
-    frequencies = torch.exp(-math.log(1e4) * torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.arange(length)[:, None] * frequencies
+    angles = position_angles(length, width, torch.float64)  # in float32 those of distant positions would be off
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
