@@ -37,7 +37,7 @@ _PARTS: tuple[Callable[[SequenceSummary], str], ...] = (
     lambda summary: f"batch {summary.batch_size}",
     lambda summary: f"{summary.parameters:,} weights",
     lambda summary: summary.precision,
-    lambda summary: f"data {summary.data.get('sha256', '')[:6]}",
+    lambda summary: f"data {(summary.data.get('sha256') or '')[:6]}",
 )
 
 
