@@ -57,6 +57,11 @@ BUDGETS: dict[str, tuple[Sizes, ...]] = {
         {"local_context": 64, "num_landmarks": number, "num_query_landmarks": 48, "density": density}
         for number in (64, 128, 256)
         for density in (0.0, 0.03, 0.08, 0.15)
+    )
+    + tuple(
+        {"local_context": 32, "num_landmarks": 64, "num_query_landmarks": number, "density": density}
+        for number in (16, 32)
+        for density in (0.03, 0.08)
     ),
     "pisa": DENSITIES,
     "topk-blocks": DENSITIES,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,15 +158,23 @@ def test_results_are_the_same_from_run_to_run(device, dtype):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("device", "dtype"), DEVICES[:1])
-def test_results_do_not_depend_on_tiles(device, dtype):
-    tensors = draw(device, dtype, 60)
-    expected = landmark_attention(*tensors, 9, 7, backend="triton")
-    tiles = LandmarkTiles(
-        block=16, min_block=16, sum_rows=32, sum_programs=1, query_rows=32, key_rows=16, query_tiles=2
-    )
-    with use_tiles(tiles):
-        assert_close("out", expected, landmark_attention(*tensors, 9, 7, backend="triton"), 1e-6)
+@needs_interpreter
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+@pytest.mark.parametrize("num_landmarks", [9, 3])  # 3: clusters are found from a sample of the longer sequence
+def test_results_do_not_depend_on_tiles(num_landmarks, num_steps):
+    tensors = draw("cpu", torch.float32, 60, batch=2)
+    lengths = torch.tensor([60, 31])
+
+    def run():
+        options = {"key_lengths": lengths, "num_steps": num_steps, "backend": "triton"}
+        return landmark_attention(*tensors, num_landmarks, 7, **options)
+
+    expected = run()
+    tiles = LandmarkTiles(block=16, min_block=16, sum_rows=32, query_rows=32, key_rows=16, query_tiles=2)
+    # a program has a whole sequence and makes all steps, or half of it; two initial centroids in a program, or one
+    for changes in ({"sum_programs": 2, "start_pair_rows": 32}, {"sum_programs": 4, "start_pair_rows": 0}):
+        with use_tiles(replace(tiles, **changes)):
+            assert_close("out", expected, run(), 1e-6)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES[:2])

@@ -25,6 +25,7 @@ from scatterbrain.ops.clusters.triton.operator import (
     LandmarkPlan,
     add_cluster_kernels,
     cluster_layouts,
+    start_programs,
     with_vector_loads,
 )
 from scatterbrain.ops.clusters.triton.tiles import tiles_override
@@ -69,14 +70,19 @@ _SMALL = PlanTiles(
 )  # fmt: skip
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
+# Of initial centroids that are found together for keys and queries: keys of a step, and of all steps.
+START_ROWS = 16
+MOST_START_ROWS = 128
 
 
 def _can_share(keys: LandmarkPlan, queries: LandmarkPlan) -> bool:
     """Whether the kernels of `starts.py` can find the centroids of keys and queries together."""
     one_block = not keys.has_labels and keys.blocks == 1 and queries.blocks == 1
     few_chunks = all(plan.chunks_of_steps()[1] <= MANY_CHUNKS for plan in (keys, queries))
-    same_tiles = ("start_warps", "sum_rows", "sum_warps", "sum_stages", "combine_landmarks")
-    return one_block and few_chunks and all(getattr(keys.tiles, x) == getattr(queries.tiles, x) for x in same_tiles)
+    few_rows = max(keys.stretch, queries.stretch) <= MOST_START_ROWS
+    same_tiles = ("sum_rows", "sum_warps", "sum_stages", "combine_landmarks")
+    same = all(getattr(keys.tiles, name) == getattr(queries.tiles, name) for name in same_tiles)
+    return one_block and few_chunks and few_rows and same
 
 
 def _add_centroids(
@@ -95,17 +101,20 @@ def _add_centroids(
     def of_both(of_keys: dict[str, Any], of_queries: dict[str, Any]) -> dict[str, Any]:
         return of_keys | {"QUERY_" + name: option for name, option in of_queries.items()}
 
+    # keys and queries share the registers of a program, which larger steps of one of them would take from both
+    starts = [plan.start_options(START_ROWS) for plan in (keys, queries)]
+    programs = max(start_programs(plan.num_landmarks, x) for plan, x in zip((keys, queries), starts, strict=True))
     launches.add(
         start_both_kernel,
-        (max(keys.num_landmarks, queries.num_landmarks), keys.groups, 2),
+        (programs, keys.groups, 2),
         ("key", "key_lengths", *centroids, "query", "query_lengths", *query_centroids),
         (
             *(keys.heads, keys.num_keys, keys.num_landmarks, *key_strides),
             *(queries.num_keys, queries.num_landmarks, *query_strides),
         ),
         **widths,
-        **of_both(keys.start_options(), queries.start_options()),
-        num_warps=keys.tiles.start_warps,
+        **of_both(*starts),
+        num_warps=1,
         **keys.first,
     )
     (chunk, chunks), (query_chunk, query_chunks) = (plan.chunks_of_steps() for plan in (keys, queries))

@@ -19,28 +19,29 @@ def start_both_kernel(
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
     length, num_query_landmarks, stride_qb, stride_qh, stride_qn,
     E: tl.constexpr, BE: tl.constexpr,
-    MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr, HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr,
-    PER_CLUSTER: tl.constexpr,
-    QUERY_MP: tl.constexpr, QUERY_BN: tl.constexpr, QUERY_ONE_TILE: tl.constexpr, QUERY_HAS_LENGTHS: tl.constexpr,
-    QUERY_EVERY: tl.constexpr, QUERY_PER_CLUSTER: tl.constexpr, PDL: tl.constexpr,
+    MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr, PAIR: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, PER_CLUSTER: tl.constexpr,
+    QUERY_MP: tl.constexpr, QUERY_BN: tl.constexpr, QUERY_ONE_TILE: tl.constexpr, QUERY_PAIR: tl.constexpr,
+    QUERY_HAS_LENGTHS: tl.constexpr, QUERY_EVERY: tl.constexpr, QUERY_PER_CLUSTER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Initial centroid of one cluster."""
+    """Initial centroid of one or two clusters."""
     grid_dependency_control(PDL, True)
-    cluster = tl.program_id(0)
+    part = tl.program_id(0)
     group = tl.program_id(1)
     if tl.program_id(2) == 0:
-        if cluster < num_landmarks:
+        if (2 * part if PAIR else part) < num_landmarks:
             store_start(
-                cluster, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
+                part, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
                 heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-                E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY, PER_CLUSTER,
+                E, BE, MP, BN, ONE_TILE, PAIR, HAS_LENGTHS, EVERY, PER_CLUSTER,
             )  # fmt: skip
     else:
-        if cluster < num_query_landmarks:
+        if (2 * part if QUERY_PAIR else part) < num_query_landmarks:
             store_start(
-                cluster, group, q_ptr, query_lengths_ptr, query_centre_ptr, query_delta_ptr, query_bias_ptr,
+                part, group, q_ptr, query_lengths_ptr, query_centre_ptr, query_delta_ptr, query_bias_ptr,
                 heads, length, num_query_landmarks, stride_qb, stride_qh, stride_qn,
-                E, BE, QUERY_MP, QUERY_BN, QUERY_ONE_TILE, QUERY_HAS_LENGTHS, QUERY_EVERY, QUERY_PER_CLUSTER,
+                E, BE, QUERY_MP, QUERY_BN, QUERY_ONE_TILE, QUERY_PAIR, QUERY_HAS_LENGTHS, QUERY_EVERY,
+                QUERY_PER_CLUSTER,
             )  # fmt: skip
 
 

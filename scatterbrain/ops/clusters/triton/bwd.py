@@ -20,6 +20,7 @@ from scatterbrain.ops.clusters.triton.fwd import (
     landmark_not_taken,
     load_words,
     not_taken,
+    window_labels,
     window_rows,
     words_of_queries,
 )
@@ -94,8 +95,9 @@ def landmark_bwd_dq_kernel(
         excess = tl.zeros((BM,), tl.float32)
         for part in tl.range(0, WINDOW_TILES, num_stages=2):
             j = tl.program_id(0) * BM - LEFT + part * BN + tl.arange(0, BN)
-            k, v, delta, label, position = window_rows(
-                j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, BE, D, BD
+            label = window_labels(j, end, label_ptr)
+            k, v, delta, position = window_rows(
+                j, label, end, k_ptr, v_ptr, delta_ptr, stride_kn, stride_vn, E, BE, D, BD
             )
             inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
             if CLUSTERS > 0:

@@ -19,20 +19,22 @@ from scatterbrain.ops.scatterbrain.triton.fwd import NO_POSITION, partial_row_su
 
 
 @triton.jit
+def window_labels(j, end, label_ptr):
+    """Clusters (rows,) of keys j. To be loaded early: the loads of the centroids wait for them."""
+    return tl.load(label_ptr + j, mask=(j >= 0) & (j < end), other=0).to(tl.int32)
+
+
+@triton.jit
 def window_rows(
-    j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn,
+    j, label, end, k_ptr, v_ptr, delta_ptr, stride_kn, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Keys j, their values, the centroids of their clusters (relative to the centre), clusters, and positions.
-
-    Positions are those for `in_window`.
-    """
+    """Keys j, their values, the centroids of their clusters (relative to the centre), and positions for `in_window`."""
     exists = (j >= 0) & (j < end)
+    delta = load_rows(delta_ptr, label, exists, E, E, BE)
     k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
     v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
-    label = tl.load(label_ptr + j, mask=exists, other=0).to(tl.int32)
-    delta = load_rows(delta_ptr, label, exists, E, E, BE)
-    return k, v, delta, label, tl.where(exists, j, NO_POSITION)
+    return k, v, delta, tl.where(exists, j, NO_POSITION)
 
 
 @triton.jit
@@ -111,17 +113,17 @@ def dot_centre(q, centre):
 
 @triton.jit
 def window_fwd(
-    j, i, q, offset, normaliser, acc, running_max, total, end,
-    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
+    j, label, i, q, offset, normaliser, acc, running_max, total, end,
+    k_ptr, v_ptr, delta_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
     E: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     CLUSTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Put exact weights in place of the landmarks' for the window's keys among j, for queries i.
+    """Put exact weights in place of the landmarks' for the window's keys among j, of clusters `label`, for queries i.
 
     Returns the new normaliser of the window (rows, 4), accumulator, running maximum, and normaliser of the landmarks.
     """
-    k, v, delta, label, position = window_rows(
-        j, end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
+    k, v, delta, position = window_rows(
+        j, label, end, k_ptr, v_ptr, delta_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
     )
     inside = in_window(position[None, :], i[:, None], LEFT, RIGHT)
     if CLUSTERS > 0:
@@ -141,25 +143,32 @@ def window_fwd(
 
 
 @triton.jit
+def band_keys(first_key, ROWS: tl.constexpr, BAND: tl.constexpr):
+    """Positions (ROWS / 16 * BAND,) of the keys of each 16 of ROWS queries, the first of all from `first_key` on."""
+    groups: tl.constexpr = ROWS // 16
+    j = first_key + tl.arange(0, groups)[:, None] * 16 + tl.arange(0, BAND)[None, :]
+    return tl.reshape(j, (groups * BAND,))
+
+
+@triton.jit
 def band_fwd(
-    first_key, i, q, offset, acc, running_max, total, end,
-    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
+    j, label, i, q, offset, acc, running_max, total, end,
+    k_ptr, v_ptr, delta_ptr, word_ptr, first, second, third, fourth, stride_kn, stride_vn, qk_scale,
     E: tl.constexpr, D: tl.constexpr, MP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     CLUSTERS: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same as `window_fwd` for a narrow window, of which every 16 queries see no more than BAND keys.
 
-    Each group of 16 queries has its own keys: of a tile of all keys, most are in the window of few of the queries.
+    Each group of 16 queries has its own keys, see `band_keys`: of a tile of all keys, most are in the window of few of
+    the queries.
 
     Returns the new accumulator, running maximum, and normaliser.
     """
     rows: tl.constexpr = q.shape[0]
     groups: tl.constexpr = rows // 16
-    j = first_key + tl.arange(0, groups)[:, None] * 16 + tl.arange(0, BAND)[None, :]
-    k, v, delta, label, position = window_rows(
-        tl.reshape(j, (groups * BAND,)), end, k_ptr, v_ptr, delta_ptr, label_ptr, stride_kn, stride_vn,
-        E, q.shape[1], D, acc.shape[1],
-    )  # fmt: skip
+    k, v, delta, position = window_rows(
+        j, label, end, k_ptr, v_ptr, delta_ptr, stride_kn, stride_vn, E, q.shape[1], D, acc.shape[1]
+    )
     position = tl.reshape(position, (groups, 1, BAND))
     inside = in_window(position, tl.reshape(i, (groups, 16, 1)), LEFT, RIGHT)
     if CLUSTERS > 0:
@@ -234,6 +243,13 @@ def landmark_fwd_kernel(
         i = (tl.program_id(0) * QUERY_TILES + step) * BM + tl.arange(0, BM)
         valid = i < num_queries
         q = load_rows(q_ptr, i, valid, stride_qn, E, BE)
+        first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
+        if BAND > 0:
+            j = band_keys(first_key, BM, BAND)
+            label = window_labels(j, end, label_ptr)
+        elif WINDOW_TILES > 0:
+            j = first_key + tl.arange(0, BN)
+            label = window_labels(j, end, label_ptr)
         word_ptr, first, second, third, fourth = taken_ptr, 0, 0, 0, 0
         if CLUSTERS > 0:
             word_ptr = words_of_queries(
@@ -273,25 +289,30 @@ def landmark_fwd_kernel(
             offset = dot_centre(q, centre) * qk_scale
         if BAND > 0:
             acc, running_max, total = band_fwd(
-                (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT, i, q, offset, acc, running_max, total, end,
-                k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                j, label, i, q, offset, acc, running_max, total, end,
+                k_ptr, v_ptr, delta_ptr, word_ptr, first, second, third, fourth,
                 stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, BAND, PRECISION,
             )  # fmt: skip
         elif WINDOW_TILES > 0:
             normaliser = tl.zeros((BM, 4), tl.float32)
-            first_key = (tl.program_id(0) * QUERY_TILES + step) * BM - LEFT
-            for part in tl.static_range(UNROLLED):
+            for _ in tl.static_range(UNROLLED):
+                next_label = window_labels(j + BN, end, label_ptr)
                 normaliser, acc, running_max, total = window_fwd(
-                    first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
-                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                    j, label, i, q, offset, normaliser, acc, running_max, total, end,
+                    k_ptr, v_ptr, delta_ptr, word_ptr, first, second, third, fourth,
                     stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
                 )  # fmt: skip
-            for part in tl.range(UNROLLED, WINDOW_TILES, num_stages=2):
+                j += BN
+                label = next_label
+            for _ in tl.range(UNROLLED, WINDOW_TILES, num_stages=2):
+                next_label = window_labels(j + BN, end, label_ptr)
                 normaliser, acc, running_max, total = window_fwd(
-                    first_key + part * BN + tl.arange(0, BN), i, q, offset, normaliser, acc, running_max, total, end,
-                    k_ptr, v_ptr, delta_ptr, label_ptr, word_ptr, first, second, third, fourth,
+                    j, label, i, q, offset, normaliser, acc, running_max, total, end,
+                    k_ptr, v_ptr, delta_ptr, word_ptr, first, second, third, fourth,
                     stride_kn, stride_vn, qk_scale, E, D, MP, LEFT, RIGHT, CLUSTERS, PRECISION,
                 )  # fmt: skip
+                j += BN
+                label = next_label
             total += tl.sum(normaliser, 1)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
         store_rows(out_ptr, out, i, valid, stride_on, D)

@@ -59,56 +59,94 @@ def sample_of_sequence(
 
 
 @triton.jit
+def stretch_of_landmark(landmark, end, num_landmarks):
+    """First position of a landmark's stretch of `end` keys, ceil(landmark end / M), and the one behind its last.
+
+    The stretch of a landmark past the last is empty.
+    """
+    # end = M whole + rest, so that no product needs 64 bits
+    whole = end // num_landmarks
+    rest = end - whole * num_landmarks
+    first = landmark * whole + (landmark * rest + num_landmarks - 1) // num_landmarks
+    last = (landmark + 1) * whole + ((landmark + 1) * rest + num_landmarks - 1) // num_landmarks
+    return first, tl.where(landmark < num_landmarks, last, first)
+
+
+@triton.jit
+def farthest_in_tile(k, first, last, k_ptr, end, E: tl.constexpr, BE: tl.constexpr):
+    """Key (BE,) of a stretch in one tile (rows, BE) farthest from its mean; if that is empty, of the sequence."""
+    k = k.to(tl.float32)
+    j = first + tl.arange(0, k.shape[0])
+    row, _ = farthest_key(k, tl.sum(k, 0) * (1.0 / tl.maximum(last - first, 1).to(tl.float32)), j, first, last)
+    key = tl.sum(tl.where((j == row)[:, None], k, 0.0), 0)
+    if first >= last:
+        e = tl.arange(0, BE)
+        key = tl.load(k_ptr + e, mask=(e < E) & (end > 0), other=0.0).to(tl.float32)
+    return key
+
+
+@triton.jit
+def farthest_of_tiles(k_ptr, first, last, end, stride_kn, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr):
+    """Key (BE,) of a stretch, read BN keys at a time, that is farthest from its mean."""
+    e = tl.arange(0, BE)
+    j = first + tl.arange(0, BN)
+    total = tl.zeros((BE,), tl.float32)
+    for n in range(0, last - first, BN):
+        total += tl.sum(load_rows(k_ptr, j + n, j + n < last, stride_kn, E, BE).to(tl.float32), 0)
+    mean = total * (1.0 / tl.maximum(last - first, 1).to(tl.float32))
+    farthest = -1.0
+    row = 0
+    for n in range(0, last - first, BN):
+        k = load_rows(k_ptr, j + n, j + n < last, stride_kn, E, BE).to(tl.float32)
+        place, distance = farthest_key(k, mean, j + n, first, last)
+        row = tl.where(distance > farthest, place, row)
+        farthest = tl.maximum(farthest, distance)
+    return tl.load(k_ptr + row * stride_kn + e, mask=(e < E) & (row < end), other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_start(
-    landmark, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
+    part, group, k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-    E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr, PAIR: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, PER_CLUSTER: tl.constexpr,
 ):  # fmt: skip
-    """Store the initial centroid of a landmark, see `start_kernel`."""
+    """Store the initial centroid of a landmark or of a pair of them, see `start_kernel`."""
     wide = group.to(tl.int64)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
     every = sample_of_sequence(end, num_landmarks, EVERY, 1, PER_CLUSTER, HAS_LENGTHS)
     end = (end + every - 1) // every
     stride_kn *= every
     k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
-    first = ((landmark.to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
-    last = (((landmark + 1).to(tl.int64) * end + num_landmarks - 1) // num_landmarks).to(tl.int32)
-    share = 1.0 / tl.maximum(last - first, 1).to(tl.float32)
-    e = tl.arange(0, BE)
-    j = first + tl.arange(0, BN)
+    landmark = 2 * part if PAIR else part
+    first, last = stretch_of_landmark(landmark, end, num_landmarks)
+    rows = tl.arange(0, BN)
+    # all loads before the first reduction, which would wait for each of them
     if ONE_TILE:
-        k = load_rows(k_ptr, j, j < last, stride_kn, E, BE).to(tl.float32)
+        k = load_rows(k_ptr, first + rows, first + rows < last, stride_kn, E, BE)
+    if PAIR:
+        first_2, last_2 = stretch_of_landmark(landmark + 1, end, num_landmarks)
+        k_2 = load_rows(k_ptr, first_2 + rows, first_2 + rows < last_2, stride_kn, E, BE)
     some = (tl.arange(0, 16) * end.to(tl.int64) // 16).to(tl.int32)
     centre = tl.sum(load_rows(k_ptr, some, some < end, stride_kn, E, BE).to(tl.float32), 0) * (1 / 16)
     if ONE_TILE:
-        row, _ = farthest_key(k, tl.sum(k, 0) * share, j, first, last)
-        key = tl.sum(tl.where((j == row)[:, None], k, 0.0), 0)
-        if first >= last:  # of an empty stretch: the first key of the sequence
-            key = tl.load(k_ptr + e, mask=(e < E) & (end > 0), other=0.0).to(tl.float32)
+        key = farthest_in_tile(k, first, last, k_ptr, end, E, BE)
     else:
-        total = tl.zeros((BE,), tl.float32)
-        for n in range(0, last - first, BN):
-            total += tl.sum(load_rows(k_ptr, j + n, j + n < last, stride_kn, E, BE).to(tl.float32), 0)
-        farthest = -1.0
-        row = 0
-        for n in range(0, last - first, BN):
-            k = load_rows(k_ptr, j + n, j + n < last, stride_kn, E, BE).to(tl.float32)
-            place, distance = farthest_key(k, total * share, j + n, first, last)
-            row = tl.where(distance > farthest, place, row)
-            farthest = tl.maximum(farthest, distance)
-        key = tl.load(k_ptr + row * stride_kn + e, mask=(e < E) & (row < end), other=0.0).to(tl.float32)
-    if landmark == 0:
-        tl.store(centre_ptr + group * BE + e, centre)
+        key = farthest_of_tiles(k_ptr, first, last, end, stride_kn, E, BE, BN)
+    bias_ptr += group * MP
+    if part == 0:
+        tl.store(centre_ptr + group * BE + tl.arange(0, BE), centre)
         for block in range(0, MP, 16):
             b = block + tl.arange(0, 16)
-            tl.store(bias_ptr + group * MP + b, tl.full((16,), LOG_ZERO, tl.float32), mask=b >= num_landmarks)
+            tl.store(bias_ptr + b, tl.full((16,), LOG_ZERO, tl.float32), mask=b >= num_landmarks)
     b = landmark + tl.arange(0, 1)
     delta_ptr += wide * num_landmarks * E
     # a stretch is empty where keys are fewer than landmarks: its centroid is a copy
-    store_centroids(
-        (key - centre)[:, None], centre, delta_ptr, bias_ptr + group * MP, b, first < last, num_landmarks, E, MP, BE
-    )
+    store_centroids((key - centre)[:, None], centre, delta_ptr, bias_ptr, b, first < last, num_landmarks, E, MP, BE)
+    if PAIR:
+        key = farthest_in_tile(k_2, first_2, last_2, k_ptr, end, E, BE)
+        delta = (key - centre)[:, None]
+        store_centroids(delta, centre, delta_ptr, bias_ptr, b + 1, first_2 < last_2, num_landmarks, E, MP, BE)
 
 
 @triton.jit
@@ -118,12 +156,13 @@ def start_kernel(
     delta_ptr,  # (G, M, E), written
     bias_ptr,  # (G, MP) float32, written
     heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-    E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ONE_TILE: tl.constexpr, PAIR: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, EVERY: tl.constexpr, PER_CLUSTER: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Initial centroid of one landmark: of its stretch of keys, the one farthest from the stretch's mean.
+    """Initial centroid of a landmark: of its stretch of keys, the one farthest from the stretch's mean.
 
     ONE_TILE: a stretch has at most BN keys.
+    PAIR: a program has two landmarks; with ONE_TILE.
     EVERY: the sequence is the first of each so many keys, if it has PER_CLUSTER for each landmark.
     FIRST: this is the first kernel of a pass.
     """
@@ -131,7 +170,7 @@ def start_kernel(
     store_start(
         tl.program_id(0), tl.program_id(1), k_ptr, lengths_ptr, centre_ptr, delta_ptr, bias_ptr,
         heads, num_keys, num_landmarks, stride_kb, stride_kh, stride_kn,
-        E, BE, MP, BN, ONE_TILE, HAS_LENGTHS, EVERY, PER_CLUSTER,
+        E, BE, MP, BN, ONE_TILE, PAIR, HAS_LENGTHS, EVERY, PER_CLUSTER,
     )  # fmt: skip
 
 
@@ -305,11 +344,12 @@ def cluster_sums_kernel(
     bias_ptr,  # (G, MP) float32
     mean_v_ptr,  # (G, M, D) mean values in the dtype of the values, written with FINAL and LAST
     log_count_ptr,  # (G, MP) log2 of the number of members, LOG_ZERO for none, written with FINAL and LAST
-    heads, num_keys, num_landmarks, chunk,
+    heads, num_keys, num_landmarks, chunk, step_chunk,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MB: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, ASSIGN: tl.constexpr, LAST: tl.constexpr,
     FINAL: tl.constexpr, PARTS: tl.constexpr, EVERY: tl.constexpr, LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr,
+    STEPS: tl.constexpr, STEP_EVERY: tl.constexpr, STEP_LEAST: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of a chunk, and with LAST the values, by cluster, for one block of MB landmarks.
@@ -319,10 +359,23 @@ def cluster_sums_kernel(
     EVERY: take the first of so many keys only, or of LEAST in a sequence of fewer than PER_CLUSTER keys per landmark.
     FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
     PARTS: parts in which the scores of a block are computed, which saves registers.
+    STEPS: Lloyd steps that the program makes first, over the keys that STEP_EVERY and STEP_LEAST choose, as EVERY and
+        LEAST do, in `step_chunk` rows; with FINAL.
     """
     grid_dependency_control(PDL, False)
     # from the last sequence to the first: what the kernel before has read of the last ones is still in the L2 cache
     group = tl.num_programs(1) - 1 - tl.program_id(1)
+    for _ in tl.static_range(STEPS):
+        store_sums(
+            0, 1, group, 0,
+            k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
+            heads, num_keys, num_landmarks, step_chunk,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+            E, BE, D, BD, MB, MP, BN, True, False, True, PARTS, STEP_EVERY, STEP_LEAST, PER_CLUSTER, HAS_LENGTHS,
+            PRECISION, STAGES,
+        )  # fmt: skip
+        # the next pass reads the centroids, and overwrites the labels that have been counted
+        tl.debug_barrier()
     store_sums(
         tl.program_id(0), tl.num_programs(0), group, tl.program_id(2) * MB,
         k_ptr, v_ptr, lengths_ptr, label_ptr, sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,

@@ -91,9 +91,7 @@ class LandmarkPlan:
         # name of the clusters' tensor
         self.labels = "given_labels" if self.has_labels else "labels"
         widths = padded_width(self.width), padded_width(self.value_width)
-        self.tiles = tiles_for(
-            max(widths), num_landmarks, -(-self.num_keys // num_landmarks), window, self.dtype, self.device
-        )
+        self.tiles = tiles_for(max(widths), num_landmarks, self.num_keys, self.sample, window, self.dtype, self.device)
         self.block = min(self.tiles.block, max(self.tiles.min_block, padded_width(num_landmarks)))
         self.blocks = -(-num_landmarks // self.block)
         self.padded = self.blocks * self.block
@@ -116,13 +114,18 @@ class LandmarkPlan:
         per_chunk = -(-tiles // min(wanted, tiles))
         return per_chunk * rows, -(-tiles // per_chunk)
 
-    def start_options(self) -> dict[str, Any]:
-        """Options of `start_kernel`."""
+    @property
+    def stretch(self) -> int:
+        """Largest number of keys of which one is chosen as an initial centroid."""
         stretch = -(-self.num_keys // (self.sample * self.num_landmarks))
-        if self.has_short_sequences:
-            stretch = max(stretch, self.per_cluster)
-        rows = min(self.tiles.start_rows, max(16, power_of_two(stretch)))
-        options = {"MP": self.padded, "BN": rows, "ONE_TILE": stretch <= rows, **self.lengths}
+        return max(stretch, self.per_cluster) if self.has_short_sequences else stretch
+
+    def start_options(self, most_rows: int = 128) -> dict[str, Any]:
+        """Options of `start_kernel`, with steps of at most so many keys."""
+        rows = min(most_rows, self.tiles.start_rows, max(16, power_of_two(self.stretch)))
+        one_tile = self.stretch <= rows
+        pair = one_tile and rows <= self.tiles.start_pair_rows
+        options = {"MP": self.padded, "BN": rows, "ONE_TILE": one_tile, "PAIR": pair, **self.lengths}
         return {**options, "EVERY": self.sample, "PER_CLUSTER": self.per_cluster}
 
     @property
@@ -198,6 +201,11 @@ class LandmarkPlan:
         return layout
 
 
+def start_programs(num_landmarks: int, options: dict[str, Any]) -> int:
+    """Programs of `start_kernel` for a sequence, by its options."""
+    return -(-num_landmarks // 2) if options["PAIR"] else num_landmarks
+
+
 def cluster_layouts(plan: LandmarkPlan, prefix: str = "") -> tuple[BufferLayout, BufferLayout, BufferLayout]:
     """Layouts of the statistics, of the workspace and of the sums of `add_cluster_kernels`.
 
@@ -246,13 +254,14 @@ def add_cluster_kernels(
     results = (centre, landmarks, bias, *means)
     key_name, value_name, lengths = names
     if not has_centroids:
+        start = plan.start_options()
         launches.add(
             start_kernel,
-            (plan.num_landmarks, plan.groups),
+            (start_programs(plan.num_landmarks, start), plan.groups),
             (key_name, lengths, centre, landmarks, bias),
             (*key_numbers, *key_strides),
             **key_widths,
-            **plan.start_options(),
+            **start,
             FIRST=has_values,
             num_warps=tiles.start_warps,
             **(plan.first if has_values else plan.pdl),
@@ -260,7 +269,9 @@ def add_cluster_kernels(
 
     assign = not plan.has_labels and plan.blocks == 1
     steps = range(1 if plan.has_labels else plan.num_steps + has_values)
-    for step in steps[-1:] if has_centroids else steps:
+    # where a program has a whole sequence, the last launch makes all steps
+    fused = plan.num_steps if assign and has_values and chunks == 1 and not has_centroids else 0
+    for step in steps[-1:] if has_centroids or fused else steps:
         last = plan.has_labels or step == plan.num_steps
         num_keys = plan.num_keys if last else plan.keys_of_steps
         every = {**plan.step_options(), "EVERY": 1, "LEAST": 1} if last else plan.step_options()
@@ -283,7 +294,7 @@ def add_cluster_kernels(
             cluster_sums_kernel,
             (chunks, plan.groups, plan.blocks),
             (key_name, value_name, lengths, labels, sums, *results),
-            (*key_numbers, chunk if last else step_chunk, *key_strides, *value_strides),
+            (*key_numbers, chunk if last else step_chunk, step_chunk, *key_strides, *value_strides),
             **plan.widths,
             **plan.blocked,
             BN=tiles.sum_rows,
@@ -291,6 +302,9 @@ def add_cluster_kernels(
             LAST=last,
             FINAL=chunks == 1,
             **every,
+            STEPS=fused,
+            STEP_EVERY=plan.step_options()["EVERY"],
+            STEP_LEAST=STEP_EVERY,
             PARTS=plan.parts,
             **plan.lengths,
             **plan.precision,

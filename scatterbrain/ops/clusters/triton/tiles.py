@@ -15,6 +15,7 @@ class LandmarkTiles:
 
     Attributes:
         start_rows: keys of a step where initial centroids are chosen.
+        start_pair_rows: a program there has two landmarks where the step of each has no more keys.
         start_warps: warps there.
         block: landmarks of a block, at most; where there are no more, clusters are found and summed in one kernel.
         min_block: landmarks of a block, at least.
@@ -52,6 +53,7 @@ class LandmarkTiles:
     """
 
     start_rows: int = 32
+    start_pair_rows: int = 16
     start_warps: int = 1
     block: int = 128
     min_block: int = 64
@@ -125,6 +127,8 @@ WIDE = {
 # without a window, up to 128 landmarks: the tables stay in shared memory over several tiles of queries
 NO_WINDOW = {"query_block": 128, "query_tiles": 4, "query_stages": 2, "query_registers": 168}
 
+# windows whose band 16 queries see at once
+NARROW = {"query_registers": 168}
 # up to so many keys one program adds up a sequence, and no kernel has to combine chunks
 SHORT_SEQUENCE = 1024
 SHORT = {"sum_rows": 128, "sum_programs": 128}
@@ -133,14 +137,21 @@ _override: LandmarkTiles | None = None
 
 
 def tiles_for(
-    width: int, num_landmarks: int, stretch: int, window: int, dtype: torch.dtype, device: torch.device
+    width: int,
+    num_landmarks: int,
+    num_keys: int,
+    sample: int,
+    window: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> LandmarkTiles:
     """Tiles for a shape.
 
     Args:
         width: the larger of E and D, padded to a power of two.
         num_landmarks: number of clusters M.
-        stretch: keys of a stretch, of which one is an initial centroid.
+        num_keys: keys of a sequence.
+        sample: centroids are found from the first of each so many.
         window: width W of the window, 0 for none.
         dtype: of the inputs.
         device: where they are.
@@ -156,14 +167,15 @@ def tiles_for(
         tiles = replace(tiles, **WIDE)
     elif dtype.itemsize == 2 and window == 0 and num_landmarks <= tiles.block:
         tiles = replace(tiles, **NO_WINDOW)
-    if dtype.itemsize == 2 and width <= 64 and stretch * num_landmarks <= SHORT_SEQUENCE:
+    if dtype.itemsize == 2 and width <= 64 and num_keys <= SHORT_SEQUENCE:
         tiles = replace(tiles, **SHORT)
     elif dtype.itemsize == 2 and width <= 64 and num_landmarks <= 64:
         tiles = replace(tiles, sum_programs=396)  # three programs fit an SM
     if 0 < window_band(window) <= tiles.band:
-        tiles = replace(tiles, query_registers=168)
+        tiles = replace(tiles, **NARROW)
+    stretch = -(-num_keys // (sample * num_landmarks))
     if stretch > 32:
-        tiles = replace(tiles, start_rows=64) if stretch <= 256 else replace(tiles, start_rows=128, start_warps=4)
+        tiles = replace(tiles, start_rows=64) if stretch <= 64 else replace(tiles, start_rows=128, start_warps=4)
     if num_landmarks > tiles.block:
         # sums alone need fewer registers, so that more programs fit an SM
         tiles = replace(tiles, sum_programs=4 * tiles.sum_programs)
