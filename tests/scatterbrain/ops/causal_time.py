@@ -216,12 +216,13 @@ class CausalTime(Run):
                 save()
                 text = f"{heads} x {length}, {name}: forward {found[0]:.3f} ms, both passes {found[1]:.3f} ms"
                 text += f", {row['layer']}: error {row['error']:.3f}" if "error" in row else ""
-                console.print(text, highlight=False)
+                console.print(text, highlight=False, soft_wrap=True)
             self.missing.remove(workload)
 
     def report(self) -> dict[str, Any]:
         """Machine, settings and rows, for JSON."""
-        return {"complete": not self.missing, **header(self.arguments, self.device), "results": self.results}
+        content = header(self.arguments, self.device, "inputs")
+        return {"complete": not self.missing, **content, "results": self.results}
 
     def tables(self) -> Iterator[Table]:
         """The rows as a table."""
