@@ -570,12 +570,37 @@ def causal_time() -> Expected:
     return rows
 
 
-def causal_error() -> Expected:
+def causal_error(name: str) -> dict[str, list[Values]]:
     """Error and columns of each form of causal landmarks on each layer."""
     rows: dict[str, list[Values]] = {}
-    for row in load("docs/data/causal_error.json")["results"]:
+    for row in load(f"docs/data/{name}.json")["results"]:
         rows.setdefault(row["form"], []).append((row["error"], row["columns"]))
-    return list(rows.items())
+    return rows
+
+
+def language_errors() -> Expected:
+    """The same for layers of the language model, and the mean of their errors."""
+    rows = causal_error("causal_error_language")
+    return [(form, [*layers, (statistics.fmean(layer[0] for layer in layers),)]) for form, layers in rows.items()]
+
+
+def language_conversion() -> Expected:
+    """Columns in percent, and bits per byte of networks with each attention, before and after a fine-tune."""
+    path, names = "docs/data/language_conversion.json", ("full", "local", "sblocal", "sbcluster", "performer")
+    others = {"full": names[:4], "sbcluster": names[:4]}  # attentions in place of that of the training
+    rows: Expected = []
+    for trained in ("full", "local", "sblocal", "sbcluster", "performer"):
+        for method in others.get(trained, (trained,)):
+            found = [row for row in load(path)["results"] if (row["attention"], row["method"]) == (trained, method)]
+            before = [row for row in found if row["stage"] == ("trained" if trained == method else "swapped")]
+            after = [row for row in found if row["stage"] == "fine-tuned"]
+            values: list[Values] = [None, (100 * before[0]["memory"],)]
+            for text in ("test", "WikiText-2 test"):
+                for stage in (before, after):
+                    bits = [row["bits_per_byte"][text] for row in stage]
+                    values.append((statistics.fmean(bits), (max(bits) - min(bits)) / 2) if bits else None)
+            rows.append((trained, values))
+    return rows
 
 
 def learned_features() -> Expected:
@@ -653,7 +678,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/benchmarks.md", "|784 tokens", cpu_attention),
     ("docs/benchmarks.md", "|images/s", cpu_model),
     ("docs/benchmarks.md", "machine|photographs", bfloat16),
-    ("docs/causal.md", "error / columns", causal_error),
+    ("docs/causal.md", "error / columns", lambda: list(causal_error("causal_error").items())),
     ("docs/causal.md", "heads x tokens, attention", causal_time),
     ("docs/claims.md", "claim|in the paper", claims),
     ("docs/data_formats.md", "format|images", formats),
@@ -662,6 +687,8 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
     ("docs/language.md", "attention|columns", language_training),
+    ("docs/language.md", "error / columns", language_errors),
+    ("docs/language.md", "trained with", language_conversion),
     ("docs/pretrained.md", "DINOv2, 518 px", lambda: pretrained("dinov2_518", "correlation", "iou")),
     ("docs/pretrained.md", "DINOv2, 784 px", lambda: pretrained("dinov2_784", "correlation", "iou")),
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
