@@ -13,8 +13,6 @@ from scatterbrain.ops.adaptive.triton.supports import (
     count_kernel,
     lists_kernel,
     moments_kernel,
-    order_kernel,
-    prefix_kernel,
     support_kernel,
 )
 from scatterbrain.ops.adaptive.triton.tables import WORD, plan_of_tables, tables_layout
@@ -46,7 +44,8 @@ class PlanTiles(NamedTuple):
         moment_rows: keys of a tile of the moments.
         moment_warps: their warps. With 8 warps and 128 keys, ptxas of CUDA 12.8 takes the address of an operand from a
             register that holds nothing.
-        moment_programs: programs of the moments, at most, over all sequences: what they leave is added up later.
+        moment_programs: programs of the moments, at most, over all sequences, times 2 or 3: what they leave is added up
+            later.
         list_places: places of a program that lists keys.
     """
 
@@ -58,7 +57,7 @@ class PlanTiles(NamedTuple):
     moment_landmarks: int = 64
     moment_rows: int = 64
     moment_warps: int = 4
-    moment_programs: int = 396
+    moment_programs: int = 132
     list_places: int = 256
 
 
@@ -66,7 +65,7 @@ _FLOAT32 = PlanTiles(assign_rows=32, moment_queries=32, moment_landmarks=32, mom
 # Triton's interpreter, for tests: several tiles also for small shapes.
 _SMALL = PlanTiles(
     sort_rows=32, assign_rows=16, prefix_tiles=4, prefix_bins=16, moment_queries=16, moment_landmarks=16,
-    moment_rows=16, moment_programs=12, list_places=16,
+    moment_rows=16, moment_programs=4, list_places=16,
 )  # fmt: skip
 # Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
 ONE_WARP = 256
@@ -191,7 +190,9 @@ def plan_pass(
     moment_blocks = keys.padded // tiles.moment_landmarks * -(-num_query_landmarks // moment_queries)
     rows = tiles.moment_rows
     every = sample_of_variances(num_keys, num_landmarks)
-    chunk, chunks = keys.chunks(-(-num_keys // every), rows, tiles.moment_programs, moment_blocks)
+    # three programs fit an SM, two of many query clusters
+    programs = tiles.moment_programs * (3 if moment_queries <= 32 else 2)
+    chunk, chunks = keys.chunks(-(-num_keys // every), rows, programs, moment_blocks)
 
     statistics, workspace, sums = cluster_layouts(keys)
     query_statistics, query_workspace, query_sums = cluster_layouts(queries, "query_")
@@ -207,13 +208,11 @@ def plan_pass(
         workspace.add("key_order", groups, num_keys, dtype=torch.int32)
         workspace.add("key_starts", groups, num_landmarks + 1, dtype=torch.int32)
     sums.add("query_sums", *query_sums.parts["query_sums"][1])
-    # one after another in the same place: sums, counts of tiles, squares
-    for name, shape, dtype in (
-        ("counts", (2, groups, sort_tiles, bins), torch.int32),
-        ("squares", (groups, num_query_landmarks, chunks, keys.padded), torch.float32),
-    ):
-        sums.end = 0
-        sums.add(name, *shape, dtype=dtype)
+    # squares take the place of the sums, which are added up while the points of the tiles are counted
+    end, sums.end = sums.end, 0
+    sums.add("squares", groups, num_query_landmarks, chunks, keys.padded)
+    sums.end = max(end, sums.end)
+    sums.add("counts", 2, groups, sort_tiles, bins, dtype=torch.int32)
 
     launches = LaunchSequence(
         ("query", "key", "value", "key_lengths", "query_lengths", "given_labels"),
@@ -222,77 +221,76 @@ def plan_pass(
     can_share = _can_share(keys, queries)
     if can_share:
         _add_centroids(launches, keys, queries, key, query)
-    add_cluster_kernels(launches, keys, key, value, has_centroids=can_share)
+    slots, left = add_cluster_kernels(launches, keys, key, value, has_centroids=can_share, leaves_sums=True)
     if not can_share:
         add_cluster_kernels(launches, queries, query, None, "query_", ("query", "query", "query_lengths"))
 
     sizes = (num_keys, length, num_landmarks, num_query_landmarks)
-    sort_grid = (sort_tiles, groups, 2)
-    sort_options = {"BINS": bins, "BN": tiles.sort_rows, **keys.pdl}
+    sort_options = {"BINS": bins, "BN": tiles.sort_rows}
     both_labels = (keys.labels, "query_labels")
+    block = keys.tiles.combine_landmarks
     launches.add(
         count_kernel,
-        sort_grid,
-        ("query", "query_landmarks", "query_bias", *both_labels, "counts"),
-        (keys.heads, *sizes, *row_strides(query)),
-        E=keys.width,
-        BE=keys.widths["BE"],
+        (max(sort_tiles, keys.padded // block), groups, 3 if left else 2),
+        (
+            *("query", "query_landmarks", "query_bias", *both_labels, "counts", "sums"),
+            *("centre", "landmarks", "bias", "mean_values", "log_counts"),
+        ),
+        (keys.heads, *sizes, sort_tiles, left, slots, *row_strides(query)),
+        **keys.widths,
+        MP=keys.padded,
+        BLOCK=block,
+        COMBINE=left > 0,
         QUERY_MB=queries.block,
         QUERY_MP=queries.padded,
+        **sort_options,
         BM=tiles.assign_rows,
         **keys.precision,
         STAGES=queries.tiles.sum_stages,
         num_warps=queries.tiles.assign_warps,
-        **sort_options,
+        **keys.pdl,
     )
     prefix_bins = min(tiles.prefix_bins, bins)
+    has_moments = num_exact > 0
     launches.add(
-        prefix_kernel,
-        (bins // prefix_bins, groups, 2),
-        ("counts", "totals"),
-        (sort_tiles,),
+        moments_kernel,
+        (max(chunks if has_moments else 1, bins // prefix_bins), groups, 2 + has_moments * moment_blocks),
+        (
+            *("key", "key_lengths", keys.labels, "centre", "landmarks"),
+            *("query_centre", "query_landmarks", "means", "squares", "sampled", "counts", "totals"),
+        ),
+        (keys.heads, num_keys, num_landmarks, num_query_landmarks, chunk, chunks, sort_tiles, *row_strides(key)),
+        E=keys.width,
+        BE=keys.widths["BE"],
+        MB=tiles.moment_landmarks,
+        MP=keys.padded,
+        QB=moment_queries,
+        BN=rows,
+        EVERY=every,
         BINS=bins,
         BB=prefix_bins,
         BT=tiles.prefix_tiles,
-        num_warps=4,
+        MOMENTS=has_moments,
+        **keys.lengths,
+        **keys.precision,
+        STAGES=keys.tiles.sum_stages,
+        num_warps=tiles.moment_warps,
         **keys.pdl,
     )
-    orders = (*both_labels, "counts", "totals", "key_order", "key_starts", "query_order", "query_starts")
-    launches.add(order_kernel, sort_grid, orders, sizes, **sort_options, num_warps=4)
-    key_numbers = (keys.heads, num_keys, num_landmarks, num_query_landmarks)
-    if num_exact > 0:
-        launches.add(
-            moments_kernel,
-            (chunks, groups, moment_blocks),
-            (
-                *("key", "key_lengths", keys.labels, "centre", "landmarks"),
-                *("query_centre", "query_landmarks", "means", "squares", "sampled"),
-            ),
-            (*key_numbers, chunk, *row_strides(key)),
-            E=keys.width,
-            BE=keys.widths["BE"],
-            MB=tiles.moment_landmarks,
-            MP=keys.padded,
-            QB=moment_queries,
-            BN=rows,
-            EVERY=every,
-            **keys.lengths,
-            **keys.precision,
-            STAGES=keys.tiles.sum_stages,
-            num_warps=tiles.moment_warps,
-            **keys.pdl,
-        )
     launches.add(
         support_kernel,
-        (num_query_landmarks, groups),
-        ("means", "squares", "sampled", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
+        (max(num_query_landmarks, sort_tiles), groups, 3),
         (
-            *(*key_numbers, chunks),
+            *("means", "squares", "sampled", "totals", "key_lengths", "ends", "taken_words", "exact_counts"),
+            *(*both_labels, "counts", "key_order", "key_starts", "query_order", "query_starts"),
+        ),
+        (
+            *(keys.heads, *sizes, sort_tiles, chunks),
             *(round(density * 2**DENSITY_BITS.value), scale, 0.0 if tolerance is None else tolerance),
         ),
         MP=keys.padded,
         MS=padded,
-        BINS=bins,
+        **sort_options,
         WORDS=-(-num_landmarks // WORD),
         ROUNDS=ROUNDS,
         EVERY=every,

@@ -3,11 +3,13 @@
 The clusters of keys and the centroids of queries are found by kernels of `clusters/triton/kmeans.py` and `starts.py`.
 Then, in this order:
 
-- `count_kernel`, `prefix_kernel`, `order_kernel`: a counting sort of keys and of queries by cluster, stable. The first
-  finds the clusters of the queries.
-- `moments_kernel`: means and mean squares of the logits of each key cluster, as the centroids of queries see them.
-- `support_kernel`: the key clusters that each query cluster takes.
-- `lists_kernel`: positions of their keys.
+- `count_kernel`: clusters of the queries, and how many keys and queries of a tile are in each cluster; beside it the
+  landmarks, from the sums of the chunks.
+- `moments_kernel`: means and mean squares of the logits of each key cluster, as the centroids of queries see them;
+  beside them how many points are in each cluster, and in the tiles before.
+- `support_kernel`: the key clusters that each query cluster takes; beside it the positions of keys and of queries in
+  the order of their clusters, stable.
+- `lists_kernel`: positions of the keys that a query cluster takes.
 
 Only integers are counted by atomic operations, in `tl.histogram`: results are the same bit by bit from run to run.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scatterbrain.ops.clusters.triton.kmeans import nearest, nearest_centroid
+from scatterbrain.ops.clusters.triton.kmeans import combine_sums, nearest, nearest_centroid
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, end_of_keys, load_rows, sequence_ptr
 
@@ -26,16 +28,15 @@ DENSITY_BITS = tl.constexpr(40)
 
 
 @triton.jit
-def sorted_side(key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks):
-    """Labels, numbers of points and of clusters: of the keys if the third program id is 0, else of the queries."""
-    is_query = tl.program_id(2) == 1
+def sorted_side(is_query, key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks):
+    """Labels, numbers of points and of clusters, of the keys or of the queries."""
     number = tl.where(is_query, length, num_keys)
     clusters = tl.where(is_query, num_query_landmarks, num_landmarks)
     label_ptr = key_label_ptr
     if is_query:
         label_ptr = query_label_ptr
     label_ptr += tl.program_id(1).to(tl.int64) * number
-    return label_ptr, number, clusters, is_query
+    return label_ptr, number, clusters
 
 
 @triton.jit
@@ -46,28 +47,22 @@ def load_labels(label_ptr, i, number, clusters):
 
 
 @triton.jit
-def count_kernel(
-    q_ptr,
-    query_delta_ptr, query_bias_ptr,  # (G, Q, E), (G, QUERY_MP): centroids of the queries
-    key_label_ptr,  # (G, S) int16, -1 for none
-    query_label_ptr,  # (G, T) int16, written
-    count_ptr,  # (2, G, tiles, BINS) int32, written: numbers of the points of a tile in each cluster
+def count_tile(
+    is_query, tile, tiles, q_ptr, query_delta_ptr, query_bias_ptr, key_label_ptr, query_label_ptr, count_ptr,
     heads, num_keys, length, num_landmarks, num_query_landmarks, stride_qb, stride_qh, stride_qn,
     E: tl.constexpr, BE: tl.constexpr, QUERY_MB: tl.constexpr, QUERY_MP: tl.constexpr,
     BINS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of the points of a tile in each cluster, of keys and of queries; of queries the clusters too.
+    """Store the numbers of the points of a tile in each cluster, of keys or of queries; of queries the clusters too.
 
     All queries of a sequence have one, those past its length too.
     """
-    grid_dependency_control(PDL, False)
-    label_ptr, number, clusters, is_query = sorted_side(
-        key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks
+    label_ptr, number, clusters = sorted_side(
+        is_query, key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks
     )
-    first = tl.program_id(0) * BN
+    group = tl.program_id(1)
+    first = tile * BN
     if is_query:
-        group = tl.program_id(1)
         q_ptr = sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh)
         query_delta_ptr += group.to(tl.int64) * num_query_landmarks * E
         query_bias_ptr += group * QUERY_MP
@@ -94,21 +89,50 @@ def count_kernel(
     outside = tl.sum((label < 0).to(tl.int32), 0)
     b = tl.arange(0, BINS)
     count = tl.histogram(tl.maximum(label, 0), BINS) - tl.where(b == 0, outside, 0)
-    tile = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(count_ptr + tile.to(tl.int64) * BINS + b, count)
+    side = is_query.to(tl.int32) * tl.num_programs(1) + group
+    tl.store(count_ptr + (side.to(tl.int64) * tiles + tile) * BINS + b, count)
 
 
 @triton.jit
-def prefix_kernel(
-    count_ptr,  # (2, G, tiles, BINS) int32: numbers of points, replaced by those in the tiles before
-    total_ptr,  # (2, G, BINS) int32, written: sizes of the clusters
-    tiles,
-    BINS: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
+def count_kernel(
+    q_ptr,
+    query_delta_ptr, query_bias_ptr,  # (G, Q, E), (G, QUERY_MP): centroids of the queries
+    key_label_ptr,  # (G, S) int16, -1 for none
+    query_label_ptr,  # (G, T) int16, written
+    count_ptr,  # (2, G, tiles, BINS) int32, written: numbers of the points of a tile in each cluster
+    sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,  # see `combine_kernel`, with COMBINE
+    heads, num_keys, length, num_landmarks, num_query_landmarks, tiles, chunks, slots, stride_qb, stride_qh, stride_qn,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+    COMBINE: tl.constexpr, QUERY_MB: tl.constexpr, QUERY_MP: tl.constexpr,
+    BINS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Number of points of each of BB clusters in all earlier tiles, for each tile, and in all tiles."""
+    """Numbers of the points of a tile in each cluster, of keys and of queries; of queries the clusters too.
+
+    COMBINE: other programs do what `combine_kernel` does, which the counts do not need.
+    """
     grid_dependency_control(PDL, False)
-    side = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    part = tl.program_id(0)
+    kind = tl.program_id(2)
+    if kind == 2:
+        if COMBINE and part * BLOCK < MP:
+            combine_sums(
+                part, tl.program_id(1), sum_ptr, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr,
+                num_landmarks, chunks, slots, E, BE, D, BD, MP, BLOCK, True,
+            )  # fmt: skip
+    else:
+        if part < tiles:
+            count_tile(
+                kind == 1, part, tiles, q_ptr, query_delta_ptr, query_bias_ptr, key_label_ptr, query_label_ptr,
+                count_ptr, heads, num_keys, length, num_landmarks, num_query_landmarks, stride_qb, stride_qh, stride_qn,
+                E, BE, QUERY_MB, QUERY_MP, BINS, BN, BM, PRECISION, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def add_up_tiles(count_ptr, total_ptr, side, block, tiles, BINS: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr):
+    """Store the number of points of each of BB clusters in all earlier tiles, for each tile, and in all tiles."""
+    b = block * BB + tl.arange(0, BB)
     count_ptr += side.to(tl.int64) * tiles * BINS
     total = tl.zeros((BB,), tl.int32)
     for first in range(0, tiles, BT):
@@ -122,18 +146,14 @@ def prefix_kernel(
 
 
 @triton.jit
-def order_kernel(
-    key_label_ptr, query_label_ptr,  # see `count_kernel`
-    count_ptr, total_ptr,  # see `prefix_kernel`; counts are overwritten
-    key_order_ptr, key_start_ptr,  # (G, S), (G, M + 1) int32, written
-    query_order_ptr, query_start_ptr,  # (G, T), (G, Q + 1) int32, written
-    num_keys, length, num_landmarks, num_query_landmarks,
-    BINS: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+def order_tile(
+    is_query, tile, tiles, key_label_ptr, query_label_ptr, count_ptr, total_ptr,
+    key_order_ptr, key_start_ptr, query_order_ptr, query_start_ptr,
+    num_keys, length, num_landmarks, num_query_landmarks, BINS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Places of the points of a tile in the order of their clusters, and, by the first tile, where clusters start."""
-    grid_dependency_control(PDL, False)
-    label_ptr, number, clusters, is_query = sorted_side(
-        key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks
+    """Store places of the points of a tile in the order of their clusters, and, of the first, where clusters start."""
+    label_ptr, number, clusters = sorted_side(
+        is_query, key_label_ptr, query_label_ptr, num_keys, length, num_landmarks, num_query_landmarks
     )
     order_ptr = key_order_ptr
     start_ptr = key_start_ptr
@@ -141,11 +161,11 @@ def order_kernel(
         order_ptr = query_order_ptr
         start_ptr = query_start_ptr
     group = tl.program_id(1)
-    side = tl.program_id(2) * tl.num_programs(1) + group
+    side = is_query.to(tl.int32) * tl.num_programs(1) + group
     b = tl.arange(0, BINS)
     total = tl.load(total_ptr + side * BINS + b)
-    first = tl.program_id(0) * BN
-    if first == 0:
+    first = tile * BN
+    if tile == 0:
         start_ptr += group * (clusters + 1)
         zero = tl.arange(0, 1)
         tl.store(start_ptr + zero, zero)
@@ -160,7 +180,7 @@ def order_kernel(
     count = tl.histogram(tl.where(has_cluster, label, 0), BINS)
     count -= tl.where(b == 0, BN - tl.sum(has_cluster.to(tl.int32), 0), 0)
     # points of the cluster in earlier tiles, and of earlier clusters in all others: the rest is the place in the tile
-    count_ptr += (side * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BINS
+    count_ptr += (side.to(tl.int64) * tiles + tile) * BINS
     shift = tl.load(count_ptr + b) + tl.cumsum(total - count, 0) - (total - count)
     # looked up through memory: `tl.gather` is missing before Triton 3.3
     tl.store(count_ptr + b, shift)
@@ -172,30 +192,18 @@ def order_kernel(
 
 
 @triton.jit
-def moments_kernel(
-    k_ptr, lengths_ptr,
-    label_ptr,  # (G, S) int16
-    centre_ptr, delta_ptr,  # (G, BE), (G, M, E): landmarks less their centre
-    query_centre_ptr, query_delta_ptr,  # (G, BE), (G, Q, E): centroids of the queries
-    mean_ptr,  # (G, Q, MP) float32, written
-    square_ptr,  # (G, Q, chunks, MP) float32, written
-    sampled_ptr,  # (G, chunks, MP) int32, written with EVERY > 1: numbers of keys in the sums
+def store_moments(
+    part, chunks, tile, k_ptr, lengths_ptr, label_ptr, centre_ptr, delta_ptr, query_centre_ptr, query_delta_ptr,
+    mean_ptr, square_ptr, sampled_ptr,
     heads, num_keys, num_landmarks, num_query_landmarks, chunk, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
-    EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EVERY: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Products of the centroids of QB query clusters with MB landmarks, and sums of squares over the keys of a chunk.
-
-    `mean` is p_a.(c_b - centre), without the scale of the logits, and `square` the sum of (p_a.(k - c_b))^2 over the
-    keys of cluster b.
-
-    EVERY: a chunk has the first of each so many keys.
-    """
-    grid_dependency_control(PDL, False)
+    """Store the moments of chunk `part` of `chunks`, a tile of query clusters and landmarks, see `moments_kernel`."""
     group = tl.num_programs(1) - 1 - tl.program_id(1)
     wide = group.to(tl.int64)
-    block = tl.program_id(2) % (MP // MB) * MB
-    a = tl.program_id(2) // (MP // MB) * QB + tl.arange(0, QB)
+    block = tile % (MP // MB) * MB
+    a = tile // (MP // MB) * QB + tl.arange(0, QB)
     b = block + tl.arange(0, MB)
     e = tl.arange(0, BE)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
@@ -212,14 +220,14 @@ def moments_kernel(
     delta = load_rows(delta_ptr, b, b < num_landmarks, E, E, BE)
     mean = tl.dot(delta, p, input_precision=PRECISION)
     row = wide * num_query_landmarks + a
-    if tl.program_id(0) == 0:
+    if part == 0:
         tl.store(mean_ptr + row[None, :] * MP + b[:, None], mean, mask=is_cluster[None, :])
     # squares of float16 numbers would overflow
     square_type: tl.constexpr = tl.float32 if k_ptr.dtype.element_ty == tl.float32 else tl.bfloat16
     mean = mean.to(square_type)
     square = tl.zeros((MB, QB), tl.float32)
     sampled = tl.zeros((MB,), tl.int32)
-    first = tl.program_id(0) * chunk
+    first = part * chunk
     num_rows = (num_keys + EVERY - 1) // EVERY
     for n in tl.range(first, tl.minimum(first + chunk, num_rows), BN, num_stages=STAGES):
         j = (n + tl.arange(0, BN)) * EVERY
@@ -237,42 +245,70 @@ def moments_kernel(
             in_block = (label >= block) & (label < block + MB)
             sampled += tl.histogram(tl.where(in_block, label - block, 0), MB)
             sampled -= tl.where(b == block, BN - tl.sum(in_block.to(tl.int32), 0), 0)
-    tile = row * tl.num_programs(0) + tl.program_id(0)
-    tl.store(square_ptr + tile[None, :] * MP + b[:, None], square, mask=is_cluster[None, :])
-    if EVERY > 1 and tl.program_id(2) < MP // MB:
-        tl.store(sampled_ptr + (wide * tl.num_programs(0) + tl.program_id(0)) * MP + b, sampled)
+    square_ptrs = square_ptr + (row * chunks + part)[None, :] * MP + b[:, None]
+    tl.store(square_ptrs, square, mask=is_cluster[None, :])
+    if EVERY > 1 and tile < MP // MB:
+        tl.store(sampled_ptr + (wide * chunks + part) * MP + b, sampled)
 
 
 @triton.jit
-def support_kernel(
-    mean_ptr, square_ptr, sampled_ptr,  # see `moments_kernel`
-    total_ptr,  # (2, G, BINS) int32: sizes of the key clusters
-    lengths_ptr,
-    end_ptr,  # (G, Q, MS) int32, written: ends of the clusters in the list of a query cluster
-    word_ptr,  # (G, Q, WORDS) int32, written: bits of the clusters taken
-    exact_count_ptr,  # (G, Q) int32, written
-    heads, num_keys, num_landmarks, num_query_landmarks, chunks,
-    density,  # in units of 2 ** -DENSITY_BITS
-    scale, tolerance,
-    MP: tl.constexpr, MS: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROUNDS: tl.constexpr,
-    EVERY: tl.constexpr, LEAST_VARIANCE: tl.constexpr, HAS_TOLERANCE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    PDL: tl.constexpr,
+def moments_kernel(
+    k_ptr, lengths_ptr,
+    label_ptr,  # (G, S) int16
+    centre_ptr, delta_ptr,  # (G, BE), (G, M, E): landmarks less their centre
+    query_centre_ptr, query_delta_ptr,  # (G, BE), (G, Q, E): centroids of the queries
+    mean_ptr,  # (G, Q, MP) float32, written
+    square_ptr,  # (G, Q, chunks, MP) float32, written
+    sampled_ptr,  # (G, chunks, MP) int32, written with EVERY > 1: numbers of keys in the sums
+    count_ptr,  # (2, G, tiles, BINS) int32: numbers of points, replaced by those in the tiles before
+    total_ptr,  # (2, G, BINS) int32, written: sizes of the clusters
+    heads, num_keys, num_landmarks, num_query_landmarks, chunk, chunks, tiles, stride_kb, stride_kh, stride_kn,
+    E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
+    EVERY: tl.constexpr, BINS: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, MOMENTS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Key clusters that one query cluster takes.
+    """Products of the centroids of QB query clusters with MB landmarks, and sums of squares over the keys of a chunk.
 
-    MS: number of landmarks, padded to a power of two, a multiple of 32.
-    EVERY: sums of squares are those of the first of each so many keys.
+    `mean` is p_a.(c_b - centre), without the scale of the logits, and `square` the sum of (p_a.(k - c_b))^2 over the
+    keys of cluster b. Other programs add up the numbers of points of the tiles, which the moments do not need.
+
+    EVERY: a chunk has the first of each so many keys.
+    MOMENTS: there are programs for the moments, beside the first two along the third axis.
     """
     grid_dependency_control(PDL, False)
+    part = tl.program_id(0)
+    kind = tl.program_id(2)
+    if kind < 2:
+        if part * BB < BINS:
+            side = kind * tl.num_programs(1) + tl.program_id(1)
+            add_up_tiles(count_ptr, total_ptr, side, part, tiles, BINS, BB, BT)
+    else:
+        if MOMENTS and part < chunks:
+            store_moments(
+                part, chunks, kind - 2, k_ptr, lengths_ptr, label_ptr, centre_ptr, delta_ptr,
+                query_centre_ptr, query_delta_ptr, mean_ptr, square_ptr, sampled_ptr,
+                heads, num_keys, num_landmarks, num_query_landmarks, chunk, stride_kb, stride_kh, stride_kn,
+                E, BE, MB, MP, QB, BN, EVERY, HAS_LENGTHS, PRECISION, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def choose_support(
+    cluster, mean_ptr, square_ptr, sampled_ptr, total_ptr, lengths_ptr, end_ptr, word_ptr, exact_count_ptr,
+    heads, num_keys, num_landmarks, num_query_landmarks, chunks, density, scale, tolerance,
+    MP: tl.constexpr, MS: tl.constexpr, BINS: tl.constexpr, WORDS: tl.constexpr, ROUNDS: tl.constexpr,
+    EVERY: tl.constexpr, LEAST_VARIANCE: tl.constexpr, HAS_TOLERANCE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Store the key clusters that a query cluster takes, see `support_kernel`."""
     group = tl.program_id(1)
-    row = group.to(tl.int64) * num_query_landmarks + tl.program_id(0)
+    row = group.to(tl.int64) * num_query_landmarks + cluster
     b = tl.arange(0, MS)
     exists = b < num_landmarks
     squares = tl.zeros((MS,), tl.float32)
     sampled = tl.zeros((MS,), tl.int32)
     square_ptr += row * chunks * MP + b
     sampled_ptr += group.to(tl.int64) * chunks * MP + b
-    for c in tl.range(0, chunks, num_stages=4):
+    for c in tl.range(0, chunks, num_stages=8):
         squares += tl.load(square_ptr + c * MP, mask=exists, other=0.0)
         if EVERY > 1:
             sampled += tl.load(sampled_ptr + c * MP, mask=exists, other=0)
@@ -326,6 +362,52 @@ def support_kernel(
     flags = tl.reshape((taken > 0).to(tl.int32) << (b & 31), (MS // 32, 32))
     w = tl.arange(0, MS // 32)
     tl.store(word_ptr + row * WORDS + w, tl.sum(flags, 1), mask=w < WORDS)
+
+
+@triton.jit
+def support_kernel(
+    mean_ptr, square_ptr, sampled_ptr,  # see `moments_kernel`
+    total_ptr,  # (2, G, BINS) int32: sizes of the clusters
+    lengths_ptr,
+    end_ptr,  # (G, Q, MS) int32, written: ends of the clusters in the list of a query cluster
+    word_ptr,  # (G, Q, WORDS) int32, written: bits of the clusters taken
+    exact_count_ptr,  # (G, Q) int32, written
+    key_label_ptr, query_label_ptr,  # see `count_kernel`
+    count_ptr,  # see `moments_kernel`; overwritten
+    key_order_ptr, key_start_ptr,  # (G, S), (G, M + 1) int32, written
+    query_order_ptr, query_start_ptr,  # (G, T), (G, Q + 1) int32, written
+    heads, num_keys, length, num_landmarks, num_query_landmarks, tiles, chunks,
+    density,  # in units of 2 ** -DENSITY_BITS
+    scale, tolerance,
+    MP: tl.constexpr, MS: tl.constexpr, BINS: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr,
+    ROUNDS: tl.constexpr, EVERY: tl.constexpr, LEAST_VARIANCE: tl.constexpr, HAS_TOLERANCE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Key clusters that one query cluster takes.
+
+    Other programs store the places of the points of a tile in the order of their clusters, and where clusters start,
+    which the choice does not need.
+
+    MS: number of landmarks, padded to a power of two, a multiple of 32.
+    EVERY: sums of squares are those of the first of each so many keys.
+    """
+    grid_dependency_control(PDL, False)
+    part = tl.program_id(0)
+    kind = tl.program_id(2)
+    if kind == 0:
+        if part < num_query_landmarks:
+            choose_support(
+                part, mean_ptr, square_ptr, sampled_ptr, total_ptr, lengths_ptr, end_ptr, word_ptr, exact_count_ptr,
+                heads, num_keys, num_landmarks, num_query_landmarks, chunks, density, scale, tolerance,
+                MP, MS, BINS, WORDS, ROUNDS, EVERY, LEAST_VARIANCE, HAS_TOLERANCE, HAS_LENGTHS,
+            )  # fmt: skip
+    else:
+        if part < tiles:
+            order_tile(
+                kind == 2, part, tiles, key_label_ptr, query_label_ptr, count_ptr, total_ptr,
+                key_order_ptr, key_start_ptr, query_order_ptr, query_start_ptr,
+                num_keys, length, num_landmarks, num_query_landmarks, BINS, BN,
+            )  # fmt: skip
 
 
 @triton.jit

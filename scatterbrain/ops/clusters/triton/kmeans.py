@@ -244,9 +244,9 @@ def finish_clusters(
     # a centroid without members does not move
     mask = exists[None, :] & (e < E)[:, None]
     before = tl.load(delta_ptr + b[None, :] * E + e[:, None], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.where((count > 0)[None, :], sum_k * share[None, :] - centre[:, None], before)
     bias_ptr += group * MP
     used = (count > 0) | (tl.load(bias_ptr + b) > LOG_ZERO)
+    delta = tl.where((count > 0)[None, :], sum_k * share[None, :] - centre[:, None], before)
     store_centroids(delta, centre, delta_ptr, bias_ptr, b, used, num_landmarks, E, MP, BE)
     if LAST:
         d = tl.arange(0, BD)
@@ -399,7 +399,7 @@ def sum_chunks_kernel(
     sum_ptr += tl.program_id(2).to(tl.int64) * chunks * SIZE + element
     exists = element < SIZE
     total = tl.zeros((BLOCK,), tl.float32)
-    for p in tl.range(part, chunks, CHUNKS, num_stages=4):
+    for p in tl.range(part, chunks, CHUNKS, num_stages=8):
         total += tl.load(sum_ptr + p * SIZE, mask=exists, other=0.0)
     tl.store(sum_ptr + part * SIZE, total, mask=exists)
 
@@ -407,8 +407,10 @@ def sum_chunks_kernel(
 @triton.jit
 def sum_of_chunks(ptr, chunks, stride, b, ROWS: tl.constexpr, MP: tl.constexpr):
     """Sum (ROWS, landmarks b) of the first chunks of (chunks, ROWS, MP), `stride` elements apart."""
+    # little work and long waits: as many loads under way as shared memory holds
+    stages: tl.constexpr = 8 if ROWS * b.shape[0] <= 1024 else 4
     total = tl.zeros((ROWS, b.shape[0]), tl.float32)
-    for p in tl.range(0, chunks, num_stages=4):
+    for p in tl.range(0, chunks, num_stages=stages):
         total += tl.load(ptr + p * stride + tl.arange(0, ROWS)[:, None] * MP + b[None, :])
     return total
 
@@ -425,9 +427,7 @@ def combine_sums(
     sum_ptr += group.to(tl.int64) * slots * stride
     sum_k = sum_of_chunks(sum_ptr, chunks, stride, b, BE, MP)
     sum_v = sum_of_chunks(sum_ptr + BE * MP, chunks, stride, b, BD, MP) if LAST else sum_k
-    count = tl.zeros((BLOCK,), tl.float32)
-    for p in tl.range(0, chunks, num_stages=4):
-        count += tl.load(sum_ptr + p * stride + (BE + BD) * MP + b)
+    count = tl.sum(sum_of_chunks(sum_ptr + (BE + BD) * MP, chunks, stride, b, 1, MP), 0)
     finish_clusters(
         sum_k, sum_v, count, b, centre_ptr, delta_ptr, bias_ptr, mean_v_ptr, log_count_ptr, group, num_landmarks,
         E, BE, D, BD, MP, LAST,

@@ -227,8 +227,9 @@ def add_cluster_kernels(
     prefix: str = "",
     names: tuple[str, str, str] = ("key", "value", "key_lengths"),
     has_centroids: bool = False,
-) -> None:
-    """Kernels that find the clusters, or take given ones, and their means.
+    leaves_sums: bool = False,
+) -> tuple[int, int]:
+    """Number of chunks of the sums, and of those still to add up, of kernels that find clusters or take given ones.
 
     Args:
         launches: to which they are appended, with the layouts of `cluster_layouts`.
@@ -238,6 +239,8 @@ def add_cluster_kernels(
         prefix: of the names of the parts of the layouts.
         names: of keys, values and lengths.
         has_centroids: kernels before have found the centroids; only the clusters and their means are missing.
+        leaves_sums: what the last `combine_kernel` does is left to a kernel that comes next; 0 chunks are left where
+            there is nothing to do.
     """
     tiles = plan.tiles
     chunk, chunks = plan.chunks(plan.num_keys, tiles.sum_rows, tiles.sum_programs)
@@ -314,6 +317,8 @@ def add_cluster_kernels(
         )
         if chunks > 1:
             left = plan.add_sum_of_chunks(launches, chunks, sums)
+            if last and leaves_sums:
+                return chunks, left
             launches.add(
                 combine_kernel,
                 (-(-plan.padded // tiles.combine_landmarks), plan.groups),
@@ -326,6 +331,7 @@ def add_cluster_kernels(
                 num_warps=4,
                 **plan.pdl,
             )
+    return chunks, 0
 
 
 def _of_queries(plan: LandmarkPlan, clusters: int) -> tuple[str, str]:
