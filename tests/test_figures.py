@@ -590,6 +590,29 @@ def learned_features() -> Expected:
     return rows
 
 
+def learned_language() -> Expected:
+    """Bits per byte of learned and random features in the language model, and errors of its layers, over seeds."""
+    stages = (("full", "trained"), ("local", "swapped"), ("sbcluster", "swapped"))
+    kinds = [(name, kind) for name in ("performer", "sblocal") for kind in ("random", "keys", "learned")]
+    rows: Expected = []
+    for method, stage in (*stages, *kinds):
+        results = load("docs/data/learned_language.json")["results"]
+        found = [row for row in results if (row["method"], row["stage"]) == (method, stage)]
+        over_seeds = [
+            [row["bits_per_byte"][text] for row in found] for text in ("validation", "test", "WikiText-2 test")
+        ]
+        over_seeds.append([statistics.fmean(row["errors"]) for row in found])
+        values: list[Values] = [(100 * found[0]["memory"],)]
+        for each in over_seeds:
+            values.append((each[0],) if len(each) == 1 else (statistics.fmean(each), statistics.stdev(each)))
+        layers = tuple(statistics.fmean(layer) for layer in zip(*(row["errors"] for row in found), strict=True))
+        if method == "full":
+            assert max(layers) < 0.005
+            layers = (0.005,)
+        rows.append((method, [None, *values, layers]))
+    return rows
+
+
 def claims() -> Expected:
     """What we measured for each of the paper's claims, in the order of the page."""
     normal = {"data": "normal", "memory_fraction": 1 / 8}
@@ -662,6 +685,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
     ("docs/language.md", "attention|columns", language_training),
+    ("docs/language.md", "attention|features", learned_language),
     ("docs/pretrained.md", "DINOv2, 518 px", lambda: pretrained("dinov2_518", "correlation", "iou")),
     ("docs/pretrained.md", "DINOv2, 784 px", lambda: pretrained("dinov2_784", "correlation", "iou")),
     ("docs/pretrained.md", "MiniLM", lambda: pretrained("minilm", "cosine", "retrieved")),
