@@ -637,6 +637,20 @@ def claims() -> Expected:
     def top1(name: str, entry: str = "top1") -> float:
         return find("docs/data/experiment_memory.json", attention=name, memory_fraction=1 / 32)[entry]["mean"]
 
+    def bits(attention: str, method: str, stage: str) -> float:
+        rows = load("docs/data/language_conversion.json")["results"]
+        own = [row for row in rows if (row["attention"], row["method"], row["stage"]) == (attention, method, stage)]
+        return statistics.fmean(row["bits_per_byte"]["test"] for row in own)
+
+    def learned(method: str, stage: str) -> float:
+        rows = load("docs/data/learned_language.json")["results"]
+        own = [row for row in rows if (row["method"], row["stage"]) == (method, stage)]
+        return statistics.fmean(statistics.fmean(row["errors"]) for row in own)
+
+    window = learned("local", "swapped")
+    over_both = [min(window, learned("performer", kind)) / learned("sblocal", kind) for kind in ("random", "learned")]
+    swapped = [bits("full", name, "swapped") for name in ("sblocal", "local", "sbcluster")]
+    trained = [bits(name, name, "trained") for name in ("full", "sblocal", "local", "performer")]
     zero, full = (find("docs/data/demo.json", attention=name)["top1"] for name in ("zero", "full"))
     full_top1 = load("docs/data/experiment_memory.json")["full_attention"]["top1"]
     columns = find("docs/data/experiment_memory.json", attention="sblocal", memory_fraction=1 / 32)["memory"]
@@ -649,9 +663,11 @@ def claims() -> Expected:
         (tests[0]["bias"], *output("sblocal", "bias")),
         tuple(row["scatterbrain"] / row["predicted"] for row in tests),
         (*gains("sblocal", "local", "performer"), *gains("sbsmyrf", "smyrf", "performer")),
+        (trained[0], *swapped, *over_both),
         (100 * (1 - columns), top1("sblocal"), full_top1, zero, full),
         (full_top1, *map(top1, ("sblocal", "local", "performer"))),
         (*(x for name in averaged for x in output(name)), *(top1(name, "agreement") for name in averaged)),
+        tuple(trained),
     ]
     return [("", [None, None, each, None]) for each in values]
 
