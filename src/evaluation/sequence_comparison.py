@@ -38,6 +38,7 @@ _PARTS: tuple[Callable[[SequenceSummary], str], ...] = (
     lambda summary: f"{summary.parameters:,} weights",
     lambda summary: summary.precision,
     lambda summary: f"data {(summary.data.get('sha256') or '')[:6]}",
+    lambda summary: "" if summary.test or summary.error else "not tested",  # its result must not hide those of others
 )
 
 
@@ -281,6 +282,9 @@ def print_comparison(comparison: SequenceComparison, paths: Sequence[Path]) -> N
         console = Console(width=160)  # a log file has no width
     for table in comparison_tables(comparison):
         console.print(table)
+    if comparison.failed:
+        text = f"Runs without results: {', '.join(comparison.failed)}."
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
 
