@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from src.evaluation.sequence_comparison import SequenceComparison, read_results
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -379,11 +381,61 @@ def language_training() -> Expected:
     return rows
 
 
-def published_lra() -> Expected:
-    rows = load("docs/data/published_lra.json")["results"]
-    tasks = ("listops", "text", "image", "pathfinder")
-    labels = {"performer": "Performer", "reformer": "Reformer"}
-    return [(labels.get(row["attention"], row["attention"]), [(row[task],) for task in tasks]) for row in rows]
+PUBLISHED_TASKS = ("listops", "text", "image", "pathfinder", "copy")
+TRAININGS = {"lra_listops": "ListOps", "lra_text": "Text", "lra_image": "Image", "lra_pathfinder": "Pathfinder"}
+TRAININGS |= {"copy": "Copy"}
+
+
+def published_sequences() -> Expected:
+    """Results of the Long Range Arena and of Scatterbrain's paper."""
+    labels = {"performer": "Performer", "reformer": "Reformer", "scatterbrain": "their own"}
+    rows: Expected = []
+    for source, name in (("LRA", "lra"), ("Scatterbrain", "scatterbrain")):
+        for row in load(f"docs/data/published_{name}.json")["results"]:
+            values: list[Values] = [(row[task],) if task in row else None for task in PUBLISHED_TASKS]
+            rows.append((f"{source}, {labels.get(row['attention'], row['attention'])}", values))
+    return rows
+
+
+def sequence_trainings(name: str, length: int) -> Expected:
+    """Every attention on a task and then the baselines: of `scripts/compare_trainings.py`, and published results."""
+    summaries = read_results(ROOT / f"docs/data/{name}.json").summaries
+    (groups,) = SequenceComparison([each for each in summaries if each.length == length]).tasks().values()
+    task = name.removeprefix("lra_")
+    metric, scale = summaries[0].metric, 100 if summaries[0].metric == "accuracy" else 1
+    published = {
+        source: {row["attention"]: row.get(task) for row in load(f"docs/data/published_{source}.json")["results"]}
+        for source in ("lra", "scatterbrain")
+    }
+    published["scatterbrain"]["sblocal"] = published["scatterbrain"]["scatterbrain"]
+    rows: Expected = []
+    for label, group in groups.items():
+        steps = tuple(dict.fromkeys(each.steps_done for each in group))
+        steps += () if all(each.complete for each in group) else (group[0].steps,)
+        tests = [scale * each.test[metric] for each in group if each.test]
+        test: Values = None
+        if len(tests) == len(group):
+            error = statistics.stdev(tests) if len(tests) > 1 else scale * group[0].test["standard_error"]
+            test = (statistics.fmean(tests), error)
+        best = [scale * each.best[metric] for each in group if each.best]
+        values: list[Values] = [(len(group),), (100 * group[0].memory,), steps]
+        values += [(statistics.fmean(each.total_seconds for each in group) / 60,), test]
+        values += [(statistics.fmean(best),) if best else None]
+        values += [None if (value := each.get(group[0].attention)) is None else (value,) for each in published.values()]
+        rows.append((label, values))
+    for label, value in summaries[0].data["baselines"].items():
+        rows.append((f"({label})", [None, None, None, None, (scale * value,), None, None, None]))
+    return rows
+
+
+def trainings_measured() -> list[tuple[str, str, Callable[[], Expected]]]:
+    """Tables of the trainings whose results are there, one for each task and length."""
+    found = [(name, task) for name, task in TRAININGS.items() if (ROOT / f"docs/data/{name}.json").is_file()]
+    return [
+        ("docs/sequence_training.md", f"{task}, N {length:,}", functools.partial(sequence_trainings, name, length))
+        for name, task in found
+        for length in sorted({row["length"] for row in load(f"docs/data/{name}.json")["results"]})
+    ]
 
 
 def formats() -> Expected:
@@ -713,7 +765,8 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/sbadaptive.md", "layers|PISA", adaptive_layers),
     ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
-    ("docs/sequence_training.md", "published|ListOps", published_lra),
+    ("docs/sequence_training.md", "published|ListOps", published_sequences),
+    *trainings_measured(),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files (and their sizes) and limits; their numbers are no results.
