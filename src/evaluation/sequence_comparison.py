@@ -282,9 +282,6 @@ def print_comparison(comparison: SequenceComparison, paths: Sequence[Path]) -> N
         console = Console(width=160)  # a log file has no width
     for table in comparison_tables(comparison):
         console.print(table)
-    if comparison.failed:
-        text = f"Runs without results: {', '.join(comparison.failed)}."
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
     for path in paths:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)
 

@@ -109,6 +109,7 @@ def test_a_multirun_ends_with_a_comparison(tmp_path, monkeypatch, capsys):
     # the same by the script, of the folders
     output, figure = tmp_path / "results.json", tmp_path / "curves.png"
     assert compare_trainings.main([str(tmp_path / "sweep"), f"--output={output}", f"--figure={figure}"]) == 0
+    assert f"Runs without results: {', '.join(comparison.failed)}" in capsys.readouterr().out
     assert figure.stat().st_size > 0
     assert json.loads(output.read_text())["results"] == json.loads(
         (tmp_path / "sweep" / "comparison.json").read_text()
