@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # src is not installed: find it from any folder
 
-from src.analysis.tools import Parser, run_tool, save_figure
+from src.analysis.tools import Parser, run_tool, save_figure, say
 from src.evaluation.sequence_comparison import compare_trainings, comparison_figure, print_comparison, save_results
 
 
@@ -32,6 +32,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.figure is not None:
         save_figure(comparison_figure(comparison), arguments.figure)
     print_comparison(comparison, [path for path in (arguments.output, arguments.figure) if path is not None])
+    if comparison.failed:
+        say(f"Runs without results: {', '.join(comparison.failed)}")
 
 
 main = partial(run_tool, build_parser, compare)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from src.evaluation.sequence_comparison import SequenceComparison, read_results
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -379,11 +381,63 @@ def language_training() -> Expected:
     return rows
 
 
-def published_lra() -> Expected:
-    rows = load("docs/data/published_lra.json")["results"]
-    tasks = ("listops", "text", "image", "pathfinder")
-    labels = {"performer": "Performer", "reformer": "Reformer"}
-    return [(labels.get(row["attention"], row["attention"]), [(row[task],) for task in tasks]) for row in rows]
+PUBLISHED_TASKS = ("listops", "text", "image", "pathfinder", "copy")
+TRAININGS = {"lra_listops": "ListOps", "lra_text": "Text", "lra_image": "Image", "lra_pathfinder": "Pathfinder"}
+TRAININGS |= {"copy": "Copy"}
+
+
+def published_sequences() -> Expected:
+    """Results of the Long Range Arena and of Scatterbrain's paper."""
+    labels = {"performer": "Performer", "reformer": "Reformer", "scatterbrain": "their own"}
+    rows: Expected = []
+    for source, name in (("LRA", "lra"), ("Scatterbrain", "scatterbrain")):
+        for row in load(f"docs/data/published_{name}.json")["results"]:
+            values: list[Values] = [(row[task],) if task in row else None for task in PUBLISHED_TASKS]
+            rows.append((f"{source}, {labels.get(row['attention'], row['attention'])}", values))
+    return rows
+
+
+def sequence_trainings(name: str, length: int) -> Expected:
+    """Every attention on a task and then the baselines: of `scripts/compare_trainings.py`, and published results."""
+    summaries = read_results(ROOT / f"docs/data/{name}.json").summaries
+    (groups,) = SequenceComparison([each for each in summaries if each.length == length]).tasks().values()
+    task = name.removeprefix("lra_")
+    metric, scale = summaries[0].metric, 100 if summaries[0].metric == "accuracy" else 1
+    published = {
+        source: {row["attention"]: row.get(task) for row in load(f"docs/data/published_{source}.json")["results"]}
+        for source in (("scatterbrain",) if name == "copy" else ("lra", "scatterbrain"))
+    }
+    published["scatterbrain"]["sblocal"] = published["scatterbrain"]["scatterbrain"]
+    rows: Expected = []
+    for label, group in groups.items():
+        steps = tuple(dict.fromkeys(each.steps_done for each in group))
+        steps += () if all(each.complete for each in group) else (group[0].steps,)
+        tests = [scale * each.test[metric] for each in group if each.test]
+        test: Values = None
+        if len(tests) == len(group):
+            error = statistics.stdev(tests) if len(tests) > 1 else scale * group[0].test["standard_error"]
+            test = (statistics.fmean(tests), error)
+        best = [scale * each.best[metric] for each in group if each.best]
+        values: list[Values] = [(len(group),), (100 * group[0].memory,), steps]
+        values += [(statistics.fmean(each.total_seconds for each in group) / 60,), test]
+        values += [(statistics.fmean(best),) if best else None]
+        for each in published.values():
+            value = None if (name, length) == ("copy", 4096) else each.get(group[0].attention)
+            values.append(None if value is None else (value,))
+        rows.append((label, values))
+    for label, value in summaries[0].data["baselines"].items():
+        rows.append((f"({label})", [None] * 4 + [(scale * value,), None] + [None] * len(published)))
+    return rows
+
+
+def trainings_measured() -> list[tuple[str, str, Callable[[], Expected]]]:
+    """Tables of the trainings whose results are there, one for each task and length."""
+    found = [(name, task) for name, task in TRAININGS.items() if (ROOT / f"docs/data/{name}.json").is_file()]
+    return [
+        ("docs/sequence_training.md", f"{task}, N {length:,}", functools.partial(sequence_trainings, name, length))
+        for name, task in found
+        for length in sorted({row["length"] for row in load(f"docs/data/{name}.json")["results"]})
+    ]
 
 
 def formats() -> Expected:
@@ -615,6 +669,29 @@ def learned_features() -> Expected:
     return rows
 
 
+def learned_language() -> Expected:
+    """Bits per byte of learned and random features in the language model, and errors of its layers, over seeds."""
+    stages = (("full", "trained"), ("local", "swapped"), ("sbcluster", "swapped"))
+    kinds = [(name, kind) for name in ("performer", "sblocal") for kind in ("random", "keys", "learned")]
+    rows: Expected = []
+    for method, stage in (*stages, *kinds):
+        results = load("docs/data/learned_language.json")["results"]
+        found = [row for row in results if (row["method"], row["stage"]) == (method, stage)]
+        over_seeds = [
+            [row["bits_per_byte"][text] for row in found] for text in ("validation", "test", "WikiText-2 test")
+        ]
+        over_seeds.append([statistics.fmean(row["errors"]) for row in found])
+        values: list[Values] = [(100 * found[0]["memory"],)]
+        for each in over_seeds:
+            values.append((each[0],) if len(each) == 1 else (statistics.fmean(each), statistics.stdev(each)))
+        layers = tuple(statistics.fmean(layer) for layer in zip(*(row["errors"] for row in found), strict=True))
+        if method == "full":
+            assert max(layers) < 0.005
+            layers = (0.005,)
+        rows.append((method, [None, *values, layers]))
+    return rows
+
+
 def claims() -> Expected:
     """What we measured for each of the paper's claims, in the order of the page."""
     normal = {"data": "normal", "memory_fraction": 1 / 8}
@@ -639,6 +716,20 @@ def claims() -> Expected:
     def top1(name: str, entry: str = "top1") -> float:
         return find("docs/data/experiment_memory.json", attention=name, memory_fraction=1 / 32)[entry]["mean"]
 
+    def bits(attention: str, method: str, stage: str) -> float:
+        rows = load("docs/data/language_conversion.json")["results"]
+        own = [row for row in rows if (row["attention"], row["method"], row["stage"]) == (attention, method, stage)]
+        return statistics.fmean(row["bits_per_byte"]["test"] for row in own)
+
+    def learned(method: str, stage: str) -> float:
+        rows = load("docs/data/learned_language.json")["results"]
+        own = [row for row in rows if (row["method"], row["stage"]) == (method, stage)]
+        return statistics.fmean(statistics.fmean(row["errors"]) for row in own)
+
+    window = learned("local", "swapped")
+    over_both = [min(window, learned("performer", kind)) / learned("sblocal", kind) for kind in ("random", "learned")]
+    swapped = [bits("full", name, "swapped") for name in ("sblocal", "local", "sbcluster")]
+    trained = [bits(name, name, "trained") for name in ("full", "sblocal", "local", "performer")]
     zero, full = (find("docs/data/demo.json", attention=name)["top1"] for name in ("zero", "full"))
     full_top1 = load("docs/data/experiment_memory.json")["full_attention"]["top1"]
     columns = find("docs/data/experiment_memory.json", attention="sblocal", memory_fraction=1 / 32)["memory"]
@@ -651,9 +742,12 @@ def claims() -> Expected:
         (tests[0]["bias"], *output("sblocal", "bias")),
         tuple(row["scatterbrain"] / row["predicted"] for row in tests),
         (*gains("sblocal", "local", "performer"), *gains("sbsmyrf", "smyrf", "performer")),
+        (trained[0], *swapped, *over_both),
         (100 * (1 - columns), top1("sblocal"), full_top1, zero, full),
         (full_top1, *map(top1, ("sblocal", "local", "performer"))),
         (*(x for name in averaged for x in output(name)), *(top1(name, "agreement") for name in averaged)),
+        tuple(trained),
+        (),  # the Long Range Arena: no number
     ]
     return [("", [None, None, each, None]) for each in values]
 
@@ -686,6 +780,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/demo.md", "attention|top-1", demo),
     ("docs/findings.md", "window alone", backbone),
     ("docs/findings.md", "|local|local averaged", training_from_scratch),
+    ("docs/language.md", "attention|features", learned_language),
     ("docs/language.md", "attention|columns", language_training),
     ("docs/language.md", "error / columns", language_errors),
     ("docs/language.md", "trained with", language_conversion),
@@ -700,7 +795,8 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/sbadaptive.md", "variant|demo", ablation),
     ("docs/sbadaptive.md", "layers|PISA", adaptive_layers),
     ("docs/sbadaptive.md", "|784 tokens", adaptive_time),
-    ("docs/sequence_training.md", "published|ListOps", published_lra),
+    ("docs/sequence_training.md", "published|ListOps", published_sequences),
+    *trainings_measured(),
     ("docs/training.md", "attention|time|memory", training_step),
 ]
 # Tables of options, files (and their sizes) and limits; their numbers are no results.

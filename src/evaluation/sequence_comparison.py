@@ -38,6 +38,7 @@ _PARTS: tuple[Callable[[SequenceSummary], str], ...] = (
     lambda summary: f"{summary.parameters:,} weights",
     lambda summary: summary.precision,
     lambda summary: f"data {(summary.data.get('sha256') or '')[:6]}",
+    lambda summary: "" if summary.test or summary.error else "not tested",  # its result must not hide those of others
 )
 
 

@@ -45,7 +45,7 @@ class SequenceSummary:
         validation: the last evaluation, see `history`; None before the first one.
         best: the best of them.
         test: `loss` (nats), `accuracy`, the metric and its `standard_error` on the test part, by the last weights; None
-            where the training was interrupted or diverged.
+            where the training was interrupted, was killed or diverged.
         tokens_per_second: of training, with padding; median over the history, the first entry left out where there are
             more.
         seconds: of training, evaluations not counted.

@@ -44,6 +44,7 @@ class SequenceTraining(pl.LightningModule):
             evaluation before), `loss`, `accuracy` and the `metric` on the validation part, `tokens_per_second`,
             `seconds` (of training since the evaluation before) and `evaluation_seconds`.
         test: the entries of `scores` for the test part, empty before `on_test_end`.
+        after_evaluation: called after each evaluation of the training; None for nothing.
     """
 
     epoch_name = "Part"  # in the progress: the steps between two evaluations are no pass over the data
@@ -64,6 +65,7 @@ class SequenceTraining(pl.LightningModule):
         self.model, self.metric, self.steps, self.seed, self.redraw_steps = model, metric, steps, seed, redraw_steps
         self.history: list[dict[str, Any]] = []
         self.test: dict[str, float] = {}
+        self.after_evaluation: Callable[[], object] | None = None
         self._make_optimizer, self._learning_rate = make_optimizer, learning_rate
         self._compile_model, self._run_config = compile_model, dict(run_config or {})
         self._forward: tuple[Callable[..., torch.Tensor]] = (model,)  # a tuple, so that it is no submodule
@@ -110,6 +112,7 @@ class SequenceTraining(pl.LightningModule):
 
     def _reset_sums(self) -> None:
         self._loss_sum, self._num_steps, self._tokens = 0.0, 0, 0
+        self._partial_seconds, self._partial_tokens = 0.0, 0  # what they counted is in the history now
         self._clock_started = seconds_now(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -200,6 +203,8 @@ class SequenceTraining(pl.LightningModule):
             *(f"{entry['step']:,}", f"{self.steps:,}", entry["train_loss"], entry["loss"]),
             *(self.metric.replace("_", " "), entry[self.metric], f"{entry['tokens_per_second']:,.0f}"),
         )
+        if self.after_evaluation is not None:
+            self.after_evaluation()
 
     @property
     def last_is_best(self) -> bool:

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,48 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
         f"{data['num_train']:,} {data['unit']}",
     )
     reset_peak_memory(trainer)
+    attention_options = plain_option(config, "model.attention")
+    name = attention_options.pop("name")
+    checkpoints = {each: output_dir / "checkpoints" / each for each in (BEST_CHECKPOINT, LAST_CHECKPOINT)}
+
+    def reached() -> SequenceSummary:
+        """The summary of an unfinished training."""
+        history = task.history
+        return SequenceSummary(
+            task=config.name,
+            attention=name,
+            options={option: value for option, value in attention_options.items() if value is not None},
+            sizes=attention.sizes(),
+            memory=attention_memory(attention, num_keys),
+            metric=datamodule.metric,
+            higher_is_better=METRICS[datamodule.metric],
+            seed=config.seed,
+            data=data,
+            length=datamodule.length,
+            batch_size=datamodule.batch_size,
+            parameters=sum(weight.numel() for weight in model.parameters()),
+            precision=str(trainer.precision),
+            device=device_name(trainer),
+            learning_rate=config.optimizer.lr,
+            steps=config.train.steps,
+            steps_done=trainer.global_step,
+            complete=False,
+            error=None,
+            validation=history[-1] if history else None,
+            best=best_entry(history, datamodule.metric) if history else None,
+            test=None,
+            tokens_per_second=task.tokens_per_second,
+            seconds=task.training_seconds,
+            total_seconds=task.total_seconds,
+            peak_memory_mib=peak_memory_mib(trainer),
+            checkpoints={each.removesuffix(".ckpt"): str(path) for each, path in checkpoints.items() if path.exists()},
+            versions=package_versions(),
+            command=command_line(),
+            history=history,
+        )
+
+    # a process that is killed, as by a limit of time or memory, leaves what it reached
+    task.after_evaluation = lambda: write_summary(output_dir, reached())
     stopped = diverged = None
     finished = earlier is not None and earlier["step"] == config.train.steps
     explained = explain_errors(datamodule.batch_size, "train.compile" if config.train.compile else None)
@@ -180,40 +223,13 @@ def _train(config: DictConfig, trainer: Trainer) -> tuple[SequenceSummary, Munch
             if trainer.received_sigterm:  # in the last step of the test too, after which it is not raised
                 last.request_stop()
 
-    checkpoints = {name: output_dir / "checkpoints" / name for name in (BEST_CHECKPOINT, LAST_CHECKPOINT)}
-    history = task.history
-    attention_options = plain_option(config, "model.attention")
-    summary = SequenceSummary(
-        task=config.name,
-        attention=attention_options.pop("name"),
-        options={name: value for name, value in attention_options.items() if value is not None},
-        sizes=attention.sizes(),
-        memory=attention_memory(attention, num_keys),
-        metric=datamodule.metric,
-        higher_is_better=METRICS[datamodule.metric],
-        seed=config.seed,
-        data=data,
-        length=datamodule.length,
-        batch_size=datamodule.batch_size,
-        parameters=sum(weight.numel() for weight in model.parameters()),
-        precision=str(trainer.precision),
-        device=device_name(trainer),
-        learning_rate=config.optimizer.lr,
-        steps=config.train.steps,
+    summary = replace(
+        reached(),
         steps_done=steps_done,
         complete=stopped is None and diverged is None,
         error=None if diverged is None else str(diverged),
-        validation=history[-1] if history else None,
-        best=best_entry(history, datamodule.metric) if history else None,
         test=task.test if tested else None,
-        tokens_per_second=task.tokens_per_second,
-        seconds=task.training_seconds,
-        total_seconds=task.total_seconds,
         peak_memory_mib=peak,
-        checkpoints={name.removesuffix(".ckpt"): str(path) for name, path in checkpoints.items() if path.exists()},
-        versions=package_versions(),
-        command=command_line(),
-        history=history,
     )
     path = write_summary(output_dir, summary)
     Console().print(summary_table(summary))

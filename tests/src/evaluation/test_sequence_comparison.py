@@ -67,6 +67,17 @@ def test_labels_name_what_sets_trainings_apart():
     assert list(several.tasks()) == ["copy, N 8", "copy, N 4,096", "other"]
 
 
+def test_a_training_that_was_not_tested_is_beside_the_others():
+    """One that was killed has its steps and minutes, and hides no result of another seed."""
+    stopped = summary(seed=1, test=None, complete=False, steps_done=2, total_seconds=30.0)
+    comparison = SequenceComparison([summary(value=0.7), stopped], ["runs/3"])
+    assert labels(*comparison.summaries) == ["full", "full, not tested"]
+    lines = comparison_markdown(comparison).splitlines()
+    assert "| full | 1 | 25.0 % | 3 | 70.00 % | 1.00 % | 70.00 % | 70.00 % | 1,000 | 1.5 | - |" in lines
+    assert "| full, not tested | 1 | 25.0 % | 2 of 3 | - | - | 50.00 % | 50.00 % | 1,000 | 0.5 | - |" in lines
+    assert labels(stopped) == ["full"]
+
+
 def test_one_seed_twice_is_no_second_seed():
     """An option that no summary has, such as the weight decay, must not become a mean over seeds."""
     trainings = [summary(), summary(seed=1), summary(value=0.1), summary(value=0.1, seed=1)]

@@ -109,6 +109,7 @@ def test_a_multirun_ends_with_a_comparison(tmp_path, monkeypatch, capsys):
     # the same by the script, of the folders
     output, figure = tmp_path / "results.json", tmp_path / "curves.png"
     assert compare_trainings.main([str(tmp_path / "sweep"), f"--output={output}", f"--figure={figure}"]) == 0
+    assert f"Runs without results: {', '.join(comparison.failed)}" in capsys.readouterr().out
     assert figure.stat().st_size > 0
     assert json.loads(output.read_text())["results"] == json.loads(
         (tmp_path / "sweep" / "comparison.json").read_text()
@@ -135,6 +136,26 @@ def test_a_time_limit_ends_in_a_test_of_what_was_reached(training, tmp_path, mon
     assert resumed.complete
     assert resumed.total_seconds > summary.total_seconds
     assert_same(resumed, whole, tmp_path / "part", tmp_path / "whole")
+
+
+def test_a_training_that_is_killed_leaves_what_it_reached(training, tmp_path, monkeypatch):
+    step = SequenceTraining.training_step
+
+    def killed(task, batch, index):
+        if task.global_step == 3:
+            raise OSError("killed")
+        return step(task, batch, index)
+
+    monkeypatch.setattr(SequenceTraining, "training_step", killed)
+    with pytest.raises(OSError, match="killed"):
+        training("killed", "callbacks.last.minutes_between=0.0000001")  # a save before each evaluation
+    summary = read_summary(tmp_path / "killed" / "sequence_training.json")
+    assert (summary.steps_done, summary.steps, summary.complete, summary.error) == (2, 5, False, None)
+    assert summary.test is None
+    assert [entry["step"] for entry in summary.history] == [2]
+    assert summary.validation == summary.best == summary.history[0]
+    # the checkpoint before the evaluation has counted the same steps
+    assert 0 < summary.seconds == summary.history[0]["seconds"] < summary.total_seconds
 
 
 def assert_same(ours, theirs, our_folder, their_folder):
