@@ -279,14 +279,14 @@ def landmarks_on_a_gpu() -> Expected:
 
 def adaptive_on_a_gpu() -> Expected:
     rows: Expected = []
-    for batch, length in ((128, 3136), (16, 12544), (48, 16384), (1, 65536)):
+    for batch, length, window in ((128, 3136, 64), (128, 3136, 32), (16, 12544, 64), (48, 16384, 64), (1, 65536, 64)):
         for density in (0.03, 0.08):
             values: list[Values] = [(density,)]
             for direction in ("forward", "training"):
                 if direction == "training" and length == 65536:
                     values += [None] * 3
                     continue
-                where = {"length": length, "pass": direction, "density": density}
+                where = {"length": length, "pass": direction, "local_context": window, "density": density}
                 full, ours = (
                     1000 * find("docs/data/benchmark_adaptive_h200.json", name=name, **where)["device_milliseconds"]
                     for name in ("SDPA", "sbadaptive")
@@ -585,8 +585,8 @@ def frontier_on_a_gpu() -> Expected:
     """Mean error and speed of points of the frontier at each size."""
     path = "docs/data/frontier_h200.json"
 
-    def adaptive(num_landmarks: int, density: float) -> dict[str, float]:
-        sizes = {"local_context": 64, "num_landmarks": num_landmarks, "num_query_landmarks": 48}
+    def adaptive(window: int, num_landmarks: int, num_queries: int, density: float) -> dict[str, float]:
+        sizes = {"local_context": window, "num_landmarks": num_landmarks, "num_query_landmarks": num_queries}
         return {**sizes, "density": density}
 
     points: list[tuple[str, str, dict[str, float]]] = [
@@ -595,7 +595,10 @@ def frontier_on_a_gpu() -> Expected:
         *(("sbcluster", "sbcluster", {"local_context": 64, "num_landmarks": number}) for number in (128, 256)),
         *(
             ("sbadaptive", "sbadaptive", adaptive(*each))
-            for each in ((64, 0.03), (128, 0.03), (128, 0.08), (256, 0.08))
+            for each in (
+                *((32, 64, 16, 0.03), (32, 64, 32, 0.03), (64, 64, 48, 0.03), (64, 128, 48, 0.03)),
+                *((64, 128, 48, 0.08), (64, 256, 48, 0.08)),
+            )
         ),
         *(("PISA", "pisa", {"density": density}) for density in (0.05, 0.15, 0.3)),
         ("its exact blocks", "topk-blocks", {"density": 0.15}),
@@ -764,9 +767,9 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/attentions.md", "name|what a query sees", floors),
     ("docs/attentions.md", "attention|features", learned_features),
     ("docs/attentions.md", "|CPU, 4,096 tokens", scaling),
-    ("docs/benchmarks.md", "batch x tokens, window", gpu_attention),
+    ("docs/benchmarks.md", "batch x tokens, window, features", gpu_attention),
     ("docs/benchmarks.md", "batch x tokens|cuDNN full", landmarks_on_a_gpu),
-    ("docs/benchmarks.md", "batch x tokens, landmarks", adaptive_on_a_gpu),
+    ("docs/benchmarks.md", "batch x tokens, window, landmarks", adaptive_on_a_gpu),
     ("docs/benchmarks.md", "attention|error", frontier_on_a_gpu),
     ("docs/benchmarks.md", "images/s|batch 128", gpu_model),
     ("docs/benchmarks.md", "|784 tokens", cpu_attention),
