@@ -17,6 +17,11 @@ from scatterbrain.ops.scatterbrain.triton.common import (
 )
 from scatterbrain.ops.scatterbrain.triton.fwd import NO_POSITION, partial_row_sums, row_sums
 
+# Least normaliser, relative to the largest weight. A landmark whose keys are all in the window leaves rounding errors
+# of its weight. Where logits differ by thousands these are more than the keys' exact weights, and the difference could
+# be zero or negative; elsewhere what remains is larger, see README.md.
+LEAST_TOTAL = tl.constexpr(2.0**-10)
+
 
 @triton.jit
 def window_labels(j, end, label_ptr):
@@ -314,6 +319,7 @@ def landmark_fwd_kernel(
                 j += BN
                 label = next_label
             total += tl.sum(normaliser, 1)
+        total = tl.maximum(total, LEAST_TOTAL)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
         store_rows(out_ptr, out, i, valid, stride_on, D)
         if STATISTICS:
