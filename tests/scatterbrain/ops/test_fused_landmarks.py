@@ -104,8 +104,8 @@ def test_extreme_logits(device, dtype, max_logit):
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_a_landmark_far_above_all_keys_of_its_window_leaves_no_nan(device, dtype):
-    # Rounding puts landmarks of two or three keys, all in the window, above these by many times. Their weights cancel but
-    # for rounding errors, which are of either sign and larger than the exact weights.
+    # Rounding puts landmarks of two or three keys, all in the window, above these by many times. Their weights cancel
+    # but for rounding errors, which are of either sign and larger than the exact weights.
     std = {torch.float32: 3000, torch.bfloat16: 100, torch.float16: 200}[dtype]
     query, key, value = draw(device, dtype, 300)
     query, key = (x / x.std() * std for x in (query, key))
