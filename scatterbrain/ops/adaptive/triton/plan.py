@@ -208,7 +208,7 @@ def plan_pass(
         workspace.add("key_order", groups, num_keys, dtype=torch.int32)
         workspace.add("key_starts", groups, num_landmarks + 1, dtype=torch.int32)
     sums.add("query_sums", *query_sums.parts["query_sums"][1])
-    # squares take the place of the sums, which are added up while the points of the tiles are counted
+    # squares take the place of the sums; counts cannot, since they are written while the sums are still read
     end, sums.end = sums.end, 0
     sums.add("squares", groups, num_query_landmarks, chunks, keys.padded)
     sums.end = max(end, sums.end)
