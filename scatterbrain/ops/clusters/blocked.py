@@ -33,8 +33,8 @@ from scatterbrain.ops.common.windows import window_bounds
 _LEAST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
 # stands for -inf where exponents are bounded from below
 _HIDDEN = -1e30
-# Least normaliser, relative to the largest weight of a key or landmark: it is 1 at least, but for rounding. Where logits
-# are so large that rounding puts a landmark far above its keys, all of them in the window, it could be zero.
+# Least normaliser, relative to the largest weight of a key or landmark. It is 1 at least, but for rounding: where that
+# puts a landmark far above its keys, all of them in the window, it could be zero.
 LEAST_NORMALISER = 2.0**-10
 
 
