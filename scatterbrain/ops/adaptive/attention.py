@@ -25,7 +25,7 @@ from scatterbrain.ops.adaptive.plan import (
     plan_adaptive_attention,
 )
 from scatterbrain.ops.adaptive.triton.tiles import tiles_override
-from scatterbrain.ops.clusters.blocked import BlockLayout, centred_keys, landmark_sums
+from scatterbrain.ops.clusters.blocked import LEAST_NORMALISER, BlockLayout, centred_keys, landmark_sums
 from scatterbrain.ops.clusters.kmeans import assign_key_clusters, check_steps
 from scatterbrain.ops.clusters.tiles import ClusterTiles
 from scatterbrain.ops.clusters.triton import is_fast
@@ -243,7 +243,7 @@ def _tiled(
             if plan.num_exact:
                 exact = exact_sums(q, k, v, key_labels, **lists, num_exact=plan.num_exact, **options)
                 sums = merge_sums(sums, exact)
-            outputs.append((sums[0] / sums[1]).to(query.dtype))
+            outputs.append((sums[0] / sums[1].clamp_min(LEAST_NORMALISER)).to(query.dtype))
         return torch.cat(outputs).unflatten(0, (batch, heads))
 
 

@@ -33,6 +33,9 @@ from scatterbrain.ops.common.windows import window_bounds
 _LEAST_EXPONENT = {torch.float32: -80.0, torch.float64: -700.0}
 # stands for -inf where exponents are bounded from below
 _HIDDEN = -1e30
+# Least normaliser, relative to the largest weight of a key or landmark. It is 1 at least, but for rounding: where that
+# puts a landmark far above its keys, all of them in the window, it could be zero.
+LEAST_NORMALISER = 2.0**-10
 
 
 def blocked_landmark_attention(
@@ -177,6 +180,7 @@ def _attend(
     key, centre = centred_keys(key, hidden)
     options = {"num_landmarks": num_landmarks, "scale": scale, "dropout_p": dropout_p}
     total, normaliser, maximum = landmark_sums(layout, query, key, value, assignment, hidden, **options)
+    normaliser = normaliser.clamp_min(LEAST_NORMALISER)
     out = (total / normaliser).to(dtype)
     if not with_lse:
         return out, None

@@ -105,6 +105,18 @@ def test_extreme_logits(max_logit):
             compare(pair, tensors, max_logit * 1e-6, max_logit * 1e-5, torch.float32)
 
 
+def test_a_landmark_far_above_all_keys_of_its_window_leaves_no_nan():
+    # as of landmark attention; most query clusters take few of the key clusters
+    query, key, value = (torch.randn(2, 2, 140, 16) for _ in range(3))
+    key = key[:, :, ::7].repeat_interleave(7, 2)
+    tensors = [x.requires_grad_() for x in (1e5 * query, 1e5 * key, value)]
+    out = adaptive_attention(*tensors, 20, 6, 0.1, 40, backend="torch")
+    assert out.isfinite().all()
+    assert out.abs().max() <= value.abs().max()
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_have_float32_sums(dtype):
     lengths = torch.tensor([130, 0])

@@ -117,6 +117,20 @@ def test_a_landmark_far_above_all_keys_of_its_window_leaves_no_nan(device, dtype
         assert all(x.grad.isfinite().all() for x in tensors)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [*DEVICES, pytest.param("cpu", torch.float16, marks=needs_interpreter)])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_what_rounding_leaves_of_a_landmark_is_no_multiple_of_the_values(device, dtype, size):
+    # clusters of equal keys, one after another: exact weights are those of the landmark but for its rounding
+    std = 3000 if dtype == torch.float32 else 300
+    query, key, value = (torch.randn(1, 1, 120, 16) for _ in range(3))
+    key = key[:, :, ::size].repeat_interleave(size, 2)
+    query, key, value = (x.to(device, dtype) for x in (std * query, std * key, value))
+    clusters = (torch.arange(120, device=device) // size).view(1, 1, -1)
+    out = landmark_attention(query, key, value, 120 // size, 16, assignment=clusters, backend="triton")
+    assert out.isfinite().all()
+    assert out.abs().max() <= 3 * value.abs().max()
+
+
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("window", [0, 9])
 def test_a_large_common_part_of_the_keys_costs_no_accuracy(device, dtype, window):

@@ -154,6 +154,22 @@ def test_keys_of_a_window_that_their_landmark_is_far_from(width):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_landmark_far_above_all_keys_of_its_window_leaves_no_nan(dtype):
+    # clusters of 7 equal keys, one after another: their mean rounds, and products of 1e10 differ by more than float32's
+    # exponentials can hold; nothing is left of a landmark whose keys are all in the window
+    query, key, value = (torch.randn(2, 2, 140, 16) for _ in range(3))
+    key = key[:, :, ::7].repeat_interleave(7, 2)
+    tensors = [x.to(dtype).requires_grad_() for x in (1e5 * query, 1e5 * key, value)]
+    clusters = (torch.arange(140) // 7).expand(2, 2, -1)
+    out, lse = landmark_attention(*tensors, 20, 40, assignment=clusters, backend="torch", return_lse=True)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+    assert out.abs().max() <= tensors[2].abs().max()
+    out.float().sum().backward()
+    assert all(x.grad.isfinite().all() for x in tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_have_float32_sums(dtype):
     lengths = torch.tensor([130, 0])

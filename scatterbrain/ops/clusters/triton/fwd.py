@@ -19,8 +19,11 @@ from scatterbrain.ops.scatterbrain.triton.fwd import NO_POSITION, partial_row_su
 
 # Least normaliser, relative to the largest weight. A landmark whose keys are all in the window leaves rounding errors
 # of its weight. Where logits differ by thousands these are more than the keys' exact weights, and the difference could
-# be zero or negative; elsewhere what remains is larger, see README.md.
+# be zero or negative, or so small that the output is many times the values; elsewhere what remains is larger, see
+# README.md. Two bounds: for roundings of weights and mean values, and, for each unit of the largest logit, of logits.
 LEAST_TOTAL = tl.constexpr(2.0**-10)
+LEAST_TOTAL_BFLOAT16 = tl.constexpr(2.0**-8)
+LEAST_TOTAL_OF_LOGIT = tl.constexpr(2.0**-21)
 
 
 @triton.jit
@@ -237,6 +240,7 @@ def landmark_fwd_kernel(
     mean_v_ptr += wide * num_landmarks * D
     log_count_ptr += group * MP
     label_ptr += wide * num_keys
+    rounding: tl.constexpr = LEAST_TOTAL_BFLOAT16 if v_ptr.dtype.element_ty == tl.bfloat16 else LEAST_TOTAL
     if WINDOW_TILES > 0 or STATISTICS:
         centre = tl.load(centre_ptr + group * BE + tl.arange(0, BE))
     if MP == MB:
@@ -319,7 +323,8 @@ def landmark_fwd_kernel(
                 j += BN
                 label = next_label
             total += tl.sum(normaliser, 1)
-        total = tl.maximum(total, LEAST_TOTAL)
+        least = tl.minimum(tl.maximum(tl.abs(running_max) * LEAST_TOTAL_OF_LOGIT, rounding), 1.0)
+        total = tl.maximum(total, least)
         out = acc * tl.where(end > 0, 1.0 / total, 0.0)[:, None]
         store_rows(out_ptr, out, i, valid, stride_on, D)
         if STATISTICS:
