@@ -211,7 +211,11 @@ def comparison_markdown(comparison: SequenceComparison) -> str:
         lines += ["", f"## {_title(name, groups)}", "", "| " + " | ".join(_HEADERS) + " |"]
         lines += ["|" + " --- |" * len(_HEADERS), *("| " + " | ".join(cells) + " |" for cells in _rows(groups))]
     lines += ["", "- ±: standard deviation over seeds, or the standard error of the test part with one seed."]
-    lines += ["- columns: of the attention, over those of full attention's matrix.", "- minutes: with evaluations."]
+    lines += [
+        "- columns: of the attention, over those of full attention's matrix. Where the task is causal, windows count "
+        "both halves, of which the mask hides one, and `sbcluster` counts what a query sees.",
+        "- minutes: with evaluations.",
+    ]
     if comparison.failed:
         lines += ["", f"Runs without results: {', '.join(comparison.failed)}."]
     return "\n".join(lines) + "\n"

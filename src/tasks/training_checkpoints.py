@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -262,8 +264,14 @@ class LastCheckpoint(Checkpoint):
             reason = "because its time is up" if action == _TIME_IS_UP else "on request"
             raise TrainingStopped(
                 f"The training stopped after {trainer.global_step:,} updates {reason}. The same command with "
-                f"train.resume={self.path} resumes it."
+                f"{self._resume_option()} resumes it."
             )
+
+    def _resume_option(self) -> str:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            # the trainings of a multirun have a checkpoint each
+            return f"train.resume=true hydra.sweep.dir={Path(HydraConfig.get().sweep.dir).absolute()}"
+        return f"train.resume={self.path}"
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)

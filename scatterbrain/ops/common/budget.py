@@ -1,10 +1,10 @@
 """Sizes of an attention from the sequence length and a fraction of the columns of the attention matrix.
 
-Full attention has S columns. They count what a query sees, not the memory that a kernel takes. A key that a query sees
-costs one column, so a window costs its width, and each hash the size of its clusters. A random feature costs two
-columns, one for queries and one for keys; a landmark costs one, since a key belongs to one landmark. At S = 3136 and a
-fraction of 1/32 the budget is 98 columns: a window of 98 keys, a Performer with 49 features, Scatterbrain with 49 keys
-and 24 features, or two hashes with clusters of 49 keys.
+Full attention has S columns. They count what a query sees, not the memory that a kernel takes. A key that a query
+sees costs one column, so a window costs its width, also where a causal mask hides a half of it, and each hash the
+size of its clusters. A random feature costs two columns, one for queries and one for keys; a landmark costs one,
+since a key belongs to one landmark. At S = 3136 and a fraction of 1/32 the budget is 98 columns: a window of 98 keys,
+a Performer with 49 features, Scatterbrain with 49 keys and 24 features, or two hashes with clusters of 49 keys.
 """
 
 from __future__ import annotations

@@ -222,6 +222,30 @@ def test_the_exit_status_after_sigterm(stage, tmp_path, monkeypatch):
     assert summary.test is not None
 
 
+def test_a_multirun_that_sigterm_ends_and_its_resumption(tmp_path, monkeypatch):
+    take = SequenceTraining.training_step
+
+    def stop(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGTERM)
+        return take(self, batch, batch_idx)
+
+    sweep = tmp_path / "sweep"
+    command = ["run.py", "-m", *small("copy", "model/attention=full,sblocal", f"hydra.sweep.dir={sweep}")]
+    monkeypatch.setattr(SequenceTraining, "training_step", stop)
+    monkeypatch.setattr(sys, "argv", command)
+    with hydra_restored():
+        assert run.run(sys.argv) == 143
+    # a path of one training's checkpoint would be refused by the others
+    hint = f"The same command with train.resume=true hydra.sweep.dir={sweep} resumes it."
+    assert hint in (sweep / "0" / "run.log").read_text()
+    monkeypatch.setattr(SequenceTraining, "training_step", take)
+    monkeypatch.setattr(sys, "argv", [*command, "train.resume=true"])
+    with hydra_restored():
+        assert run.run(sys.argv) == 0
+    summaries = [read_summary(sweep / number / "sequence_training.json") for number in "01"]
+    assert [(each.attention, each.complete) for each in summaries] == [("full", True), ("sblocal", True)]
+
+
 @pytest.mark.parametrize(
     ("name", "stopped"), [("on_train_start", True), ("on_validation_epoch_end", True), ("on_test_epoch_end", False)]
 )

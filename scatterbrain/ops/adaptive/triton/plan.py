@@ -36,16 +36,16 @@ class PlanTiles(NamedTuple):
 
     Attributes:
         sort_rows: points of a tile of the counting sort.
-        prefix_tiles: of these tiles, so many are added up at a time,
-        prefix_bins: for so many clusters.
-        assign_rows: of these points, queries whose clusters are found at a time.
+        prefix_tiles: tiles of the counting sort whose counts a program loads at a time.
+        prefix_bins: clusters of such a program.
+        assign_rows: queries of such a tile whose clusters are found at a time.
         moment_queries: query clusters of a program of the moments, at most.
-        moment_landmarks: its key clusters.
+        moment_landmarks: key clusters of a program of the moments.
         moment_rows: keys of a tile of the moments.
-        moment_warps: their warps. With 8 warps and 128 keys, ptxas of CUDA 12.8 takes the address of an operand from a
-            register that holds nothing.
-        moment_programs: programs of the moments, at most, over all sequences, times 2 or 3: what they leave is added up
-            later.
+        moment_warps: warps of a program of the moments. With 8 warps and 128 keys, ptxas of CUDA 12.8 takes the address
+            of an operand from an uninitialised register.
+        moment_programs: half or a third of the programs of the moments, at most, over all sequences; their sums are
+            added up later.
         list_places: places of a program that lists keys.
     """
 
@@ -67,9 +67,9 @@ _SMALL = PlanTiles(
     sort_rows=32, assign_rows=16, prefix_tiles=4, prefix_bins=16, moment_queries=16, moment_landmarks=16,
     moment_rows=16, moment_programs=4, list_places=16,
 )  # fmt: skip
-# Up to so many clusters, one warp chooses a support: its numbers stay in the registers of a warp while it sorts them.
+# Up to this many clusters, one warp chooses a support: what it sorts stays in its registers.
 ONE_WARP = 256
-# Of initial centroids that are found together for keys and queries: keys of a step, and of all steps.
+# Initial centroids of keys and queries in one launch: rows that are loaded at a time, and largest stretch.
 START_ROWS = 16
 MOST_START_ROWS = 128
 

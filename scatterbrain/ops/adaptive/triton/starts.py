@@ -63,7 +63,7 @@ def sum_both_kernel(
     grid_dependency_control(PDL, False)
     part = tl.program_id(0)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
-    # values and what is stored with the last sums are not used
+    # centroids alone: the pointers to values, mean values and sizes are placeholders
     if tl.program_id(2) == 0:
         if part < chunks:
             store_sums(

@@ -23,7 +23,7 @@ from scatterbrain.ops.clusters.triton.kmeans import combine_sums, nearest, neare
 from scatterbrain.ops.common.triton_functions import grid_dependency_control
 from scatterbrain.ops.scatterbrain.triton.common import LOG_ZERO, end_of_keys, load_rows, sequence_ptr
 
-# `room` counts keys in units of 2 ** -DENSITY_BITS.
+# The share `density` is an integer in units of 2 ** -DENSITY_BITS.
 DENSITY_BITS = tl.constexpr(40)
 
 
@@ -41,7 +41,7 @@ def sorted_side(is_query, key_label_ptr, query_label_ptr, num_keys, length, num_
 
 @triton.jit
 def load_labels(label_ptr, i, number, clusters):
-    """Clusters of points i, -1 for none. A point that is not a number may have any label, and is in the last then."""
+    """Clusters of points i, -1 for none. A point with NaN may have any label: one past the last counts as the last."""
     label = tl.load(label_ptr + i, mask=i < number, other=-1).to(tl.int32)
     return tl.minimum(label, clusters - 1)
 

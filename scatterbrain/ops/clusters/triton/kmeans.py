@@ -163,7 +163,7 @@ def start_kernel(
 
     ONE_TILE: a stretch has at most BN keys.
     PAIR: a program has two landmarks; with ONE_TILE.
-    EVERY: the sequence is the first of each so many keys, if it has PER_CLUSTER for each landmark.
+    EVERY: take one key of EVERY, the first, in a sequence of at least PER_CLUSTER keys per landmark; else all.
     FIRST: this is the first kernel of a pass.
     """
     grid_dependency_control(PDL, FIRST)
@@ -216,7 +216,10 @@ def assign_kernel(
     LEAST: tl.constexpr, PER_CLUSTER: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cluster of each key of a tile, or of the first of each EVERY or LEAST keys, over blocks of MB landmarks."""
+    """Cluster of each key of a tile, or of one key of EVERY or LEAST, over blocks of MB landmarks.
+
+    EVERY, LEAST: see `cluster_sums_kernel`.
+    """
     grid_dependency_control(PDL, False)
     group = tl.num_programs(1) - 1 - tl.program_id(1)
     end = end_of_keys(lengths_ptr, group, heads, num_keys, HAS_LENGTHS)
@@ -356,7 +359,7 @@ def cluster_sums_kernel(
 
     Sums are products with the one-hot matrix of the clusters: exact products, float32 sums, always in the same order.
 
-    EVERY: take the first of so many keys only, or of LEAST in a sequence of fewer than PER_CLUSTER keys per landmark.
+    EVERY: take one key of EVERY, the first, or one of LEAST in a sequence of fewer than PER_CLUSTER keys per landmark.
     FINAL: a sequence is one chunk; what `combine_kernel` does is done here.
     PARTS: parts in which the scores of a block are computed, which saves registers.
     STEPS: Lloyd steps that the program makes first, over the keys that STEP_EVERY and STEP_LEAST choose, as EVERY and

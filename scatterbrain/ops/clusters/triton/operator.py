@@ -53,8 +53,8 @@ from scatterbrain.ops.common.triton_functions import (
 )
 from scatterbrain.ops.common.windows import tiles_of_windows, window_bounds
 
-# More chunks than these are added up in two kernels, so that there are programs enough; sums that the first one leaves,
-# and elements of one of its programs.
+# More chunks than MANY_CHUNKS are added up by two kernels, for enough programs: the first leaves FEW_CHUNKS sums, and a
+# program of it has SUM_BLOCK elements.
 MANY_CHUNKS, FEW_CHUNKS, SUM_BLOCK = 32, 8, 1024
 # Up to this many tiles of a window are unrolled.
 MAX_UNROLLED = 3
@@ -64,8 +64,8 @@ class LandmarkPlan:
     """What all kernels of one call share: sizes, strides, constants; arguments as in `run_forward`.
 
     Args:
-        per_cluster: keys of a sequence per cluster, without hidden ones, from which on centroids are found from the
-            first of each `sample` keys.
+        per_cluster: visible keys per cluster from which on centroids are found from one key of `sample`, see
+            `sample_of`.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class LandmarkPlan:
         return self.widths["BE"] + self.widths["BD"] + 1
 
     def add_sum_of_chunks(self, launches: LaunchSequence, chunks: int, sums: str = "sums") -> int:
-        """Kernel that leaves `FEW_CHUNKS` sums of more than `MANY_CHUNKS`; the number of sums that are left."""
+        """Number of sums that are left after a kernel that adds up more than `MANY_CHUNKS` to `FEW_CHUNKS`."""
         if chunks <= MANY_CHUNKS:
             return chunks
         size = self.rows_of_sums * self.padded
@@ -335,7 +335,7 @@ def add_cluster_kernels(
 
 
 def _of_queries(plan: LandmarkPlan, clusters: int) -> tuple[str, str]:
-    """Names of the clusters of the queries and of what these take; without `clusters`, of a tensor that is not read."""
+    """Names of the query clusters and of the key clusters that they take; without `clusters`, of an unread tensor."""
     return ("query_labels", "taken_words") if clusters else (plan.labels, plan.labels)
 
 
