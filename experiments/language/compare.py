@@ -60,18 +60,22 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def join_results(paths: Sequence[Path]) -> dict[str, Any]:
-    """The content of several files of results as one.
+    """The content of several files of results as one, with the settings of each and the networks that they are for.
 
     Raises:
         UserError: a file cannot be read, is not of a conversion, or is incomplete; or two have the same network.
     """
-    contents = [read_rows(path, ("complete", "length", "results"), REMEDY) for path in paths]
+    contents = [read_rows(path, ("complete", "length", "settings", "results"), REMEDY) for path in paths]
     for path, content in zip(paths, contents, strict=True):
         if not content["complete"] or content["length"] != contents[0]["length"]:
             raise UserError(f"{path} is incomplete, or of another length. {REMEDY}")
     rows = [row for content in contents for row in content["results"]]
     check_seeds(rows, " and ".join(map(str, paths)))
-    return {**contents[0], "results": rows}
+    settings = [
+        {"networks": sorted({f"{row['attention']}, seed {row['seed']}" for row in each["results"]}), **each["settings"]}
+        for each in contents
+    ]
+    return {**contents[0], "settings": settings, "results": rows}
 
 
 def check_seeds(rows: Sequence[Mapping[str, Any]], source: str) -> None:

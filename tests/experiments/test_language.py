@@ -110,7 +110,10 @@ def test_the_table_of_several_files(folder, capsys):
     assert compare.main([*files, "--output", str(folder / "both.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| trained with | attention | validation, swapped | test, swapped | WikiText-2")
-    both = json.loads((folder / "both.json").read_text())["results"]
+    content = json.loads((folder / "both.json").read_text())
+    assert [each["networks"] for each in content["settings"]] == [["full, seed 1111"], ["performer, seed 1111"]]
+    assert all(each["windows"] == 4 for each in content["settings"])
+    both = content["results"]
     assert [line.split(" | ")[:2] for line in lines[2:6]] == [
         ["| full", "full"],
         ["| full", "local"],
