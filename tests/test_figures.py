@@ -33,9 +33,14 @@ def load(path: str) -> dict[str, Any]:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
+def find_all(path: str, key: str = "results", **wanted: Any) -> list[dict[str, Any]]:
+    """The rows of a file with these entries."""
+    return [row for row in load(path)[key] if all(row[name] == value for name, value in wanted.items())]
+
+
 def find(path: str, key: str = "results", **wanted: Any) -> dict[str, Any]:
     """The only row of a file with these entries."""
-    rows = [row for row in load(path)[key] if all(row[name] == value for name, value in wanted.items())]
+    rows = find_all(path, key, **wanted)
     assert len(rows) == 1, f"{path}: {len(rows)} rows have {wanted}"
     return rows[0]
 
@@ -354,9 +359,9 @@ def cpu_model() -> Expected:
 
 
 def backbone() -> Expected:
-    rows = load("docs/data/approximation_backbone.json")["results"]
+    path = "docs/data/approximation_backbone.json"
     means = [
-        statistics.fmean(row["output_error"]["mean"] for row in rows if row["attention"] == name)
+        statistics.fmean(row["output_error"]["mean"] for row in find_all(path, attention=name))
         for name in ("local", "performer", "sblocal", "cluster", "pairedcluster")
     ]
     # the first column has a value, too
@@ -374,7 +379,7 @@ def language_training() -> Expected:
     """Columns in percent, test and validation bits per byte of the language model, over seeds."""
     rows: Expected = []
     for name in ("full", "local", "sblocal", "sbcluster", "performer"):
-        found = [row for row in load("docs/data/language_training.json")["results"] if row["attention"] == name]
+        found = find_all("docs/data/language_training.json", attention=name)
         test, validation = ([row[part]["bits_per_byte"] for row in found] for part in ("test", "validation"))
         values = (statistics.fmean(test), statistics.stdev(test)), (statistics.fmean(validation),)
         rows.append((name, [(100 * found[0]["memory"],), *values]))
@@ -648,9 +653,8 @@ def language_conversion() -> Expected:
     rows: Expected = []
     for trained in ("full", "local", "sblocal", "sbcluster", "performer"):
         for method in others.get(trained, (trained,)):
-            found = [row for row in load(path)["results"] if (row["attention"], row["method"]) == (trained, method)]
-            before = [row for row in found if row["stage"] == ("trained" if trained == method else "swapped")]
-            after = [row for row in found if row["stage"] == "fine-tuned"]
+            stages = "trained" if trained == method else "swapped", "fine-tuned"
+            before, after = (find_all(path, attention=trained, method=method, stage=stage) for stage in stages)
             values: list[Values] = [None, (100 * before[0]["memory"],)]
             for text in ("test", "WikiText-2 test"):
                 for stage in (before, after):
@@ -678,8 +682,7 @@ def learned_language() -> Expected:
     kinds = [(name, kind) for name in ("performer", "sblocal") for kind in ("random", "keys", "learned")]
     rows: Expected = []
     for method, stage in (*stages, *kinds):
-        results = load("docs/data/learned_language.json")["results"]
-        found = [row for row in results if (row["method"], row["stage"]) == (method, stage)]
+        found = find_all("docs/data/learned_language.json", method=method, stage=stage)
         over_seeds = [
             [row["bits_per_byte"][text] for row in found] for text in ("validation", "test", "WikiText-2 test")
         ]
@@ -720,14 +723,12 @@ def claims() -> Expected:
         return find("docs/data/experiment_memory.json", attention=name, memory_fraction=1 / 32)[entry]["mean"]
 
     def bits(attention: str, method: str, stage: str) -> float:
-        rows = load("docs/data/language_conversion.json")["results"]
-        own = [row for row in rows if (row["attention"], row["method"], row["stage"]) == (attention, method, stage)]
-        return statistics.fmean(row["bits_per_byte"]["test"] for row in own)
+        rows = find_all("docs/data/language_conversion.json", attention=attention, method=method, stage=stage)
+        return statistics.fmean(row["bits_per_byte"]["test"] for row in rows)
 
     def learned(method: str, stage: str) -> float:
-        rows = load("docs/data/learned_language.json")["results"]
-        own = [row for row in rows if (row["method"], row["stage"]) == (method, stage)]
-        return statistics.fmean(statistics.fmean(row["errors"]) for row in own)
+        rows = find_all("docs/data/learned_language.json", method=method, stage=stage)
+        return statistics.fmean(statistics.fmean(row["errors"]) for row in rows)
 
     window = learned("local", "swapped")
     over_both = [min(window, learned("performer", kind)) / learned("sblocal", kind) for kind in ("random", "learned")]
@@ -740,7 +741,7 @@ def claims() -> Expected:
     tests = (theory("cross-polytope", "entries"), theory("cross-polytope", "weights"), theory("shared", "entries"))
 
     def trained_test(task: str, name: str) -> float:
-        rows = [row for row in load(f"docs/data/{task}.json")["results"] if row["attention"] == name and row["test"]]
+        rows = [row for row in find_all(f"docs/data/{task}.json", attention=name) if row["test"]]
         length = (min if task == "copy" else max)(row["length"] for row in rows)
         metric, scale = rows[0]["metric"], 100 if rows[0]["metric"] == "accuracy" else 1
         return scale * statistics.fmean(row["test"][metric] for row in rows if row["length"] == length)
