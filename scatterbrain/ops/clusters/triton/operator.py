@@ -274,10 +274,11 @@ def add_cluster_kernels(
     steps = range(1 if plan.has_labels else plan.num_steps + has_values)
     # where a program has a whole sequence, the last launch makes all steps
     fused = plan.num_steps if assign and has_values and chunks == 1 and not has_centroids else 0
+    of_steps = plan.step_options()
     for step in steps[-1:] if has_centroids or fused else steps:
         last = plan.has_labels or step == plan.num_steps
         num_keys = plan.num_keys if last else plan.keys_of_steps
-        every = {**plan.step_options(), "EVERY": 1, "LEAST": 1} if last else plan.step_options()
+        every = {**of_steps, "EVERY": 1, "LEAST": 1} if last else of_steps
         if not plan.has_labels and not assign:
             launches.add(
                 assign_kernel,
@@ -306,8 +307,8 @@ def add_cluster_kernels(
             FINAL=chunks == 1,
             **every,
             STEPS=fused,
-            STEP_EVERY=plan.step_options()["EVERY"],
-            STEP_LEAST=STEP_EVERY,
+            STEP_EVERY=of_steps["EVERY"],
+            STEP_LEAST=of_steps["LEAST"],
             PARTS=plan.parts,
             **plan.lengths,
             **plan.precision,
