@@ -26,11 +26,15 @@ def cluster_tile(start_ptr, tile, CLUSTERS: tl.constexpr, BLOCK: tl.constexpr, R
     of a tile that is not needed lies at the end or behind it.
     """
     cluster = tl.arange(0, BLOCK)
-    starts = tl.load(start_ptr + cluster, mask=cluster < CLUSTERS, other=0)
-    begins = (cluster < CLUSTERS) & (starts // ROWS + cluster <= tile)
+    exists = cluster < CLUSTERS
+    # all that is needed at once, so that nothing else waits for a second load
+    start = tl.load(start_ptr + cluster, mask=exists, other=0)
+    end = tl.load(start_ptr + cluster + 1, mask=exists, other=0)
+    begins = exists & (start // ROWS + cluster <= tile)
     found = tl.sum(begins.to(tl.int32), 0) - 1
-    start = tl.load(start_ptr + found)
-    return found, start + (tile - start // ROWS - found) * ROWS, tl.load(start_ptr + found + 1)
+    start = tl.max(tl.where(begins, start, 0), 0)  # they do not descend
+    end = tl.sum(tl.where(cluster == found, end, 0), 0)
+    return found, start + (tile - start // ROWS - found) * ROWS, end
 
 
 @triton.jit
