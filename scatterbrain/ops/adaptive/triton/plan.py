@@ -52,7 +52,7 @@ class PlanTiles(NamedTuple):
     sort_rows: int = 256
     assign_rows: int = 64
     prefix_tiles: int = 64
-    prefix_bins: int = 32
+    prefix_bins: int = 64
     moment_queries: int = 64
     moment_landmarks: int = 64
     moment_rows: int = 64
@@ -251,10 +251,10 @@ def plan_pass(
         **keys.pdl,
     )
     prefix_bins = min(tiles.prefix_bins, bins)
-    has_moments = num_exact > 0
+    blocks = moment_blocks if num_exact > 0 else 0
     launches.add(
         moments_kernel,
-        (max(chunks if has_moments else 1, bins // prefix_bins), groups, 2 + has_moments * moment_blocks),
+        (max(chunks if blocks else 1, bins // prefix_bins), groups, blocks + 2),
         (
             *("key", "key_lengths", keys.labels, "centre", "landmarks"),
             *("query_centre", "query_landmarks", "means", "squares", "sampled", "counts", "totals"),
@@ -270,7 +270,7 @@ def plan_pass(
         BINS=bins,
         BB=prefix_bins,
         BT=tiles.prefix_tiles,
-        MOMENTS=has_moments,
+        BLOCKS=blocks,
         **keys.lengths,
         **keys.precision,
         STAGES=keys.tiles.sum_stages,

@@ -264,7 +264,7 @@ def moments_kernel(
     total_ptr,  # (2, G, BINS) int32, written: sizes of the clusters
     heads, num_keys, num_landmarks, num_query_landmarks, chunk, chunks, tiles, stride_kb, stride_kh, stride_kn,
     E: tl.constexpr, BE: tl.constexpr, MB: tl.constexpr, MP: tl.constexpr, QB: tl.constexpr, BN: tl.constexpr,
-    EVERY: tl.constexpr, BINS: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, MOMENTS: tl.constexpr,
+    EVERY: tl.constexpr, BINS: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Products of the centroids of QB query clusters with MB landmarks, and sums of squares over the keys of a chunk.
@@ -273,19 +273,20 @@ def moments_kernel(
     keys of cluster b. Other programs add up the numbers of points of the tiles, which the moments do not need.
 
     EVERY: a chunk has the first of each so many keys.
-    MOMENTS: there are programs for the moments, beside the first two along the third axis.
+    BLOCKS: pairs of QB query clusters and MB landmarks; 0 for no moments. Their programs come first: the others would
+        keep them waiting.
     """
     grid_dependency_control(PDL, False)
     part = tl.program_id(0)
     kind = tl.program_id(2)
-    if kind < 2:
+    if kind >= BLOCKS:
         if part * BB < BINS:
-            side = kind * tl.num_programs(1) + tl.program_id(1)
+            side = (kind - BLOCKS) * tl.num_programs(1) + tl.program_id(1)
             add_up_tiles(count_ptr, total_ptr, side, part, tiles, BINS, BB, BT)
     else:
-        if MOMENTS and part < chunks:
+        if BLOCKS > 0 and part < chunks:
             store_moments(
-                part, chunks, kind - 2, k_ptr, lengths_ptr, label_ptr, centre_ptr, delta_ptr,
+                part, chunks, kind, k_ptr, lengths_ptr, label_ptr, centre_ptr, delta_ptr,
                 query_centre_ptr, query_delta_ptr, mean_ptr, square_ptr, sampled_ptr,
                 heads, num_keys, num_landmarks, num_query_landmarks, chunk, stride_kb, stride_kh, stride_kn,
                 E, BE, MB, MP, QB, BN, EVERY, HAS_LENGTHS, PRECISION, STAGES,
