@@ -113,6 +113,7 @@ def count_kernel(
     """
     grid_dependency_control(PDL, False)
     part = tl.program_id(0)
+    # queries take longest, so that they come first
     kind = tl.program_id(2)
     if kind == 2:
         if COMBINE and part * BLOCK < MP:
@@ -123,7 +124,7 @@ def count_kernel(
     else:
         if part < tiles:
             count_tile(
-                kind == 1, part, tiles, q_ptr, query_delta_ptr, query_bias_ptr, key_label_ptr, query_label_ptr,
+                kind == 0, part, tiles, q_ptr, query_delta_ptr, query_bias_ptr, key_label_ptr, query_label_ptr,
                 count_ptr, heads, num_keys, length, num_landmarks, num_query_landmarks, stride_qb, stride_qh, stride_qn,
                 E, BE, QUERY_MB, QUERY_MP, BINS, BN, BM, PRECISION, STAGES,
             )  # fmt: skip
@@ -395,7 +396,8 @@ def support_kernel(
     grid_dependency_control(PDL, False)
     part = tl.program_id(0)
     kind = tl.program_id(2)
-    if kind == 0:
+    # orders take longer, so that they come first
+    if kind == 2:
         if part < num_query_landmarks:
             choose_support(
                 part, mean_ptr, square_ptr, sampled_ptr, total_ptr, lengths_ptr, end_ptr, word_ptr, exact_count_ptr,
@@ -405,7 +407,7 @@ def support_kernel(
     else:
         if part < tiles:
             order_tile(
-                kind == 2, part, tiles, key_label_ptr, query_label_ptr, count_ptr, total_ptr,
+                kind == 0, part, tiles, key_label_ptr, query_label_ptr, count_ptr, total_ptr,
                 key_order_ptr, key_start_ptr, query_order_ptr, query_start_ptr,
                 num_keys, length, num_landmarks, num_query_landmarks, BINS, BN,
             )  # fmt: skip
