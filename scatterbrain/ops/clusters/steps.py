@@ -12,7 +12,7 @@ SAMPLE_EVERY = 4
 KEYS_PER_CLUSTER, QUERIES_PER_CLUSTER = 16, 64
 # Adaptive attention finds variances of logits from the first of each two keys of a long sequence, of each four or eight
 # where so many of a cluster are left on average.
-LONG_SEQUENCE, KEYS_PER_VARIANCE = 2048, 24
+LONG_SEQUENCE, KEYS_PER_VARIANCE = 2048, 12
 
 
 def sample_of(length: int, num_clusters: int, per_cluster: int | None) -> int:

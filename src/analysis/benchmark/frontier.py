@@ -59,8 +59,7 @@ BUDGETS: dict[str, tuple[Sizes, ...]] = {
         for density in (0.0, 0.03, 0.08, 0.15)
     )
     + tuple(
-        {"local_context": 32, "num_landmarks": 64, "num_query_landmarks": number, "density": density}
-        for number in (16, 32)
+        {"local_context": 32, "num_landmarks": 64, "num_query_landmarks": 24, "density": density}
         for density in (0.03, 0.08)
     ),
     "pisa": DENSITIES,

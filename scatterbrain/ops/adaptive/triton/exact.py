@@ -86,12 +86,15 @@ def exact_fwd_kernel(
     group = tl.program_id(1)
     wide = group.to(tl.int64)
     cluster, first, end = cluster_tile(start_ptr + group * (CLUSTERS + 1), tl.program_id(0), CLUSTERS, BLOCK, BM)
+    # a program mostly waits for loads: each as soon as its address is known
     count = tl.load(count_ptr + group * CLUSTERS + cluster)
+    place = first + tl.arange(0, BM)
+    valid = place < end
+    i = tl.load(order_ptr + wide * num_queries + tl.maximum(tl.minimum(place, end - 1), 0))
     if (first < end) & (count > 0):
-        place = first + tl.arange(0, BM)
-        valid = place < end
-        i = tl.load(order_ptr + wide * num_queries + tl.minimum(place, end - 1))
         q = load_rows(sequence_ptr(q_ptr, group, heads, stride_qb, stride_qh), i, valid, stride_qn, E, BE, False)
+        lse_ptrs = lse_ptr + wide * num_queries + i
+        rest = tl.load(lse_ptrs)
         k_ptr = sequence_ptr(k_ptr, group, heads, stride_kb, stride_kh)
         v_ptr = sequence_ptr(v_ptr, group, heads, stride_vb, stride_vh)
         key_ptr += (wide * CLUSTERS + cluster) * num_listed
@@ -99,19 +102,20 @@ def exact_fwd_kernel(
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BD), tl.float32)
         whole = count // BN * BN
+        last = whole + tl.arange(0, BN)
+        j = tl.load(key_ptr + tl.minimum(last, count - 1))
+        last_k = load_rows(k_ptr, j, j >= 0, stride_kn, E, BE, False)
+        last_v = load_rows(v_ptr, j, j >= 0, stride_vn, D, BD, False)
         for n in tl.range(0, whole, BN, num_stages=STAGES):
             logits, _, v = exact_logits(
                 q, k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn, E, D, BD, BN, False, PRECISION
             )
             acc, total, running_max = exact_step(logits, v, acc, total, running_max, qk_scale, PRECISION)
         if whole < count:
-            logits, _, v = exact_logits(
-                q, k_ptr, v_ptr, key_ptr, whole, count, stride_kn, stride_vn, E, D, BD, BN, True, PRECISION
-            )
-            acc, total, running_max = exact_step(logits, v, acc, total, running_max, qk_scale, PRECISION)
+            logits = tl.dot(q, tl.trans(last_k), input_precision=PRECISION)
+            logits = tl.where((last < count)[None, :], logits, LOG_ZERO)
+            acc, total, running_max = exact_step(logits, last_v, acc, total, running_max, qk_scale, PRECISION)
         exact = running_max + tl.log2(total)
-        lse_ptrs = lse_ptr + wide * num_queries + i
-        rest = tl.load(lse_ptrs)
         largest = tl.maximum(exact, rest)
         share, share_of_rest = tl.exp2(exact - largest), tl.exp2(rest - largest)
         normaliser = share + share_of_rest
