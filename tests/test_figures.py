@@ -601,7 +601,7 @@ def frontier_on_a_gpu() -> Expected:
         *(
             ("sbadaptive", "sbadaptive", adaptive(*each))
             for each in (
-                *((32, 64, 16, 0.03), (32, 64, 32, 0.03), (64, 64, 48, 0.03), (64, 128, 48, 0.03)),
+                *((32, 64, 24, 0.03), (64, 64, 48, 0.03), (64, 128, 48, 0.03)),
                 *((64, 128, 48, 0.08), (64, 256, 48, 0.08)),
             )
         ),
@@ -611,8 +611,9 @@ def frontier_on_a_gpu() -> Expected:
     ]
     rows: Expected = []
     for label, name, sizes in points:
-        times = [find(path, method=name, sizes=sizes, length=length) for length in (3136, 12544, 16384, 65536)]
-        rows.append((label, [(times[0]["error"],), *((1 / row["ratio_to_full"],) for row in times)]))
+        times = [find_all(path, method=name, sizes=sizes, length=length) for length in (3136, 12544, 16384, 65536)]
+        speeds: list[Values] = [(1 / row[0]["ratio_to_full"],) if row else None for row in times]
+        rows.append((label, [(times[0][0]["error"],), *speeds]))
     return rows
 
 
@@ -630,6 +631,23 @@ def causal_time() -> Expected:
                 cells += [(ours[part],), None if name == "SDPA" else (full[part] / ours[part],)]
             rows.append((f"{heads} x {length:,}", cells))
     return rows
+
+
+def causal_error_time() -> Expected:
+    """Milliseconds of causal attentions, forward and both passes, and the mean error on the language model's layers."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in load("docs/data/causal_error_time_language.json")["results"]:
+        rows.setdefault(row["attention"], []).append(row)
+    means = {
+        name: [statistics.fmean(row["milliseconds"][part] for row in same) for part in ("forward", "both")]
+        + [statistics.fmean(row["error"] for row in same)]
+        for name, same in rows.items()
+    }
+    labels = {"SDPA": "PyTorch's, causal", "window 256": "FlexAttention's window of 256"}
+    labels["sblocal, 64 columns"] = "sblocal, 64 columns"
+    labels |= {f"blocks {number}": f"{number} chosen blocks" for number in range(2, 7)}
+    labels |= {name: name.replace(" M ", ", M ").replace(" W ", ", W ") for name in means if "sbcluster" in name}
+    return [(labels[name], [(mean,) for mean in values]) for name, values in sorted(means.items(), key=lambda x: x[1])]
 
 
 def causal_error(name: str) -> dict[str, list[Values]]:
@@ -789,6 +807,7 @@ CHECKED: list[tuple[str, str, Callable[[], Expected]]] = [
     ("docs/benchmarks.md", "machine|photographs", bfloat16),
     ("docs/causal.md", "error / columns", lambda: list(causal_error("causal_error").items())),
     ("docs/causal.md", "heads x tokens, attention", causal_time),
+    ("docs/causal.md", "attention|forward, ms", causal_error_time),
     ("docs/claims.md", "claim|in the paper", claims),
     ("docs/data_formats.md", "format|images", formats),
     ("docs/data_formats.md", "loader|images/s", loading),
