@@ -106,6 +106,20 @@ def test_sizes_of_the_network():
     assert torch.equal(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize(("length", "depth", "seen"), [(1024, 1, 31), (1000, 4, 120), (2000, 4, 248)])
+def test_a_window_passes_few_tokens_to_the_answer(length, depth, seen):
+    """Of Image, Text and ListOps, as docs/sequence_training.md says."""
+    network = create_network({"name": "local"}, 256, 10, length, depth=depth, dim=16, heads=1, mlp_dim=16).eval()
+    embedded = []
+    network.embedding.register_forward_hook(lambda *hooked: embedded.append(hooked[-1]))
+    with torch.enable_grad():
+        logits = network(torch.zeros(1, length, dtype=torch.long))
+        (gradient,) = torch.autograd.grad(logits[0, 0], embedded)
+    reached = gradient[0].any(-1)
+    assert reached[:seen].all()
+    assert not reached[seen:].any()
+
+
 def test_fixed_positions():
     positions = sinusoids(50, 6)
     torch.testing.assert_close(positions[:, 0], torch.arange(50.0).sin())
