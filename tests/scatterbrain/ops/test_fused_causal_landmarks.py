@@ -82,22 +82,29 @@ def test_clusters_are_those_of_the_definition(device, dtype, num_landmarks, leng
         assert (clusters != expected).float().mean() < 0.3  # keys of one lump that several centroids share
 
 
-@pytest.mark.parametrize(("device", "dtype"), HALF_DEVICES)
-@pytest.mark.parametrize("kind", ["equal", "large", "small"])
+@pytest.mark.parametrize(("device", "dtype"), [DEVICES[0], *HALF_DEVICES])
+@pytest.mark.parametrize("kind", ["equal", "apart", "large", "small"])
 def test_clusters_of_extreme_values(device, dtype, kind):
     query, key, value = draw(device, dtype, value_width=32)
+    value_weight, limit, sizes = 64.0, 0.02, (8, 0, 16)
+
+    def find(value, value_weight):
+        return find_clusters(query, key, value, *sizes, scale=0.25, num_steps=1, value_weight=value_weight)
+
     if kind == "equal":  # which count as little as no values
         value = torch.full_like(value, 3.0)
-        expected = causal_clusters(key, 8, 0, 16)
-    else:  # signs times the largest number, or the least
-        info = torch.finfo(dtype)
+        expected = find(value, 0.0)
+    elif kind == "apart":  # differences of float16 values may overflow
+        value_weight, limit = 4.0, 0.02 if dtype == torch.float32 else 0.3  # rounded means are not the definition's
+        value = torch.where(value > 1.5, -60000.0, 60000.0).to(dtype)
+        expected = causal_clusters(key, *sizes, value=value, value_weight=value_weight)
+    else:  # a power of two changes no cluster
         value = torch.where(value > 0, 1.0, -1.0).to(dtype)
-        expected = find_clusters(query, key, value, 8, 0, 16, scale=0.25, num_steps=1, value_weight=4.0)
-        largest = 60000.0 if dtype == torch.float16 else 2.0**60
-        value *= largest if kind == "large" else info.tiny * (1 if dtype == torch.float16 else 2.0**66)
-    clusters = find_clusters(query, key, value, 8, 0, 16, scale=0.25, num_steps=1, value_weight=4.0)
-    assert (clusters != expected).float().mean() < 0.02
-    out = causal_landmark_attention(query, key, value, 8, chunk=16, backend="triton", value_weight=4.0)
+        expected = find(value, value_weight)
+        exponents = {"large": 15, "small": -8} if dtype == torch.float16 else {"large": 60, "small": -60}
+        value *= 2.0 ** exponents[kind]
+    assert (find(value, value_weight) != expected).float().mean() < limit
+    out = causal_landmark_attention(query, key, value, 8, chunk=16, backend="triton", value_weight=value_weight)
     assert out.isfinite().all()
 
 

@@ -124,7 +124,7 @@ def causal_clusters(
         if value_weight > 0:
             raise UserError(f"value_weight={value_weight} clusters keys and values. Give value, or leave it out.")
         value = key[..., :1]
-    key, value = key.detach(), value.detach()
+    key, value = (x.detach().to(accumulation_dtype(x.dtype)) for x in (key, value))
     length = num_keys if num_queries is None else num_queries
     mask = visible_keys(key_lengths, attn_mask, num_keys)
     if mask is not None:  # hidden keys may hold any value
