@@ -7,6 +7,7 @@ message on stderr and exit with status 1; a traceback means a bug.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,16 @@ def check_switch(option: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise UserError(f"{option}={value!r} is not valid. Give true or false.")
+
+
+def check_value_weight(value_weight: Any) -> None:
+    """Check the weight of the values in the clustering of keys.
+
+    Raises:
+        UserError: it is negative, not finite, or no number.
+    """
+    if not is_number(value_weight) or not 0 <= value_weight < math.inf:
+        raise UserError(f"value_weight={value_weight!r} has to be a number of at least 0; 0 clusters the keys alone.")
 
 
 def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:

@@ -100,7 +100,8 @@ class Conversion(Run):
                 if method == own:  # which keeps its sizes and its random features
                     network = build_network(options, state, self.device)
                 else:
-                    network = self.swapped(options, state, method)
+                    changes = {"value_weight": self.arguments.value_weight} if method == "sbcluster" else {}
+                    network = self.swapped(options, state, method, **changes)
                     self.measure(network, trained, method, "swapped")
                 if self.arguments.steps:
                     record = self.fine_tune(network)
@@ -303,6 +304,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--steps", type=not_negative, default=0, metavar="N", help="of the fine-tune (0: none)")
     add("--lr", type=positive_number, default=1e-4, metavar="LR", help="highest learning rate (%(default)s)")
+    add("--value-weight", type=float, default=0.0, metavar="W", help="option of sbcluster (%(default)s)")
     add("--seed", type=not_negative, default=0, metavar="S", help="of the order of the text (%(default)s)")
     add(
         "--save-tensors",

@@ -15,12 +15,10 @@ place of a random one; see `scatterbrain.ops.clusters`. Linear in time and memor
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from scatterbrain.attention.base import AttentionModule, refuse_causal
-from scatterbrain.errors import UserError, check_whole_number, is_number
+from scatterbrain.errors import check_value_weight, check_whole_number
 from scatterbrain.ops.adaptive import adaptive_attention, naive_adaptive_attention, plan_adaptive_attention
 from scatterbrain.ops.adaptive.attention import run_adaptive_again
 from scatterbrain.ops.adaptive.plan import check_density, exact_keys
@@ -114,7 +112,8 @@ class SBClusterAttention(ClusterAttention):
         local_context: width W >= 1 of the window in keys.
         num_landmarks: number of clusters M; if causal, of each node, see `scatterbrain.ops.clusters.causal`.
         num_steps: iterations of k-means.
-        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`; 0 if causal.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`; if causal, see
+            `causal_landmark_attention`.
         softmax_temp: softmax scale; None is E ** -0.5.
         causal: hide the keys j > i. A query then sees its own chunk and those that the window reaches exactly, and the
             landmarks of earlier chunks alone.
@@ -143,8 +142,6 @@ class SBClusterAttention(ClusterAttention):
         self.local_context = local_context
         if causal:
             check_causal_sizes(num_landmarks, local_context, CHUNK, num_steps)
-            if value_weight != 0:
-                raise UserError(f"value_weight={value_weight} is not possible with causal=True. Leave it out.")
 
     def sizes(self) -> dict[str, int]:
         """The window and the number of clusters."""
@@ -161,9 +158,8 @@ class SBClusterAttention(ClusterAttention):
             return super()._weights(query, key, value, **options)
         sizes = (self.local_context, CHUNK)
         masks = {name: options.get(name) for name in ("key_lengths", "attn_mask")}
-        found = causal_clusters(
-            key, self.num_landmarks, *sizes, num_queries=query.shape[2], num_steps=self.num_steps, **masks
-        )
+        steps = {"num_steps": self.num_steps, "value": value, "value_weight": self.value_weight}
+        found = causal_clusters(key, self.num_landmarks, *sizes, num_queries=query.shape[2], **steps, **masks)
         return naive_causal_landmark_attention(query, key, value, found, *sizes, options["scale"], **masks)[1]
 
 
@@ -343,8 +339,7 @@ def _check_sizes(value_weight: float, **sizes: int) -> None:
     """
     for name, size in sizes.items():
         check_whole_number(name, size, 0 if name in ("num_exact", "num_steps") else 1)
-    if not is_number(value_weight) or not 0 <= value_weight < math.inf:
-        raise UserError(f"value_weight={value_weight!r} has to be a number of at least 0; 0 clusters the keys alone.")
+    check_value_weight(value_weight)
 
 
 # Elements of a summary: a mean key, a mean value and a mass, for heads of width 64.

@@ -78,6 +78,11 @@ def test_swapped_and_fine_tuned(folder, capsys):
     assert rows["local", "swapped"]["memory"] == 1 / 8
     assert rows["local", "swapped"]["bits_per_byte"]["test"] != trained["bits_per_byte"]["test"]
     assert "fine-tuned" in capsys.readouterr().out
+    _, content = run_convert(folder, "--attentions", "sbcluster", "--value-weight", "4", output="weighted.json")
+    assert content["settings"]["value_weight"] == 4
+    assert content["results"][0] == trained
+    assert content["results"][1]["sizes"] == rows["sbcluster", "swapped"]["sizes"]
+    assert content["results"][1]["bits_per_byte"] != rows["sbcluster", "swapped"]["bits_per_byte"]
 
 
 def test_an_attention_that_is_exact_changes_nothing(folder):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_value_weight
 from scatterbrain.ops.clusters import triton as fused
 from scatterbrain.ops.clusters.steps import KEYS_PER_CLUSTER, sample_of, step_sample
 from scatterbrain.ops.common.inputs import visible_keys
@@ -81,8 +81,7 @@ def assign_key_clusters(
     Raises:
         UserError: a value out of range.
     """
-    if not value_weight >= 0:
-        raise UserError(f"value_weight={value_weight} has to be at least 0; 0 clusters the keys alone.")
+    check_value_weight(value_weight)
     check_steps(num_clusters, num_steps)
     if attn_mask is not None:
         order, count = visible_first(visible_keys(key_lengths, attn_mask, key.shape[2]))

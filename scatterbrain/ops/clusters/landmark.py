@@ -61,11 +61,12 @@ def landmark_attention(
         window: width W of the window `-(W // 2) <= j - i < (W + 1) // 2`; 0 for none.
         scale: softmax scale s; None is E ** -0.5.
         is_causal: hide the keys j > i: `scatterbrain.ops.clusters.causal.causal_landmark_attention`, which takes no
-            `assignment` and no `value_weight`.
+            `assignment`.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         num_steps: iterations of Lloyd's algorithm, see `assign_clusters`.
-        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`.
+        value_weight: weight of the values in the clustering of keys, see `assign_key_clusters`; with `is_causal`
+            variances are those of a node.
         assignment: cluster of each key (B, H, S) int64 in [0, M), such as a result of `assign_key_clusters` that is
             reused over layers, steps of a sampler or random seeds; `num_steps` and `value_weight` are not used then.
             Those of hidden keys may be any. With `enable_gqa` it is (B, Hkv, S), as the keys. The range is checked on
@@ -94,13 +95,10 @@ def landmark_attention(
             return out
     check_switch("is_causal", is_causal)
     if is_causal:
-        if assignment is not None or value_weight != 0:
-            raise UserError(
-                "Causal landmark attention clusters the keys of each chunk itself: leave out assignment and "
-                "value_weight."
-            )
-        options = num_landmarks, window, CHUNK, scale, key_lengths, attn_mask, num_steps, dropout_p, return_lse
-        return attend_and_remember(known_as, *given, *options, enable_gqa, backend)
+        if assignment is not None:
+            raise UserError("Causal landmark attention clusters the keys of each chunk itself: leave out assignment.")
+        options = num_landmarks, window, CHUNK, scale, key_lengths, attn_mask, num_steps, value_weight, dropout_p
+        return attend_and_remember(known_as, *given, *options, return_lse, enable_gqa, backend)
     given_key = key
     query, key, value, key_lengths = check_inputs(query, key, value, key_lengths, enable_gqa=enable_gqa)
     attn_mask = check_attn_mask(attn_mask, query, key)

@@ -69,12 +69,19 @@ def without_levels(
 
 
 def with_levels(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_landmarks: int, window: int, spread: bool = True
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_landmarks: int,
+    window: int,
+    spread: bool = True,
+    value_weight: float = 0.0,
 ) -> tuple[torch.Tensor, float]:
     """Causal landmark attention, also without the correction for the spread of a cluster."""
     replaced = contextlib.nullcontext() if spread else mock.patch.object(blocked, "spread_correction", return_value=0.0)
     with replaced:
-        out = causal_landmark_attention(query, key, value, num_landmarks, window, chunk=CHUNK)
+        options = {"chunk": CHUNK, "value_weight": value_weight}
+        out = causal_landmark_attention(query, key, value, num_landmarks, window, **options)
     return out, visible_columns(query.shape[2], num_landmarks, window, CHUNK)
 
 
@@ -139,11 +146,11 @@ def window_and_features(
 
 
 def with_budget(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory_fraction: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory_fraction: float, value_weight: float = 0.0
 ) -> tuple[torch.Tensor, float]:
     """Causal landmark attention of the sizes that `create_attention` takes for a budget."""
     sizes = create_attention("sbcluster", query.shape[2], memory_fraction=memory_fraction, causal=True)
-    return with_levels(query, key, value, sizes.num_landmarks, sizes.local_context)
+    return with_levels(query, key, value, sizes.num_landmarks, sizes.local_context, value_weight=value_weight)
 
 
 FORMS: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {
@@ -157,6 +164,8 @@ FORMS: dict[str, Callable[..., tuple[torch.Tensor, float]]] = {
     "levels, M = 32, W = 128": lambda *x: with_levels(*x, 32, 128),
     "levels, M = 64, W = 128": lambda *x: with_levels(*x, 64, 128),
     "sbcluster, memory_fraction 1/8": lambda *x: with_budget(*x, 1 / 8),
+    "sbcluster, 1/8, value_weight 1": lambda *x: with_budget(*x, 1 / 8, 1.0),
+    "sbcluster, 1/8, value_weight 4": lambda *x: with_budget(*x, 1 / 8, 4.0),
     "sblocal, N / 8": lambda *x: window_and_features(*x, x[0].shape[2] // 8),
     "block top-k, N / 8": lambda *x: best_blocks(*x, x[0].shape[2] // 8, False),
     "PISA, N / 8": lambda *x: best_blocks(*x, x[0].shape[2] // 8, True),

@@ -47,7 +47,9 @@ def pair(num_landmarks, window, chunk, lengths=None, **options):
         )
 
     def naive(query, key, value):
-        clusters = causal_clusters(key, num_landmarks, window, chunk, num_queries=query.shape[2], key_lengths=lengths)
+        sizes, weight = (num_landmarks, window, chunk), options.get("value_weight", 0.0)
+        found = {"num_queries": query.shape[2], "key_lengths": lengths, "value": value, "value_weight": weight}
+        clusters = causal_clusters(key, *sizes, **found)
         scale = query.shape[-1] ** -0.5
         out, _, lse = naive_causal_landmark_attention(query, key, value, clusters, window, chunk, scale, lengths)
         return out, lse
@@ -88,14 +90,16 @@ def test_every_earlier_chunk_is_in_one_node(num_chunks):
     assert levels.num_visible_nodes(num_chunks) <= 2 * math.log2(num_chunks + 1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_blocks_match_the_specification(shape):
+@pytest.mark.parametrize(
+    ("shape", "value_weight"), [*((x, 0.0) for x in SHAPES), *((x, 3.0) for x in SHAPES[2:6])], ids=str
+)
+def test_blocks_match_the_specification(shape, value_weight):
     length, num_keys, width, value_width, num_landmarks, window, chunk, lengths = shape
     lengths = None if lengths is None else torch.tensor(lengths)
     # float32 numbers in every dtype, so that float32 and float64 find the same clusters
     *tensors, _ = draw_inputs(2, 2, length, num_keys, width, value_width, dtype=torch.float32)
     tensors = [x.double() for x in tensors]
-    functions = pair(num_landmarks, window, chunk, lengths)
+    functions = pair(num_landmarks, window, chunk, lengths, value_weight=value_weight)
     compare(functions, tensors, DOUBLE, DOUBLE, torch.float64)
     compare(functions, tensors, SINGLE_OUTPUT, SINGLE_GRADIENT, torch.float32)
 
@@ -128,21 +132,54 @@ def test_half_precision(dtype):
     assert torch.equal(out, expected.to(dtype))
 
 
-@pytest.mark.parametrize("backend", ["torch", "naive"])
+@pytest.mark.parametrize(("backend", "value_weight"), [("torch", 0.0), ("naive", 0.0), ("torch", 2.0), ("naive", 2.0)])
 @pytest.mark.parametrize("change", [3.0, math.nan, math.inf])
 @pytest.mark.parametrize("start", [1, 16, 37, 63])
-def test_the_future_has_no_influence(backend, change, start):
+def test_the_future_has_no_influence(backend, value_weight, change, start):
     *tensors, _ = draw_inputs(2, 2, 64, dtype=torch.float32)
     results = []
     for factor in (1.0, change):
         leaves = [torch.cat([x[:, :, :start], factor * x[:, :, start:]], 2).requires_grad_() for x in tensors]
-        out = causal_landmark_attention(*leaves, 3, 9, chunk=8, backend=backend)
+        out = causal_landmark_attention(*leaves, 3, 9, chunk=8, backend=backend, value_weight=value_weight)
         out[:, :, :start].square().sum().backward()
         results.append([out[:, :, :start], *(x.grad for x in leaves)])
         later = out[:, :, start:]
     for before, after in zip(*results, strict=True):
         assert torch.equal(before, after)
     assert math.isfinite(change) or later.isnan().all()  # a query that sees a key that is not finite says so
+
+
+def test_clusters_of_keys_and_values():
+    """They are those of longer keys: values times the ratio of standard deviations in the node, and a weight."""
+    _, key, value, _ = draw_inputs(2, 2, 64, width=5, value_width=3, dtype=torch.float64)
+    value = 40 + 7 * value
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, 3:20] = False
+    sizes = 3, 0, 16
+    expected = []
+    for k, v, visible in zip(key.flatten(0, 1), value.flatten(0, 1), mask.repeat_interleave(2, 0), strict=True):
+        joint = torch.zeros(64, 8, dtype=key.dtype)
+        for chunk in range(4):
+            rows = visible.nonzero().squeeze(-1)
+            rows = rows[rows // 16 == chunk]
+            factor = (k[rows].var(0, correction=0).sum() / v[rows].var(0, correction=0).sum()).sqrt()
+            joint[rows] = torch.cat([k[rows], 2.5 * factor * v[rows]], -1)
+        expected.append(causal_clusters(joint[None, None], *sizes, attn_mask=visible[None])[0])
+    options = {"attn_mask": mask, "value_weight": 2.5}
+    found = causal_clusters(key, *sizes, value=value, **options)
+    assert torch.equal(found[0].flatten(0, 1), torch.cat(expected)[:, 0])
+    assert not torch.equal(found, causal_clusters(key, *sizes, attn_mask=mask))
+    assert torch.equal(found, causal_clusters(64 * key, *sizes, value=value / 16, **options))
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e4])
+def test_equal_values_change_no_cluster(constant):
+    query, key, _, _ = draw_inputs(1, 2, 90, dtype=torch.float32)
+    value = torch.full_like(key, constant)
+    found = causal_clusters(key, 3, 0, 8, value=value, value_weight=4.0)
+    assert torch.equal(found, causal_clusters(key, 3, 0, 8))
+    out = causal_landmark_attention(query, key, value, 3, chunk=8, value_weight=4.0)
+    assert torch.equal(out, causal_landmark_attention(query, key, value, 3, chunk=8))
 
 
 def test_all_keys_equal():
@@ -178,13 +215,13 @@ def test_the_spread_of_a_cluster_counts():
     assert far.item() == pytest.approx(1.5**2 / 2, abs=0.05)
 
 
-@pytest.mark.parametrize("backend", ["torch", "naive"])
-def test_grouped_queries_and_masks(backend):
+@pytest.mark.parametrize(("backend", "value_weight"), [("torch", 0.0), ("naive", 0.0), ("torch", 2.0), ("naive", 2.0)])
+def test_grouped_queries_and_masks(backend, value_weight):
     query, _, _, _ = draw_inputs(2, 6, 70, dtype=torch.float64)
     _, key, value, _ = draw_inputs(2, 2, 70, dtype=torch.float64)
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[0, :13], mask[1, 30:41] = False, False
-    options = {"chunk": 8, "attn_mask": mask, "backend": backend}
+    options = {"chunk": 8, "attn_mask": mask, "backend": backend, "value_weight": value_weight}
     leaves = [x.requires_grad_() for x in (query, key, value)]
     out = causal_landmark_attention(*leaves, 3, 9, enable_gqa=True, **options)
     repeated = [query, *(x.repeat_interleave(3, 1) for x in (key, value))]
@@ -197,7 +234,7 @@ def test_grouped_queries_and_masks(backend):
     # what the mask hides has no influence
     hidden = ~mask[:, None, :, None]
     changed = causal_landmark_attention(
-        query, key.masked_fill(hidden, math.nan), value.masked_fill(hidden, 7.0), 3, 9, enable_gqa=True, **options
+        query, key.masked_fill(hidden, math.nan), value.masked_fill(hidden, math.nan), 3, 9, enable_gqa=True, **options
     )
     assert torch.equal(changed, out)
     # leading padding of whole chunks, which is no different from a shorter sequence
@@ -242,9 +279,14 @@ def test_errors_name_what_is_wrong():
         ((4,), {"dropout_p": 1.0}, "dropout"),
         ((4,), {"backend": "toch"}, "torch"),
         ((4,), {"key_lengths": torch.tensor([1])}, "key_lengths"),
+        ((4,), {"value_weight": -0.5}, r"value_weight=-0\.5 has to be a number of at least 0"),
+        ((4,), {"value_weight": math.inf}, "value_weight=inf"),
+        ((4,), {"value_weight": math.nan}, "value_weight=nan"),
     ):
         with pytest.raises(UserError, match=match):
             causal_landmark_attention(query, key, value, *sizes, **option)
+    with pytest.raises(UserError, match=r"value_weight=1\.0 clusters keys and values\. Give value"):
+        causal_clusters(key, 4, value_weight=1.0)
 
 
 def test_modules_are_sized_by_the_budget():
@@ -254,8 +296,8 @@ def test_modules_are_sized_by_the_budget():
         assert module.num_landmarks <= CHUNK
     with pytest.raises(UserError, match="num_landmarks=65 is more than the 64 keys"):
         create_attention("sbcluster", 4096, causal=True, num_landmarks=65)
-    with pytest.raises(UserError, match="value_weight"):
-        create_attention("sbcluster", 4096, causal=True, value_weight=0.5)
+    with pytest.raises(UserError, match="value_weight=-1"):
+        create_attention("sbcluster", 4096, causal=True, value_weight=-1)
 
 
 def test_columns_are_those_of_the_weights():
@@ -267,15 +309,18 @@ def test_columns_are_those_of_the_weights():
     assert sum(seen) / 96 == pytest.approx(levels.visible_columns(96, 2, 16, 8))
 
 
-@pytest.mark.parametrize("length", [1, 64, 500])
-def test_modules_equal_the_operator_and_its_weights(length):
+@pytest.mark.parametrize(("length", "value_weight"), [(1, 0.0), (64, 0.0), (500, 0.0), (500, 2)])
+def test_modules_equal_the_operator_and_its_weights(length, value_weight):
     tensors = [torch.randn(2, length, 2, 16) for _ in range(3)]
-    module = create_attention("sbcluster", 500, 16, causal=True, num_landmarks=8, local_context=130)
+    module = create_attention(
+        "sbcluster", 500, 16, causal=True, num_landmarks=8, local_context=130, value_weight=value_weight
+    )
     mask = torch.ones(2, length, dtype=torch.bool)
     mask[0, : length // 3] = False
     out, weights = module(*tensors, attn_mask=mask, need_weights=True)
     query, key, value = (x.transpose(1, 2) for x in tensors)
-    expected = landmark_attention(query, key, value, 8, 130, is_causal=True, attn_mask=mask[:, None, None])
+    options = {"is_causal": True, "attn_mask": mask[:, None, None], "value_weight": value_weight}
+    expected = landmark_attention(query, key, value, 8, 130, **options)
     assert torch.equal(out, expected.transpose(1, 2))
     assert_close("weights", expected, weights @ value, 1e-5)
 

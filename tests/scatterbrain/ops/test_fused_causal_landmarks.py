@@ -9,6 +9,7 @@ import torch
 
 from scatterbrain.attention import create_attention
 from scatterbrain.errors import UserError
+from scatterbrain.ops.clusters import landmark_attention
 from scatterbrain.ops.clusters.causal import causal_clusters, causal_landmark_attention, naive_causal_landmark_attention
 from scatterbrain.ops.common.backends import is_interpreted
 from tests.helpers import assert_close, draw_inputs
@@ -37,11 +38,12 @@ def draw(device, dtype, length=100, num_keys=None, width=16, value_width=None, b
     return [x.to(device, dtype) for x in tensors]
 
 
-def compare(tensors, num_landmarks, window=0, chunk=16, key_lengths=None, num_steps=1, factor=1.0):
+def compare(tensors, num_landmarks, window=0, chunk=16, key_lengths=None, num_steps=1, factor=1.0, value_weight=0.0):
     """Output and gradients of the kernels against the specification on the kernels' clusters."""
     query, _, value = tensors
     scale = query.shape[-1] ** -0.5
-    sizes, steps = (num_landmarks, window, chunk), {"num_steps": num_steps, "key_lengths": key_lengths}
+    sizes = num_landmarks, window, chunk
+    steps = {"num_steps": num_steps, "key_lengths": key_lengths, "value_weight": value_weight}
     clusters = find_clusters(*tensors, *sizes, scale=scale, **steps)
     cotangent = torch.randn(*query.shape[:3], value.shape[3], device=query.device).to(query.dtype)
     leaves = [x.clone().requires_grad_() for x in tensors]
@@ -60,20 +62,50 @@ def compare(tensors, num_landmarks, window=0, chunk=16, key_lengths=None, num_st
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize(("num_landmarks", "lengths"), [(8, None), (16, (141, 33)), (8, (2, 0))])
-def test_clusters_are_those_of_the_definition(device, dtype, num_landmarks, lengths):
+@pytest.mark.parametrize(
+    ("num_landmarks", "lengths", "value_weight"),
+    [(8, None, 0.0), (16, (141, 33), 0.0), (8, (2, 0), 0.0), (4, (141, 33), 4.0), (8, (2, 0), 4.0)],
+)
+def test_clusters_are_those_of_the_definition(device, dtype, num_landmarks, lengths, value_weight):
     # lumps that are far apart: no key is near the border of two clusters, whatever the rounding
     lumps = 30 * torch.randn(6, 16)
     keys = (lumps[torch.randint(6, (2, 2, 141))] + torch.randn(2, 2, 141, 16)).to(device, dtype)
     key_lengths = None if lengths is None else torch.tensor(lengths, device=device)
-    sizes = (num_landmarks, 0, 16)
-    clusters = find_clusters(keys, keys, keys, *sizes, scale=1.0, num_steps=1, key_lengths=key_lengths)
-    expected = causal_clusters(keys, *sizes, key_lengths=key_lengths)
+    values = (10 * lumps[torch.randint(6, (2, 2, 141))] + torch.randn(2, 2, 141, 16) + 100).to(device, dtype)
+    sizes, options = (num_landmarks, 0, 16), {"key_lengths": key_lengths, "value_weight": value_weight}
+    clusters = find_clusters(keys, keys, values, *sizes, scale=1.0, num_steps=1, **options)
+    expected = causal_clusters(keys, *sizes, value=values, **options)
     assert clusters.shape == expected.shape
     if dtype == torch.float32:
         assert (clusters != expected).float().mean() < 0.005  # distances that agree in all but 18 bits
     else:
         assert (clusters != expected).float().mean() < 0.3  # keys of one lump that several centroids share
+
+
+@pytest.mark.parametrize(("device", "dtype"), [DEVICES[0], *HALF_DEVICES])
+@pytest.mark.parametrize("kind", ["equal", "apart", "large", "small"])
+def test_clusters_of_extreme_values(device, dtype, kind):
+    query, key, value = draw(device, dtype, value_width=32)
+    value_weight, limit, sizes = 64.0, 0.02, (8, 0, 16)
+
+    def find(value, value_weight):
+        return find_clusters(query, key, value, *sizes, scale=0.25, num_steps=1, value_weight=value_weight)
+
+    if kind == "equal":  # which count as little as no values
+        value = torch.full_like(value, 3.0)
+        expected = find(value, 0.0)
+    elif kind == "apart":  # differences of float16 values may overflow
+        value_weight, limit = 4.0, 0.02 if dtype == torch.float32 else 0.3  # rounded means are not the definition's
+        value = torch.where(value > 1.5, -60000.0, 60000.0).to(dtype)
+        expected = causal_clusters(key, *sizes, value=value, value_weight=value_weight)
+    else:  # a power of two changes no cluster
+        value = torch.where(value > 0, 1.0, -1.0).to(dtype)
+        expected = find(value, value_weight)
+        exponents = {"large": 15, "small": -8} if dtype == torch.float16 else {"large": 60, "small": -60}
+        value *= 2.0 ** exponents[kind]
+    assert (find(value, value_weight) != expected).float().mean() < limit
+    out = causal_landmark_attention(query, key, value, 8, chunk=16, backend="triton", value_weight=value_weight)
+    assert out.isfinite().all()
 
 
 SHAPES = [  # T, S, E, D, M, W, C, key lengths
@@ -91,13 +123,13 @@ SHAPES = [  # T, S, E, D, M, W, C, key lengths
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_match_the_specification(device, dtype, shape):
+@pytest.mark.parametrize(("shape", "value_weight"), [*((x, 0.0) for x in SHAPES), (SHAPES[1], 4.0)], ids=str)
+def test_kernels_match_the_specification(device, dtype, shape, value_weight):
     length, num_keys, width, value_width, num_landmarks, window, chunk, lengths = shape
     key_lengths = None if lengths is None else torch.tensor(lengths, device=device)
     batch = 1 if lengths is None else 2
     tensors = draw(device, dtype, length, num_keys, width, value_width, batch)
-    compare(tensors, num_landmarks, window, chunk, key_lengths)
+    compare(tensors, num_landmarks, window, chunk, key_lengths, value_weight=value_weight)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
@@ -161,14 +193,14 @@ def test_log_sum_exp(device, dtype):
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e4])
-@pytest.mark.parametrize("start", [37, 64])
-def test_the_future_has_no_influence(device, dtype, start, poison):
+@pytest.mark.parametrize(("start", "value_weight"), [(37, 0.0), (64, 0.0), (64, 2.0)])
+def test_the_future_has_no_influence(device, dtype, start, value_weight, poison):
     tensors = draw(device, dtype, 120)
     results = []
     for fill in (0.0, poison):
         leaves = [torch.cat([x[:, :, :start], torch.full_like(x[:, :, start:], fill)], 2) for x in tensors]
         leaves = [x.requires_grad_() for x in leaves]
-        out = causal_landmark_attention(*leaves, 8, 16, chunk=16, backend="triton")
+        out = causal_landmark_attention(*leaves, 8, 16, chunk=16, backend="triton", value_weight=value_weight)
         out[:, :, :start].square().sum().backward()
         results.append([out[:, :, :start], *(x.grad for x in leaves)])
         later = out[:, :, start:]
@@ -178,7 +210,8 @@ def test_the_future_has_no_influence(device, dtype, start, poison):
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-def test_padding_has_no_influence(device, dtype):
+@pytest.mark.parametrize("value_weight", [0.0, 2.0])
+def test_padding_has_no_influence(device, dtype, value_weight):
     tensors = draw(device, dtype, 120, batch=2)
     lengths = torch.tensor([70, 33], device=device)
     hidden = torch.arange(120, device=device) >= lengths[:, None]
@@ -186,7 +219,8 @@ def test_padding_has_no_influence(device, dtype):
     results = []
     for fill in (0.0, math.nan):
         leaves = [x.masked_fill(hidden, fill).requires_grad_() for x in tensors]
-        out = causal_landmark_attention(*leaves, 8, 16, chunk=16, backend="triton", key_lengths=lengths)
+        options = {"chunk": 16, "key_lengths": lengths, "value_weight": value_weight}
+        out = causal_landmark_attention(*leaves, 8, 16, backend="triton", **options)
         out.masked_fill(hidden, 0.0).square().sum().backward()
         results.append([out.masked_fill(hidden, 0.0), *(x.grad for x in leaves)])
     for before, after in zip(*results, strict=True):
@@ -194,10 +228,11 @@ def test_padding_has_no_influence(device, dtype):
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
-def test_grouped_queries_and_modules(device, dtype):
+@pytest.mark.parametrize("value_weight", [0.0, 2.0])
+def test_grouped_queries_and_modules(device, dtype, value_weight):
     query = torch.randn(1, 100, 4, 16, device=device, dtype=dtype)
     key, value = torch.randn(2, 1, 100, 2, 16, device=device, dtype=dtype).unbind()
-    options = {"causal": True, "num_landmarks": 16, "local_context": 1}
+    options = {"causal": True, "num_landmarks": 16, "local_context": 1, "value_weight": value_weight}
     modules = [create_attention("sbcluster", 100, 16, backend=name, **options) for name in ("triton", "torch")]
     out, expected = (module(query, key, value, enable_gqa=True)[0] for module in modules)
     # in half precision a key may go to another of two near clusters
@@ -220,6 +255,18 @@ def test_gradients_of_grouped_queries(device, dtype, window):
     cotangent = torch.randn_like(out)
     for one, other in zip(*(torch.autograd.grad(x, leaves, cotangent) for x in (expected, out)), strict=True):
         assert_close("gradient", one, other, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+def test_later_calls_have_their_own_value_weight(device, dtype):
+    tensors = draw(device, dtype, 150)
+    weights = (0.0, 2.0, 4.0)
+    expected = [landmark_attention(*tensors, 16, is_causal=True, value_weight=x, backend="torch") for x in weights]
+    for _ in range(2):
+        for value_weight, out in zip(weights, expected, strict=True):
+            result = landmark_attention(*tensors, 16, is_causal=True, value_weight=value_weight, backend="triton")
+            assert_close("out", out, result, 1e-5 if dtype == torch.float32 else 5e-2)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
@@ -255,7 +302,7 @@ def test_operator_follows_the_rules_of_torch_library(device, dtype, has_lengths)
     tensors = [x.requires_grad_() for x in draw(device, dtype, 40)]
     lengths = torch.tensor([33], device=device) if has_lengths else None
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, lengths, 8, 3, 16, 0.25, 16, 1, True)
+    arguments = (*tensors, lengths, 8, 3, 16, 0.25, 16, 1, 0.5, True)
     torch.library.opcheck(operator.fused_causal_landmark_attention, arguments, test_utils=tests)
 
 
@@ -281,6 +328,7 @@ def test_real_sizes(dtype, num_landmarks):
     compare(draw("cuda", dtype, 3136, width=64), num_landmarks, 1, 64)
     compare(draw("cuda", dtype, 1000, 1200, 64, 128), num_landmarks, 200, 64)
     compare(draw("cuda", dtype, 777, 777, 40), num_landmarks, 128, 64, torch.tensor([500], device="cuda"))
+    compare(draw("cuda", dtype, 1000, 1200, 64), num_landmarks, 1, 64, value_weight=4.0)
 
 
 @pytest.mark.gpu

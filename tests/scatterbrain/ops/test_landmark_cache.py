@@ -20,23 +20,28 @@ def tensors(heads=2, length=LENGTH, dtype=torch.float64):
 
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize(
-    ("num_landmarks", "window", "chunk"), [(4, 0, 8), (3, 20, 7), (1, 3, 2), (5, 1, 64), (2, 9, 3)]
+    ("num_landmarks", "window", "chunk", "value_weight"),
+    [(4, 0, 8, 0.0), (3, 20, 7, 0.0), (1, 3, 2, 0.0), (5, 1, 64, 0.0), (2, 9, 3, 0.0), (3, 0, 8, 4.0)],
 )
-def test_steps_equal_the_full_pass(heads, num_landmarks, window, chunk):
+def test_steps_equal_the_full_pass(heads, num_landmarks, window, chunk, value_weight):
     query, key, value = tensors(heads)
-    full = causal_landmark_attention(query, key, value, num_landmarks, window, chunk=chunk, enable_gqa=True, scale=0.4)
-    cache = LandmarkCache(num_landmarks, window, chunk)
+    options = {"chunk": chunk, "enable_gqa": True, "scale": 0.4, "value_weight": value_weight}
+    full = causal_landmark_attention(query, key, value, num_landmarks, window, **options)
+    cache = LandmarkCache(num_landmarks, window, chunk, value_weight=value_weight)
     for i in range(LENGTH):
         out = cache.step(*(x[:, :, i : i + 1] for x in (query, key, value)), scale=0.4)
         assert_close(f"token {i}", full[:, :, i : i + 1], out, 1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "value_weight"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float32, 2.0)], ids=str
+)
 @pytest.mark.parametrize("prompt", [1, 8, 77, 120])
-def test_prefill_then_steps(prompt, dtype):
+def test_prefill_then_steps(prompt, dtype, value_weight):
     query, key, value = tensors(4, dtype=dtype)
-    full = causal_landmark_attention(query, key, value, 4, 16, chunk=8, enable_gqa=True)
-    cache = LandmarkCache(4, 16, 8)
+    options = {"chunk": 8, "value_weight": value_weight}
+    full = causal_landmark_attention(query, key, value, 4, 16, enable_gqa=True, **options)
+    cache = LandmarkCache(4, 16, **options)
     out = [cache.prefill(*(x[:, :, :prompt] for x in (query, key, value)))]
     out += [cache.step(*(x[:, :, i : i + 1] for x in (query, key, value))) for i in range(prompt, LENGTH)]
     assert cache.length == LENGTH
@@ -55,15 +60,16 @@ def test_parts_of_any_length():
     assert end == LENGTH
 
 
-@pytest.mark.parametrize("prompt", [40, 77])
-def test_padding_before_the_prompts(prompt):
+@pytest.mark.parametrize(("prompt", "value_weight"), [(40, 0.0), (77, 0.0), (77, 2.0)])
+def test_padding_before_the_prompts(prompt, value_weight):
     query, key, value = tensors(4, 120)
     mask = torch.arange(120) >= torch.tensor([0, 21])[:, None]
     hidden = ~mask[:, None, :, None]
     mask = mask[:, None, None]
-    full = causal_landmark_attention(query, key, value, 4, 16, chunk=8, enable_gqa=True, attn_mask=mask)
+    options = {"chunk": 8, "value_weight": value_weight}
+    full = causal_landmark_attention(query, key, value, 4, 16, enable_gqa=True, attn_mask=mask, **options)
     key, value = key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.nan)
-    cache = LandmarkCache(4, 16, 8)
+    cache = LandmarkCache(4, 16, **options)
     start = [x[:, :, :prompt] for x in (query, key, value)]
     out = [cache.prefill(*start, attn_mask=mask[..., :prompt].view(2, prompt))]
     out += [cache.step(*(x[:, :, i : i + 1] for x in (query, key, value))) for i in range(prompt, 120)]
@@ -113,6 +119,8 @@ def test_errors_name_what_is_wrong():
         cache.append(key[:1], value[:1])
     with pytest.raises(UserError, match="num_landmarks=65"):
         LandmarkCache(65)
+    with pytest.raises(UserError, match="value_weight=-1"):
+        LandmarkCache(4, value_weight=-1)
 
 
 def test_refused_tokens_leave_the_cache_as_it_is():

@@ -593,8 +593,11 @@ def test_errors_name_what_is_wrong():
     query, key, value, _ = draw_inputs(length=20)
     with pytest.raises(UserError, match="cannot be causal"):
         paired_landmark_attention(query, key, value, 4, 4, is_causal=True)
-    for option in ({"value_weight": 0.5}, {"assignment": torch.zeros(1, 1, 20, dtype=torch.int64)}):
-        with pytest.raises(UserError, match="leave out assignment and value_weight"):
+    for option, match in (
+        ({"value_weight": -0.5}, "value_weight=-0"),
+        ({"assignment": torch.zeros(1, 1, 20, dtype=torch.int64)}, "leave out assignment"),
+    ):
+        with pytest.raises(UserError, match=match):
             landmark_attention(query, key, value, 4, is_causal=True, **option)
     for function, sizes in ((landmark_attention, (4,)), (paired_landmark_attention, (4, 4))):
         for option, match in (

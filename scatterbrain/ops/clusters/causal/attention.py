@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scatterbrain.errors import UserError, check_switch, check_whole_number
+from scatterbrain.errors import UserError, check_switch, check_value_weight, check_whole_number
 from scatterbrain.ops.clusters.causal import triton as fused
 from scatterbrain.ops.clusters.causal.blocked import blocked_causal_landmark_attention
 from scatterbrain.ops.clusters.causal.levels import causal_clusters, exact_chunks
@@ -39,6 +39,7 @@ def causal_landmark_attention(
     key_lengths: torch.Tensor | None = None,
     attn_mask: torch.Tensor | None = None,
     num_steps: int = 1,
+    value_weight: float = 0.0,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     enable_gqa: bool = False,
@@ -60,6 +61,8 @@ def causal_landmark_attention(
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         num_steps: iterations of Lloyd's algorithm.
+        value_weight: weight lambda of the values in the clustering of keys, where the keys and values of a node have
+            the same variance; 0 clusters the keys alone.
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
@@ -75,8 +78,8 @@ def causal_landmark_attention(
     Raises:
         UserError: shapes, dtypes or options that do not fit.
     """
-    options = num_landmarks, window, chunk, scale, key_lengths, attn_mask, num_steps, dropout_p, return_lse
-    return attend_and_remember(None, query, key, value, *options, enable_gqa, backend)
+    options = num_landmarks, window, chunk, scale, key_lengths, attn_mask, num_steps, value_weight, dropout_p
+    return attend_and_remember(None, query, key, value, *options, return_lse, enable_gqa, backend)
 
 
 def attend_and_remember(
@@ -91,6 +94,7 @@ def attend_and_remember(
     key_lengths: torch.Tensor | None,
     attn_mask: torch.Tensor | None,
     num_steps: int,
+    value_weight: float,
     dropout_p: float,
     return_lse: bool,
     enable_gqa: bool,
@@ -106,6 +110,7 @@ def attend_and_remember(
     attn_mask = check_attn_mask(attn_mask, query, key)
     check_dropout(dropout_p)
     check_causal_sizes(num_landmarks, window, chunk, num_steps)
+    check_value_weight(value_weight)
     scale = default_scale(query, scale)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     reason = fused.unsupported(query, value, num_landmarks, chunk, dropout_p, return_lse and needs_grad, attn_mask)
@@ -114,11 +119,12 @@ def attend_and_remember(
         out = empty_output(query, *(x.repeat_interleave(repeats, 1) for x in (key, value)))
         return (out, out.sum(-1).to(accumulation_dtype(query.dtype))) if return_lse else out
     if backend == "triton":  # the kernels keep away from what is hidden themselves
-        options = {"scale": scale, "num_steps": num_steps, "key_lengths": key_lengths, "return_lse": return_lse}
+        options = {"scale": scale, "num_steps": num_steps, "value_weight": value_weight}
+        options |= {"key_lengths": key_lengths, "return_lse": return_lse}
         out, lse = fused.attention(query, key, value, num_landmarks, window, chunk, **options)
         is_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
         if known_as is not None and is_given:
-            fused.remember(known_as, *given, num_landmarks, window, chunk, scale, num_steps)
+            fused.remember(known_as, *given, num_landmarks, window, chunk, scale, num_steps, value_weight)
         return (out, lse) if return_lse else out
     if repeats > 1:
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
@@ -126,12 +132,14 @@ def attend_and_remember(
     rows = visible_rows(query, key, value, scale, True, **masks)
     if backend == "naive":
         options = {"num_queries": query.shape[2], "num_steps": num_steps}
+        options |= {"value": rows.value[:, ::repeats], "value_weight": value_weight}
         clusters = causal_clusters(rows.key[:, ::repeats], num_landmarks, window, chunk, **options, **masks)
         clusters = clusters.repeat_interleave(repeats, 2)
         out, _, lse = naive_causal_landmark_attention(query, key, value, clusters, window, chunk, scale, **masks)
         out, lse = out.to(query.dtype), lse.to(accumulation_dtype(query.dtype))
     else:
-        options = {"scale": scale, "num_steps": num_steps, "dropout_p": dropout_p, "with_lse": return_lse}
+        options = {"scale": scale, "num_steps": num_steps, "value_weight": value_weight}
+        options |= {"dropout_p": dropout_p, "with_lse": return_lse}
         mask = visible_keys(key_lengths, attn_mask, key.shape[2])
         out, lse = blocked_causal_landmark_attention(
             *(rows.query, rows.key[:, ::repeats], rows.value[:, ::repeats]),

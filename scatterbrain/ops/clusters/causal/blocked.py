@@ -40,6 +40,7 @@ def blocked_causal_landmark_attention(
     *,
     scale: float,
     num_steps: int,
+    value_weight: float = 0.0,
     key_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     with_lse: bool = False,
@@ -55,6 +56,7 @@ def blocked_causal_landmark_attention(
         chunk: keys C of a chunk.
         scale: softmax scale s.
         num_steps: iterations of Lloyd's algorithm.
+        value_weight: weight of the values in the clustering.
         key_mask: boolean (B, S), true for visible keys; None for all.
         dropout_p: probability of dropping a weight; that of a landmark for a query is dropped for all of its keys.
         with_lse: compute the logarithms.
@@ -80,7 +82,8 @@ def blocked_causal_landmark_attention(
         slices = zip(
             *(split_rows(x, groups) for x in (key, value, visible)), split_rows(query, groups * repeats), strict=True
         )
-        options = {"scale": scale, "num_steps": num_steps, "dropout_p": dropout_p, "with_lse": with_lse}
+        options = {"scale": scale, "num_steps": num_steps, "value_weight": value_weight}
+        options |= {"dropout_p": dropout_p, "with_lse": with_lse}
         results = [_attend(*each, num_landmarks, window, size, **options) for each in slices]
     out, *lse = (torch.cat(x)[:, :length].unflatten(0, (batch, heads)) for x in zip(*results, strict=True))
     return out.to(query_dtype), lse[0] if with_lse else None
@@ -102,6 +105,7 @@ def _attend(
     *,
     scale: float,
     num_steps: int,
+    value_weight: float,
     dropout_p: float,
     with_lse: bool,
 ) -> tuple[torch.Tensor, ...]:
@@ -117,13 +121,14 @@ def _attend(
         size: chunks of a slice, a power of two where they are not more than all.
         scale: softmax scale s.
         num_steps: iterations of Lloyd's algorithm.
+        value_weight: weight of the values in the clustering.
         dropout_p: probability of dropping a weight.
         with_lse: compute the logarithms.
     """
     num_chunks, chunk, width = key.shape[1:]
     repeats = query.shape[0] // key.shape[0]
     num_exact = exact_chunks(window, chunk)
-    levels, _ = find_levels(key, value, visible, num_landmarks, window, num_steps)
+    levels, _ = find_levels(key, value, visible, num_landmarks, window, num_steps, value_weight)
 
     def of_queries(x: torch.Tensor) -> torch.Tensor:
         """For every sequence of queries."""

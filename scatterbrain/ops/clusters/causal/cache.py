@@ -6,10 +6,10 @@ import itertools
 
 import torch
 
-from scatterbrain.errors import UserError
+from scatterbrain.errors import UserError, check_value_weight
 from scatterbrain.ops.clusters.causal.attention import CHUNK, causal_landmark_attention, check_causal_sizes
 from scatterbrain.ops.clusters.causal.blocked import Landmarks
-from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join
+from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join, points_to_cluster
 from scatterbrain.ops.common.inputs import check_inputs, check_tensors, default_scale
 from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, no_autocast
 
@@ -33,6 +33,7 @@ class LandmarkCache:
         window: width W of the window, see `causal_landmark_attention`.
         chunk: keys C of a chunk.
         num_steps: iterations of Lloyd's algorithm.
+        value_weight: weight of the values in the clustering.
 
     Attributes:
         length: number of keys so far.
@@ -41,9 +42,18 @@ class LandmarkCache:
         UserError: a value out of range.
     """
 
-    def __init__(self, num_landmarks: int, window: int = 0, chunk: int = CHUNK, num_steps: int = 1) -> None:
+    def __init__(
+        self,
+        num_landmarks: int,
+        window: int = 0,
+        chunk: int = CHUNK,
+        num_steps: int = 1,
+        value_weight: float = 0.0,
+    ) -> None:
         check_causal_sizes(num_landmarks, window, chunk, num_steps)
+        check_value_weight(value_weight)
         self.num_landmarks, self.window, self.chunk, self.num_steps = num_landmarks, window, chunk, num_steps
+        self.value_weight = value_weight
         self.length = 0
         self._key: torch.Tensor | None = None  # (B, Hkv, near, E), and the values
         self._value: torch.Tensor | None = None
@@ -130,7 +140,8 @@ class LandmarkCache:
     def _cluster(self, points: Level) -> Level:
         """Landmarks (B, Hkv, n, M, width) of nodes of points (B, Hkv, n, P, width)."""
         points = Level(*(x.flatten(0, 1) for x in points))
-        labels = assign_points(points.key, points.count, self.num_landmarks, self.num_steps)
+        joint = points_to_cluster(points, self.value_weight)
+        labels = assign_points(joint, points.count, self.num_landmarks, self.num_steps)
         level = join(points, labels, self.num_landmarks)
         return Level(*(x.unflatten(0, self._key.shape[:2]) for x in level))
 
@@ -216,7 +227,7 @@ class LandmarkCache:
         options = {"chunk": self.chunk, "scale": scale, "num_steps": self.num_steps, "backend": backend}
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[:, None, None]
-        options |= {"attn_mask": attn_mask, "enable_gqa": True}
+        options |= {"attn_mask": attn_mask, "enable_gqa": True, "value_weight": self.value_weight}
         out = causal_landmark_attention(query, key, value, self.num_landmarks, self.window, **options)
         self.append(key, value, attn_mask)
         return out

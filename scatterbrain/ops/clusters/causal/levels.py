@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from scatterbrain.errors import check_whole_number
+from scatterbrain.errors import UserError, check_value_weight, check_whole_number
 from scatterbrain.ops.common.inputs import visible_keys
 from scatterbrain.ops.common.numerics import accumulation_dtype, no_autocast, split_rows, tile_budget
 from scatterbrain.ops.common.windows import window_bounds
@@ -94,6 +94,8 @@ def causal_clusters(
     num_steps: int = 1,
     key_lengths: torch.Tensor | None = None,
     attn_mask: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    value_weight: float = 0.0,
 ) -> torch.Tensor:
     """Cluster of each key at each level, for `naive_causal_landmark_attention`.
 
@@ -106,18 +108,29 @@ def causal_clusters(
         num_steps: iterations of Lloyd's algorithm.
         key_lengths: (B,) integers; keys j >= key_lengths[b] are in no cluster. None for all.
         attn_mask: boolean (B, S); nor are keys where it is false. None for all.
+        value: (B, H, S, D), which a `value_weight` needs.
+        value_weight: weight lambda of the values in the clustering, see `points_to_cluster`.
+
+    Raises:
+        UserError: a value out of range, or a `value_weight` without values.
 
     Returns:
         (levels, B, H, S) int64, a cluster in [0, M) of the key's node, or -1 for none: for hidden keys, and for keys of
         nodes that no query sees.
     """
     batch, heads, num_keys, _ = key.shape
-    key = key.detach()
+    check_value_weight(value_weight)
+    if value is None:
+        if value_weight > 0:
+            raise UserError(f"value_weight={value_weight} clusters keys and values. Give value, or leave it out.")
+        value = key[..., :1]
+    key, value = (x.detach().to(accumulation_dtype(x.dtype)) for x in (key, value))
     length = num_keys if num_queries is None else num_queries
     mask = visible_keys(key_lengths, attn_mask, num_keys)
     if mask is not None:  # hidden keys may hold any value
-        key = key.masked_fill(~mask[:, None, :, None], 0.0)
-    _, merges = find_levels(*chunks_of(key, key[..., :1], mask, chunk, length), num_landmarks, window, num_steps)
+        key, value = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (key, value))
+    options = num_landmarks, window, num_steps, value_weight
+    _, merges = find_levels(*chunks_of(key, value, mask, chunk, length), *options)
     shape = (batch * heads, -(-max(length, num_keys) // chunk) * chunk)
     node = torch.arange(shape[1], device=key.device) // chunk
     levels: list[torch.Tensor] = []
@@ -164,6 +177,7 @@ def find_levels(
     num_landmarks: int,
     window: int,
     num_steps: int,
+    value_weight: float = 0.0,
 ) -> tuple[list[Level], list[torch.Tensor]]:
     """Levels that the queries of a sequence see, and the clusters that they are made of.
 
@@ -174,6 +188,7 @@ def find_levels(
         num_landmarks: landmarks M of a node.
         window: width W of the window.
         num_steps: iterations of Lloyd's algorithm.
+        value_weight: weight lambda of the values in the clustering.
 
     Returns:
         The levels, and for each of them the clusters (G, nodes, points) int64, -1 for none: of the keys of its nodes,
@@ -188,9 +203,41 @@ def find_levels(
             points = Level(*(x[:, :count] for x in points))
         else:
             points = levels[-1].pairs(count)
-        labels.append(assign_points(points.key, points.count, num_landmarks, num_steps))
+        labels.append(assign_points(points_to_cluster(points, value_weight), points.count, num_landmarks, num_steps))
         levels.append(join(points, labels[-1], num_landmarks))
     return levels, labels
+
+
+@torch.no_grad()
+def points_to_cluster(points: Level, value_weight: float) -> torch.Tensor:
+    """Points (G, n, P, E + D) that clusters are found from: keys, and values times a factor; 0 leaves keys alone.
+
+    The factor of a node is lambda sqrt(variance of its keys / variance of its values), with their numbers of keys as
+    weights: with lambda = 1 keys and values have the same share of the distances. Equal values have the factor 0.
+
+    Args:
+        points: keys, or landmarks of the level before: (G, n, P, width).
+        value_weight: lambda.
+    """
+    if value_weight == 0:
+        return points.key
+    dtype = accumulation_dtype(points.key.dtype)
+    key, value, count = (x.detach().to(dtype) for x in points[:3])
+    share = count / count.sum(2, keepdim=True).clamp_min(1.0)
+
+    def variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean (G, n, 1, width), points relative to it, and their variance (G, n, 1, 1)."""
+        mean = (share * x).sum(2, keepdim=True)
+        x = x - mean
+        return mean, x, (share * x.square().sum(-1, keepdim=True)).sum(2, keepdim=True)
+
+    _, _, of_keys = variance(key)
+    mean, value, of_values = variance(value)
+    # values that are the same up to rounding do not separate clusters
+    of_values = torch.maximum(of_values, 1e-8 * (of_values + mean.square().sum(-1, keepdim=True)))
+    factor = value_weight * of_keys.sqrt() / of_values.sqrt()
+    factor = torch.where(of_values > torch.finfo(dtype).tiny, factor, 0.0)
+    return torch.cat([key, factor * value], -1)
 
 
 def join(points: Level, labels: torch.Tensor, num_landmarks: int) -> Level:

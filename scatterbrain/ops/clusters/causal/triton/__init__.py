@@ -62,6 +62,7 @@ def attention(
     *,
     scale: float,
     num_steps: int,
+    value_weight: float = 0.0,
     key_lengths: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -76,6 +77,7 @@ def attention(
         chunk: keys C of a chunk, one of `CHUNKS`.
         scale: softmax scale.
         num_steps: Lloyd steps.
+        value_weight: weight of the values in the clustering.
         key_lengths: (B,) integers; hide the keys j >= key_lengths[b].
         return_lse: return the log normalisers, without gradient, too.
 
@@ -85,7 +87,8 @@ def attention(
     """
     from scatterbrain.ops.clusters.causal.triton.operator import attend, log_normalisers
 
-    arguments = _arguments(query, key, value, num_landmarks, window, chunk, scale, num_steps, key_lengths)
+    options = num_landmarks, window, chunk, scale, num_steps, value_weight
+    arguments = _arguments(query, key, value, key_lengths, *options)
     out, statistics = attend(*arguments, return_lse)
     lse = log_normalisers(statistics, *arguments) if return_lse else None
     return out if out.shape[3] == value.shape[3] else out[..., : value.shape[3]], lse
@@ -101,6 +104,7 @@ def remember(
     chunk: int,
     scale: float,
     num_steps: int,
+    value_weight: float,
 ) -> None:
     """Let calls that are like a checked one run the kernels at once, if these take its tensors as they are.
 
@@ -114,6 +118,7 @@ def remember(
         chunk: keys C of a chunk, one of `CHUNKS`.
         scale: softmax scale.
         num_steps: Lloyd steps.
+        value_weight: weight of the values in the clustering.
     """
     from scatterbrain.ops.clusters.causal.triton.operator import OPERATOR
     from scatterbrain.ops.common.passes import Call
@@ -121,7 +126,7 @@ def remember(
     tensors = query, key, value
     if are_read_in_place(*tensors):
         records = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        arguments = _arguments(*tensors, num_landmarks, window, chunk, scale, num_steps, None)
+        arguments = _arguments(*tensors, None, num_landmarks, window, chunk, scale, num_steps, value_weight)
         CALLS[known_as] = Call(OPERATOR, arguments[:4], (*arguments[4:], records), records)
 
 
@@ -136,18 +141,21 @@ def find_clusters(
     *,
     scale: float,
     num_steps: int,
+    value_weight: float = 0.0,
     key_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Clusters (levels, B, Hkv, S) of the keys at each level, as `attention` finds them; see `causal_clusters`."""
     from scatterbrain.ops.clusters.causal.triton.operator import clusters_of, run_forward
 
-    arguments = _arguments(query, key, value, num_landmarks, window, chunk, scale, num_steps, key_lengths)
+    options = num_landmarks, window, chunk, scale, num_steps, value_weight
+    arguments = _arguments(query, key, value, key_lengths, *options)
     return clusters_of(run_forward(*arguments, False)[1], *arguments)
 
 
-def _arguments(query, key, value, num_landmarks, window, chunk, scale, num_steps, key_lengths) -> tuple:
+def _arguments(query, key, value, key_lengths, num_landmarks, window, chunk, scale, num_steps, value_weight) -> tuple:
     """Arguments of the operator, with rows padded to a multiple of 16 elements, so that they are read as vectors."""
     tensors = [with_even_rows(x) for x in (query, key, value)]
     if key_lengths is not None:
         key_lengths = key_lengths.to(query.device).contiguous()
-    return (*tensors, key_lengths, num_landmarks, window, chunk, scale, query.shape[3], num_steps)
+    options = num_landmarks, window, chunk, scale, query.shape[3], num_steps, float(value_weight)
+    return (*tensors, key_lengths, *options)

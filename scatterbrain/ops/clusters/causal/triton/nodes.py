@@ -3,7 +3,8 @@
 Mean keys are kept relative to a centre, the mean of some keys of the first chunk, which every query that sees landmarks
 sees too. A large component that all keys share is in the centre and costs the rounded means no digits. The squared
 distance of a key x from a mean c = delta + centre is |x|^2 - 2 (x.delta - delta.(delta / 2 + centre)), up to what is
-the same for all means.
+the same for all means. With VALUE_WEIGHT > 0 distances of values count too, see `value_factor`, and mean values are
+relative to that of the node.
 
 Landmarks of a sequence lie in one table: those of level l begin at node 2 P - (2 P >> l), P = n - w for n chunks of
 which a query sees w before its own exactly. Level l has (P >> l) - 1 nodes. Node P - 1, after those of level 0, has no
@@ -41,13 +42,46 @@ def centre_kernel(
 
 
 @triton.jit
+def value_factor(points, values, weight, VALUE_WEIGHT: tl.constexpr):
+    """Mean (BD,) of weighted values (P, BD), and factor of their distances beside those of points (P, BE).
+
+    It is VALUE_WEIGHT times the ratio of the standard deviations, 0 for equal values; see `points_to_cluster`.
+    """
+    share = (weight * share_of(tl.sum(weight, 0)))[:, None]
+    wide = points.to(tl.float32)
+    wide -= tl.sum(share * wide, 0)[None, :]
+    of_points = tl.sum(tl.sum(share * wide * wide, 1), 0)
+    wide_values = values.to(tl.float32)
+    mean = tl.sum(share * wide_values, 0)
+    wide_values -= mean[None, :]
+    of_values = tl.sum(tl.sum(share * wide_values * wide_values, 1), 0)
+    of_values = tl.maximum(of_values, 1e-8 * (of_values + tl.sum(mean * mean, 0)))
+    is_normal = (of_values > 1.2e-38) & (of_values < 3e38)
+    factor = VALUE_WEIGHT * tl.sqrt(of_points) / tl.sqrt(tl.where(is_normal, of_values, 1.0))
+    return mean, tl.where(is_normal, factor, 0.0)
+
+
+@triton.jit
+def value_score(values, delta, centre, factor, PRECISION: tl.constexpr):
+    """What values (P, BD) add to the scores of means (MP, BD), which are relative to the centre (BD,)."""
+    # half of a difference of two values has no overflow
+    half = (0.5 * delta).to(values.dtype)
+    wide = half.to(tl.float32)
+    score = tl.dot(values, tl.trans(half), input_precision=PRECISION)
+    score -= tl.sum(wide * (wide + centre[None, :]), 1)[None, :]
+    # one factor after the other, as their product may overflow; values that are not finite have the factor 0
+    return tl.where(factor > 0.0, score * (2.0 * factor) * factor, 0.0)
+
+
+@triton.jit
 def assign(
-    points, weight, delta, used, centre, M: tl.constexpr, STEPS: tl.constexpr, CENTRED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    points, values, weight, delta, delta_v, used, centre, centre_v, factor, M: tl.constexpr, STEPS: tl.constexpr,
+    CENTRED: tl.constexpr, HAS_VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Clusters of weighted points (P, BE), weight 0 for none, from initial centroids (MP, BE): M, and of these some.
 
-    Centroids are relative to the centre (BE,), and with CENTRED points too.
+    Centroids are relative to the centre (BE,), and with CENTRED points too. With HAS_VALUES distances are those of
+    values (P, BD) as well, with initial centroids delta_v (MP, BD) relative to centre_v (BD,) and a factor.
 
     Returns the clusters (P,), -1 for none, their weights (P, MP) in the dtype of the points, and sums of these (MP,).
     """
@@ -58,6 +92,8 @@ def assign(
         bias = 0.5 * wide if CENTRED else 0.5 * wide + centre[None, :]
         bias = tl.where(used, -tl.sum(wide * bias, 1), LOG_ZERO)
         score = tl.dot(points, tl.trans(rounded), input_precision=PRECISION) + bias[None, :]
+        if HAS_VALUES:
+            score += value_score(values, delta_v, centre_v, factor, PRECISION)
         label, _ = nearest(score, delta.shape[0])
         # more than M only for points that are not finite
         label = tl.where((weight > 0.0) & (label < M), label, -1)
@@ -68,6 +104,9 @@ def assign(
             if not CENTRED:
                 mean -= centre[None, :]
             delta = tl.where((total > 0.0)[:, None], mean, delta)
+            if HAS_VALUES:
+                mean_v = tl.dot(tl.trans(weights), values, input_precision=PRECISION) * share_of(total)[:, None]
+                delta_v = tl.where((total > 0.0)[:, None], mean_v - centre_v[None, :], delta_v)
     return label, weights, total
 
 
@@ -89,10 +128,13 @@ def chunk_nodes_kernel(
     heads, num_keys, num_nodes,  # num_nodes: P
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, STRETCH: tl.constexpr, STEPS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MP: tl.constexpr, STRETCH: tl.constexpr, STEPS: tl.constexpr, VALUE_WEIGHT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Landmarks of one chunk. STRETCH: keys of a stretch, which gives one initial centroid."""
+    """Landmarks of one chunk. STRETCH: keys of a stretch, which gives one initial centroid.
+
+    VALUE_WEIGHT: weight of the values in the clustering.
+    """
     grid_dependency_control(PDL, False)
     chunk = tl.program_id(0)
     group = tl.program_id(1)
@@ -110,22 +152,43 @@ def chunk_nodes_kernel(
     first = chunk * C + b * STRETCH
     number = tl.where(b < M, tl.maximum(tl.minimum(end, first + STRETCH) - first, 0), 0)
     delta = load_rows(k_ptr, first, number > 0, stride_kn, E, BE).to(tl.float32)
+    delta_v, centre_v, factor = 0.0, 0.0, 0.0
+    if VALUE_WEIGHT > 0:
+        centre_v, factor = value_factor(k, v, tl.where(exists, 1.0, 0.0), VALUE_WEIGHT)
+        delta_v = load_rows(v_ptr, first, number > 0, stride_vn, D, BD).to(tl.float32)
     if STRETCH > 2:
         mean = delta
         for t in range(1, STRETCH):
             mean += load_rows(k_ptr, first + t, t < number, stride_kn, E, BE).to(tl.float32)
         mean = mean / tl.maximum(number, 1).to(tl.float32)[:, None]
         farthest = tl.sum((delta - mean) * (delta - mean), 1)
+        if VALUE_WEIGHT > 0:
+            start_v = delta_v
+            for t in range(1, STRETCH):
+                start_v += load_rows(v_ptr, first + t, t < number, stride_vn, D, BD).to(tl.float32)
+            start_v = start_v / tl.maximum(number, 1).to(tl.float32)[:, None]
+            apart = factor * (delta_v - start_v)
+            farthest += tl.sum(apart * apart, 1)
         # two keys are equally far from their mean, and rounding must not choose between them
         for t in range(1, STRETCH):
             row = load_rows(k_ptr, first + t, t < number, stride_kn, E, BE).to(tl.float32)
             distance = tl.sum((row - mean) * (row - mean), 1)
+            if VALUE_WEIGHT > 0:
+                row_v = load_rows(v_ptr, first + t, t < number, stride_vn, D, BD).to(tl.float32)
+                apart = factor * (row_v - start_v)
+                distance += tl.sum(apart * apart, 1)
             better = (t < number) & (number != 2) & (distance > farthest)
             delta = tl.where(better[:, None], row, delta)
+            if VALUE_WEIGHT > 0:
+                delta_v = tl.where(better[:, None], row_v, delta_v)
             farthest = tl.where(better, distance, farthest)
     delta -= centre[None, :]
     weight = tl.where(exists, 1.0, 0.0)
-    label, weights, count = assign(k, weight, delta, number > 0, centre, M, STEPS, False, PRECISION)
+    if VALUE_WEIGHT > 0:
+        delta_v -= centre_v[None, :]
+    label, weights, count = assign(
+        k, v, weight, delta, delta_v, number > 0, centre, centre_v, factor, M, STEPS, False, VALUE_WEIGHT > 0, PRECISION
+    )
     share = share_of(count)
     delta = tl.dot(tl.trans(weights), k, input_precision=PRECISION) * share[:, None] - centre[None, :]
     mean_v = tl.dot(tl.trans(weights), v, input_precision=PRECISION) * share[:, None]
@@ -147,7 +210,7 @@ def join_nodes_kernel(
     join_label_ptr,  # (G, 2 P M) int8, cluster of each landmark of the level before in its node of this level, written
     num_nodes, first_before, first, weight_scale,  # first nodes of the levels in the table; 1 / 2^level
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    PP: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PP: tl.constexpr, STEPS: tl.constexpr, VALUE_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Landmarks of one node, from the 2 M of the two nodes that it joins. PP: 2 M, 16 at least."""
     grid_dependency_control(PDL, False)
@@ -171,7 +234,15 @@ def join_nodes_kernel(
     takes_right = (right > 0.0) & ((left == 0.0) | (right < left))
     start = load_rows(delta_ptr, before + 2 * b + takes_right.to(tl.int32), b < M, E, E, BE).to(tl.float32)
     weight = count * weight_scale
-    label, weights, total = assign(points, weight, start, left + right > 0.0, 0.0, M, STEPS, True, PRECISION)
+    start_v, centre_v, factor = 0.0, 0.0, 0.0
+    if VALUE_WEIGHT > 0:
+        centre_v, factor = value_factor(points, v, weight, VALUE_WEIGHT)
+        start_v = load_rows(mean_v_ptr, before + 2 * b + takes_right.to(tl.int32), b < M, D, D, BD).to(tl.float32)
+        start_v -= centre_v[None, :]
+    used = left + right > 0.0
+    label, weights, total = assign(
+        points, v, weight, start, start_v, used, 0.0, centre_v, factor, M, STEPS, True, VALUE_WEIGHT > 0, PRECISION
+    )
     share = share_of(total)
     delta = tl.dot(tl.trans(weights), points, input_precision=PRECISION) * share[:, None]
     mean_v = tl.dot(tl.trans(weights), v, input_precision=PRECISION) * share[:, None]

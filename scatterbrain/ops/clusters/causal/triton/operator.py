@@ -70,7 +70,8 @@ class _Plan:
         chunk: int,
         scale: float,
         width: int,
-        num_steps: int,
+        num_steps: int = 0,
+        value_weight: float = 0.0,
     ) -> None:
         self.batch, self.heads, self.length, self.width = query.shape
         self.num_keys, self.value_width = value.shape[2:]
@@ -78,7 +79,8 @@ class _Plan:
         self.groups = self.batch * self.heads
         self.key_groups = self.batch * key.shape[1]
         self.device, self.dtype = query.device, query.dtype
-        self.num_landmarks, self.chunk, self.num_steps = num_landmarks, chunk, num_steps
+        self.num_landmarks, self.chunk = num_landmarks, chunk
+        self.clustering = {"STEPS": num_steps, "VALUE_WEIGHT": value_weight}
         self.num_chunks = -(-self.length // chunk)
         self.exact = exact_chunks(window, chunk)
         self.counts = node_counts(self.num_chunks, self.exact)
@@ -107,7 +109,11 @@ class _Plan:
         self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
         self.dq_tiles = self.tiles | {"STAGES": 1}
         self.gradient_tiles = self.tiles | ({} if wide or num_landmarks > 32 else {"maxnreg": 168})
-        self.node_tiles = {"num_warps": 8 if wide else 4} | ({} if wide or num_landmarks > 32 else {"maxnreg": 128})
+        # distances of values need more
+        has_values = value_weight > 0
+        self.node_tiles = {"num_warps": 8 if wide or (has_values and num_landmarks > 32) else 4}
+        if not (wide or num_landmarks > 32):
+            self.node_tiles["maxnreg"] = 168 if has_values else 128
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
@@ -148,10 +154,11 @@ def _forward_pass(
     scale: float,
     width: int,
     num_steps: int,
+    value_weight: float,
     statistics: bool,
 ) -> Pass:
     """Launches of a forward pass; arguments as in `run_forward`."""
-    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps)
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps, value_weight)
     outputs, tensors = describe_outputs(query, (("out", plan.length, plan.value_width),))
     layout = plan.statistics()
     launches = LaunchSequence(("query", "key", "value", "key_lengths", "out"), (layout,))
@@ -169,7 +176,7 @@ def _forward_pass(
             **plan.first,
         )
     for level, count in enumerate(plan.counts):
-        options = {**plan.widths, **plan.sizes, "STEPS": num_steps, **plan.precision}
+        options = {**plan.widths, **plan.sizes, **plan.clustering, **plan.precision}
         options |= plan.node_tiles
         if level == 0:
             launches.add(
@@ -232,6 +239,7 @@ def run_forward(
     scale: float,
     width: int,
     num_steps: int,
+    value_weight: float,
     statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal landmark attention by the kernels; `scatterbrain.ops.clusters.causal.triton.attention` checks arguments.
@@ -247,6 +255,7 @@ def run_forward(
         scale: softmax scale.
         width: E without padding, for the spread.
         num_steps: Lloyd steps.
+        value_weight: weight of the values in the clustering.
         statistics: compute log normalisers, which the backward pass needs, too.
 
     Returns:
@@ -254,7 +263,7 @@ def run_forward(
     """
     query, key, value = (with_vector_loads(x) for x in (query, key, value))
     inputs = (query, key, value, key_lengths)
-    options = num_landmarks, window, chunk, scale, width, num_steps, statistics
+    options = num_landmarks, window, chunk, scale, width, num_steps, value_weight, statistics
     (out,), (buffer,) = launch(find_pass(_forward_pass, inputs, piece_chunks(), *options), (), inputs)
     return out, buffer
 
@@ -265,8 +274,8 @@ fused_causal_landmark_attention = torch.library.custom_op(
 
 
 @fused_causal_landmark_attention.register_fake
-def _(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps, statistics):
-    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps)
+def _(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, num_steps, value_weight, statistics):
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width)
     size, stride = by_token(*query.shape[:3], value.shape[3])
     return query.new_empty_strided(size, stride), query.new_empty(plan.statistics().nbytes, dtype=torch.uint8)
 
@@ -285,7 +294,7 @@ def _backward_pass(
     width: int,
 ) -> Pass:
     """Launches of a backward pass; arguments as in `run_backward`."""
-    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width, 0)
+    plan = _Plan(query, key, value, key_lengths, num_landmarks, window, chunk, scale, width)
     outputs, tensors = describe_outputs(query, (("d_query", plan.length, plan.width),))
     of_keys, others = describe_outputs(
         key, (("d_key", plan.num_keys, plan.width), ("d_value", plan.num_keys, plan.value_width))
@@ -418,7 +427,7 @@ def _(gradient, query, key, value, key_lengths, out, statistics, num_landmarks, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, num_landmarks, window, chunk, scale, width, _, _ = inputs
+    *tensors, num_landmarks, window, chunk, scale, width, _, _, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # the statistics have none
@@ -427,7 +436,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, gradient, _):
     run = torch.ops.scatterbrain.fused_causal_landmark_attention_backward
-    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+    return (*run(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 9)
 
 
 fused_causal_landmark_attention.register_autograd(_backward, setup_context=_setup_context)
