@@ -213,7 +213,7 @@ def points_to_cluster(points: Level, value_weight: float) -> torch.Tensor:
     """Points (G, n, P, E + D) that clusters are found from: keys, and values times a factor; 0 leaves keys alone.
 
     The factor of a node is lambda sqrt(variance of its keys / variance of its values), with their numbers of keys as
-    weights: with lambda = 1 keys and values have the same share of the distances. Equal values have the factor 0.
+    weights: with lambda = 1 keys and values have the same share of the distances. Equal values do not count.
 
     Args:
         points: keys, or landmarks of the level before: (G, n, P, width).

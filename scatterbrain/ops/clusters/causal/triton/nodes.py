@@ -45,7 +45,7 @@ def centre_kernel(
 def value_factor(points, values, weight, VALUE_WEIGHT: tl.constexpr):
     """Mean (BD,) of weighted values (P, BD), and factor of their distances beside those of points (P, BE).
 
-    It is VALUE_WEIGHT times the ratio of the standard deviations, 0 for equal values; see `points_to_cluster`.
+    It is VALUE_WEIGHT times the ratio of the standard deviations, 0 where that is not finite; see `points_to_cluster`.
     """
     share = (weight * share_of(tl.sum(weight, 0)))[:, None]
     wide = points.to(tl.float32)
