@@ -137,6 +137,7 @@ def build_parser() -> Parser:
     option("--heads", type=positive_sequence, default=heads, metavar="H", help="heads of each length (%(default)s)")
     option("--num-landmarks", type=positive_sequence, default="32,16", metavar="M", help="(%(default)s)")
     option("--windows", type=positive_sequence, default="1,128", metavar="W", help="of each M (%(default)s)")
+    option("--value-weight", type=float, default=0.0, metavar="X", help="rows of it too, of each M (%(default)s)")
     option("--columns", type=positive_sequence, default="64,256", metavar="N", help="of sblocal (%(default)s)")
     option("--blocks", type=positive_sequence, default="2,4", metavar="N", help="chosen ones (%(default)s)")
     option("--inputs", nargs="+", type=Path, default=None, metavar="FILE", help="q, k, v of layers, npz (random)")
@@ -183,8 +184,10 @@ class CausalTime(Run):
         arguments = self.arguments
         yield BASELINE, sdpa
         for number, window in zip(arguments.num_landmarks, arguments.windows, strict=True):
-            options = {"num_landmarks": number, "window": window}
-            yield f"sbcluster M {number} W {window}", partial(causal_landmark_attention, **options)
+            for weight in dict.fromkeys((0.0, arguments.value_weight)):
+                options = {"num_landmarks": number, "window": window, "value_weight": weight}
+                name = f"sbcluster M {number} W {window}" + (f" value_weight {weight:g}" if weight else "")
+                yield name, partial(causal_landmark_attention, **options)
         for columns in arguments.columns:
             yield f"sblocal, {columns} columns", window_and_features(length, width, columns, self.device)
         if self.device.type == "cpu":

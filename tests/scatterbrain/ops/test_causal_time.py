@@ -26,11 +26,18 @@ def test_the_rows_of_layers_are_written(inputs, tmp_path, capsys):
     output, figure = tmp_path / "time.json", tmp_path / "time.png"
     sizes = ["--num-landmarks", "4", "--windows", "1", "--columns", "16,32", "--blocks", "2,4", "--local-window", "64"]
     files = ["--inputs", str(inputs), "--output", str(output), "--figure", str(figure)]
-    assert causal_time.main([*files, "--device", "cpu", "--heads", str(HEADS), "--repeats", "1", *sizes]) == 0
+    options = ["--device", "cpu", "--heads", str(HEADS), "--repeats", "1", "--value-weight", "2"]
+    assert causal_time.main([*files, *options, *sizes]) == 0
     content = json.loads(output.read_text())
     assert content["complete"]
     assert "inputs" not in content["settings"]
-    names = ["SDPA", "sbcluster M 4 W 1", "sblocal, 16 columns", "sblocal, 32 columns"]
+    names = [
+        "SDPA",
+        "sbcluster M 4 W 1",
+        "sbcluster M 4 W 1 value_weight 2",
+        "sblocal, 16 columns",
+        "sblocal, 32 columns",
+    ]
     rows = content["results"]
     assert [(row["layer"], row["attention"]) for row in rows] == [(f"net {i}", name) for i in "01" for name in names]
     assert all(row["length"] == LENGTH and row["heads"] == HEADS for row in rows)
@@ -46,6 +53,7 @@ def test_the_rows_of_layers_are_written(inputs, tmp_path, capsys):
         errors = {row["attention"]: row["error"] for row in rows if row["layer"] == f"net {layer}"}
         expected = causal_error.error(causal_error.with_levels(*tensors, 4, 1)[0], full)
         assert errors["SDPA"] < 1e-5 < expected == pytest.approx(errors["sbcluster M 4 W 1"], rel=1e-3)
+        assert errors["sbcluster M 4 W 1 value_weight 2"] != errors["sbcluster M 4 W 1"]
 
 
 def test_every_row_is_saved_when_it_is_measured(inputs, tmp_path, monkeypatch):
