@@ -7,7 +7,6 @@ message on stderr and exit with status 1; a traceback means a bug.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,10 +56,13 @@ def check_value_weight(value_weight: Any) -> None:
     """Check the weight of the values in the clustering of keys.
 
     Raises:
-        UserError: it is negative, not finite, or no number.
+        UserError: it is negative, above 1e6, or no number.
     """
-    if not is_number(value_weight) or not 0 <= value_weight < math.inf:
-        raise UserError(f"value_weight={value_weight!r} has to be a number of at least 0; 0 clusters the keys alone.")
+    # the square of a much larger one overflows in float32, and with 1e6 values alone count already
+    if not is_number(value_weight) or not 0 <= value_weight <= 1e6:
+        raise UserError(
+            f"value_weight={value_weight!r} has to be a number of at least 0 and at most 1e6; 0 is for keys alone."
+        )
 
 
 def check_whole_number(option: str, value: Any, minimum: int, maximum: int | None = None) -> None:

@@ -282,6 +282,7 @@ def test_errors_name_what_is_wrong():
         ((4,), {"value_weight": -0.5}, r"value_weight=-0\.5 has to be a number of at least 0"),
         ((4,), {"value_weight": math.inf}, "value_weight=inf"),
         ((4,), {"value_weight": math.nan}, "value_weight=nan"),
+        ((4,), {"value_weight": 1e20}, r"value_weight=1e\+20 has to be .* at most 1e6"),
     ):
         with pytest.raises(UserError, match=match):
             causal_landmark_attention(query, key, value, *sizes, **option)

@@ -258,6 +258,16 @@ def test_gradients_of_grouped_queries(device, dtype, window):
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES)
+@pytest.mark.parametrize("size", [1e-15, 3e3])
+def test_the_largest_value_weight_loses_no_key(device, dtype, size):
+    query, key, value = draw(device, dtype, 150)
+    value = size * value
+    clusters = find_clusters(query, key, value, 8, 0, 16, scale=0.25, num_steps=1, value_weight=1e6)
+    expected = causal_clusters(key, 8, 0, 16, value=value, value_weight=1e6)
+    assert torch.equal(clusters < 0, expected < 0)
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
 def test_later_calls_have_their_own_value_weight(device, dtype):
     tensors = draw(device, dtype, 150)
     weights = (0.0, 2.0, 4.0)

@@ -62,7 +62,7 @@ def causal_landmark_attention(
         attn_mask: boolean (B, S) or (B, 1, 1, S), false for keys to hide anywhere in the sequence.
         num_steps: iterations of Lloyd's algorithm.
         value_weight: weight lambda of the values in the clustering of keys, where the keys and values of a node have
-            the same variance; 0 clusters the keys alone.
+            the same variance, up to 1e6; 0 clusters the keys alone.
         dropout_p: probability of dropping a weight (ignored by `naive`); that of a landmark for a query is dropped for
             all of its keys.
         return_lse: also return the logarithms of the normaliser.
