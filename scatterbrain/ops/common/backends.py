@@ -58,7 +58,7 @@ def no_kernels(x: torch.Tensor, least_version: tuple[int, int] | None = None) ->
         return "the package triton is not installed"
     if least_version is not None and _TRITON_VERSION is not None and least_version > _TRITON_VERSION:
         needed, found = (".".join(map(str, version)) for version in (least_version, _TRITON_VERSION))
-        return f"it needs Triton {needed} or newer, and this is {found}: PyTorch 2.7 has it"
+        return f"it needs Triton {needed} or newer, and this is {found}: PyTorch 2.8 has it"
     if x.dtype not in KERNEL_DTYPES:
         return f"it takes float16, bfloat16 and float32, and the tensors are {x.dtype}"
     return None
