@@ -71,7 +71,7 @@ def assign_key_clusters(
         num_steps: iterations of Lloyd's algorithm.
         key_lengths: (B,) integers; keys j >= key_lengths[b] are in no cluster. None for all.
         value_weight: weight of the values in the distance, with keys and values scaled to the same standard deviation
-            over the sequence; 0 clusters the keys alone.
+            over the sequence, up to 1e6; 0 clusters the keys alone.
         attn_mask: boolean (B, S); keys where it is false are in no cluster, and the others are clustered as if they
             were a sequence by themselves. None for all.
 

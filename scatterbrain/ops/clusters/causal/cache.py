@@ -33,7 +33,7 @@ class LandmarkCache:
         window: width W of the window, see `causal_landmark_attention`.
         chunk: keys C of a chunk.
         num_steps: iterations of Lloyd's algorithm.
-        value_weight: weight of the values in the clustering.
+        value_weight: weight of the values in the clustering, see `causal_landmark_attention`.
 
     Attributes:
         length: number of keys so far.
