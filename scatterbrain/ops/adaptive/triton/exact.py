@@ -38,20 +38,23 @@ def cluster_tile(start_ptr, tile, CLUSTERS: tl.constexpr, BLOCK: tl.constexpr, R
 
 
 @triton.jit
-def exact_logits(q, k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn,
-    E: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+def listed_rows(k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn,
+    E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Products (BM, BN) of queries with keys n to n + BN of a list, LOG_ZERO past its end; those keys, and values."""
+    """Keys (BN, BE) n to n + BN of a list, and their values (BN, BD)."""
     place = n + tl.arange(0, BN)
     # past the end of the list, its last key again: hidden rows may hold anything
     j = tl.load(key_ptr + (tl.minimum(place, count - 1) if MASKED else place))
-    k = load_rows(k_ptr, j, j >= 0, stride_kn, E, q.shape[1], False)
-    v = load_rows(v_ptr, j, j >= 0, stride_vn, D, BD, False)
+    return load_rows(k_ptr, j, j >= 0, stride_kn, E, BE, False), load_rows(v_ptr, j, j >= 0, stride_vn, D, BD, False)
+
+
+@triton.jit
+def exact_logits(q, k, n, count, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Products (BM, BN) of queries with keys n to n + BN of a list, LOG_ZERO past its end with MASKED."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
-        logits = tl.where((place < count)[None, :], logits, LOG_ZERO)
-    return logits, k, v
+        logits = tl.where((n + tl.arange(0, k.shape[0]) < count)[None, :], logits, LOG_ZERO)
+    return logits
 
 
 @triton.jit
@@ -102,18 +105,13 @@ def exact_fwd_kernel(
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BD), tl.float32)
         whole = count // BN * BN
-        last = whole + tl.arange(0, BN)
-        j = tl.load(key_ptr + tl.minimum(last, count - 1))
-        last_k = load_rows(k_ptr, j, j >= 0, stride_kn, E, BE, False)
-        last_v = load_rows(v_ptr, j, j >= 0, stride_vn, D, BD, False)
+        last_k, last_v = listed_rows(k_ptr, v_ptr, key_ptr, whole, count, stride_kn, stride_vn, E, BE, D, BD, BN, True)
         for n in tl.range(0, whole, BN, num_stages=STAGES):
-            logits, _, v = exact_logits(
-                q, k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn, E, D, BD, BN, False, PRECISION
-            )
+            k, v = listed_rows(k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn, E, BE, D, BD, BN, False)
+            logits = exact_logits(q, k, n, count, False, PRECISION)
             acc, total, running_max = exact_step(logits, v, acc, total, running_max, qk_scale, PRECISION)
         if whole < count:
-            logits = tl.dot(q, tl.trans(last_k), input_precision=PRECISION)
-            logits = tl.where((last < count)[None, :], logits, LOG_ZERO)
+            logits = exact_logits(q, last_k, whole, count, True, PRECISION)
             acc, total, running_max = exact_step(logits, last_v, acc, total, running_max, qk_scale, PRECISION)
         exact = running_max + tl.log2(total)
         largest = tl.maximum(exact, rest)
@@ -171,14 +169,12 @@ def exact_bwd_dq_kernel(
         excess = tl.zeros((BM,), tl.float32)
         whole = count // BN * BN
         for n in tl.range(0, whole, BN, num_stages=STAGES):
-            logits, k, v = exact_logits(
-                q, k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn, E, D, BD, BN, False, PRECISION
-            )
+            k, v = listed_rows(k_ptr, v_ptr, key_ptr, n, count, stride_kn, stride_vn, E, BE, D, BD, BN, False)
+            logits = exact_logits(q, k, n, count, False, PRECISION)
             dq, excess = exact_bwd_dq_step(logits, k, v, gradient, lse, dot, dq, excess, qk_scale, PRECISION)
         if whole < count:
-            logits, k, v = exact_logits(
-                q, k_ptr, v_ptr, key_ptr, whole, count, stride_kn, stride_vn, E, D, BD, BN, True, PRECISION
-            )
+            k, v = listed_rows(k_ptr, v_ptr, key_ptr, whole, count, stride_kn, stride_vn, E, BE, D, BD, BN, True)
+            logits = exact_logits(q, k, whole, count, True, PRECISION)
             dq, excess = exact_bwd_dq_step(logits, k, v, gradient, lse, dot, dq, excess, qk_scale, PRECISION)
         # as in `landmark_bwd_dq_kernel`: keys count relative to the centre
         dq -= excess[:, None] * tl.load(centre_ptr + group * BE + tl.arange(0, BE))[None, :]
