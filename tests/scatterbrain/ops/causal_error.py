@@ -52,7 +52,7 @@ def without_levels(
     scale = width**-0.5
     points = chunks_of(key, value, None, CHUNK, length)
     points = Level(points[0], points[1], points[2].float(), torch.zeros_like(points[0][..., :1]))
-    level = join(points, assign_points(points.key, points.count, num_landmarks, 1), num_landmarks)
+    level = join(points, assign_points(points, num_landmarks, 1), num_landmarks)
     level = Level(*(x.flatten(1, 2).unflatten(0, (batch, heads)) for x in level))
     mean, mean_value, count, _ = level
     j = torch.arange(length, device=query.device)

@@ -149,6 +149,26 @@ def test_the_future_has_no_influence(backend, value_weight, change, start):
     assert math.isfinite(change) or later.isnan().all()  # a query that sees a key that is not finite says so
 
 
+def test_initial_centroids_are_the_lightest_of_their_stretch():
+    key = draw_inputs(1, 1, 64, width=5, dtype=torch.float64)[1]
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    mask[0, 4:7] = False
+    found = causal_clusters(key, 4, 0, 16, num_steps=0, attn_mask=mask)
+    k = key[0, 0]
+    for chunk, first in ((0, [0, 7, 8, 12]), (1, [16, 20, 24, 28])):
+        rows = mask[0].nonzero().squeeze(-1)
+        rows = rows[rows // 16 == chunk]
+        assert torch.equal(found[0, 0, 0, rows], torch.cdist(k[rows], k[first]).argmin(-1))
+    # the landmarks of both chunks, two and two
+    labels = found[0, 0, 0, :32] + 4 * (torch.arange(32) // 16)
+    counts = [(labels == b).sum().item() for b in range(8)]
+    means = torch.stack([k[:32][labels == b].mean(0) for b in range(8)])
+    first = [b if counts[b] <= counts[b + 1] else b + 1 for b in range(0, 8, 2)]
+    joined = torch.cdist(means, means[first]).argmin(-1)
+    shown = mask[0, :32]
+    assert torch.equal(found[1, 0, 0, :32][shown], joined[labels[shown]])
+
+
 def test_clusters_of_keys_and_values():
     """They are those of longer keys: values times the ratio of standard deviations in the node, and a weight."""
     _, key, value, _ = draw_inputs(2, 2, 64, width=5, value_width=3, dtype=torch.float64)
@@ -162,7 +182,9 @@ def test_clusters_of_keys_and_values():
         for chunk in range(4):
             rows = visible.nonzero().squeeze(-1)
             rows = rows[rows // 16 == chunk]
-            factor = (k[rows].var(0, correction=0).sum() / v[rows].var(0, correction=0).sum()).sqrt()
+            # of each stretch of 6 the first one: the initial centroids
+            first = [min(stretch) for part in range(3) if (stretch := rows[rows % 16 // 6 == part].tolist())]
+            factor = (k[first].var(0, correction=0).sum() / v[first].var(0, correction=0).sum()).sqrt()
             joint[rows] = torch.cat([k[rows], 2.5 * factor * v[rows]], -1)
         expected.append(causal_clusters(joint[None, None], *sizes, attn_mask=visible[None])[0])
     options = {"attn_mask": mask, "value_weight": 2.5}

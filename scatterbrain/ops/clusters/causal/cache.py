@@ -9,7 +9,7 @@ import torch
 from scatterbrain.errors import UserError, check_value_weight
 from scatterbrain.ops.clusters.causal.attention import CHUNK, causal_landmark_attention, check_causal_sizes
 from scatterbrain.ops.clusters.causal.blocked import Landmarks
-from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join, points_to_cluster
+from scatterbrain.ops.clusters.causal.levels import Level, assign_points, exact_chunks, join
 from scatterbrain.ops.common.inputs import check_inputs, check_tensors, default_scale
 from scatterbrain.ops.common.numerics import FLOOR, accumulation_dtype, no_autocast
 
@@ -140,8 +140,7 @@ class LandmarkCache:
     def _cluster(self, points: Level) -> Level:
         """Landmarks (B, Hkv, n, M, width) of nodes of points (B, Hkv, n, P, width)."""
         points = Level(*(x.flatten(0, 1) for x in points))
-        joint = points_to_cluster(points, self.value_weight)
-        labels = assign_points(joint, points.count, self.num_landmarks, self.num_steps)
+        labels = assign_points(points, self.num_landmarks, self.num_steps, self.value_weight)
         level = join(points, labels, self.num_landmarks)
         return Level(*(x.unflatten(0, self._key.shape[:2]) for x in level))
 

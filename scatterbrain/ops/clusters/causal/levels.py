@@ -203,41 +203,9 @@ def find_levels(
             points = Level(*(x[:, :count] for x in points))
         else:
             points = levels[-1].pairs(count)
-        labels.append(assign_points(points_to_cluster(points, value_weight), points.count, num_landmarks, num_steps))
+        labels.append(assign_points(points, num_landmarks, num_steps, value_weight))
         levels.append(join(points, labels[-1], num_landmarks))
     return levels, labels
-
-
-@torch.no_grad()
-def points_to_cluster(points: Level, value_weight: float) -> torch.Tensor:
-    """Points (G, n, P, E + D) that clusters are found from: keys, and values times a factor; 0 leaves keys alone.
-
-    The factor of a node is lambda sqrt(variance of its keys / variance of its values), with their numbers of keys as
-    weights: with lambda = 1 keys and values have the same share of the distances. Equal values do not count.
-
-    Args:
-        points: keys, or landmarks of the level before: (G, n, P, width).
-        value_weight: lambda.
-    """
-    if value_weight == 0:
-        return points.key
-    dtype = accumulation_dtype(points.key.dtype)
-    key, value, count = (x.detach().to(dtype) for x in points[:3])
-    share = count / count.sum(2, keepdim=True).clamp_min(1.0)
-
-    def variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean (G, n, 1, width), points relative to it, and their variance (G, n, 1, 1)."""
-        mean = (share * x).sum(2, keepdim=True)
-        x = x - mean
-        return mean, x, (share * x.square().sum(-1, keepdim=True)).sum(2, keepdim=True)
-
-    _, _, of_keys = variance(key)
-    mean, value, of_values = variance(value)
-    # values that are the same up to rounding do not separate clusters
-    of_values = torch.maximum(of_values, 1e-8 * (of_values + mean.square().sum(-1, keepdim=True)))
-    factor = value_weight * of_keys.sqrt() / of_values.sqrt()
-    factor = torch.where(of_values > torch.finfo(dtype).tiny, factor, 0.0)
-    return torch.cat([key, factor * value], -1)
 
 
 def join(points: Level, labels: torch.Tensor, num_landmarks: int) -> Level:
@@ -260,52 +228,55 @@ def join(points: Level, labels: torch.Tensor, num_landmarks: int) -> Level:
     return Level(key, value, count, of_cluster @ (points.scatter + points.count * distance))
 
 
-def assign_points(points: torch.Tensor, count: torch.Tensor, num_clusters: int, num_steps: int) -> torch.Tensor:
+def assign_points(points: Level, num_clusters: int, num_steps: int, value_weight: float = 0.0) -> torch.Tensor:
     """Cluster of each point of each node, by k-means weighted with the number of keys of a point.
 
-    A node's P points are cut into M stretches of ceil(P / M), of which each gives an initial centroid: the point
-    farthest from the weighted mean of the stretch (of two points the one with fewer keys), of equals the first.
-    Stretches without keys give none. Then `num_steps` times each point goes to the nearest centroid, of equals that of
-    the lowest index, and each centroid with points to their weighted mean, and each point goes to the nearest centroid
-    once more.
+    A node's P points are cut into M stretches of ceil(P / M), of which each gives an initial centroid: the visible
+    point with the fewest keys, of equals the first. Stretches without keys give none. Then `num_steps` times each point
+    goes to the nearest centroid, of equals that of the lowest index, and each centroid with points to their weighted
+    mean, and each point goes to the nearest centroid once more.
 
     Args:
-        points: (G, n, P, E).
-        count: number of keys of each point (G, n, P, 1), 0 for a hidden point.
+        points: keys, or landmarks of the level before: (G, n, P, width), with 0 keys for a hidden point.
         num_clusters: number of clusters M.
         num_steps: iterations of Lloyd's algorithm.
+        value_weight: weight lambda of the values in the distances, see `with_values`.
 
     Returns:
         (G, n, P) int64, a cluster in [0, M), or -1 for a hidden point.
     """
-    groups, nodes, size, _ = points.shape
-    rows = max(1, tile_budget(points) // (size * max(num_clusters, points.shape[3])))
-    with torch.no_grad(), no_autocast(points):
-        dtype = accumulation_dtype(points.dtype)
-        slices = (split_rows(x.detach().to(dtype).flatten(0, 1), rows) for x in (points, count))
-        labels = [_assign(*each, num_clusters, num_steps) for each in zip(*slices, strict=True)]
+    groups, nodes, size, width = points.key.shape
+    width += points.value.shape[3] if value_weight > 0 else 0
+    rows = max(1, tile_budget(points.key) // (size * max(num_clusters, width)))
+    with torch.no_grad(), no_autocast(points.key):
+        dtype = accumulation_dtype(points.key.dtype)
+        slices = (split_rows(x.detach().to(dtype).flatten(0, 1), rows) for x in points[:3])
+        labels = [_assign(*each, num_clusters, num_steps, value_weight) for each in zip(*slices, strict=True)]
     return torch.cat(labels).view(groups, nodes, size)
 
 
-def _assign(points: torch.Tensor, count: torch.Tensor, num_clusters: int, num_steps: int) -> torch.Tensor:
-    """Clusters (R, P) of points (R, P, E) of counts (R, P, 1)."""
+def _assign(
+    points: torch.Tensor,
+    value: torch.Tensor,
+    count: torch.Tensor,
+    num_clusters: int,
+    num_steps: int,
+    value_weight: float,
+) -> torch.Tensor:
+    """Clusters (R, P) of points (R, P, E) with values (R, P, D) and counts (R, P, 1)."""
     stretch = -(-points.shape[1] // num_clusters)
-    pad = (0, 0, 0, stretch * num_clusters - points.shape[1])
-    of_stretch = F.pad(points, pad).unflatten(1, (num_clusters, stretch))  # (R, M, L, E)
-    weight = F.pad(count, pad).unflatten(1, (num_clusters, stretch))
-    total = weight.sum(2, keepdim=True)
-    score = -weight
-    if stretch > 2:
-        mean = (weight * of_stretch).sum(2, keepdim=True) / total.clamp_min(1.0)
-        distance = (of_stretch - mean).square_().sum(-1, keepdim=True)
-        # of two points the lighter one is farther from their mean, and rounding must not choose between equals
-        score = torch.where((weight > 0).sum(2, keepdim=True) == 2, score, distance)
-    first = score.masked_fill(weight == 0, -math.inf).argmax(2, keepdim=True)
-    centroids = of_stretch.gather(2, first.expand(-1, -1, 1, points.shape[2])).squeeze(2)
+    weight = F.pad(count, (0, 0, 0, stretch * num_clusters - points.shape[1])).unflatten(1, (num_clusters, stretch))
+    fewest = (-weight).masked_fill(weight == 0, -math.inf).argmax(2)  # (R, M, 1)
+    fewest += stretch * torch.arange(num_clusters, device=points.device)[:, None]
+    used = weight.sum(2) > 0
+    fewest.masked_fill_(~used, 0)
+    if value_weight > 0:
+        points = with_values(points, value, fewest, used, value_weight)
+    centroids = points.gather(1, fewest.expand(-1, -1, points.shape[2]))
     # relative to a point among them, |x|^2 - 2 x.c + |c|^2 does not cancel where all points share a large component
     centre = centroids[:, :1]
     points, centroids = points - centre, centroids - centre
-    unused = (total == 0).view(-1, 1, num_clusters)
+    unused = ~used.transpose(1, 2)
     clusters = torch.arange(num_clusters, device=points.device)
     for step in range(num_steps + 1):
         bias = (-0.5 * centroids.square().sum(-1).unsqueeze(1)).masked_fill(unused, -math.inf)
@@ -315,3 +286,35 @@ def _assign(points: torch.Tensor, count: torch.Tensor, num_clusters: int, num_st
             members = weights.sum(-1, keepdim=True)
             centroids = torch.where(members > 0, weights @ points / members.clamp_min(1.0), centroids)
     return labels.masked_fill(count.squeeze(-1) == 0, -1)
+
+
+def with_values(
+    points: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor, used: torch.Tensor, value_weight: float
+) -> torch.Tensor:
+    """Points (R, P, E + D) that clusters are found from: keys beside values times a factor.
+
+    The factor of a node is lambda sqrt(variance of the keys / variance of the values) of its initial centroids: with
+    lambda = 1 keys and values have about the same share of the distances. Equal values do not count.
+
+    Args:
+        points: (R, P, E).
+        value: (R, P, D).
+        chosen: which of them are initial centroids (R, M, 1).
+        used: whether they are (R, M, 1).
+        value_weight: lambda.
+    """
+    share = used / used.sum(1, keepdim=True).clamp_min(1)
+
+    def variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (R, 1, width) and variance (R, 1, 1) of the initial centroids."""
+        x = x.gather(1, chosen.expand(-1, -1, x.shape[2]))
+        mean = (share * x).sum(1, keepdim=True)
+        return mean, (share * (x - mean).square().sum(-1, keepdim=True)).sum(1, keepdim=True)
+
+    _, of_keys = variance(points)
+    mean, of_values = variance(value)
+    # values that are the same up to rounding do not separate clusters
+    of_values = torch.maximum(of_values, 1e-8 * (of_values + mean.square().sum(-1, keepdim=True)))
+    factor = value_weight * of_keys.sqrt() / of_values.sqrt()
+    factor = torch.where(of_values > torch.finfo(value.dtype).tiny, factor, 0.0)
+    return torch.cat([points, factor * (value - mean)], -1)

@@ -159,37 +159,42 @@ def causal_bwd_dq_kernel(
 
 
 @triton.jit
+def load_cluster(join_label_ptr, node, b, first, num_joined, M: tl.constexpr):
+    """Clusters at the level above of the landmarks b of a node, -1 for none."""
+    joined = (b < M) & (node < num_joined)
+    return tl.load(join_label_ptr + (first + node) * M + b, mask=joined, other=-1).to(tl.int32)
+
+
+@triton.jit
 def finish_node(
-    d_mean_k, d_mean_v, d_spread, node, b, size, delta_ptr, count_ptr, spread_ptr, join_label_ptr,
-    of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale,
+    d_mean_k, d_mean_v, d_spread, label, node, b, size, delta_ptr, count_ptr, spread_ptr,
+    of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store what each landmark b of a node passes on to its keys, from the gradients (BE, M), (BD, M), (M,) of itself.
 
     of_k, of_v: the gradient of each key without the part that grows with its distance from the centre, and of each
     value; of_scatter: h_b.
-    WIDTH: that of the keys without padding.
+    label: of `load_cluster`. WIDTH: that of the keys without padding.
     """
     exists = b < M
+    joined = label >= 0
     rows = (first + node) * M + b
-    count = tl.maximum(tl.load(count_ptr + size + rows, mask=exists, other=0.0), 1.0)
+    above = (first_above + node // 2) * M + label
+    count = tl.load(count_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
-    delta = finite_part(load_rows(delta_ptr + size * E, rows, exists, E, E, BE).to(tl.float32))
-    share = 1.0 / count
+    delta = load_rows(delta_ptr + size * E, rows, exists, E, E, BE)
+    of_k = load_rows(of_k_ptr + size * E, above, joined, E, E, BE)
+    of_v = load_rows(of_v_ptr + size * D, above, joined, D, D, BD)
+    of_scatter = tl.load(of_scatter_ptr + size + above, mask=joined, other=0.0)
+    share = 1.0 / tl.maximum(count, 1.0)
     # 2 spread n E is that of the natural logarithm, where the gradient of the spread is to base 2
-    of_scatter = tl.where(spread > 0.0, d_spread * share / tl.where(spread > 0.0, spread, 1.0), 0.0) * (0.5 / WIDTH)
-    of_k = tl.trans(d_mean_k) * (share * scale)[:, None] - 2.0 * of_scatter[:, None] * delta
-    of_v = tl.trans(d_mean_v) * share[:, None]
-    if node < num_joined:
-        label = tl.load(join_label_ptr + size + rows, mask=exists, other=-1).to(tl.int32)
-        above = (first_above + node // 2) * M + label
-        joined = exists & (label >= 0)
-        of_k += load_rows(of_k_ptr + size * E, above, joined, E, E, BE).to(tl.float32)
-        of_v += load_rows(of_v_ptr + size * D, above, joined, D, D, BD).to(tl.float32)
-        of_scatter += tl.load(of_scatter_ptr + size + above, mask=joined, other=0.0)
-    store_rows(of_k_ptr + size * E, of_k, rows, exists, E, E)
-    store_rows(of_v_ptr + size * D, of_v, rows, exists, D, D)
-    tl.store(of_scatter_ptr + size + rows, of_scatter, mask=exists)
+    own = tl.where(spread > 0.0, d_spread * share / tl.where(spread > 0.0, spread, 1.0), 0.0) * (0.5 / WIDTH)
+    d_k = tl.trans(d_mean_k) * (share * scale)[:, None] - 2.0 * own[:, None] * finite_part(delta.to(tl.float32))
+    store_rows(of_k_ptr + size * E, d_k + of_k.to(tl.float32), rows, exists, E, E)
+    d_v = tl.trans(d_mean_v) * share[:, None]
+    store_rows(of_v_ptr + size * D, d_v + of_v.to(tl.float32), rows, exists, D, D)
+    tl.store(of_scatter_ptr + size + rows, own + of_scatter, mask=exists)
 
 
 @triton.jit(do_not_specialize=["level", "first", "first_above", "num_joined"])
@@ -222,6 +227,8 @@ def causal_bwd_nodes_kernel(
     limit = tl.load(limit_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.where(spread < float("inf"), spread, 0.0)
+    # before the loop, so that what it points at does not wait for it
+    label = load_cluster(join_label_ptr + size, node, b, first, num_joined, M)
     d_mean_k = tl.zeros((BE, MP), tl.float32)
     d_mean_v = tl.zeros((BD, MP), tl.float32)
     # parts whose rows `tl.dot` leaves with the same thread, so that the loop adds without a shuffle
@@ -258,8 +265,8 @@ def causal_bwd_nodes_kernel(
     d_spread = tl.sum(d_spread, 0)
     if PIECES == 1:
         finish_node(
-            d_mean_k, d_mean_v, d_spread, node, b, size, delta_ptr, count_ptr, spread_ptr, join_label_ptr,
-            of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M, WIDTH,
+            d_mean_k, d_mean_v, d_spread, label, node, b, size, delta_ptr, count_ptr, spread_ptr,
+            of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, scale, E, BE, D, BD, M, WIDTH,
         )  # fmt: skip
     else:
         piece_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (BE + BD + 1) * MP
@@ -282,6 +289,8 @@ def causal_bwd_pieces_kernel(
     wide = tl.program_id(1).to(tl.int64)
     b = tl.arange(0, MP)
     piece_ptr += (wide * tl.num_programs(0) + node) * PIECES * (BE + BD + 1) * MP
+    size = wide * 2 * num_nodes * M
+    label = load_cluster(join_label_ptr + size, node, b, first, num_joined, M)
     d_mean_k = tl.zeros((BE, MP), tl.float32)
     d_mean_v = tl.zeros((BD, MP), tl.float32)
     d_spread = tl.zeros((MP,), tl.float32)
@@ -291,9 +300,8 @@ def causal_bwd_pieces_kernel(
         d_mean_v += tl.load(ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :])
         d_spread += tl.load(ptr + (BE + BD) * MP + b)
     finish_node(
-        d_mean_k, d_mean_v, d_spread, node, b, wide * 2 * num_nodes * M, delta_ptr, count_ptr, spread_ptr,
-        join_label_ptr, of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, num_joined, scale, E, BE, D, BD, M,
-        WIDTH,
+        d_mean_k, d_mean_v, d_spread, label, node, b, size, delta_ptr, count_ptr, spread_ptr,
+        of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, scale, E, BE, D, BD, M, WIDTH,
     )  # fmt: skip
 
 
@@ -312,13 +320,13 @@ def causal_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, gradient_ptr, dk_ptr, dv_ptr, lengths_ptr,
     label_ptr,  # (G, P C) int8
     centre_ptr, lse_ptr, dot_ptr, of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `causal_bwd_nodes_kernel`
-    heads, num_queries, num_keys, num_nodes, num_chunks,
+    heads, num_queries, num_keys, num_nodes,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    EXACT: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one chunk: from the queries that see it exactly, and from its landmarks."""
     grid_dependency_control(PDL, False)
@@ -334,37 +342,34 @@ def causal_bwd_dkdv_kernel(
     v = finite_part(v)
     dk = tl.zeros((C, BE), tl.float32)
     dv = tl.zeros((C, BD), tl.float32)
-    for repeat in tl.range(0, REPEATS, num_stages=1):
-        head = group * REPEATS + repeat
-        of_q = sequence_ptr(q_ptr, head, heads, stride_qb, stride_qh)
-        of_gradient = sequence_ptr(gradient_ptr, head, heads, stride_gb, stride_gh)
-        of_dot = dot_ptr + head.to(tl.int64) * num_queries
-        of_lse = lse_ptr + head.to(tl.int64) * num_queries
-        i = chunk * C + tl.arange(0, C)
-        q, gradient, dot, lse = load_queries(
-            i, i < num_queries, of_q, of_gradient, of_dot, of_lse, stride_qn, stride_gn, E, BE, D, BD
-        )
-        inside = (j[:, None] <= i[None, :]) & exists[:, None]
-        dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, inside, dot, lse, qk_scale, PRECISION)
-        if EXACT > 0:
-            for later in tl.range(chunk + 1, tl.minimum(chunk + EXACT + 1, num_chunks), num_stages=STAGES):
-                i = later * C + tl.arange(0, C)
-                q, gradient, dot, lse = load_queries(
-                    i, i < num_queries, of_q, of_gradient, of_dot, of_lse, stride_qn, stride_gn, E, BE, D, BD
-                )
-                dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, exists[:, None], dot, lse, qk_scale, PRECISION)
-    dk *= scale
+    # that of the landmarks first: its loads do not wait for the products then
     if chunk < num_nodes - 1:
         size = wide * 2 * num_nodes * M
         label = tl.load(label_ptr + wide * num_nodes * C + j).to(tl.int32)
         rows = chunk * M + label
         member = label >= 0
         of_scatter = tl.load(of_scatter_ptr + size + rows, mask=member, other=0.0)
-        dk += load_rows(of_k_ptr + size * E, rows, member, E, E, BE).to(tl.float32)
+        dk = load_rows(of_k_ptr + size * E, rows, member, E, E, BE).to(tl.float32)
         centre = tl.load(centre_ptr + group * BE + tl.arange(0, BE))
         centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
         dk += 2.0 * of_scatter[:, None] * (k.to(tl.float32) - centre[None, :])
-        dv += load_rows(of_v_ptr + size * D, rows, member, D, D, BD).to(tl.float32)
+        dk *= tl.where(scale == 0.0, 0.0, 1.0 / scale)
+        dv = load_rows(of_v_ptr + size * D, rows, member, D, D, BD).to(tl.float32)
+    stop = tl.minimum((chunk + EXACT + 1) * C, num_queries)
+    for repeat in tl.range(0, REPEATS, num_stages=1):
+        head = group * REPEATS + repeat
+        of_q = sequence_ptr(q_ptr, head, heads, stride_qb, stride_qh)
+        of_gradient = sequence_ptr(gradient_ptr, head, heads, stride_gb, stride_gh)
+        of_dot = dot_ptr + head.to(tl.int64) * num_queries
+        of_lse = lse_ptr + head.to(tl.int64) * num_queries
+        for first in tl.range(chunk * C, stop, ROWS, num_stages=STAGES):
+            i = first + tl.arange(0, ROWS)
+            q, gradient, dot, lse = load_queries(
+                i, i < num_queries, of_q, of_gradient, of_dot, of_lse, stride_qn, stride_gn, E, BE, D, BD
+            )
+            inside = (j[:, None] <= i[None, :]) & exists[:, None]
+            dk, dv = exact_dkdv(dk, dv, k, v, q, gradient, inside, dot, lse, qk_scale, PRECISION)
+    dk *= scale
     stored = j < num_keys
     store_rows(sequence_ptr(dk_ptr, group, heads // REPEATS, stride_dkb, stride_dkh), dk, j, stored, stride_dkn, E)
     store_rows(sequence_ptr(dv_ptr, group, heads // REPEATS, stride_dvb, stride_dvh), dv, j, stored, stride_dvn, D)

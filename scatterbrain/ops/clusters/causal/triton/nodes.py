@@ -3,8 +3,8 @@
 Mean keys are kept relative to a centre, the mean of some keys of the first chunk, which every query that sees landmarks
 sees too. A large component that all keys share is in the centre and costs the rounded means no digits. The squared
 distance of a key x from a mean c = delta + centre is |x|^2 - 2 (x.delta - delta.(delta / 2 + centre)), up to what is
-the same for all means. With VALUE_WEIGHT > 0 distances of values count too, see `value_factor`, and mean values are
-relative to that of the node.
+the same for all means. With HAS_VALUES distances of values count too, see `value_factor`, and mean values are relative
+to that of the node.
 
 Landmarks of a sequence lie in one table: those of level l begin at node 2 P - (2 P >> l), P = n - w for n chunks of
 which a query sees w before its own exactly. Level l has (P >> l) - 1 nodes. Node P - 1, after those of level 0, has no
@@ -42,22 +42,20 @@ def centre_kernel(
 
 
 @triton.jit
-def value_factor(points, values, weight, VALUE_WEIGHT: tl.constexpr):
-    """Mean (BD,) of weighted values (P, BD), and factor of their distances beside those of points (P, BE).
+def value_factor(start, start_v, used, value_weight):
+    """Mean (BD,) of the values of initial centroids (MP, BD), and factor of distances of values beside those of keys.
 
-    It is VALUE_WEIGHT times the ratio of the standard deviations, 0 where that is not finite; see `points_to_cluster`.
+    It is `value_weight` times the ratio of the standard deviations, 0 where that is not finite; see `with_values`.
     """
-    share = (weight * share_of(tl.sum(weight, 0)))[:, None]
-    wide = points.to(tl.float32)
-    wide -= tl.sum(share * wide, 0)[None, :]
-    of_points = tl.sum(tl.sum(share * wide * wide, 1), 0)
-    wide_values = values.to(tl.float32)
-    mean = tl.sum(share * wide_values, 0)
-    wide_values -= mean[None, :]
-    of_values = tl.sum(tl.sum(share * wide_values * wide_values, 1), 0)
+    share = tl.where(used, share_of(tl.sum(used.to(tl.float32), 0)), 0.0)[:, None]
+    apart = start - tl.sum(share * start, 0)[None, :]
+    of_keys = tl.sum(tl.sum(share * apart * apart, 1), 0)
+    mean = tl.sum(share * start_v, 0)
+    apart_v = start_v - mean[None, :]
+    of_values = tl.sum(tl.sum(share * apart_v * apart_v, 1), 0)
     of_values = tl.maximum(of_values, 1e-8 * (of_values + tl.sum(mean * mean, 0)))
     is_normal = (of_values > 1.2e-38) & (of_values < 3e38)
-    factor = VALUE_WEIGHT * tl.sqrt(of_points) / tl.sqrt(tl.where(is_normal, of_values, 1.0))
+    factor = value_weight * tl.sqrt(of_keys) / tl.sqrt(tl.where(is_normal, of_values, 1.0))
     return mean, tl.where(is_normal, factor, 0.0)
 
 
@@ -125,15 +123,15 @@ def chunk_nodes_kernel(
     count_ptr,  # (G, 2 P M) float32 numbers of keys
     scatter_ptr,  # (G, 2 P M) float32 sums of the squared distances of the keys from their mean
     label_ptr,  # (G, P C) int8, cluster of each key, written; -1 in node P - 1
-    heads, num_keys, num_nodes,  # num_nodes: P
+    heads, num_keys, num_nodes, value_weight,  # num_nodes: P
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, STRETCH: tl.constexpr, STEPS: tl.constexpr, VALUE_WEIGHT: tl.constexpr,
+    MP: tl.constexpr, STRETCH: tl.constexpr, STEPS: tl.constexpr, HAS_VALUES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Landmarks of one chunk. STRETCH: keys of a stretch, which gives one initial centroid.
+    """Landmarks of one chunk. STRETCH: keys of a stretch, C / M, whose first is an initial centroid.
 
-    VALUE_WEIGHT: weight of the values in the clustering.
+    HAS_VALUES: cluster keys and values, with `value_weight`.
     """
     grid_dependency_control(PDL, False)
     chunk = tl.program_id(0)
@@ -149,45 +147,17 @@ def chunk_nodes_kernel(
     k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
     v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
     b = tl.arange(0, MP)
-    first = chunk * C + b * STRETCH
-    number = tl.where(b < M, tl.maximum(tl.minimum(end, first + STRETCH) - first, 0), 0)
-    delta = load_rows(k_ptr, first, number > 0, stride_kn, E, BE).to(tl.float32)
-    delta_v, centre_v, factor = 0.0, 0.0, 0.0
-    if VALUE_WEIGHT > 0:
-        centre_v, factor = value_factor(k, v, tl.where(exists, 1.0, 0.0), VALUE_WEIGHT)
-        delta_v = load_rows(v_ptr, first, number > 0, stride_vn, D, BD).to(tl.float32)
-    if STRETCH > 2:
-        mean = delta
-        for t in range(1, STRETCH):
-            mean += load_rows(k_ptr, first + t, t < number, stride_kn, E, BE).to(tl.float32)
-        mean = mean / tl.maximum(number, 1).to(tl.float32)[:, None]
-        farthest = tl.sum((delta - mean) * (delta - mean), 1)
-        if VALUE_WEIGHT > 0:
-            start_v = delta_v
-            for t in range(1, STRETCH):
-                start_v += load_rows(v_ptr, first + t, t < number, stride_vn, D, BD).to(tl.float32)
-            start_v = start_v / tl.maximum(number, 1).to(tl.float32)[:, None]
-            apart = factor * (delta_v - start_v)
-            farthest += tl.sum(apart * apart, 1)
-        # two keys are equally far from their mean, and rounding must not choose between them
-        for t in range(1, STRETCH):
-            row = load_rows(k_ptr, first + t, t < number, stride_kn, E, BE).to(tl.float32)
-            distance = tl.sum((row - mean) * (row - mean), 1)
-            if VALUE_WEIGHT > 0:
-                row_v = load_rows(v_ptr, first + t, t < number, stride_vn, D, BD).to(tl.float32)
-                apart = factor * (row_v - start_v)
-                distance += tl.sum(apart * apart, 1)
-            better = (t < number) & (number != 2) & (distance > farthest)
-            delta = tl.where(better[:, None], row, delta)
-            if VALUE_WEIGHT > 0:
-                delta_v = tl.where(better[:, None], row_v, delta_v)
-            farthest = tl.where(better, distance, farthest)
-    delta -= centre[None, :]
+    used = (b < M) & (chunk * C + b * STRETCH < end)
     weight = tl.where(exists, 1.0, 0.0)
-    if VALUE_WEIGHT > 0:
+    first = chunk * C + b * STRETCH
+    delta = load_rows(k_ptr, first, used, stride_kn, E, BE).to(tl.float32) - centre[None, :]
+    delta_v, centre_v, factor = 0.0, 0.0, 0.0
+    if HAS_VALUES:
+        delta_v = load_rows(v_ptr, first, used, stride_vn, D, BD).to(tl.float32)
+        centre_v, factor = value_factor(delta, delta_v, used, value_weight)
         delta_v -= centre_v[None, :]
     label, weights, count = assign(
-        k, v, weight, delta, delta_v, number > 0, centre, centre_v, factor, M, STEPS, False, VALUE_WEIGHT > 0, PRECISION
+        k, v, weight, delta, delta_v, used, centre, centre_v, factor, M, STEPS, False, HAS_VALUES, PRECISION
     )
     share = share_of(count)
     delta = tl.dot(tl.trans(weights), k, input_precision=PRECISION) * share[:, None] - centre[None, :]
@@ -208,9 +178,9 @@ def chunk_nodes_kernel(
 def join_nodes_kernel(
     delta_ptr, mean_v_ptr, count_ptr, scatter_ptr,  # see `chunk_nodes_kernel`; rows of this level written
     join_label_ptr,  # (G, 2 P M) int8, cluster of each landmark of the level before in its node of this level, written
-    num_nodes, first_before, first, weight_scale,  # first nodes of the levels in the table; 1 / 2^level
+    num_nodes, first_before, first, weight_scale, value_weight,  # first nodes of the levels in the table; 1 / 2^level
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    PP: tl.constexpr, STEPS: tl.constexpr, VALUE_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PP: tl.constexpr, STEPS: tl.constexpr, HAS_VALUES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Landmarks of one node, from the 2 M of the two nodes that it joins. PP: 2 M, 16 at least."""
     grid_dependency_control(PDL, False)
@@ -232,16 +202,17 @@ def join_nodes_kernel(
     right = tl.load(count_ptr + before + 2 * b + 1, mask=b < M, other=0.0)
     # of two points the lighter one is farther from their mean
     takes_right = (right > 0.0) & ((left == 0.0) | (right < left))
-    start = load_rows(delta_ptr, before + 2 * b + takes_right.to(tl.int32), b < M, E, E, BE).to(tl.float32)
-    weight = count * weight_scale
-    start_v, centre_v, factor = 0.0, 0.0, 0.0
-    if VALUE_WEIGHT > 0:
-        centre_v, factor = value_factor(points, v, weight, VALUE_WEIGHT)
-        start_v = load_rows(mean_v_ptr, before + 2 * b + takes_right.to(tl.int32), b < M, D, D, BD).to(tl.float32)
-        start_v -= centre_v[None, :]
     used = left + right > 0.0
+    weight = count * weight_scale
+    lightest = before + 2 * b + takes_right.to(tl.int32)
+    start = load_rows(delta_ptr, lightest, b < M, E, E, BE).to(tl.float32)
+    start_v, centre_v, factor = 0.0, 0.0, 0.0
+    if HAS_VALUES:
+        start_v = load_rows(mean_v_ptr, lightest, b < M, D, D, BD).to(tl.float32)
+        centre_v, factor = value_factor(start, start_v, used, value_weight)
+        start_v -= centre_v[None, :]
     label, weights, total = assign(
-        points, v, weight, start, start_v, used, 0.0, centre_v, factor, M, STEPS, True, VALUE_WEIGHT > 0, PRECISION
+        points, v, weight, start, start_v, used, 0.0, centre_v, factor, M, STEPS, True, HAS_VALUES, PRECISION
     )
     share = share_of(total)
     delta = tl.dot(tl.trans(weights), points, input_precision=PRECISION) * share[:, None]

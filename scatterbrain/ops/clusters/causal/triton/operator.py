@@ -80,7 +80,7 @@ class _Plan:
         self.key_groups = self.batch * key.shape[1]
         self.device, self.dtype = query.device, query.dtype
         self.num_landmarks, self.chunk = num_landmarks, chunk
-        self.clustering = {"STEPS": num_steps, "VALUE_WEIGHT": value_weight}
+        self.clustering = {"STEPS": num_steps, "HAS_VALUES": value_weight > 0}
         self.num_chunks = -(-self.length // chunk)
         self.exact = exact_chunks(window, chunk)
         self.counts = node_counts(self.num_chunks, self.exact)
@@ -107,13 +107,19 @@ class _Plan:
         self.tiles = {"STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
         # with fewer registers one more program fits an SM
         self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
-        self.dq_tiles = self.tiles | {"STAGES": 1}
-        self.gradient_tiles = self.tiles | ({} if wide or num_landmarks > 32 else {"maxnreg": 168})
+        self.dq_tiles = self.tiles | {"STAGES": 1} | ({} if wide else {"maxnreg": 168})
+        self.dkdv_tiles = self.tiles | {"ROWS": chunk} | ({} if wide else {"ROWS": min(chunk, 32), "maxnreg": 168})
+        self.gradient_tiles, self.chunk_tiles = self.tiles, {"num_warps": 8 if wide else 4}
         # distances of values need more
         has_values = value_weight > 0
-        self.node_tiles = {"num_warps": 8 if wide or (has_values and num_landmarks > 32) else 4}
+        if has_values and num_landmarks > 32:
+            self.chunk_tiles = {"num_warps": 8}
         if not (wide or num_landmarks > 32):
-            self.node_tiles["maxnreg"] = 168 if has_values else 128
+            self.gradient_tiles = self.tiles | {"maxnreg": 128 if num_landmarks <= 16 else 168}
+            self.chunk_tiles["maxnreg"] = 168 if has_values and num_landmarks > 16 else 128
+        self.join_tiles = self.chunk_tiles
+        if not wide and num_landmarks <= 16:
+            self.join_tiles = {"num_warps": 2} | ({} if has_values else {"maxnreg": 128})
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
@@ -177,15 +183,15 @@ def _forward_pass(
         )
     for level, count in enumerate(plan.counts):
         options = {**plan.widths, **plan.sizes, **plan.clustering, **plan.precision}
-        options |= plan.node_tiles
+        options |= plan.chunk_tiles if level == 0 else plan.join_tiles
         if level == 0:
             launches.add(
                 chunk_nodes_kernel,
                 (plan.num_nodes, plan.key_groups),
                 ("key", "value", "key_lengths", "centres", *SUMS, "labels"),
-                (plan.heads // plan.repeats, plan.num_keys, plan.num_nodes, *row_strides(key, value)),
+                (plan.heads // plan.repeats, plan.num_keys, plan.num_nodes, value_weight, *row_strides(key, value)),
                 C=chunk,
-                STRETCH=-(-chunk // num_landmarks),
+                STRETCH=chunk // num_landmarks,
                 **options,
                 **plan.lengths,
                 **plan.pdl,
@@ -195,7 +201,7 @@ def _forward_pass(
                 join_nodes_kernel,
                 (count, plan.key_groups),
                 (*SUMS, "join_labels"),
-                (plan.num_nodes, plan.first_node(level - 1), plan.first_node(level), 0.5**level),
+                (plan.num_nodes, plan.first_node(level - 1), plan.first_node(level), 0.5**level, value_weight),
                 PP=max(16, 2 * num_landmarks),
                 **options,
                 **plan.pdl,
@@ -314,7 +320,6 @@ def _backward_pass(
     workspace.add("pieces", plan.key_groups, max(several, default=0), *of_piece)
     names = ("gradient", "query", "key", "value", "key_lengths", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
-    tiles = {**plan.precision, **plan.tiles}
     launches.add(
         causal_bwd_dq_kernel,
         (plan.num_chunks, plan.groups),
@@ -381,7 +386,7 @@ def _backward_pass(
             *("lse", "dots", *passed_on),
         ),
         (
-            *(*plan.numbers, plan.num_chunks),
+            *plan.numbers,
             *row_strides(query, key, value, gradient, tensors["d_key"], tensors["d_value"]),
             *(plan.qk_scale, plan.scale),
         ),
@@ -389,7 +394,8 @@ def _backward_pass(
         M=num_landmarks,
         **plan.near,
         **plan.lengths,
-        **tiles,
+        **plan.precision,
+        **plan.dkdv_tiles,
         **plan.pdl,
     )
     return Pass(launches, outputs, (workspace,))
