@@ -141,7 +141,7 @@ def build_parser() -> Parser:
     option("--columns", type=positive_sequence, default="64,256", metavar="N", help="of sblocal (%(default)s)")
     option("--blocks", type=positive_sequence, default="2,4", metavar="N", help="chosen ones (%(default)s)")
     option("--inputs", nargs="+", type=Path, default=None, metavar="FILE", help="q, k, v of layers, npz (random)")
-    option("--local-window", type=int, default=512, metavar="W", help="of FlexAttention, 0 for none (%(default)s)")
+    option("--local-windows", type=positive_sequence, default="512", metavar="W", help="of FlexAttention (%(default)s)")
     option("--repeats", type=int, default=7, metavar="R", help="(%(default)s)")
     return parser
 
@@ -195,9 +195,9 @@ class CausalTime(Run):
         for number in arguments.blocks:
             torch._dynamo.reset()
             yield f"blocks {number}", flex_blocks(number)
-        if arguments.local_window:  # compiled for each length, so last
+        for window in arguments.local_windows:  # compiled for each length, so last
             torch._dynamo.reset()
-            yield f"window {arguments.local_window}", flex_window(length, arguments.local_window, self.device)
+            yield f"window {window}", flex_window(length, window, self.device)
 
     def run(self, console: Console, save: Callable[[], None]) -> None:
         """Measure; `save` is called after each row."""

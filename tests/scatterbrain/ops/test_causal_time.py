@@ -24,7 +24,7 @@ def inputs(tmp_path):
 
 def test_the_rows_of_layers_are_written(inputs, tmp_path, capsys):
     output, figure = tmp_path / "time.json", tmp_path / "time.png"
-    sizes = ["--num-landmarks", "4", "--windows", "1", "--columns", "16,32", "--blocks", "2,4", "--local-window", "64"]
+    sizes = ["--num-landmarks", "4", "--windows", "1", "--columns", "16,32", "--blocks", "2,4", "--local-windows", "64"]
     files = ["--inputs", str(inputs), "--output", str(output), "--figure", str(figure)]
     options = ["--device", "cpu", "--heads", str(HEADS), "--repeats", "1", "--value-weight", "2"]
     assert causal_time.main([*files, *options, *sizes]) == 0

@@ -109,13 +109,16 @@ class _Plan:
         self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
         self.dq_tiles = self.tiles | {"STAGES": 1} | ({} if wide else {"maxnreg": 168})
         self.dkdv_tiles = self.tiles | {"ROWS": chunk} | ({} if wide else {"ROWS": min(chunk, 32), "maxnreg": 168})
-        self.gradient_tiles, self.chunk_tiles = self.tiles, {"num_warps": 8 if wide else 4}
+        self.chunk_tiles = {"num_warps": 8 if wide else 4}
+        # landmarks of two nodes in a tile
+        self.gradient_tiles = self.dkdv_tiles
+        if num_landmarks > 32:
+            self.gradient_tiles = {"STAGES": 1, "num_warps": 8, "ROWS": min(chunk, 32)}
         # distances of values need more
         has_values = value_weight > 0
         if has_values and num_landmarks > 32:
             self.chunk_tiles = {"num_warps": 8}
         if not (wide or num_landmarks > 32):
-            self.gradient_tiles = self.tiles | {"maxnreg": 128 if num_landmarks <= 16 else 168}
             self.chunk_tiles["maxnreg"] = 168 if has_values and num_landmarks > 16 else 128
         self.join_tiles = self.chunk_tiles
         if not wide and num_landmarks <= 16:
@@ -315,9 +318,11 @@ def _backward_pass(
     workspace.add("of_keys", plan.key_groups, rows, plan.width, dtype=plan.dtype)
     workspace.add("of_values", plan.key_groups, rows, plan.value_width, dtype=plan.dtype)
     workspace.add("of_scatters", plan.key_groups, rows)
-    of_piece = (plan.widths["BE"] + plan.widths["BD"] + 1, plan.sizes["MP"])
-    several = [count * number for count, number in zip(plan.counts, pieces, strict=True) if number > 1]
-    workspace.add("pieces", plan.key_groups, max(several, default=0), *of_piece)
+    # two nodes in a program
+    pairs, padded = [-(-count // 2) for count in plan.counts], max(16, 2 * num_landmarks)
+    several = [count * number for count, number in zip(pairs, pieces, strict=True) if number > 1]
+    of_piece = padded * (plan.widths["BE"] + plan.widths["BD"] + 1)
+    workspace.add("pieces", plan.key_groups, max(several, default=0), of_piece)
     names = ("gradient", "query", "key", "value", "key_lengths", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
     launches.add(
@@ -344,10 +349,11 @@ def _backward_pass(
     for level in reversed(range(len(plan.counts))):
         count, number = plan.counts[level], pieces[level]
         num_joined = 2 * plan.counts[level + 1] if level + 1 < len(plan.counts) else 0
-        nodes = (plan.first_node(level), plan.first_node(level + 1), num_joined)
+        nodes = (count, plan.first_node(level), plan.first_node(level + 1), num_joined)
+        sizes = {"M": num_landmarks, "MP": padded}
         launches.add(
             causal_bwd_nodes_kernel,
-            (count * number, plan.key_groups),
+            (pairs[level] * number, plan.key_groups),
             (
                 *("query", "gradient", "deltas", "mean_values", "counts", "log_counts", "spreads", "limits"),
                 *("join_labels", "far_lse", "dots", "norms", *passed_on, "pieces"),
@@ -357,7 +363,7 @@ def _backward_pass(
                 *(*row_strides(query, gradient), plan.qk_scale, plan.scale),
             ),
             **plan.widths,
-            **plan.sizes,
+            **sizes,
             **plan.key_width,
             **plan.near,
             PIECES=number,
@@ -368,11 +374,11 @@ def _backward_pass(
         if number > 1:
             launches.add(
                 causal_bwd_pieces_kernel,
-                (count, plan.key_groups),
+                (pairs[level] * padded // 16, plan.key_groups),
                 ("deltas", "counts", "spreads", "join_labels", *passed_on, "pieces"),
                 (plan.num_nodes, *nodes, plan.scale),
                 **plan.widths,
-                **plan.sizes,
+                **sizes,
                 **plan.key_width,
                 PIECES=number,
                 num_warps=4,
