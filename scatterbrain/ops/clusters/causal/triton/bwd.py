@@ -159,29 +159,28 @@ def causal_bwd_dq_kernel(
 
 
 @triton.jit
-def load_clusters(join_label_ptr, pair, b, number, first, num_joined, M: tl.constexpr):
-    """Clusters at the level above of the landmarks b of a pair of nodes, -1 for none."""
-    joined = (b < number) & (2 * pair < num_joined)
-    return tl.load(join_label_ptr + (first + 2 * pair) * M + b, mask=joined, other=-1).to(tl.int32)
+def load_cluster(join_label_ptr, node, b, first, num_joined, M: tl.constexpr):
+    """Clusters at the level above of the landmarks b of a node, -1 for none."""
+    joined = (b < M) & (node < num_joined)
+    return tl.load(join_label_ptr + (first + node) * M + b, mask=joined, other=-1).to(tl.int32)
 
 
 @triton.jit
-def finish_pair(
-    d_mean_k, d_mean_v, d_spread, label, pair, b, number, size, delta_ptr, count_ptr, spread_ptr,
+def finish_node(
+    d_mean_k, d_mean_v, d_spread, label, node, b, size, delta_ptr, count_ptr, spread_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Store what each landmark b of a pair of nodes passes on to its keys, from the gradients of itself.
+    """Store what each landmark b of a node passes on to its keys, from the gradients (BE, M), (BD, M), (M,) of itself.
 
-    Those are of mean keys (2 M, BE), of mean values (2 M, BD), and of spreads (2 M,).
     of_k, of_v: the gradient of each key without the part that grows with its distance from the centre, and of each
     value; of_scatter: h_b.
-    label: of `load_clusters`. number: of landmarks that there are. WIDTH: that of the keys without padding.
+    label: of `load_cluster`. WIDTH: that of the keys without padding.
     """
-    exists = b < number
+    exists = b < M
     joined = label >= 0
-    rows = (first + 2 * pair) * M + b
-    above = (first_above + pair) * M + label
+    rows = (first + node) * M + b
+    above = (first_above + node // 2) * M + label
     count = tl.load(count_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
     delta = load_rows(delta_ptr + size * E, rows, exists, E, E, BE)
@@ -191,66 +190,62 @@ def finish_pair(
     share = 1.0 / tl.maximum(count, 1.0)
     # 2 spread n E is that of the natural logarithm, where the gradient of the spread is to base 2
     own = tl.where(spread > 0.0, d_spread * share / tl.where(spread > 0.0, spread, 1.0), 0.0) * (0.5 / WIDTH)
-    d_k = d_mean_k * (share * scale)[:, None] - 2.0 * own[:, None] * finite_part(delta.to(tl.float32))
+    d_k = tl.trans(d_mean_k) * (share * scale)[:, None] - 2.0 * own[:, None] * finite_part(delta.to(tl.float32))
     store_rows(of_k_ptr + size * E, d_k + of_k.to(tl.float32), rows, exists, E, E)
-    store_rows(of_v_ptr + size * D, d_mean_v * share[:, None] + of_v.to(tl.float32), rows, exists, D, D)
+    d_v = tl.trans(d_mean_v) * share[:, None]
+    store_rows(of_v_ptr + size * D, d_v + of_v.to(tl.float32), rows, exists, D, D)
     tl.store(of_scatter_ptr + size + rows, own + of_scatter, mask=exists)
 
 
-@triton.jit(do_not_specialize=["level", "count", "first", "first_above", "num_joined"])
+@triton.jit(do_not_specialize=["level", "first", "first_above", "num_joined"])
 def causal_bwd_nodes_kernel(
     q_ptr, gradient_ptr,
     delta_ptr, mean_v_ptr, count_ptr, log_count_ptr, spread_ptr, limit_ptr, join_label_ptr,
     far_lse_ptr, dot_ptr, norm_ptr,
-    of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `finish_pair`, tables as those of the landmarks, written without PIECES
-    piece_ptr,  # (G, pairs, PIECES, MP, BE + BD + 1) float32, written with PIECES
-    heads, num_queries, num_nodes, num_chunks, level, count, first, first_above, num_joined,
+    of_k_ptr, of_v_ptr, of_scatter_ptr,  # see `finish_node`, tables as those of the landmarks, written without PIECES
+    piece_ptr,  # (G, nodes, PIECES, BE + BD + 1, MP) float32, written with PIECES
+    heads, num_queries, num_nodes, num_chunks, level, first, first_above, num_joined,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, REPEATS: tl.constexpr, PIECES: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the landmarks of two nodes, from the queries that see them, or from one of PIECES parts of these.
-
-    count: nodes of the level. MP: 2 M, 16 at least. ROWS: queries of a tile.
-    """
+    """Gradients of the landmarks of one node, from the queries that see it, or from one of PIECES parts of these."""
     grid_dependency_control(PDL, False)
-    pair = tl.program_id(0) // PIECES
+    node = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES
     group = tl.program_id(1)
     wide = group.to(tl.int64)
     size = wide * 2 * num_nodes * M
     b = tl.arange(0, MP)
-    # the last pair of a level may be one node
-    landmarks = tl.minimum(count - 2 * pair, 2) * M
-    exists = b < landmarks
-    rows = (first + 2 * pair) * M + b
-    delta = finite_part(load_rows(delta_ptr + size * E, rows, exists, E, E, BE))
-    mean_v = finite_part(load_rows(mean_v_ptr + size * D, rows, exists, D, D, BD))
+    exists = b < M
+    rows = (first + node) * M + b
+    delta = tl.trans(finite_part(load_rows(delta_ptr + size * E, rows, exists, E, E, BE)))
+    mean_v = tl.trans(finite_part(load_rows(mean_v_ptr + size * D, rows, exists, D, D, BD)))
     log_count = tl.load(log_count_ptr + size + rows, mask=exists, other=LOG_ZERO)
     limit = tl.load(limit_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.load(spread_ptr + size + rows, mask=exists, other=0.0)
     spread = tl.where(spread < float("inf"), spread, 0.0)
     # before the loop, so that what it points at does not wait for it
-    label = load_clusters(join_label_ptr + size, pair, b, landmarks, first, num_joined, M)
-    d_mean_k = tl.zeros((MP, BE), tl.float32)
-    d_mean_v = tl.zeros((MP, BD), tl.float32)
-    d_spread = tl.zeros((MP,), tl.float32)
-    # 2^(level + 1) chunks of queries see the first node, and the second half of them the other one
-    begin = ((2 * pair + 2) << level) - 1 + EXACT
-    half = begin + (1 << level)
-    stop = tl.minimum(begin + (2 << level), num_chunks)
+    label = load_cluster(join_label_ptr + size, node, b, first, num_joined, M)
+    d_mean_k = tl.zeros((BE, MP), tl.float32)
+    d_mean_v = tl.zeros((BD, MP), tl.float32)
+    # parts whose rows `tl.dot` leaves with the same thread, so that the loop adds without a shuffle
+    d_spread = tl.zeros((C // 2, MP), tl.float32)
+    # chunks whose queries see the node: 2^level, or twice as many for a node of an even number
+    begin = ((node + 2) << level) - 1 + EXACT
+    stop = tl.minimum(((node + 4 - node % 2) << level) - 1 + EXACT, num_chunks)
     part = (2 << level) // PIECES
     begin += piece * part
-    number = tl.maximum(tl.minimum(stop, begin + part) - begin, 0) * (C // ROWS)
+    number = tl.maximum(tl.minimum(stop, begin + part) - begin, 0)
     for step in tl.range(0, number * REPEATS, num_stages=STAGES):
         head = group
-        tile = step
+        chunk = begin + step
         if REPEATS > 1:
             head = group * REPEATS + step // number
-            tile = step % number
-        i = begin * C + tile * ROWS + tl.arange(0, ROWS)
+            chunk = begin + step % number
+        i = chunk * C + tl.arange(0, C)
         of_head = head.to(tl.int64) * num_queries
         q, gradient, dot, lse = load_queries(
             i, i < num_queries, sequence_ptr(q_ptr, head, heads, stride_qb, stride_qh),
@@ -258,55 +253,54 @@ def causal_bwd_nodes_kernel(
             stride_qn, stride_gn, E, BE, D, BD,
         )  # fmt: skip
         norm = tl.load(norm_ptr + of_head + i, mask=i < num_queries, other=0.0)
-        bias = tl.where((b < M) | (begin + tile // (C // ROWS) >= half), log_count, LOG_ZERO)
-        logits = tl.dot(delta, tl.trans(q), input_precision=PRECISION) * qk_scale + bias[:, None]
-        sigma = spread[:, None] * norm[None, :]
-        limited = tl.minimum(sigma, limit[:, None])
-        weights = tl.exp2(logits + limited * (sigma - 0.5 * limited) - lse[None, :])
-        d_mean_v = tl.dot(weights.to(q.dtype), gradient, d_mean_v, input_precision=PRECISION)
-        d_logits = weights * (tl.dot(mean_v, tl.trans(gradient), input_precision=PRECISION) - dot[None, :])
-        d_spread += tl.sum(d_logits * limited * norm[None, :], 1)
-        d_mean_k = tl.dot(d_logits.to(q.dtype), q, d_mean_k, input_precision=PRECISION)
+        logits = tl.dot(q, delta, input_precision=PRECISION) * qk_scale + log_count[None, :]
+        sigma = norm[:, None] * spread[None, :]
+        limited = tl.minimum(sigma, limit[None, :])
+        weights = tl.exp2(logits + limited * (sigma - 0.5 * limited) - lse[:, None])
+        d_logits = weights * (tl.dot(gradient, mean_v, input_precision=PRECISION) - dot[:, None])
+        d_sigma = tl.reshape(d_logits * limited * norm[:, None], (C // 16, 2, 8, MP))
+        d_spread += tl.reshape(tl.sum(d_sigma, 1), (C // 2, MP))
+        d_mean_v = tl.dot(tl.trans(gradient), weights.to(q.dtype), d_mean_v, input_precision=PRECISION)
+        d_mean_k = tl.dot(tl.trans(q), d_logits.to(q.dtype), d_mean_k, input_precision=PRECISION)
+    d_spread = tl.sum(d_spread, 0)
     if PIECES == 1:
-        finish_pair(
-            d_mean_k, d_mean_v, d_spread, label, pair, b, landmarks, size, delta_ptr, count_ptr, spread_ptr,
+        finish_node(
+            d_mean_k, d_mean_v, d_spread, label, node, b, size, delta_ptr, count_ptr, spread_ptr,
             of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, scale, E, BE, D, BD, M, WIDTH,
         )  # fmt: skip
     else:
         piece_ptr += (wide * tl.num_programs(0) + tl.program_id(0)) * (BE + BD + 1) * MP
-        tl.store(piece_ptr + b[:, None] * BE + tl.arange(0, BE)[None, :], d_mean_k)
-        tl.store(piece_ptr + MP * BE + b[:, None] * BD + tl.arange(0, BD)[None, :], d_mean_v)
-        tl.store(piece_ptr + MP * (BE + BD) + b, d_spread)
+        tl.store(piece_ptr + tl.arange(0, BE)[:, None] * MP + b[None, :], d_mean_k)
+        tl.store(piece_ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :], d_mean_v)
+        tl.store(piece_ptr + (BE + BD) * MP + b, d_spread)
 
 
-@triton.jit(do_not_specialize=["count", "first", "first_above", "num_joined"])
+@triton.jit(do_not_specialize=["first", "first_above", "num_joined"])
 def causal_bwd_pieces_kernel(
     delta_ptr, count_ptr, spread_ptr, join_label_ptr,
     of_k_ptr, of_v_ptr, of_scatter_ptr, piece_ptr,  # see `causal_bwd_nodes_kernel`
-    num_nodes, count, first, first_above, num_joined, scale,
+    num_nodes, first, first_above, num_joined, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add up the pieces of 16 landmarks of two nodes."""
+    """Add up the pieces of one node."""
     grid_dependency_control(PDL, False)
-    pair = tl.program_id(0) // (MP // 16)
+    node = tl.program_id(0)
     wide = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(0) % (MP // 16) * 16 + tl.arange(0, 16)
-    landmarks = tl.minimum(count - 2 * pair, 2) * M
-    num_pairs = tl.num_programs(0) // (MP // 16)
-    piece_ptr += (wide * num_pairs + pair) * PIECES * (BE + BD + 1) * MP
+    b = tl.arange(0, MP)
+    piece_ptr += (wide * tl.num_programs(0) + node) * PIECES * (BE + BD + 1) * MP
     size = wide * 2 * num_nodes * M
-    label = load_clusters(join_label_ptr + size, pair, b, landmarks, first, num_joined, M)
-    d_mean_k = tl.zeros((16, BE), tl.float32)
-    d_mean_v = tl.zeros((16, BD), tl.float32)
-    d_spread = tl.zeros((16,), tl.float32)
+    label = load_cluster(join_label_ptr + size, node, b, first, num_joined, M)
+    d_mean_k = tl.zeros((BE, MP), tl.float32)
+    d_mean_v = tl.zeros((BD, MP), tl.float32)
+    d_spread = tl.zeros((MP,), tl.float32)
     for piece in tl.range(0, PIECES, num_stages=2):
         ptr = piece_ptr + piece * (BE + BD + 1) * MP
-        d_mean_k += tl.load(ptr + b[:, None] * BE + tl.arange(0, BE)[None, :])
-        d_mean_v += tl.load(ptr + MP * BE + b[:, None] * BD + tl.arange(0, BD)[None, :])
-        d_spread += tl.load(ptr + MP * (BE + BD) + b)
-    finish_pair(
-        d_mean_k, d_mean_v, d_spread, label, pair, b, landmarks, size, delta_ptr, count_ptr, spread_ptr,
+        d_mean_k += tl.load(ptr + tl.arange(0, BE)[:, None] * MP + b[None, :])
+        d_mean_v += tl.load(ptr + (BE + tl.arange(0, BD))[:, None] * MP + b[None, :])
+        d_spread += tl.load(ptr + (BE + BD) * MP + b)
+    finish_node(
+        d_mean_k, d_mean_v, d_spread, label, node, b, size, delta_ptr, count_ptr, spread_ptr,
         of_k_ptr, of_v_ptr, of_scatter_ptr, first, first_above, scale, E, BE, D, BD, M, WIDTH,
     )  # fmt: skip
 

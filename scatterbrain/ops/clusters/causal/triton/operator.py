@@ -96,8 +96,9 @@ class _Plan:
         self.key_width = {"WIDTH": width}
         self.near = {"C": chunk, "EXACT": self.exact, "REPEATS": self.repeats}
         # tiles of 64 landmarks; more than four nodes would take more index arithmetic than their products are worth
-        nodes = max(1, min(4, 64 // num_landmarks))
-        self.far = {"M": num_landmarks, "NODES": nodes, "LEVELS": len(self.counts)}
+        self.far = {"M": num_landmarks, "NODES": max(1, min(4, 64 // num_landmarks)), "LEVELS": len(self.counts)}
+        # of 32 for the gradients of queries, which take more registers
+        self.far_of_dq = self.far | {"NODES": max(1, min(4, 32 // num_landmarks))}
         self.lengths = {"HAS_LENGTHS": key_lengths is not None}
         self.precision = {"PRECISION": precision_of_products(self.dtype)}
         self.numbers = (self.heads, self.length, self.num_keys, self.num_nodes)
@@ -109,20 +110,15 @@ class _Plan:
         self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
         self.dq_tiles = self.tiles | {"STAGES": 1} | ({} if wide else {"maxnreg": 168})
         self.dkdv_tiles = self.tiles | {"ROWS": chunk} | ({} if wide else {"ROWS": min(chunk, 32), "maxnreg": 168})
-        self.chunk_tiles = {"num_warps": 8 if wide else 4}
-        # landmarks of two nodes in a tile
-        self.gradient_tiles = self.dkdv_tiles
-        if num_landmarks > 32:
-            self.gradient_tiles = {"STAGES": 1, "num_warps": 8, "ROWS": min(chunk, 32)}
-        # distances of values need more
+        # with fewer landmarks fewer registers are enough, and of what is small one warp does not wait for others
+        self.gradient_tiles, self.chunk_tiles = self.tiles, {"num_warps": 8 if wide else 4}
         has_values = value_weight > 0
         if has_values and num_landmarks > 32:
             self.chunk_tiles = {"num_warps": 8}
         if not (wide or num_landmarks > 32):
+            self.gradient_tiles = self.tiles | {"maxnreg": 128 if num_landmarks <= 16 else 168}
             self.chunk_tiles["maxnreg"] = 168 if has_values and num_landmarks > 16 else 128
-        self.join_tiles = self.chunk_tiles
-        if not wide and num_landmarks <= 16:
-            self.join_tiles = {"num_warps": 2} | ({} if has_values else {"maxnreg": 128})
+        self.join_tiles = {"num_warps": 1} if not wide and num_landmarks <= 16 else self.chunk_tiles
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
@@ -318,11 +314,9 @@ def _backward_pass(
     workspace.add("of_keys", plan.key_groups, rows, plan.width, dtype=plan.dtype)
     workspace.add("of_values", plan.key_groups, rows, plan.value_width, dtype=plan.dtype)
     workspace.add("of_scatters", plan.key_groups, rows)
-    # two nodes in a program
-    pairs, padded = [-(-count // 2) for count in plan.counts], max(16, 2 * num_landmarks)
-    several = [count * number for count, number in zip(pairs, pieces, strict=True) if number > 1]
-    of_piece = padded * (plan.widths["BE"] + plan.widths["BD"] + 1)
-    workspace.add("pieces", plan.key_groups, max(several, default=0), of_piece)
+    of_piece = (plan.widths["BE"] + plan.widths["BD"] + 1, plan.sizes["MP"])
+    several = [count * number for count, number in zip(plan.counts, pieces, strict=True) if number > 1]
+    workspace.add("pieces", plan.key_groups, max(several, default=0), *of_piece)
     names = ("gradient", "query", "key", "value", "key_lengths", "out", "d_query", "d_key", "d_value")
     launches = LaunchSequence(names, (plan.statistics(), workspace))
     launches.add(
@@ -339,7 +333,7 @@ def _backward_pass(
         ),
         **plan.widths,
         **plan.near,
-        **plan.far,
+        **plan.far_of_dq,
         **plan.lengths,
         **plan.precision,
         **plan.dq_tiles,
@@ -349,11 +343,10 @@ def _backward_pass(
     for level in reversed(range(len(plan.counts))):
         count, number = plan.counts[level], pieces[level]
         num_joined = 2 * plan.counts[level + 1] if level + 1 < len(plan.counts) else 0
-        nodes = (count, plan.first_node(level), plan.first_node(level + 1), num_joined)
-        sizes = {"M": num_landmarks, "MP": padded}
+        nodes = (plan.first_node(level), plan.first_node(level + 1), num_joined)
         launches.add(
             causal_bwd_nodes_kernel,
-            (pairs[level] * number, plan.key_groups),
+            (count * number, plan.key_groups),
             (
                 *("query", "gradient", "deltas", "mean_values", "counts", "log_counts", "spreads", "limits"),
                 *("join_labels", "far_lse", "dots", "norms", *passed_on, "pieces"),
@@ -363,7 +356,7 @@ def _backward_pass(
                 *(*row_strides(query, gradient), plan.qk_scale, plan.scale),
             ),
             **plan.widths,
-            **sizes,
+            **plan.sizes,
             **plan.key_width,
             **plan.near,
             PIECES=number,
@@ -374,11 +367,11 @@ def _backward_pass(
         if number > 1:
             launches.add(
                 causal_bwd_pieces_kernel,
-                (pairs[level] * padded // 16, plan.key_groups),
+                (count, plan.key_groups),
                 ("deltas", "counts", "spreads", "join_labels", *passed_on, "pieces"),
                 (plan.num_nodes, *nodes, plan.scale),
                 **plan.widths,
-                **sizes,
+                **plan.sizes,
                 **plan.key_width,
                 PIECES=number,
                 num_warps=4,
