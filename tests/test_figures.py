@@ -643,10 +643,10 @@ def causal_error_time() -> Expected:
         + [statistics.fmean(row["error"] for row in same)]
         for name, same in rows.items()
     }
-    labels = {"SDPA": "PyTorch's, causal", "window 256": "FlexAttention's window of 256"}
-    labels["sblocal, 64 columns"] = "sblocal, 64 columns"
+    labels = {"SDPA": "PyTorch's, causal", "sblocal, 64 columns": "sblocal, 64 columns"}
+    labels |= {f"window {keys}": f"FlexAttention's window of {keys:,}" for keys in (256, 512, 1024)}
     labels |= {f"blocks {number}": f"{number} chosen blocks" for number in range(2, 7)}
-    labels |= {name: name.replace(" M ", ", M ").replace(" W ", ", W ") for name in means if "sbcluster" in name}
+    labels |= {name: re.sub(" (?=[MWv])", ", ", name) for name in means if "sbcluster" in name}
     return [(labels[name], [(mean,) for mean in values]) for name, values in sorted(means.items(), key=lambda x: x[1])]
 
 

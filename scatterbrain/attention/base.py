@@ -179,7 +179,8 @@ class AttentionModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Options, for `print(model)`."""
-        options = {"softmax_temp": self.softmax_temp, "causal": self.causal, "dropout": self.attention_dropout}
+        options = {name: getattr(self, name) for name in ("num_steps", "value_weight") if hasattr(self, name)}
+        options |= {"softmax_temp": self.softmax_temp, "causal": self.causal, "dropout": self.attention_dropout}
         return ", ".join(f"{name}={value}" for name, value in {**self.sizes(), **options}.items())
 
     def sizes(self) -> dict[str, int]:

@@ -319,3 +319,4 @@ def test_budgets_out_of_range_are_refused(options):
 
 def test_options_show_in_the_representation():
     assert "local_context=12, nb_features=6" in repr(create_attention("sblocal", 784))
+    assert "num_steps=1, value_weight=4.0, softmax" in repr(create_attention("sbcluster", 784, value_weight=4.0))
