@@ -328,7 +328,10 @@ def causal_bwd_dkdv_kernel(
     EXACT: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one chunk: from the queries that see it exactly, and from its landmarks."""
+    """Gradients of the keys and values of one chunk: from the queries that see it exactly, and from its landmarks.
+
+    ROWS: queries of a tile.
+    """
     grid_dependency_control(PDL, False)
     chunk = tl.program_id(0)
     group = tl.program_id(1)

@@ -147,9 +147,9 @@ def chunk_nodes_kernel(
     k = load_rows(k_ptr, j, exists, stride_kn, E, BE)
     v = load_rows(v_ptr, j, exists, stride_vn, D, BD)
     b = tl.arange(0, MP)
-    used = (b < M) & (chunk * C + b * STRETCH < end)
-    weight = tl.where(exists, 1.0, 0.0)
     first = chunk * C + b * STRETCH
+    used = (b < M) & (first < end)
+    weight = tl.where(exists, 1.0, 0.0)
     delta = load_rows(k_ptr, first, used, stride_kn, E, BE).to(tl.float32) - centre[None, :]
     delta_v, centre_v, factor = 0.0, 0.0, 0.0
     if HAS_VALUES:
@@ -200,7 +200,7 @@ def join_nodes_kernel(
     b = tl.arange(0, MP)
     left = tl.load(count_ptr + before + 2 * b, mask=b < M, other=0.0)
     right = tl.load(count_ptr + before + 2 * b + 1, mask=b < M, other=0.0)
-    # of two points the lighter one is farther from their mean
+    # of two points the lighter one
     takes_right = (right > 0.0) & ((left == 0.0) | (right < left))
     used = left + right > 0.0
     weight = count * weight_scale
