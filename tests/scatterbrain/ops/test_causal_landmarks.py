@@ -175,6 +175,7 @@ def test_clusters_of_keys_and_values():
     value = 40 + 7 * value
     mask = torch.ones(2, 64, dtype=torch.bool)
     mask[1, 3:20] = False
+    mask[1, 38:44] = False  # a whole stretch
     sizes = 3, 0, 16
     expected = []
     for k, v, visible in zip(key.flatten(0, 1), value.flatten(0, 1), mask.repeat_interleave(2, 0), strict=True):

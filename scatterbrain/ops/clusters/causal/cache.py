@@ -19,8 +19,8 @@ class LandmarkCache:
 
     Holds the exact keys of the current chunk and of the chunks that the window reaches, and one or two nodes of M
     landmarks of each level: at most W / 2 + 2 C keys and 2 M log2(N / C) landmarks. `append` of a token takes constant
-    time on average, `attend` of one takes O(W + C + M log N). Results are those of `causal_landmark_attention` for the
-    whole sequence. For inference: there are no gradients.
+    time on average, `attend` of one takes O(W + C + M log N). Results for finite keys and values are those of
+    `causal_landmark_attention` for the whole sequence. For inference: there are no gradients.
 
     Example::
 

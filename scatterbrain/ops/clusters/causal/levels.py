@@ -109,7 +109,7 @@ def causal_clusters(
         key_lengths: (B,) integers; keys j >= key_lengths[b] are in no cluster. None for all.
         attn_mask: boolean (B, S); nor are keys where it is false. None for all.
         value: (B, H, S, D), which a `value_weight` needs.
-        value_weight: weight lambda of the values in the clustering, see `points_to_cluster`.
+        value_weight: weight lambda of the values in the clustering, see `with_values`.
 
     Raises:
         UserError: a value out of range, or a `value_weight` without values.

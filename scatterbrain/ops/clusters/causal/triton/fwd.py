@@ -81,12 +81,12 @@ def causal_fwd_kernel(
     qk_scale, scale,
     E: tl.constexpr, BE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
     NODES: tl.constexpr, EXACT: tl.constexpr, LEVELS: tl.constexpr, REPEATS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    MASKED: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The queries of one chunk.
 
     NODES: nodes of a tile; EXACT: chunks before it that they see exactly; LEVELS: those of the last chunk; REPEATS:
-    heads of the queries for each head of the keys.
+    heads of the queries for each head of the keys; MASKED: earlier chunks may have hidden keys.
     """
     grid_dependency_control(PDL, False)
     # the last chunks first: they see most landmarks
@@ -126,7 +126,7 @@ def causal_fwd_kernel(
             k = load_rows(k_ptr, j, j < end, stride_kn, E, BE)
             v = load_rows(v_ptr, j, j < end, stride_vn, D, BD)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale - offset[:, None]
-            if HAS_LENGTHS:
+            if MASKED:
                 logits = tl.where((j < end)[None, :], logits, LOG_ZERO)
             new_max = tl.maximum(running_max, tl.max(logits, 1))
             decay = tl.exp2(running_max - new_max)

@@ -225,6 +225,7 @@ def _forward_pass(
         **plan.near,
         **plan.far,
         **plan.lengths,
+        MASKED=key_lengths is not None or plan.num_keys < plan.length,
         STATISTICS=statistics,
         **plan.precision,
         **plan.query_tiles,
