@@ -303,7 +303,7 @@ def with_values(
         used: whether they are (R, M, 1).
         value_weight: lambda.
     """
-    share = used / used.sum(1, keepdim=True).clamp_min(1)
+    share = used.to(points.dtype) / used.sum(1, keepdim=True).clamp_min(1)
 
     def variance(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (R, 1, width) and variance (R, 1, 1) of the initial centroids."""

@@ -109,16 +109,15 @@ class _Plan:
         # with fewer registers one more program fits an SM
         self.query_tiles = self.tiles if wide else {"STAGES": 1, "num_warps": 4, "maxnreg": 128}
         self.dq_tiles = self.tiles | {"STAGES": 1} | ({} if wide else {"maxnreg": 168})
-        self.dkdv_tiles = self.tiles | {"ROWS": chunk} | ({} if wide else {"ROWS": min(chunk, 32), "maxnreg": 168})
-        # with fewer landmarks fewer registers are enough, and of what is small one warp does not wait for others
-        self.gradient_tiles, self.chunk_tiles = self.tiles, {"num_warps": 8 if wide else 4}
-        has_values = value_weight > 0
-        if has_values and num_landmarks > 32:
-            self.chunk_tiles = {"num_warps": 8}
-        if not (wide or num_landmarks > 32):
-            self.gradient_tiles = self.tiles | {"maxnreg": 128 if num_landmarks <= 16 else 168}
-            self.chunk_tiles["maxnreg"] = 168 if has_values and num_landmarks > 16 else 128
-        self.join_tiles = {"num_warps": 1} if not wide and num_landmarks <= 16 else self.chunk_tiles
+        self.dkdv_tiles = self.tiles | ({"ROWS": chunk} if wide else {"ROWS": min(chunk, 32), "maxnreg": 168})
+        # more landmarks need more registers, distances of values too
+        few, many, has_values = num_landmarks <= 16, num_landmarks > 32, value_weight > 0
+        limit = 128 if few else 168
+        self.gradient_tiles = self.tiles | ({} if wide or many else {"maxnreg": limit})
+        self.chunk_tiles = {"num_warps": 8 if wide or (many and has_values) else 4}
+        self.chunk_tiles |= {} if wide or many else {"maxnreg": limit if has_values else 128}
+        # with few landmarks one warp is enough, and it does not wait for others
+        self.join_tiles = {"num_warps": 1} if few and not wide else self.chunk_tiles
         self.pdl = pdl_options(self.device)
         self.first = {"PDL": self.pdl["PDL"]}
 
